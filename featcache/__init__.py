@@ -1,0 +1,51 @@
+"""featcache computes a frozen backbone's features once, keeps them, and trains from them.
+
+The public names mirror the commands. They are loaded at first use, so that ``import featcache`` costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from featcache.api import bench, extract, finetune, fit
+    from featcache.records import RunRecord
+    from featcache.sources import open_source
+    from featcache.specs import BackboneSpec, FeatureSpec, FineTunePlan
+    from featcache.store import FeatureStore
+
+_HOMES = {
+    "extract": "featcache.api",
+    "fit": "featcache.api",
+    "finetune": "featcache.api",
+    "bench": "featcache.api",
+    "RunRecord": "featcache.records",
+    "open_source": "featcache.sources",
+    "BackboneSpec": "featcache.specs",
+    "FeatureSpec": "featcache.specs",
+    "FineTunePlan": "featcache.specs",
+    "FeatureStore": "featcache.store",
+}
+
+__all__ = [
+    "BackboneSpec",
+    "FeatureSpec",
+    "FeatureStore",
+    "FineTunePlan",
+    "RunRecord",
+    "bench",
+    "extract",
+    "finetune",
+    "fit",
+    "open_source",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'featcache' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # a submodule of the same name, imported meanwhile, must not hide it
+    return value

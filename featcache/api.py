@@ -1,0 +1,107 @@
+"""The library's commands as functions; the command line only parses options and calls these."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from featcache.cache import default_cache
+from featcache.pipeline.bench import BenchResult, run_bench
+from featcache.pipeline.grid import load_grid
+from featcache.pipeline.jobs import Extracted, HeadJob, Settings, TuneJob, Workbench, finetune_job, fit_heads
+from featcache.sources import open_source
+from featcache.specs import POOLED, BackboneSpec, FineTunePlan, StoredDtype, Unfreeze
+
+RECORDS = Path("records") / "runs.jsonl"
+
+
+def extract(
+    data: str | Path,
+    backbone: str | BackboneSpec = "mini",
+    *,
+    cut: str = POOLED,
+    dtype: StoredDtype | None = None,
+    name: str | None = None,
+    settings: Settings | None = None,
+) -> Extracted:
+    """Compute a frozen backbone's features of a data set, unless they are cached.
+
+    >>> import featcache
+    >>> done = featcache.extract("sklearn:digits")  # doctest: +SKIP
+    >>> done.store.features().X.shape  # doctest: +SKIP
+    (1797, 480)
+
+    Args:
+        data: a folder, a ``.csv`` manifest or ``sklearn:digits``.
+        backbone: ``mini``, a timm name, or a BackboneSpec.
+        cut: ``pooled``, a stage's name, or ``input``.
+        dtype: what rows are stored in; embeddings float32 and activation maps float16 by default.
+        name: the data set's name in the cache, where it is not the folder's.
+        settings: cache folder, batch size, device.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    return _workbench(data, backbone, name, settings).extracted(cut, dtype)
+
+
+def fit(
+    data: str | Path,
+    backbone: str | BackboneSpec = "mini",
+    *,
+    heads: Sequence[str] = ("logistic",),
+    seed: int = 0,
+    name: str | None = None,
+    settings: Settings | None = None,
+) -> tuple[Extracted, list[HeadJob]]:
+    """Train scikit-learn heads on a data set's embeddings, extracted first if needed.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    bench = _workbench(data, backbone, name, settings)
+    return fit_heads(bench, heads, seed=seed, records=bench.settings.cache / RECORDS)
+
+
+def finetune(  # noqa: PLR0913 - mirrors the command
+    data: str | Path,
+    backbone: str | BackboneSpec = "mini",
+    *,
+    unfreeze: str = "last:1",
+    plan: FineTunePlan | None = None,
+    probes: Sequence[str] = ("logistic",),
+    seed: int = 0,
+    name: str | None = None,
+    settings: Settings | None = None,
+) -> TuneJob:
+    """Train part of a backbone from cached activations and measure the gap to the best probe.
+
+    ``plan`` replaces ``unfreeze`` where it is given.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    bench = _workbench(data, backbone, name, settings)
+    plan = plan or FineTunePlan(Unfreeze.parse(unfreeze))
+    return finetune_job(bench, plan, probes=probes, seed=seed, records=bench.settings.cache / RECORDS)
+
+
+def bench(pipeline: str | Path, *, out: Path | None = None, settings: Settings | None = None) -> BenchResult:
+    """Run the missing cells of a pipeline file and write its records and tables.
+
+    Raises:
+        UsageError: the file asks for what cannot be done.
+        StorageError: the disk failed.
+    """
+    grid = load_grid(Path(pipeline))
+    return run_bench(grid, settings or Settings(default_cache()), out or default_out())
+
+
+def default_out() -> Path:
+    """Return where tables go: ``benchmarks/`` where there is one, else the current folder."""
+    return Path("benchmarks") if Path("benchmarks").is_dir() else Path()
+
+
+def _workbench(
+    data: str | Path, backbone: str | BackboneSpec, name: str | None, settings: Settings | None
+) -> Workbench:
+    spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
+    return Workbench(open_source(data, name), spec, settings or Settings(default_cache(), rebind=name is not None))

@@ -1,0 +1,352 @@
+"""The world of timm: create a backbone, load its weights, read its transform, name its stages."""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import DataError, SetupError, UsageError
+
+try:
+    import timm
+except RuntimeError as error:
+    if "torchvision::nms" not in str(error):
+        raise
+    from importlib.metadata import version
+
+    raise SetupError(
+        f"torch {version('torch')} and torchvision {version('torchvision')} come from different builds. Repair: "
+        "`pip install --force-reinstall torch torchvision` (both, in one command)."
+    ) from error
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.models import group_parameters, load_state_dict
+from torch import Tensor, nn
+
+from featcache.cut import split
+from featcache.errors import CutError
+from featcache.fingerprint import sha256_of_chunks
+from featcache.specs import INPUT, INTERPOLATIONS, POOLED, BackboneSpec, LoadedBackbone, Transform, freeze_args
+
+BUNDLED = "mini"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the ordered groups of layers that timm divides a backbone into."""
+
+    name: str
+    parameters: tuple[str, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded backbone without classifier, in inference mode: images (b, 3, h, w) -> embeddings (b, d)."""
+
+    spec: BackboneSpec
+    loaded: LoadedBackbone
+    transform: Transform
+    module: nn.Module
+    device: torch.device
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in forward order; a tail without a stage of its own (last norm) belongs to the last one."""
+        return _stages(self.module)
+
+    def prefix(self, cut: str) -> nn.Module:
+        """Return the frozen part up to a cut other than ``input``.
+
+        Raises:
+            UsageError: there is no such stage.
+            CutError: the backbone cannot be cut there.
+        """
+        if cut == POOLED:
+            return self.module
+        return split(self.module, self.trained_after(cut), self.transform.input_size).prefix
+
+    def suffix(self, cut: str) -> nn.Module:
+        """Return what follows a cut: stored activations (b, ...) -> embeddings (b, d).
+
+        The suffix of ``input`` takes pixels, uint8 (b, h, w, 3).
+        """
+        if cut == INPUT:
+            return nn.Sequential(Normalise(self.transform), self.module)
+        return split(self.module, self.trained_after(cut), self.transform.input_size).suffix
+
+    def trained_after(self, cut: str) -> Callable[[str], bool]:
+        """Return a test for the names of the parameters that lie behind a cut."""
+        names = [stage.name for stage in self.stages]
+        if cut not in names:
+            raise UsageError(f"--cut {cut}: {self.spec.name} has the stages {', '.join(names)}, besides pooled and input.")
+        if cut == names[-1]:
+            raise UsageError(f"--cut {cut} is the last stage, nothing is left to train behind it: use pooled.")
+        behind = {name for stage in self.stages[names.index(cut) + 1 :] for name in stage.parameters}
+        return behind.__contains__
+
+    def runner(self, cut: str) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+        """Return the frozen part as a function on arrays: pixels uint8 (b, h, w, 3) -> rows float32 (b, ...)."""
+        normalise, prefix = Normalise(self.transform).to(self.device), self.prefix(cut)
+
+        def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                images = normalise(torch.from_numpy(pixels).to(self.device))
+                rows = prefix(images.contiguous(memory_format=torch.channels_last))
+                if cut == POOLED:
+                    rows = rows.flatten(1)
+                return rows.float().cpu().contiguous().numpy()  # type: ignore[no-any-return]
+
+        return run
+
+    def separate(self) -> "Backbone":
+        """Return a copy whose parameters can be trained without touching this one's."""
+        return Backbone(self.spec, self.loaded, self.transform, copy.deepcopy(self.module), self.device)
+
+
+class Normalise(nn.Module):
+    """Pixels, uint8 (b, h, w, 3), to what the backbone expects, float32 (b, 3, h, w), on the pixels' device."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (transform.mean, transform.std))
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the normalised images."""
+        images = pixels.permute(0, 3, 1, 2).float()
+        return images * self.scale + self.shift
+
+
+def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Backbone:
+    """Create a backbone and load its weights.
+
+    Raises:
+        UsageError: timm has no such model, or refuses the model arguments.
+        DataError: the weights file is broken, or not for this architecture.
+        SetupError: the published weights cannot be downloaded.
+    """
+    device = device or default_device()
+    if spec.name == BUNDLED:
+        architecture, args, config = _bundled()
+        args |= dict(spec.model_args)
+    else:
+        architecture, args, config = spec.name, dict(spec.model_args), None
+        _require_known(architecture)
+    pretrained = spec.weights is None and spec.random_init is None and config is None
+    module = _create(architecture, args, pretrained=pretrained, seed=spec.random_init)
+    if spec.weights is not None:
+        _load_weights(module, Path(spec.weights))
+    elif config is not None and spec.random_init is None:
+        with resources.as_file(resources.files("featcache") / "assets" / "mini.safetensors") as path:
+            _load_weights(module, path)
+    module.eval().requires_grad_(False).to(device)
+    if any(parameter.dim() == 4 for parameter in module.parameters()):  # noqa: PLR2004
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    published = config or timm.data.resolve_model_data_config(module)
+    pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
+    loaded = LoadedBackbone(
+        architecture=BUNDLED if config is not None else architecture.split(".")[0],
+        tag=_tag(spec, pretrained_cfg),
+        weights_sha256=_hash_weights(module),
+        model_args=freeze_args(args),
+    )
+    return Backbone(spec, loaded, _transform(published, spec), module, device)
+
+
+def default_device() -> torch.device:
+    """Return the first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What ``featcache backbones`` lists of a timm model."""
+
+    name: str
+    input_size: int
+    pretrained: bool
+
+
+def list_backbones(pattern: str) -> Iterator[ModelFacts]:
+    """Yield timm's models whose name matches a shell pattern, ``mini`` first where it does."""
+    import fnmatch
+
+    if fnmatch.fnmatch(BUNDLED, pattern):
+        yield ModelFacts(BUNDLED, _bundled()[2]["input_size"][-1], pretrained=True)
+    for name in timm.list_models(pattern):
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        size = config.input_size[-1] if config is not None else 224
+        yield ModelFacts(name, size, pretrained=timm.models.is_model_pretrained(name))
+
+
+def model_size(name: str) -> tuple[int, int]:
+    """Return a model's number of parameters, without classifier, and the width of its embedding, without allocating it."""
+    with torch.device("meta"):
+        module = timm.create_model(_bundled()[0], num_classes=0, **_bundled()[1]) if name == BUNDLED else timm.create_model(
+            name, num_classes=0
+        )
+    width = getattr(module, "head_hidden_size", None) or module.num_features
+    return sum(parameter.numel() for parameter in module.parameters()), int(width)
+
+
+def _bundled() -> tuple[str, dict[str, Any], dict[str, Any]]:
+    card = json.loads((resources.files("featcache") / "assets" / "mini.json").read_text())
+    return card["architecture"], card["model_args"], card["data_config"]
+
+
+def _require_known(name: str) -> None:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    if not timm.is_model(name):
+        import difflib
+
+        close = difflib.get_close_matches(name.split(".")[0], [*timm.list_models(), BUNDLED], n=3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise UsageError(f"--backbone {name}: timm has no such model.{hint} `featcache backbones 'resnet*'` lists them.")
+
+
+def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | None) -> nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
+    except TypeError as error:
+        raise UsageError(f"--model-arg: {name} does not take it ({error}).") from error
+    except Exception as error:
+        if not pretrained:
+            raise UsageError(f"--backbone {name}: timm cannot create it ({_first_line(error)}).") from error
+        raise SetupError(
+            f"the published weights of {name} cannot be had ({_first_line(error)}). "
+            "Use `-b mini`, which is bundled, give a checkpoint with --weights FILE, or say --random-init SEED."
+        ) from error
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"--weights {path}: there is no such file.")
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:
+        raise DataError(f"--weights {path}: not a safetensors file or a plain .pth state ({_first_line(error)}).") from error
+    config = getattr(module, "pretrained_cfg", None) or {}
+    heads = config.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    own = module.state_dict()
+    misfits = [name for name, value in state.items() if name in own and own[name].shape != value.shape]
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    foreign = [name for name in state if name not in own and not name.startswith(tuple(f"{head}." for head in heads))]
+    for what, names in (("lacks", missing), ("has unknown", foreign), ("has other shapes of", misfits)):
+        if names:
+            raise DataError(
+                f"--weights {path}: not for {config.get('architecture', 'this backbone')}: it {what} {len(names)} of "
+                f"{len(own)} tensors ({names[0]}, ...). Check -b and --model-arg."
+            )
+    module.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+
+
+def _hash_weights(module: nn.Module) -> str:
+    """Return the SHA-256 of every parameter and buffer: name, dtype, shape and bytes, in order of name."""
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for name, value in sorted(module.state_dict().items()):
+            if not name.endswith("num_batches_tracked"):
+                array = value.detach().cpu().contiguous().reshape(-1)
+                yield f"{name}:{value.dtype}:{tuple(value.shape)};".encode()
+                yield memoryview(array.view(torch.uint8).numpy()) if array.numel() else b""
+
+    return sha256_of_chunks(chunks())
+
+
+def _tag(spec: BackboneSpec, pretrained_cfg: dict[str, Any]) -> str:
+    if spec.random_init is not None:
+        return f"random:{spec.random_init}"
+    if spec.weights is not None:
+        return "file"
+    if spec.name == BUNDLED:
+        return "bundled"
+    return str(pretrained_cfg.get("tag") or "default")
+
+
+def _transform(config: dict[str, Any], spec: BackboneSpec) -> Transform:
+    height, width = config["input_size"][-2:]
+    if height != width:
+        raise UsageError(f"--backbone {spec.name}: its input of {height}x{width} pixels is not square; square ones are.")
+    mode = config.get("crop_mode") or "center"
+    if mode not in {"center", "squash"}:
+        raise UsageError(f"--backbone {spec.name}: its crop mode {mode!r} is not one of center, squash.")
+    interpolation = config.get("interpolation") or "bicubic"
+    fields: dict[str, Any] = {
+        "input_size": int(height),
+        "crop_pct": float(config.get("crop_pct") or 1.0),
+        "crop_mode": mode,
+        "interpolation": interpolation if interpolation in INTERPOLATIONS else "bicubic",
+        "mean": _three(config["mean"]),
+        "std": _three(config["std"]),
+    }
+    return Transform(**fields | spec.overrides.given())
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    first, second, third = (float(value) for value in values)
+    return first, second, third
+
+
+def _stages(module: nn.Module) -> tuple[Stage, ...]:
+    matcher = getattr(module, "group_matcher", None)
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    if matcher is None:
+        return (Stage("all", tuple(sizes), sum(sizes.values())),)
+    rules = matcher(coarse=True)
+    groups = group_parameters(module, rules, reverse=False)
+    ordered = [list(groups[index]) for index in sorted(groups)]
+    if len(ordered) > 1 and not any(_matched(rules, name) for name in ordered[-1]):
+        tail = ordered.pop()
+        ordered[-1].extend(tail)
+    ordered = [group for group in ordered if group]
+    return tuple(
+        Stage(_stage_name(group, index, sizes), tuple(group), sum(sizes[name] for name in group))
+        for index, group in enumerate(ordered)
+    )
+
+
+def _matched(rules: Any, name: str) -> bool:
+    if not isinstance(rules, dict):
+        return True
+    patterns = [
+        pattern
+        for rule in rules.values()
+        if rule is not None
+        for pattern in ([rule] if isinstance(rule, str) else [part[0] for part in rule])
+    ]
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+def _stage_name(group: list[str], index: int, sizes: dict[str, int]) -> str:
+    """Return the shortest module path that holds most of a group's parameters and none of another's."""
+    others = [name for name in sizes if name not in set(group)]
+    parts = group[0].split(".")
+    for depth in range(1, len(parts)):
+        path = ".".join(parts[:depth])
+        inside = sum(name.startswith(f"{path}.") for name in group)
+        enough = inside == len(group) if index == 0 else 2 * inside > len(group)
+        if enough and not any(name.startswith(f"{path}.") for name in others):
+            return path
+    return "stem" if index == 0 else f"stage{index}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+__all__ = ["BUNDLED", "Backbone", "CutError", "ModelFacts", "Normalise", "Stage", "list_backbones", "load_backbone"]

@@ -1,0 +1,98 @@
+"""The command line: one module a command, imported when it is called; errors become one line and an exit code."""
+
+import sys
+from typing import Any
+
+import click
+
+from featcache import __version__
+
+COMMANDS = {
+    "quickstart": "See it work: bundled images and backbone, from extraction to a table.",
+    "extract": "Compute a frozen backbone's features once and keep them.",
+    "fit": "Train scikit-learn heads on cached features.",
+    "finetune": "Train part of the backbone from the cache; print the gap to the probe.",
+    "bench": "Run the missing cells of a grid; write records and tables.",
+    "store": "List, describe and verify what the cache holds.",
+    "backbones": "List the backbones that timm knows.",
+    "doctor": "Check the environment and say the exact repair.",
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is called; ``--help`` imports none."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of a user's way through them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        from importlib import import_module
+
+        command = getattr(import_module(f"featcache.cli.{cmd_name}"), "command")  # noqa: B009 - not typed
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FEATCACHE"})
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr, errors only.")
+@click.option("-v", "--verbose", is_flag=True, help="More notes on stderr.")
+@click.version_option(__version__, prog_name="featcache")
+def cli(quiet: bool, verbose: bool) -> None:  # noqa: FBT001 - click calls it by name
+    """Compute a frozen backbone's features once, keep them, train from them, and measure what fine-tuning adds.
+
+    DATA is a folder (CLASS/IMAGE, or train|val|test/CLASS/IMAGE), a CSV file (path, label, split) or sklearn:digits.
+    """
+    _set_up_notes(quiet=quiet, verbose=verbose)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with 0 ok, 2 usage, 3 data, 4 disk, 5 environment or 130 interrupted."""
+    import signal
+
+    from featcache.errors import FeatcacheError
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = cli.main(args=arguments, prog_name="featcache", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except FeatcacheError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: what was computed is kept, the same command goes on from there.", err=True)
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'disk'}: {error.strerror or error}", err=True)
+        sys.exit(4)
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _set_up_notes(*, quiet: bool, verbose: bool) -> None:
+    import logging
+
+    from featcache import progress
+
+    progress.quiet.set(quiet)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    progress.logger.handlers = [handler]
+    progress.logger.propagate = False
+    progress.logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)

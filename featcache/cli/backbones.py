@@ -1,0 +1,45 @@
+"""``featcache backbones``."""
+
+from pathlib import Path
+
+import click
+
+from featcache.cli import options
+
+
+@click.command()
+@click.argument("pattern", default="*")
+@click.option("--sizes", is_flag=True, help="Also parameters and embedding width (builds each model: slow for many).")
+@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Which cache ($FEATCACHE_CACHE).")
+@options.json_option
+def command(pattern: str, sizes: bool, cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """List the backbones whose name matches PATTERN (a shell pattern such as 'resnet*').
+
+    Up to 20 matches, sizes are shown as well.
+    """
+    from featcache.backbone import list_backbones, model_size
+    from featcache.cache import default_cache, entries
+
+    cached = {store.path.name.split(".")[0] for store in entries(cache or default_cache())}
+    found = list(list_backbones(pattern))
+    few = 20
+    rows = []
+    for facts in found:
+        row = {
+            "name": facts.name,
+            "input_size": facts.input_size,
+            "pretrained": facts.pretrained,
+            "cached": facts.name.split(".")[0] in cached,
+        }
+        if sizes or len(found) <= few:
+            row["parameters"], row["width"] = model_size(facts.name)
+        rows.append(row)
+    if as_json:
+        options.emit({"backbones": rows})
+        return
+    for row in rows:
+        size = f"{row['parameters'] / 1e6:8.1f} M parameters, width {row['width']:5}" if "width" in row else ""
+        marks = ("pretrained" if row["pretrained"] else "no weights") + (", cached" if row["cached"] else "")
+        click.echo(f"{row['name']:45} {row['input_size']:4} px {size}  {marks}")
+    if not rows:
+        click.echo(f"no backbone matches {pattern!r}")

@@ -1,0 +1,131 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from featcache.pipeline.jobs import Settings
+    from featcache.specs import BackboneSpec
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def several(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Return one decorator for several options, in reading order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+class Three(click.ParamType):
+    """Three numbers with commas between, one a colour channel."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the three numbers, or one number three times."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: write numbers, such as 0.5,0.5,0.5.", param, ctx)
+        if len(numbers) == 1:
+            numbers *= 3
+        if len(numbers) != 3:  # noqa: PLR2004
+            self.fail(f"{value!r}: three numbers are needed.", param, ctx)
+        return numbers
+
+
+class Percent(click.ParamType):
+    """A percentage, such as ``1%``."""
+
+    name = "P%"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a share between 0 and 1."""
+        if isinstance(value, float):
+            return value
+        try:
+            share = float(str(value).removesuffix("%")) / 100
+        except ValueError:
+            self.fail(f"{value!r}: write a percentage, such as 1%.", param, ctx)
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r}: between 0% and 100% is needed.", param, ctx)
+        return share
+
+
+data_argument = click.argument("data")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn splits, heads, training."
+)
+backbone_options = several(
+    click.option("-b", "--backbone", default="mini", show_default=True, help="`mini` (bundled) or a timm name."),
+    click.option("--weights", type=click.Path(path_type=Path), help="A checkpoint: .safetensors or a plain .pth state."),
+    click.option("--random-init", type=click.IntRange(min=0), metavar="SEED", help="Random weights: nothing is pretrained."),
+    click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Passed to timm; may be repeated."),
+    click.option("--input-size", type=click.IntRange(min=1), help="Pixels; default: the backbone's own."),
+    click.option("--crop-pct", type=float, help="Share of the scaled short side that is kept."),
+    click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]), help="Resampling."),
+    click.option("--mean", type=Three(), help="Subtracted from pixels in 0..1."),
+    click.option("--std", type=Three(), help="Divides what is left."),
+)
+run_options = several(
+    click.option("--name", help="The data set's name in the cache; a moved one is recognised by it."),
+    click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where entries go ($FEATCACHE_CACHE)."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at a time."),
+    click.option("--device", help="cpu, cuda, cuda:1, ...; default: the first GPU, else the CPU."),
+    click.option("--max-bad", type=Percent(), default="1%", show_default=True, help="More unusable images end the run."),
+)
+
+
+def take_spec(options: dict[str, Any]) -> "BackboneSpec":
+    """Take the backbone's options out of a command's and return them as one value."""
+    from featcache.specs import BackboneSpec, TransformOverrides, parse_model_args
+
+    names = ("input_size", "crop_pct", "interpolation", "mean", "std")
+    weights = options.pop("weights")
+    return BackboneSpec(
+        name=options.pop("backbone"),
+        weights=str(weights) if weights is not None else None,
+        random_init=options.pop("random_init"),
+        model_args=parse_model_args(options.pop("model_args")),
+        overrides=TransformOverrides(**{name: options.pop(name) for name in names}),
+    )
+
+
+def take_settings(options: dict[str, Any]) -> "Settings":
+    """Take the options that change no number out of a command's and return them as one value; ``name`` stays."""
+    from featcache.cache import default_cache
+    from featcache.pipeline.jobs import Settings
+
+    return Settings(
+        cache=options.pop("cache") or default_cache(),
+        batch_size=options.pop("batch_size"),
+        device=options.pop("device"),
+        max_bad=options.pop("max_bad"),
+        rebind=options["name"] is not None,
+    )
+
+
+def emit(value: dict[str, Any]) -> None:
+    """Print one JSON object with its schema version."""
+    import json
+
+    from featcache.records import SCHEMA_VERSION
+
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **value}))
+
+
+def percent(test: dict[str, Any]) -> str:
+    """Return an accuracy with its interval, in words."""
+    low, high = test["accuracy_ci"]
+    return f"{100 * test['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})"

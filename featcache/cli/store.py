@@ -1,0 +1,93 @@
+"""``featcache store``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache.cli import options
+
+DAMAGED = 4
+cache_option = click.option(
+    "--cache", type=click.Path(path_type=Path, file_okay=False), help="Which cache ($FEATCACHE_CACHE)."
+)
+
+
+@click.group()
+def command() -> None:
+    """List, describe and verify what the cache holds."""
+
+
+@command.command("ls")
+@cache_option
+@options.json_option
+def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """List the entries with their rows and sizes."""
+    from featcache.cache import default_cache, entries
+
+    where = cache or default_cache()
+    found = [_facts(store) for store in entries(where)]
+    if as_json:
+        options.emit({"cache": str(where), "entries": found})
+        return
+    for facts in found:
+        state = "" if facts["complete"] else "  not complete"
+        click.echo(f"{facts['rows']:>9} rows {facts['bytes'] / 1e6:>9.1f} MB  {facts['entry']}{state}")
+    if not found:
+        click.echo(f"nothing in {where}")
+
+
+@command.command()
+@click.argument("entry", type=click.Path(path_type=Path))
+@options.json_option
+def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
+    """Describe one entry: what its numbers depend on, its images, what was left out and why."""
+    import json
+    from dataclasses import asdict
+
+    from featcache.store import FeatureStore
+
+    store = FeatureStore.open(entry)
+    facts = _facts(store) | {
+        "spec": store.spec,
+        "manifest": store.manifest.number,
+        "quarantined": [asdict(item) for item in store.manifest.quarantined],
+    }
+    if as_json:
+        options.emit(facts)
+    else:
+        click.echo(json.dumps(facts, indent=1))
+
+
+@command.command()
+@click.argument("entries", nargs=-1, type=click.Path(path_type=Path))
+@cache_option
+@options.json_option
+def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Check every byte of ENTRIES (default: all) against its hash; ends with 4 where one is damaged."""
+    from featcache.cache import default_cache
+    from featcache.cache import entries as all_entries
+    from featcache.store import FeatureStore
+
+    stores = [FeatureStore.open(path) for path in entries] or list(all_entries(cache or default_cache()))
+    problems = [problem for store in stores for problem in store.verify()]
+    if as_json:
+        options.emit({"checked": len(stores), "problems": problems})
+    else:
+        for problem in problems:
+            click.echo(problem)
+        click.echo(f"{len(stores)} entries checked, {len(problems)} problems")
+    if problems:
+        click.get_current_context().exit(DAMAGED)
+
+
+def _facts(store: Any) -> dict[str, Any]:
+    manifest = store.manifest
+    return {
+        "entry": str(store.path),
+        "key": store.key,
+        "rows": manifest.listing.rows if manifest.listing else manifest.rows,
+        "stored_rows": manifest.rows,
+        "bytes": sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file()),
+        "complete": manifest.listing is not None,
+    }

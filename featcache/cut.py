@@ -1,0 +1,288 @@
+"""Split a backbone where its frozen part ends, so that the frozen part's output can be stored.
+
+The traced graph's *hot* nodes use a trained parameter or follow from one. The cut is the minimum vertex cut, in stored
+bytes an image, between the images and the hot nodes, where only operations without parameters may be done again
+after it (max-flow min-cut: Ford and Fulkerson 1956). What crosses as an integer (heights, batch sizes) is no tensor to
+store: it becomes a constant, or a multiple of the batch size.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+
+from featcache.errors import CutError
+
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class SplitBackbone:
+    """A frozen prefix, images (b, 3, h, w) -> activations (b, ...), and a suffix, activations -> embeddings (b, d).
+
+    Both share the backbone's parameters; ``shape`` is that of one image's activations.
+    """
+
+    prefix: nn.Module
+    suffix: nn.Module
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Multiple:
+    """A number that is ``factor`` times the batch size."""
+
+    factor: int
+
+
+_Unknown = object()
+
+
+class _Tracer(fx.Tracer):
+    """Stops at the modules and functions that timm declares untraceable."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._leaves = tuple(get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _OnlyImages(nn.Module):
+    """Binds every argument of a backbone's ``forward`` but the images to its default."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the embeddings (b, d)."""
+        return self.backbone(images)  # type: ignore[no-any-return]
+
+
+class _Observer(fx.Interpreter):
+    """Runs a graph and remembers what each node gave: shapes of tensors, values of numbers."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seen: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.seen[n] = _describe(value)
+        return value
+
+
+@dataclass(frozen=True)
+class _Shape:
+    sizes: tuple[int, ...]
+    itemsize: int
+
+
+def split(backbone: nn.Module, is_trained: Callable[[str], bool], image_size: int) -> SplitBackbone:
+    """Split a backbone in ``eval()`` mode before the first use of a trained parameter.
+
+    Args:
+        backbone: maps images (b, 3, h, w) to embeddings (b, d).
+        is_trained: tells for a parameter's name whether it is trained.
+        image_size: height and width of an image, in pixels.
+
+    Raises:
+        CutError: nothing is trained, the graph cannot be traced, no single tensor separates the two parts, or the
+            parts do not reproduce the whole.
+    """
+    traced = _trace(backbone)
+    device = next(backbone.parameters()).device
+    images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    two, three = (_observe(traced, images[:count]) for count in (2, 3))
+    values = {node: _combine(two[node], three[node]) for node in traced.graph.nodes}
+
+    trained = {id(value) for name, value in backbone.named_parameters() if is_trained(name)}
+    if not trained:
+        raise CutError("nothing is trained after this cut: use `pooled`.")
+    dependent = _descendants(node for node in traced.graph.nodes if node.op == "placeholder")
+    hot = _descendants(node for node in traced.graph.nodes if _parameter_ids(traced, node) & trained)
+    border = _minimum_cut(traced, values, dependent, hot)
+
+    prefix = _prefix(traced, border)
+    suffix = _suffix(traced, border, values, dependent)
+    with torch.inference_mode():
+        stored = prefix(images[:1])
+        whole, joined = backbone(images), suffix(prefix(images))
+    if not torch.allclose(whole, joined, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
+        raise CutError("the two parts of this cut do not reproduce the whole backbone.")
+    return SplitBackbone(prefix, suffix, tuple(stored.shape[1:]))
+
+
+def _trace(backbone: nn.Module) -> fx.GraphModule:
+    root = _OnlyImages(backbone).eval()
+    try:
+        return fx.GraphModule(root, _Tracer().trace(root))
+    except Exception as error:  # tracing runs the model's own Python code: it can fail in any way
+        raise CutError(f"this backbone cannot be traced ({type(error).__name__}: {error}).") from error
+
+
+def _observe(traced: fx.GraphModule, images: Tensor) -> dict[fx.Node, Any]:
+    observer = _Observer(traced)
+    with torch.inference_mode():
+        observer.run(images)
+    return observer.seen
+
+
+def _describe(value: object) -> Any:
+    if isinstance(value, Tensor):
+        return _Shape(tuple(value.shape), value.element_size())
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(_describe(part) for part in value)
+    return _Unknown
+
+
+def _combine(two: Any, three: Any) -> Any:
+    """Return what is known of a node for every batch size, from batches of two and of three images."""
+    if isinstance(two, _Shape) and isinstance(three, _Shape):
+        rows = two.sizes[:1] == (2,) and three.sizes[:1] == (3,) and two.sizes[1:] == three.sizes[1:]
+        return _Shape(two.sizes[1:], two.itemsize) if rows else _Unknown
+    if isinstance(two, tuple) and isinstance(three, tuple) and len(two) == len(three):
+        parts = tuple(_combine(*pair) for pair in zip(two, three, strict=True))
+        return _Unknown if any(part is _Unknown or isinstance(part, _Shape) for part in parts) else parts
+    if two is _Unknown or three is _Unknown or isinstance(two, _Shape | tuple) or isinstance(three, _Shape | tuple):
+        return _Unknown
+    if two == three:
+        return two
+    if isinstance(two, int) and isinstance(three, int) and two % 2 == 0 and two // 2 * 3 == three:
+        return _Multiple(two // 2)
+    return _Unknown
+
+
+def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = list(starts)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.users)
+    return found
+
+
+def _parameter_ids(traced: fx.GraphModule, node: fx.Node) -> set[int]:
+    """Return the identities of the parameters and buffers that a node itself reads."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        return {id(value) for value in (*module.parameters(), *module.buffers())}
+    if node.op == "get_attr":
+        value: Any = traced
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        return {id(value)}
+    return set()
+
+
+def _minimum_cut(
+    traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: set[fx.Node], hot: set[fx.Node]
+) -> fx.Node:
+    """Return the one node whose value separates the images from the hot nodes at the least bytes."""
+    flow = nx.DiGraph()
+    for node in traced.graph.nodes:
+        if node not in dependent or node in hot:
+            continue
+        value = values[node]
+        if isinstance(value, _Shape):
+            flow.add_edge((node, "in"), (node, "out"), capacity=math.prod(value.sizes) * value.itemsize)
+        elif value is _Unknown:
+            flow.add_edge((node, "in"), (node, "out"))
+        if node.op == "placeholder" or _parameter_ids(traced, node):
+            flow.add_edge("images", (node, "in"))
+        for user in node.users:
+            flow.add_edge((node, "out"), "hot" if user in hot else (user, "in"))
+    if "hot" not in flow or "images" not in flow:
+        raise CutError("the trained part does not depend on the images.")
+    try:
+        _, (before, after) = nx.minimum_cut(flow, "images", "hot")
+    except nx.NetworkXUnbounded as error:
+        raise CutError("no tensor with one row an image separates the frozen from the trained part.") from error
+    border = [node for node in traced.graph.nodes if (node, "in") in before and (node, "out") in after]
+    tensors = [node for node in border if isinstance(values[node], _Shape)]
+    if len(tensors) != 1:
+        raise CutError(f"{len(tensors)} tensors would have to be stored for this cut.")
+    return tensors[0]
+
+
+def _prefix(traced: fx.GraphModule, border: fx.Node) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in _ancestors_in_order(traced, border):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[border])
+    return fx.GraphModule(traced, graph).eval()
+
+
+def _suffix(
+    traced: fx.GraphModule, border: fx.Node, values: dict[fx.Node, Any], dependent: set[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    stored = graph.placeholder("stored")
+    copies: dict[fx.Node, Any] = {border: stored}
+
+    def known(node: fx.Node) -> bool:
+        value = values[node]
+        return node is border or (node in dependent and value is not _Unknown and not isinstance(value, _Shape))
+
+    needed: set[fx.Node] = set()
+    waiting = [node for node in traced.graph.nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting.extend([] if known(node) and node.op != "output" else node.all_input_nodes)
+    for node in traced.graph.nodes:
+        if node is border or node not in needed:
+            continue
+        if node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], copies.__getitem__))
+        elif known(node):
+            copies[node] = _constant(graph, stored, values[node])
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(traced, graph).eval()
+
+
+def _constant(graph: fx.Graph, stored: fx.Node, value: Any) -> Any:
+    """Return a value that no longer depends on the images, its batch sizes read off the stored tensor."""
+    if isinstance(value, _Multiple):
+        rows = graph.call_method("size", (stored, 0))
+        return rows if value.factor == 1 else graph.call_function(_times, (rows, value.factor))
+    if isinstance(value, tuple):
+        return graph.call_function(_gather, tuple(_constant(graph, stored, part) for part in value))
+    return graph.call_function(_same, (value,))
+
+
+def _times(rows: int, factor: int) -> int:
+    return rows * factor
+
+
+def _gather(*parts: Any) -> tuple[Any, ...]:
+    return parts
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _ancestors_in_order(traced: fx.GraphModule, last: fx.Node) -> list[fx.Node]:
+    needed: set[fx.Node] = set()
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
+    return [node for node in traced.graph.nodes if node in needed]

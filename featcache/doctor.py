@@ -1,0 +1,83 @@
+"""Look at the environment: does every part load, and does the cache take files."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from featcache.cache import default_cache
+from featcache.errors import FeatcacheError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    found: str
+    repair: str = ""
+
+
+def examine() -> list[Finding]:
+    """Return what was found, broken things with the command that repairs them."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        lambda: _loads("torch", "pip install --force-reinstall torch torchvision"),
+        lambda: _loads("torchvision", "pip install --force-reinstall torch torchvision"),
+        lambda: _loads("timm", "pip install --force-reinstall torch torchvision timm"),
+        lambda: _loads("sklearn", "pip install --upgrade scikit-learn", package="scikit-learn"),
+        lambda: _loads("h5py", "pip install --upgrade h5py"),
+        lambda: _loads("PIL.Image", "pip install --upgrade pillow", package="pillow"),
+        _device,
+        _bundled,
+        _cache,
+    )
+    return [check() for check in checks]
+
+
+def _loads(module: str, repair: str, package: str | None = None) -> Finding:
+    try:
+        installed = version(package or module)
+    except PackageNotFoundError:
+        return Finding(package or module, ok=False, found="not installed", repair=repair)
+    try:
+        import_module(module)
+    except Exception as error:  # noqa: BLE001 - a broken installation fails in any way; it is reported
+        return Finding(package or module, ok=False, found=f"{installed} does not load ({error})", repair=repair)
+    return Finding(package or module, ok=True, found=installed)
+
+
+def _device() -> Finding:
+    try:
+        import torch
+
+        found = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    except Exception as error:  # noqa: BLE001 - as above
+        return Finding("device", ok=False, found=str(error), repair="pip install --force-reinstall torch torchvision")
+    return Finding("device", ok=True, found=found)
+
+
+def _bundled() -> Finding:
+    repair = "pip install --force-reinstall featcache"
+    try:
+        from featcache.backbone import load_backbone
+        from featcache.specs import BackboneSpec
+
+        loaded = load_backbone(BackboneSpec("mini")).loaded
+    except Exception as error:  # noqa: BLE001 - as above
+        return Finding("bundled backbone", ok=False, found=str(error), repair=repair)
+    return Finding("bundled backbone", ok=True, found=f"mini, weights {loaded.weights_sha256[:8]}")
+
+
+def _cache() -> Finding:
+    from featcache.store.atomic import make_folder
+
+    where = default_cache()
+    try:
+        make_folder(where)
+        with tempfile.TemporaryFile(dir=where) as file:
+            file.write(b"featcache")
+    except (OSError, FeatcacheError) as error:
+        return Finding("cache", ok=False, found=f"{where}: {error}", repair="set FEATCACHE_CACHE to a folder that can be written")
+    return Finding("cache", ok=True, found=str(where))

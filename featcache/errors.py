@@ -1,0 +1,37 @@
+"""Errors that a user can act on: one type a remedy, each with the exit code of the command line."""
+
+
+class FeatcacheError(Exception):
+    """Base of every error that featcache raises on purpose; its text says what, where and what to do next."""
+
+    exit_code = 1
+
+
+class UsageError(FeatcacheError):
+    """A flag or an argument cannot be honoured: change the call."""
+
+    exit_code = 2
+
+
+class DataError(FeatcacheError):
+    """The images, labels or weights that were given cannot be used: change the data."""
+
+    exit_code = 3
+
+
+class StorageError(FeatcacheError):
+    """The disk or the store failed, or holds what featcache did not write there."""
+
+    exit_code = 4
+
+
+class SetupError(FeatcacheError):
+    """The machine lacks something: weights that cannot be downloaded, a broken installation."""
+
+    exit_code = 5
+
+
+class CutError(FeatcacheError):
+    """A backbone cannot be cut where it was asked to be."""
+
+    exit_code = 2

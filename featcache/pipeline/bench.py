@@ -1,0 +1,100 @@
+"""Run the missing cells of a grid and write its records and tables."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from featcache import report
+from featcache.errors import FeatcacheError
+from featcache.pipeline.grid import DataEntry, Grid
+from featcache.pipeline.jobs import Settings, Workbench, cell_of, finetune_job, fit_heads
+from featcache.progress import logger
+from featcache.records import RunRecord, read_records
+from featcache.sources import open_source
+from featcache.specs import BackboneSpec, FineTunePlan
+from featcache.store.atomic import make_folder, replace_file
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What a grid came to: its records in the grid's order, what failed, and where it is written."""
+
+    records: tuple[RunRecord, ...]
+    failures: tuple[str, ...]
+    computed_images: int
+    computed_cells: int
+    paths: dict[str, str]
+
+
+def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:
+    """Run what is missing of a grid; a cell that fails is reported and the others go on.
+
+    Args:
+        grid: what to run.
+        settings: how to run it.
+        out: the folder for NAME.jsonl (records), NAME.md and NAME.csv (tables).
+    """
+    make_folder(out)
+    runner = _Runner(grid, settings, out / f"{grid.name}.jsonl")
+    for data in grid.data:
+        for spec in grid.backbones:
+            runner.guarded(f"{data.data} x {spec.label}", lambda data=data, spec=spec: runner.run(data, spec))
+    done = read_records([runner.path])
+    latest = {record.cell: record for record in done}
+    records = tuple(latest[cell] for cell in runner.cells if cell in latest)
+    paths = {"records": str(runner.path)}
+    for suffix, text in (("md", report.markdown(records) + "\n"), ("csv", report.to_csv(records))):
+        path = out / f"{grid.name}.{suffix}"
+        replace_file(path, text.encode())
+        paths[suffix] = str(path)
+    return BenchResult(records, tuple(runner.failures), runner.computed_images, runner.computed_cells, paths)
+
+
+class _Runner:
+    def __init__(self, grid: Grid, settings: Settings, path: Path) -> None:
+        self.grid = grid
+        self.settings = settings
+        self.path = path
+        self.there = {record.cell for record in read_records([path])}
+        self.cells: list[str] = []
+        self.failures: list[str] = []
+        self.computed_images = 0
+        self.computed_cells = 0
+
+    def guarded(self, what: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except FeatcacheError as error:
+            logger.error("%s: %s", what, error)
+            self.failures.append(f"{what}: {error}")
+
+    def run(self, data: DataEntry, spec: BackboneSpec) -> None:
+        bench = Workbench(open_source(data.data, data.name), spec, self.settings)
+        done = bench.extracted()
+        self.computed_images += done.report.computed
+        features = done.store.labelled()
+        for head in self.grid.heads:
+            for seed in self.grid.seeds:
+                cell = cell_of(spec, features, head, None, seed)
+                self._cell(cell, f"{bench.source.name} {head}", lambda h=head, s=seed: self._fit(bench, h, s))
+        for plan in self.grid.plans:
+            for seed in self.grid.seeds:
+                cell = cell_of(spec, features, plan.unfreeze.text, plan, seed)
+                what = f"{bench.source.name} {plan.unfreeze.text}"
+                self._cell(cell, what, lambda p=plan, s=seed: self._tune(bench, p, s))
+
+    def _cell(self, cell: str, what: str, act: Callable[[], None]) -> None:
+        self.cells.append(cell)
+        if cell in self.there:
+            return
+        logger.info("%s", what)
+        self.guarded(what, act)
+        self.computed_cells += 1
+
+    def _fit(self, bench: Workbench, head: str, seed: int) -> None:
+        fit_heads(bench, [head], seed=seed, records=self.path)
+
+    def _tune(self, bench: Workbench, plan: FineTunePlan, seed: int) -> None:
+        job = finetune_job(bench, plan, seed=seed, records=self.path)
+        self.computed_images += job.computed_images
+

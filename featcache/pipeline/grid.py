@@ -1,0 +1,118 @@
+"""A TOML file into a grid of cells: data sets x backbones x (heads and unfreezes) x seeds."""
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import UsageError
+from featcache.specs import BackboneSpec, FineTunePlan, TransformOverrides, Unfreeze, freeze_args
+
+_OVERRIDES = tuple(field.name for field in fields(TransformOverrides))
+_PLAN_KEYS = tuple(field.name for field in fields(FineTunePlan) if field.name != "unfreeze")
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """A data set of a grid: where it is, and the name it goes by if not its own."""
+
+    data: str
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a pipeline file asks for; seeds vary the drawn splits, the heads and the order of training."""
+
+    name: str
+    data: tuple[DataEntry, ...]
+    backbones: tuple[BackboneSpec, ...]
+    heads: tuple[str, ...]
+    plans: tuple[FineTunePlan, ...]
+    seeds: tuple[int, ...]
+
+
+def load_grid(path: Path) -> Grid:
+    """Read a pipeline file; environment variables in paths are filled in.
+
+    Raises:
+        UsageError: the file is absent, not TOML, has an unknown key, or names an unset variable.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such pipeline file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML ({error}).") from error
+    try:
+        return _grid(table, path)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _grid(table: dict[str, Any], path: Path) -> Grid:
+    _only(table, {"name", "seeds", "heads", "unfreeze", "dataset", "backbone", "finetune"}, "the file")
+    settings = _typed(table, "finetune", dict, {})
+    _only(settings, set(_PLAN_KEYS), "[finetune]")
+    base = FineTunePlan(Unfreeze.parse("all"), **settings)
+    plans = tuple(replace(base, unfreeze=Unfreeze.parse(text)) for text in _strings(table, "unfreeze"))
+    data = tuple(_data(entry) for entry in _typed(table, "dataset", list, []))
+    backbones = tuple(_backbone(entry) for entry in _typed(table, "backbone", list, [{"name": "mini"}]))
+    heads = _strings(table, "heads")
+    if not data:
+        raise UsageError("at least one [[dataset]] is needed.")
+    if not heads and not plans:
+        raise UsageError('nothing to run: give heads = ["logistic"] or unfreeze = ["last:1"].')
+    seeds = _typed(table, "seeds", list, [0])
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UsageError("seeds: a list of whole numbers from 0 is needed.")
+    return Grid(_typed(table, "name", str, path.stem), data, backbones, heads, plans, tuple(seeds))
+
+
+def _data(entry: dict[str, Any]) -> DataEntry:
+    _only(entry, {"data", "name"}, "[[dataset]]")
+    if "data" not in entry:
+        raise UsageError("[[dataset]]: data = PATH is needed.")
+    return DataEntry(_expand(_typed(entry, "data", str, "")), entry.get("name"))
+
+
+def _backbone(entry: dict[str, Any]) -> BackboneSpec:
+    _only(entry, {"name", "weights", "random_init", "model_args", *_OVERRIDES}, "[[backbone]]")
+    overrides = {key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in _OVERRIDES if key in entry}
+    weights = entry.get("weights")
+    return BackboneSpec(
+        name=_typed(entry, "name", str, "mini"),
+        weights=_expand(weights) if weights is not None else None,
+        random_init=entry.get("random_init"),
+        model_args=freeze_args(_typed(entry, "model_args", dict, {})),
+        overrides=TransformOverrides(**overrides),
+    )
+
+
+def _expand(text: str) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if unset := re.search(r"\$\{?(\w+)", expanded):
+        raise UsageError(f"{text}: set the environment variable {unset[1]} first.")
+    return expanded
+
+
+def _strings(table: dict[str, Any], key: str) -> tuple[str, ...]:
+    values = _typed(table, key, list, [])
+    if not all(isinstance(value, str) for value in values):
+        raise UsageError(f"{key}: a list of strings is needed.")
+    return tuple(values)
+
+
+def _typed(table: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = table.get(key, default)
+    if not isinstance(value, kind):
+        raise UsageError(f"{key}: a {kind.__name__} is needed, not {value!r}.")
+    return value
+
+
+def _only(table: dict[str, Any], allowed: set[str], where: str) -> None:
+    unknown = sorted(set(table) - allowed)
+    if unknown:
+        raise UsageError(f"{where} has no key {unknown[0]!r}; it takes {', '.join(sorted(allowed))}.")

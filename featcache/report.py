@@ -1,0 +1,145 @@
+"""Run records into tables: Markdown for people, CSV for programs."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tabulate import tabulate
+
+from featcache.metrics import gap
+from featcache.records import RunRecord
+
+COLUMNS = (
+    "dataset",
+    "backbone",
+    "head or unfreeze",
+    "test accuracy %",
+    "95 % interval or std",
+    "gap to best probe, points",
+    "gap interval or std",
+    "gap p",
+    "extract s",
+    "fit or train s",
+    "images/s",
+)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The records of one table row: the same experiment under several seeds."""
+
+    records: tuple[RunRecord, ...]
+
+    @property
+    def first(self) -> RunRecord:
+        return self.records[0]
+
+
+def rows(records: Sequence[RunRecord]) -> list[list[str]]:
+    """Return the table's cells as text, in the order of the records' first appearance.
+
+    Gaps are to the head that did best on validation for the same data set, backbone and seed; records with other test
+    items are not compared.
+    """
+    return [_row(group, records) for group in _groups(records)]
+
+
+def markdown(records: Sequence[RunRecord]) -> str:
+    """Return the table in Markdown."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows(records)]
+    return tabulate(escaped, headers=COLUMNS, tablefmt="pipe", disable_numparse=True)
+
+
+def plain(records: Sequence[RunRecord]) -> str:
+    """Return the table for a terminal, in fewer columns."""
+    short = [[*row[:4], row[4], row[5], row[6], *row[8:]] for row in rows(records)]
+    headers = ["dataset", "backbone", "method", "test %", "95 % / std", "gap", "gap 95 % / std", "extract s", "train s", "img/s"]
+    return tabulate(short, headers=headers, tablefmt="simple", disable_numparse=True)
+
+
+def to_csv(records: Sequence[RunRecord]) -> str:
+    """Return the table as CSV; a cell that a spreadsheet would run as a formula is quoted with an apostrophe."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows(records):
+        writer.writerow([_inert(cell) if index < 3 else cell for index, cell in enumerate(row)])  # noqa: PLR2004
+    return out.getvalue()
+
+
+def _groups(records: Sequence[RunRecord]) -> list[_Group]:
+    latest = {record.cell: record for record in records}
+    by_row: dict[tuple[str, ...], list[RunRecord]] = {}
+    for record in latest.values():
+        name = (record.dataset, record.backbone, record.kind, record.method, _without_seed(record))
+        by_row.setdefault(name, []).append(record)
+    return [_Group(tuple(group)) for group in by_row.values()]
+
+
+def _without_seed(record: RunRecord) -> str:
+    """Return what else tells rows apart; given test splits are one set of items under every seed, drawn ones are not."""
+    return repr(sorted(record.request.items(), key=lambda pair: pair[0]))
+
+
+def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
+    first = group.first
+    accuracies = [100 * record.test["accuracy"] for record in group.records]
+    if len(accuracies) == 1:
+        low, high = first.test["accuracy_ci"]
+        spread = f"{100 * low:.1f} to {100 * high:.1f}"
+    else:
+        spread = f"± {statistics.stdev(accuracies):.2f} ({len(accuracies)} seeds)"
+    points, gap_spread, p_value = _gap_cells(group, records)
+    phase = "fit" if first.kind == "fit" else "train"
+    speeds = [record.images_per_second for record in group.records if record.images_per_second]
+    return [
+        first.dataset,
+        first.backbone,
+        first.method,
+        f"{statistics.mean(accuracies):.1f}",
+        spread,
+        points,
+        gap_spread,
+        p_value,
+        f"{max(record.seconds['extract'] for record in group.records):.1f}",
+        f"{statistics.mean(record.seconds[phase] for record in group.records):.1f}",
+        f"{max(speeds):.0f}" if speeds else "-",
+    ]
+
+
+def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, str]:
+    compared = []
+    for record in group.records:
+        probe = _best_probe(record, records)
+        if probe is not None and probe.cell != record.cell:
+            compared.append(gap(_right(record), _right(probe), record.seed))
+    if not compared:
+        return ("-", "-", "-")
+    if len(compared) == 1:
+        only = compared[0]
+        return (f"{only.points:+.1f}", f"{only.ci[0]:+.1f} to {only.ci[1]:+.1f}", f"{only.p_value:.2g}")
+    points = [one.points for one in compared]
+    return (f"{statistics.mean(points):+.1f}", f"± {statistics.stdev(points):.2f}", "-")
+
+
+def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
+    """Return the head that did best on validation among those tested on the same images under the same seed."""
+    rivals = [
+        other
+        for other in records
+        if other.kind == "fit"
+        and (other.dataset, other.seed, other.test_items) == (record.dataset, record.seed, record.test_items)
+        and other.request["backbone"] == record.request["backbone"]
+    ]
+    return max(rivals, key=lambda other: (other.val["accuracy"], other.method == "logistic"), default=None)
+
+
+def _right(record: RunRecord) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    return np.array([char == "1" for char in record.right])
+
+
+def _inert(cell: str) -> str:
+    return f"'{cell}" if cell[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell

@@ -1,0 +1,225 @@
+"""What is asked for, as frozen values: they are checked once, here, and hashed into the cache key."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from featcache.errors import UsageError
+from featcache.fingerprint import fingerprint
+
+FORMAT_VERSION = 1
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
+CropMode = Literal["center", "squash"]
+StoredDtype = Literal["float32", "float16", "uint8"]
+
+POOLED = "pooled"
+INPUT = "input"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How an image file becomes the numbers that a backbone sees.
+
+    The image is decoded with Pillow, its short side scaled to ``input_size / crop_pct`` and the central square of
+    ``input_size`` pixels kept ("center"), or the whole of it squeezed into that square ("squash"); both in one
+    resampling step. Then (x / 255 - mean) / std, channel by channel.
+    """
+
+    input_size: int = 224
+    crop_pct: float = 1.0
+    crop_mode: CropMode = "center"
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] | None = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] | None = (0.229, 0.224, 0.225)
+    decoder: str = "pillow"
+    antialias: bool = True
+    exif: str = "ignore"
+    alpha: str = "drop"
+    deep: str = "scale"  # 16 bits a channel: the high byte
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be carried out."""
+        if self.input_size < 1:
+            raise UsageError(f"--input-size {self.input_size}: at least 1 pixel is needed.")
+        if not 0 < self.crop_pct <= 1:
+            raise UsageError(f"--crop-pct {self.crop_pct}: a number above 0 and up to 1 is needed.")
+        if self.std is not None and min(self.std) <= 0:
+            raise UsageError(f"--std {self.std}: every value must be above 0.")
+
+    def pixels_only(self) -> "Transform":
+        """Return the part of the transform that decides stored pixels: mean and std do not."""
+        return replace(self, mean=None, std=None)
+
+
+@dataclass(frozen=True)
+class TransformOverrides:
+    """What the user wants otherwise than the backbone's own data configuration; ``None`` leaves it."""
+
+    input_size: int | None = None
+    crop_pct: float | None = None
+    interpolation: Interpolation | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone as it is asked for: a timm name or ``mini``, where its weights come from, timm's own arguments.
+
+    Without ``weights`` or ``random_init`` the published weights of the name are meant.
+    """
+
+    name: str = "mini"
+    weights: str | None = None
+    random_init: int | None = None
+    model_args: tuple[tuple[str, Any], ...] = ()
+    overrides: TransformOverrides = field(default_factory=TransformOverrides)
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions."""
+        if not self.name:
+            raise UsageError("--backbone: a name is needed, such as `mini` or `resnet18`.")
+        if self.weights is not None and self.random_init is not None:
+            raise UsageError("--weights and --random-init exclude each other: keep one.")
+
+    @property
+    def label(self) -> str:
+        """The name as it stands in folders and tables."""
+        label = re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-.")
+        return f"{label}.random{self.random_init}" if self.random_init is not None else label
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A backbone as it was loaded: what the numbers depend on."""
+
+    architecture: str
+    tag: str
+    weights_sha256: str
+    model_args: tuple[tuple[str, Any], ...] = ()
+    pool: str = "default"
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Everything that decides a stored row besides the image's bytes: the cache key is its fingerprint.
+
+    At the cut ``input`` the rows are pixels, so that ``backbone`` is ``None`` and all backbones share them.
+    """
+
+    transform: Transform
+    backbone: LoadedBackbone | None
+    cut: str = POOLED
+    compute: str = "float32"
+    dtype: StoredDtype = "float32"
+    views: int = 1
+    views_seed: int = 0
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse a dtype that the cut cannot have."""
+        if (self.cut == INPUT) != (self.dtype == "uint8"):
+            raise UsageError(f"--dtype {self.dtype}: `input` is stored as uint8, every other cut as a float.")
+
+    @property
+    def key(self) -> str:
+        """The cache key, 64 hexadecimal digits."""
+        return fingerprint(self)
+
+
+def stored_dtype(cut: str, wish: StoredDtype | None = None) -> StoredDtype:
+    """Return the dtype that a cut is stored in: embeddings float32, activation maps float16, pixels uint8."""
+    if cut == INPUT:
+        return "uint8"
+    return wish or ("float32" if cut == POOLED else "float16")
+
+
+@dataclass(frozen=True)
+class Unfreeze:
+    """Which part of a backbone is trained: the last stages, a share of its parameters, from a stage on, or all."""
+
+    text: str
+    kind: Literal["last", "share", "stage", "all"]
+    amount: float = 0.0
+    stage: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Unfreeze":
+        """Read ``last:2``, ``25%``, ``layer4`` or ``all``.
+
+        Raises:
+            UsageError: the text is none of them.
+        """
+        last = re.fullmatch(r"last:(\d+)", text)
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+        if text == "all":
+            return cls(text, "all")
+        if last and int(last[1]) > 0:
+            return cls(text, "last", amount=int(last[1]))
+        if share and 0 < float(share[1]) <= 100:
+            return cls(text, "share", amount=float(share[1]) / 100)
+        if re.fullmatch(r"[A-Za-z_][\w.]*", text):
+            return cls(text, "stage", stage=text)
+        raise UsageError(f"--unfreeze {text}: write last:K, P% (up to 100%), the name of a stage, or all.")
+
+
+@dataclass(frozen=True)
+class FineTunePlan:
+    """How the unfrozen part is trained.
+
+    ``lr`` is the backbone's last stage's rate; each stage before it has ``layer_decay`` times the next one's
+    (Clark et al. 2020, ELECTRA, appendix A; Bao et al. 2021, BEiT, section 3.1). Rates are AdamW's; ``warmup`` is a
+    share of all steps, then a half cosine to zero.
+    """
+
+    unfreeze: Unfreeze
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 3e-4
+    head_lr: float = 1e-3
+    layer_decay: float = 0.75
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    label_smoothing: float = 0.1
+    patience: int = 3
+    train_batchnorm: bool = False
+    dtype: StoredDtype | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that train nothing."""
+        if self.epochs < 1 or self.batch_size < 1 or self.patience < 1:
+            raise UsageError("--epochs, --batch-size and --patience: at least 1 is needed.")
+        if min(self.lr, self.head_lr) <= 0:
+            raise UsageError("--lr and --head-lr: a rate above 0 is needed.")
+
+
+def parse_model_args(pairs: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    """Read ``KEY=VALUE`` pairs for timm, values as JSON where they are JSON, else as text; sorted by key.
+
+    Raises:
+        UsageError: a pair has no ``=``.
+    """
+    import json
+
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--model-arg {pair}: write KEY=VALUE, such as pad_type=same.")
+        try:
+            parsed[key] = json.loads(text)
+        except json.JSONDecodeError:
+            parsed[key] = {"True": True, "False": False, "None": None}.get(text, text)
+    return freeze_args(parsed)
+
+
+def freeze_args(args: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return keyword arguments as a sorted tuple of pairs, lists as tuples."""
+    return tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in args.items()))

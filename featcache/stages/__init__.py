@@ -1,0 +1,1 @@
+"""The stages: extract, fit, finetune. They never import each other; ``pipeline`` joins them."""

@@ -1,0 +1,28 @@
+"""The store: entries of immutable parts on disk (the only place that knows HDF5)."""
+
+from featcache.store.entry import (
+    TABLE,
+    Features,
+    FeatureStore,
+    FileRecord,
+    Manifest,
+    Quarantined,
+    RowReader,
+    now_ns,
+)
+from featcache.store.files import SPLITS, Listing, Part, Seen
+
+__all__ = [
+    "SPLITS",
+    "TABLE",
+    "FeatureStore",
+    "Features",
+    "FileRecord",
+    "Listing",
+    "Manifest",
+    "Part",
+    "Quarantined",
+    "RowReader",
+    "Seen",
+    "now_ns",
+]
