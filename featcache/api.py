@@ -6,7 +6,8 @@ from pathlib import Path
 from featcache.cache import default_cache
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
-from featcache.pipeline.jobs import Extracted, HeadJob, Settings, TuneJob, Workbench, finetune_job, fit_heads
+from featcache.pipeline.jobs import HeadJob, TuneJob, finetune_job, fit_heads
+from featcache.pipeline.workbench import Extracted, Settings, Workbench
 from featcache.sources import open_source
 from featcache.specs import POOLED, BackboneSpec, FineTunePlan, StoredDtype, Unfreeze
 
@@ -61,7 +62,7 @@ def fit(
     return fit_heads(bench, heads, seed=seed, records=bench.settings.cache / RECORDS)
 
 
-def finetune(  # noqa: PLR0913 - mirrors the command
+def finetune(
     data: str | Path,
     backbone: str | BackboneSpec = "mini",
     *,
@@ -100,8 +101,6 @@ def default_out() -> Path:
     return Path("benchmarks") if Path("benchmarks").is_dir() else Path()
 
 
-def _workbench(
-    data: str | Path, backbone: str | BackboneSpec, name: str | None, settings: Settings | None
-) -> Workbench:
+def _workbench(data: str | Path, backbone: str | BackboneSpec, name: str | None, settings: Settings | None) -> Workbench:
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
     return Workbench(open_source(data, name), spec, settings or Settings(default_cache(), rebind=name is not None))

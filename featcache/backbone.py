@@ -29,7 +29,6 @@ from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
 from featcache.cut import split
-from featcache.errors import CutError
 from featcache.fingerprint import sha256_of_chunks
 from featcache.specs import INPUT, INTERPOLATIONS, POOLED, BackboneSpec, LoadedBackbone, Transform, freeze_args
 
@@ -150,12 +149,12 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
         with resources.as_file(resources.files("featcache") / "assets" / "mini.safetensors") as path:
             _load_weights(module, path)
     module.eval().requires_grad_(False).to(device)
-    if any(parameter.dim() == 4 for parameter in module.parameters()):  # noqa: PLR2004
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if any(parameter.dim() == 4 for parameter in module.parameters()):
+        module.to(memory_format=torch.channels_last)
     published = config or timm.data.resolve_model_data_config(module)
     pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
     loaded = LoadedBackbone(
-        architecture=BUNDLED if config is not None else architecture.split(".")[0],
+        architecture=BUNDLED if config is not None else architecture.partition(".")[0],
         tag=_tag(spec, pretrained_cfg),
         weights_sha256=_hash_weights(module),
         model_args=freeze_args(args),
@@ -192,9 +191,8 @@ def list_backbones(pattern: str) -> Iterator[ModelFacts]:
 def model_size(name: str) -> tuple[int, int]:
     """Return a model's number of parameters, without classifier, and the width of its embedding, without allocating it."""
     with torch.device("meta"):
-        module = timm.create_model(_bundled()[0], num_classes=0, **_bundled()[1]) if name == BUNDLED else timm.create_model(
-            name, num_classes=0
-        )
+        architecture, args = _bundled()[:2] if name == BUNDLED else (name, {})
+        module = timm.create_model(architecture, num_classes=0, **args)
     width = getattr(module, "head_hidden_size", None) or module.num_features
     return sum(parameter.numel() for parameter in module.parameters()), int(width)
 
@@ -210,7 +208,7 @@ def _require_known(name: str) -> None:
     if not timm.is_model(name):
         import difflib
 
-        close = difflib.get_close_matches(name.split(".")[0], [*timm.list_models(), BUNDLED], n=3)
+        close = difflib.get_close_matches(name.partition(".")[0], [*timm.list_models(), BUNDLED], n=3)
         hint = f" Did you mean {', '.join(close)}?" if close else ""
         raise UsageError(f"--backbone {name}: timm has no such model.{hint} `featcache backbones 'resnet*'` lists them.")
 
@@ -219,7 +217,8 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
+            module: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
+            return module
     except TypeError as error:
         raise UsageError(f"--model-arg: {name} does not take it ({error}).") from error
     except Exception as error:
@@ -347,6 +346,3 @@ def _stage_name(group: list[str], index: int, sizes: dict[str, int]) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
-
-
-__all__ = ["BUNDLED", "Backbone", "CutError", "ModelFacts", "Normalise", "Stage", "list_backbones", "load_backbone"]

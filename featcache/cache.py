@@ -17,7 +17,6 @@ from featcache.store import TABLE, FeatureStore, Listing, Quarantined, Seen
 from featcache.store.atomic import create_file, make_folder, replace_file
 
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
-_SLOW_HASHING = 200
 
 
 def default_cache() -> Path:

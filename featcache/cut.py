@@ -51,6 +51,7 @@ class _Tracer(fx.Tracer):
         self._leaves = tuple(get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a module is called as a whole."""
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -74,6 +75,7 @@ class _Observer(fx.Interpreter):
         self.seen: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run one node and remember what it gave."""
         value = super().run_node(n)
         self.seen[n] = _describe(value)
         return value
@@ -186,9 +188,7 @@ def _parameter_ids(traced: fx.GraphModule, node: fx.Node) -> set[int]:
     return set()
 
 
-def _minimum_cut(
-    traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: set[fx.Node], hot: set[fx.Node]
-) -> fx.Node:
+def _minimum_cut(traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: set[fx.Node], hot: set[fx.Node]) -> fx.Node:
     """Return the one node whose value separates the images from the hot nodes at the least bytes."""
     flow = nx.DiGraph()
     for node in traced.graph.nodes:
@@ -213,7 +213,8 @@ def _minimum_cut(
     tensors = [node for node in border if isinstance(values[node], _Shape)]
     if len(tensors) != 1:
         raise CutError(f"{len(tensors)} tensors would have to be stored for this cut.")
-    return tensors[0]
+    only: fx.Node = tensors[0]
+    return only
 
 
 def _prefix(traced: fx.GraphModule, border: fx.Node) -> fx.GraphModule:
@@ -225,9 +226,7 @@ def _prefix(traced: fx.GraphModule, border: fx.Node) -> fx.GraphModule:
     return fx.GraphModule(traced, graph).eval()
 
 
-def _suffix(
-    traced: fx.GraphModule, border: fx.Node, values: dict[fx.Node, Any], dependent: set[fx.Node]
-) -> fx.GraphModule:
+def _suffix(traced: fx.GraphModule, border: fx.Node, values: dict[fx.Node, Any], dependent: set[fx.Node]) -> fx.GraphModule:
     graph = fx.Graph()
     stored = graph.placeholder("stored")
     copies: dict[fx.Node, Any] = {border: stored}

@@ -79,5 +79,7 @@ def _cache() -> Finding:
         with tempfile.TemporaryFile(dir=where) as file:
             file.write(b"featcache")
     except (OSError, FeatcacheError) as error:
-        return Finding("cache", ok=False, found=f"{where}: {error}", repair="set FEATCACHE_CACHE to a folder that can be written")
+        return Finding(
+            "cache", ok=False, found=f"{where}: {error}", repair="set FEATCACHE_CACHE to a folder that can be written"
+        )
     return Finding("cache", ok=True, found=str(where))

@@ -148,7 +148,7 @@ def linear_weights(head: Pipeline, classes: int) -> tuple[NDArray[np.float64], N
     """
     scaler, model = head[0], head[-1]
     coefficients, intercept = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
-    if len(model.classes_) == 2:  # noqa: PLR2004 - scikit-learn keeps one row for two classes
+    if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercept = np.concatenate([-intercept, intercept]) / 2
     weights, bias = np.zeros((classes, coefficients.shape[1])), np.full(classes, -30.0)

@@ -46,9 +46,7 @@ class Gap:
     p_value: float
 
 
-def test_scores(
-    predict: Callable[[Index], Probabilities | NDArray[np.int64]], y: NDArray[np.int64], split: Split
-) -> Tested:
+def test_scores(predict: Callable[[Index], Probabilities | NDArray[np.int64]], y: NDArray[np.int64], split: Split) -> Tested:
     """Read the test split: the only function that does, called once a finished model.
 
     Args:
@@ -58,7 +56,7 @@ def test_scores(
     """
     answer = predict(split.test)
     truth = y[split.test]
-    predicted = answer.argmax(axis=1) if answer.ndim == 2 else answer  # noqa: PLR2004
+    predicted = answer.argmax(axis=1) if answer.ndim == 2 else answer
     return Tested(score(truth, answer), predicted == truth, predicted.astype(np.int64))
 
 
@@ -69,7 +67,7 @@ def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64]) -
     """Return the scores of probabilities (n, classes) or of predicted classes (n,) against the truth (n,)."""
     from sklearn.metrics import f1_score, recall_score
 
-    known = answer.ndim == 2  # noqa: PLR2004
+    known = answer.ndim == 2
     predicted = answer.argmax(axis=1) if known else answer
     right = predicted == truth
     present = np.unique(truth)
@@ -110,7 +108,7 @@ def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], seed: int = 0) -> Ga
     return Gap(100 * float(difference.mean()), (float(low), float(high)), p_value)
 
 
-def _log_loss(truth: NDArray[np.int64], probabilities: Probabilities) -> float:
+def _log_loss(truth: NDArray[np.int64], probabilities: NDArray[Any]) -> float:
     picked = probabilities[np.arange(len(truth)), truth]
     return float(-np.log(np.clip(picked, np.finfo(np.float64).tiny, None)).mean())
 

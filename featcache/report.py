@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from featcache.metrics import gap
@@ -56,7 +57,18 @@ def markdown(records: Sequence[RunRecord]) -> str:
 def plain(records: Sequence[RunRecord]) -> str:
     """Return the table for a terminal, in fewer columns."""
     short = [[*row[:4], row[4], row[5], row[6], *row[8:]] for row in rows(records)]
-    headers = ["dataset", "backbone", "method", "test %", "95 % / std", "gap", "gap 95 % / std", "extract s", "train s", "img/s"]
+    headers = [
+        "dataset",
+        "backbone",
+        "method",
+        "test %",
+        "95 % / std",
+        "gap",
+        "gap 95 % / std",
+        "extract s",
+        "train s",
+        "img/s",
+    ]
     return tabulate(short, headers=headers, tablefmt="simple", disable_numparse=True)
 
 
@@ -66,7 +78,7 @@ def to_csv(records: Sequence[RunRecord]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows(records):
-        writer.writerow([_inert(cell) if index < 3 else cell for index, cell in enumerate(row)])  # noqa: PLR2004
+        writer.writerow([_inert(cell) if index < 3 else cell for index, cell in enumerate(row)])
     return out.getvalue()
 
 
@@ -137,7 +149,7 @@ def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | 
     return max(rivals, key=lambda other: (other.val["accuracy"], other.method == "logistic"), default=None)
 
 
-def _right(record: RunRecord) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _right(record: RunRecord) -> NDArray[np.bool_]:
     return np.array([char == "1" for char in record.right])
 
 

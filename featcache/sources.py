@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from featcache.errors import DataError, UsageError
 from featcache.fingerprint import fingerprint
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .png .bmp .gif .tif .tiff .webp .avif .ppm .pgm .pbm .pnm .jp2 .tga .ico".split()
-)
+_PHOTOGRAPHS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".avif", ".jp2")
+_OTHERS = (".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico")
+IMAGE_SUFFIXES = frozenset(_PHOTOGRAPHS + _OTHERS)
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -107,7 +107,11 @@ def open_source(data: str | Path, name: str | None = None) -> Source:
 def _folder(root: Path) -> Source:
     split_folders = {entry: SPLIT_FOLDERS[entry.lower()] for entry in _folders(root) if entry.lower() in SPLIT_FOLDERS}
     if "train" in split_folders.values():
-        places = [(f"{folder}/{label}", label, split) for folder, split in split_folders.items() for label in _folders(root / folder)]
+        places = [
+            (f"{folder}/{label}", label, split)
+            for folder, split in split_folders.items()
+            for label in _folders(root / folder)
+        ]
         unused = [entry for entry in _folders(root) if entry not in split_folders]
     else:
         places, unused = [(label, label, "") for label in _folders(root)], []
@@ -135,7 +139,7 @@ def _images(root: Path, folder: str) -> Iterator[str]:
     for where, folders, files in os.walk(root / folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
                 yield Path(where, name).relative_to(root).as_posix()
 
 
@@ -149,7 +153,9 @@ def _manifest(path: Path) -> Source:
         raise DataError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
     columns = set(rows[0]) if rows else set()
     if not {"path", "label"} <= columns:
-        raise DataError(f"{path}: the columns path and label are needed (split is optional), found {sorted(map(str, columns))}.")
+        raise DataError(
+            f"{path}: the columns path and label are needed (split is optional), found {sorted(map(str, columns))}."
+        )
     items = []
     for line, row in enumerate(rows, start=2):
         split = (row.get("split") or "").strip().lower()

@@ -70,7 +70,7 @@ def items_hash(sha256: Sequence[str], index: Index, y: NDArray[np.int64]) -> str
 
 def _require_classes(y: NDArray[np.int64], classes: Sequence[str]) -> None:
     present = np.unique(y)
-    if len(present) < 2:  # noqa: PLR2004
+    if len(present) < 2:
         only = classes[int(present[0])] if len(present) else "none"
         raise DataError(f"at least two classes with images are needed, found {len(present)} ({only}).")
 
@@ -80,7 +80,7 @@ def _draw(pool: Index, y: NDArray[np.int64], classes: Sequence[str], rng: np.ran
     kept, drawn = [], []
     for label in np.unique(y[pool]):
         members = pool[y[pool] == label]
-        if len(members) < 2:  # noqa: PLR2004
+        if len(members) < 2:
             raise DataError(
                 f"class {classes[int(label)]!r} has {len(members)} image to train and choose on: add images, remove the "
                 "class, or give a split."

@@ -1,6 +1,7 @@
 """``featcache backbones``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,7 +26,7 @@ def command(pattern: str, sizes: bool, cache: Path | None, as_json: bool) -> Non
     few = 20
     rows = []
     for facts in found:
-        row = {
+        row: dict[str, Any] = {
             "name": facts.name,
             "input_size": facts.input_size,
             "pretrained": facts.pretrained,

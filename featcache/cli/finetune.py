@@ -10,9 +10,13 @@ from featcache.cli import options
 @click.command()
 @options.data_argument
 @options.backbone_options
-@click.option("--unfreeze", default="last:1", show_default=True, help="last:K stages, P% of parameters, a stage's name, all.")
+@click.option(
+    "--unfreeze", default="last:1", show_default=True, help="last:K stages, P% of parameters, a stage's name, all."
+)
 @click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="At most.")
-@click.option("--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without gain that end it.")
+@click.option(
+    "--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without gain that end it."
+)
 @click.option("--train-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images a training step.")
 @click.option("--lr", type=float, default=3e-4, show_default=True, help="Of the last stage.")
 @click.option("--head-lr", type=float, default=1e-3, show_default=True, help="Of the head.")

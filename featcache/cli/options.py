@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from featcache.pipeline.jobs import Settings
+    from featcache.pipeline.workbench import Settings
     from featcache.specs import BackboneSpec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -24,7 +24,7 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-class Three(click.ParamType):
+class Three(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
     """Three numbers with commas between, one a colour channel."""
 
     name = "R,G,B"
@@ -39,12 +39,12 @@ class Three(click.ParamType):
             self.fail(f"{value!r}: write numbers, such as 0.5,0.5,0.5.", param, ctx)
         if len(numbers) == 1:
             numbers *= 3
-        if len(numbers) != 3:  # noqa: PLR2004
+        if len(numbers) != 3:
             self.fail(f"{value!r}: three numbers are needed.", param, ctx)
         return numbers
 
 
-class Percent(click.ParamType):
+class Percent(click.ParamType):  # type: ignore[type-arg]  # as above
     """A percentage, such as ``1%``."""
 
     name = "P%"
@@ -105,7 +105,7 @@ def take_spec(options: dict[str, Any]) -> "BackboneSpec":
 def take_settings(options: dict[str, Any]) -> "Settings":
     """Take the options that change no number out of a command's and return them as one value; ``name`` stays."""
     from featcache.cache import default_cache
-    from featcache.pipeline.jobs import Settings
+    from featcache.pipeline.workbench import Settings
 
     return Settings(
         cache=options.pop("cache") or default_cache(),

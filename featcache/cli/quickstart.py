@@ -20,7 +20,7 @@ def command(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     from featcache.api import RECORDS, bench
     from featcache.cache import default_cache
     from featcache.cli.bench import show
-    from featcache.pipeline.jobs import Settings
+    from featcache.pipeline.workbench import Settings
 
     where = cache or default_cache()
     with resources.as_file(resources.files("featcache") / "assets" / "quickstart.toml") as pipeline:

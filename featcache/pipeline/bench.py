@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from featcache import report
 from featcache.errors import FeatcacheError
 from featcache.pipeline.grid import DataEntry, Grid
-from featcache.pipeline.jobs import Settings, Workbench, cell_of, finetune_job, fit_heads
+from featcache.pipeline.jobs import cell_of, finetune_job, fit_heads
+from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, read_records
 from featcache.sources import open_source
@@ -38,7 +40,7 @@ def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:
     runner = _Runner(grid, settings, out / f"{grid.name}.jsonl")
     for data in grid.data:
         for spec in grid.backbones:
-            runner.guarded(f"{data.data} x {spec.label}", lambda data=data, spec=spec: runner.run(data, spec))
+            runner.guarded(f"{data.data} x {spec.label}", partial(runner.run, data, spec))
     done = read_records([runner.path])
     latest = {record.cell: record for record in done}
     records = tuple(latest[cell] for cell in runner.cells if cell in latest)
@@ -76,12 +78,12 @@ class _Runner:
         for head in self.grid.heads:
             for seed in self.grid.seeds:
                 cell = cell_of(spec, features, head, None, seed)
-                self._cell(cell, f"{bench.source.name} {head}", lambda h=head, s=seed: self._fit(bench, h, s))
+                self._cell(cell, f"{bench.source.name} {head}", partial(self._fit, bench, head, seed))
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
                 cell = cell_of(spec, features, plan.unfreeze.text, plan, seed)
                 what = f"{bench.source.name} {plan.unfreeze.text}"
-                self._cell(cell, what, lambda p=plan, s=seed: self._tune(bench, p, s))
+                self._cell(cell, what, partial(self._tune, bench, plan, seed))
 
     def _cell(self, cell: str, what: str, act: Callable[[], None]) -> None:
         self.cells.append(cell)
@@ -97,4 +99,3 @@ class _Runner:
     def _tune(self, bench: Workbench, plan: FineTunePlan, seed: int) -> None:
         job = finetune_job(bench, plan, seed=seed, records=self.path)
         self.computed_images += job.computed_images
-

@@ -80,7 +80,9 @@ def _data(entry: dict[str, Any]) -> DataEntry:
 
 def _backbone(entry: dict[str, Any]) -> BackboneSpec:
     _only(entry, {"name", "weights", "random_init", "model_args", *_OVERRIDES}, "[[backbone]]")
-    overrides = {key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in _OVERRIDES if key in entry}
+    overrides: dict[str, Any] = {
+        key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in _OVERRIDES if key in entry
+    }
     weights = entry.get("weights")
     return BackboneSpec(
         name=_typed(entry, "name", str, "mini"),
@@ -92,7 +94,7 @@ def _backbone(entry: dict[str, Any]) -> BackboneSpec:
 
 
 def _expand(text: str) -> str:
-    expanded = os.path.expanduser(os.path.expandvars(text))
+    expanded = str(Path(os.path.expandvars(text)).expanduser()) if not text.startswith("sklearn:") else text
     if unset := re.search(r"\$\{?(\w+)", expanded):
         raise UsageError(f"{text}: set the environment variable {unset[1]} first.")
     return expanded

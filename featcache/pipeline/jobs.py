@@ -3,156 +3,31 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import cache as caching
 from featcache.errors import CutError
-from featcache.stages.extract import ExtractReport, extract
 from featcache.fingerprint import fingerprint
+from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record, stamp
-from featcache.sources import Source
 from featcache.specs import (
     INPUT,
     POOLED,
     BackboneSpec,
-    FeatureSpec,
     FineTunePlan,
-    StoredDtype,
-    Transform,
-    stored_dtype,
 )
 from featcache.splits import Split, items_hash, make_split
 from featcache.store import Features, FeatureStore, RowReader
 
 if TYPE_CHECKING:
-    from featcache.backbone import Backbone
     from featcache.stages.finetune import FineTuned, LinearHead
     from featcache.stages.fit import FittedHead
 
 PROBE = "logistic"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What changes how a job runs, and none of its numbers."""
-
-    cache: Path
-    batch_size: int = 32
-    device: str | None = None
-    max_bad: float = 0.01
-    rebind: bool = False
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """An entry that is complete for a source, and what it took."""
-
-    store: FeatureStore
-    report: ExtractReport
-    backbone: str
-    cut: str
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The JSON object of ``featcache extract``."""
-        report = self.report
-        return {
-            "entry": str(self.store.path),
-            "dataset": self.store.path.parent.name,
-            "backbone": self.backbone,
-            "cut": self.cut,
-            "rows": report.rows,
-            "computed": report.computed,
-            "reused": report.reused,
-            "quarantined": [asdict(item) for item in report.quarantined],
-            "seconds": round(report.seconds, 3),
-            "images_per_second": self.images_per_second,
-            "key": self.store.key,
-        }
-
-    @property
-    def images_per_second(self) -> float | None:
-        """Images computed a second, ``None`` where none was."""
-        return round(self.report.computed / self.report.seconds, 1) if self.report.computed else None
-
-
-class Workbench:
-    """A source and a backbone, with the backbone loaded only when something has to be computed."""
-
-    def __init__(self, source: Source, spec: BackboneSpec, settings: Settings) -> None:
-        self.source = source
-        self.spec = spec
-        self.settings = settings
-        for note in source.notes:
-            logger.warning(note)
-
-    @cached_property
-    def folder(self) -> Path:
-        """The data set's folder in the cache."""
-        return caching.dataset_folder(self.settings.cache, self.source, rebind=self.settings.rebind)
-
-    @cached_property
-    def backbone(self) -> "Backbone":
-        """The loaded backbone; the first use imports torch."""
-        import torch
-
-        from featcache.backbone import load_backbone
-
-        device = torch.device(self.settings.device) if self.settings.device else None
-        return load_backbone(self.spec, device)
-
-    def extracted(self, cut: str = POOLED, dtype: StoredDtype | None = None) -> Extracted:
-        """Return the entry of a cut, computing what it lacks."""
-        request = caching.Request(self.spec, cut, stored_dtype(cut, dtype))
-        store = caching.recognise(self.folder, request)
-        if store is not None:
-            stock = caching.take_stock(self.source, store)
-            decision = caching.plan(self.source, store, stock)
-            if isinstance(decision, caching.Hit):
-                quarantined = (*store.manifest.quarantined, *stock.unreachable)
-                report = ExtractReport(len(stock.known) - len(store.manifest.quarantined), 0, quarantined, 0.0)
-                return Extracted(store, report, self.spec.label, cut)
-            if not decision.to_read:
-                return self._extract(store, stock, None, cut)
-        spec = self._feature_spec(request)
-        path = caching.entry_path(self.folder, self.spec.label, spec)
-        if not path.exists() and (reason := caching.why_miss(self.folder, spec)):
-            logger.info("not in the cache; the nearest entry differs in %s", reason)
-        store = FeatureStore.create(path, spec)
-        stock = caching.take_stock(self.source, store)
-        runner = self.backbone.runner(cut) if cut != INPUT and stock.to_read else None
-        done = self._extract(store, stock, runner, cut)
-        store.remember_request(request.described())
-        return done
-
-    def _extract(self, store: FeatureStore, stock: caching.Stock, runner: Any, cut: str) -> Extracted:
-        stored = store.spec
-        three = {name: tuple(stored["transform"][name]) if stored["transform"][name] else None for name in ("mean", "std")}
-        report = extract(
-            self.source,
-            store,
-            stock,
-            runner,
-            transform=Transform(**(stored["transform"] | three)),
-            dtype=stored["dtype"],
-            batch_size=self.settings.batch_size,
-            max_bad=self.settings.max_bad,
-        )
-        return Extracted(store, report, self.spec.label, cut)
-
-    def _feature_spec(self, request: caching.Request) -> FeatureSpec:
-        transform = self.backbone.transform
-        if request.cut == INPUT:
-            return FeatureSpec(transform.pixels_only(), None, INPUT, dtype="uint8")
-        if request.cut != POOLED:
-            self.backbone.trained_after(request.cut)
-        return FeatureSpec(transform, self.backbone.loaded, request.cut, dtype=request.dtype)
 
 
 @dataclass(frozen=True)
@@ -185,8 +60,8 @@ def fit_heads(
     Raises:
         UsageError: a head is unknown; nothing has been computed then.
     """
-    from featcache.stages.fit import fit, save_bundle
     from featcache.heads import require_head
+    from featcache.stages.fit import fit, save_bundle
 
     for name in names:
         require_head(name)
@@ -217,8 +92,8 @@ def fit_heads(
             val=asdict(fitted.val),
             test=asdict(fitted.tested.scores),
             right=_bits(fitted.tested.right),
-            seconds={"extract": round(done.report.seconds, 3), "fit": round(fitted.seconds, 3)},
-            images_per_second=done.images_per_second,
+            seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
+            images_per_second=done.cost[1],
             artefact=str(path),
             notes=fitted.notes,
             **stamp(),
@@ -267,8 +142,8 @@ def finetune_job(
     records: Path | None = None,
 ) -> TuneJob:
     """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images."""
-    from featcache.stages.finetune import finetune, save_checkpoint
     from featcache.metrics import gap
+    from featcache.stages.finetune import finetune, save_checkpoint
     from featcache.unfreeze import thaw
 
     pooled, heads = fit_heads(bench, tuple(dict.fromkeys((PROBE, *probes))), seed=seed)
@@ -294,9 +169,11 @@ def finetune_job(
     }
     checkpoint = save_checkpoint(own, tuned.model, at_cut.store.path / "tuned" / name, facts)
     same_items = items_hash(features.sha256, split.test, features.y)
-    compared = gap(tuned.tested.right, _unbits(best_probe.record.right), seed) if (
-        same_items == best_probe.record.test_items
-    ) else None
+    compared = (
+        gap(tuned.tested.right, _unbits(best_probe.record.right), seed)
+        if (same_items == best_probe.record.test_items)
+        else None
+    )
     record = RunRecord(
         kind="finetune",
         cell=cell,
@@ -313,7 +190,7 @@ def finetune_job(
         val=asdict(tuned.history[tuned.best].val),
         test=asdict(tuned.tested.scores),
         right=_bits(tuned.tested.right),
-        seconds={"extract": round(at_cut.report.seconds, 3), "train": round(train_seconds, 3)},
+        seconds={"extract": at_cut.cost[0], "train": round(train_seconds, 3)},
         images_per_second=round(tuned.images_per_second, 1),
         probe={
             "head": best_probe.record.method,
@@ -330,9 +207,7 @@ def finetune_job(
     return TuneJob(tuned, record, pooled.report.computed + at_cut.report.computed)
 
 
-def cell_of(
-    spec: BackboneSpec, features: Features, method: str, plan: FineTunePlan | None, seed: int
-) -> str:
+def cell_of(spec: BackboneSpec, features: Features, method: str, plan: FineTunePlan | None, seed: int) -> str:
     """Return the name of an experiment: everything that decides its outcome but the code."""
     everything = np.arange(len(features.y))
     return fingerprint(
@@ -391,4 +266,4 @@ def _bits(right: NDArray[np.bool_]) -> str:
 
 
 def _unbits(text: str) -> NDArray[np.bool_]:
-    return np.frombuffer(text.encode(), dtype=np.uint8) == ord("1")
+    return np.array([char == "1" for char in text])

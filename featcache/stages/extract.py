@@ -19,7 +19,7 @@ from featcache.images import UnreadableImage, decode
 from featcache.progress import logger, progress
 from featcache.sources import FileStat, Item, Source
 from featcache.specs import StoredDtype, Transform
-from featcache.store import FeatureStore, FileRecord, Part, Quarantined, now_ns
+from featcache.store import FeatureStore, Part, Quarantined, now_ns
 
 PART_ROWS = 4096
 PART_BYTES = 64 << 20
@@ -75,7 +75,7 @@ class _Harvest:
         self.quarantined += [Quarantined(one.item.path, one.sha256.hex(), reasons[one.sha256.hex()]) for one in copies]
 
 
-def extract(  # noqa: PLR0913 - the parts of one job; each is a value of its own layer
+def extract(
     source: Source,
     store: FeatureStore,
     stock: Stock,
@@ -135,7 +135,7 @@ def _sort_in(one: Known, bad_before: dict[str, str], harvest: _Harvest) -> None:
         harvest.quarantined.append(Quarantined(one.item.path, one.sha256.hex(), reason))
 
 
-def _read_all(  # noqa: PLR0913
+def _read_all(
     source: Source, items: tuple[Item, ...], transform: Transform, rows_there: set[bytes], harvest: _Harvest, bar: Any
 ) -> Iterator[_Decoded]:
     """Yield each new image once, decoded ahead by threads; Pillow lets go of the interpreter while it works."""
@@ -214,7 +214,8 @@ def _commit_part(store: FeatureStore, harvest: _Harvest) -> None:
     if harvest.rows:
         part = Part(np.stack([row for _, row in harvest.rows]), make_seen([one for one, _ in harvest.rows], now_ns()))
         record = store.add_part(part)
-        store.commit(parts=[record], quarantined=[bad for bad in harvest.quarantined if bad.sha256])
+        seconds = time.monotonic() - harvest.part_started
+        store.commit(parts=[record], quarantined=[bad for bad in harvest.quarantined if bad.sha256], seconds=seconds)
     harvest.computed += len(harvest.rows)
     harvest.rows, harvest.part_started = [], time.monotonic()
 

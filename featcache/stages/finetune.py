@@ -82,7 +82,7 @@ class SuffixAndHead(nn.Module):
         return self.head(embedding.flatten(1))  # type: ignore[no-any-return]
 
 
-def finetune(  # noqa: PLR0913 - the parts of one job; each is a value of its own layer
+def finetune(
     backbone: Backbone,
     suffix: nn.Module,
     take: Take,
@@ -137,9 +137,7 @@ def finetune(  # noqa: PLR0913 - the parts of one job; each is a value of its ow
     return FineTuned(model, tuple(history), best, tested, seconds, speed)
 
 
-def parameter_groups(
-    backbone: Backbone, model: SuffixAndHead, plan: FineTunePlan, thawed: Thawed
-) -> list[dict[str, Any]]:
+def parameter_groups(backbone: Backbone, model: SuffixAndHead, plan: FineTunePlan, thawed: Thawed) -> list[dict[str, Any]]:
     """Return AdamW's groups: each stage its rate, the head its own, no weight decay for vectors (norms, biases)."""
     groups = []
     parameters = dict(backbone.module.named_parameters())
@@ -213,7 +211,7 @@ def _thaw_parameters(backbone: Backbone, thawed: Thawed) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def _train_epoch(  # noqa: PLR0913
+def _train_epoch(
     model: SuffixAndHead,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
@@ -233,7 +231,7 @@ def _train_epoch(  # noqa: PLR0913
         logits = model(_to_device(take(rows), model))
         labels = torch.from_numpy(y[rows]).to(logits.device)
         loss = F.cross_entropy(logits, labels, label_smoothing=plan.label_smoothing)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)

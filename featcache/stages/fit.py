@@ -46,7 +46,7 @@ def fit(features: Features, split: Split, name: str, *, seed: int = 0) -> Fitted
     """
     heads.require_head(name)
     X, y = features.X, features.y
-    if X.ndim != 2:  # noqa: PLR2004
+    if X.ndim != 2:
         raise DataError(f"heads train on embeddings (n, d), these features are {X.shape}: extract at the cut `pooled`.")
     X = np.ascontiguousarray(X, dtype=np.float32)
     started = time.monotonic()

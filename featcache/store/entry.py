@@ -19,7 +19,7 @@ from featcache.store.files import Array, Listing, Part, Seen
 
 TABLE = "features.h5"
 TABLE_LIMIT = 2 << 30
-_KEPT_MANIFESTS = 3
+_KEPT_MANIFESTS = 20
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One version of an entry: what it holds, and the hash of the version before."""
+    """One version of an entry: what it holds, what computing that took, and the hash of the version before."""
 
     number: int = 0
     previous: str = ""
     parts: tuple[FileRecord, ...] = ()
     quarantined: tuple[Quarantined, ...] = ()
     listing: FileRecord | None = None
+    seconds: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -167,10 +168,12 @@ class FeatureStore:
         parts: Sequence[FileRecord] = (),
         quarantined: Sequence[Quarantined] = (),
         listing: Listing | None = None,
+        seconds: float = 0.0,
     ) -> Manifest:
         """Make parts, quarantined images and a listing count: all of them, or none when killed.
 
-        A commit that another process forestalled is merged with that one's and tried again.
+        ``seconds`` are added to what the entry's rows have cost. A commit that another process forestalled is merged
+        with that one's and tried again.
         """
         listed = self._add_file(files.encode_listing(listing), ".items.h5", len(listing.labels)) if listing else None
         while True:
@@ -178,15 +181,17 @@ class FeatureStore:
             merged = replace(
                 base,
                 number=base.number + 1,
-                previous=sha256_of_bytes(canonical(base).encode()),
+                previous=_hash(base),
                 parts=_union(base.parts, parts),
                 quarantined=_merge_quarantine(base.quarantined, quarantined, listing),
                 listing=listed or base.listing,
+                seconds=round(base.seconds + seconds, 3),
             )
             if replace(merged, number=0, previous="") == replace(base, number=0, previous="") and base.number:
                 self._manifest = base
                 return base
-            if create_file(self._manifest_path(merged.number), json.dumps(asdict(merged)).encode()):
+            made = create_file(self._manifest_path(merged.number), json.dumps(asdict(merged)).encode())
+            if made and self._is_in_the_chain(merged):
                 self._manifest = merged
                 self._prune(merged.number)
                 return merged
@@ -218,9 +223,9 @@ class FeatureStore:
 
     def reader(self) -> RowReader:
         """Return a reader of the listed images' rows, after checking every part's hash."""
+        maps = tuple(files.map_features(self._checked(record)) for record in self.manifest.parts)
         listing, known = self.listing(), self.known_rows()
         where = np.array([known[bytes(digest)] for digest in listing.seen.sha256], dtype=np.int64).reshape(-1, 2)
-        maps = tuple(files.map_features(self._checked(record)) for record in self.manifest.parts)
         return RowReader(maps, where[:, 0], where[:, 1], maps[0].shape[1:] if maps else ())
 
     def features(self) -> Features:
@@ -311,16 +316,30 @@ class FeatureStore:
         return sorted((int(number) for number in found if number.isdigit()), reverse=True)
 
     def _newest(self) -> Manifest:
-        for number in self._numbers():
+        while numbers := self._numbers():
             try:
-                return _parse_manifest(json.loads(self._manifest_path(number).read_text()))
+                return self._read_manifest(numbers[0])
             except FileNotFoundError:
-                continue  # pruned since it was listed
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise StorageError(
-                    f"{self._manifest_path(number)}: damaged ({error}). Delete it to fall back to the version before."
-                ) from error
+                continue  # overtaken and pruned since it was listed: look again
         return Manifest()
+
+    def _read_manifest(self, number: int) -> Manifest:
+        path = self._manifest_path(number)
+        try:
+            return _parse_manifest(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path}: damaged ({error}). Delete it to fall back to the version before.") from error
+
+    def _is_in_the_chain(self, manifest: Manifest) -> bool:
+        """Tell whether a manifest just made counts: a number that was pruned can be taken again, by one who slept."""
+        if self._numbers()[0] == manifest.number:
+            return True
+        try:
+            return self._read_manifest(manifest.number + 1).previous == _hash(manifest)
+        except FileNotFoundError:
+            return False
 
     def _prune(self, newest: int) -> None:
         for number in self._numbers():
@@ -352,6 +371,10 @@ def now_ns() -> int:
     return time.time_ns()
 
 
+def _hash(manifest: Manifest) -> str:
+    return sha256_of_bytes(canonical(manifest).encode())
+
+
 def _union(old: tuple[FileRecord, ...], new: Sequence[FileRecord]) -> tuple[FileRecord, ...]:
     names = {record.name for record in old}
     return (*old, *(record for record in new if record.name not in names))
@@ -374,4 +397,5 @@ def _parse_manifest(data: dict[str, Any]) -> Manifest:
         parts=tuple(FileRecord(**part) for part in data["parts"]),
         quarantined=tuple(Quarantined(**item) for item in data["quarantined"]),
         listing=FileRecord(**data["listing"]) if data["listing"] else None,
+        seconds=float(data["seconds"]),
     )

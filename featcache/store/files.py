@@ -4,6 +4,7 @@ All are built in memory and written by Python: libhdf5 crashes the process when 
 """
 
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,8 @@ def table_attributes(path: Path) -> dict[str, str] | None:
 
 
 def _in_memory(fill: Callable[[h5py.File], None]) -> bytes:
-    with h5py.File("in-memory", "w", driver="core", backing_store=False) as file:
+    name = f"memory-{secrets.token_hex(8)}"  # HDF5 knows files by name, in memory too
+    with h5py.File(name, "w", driver="core", backing_store=False) as file:
         fill(file)
         file.flush()
         return bytes(file.id.get_file_image())

@@ -1,6 +1,6 @@
 """Step 2 of making ``mini``: train the student on the views and the teacher's embeddings.
 
-    python pipelines/mini/train.py WORK --steps 12000 --out featcache/assets/mini.safetensors
+    python pipelines/mini/train.py WORK --steps 7000 --out featcache/assets/mini.safetensors
 
 The student's pooled features are mapped linearly to the teacher's standardised embedding (mean squared error)
 and to the 200 TinyImageNet classes (cross-entropy). The learning rate warms up, stays, and falls linearly to zero over the
@@ -13,7 +13,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -58,6 +58,35 @@ class Corpus:
             torch.from_numpy(self.targets[rows]).float(),
             torch.from_numpy(self.labels[rows // views_per_image]),
         )
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Mean and spread of each dimension of the teacher's embedding."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, targets: NDArray[np.float16], device: torch.device) -> "Stats":
+        """Measure some 20,000 of the targets."""
+        sample = targets[:: max(1, len(targets) // 20000)].astype(np.float32)
+        return cls(torch.from_numpy(sample.mean(0)).to(device), torch.from_numpy(sample.std(0) + 1e-2).to(device))
+
+
+class Seed(NamedTuple):
+    """What decides a step's images."""
+
+    run: int
+    step: int
+    batch: int
+
+
+class Losses(NamedTuple):
+    """The two parts of the loss."""
+
+    distance: float
+    surprise: float
 
 
 class Student(nn.Module):
@@ -116,9 +145,22 @@ def export(student: Student, out: Path) -> None:
         if not name.endswith("num_batches_tracked")
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        state, out, metadata={"architecture": ARCHITECTURE, "model_args": json.dumps(MODEL_ARGS), "licence": "research"}
-    )
+    save_file(state, out, metadata={"architecture": ARCHITECTURE, "model_args": json.dumps(MODEL_ARGS), "card": "MINI.md"})
+
+
+def step_once(student: Student, optimiser: torch.optim.Optimizer, corpus: Corpus, stats: Stats, seed: Seed) -> Losses:
+    """Take one optimisation step; return the distance to the teacher and the cross-entropy."""
+    rows = np.random.default_rng((seed.run, seed.step)).integers(0, len(corpus.views), seed.batch)
+    pixels, target, label = (part.to(stats.mean.device) for part in corpus.batch(rows))
+    images = jitter(pixels, torch.Generator().manual_seed(seed.run * 10**6 + seed.step))
+    embedding, logits = student(images.contiguous(memory_format=torch.channels_last))
+    distance = F.mse_loss(embedding, (target - stats.mean) / stats.std)
+    surprise = F.cross_entropy(logits, label, label_smoothing=0.1)
+    (EMBEDDING_WEIGHT * distance + LABEL_WEIGHT * surprise).backward()
+    nn.utils.clip_grad_norm_(student.parameters(), 5.0)
+    optimiser.step()
+    optimiser.zero_grad()
+    return Losses(distance.item(), surprise.item())
 
 
 def main() -> None:
@@ -126,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("work", type=Path)
     parser.add_argument("--data", type=Path, help="the unpacked tinyimagenet-40k, for the held-out accuracy")
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.4)
@@ -137,48 +179,46 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     corpus = Corpus.load(args.work)
-    sample = corpus.targets[:: max(1, len(corpus.targets) // 20000)].astype(np.float32)
-    mean, std = torch.from_numpy(sample.mean(0)).to(device), torch.from_numpy(sample.std(0) + 1e-2).to(device)
+    stats = Stats.of(corpus.targets, device)
     student = Student(int(corpus.labels.max()) + 1).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(student.parameters(), lr=args.peak, weight_decay=0.05)
-    checkpoint, first = args.work / "checkpoint.pt", 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        student.load_state_dict(saved["student"])
-        optimiser.load_state_dict(saved["optimiser"])
-        first = saved["step"]
-
-    started, seen = time.monotonic(), np.zeros(3)
-    log = (args.work / "log.jsonl").open("a")
-    for step in range(first, args.steps):
-        lr = rate(step, args.steps, peak=args.peak, warmup=300, decay=args.decay)
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        rows = np.random.default_rng((args.seed, step)).integers(0, len(corpus.views), args.batch)
-        pixels, target, label = (part.to(device) for part in corpus.batch(rows))
-        images = jitter(pixels, torch.Generator().manual_seed(args.seed * 10**6 + step))
-        embedding, logits = student(images.contiguous(memory_format=torch.channels_last))
-        distance = F.mse_loss(embedding, (target - mean) / std)
-        surprise = F.cross_entropy(logits, label, label_smoothing=0.1)
-        (EMBEDDING_WEIGHT * distance + LABEL_WEIGHT * surprise).backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 5.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        seen += (distance.item(), surprise.item(), 1)
-        if (step + 1) % 100 == 0:
-            line: dict[str, Any] = {"step": step + 1, "lr": lr, "distance": seen[0] / seen[2], "surprise": seen[1] / seen[2]}
-            line["images_per_second"] = seen[2] * args.batch / (time.monotonic() - started)
-            if args.data and (step + 1) % (2 * SAVE_EVERY) == 0:
-                line["held_out_accuracy"] = evaluate(student, args.data, device)
-            started, seen = time.monotonic(), np.zeros(3)
-            print(json.dumps(line), file=log, flush=True)
-            print(json.dumps(line), flush=True)
-        if (step + 1) % SAVE_EVERY == 0:
-            state = {"student": student.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+    first = resume(args.work / "checkpoint.pt", student, optimiser)
+    started, seen = time.monotonic(), np.zeros(2)
+    with (args.work / "log.jsonl").open("a") as log:
+        for step in range(first, args.steps):
+            lr = rate(step, args.steps, peak=args.peak, warmup=300, decay=args.decay)
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            seen += step_once(student, optimiser, corpus, stats, Seed(args.seed, step, args.batch))
+            if (step + 1) % 100 == 0:
+                line: dict[str, Any] = {"step": step + 1, "lr": lr, "distance": seen[0] / 100, "surprise": seen[1] / 100}
+                line["images_per_second"] = 100 * args.batch / (time.monotonic() - started)
+                if args.data and (step + 1) % (2 * SAVE_EVERY) == 0:
+                    line["held_out_accuracy"] = evaluate(student, args.data, device)
+                started, seen = time.monotonic(), np.zeros(2)
+                print(json.dumps(line), file=log, flush=True)
+                print(json.dumps(line), flush=True)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+                save(args.work / "checkpoint.pt", student, optimiser, step + 1)
     if args.out:
         export(student, args.out)
+
+
+def resume(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> int:
+    """Load a checkpoint where there is one; return the step to go on from."""
+    if not path.exists():
+        return 0
+    saved = torch.load(path, weights_only=True)
+    student.load_state_dict(saved["student"])
+    optimiser.load_state_dict(saved["optimiser"])
+    return int(saved["step"])
+
+
+def save(path: Path, student: Student, optimiser: torch.optim.Optimizer, step: int) -> None:
+    """Write a checkpoint, whole or not at all."""
+    state = {"student": student.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""What the tests share: small real image files, a small real backbone, the command line in this process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import Outcome, draw_folder
+
+from featcache.cli import main
+from featcache.pipeline.workbench import Settings
+from featcache.specs import BackboneSpec, TransformOverrides
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """36 images in three classes."""
+    return draw_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """An empty cache."""
+    return Settings(tmp_path / "cache", batch_size=8)
+
+
+@pytest.fixture
+def tiny() -> BackboneSpec:
+    """A small convolutional network with BatchNorm, random weights, 32 pixels."""
+    return BackboneSpec("test_resnet", random_init=0, overrides=TransformOverrides(input_size=32))
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run the command line in this process, its cache in a temporary folder."""
+    monkeypatch.setenv("FEATCACHE_CACHE", str(tmp_path / "cache"))
+
+    def call(*arguments: str | Path) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return Outcome(code if isinstance(code, int) else 0, out, err)
+
+    return call

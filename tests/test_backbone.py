@@ -1,0 +1,142 @@
+"""Loading backbones: the right weights or a plain error."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from featcache.backbone import list_backbones, load_backbone, model_size
+from featcache.errors import DataError, SetupError, UsageError
+from featcache.specs import BackboneSpec, TransformOverrides
+
+
+def pixels(count: int, size: int = 32) -> np.ndarray:
+    """Return random pixels (count, size, size, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_the_bundled_backbone_loads_offline() -> None:
+    """The backbone `mini` has trained weights, 64 pixels and an asset within its size."""
+    from importlib import resources
+
+    mini = load_backbone(BackboneSpec("mini"))
+    random = load_backbone(BackboneSpec("mini", random_init=0))
+
+    assert mini.transform.input_size == 64
+    assert mini.loaded.weights_sha256 != random.loaded.weights_sha256
+    assert (resources.files("featcache") / "assets" / "mini.safetensors").stat().st_size <= 2_500_000  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_load_as_timm_loads_them(tmp_path: Path, suffix: str) -> None:
+    """A checkpoint with a classifier gives the same embeddings as timm's own checkpoint_path."""
+    torch.manual_seed(3)
+    saved = timm.create_model("test_resnet", num_classes=7)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": saved.state_dict()}, path)
+    else:
+        save_file(saved.state_dict(), path)
+    reference = timm.create_model("test_resnet", num_classes=7, checkpoint_path=str(path)).eval()
+    reference.reset_classifier(0)
+
+    loaded = load_backbone(BackboneSpec("test_resnet", weights=str(path)))
+
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.module(images), reference(images))
+
+
+def test_a_file_for_another_architecture_is_refused(tmp_path: Path) -> None:
+    """The error names the file, counts what does not fit and says what to check."""
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+
+    with pytest.raises(DataError, match=r"vit\.safetensors: not for test_resnet: it lacks \d+ of \d+ tensors"):
+        load_backbone(BackboneSpec("test_resnet", weights=str(tmp_path / "vit.safetensors")))
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+    """A .pth that would execute something is refused and nothing happens."""
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (canary,))  # type: ignore[return-value]
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+
+    with pytest.raises(DataError, match=r"plain \.pth"):
+        load_backbone(BackboneSpec("test_resnet", weights=str(tmp_path / "evil.pth")))
+    assert not canary.exists()
+
+
+def test_unknown_names_get_suggestions() -> None:
+    """A typing error is answered with what was meant."""
+    with pytest.raises(UsageError, match=r"Did you mean .*resnet18"):
+        load_backbone(BackboneSpec("resnet18x"))
+
+
+def test_unreachable_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the way out is in the message."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    with pytest.raises(SetupError, match=r"-b mini.*--weights FILE.*--random-init"):
+        load_backbone(BackboneSpec("resnet18.a1_in1k"))
+
+
+def test_bad_model_arguments_are_a_usage_error() -> None:
+    """An argument that timm does not take is named."""
+    with pytest.raises(UsageError, match="no_such_thing"):
+        load_backbone(BackboneSpec("test_resnet", random_init=0, model_args=(("no_such_thing", 1),)))
+
+
+def test_random_init_is_seeded(tiny: BackboneSpec) -> None:
+    """The same seed gives the same weights whatever torch's own state, another seed others."""
+    first = load_backbone(tiny).loaded.weights_sha256
+    torch.manual_seed(99)
+
+    assert load_backbone(tiny).loaded.weights_sha256 == first
+    assert load_backbone(BackboneSpec("test_resnet", random_init=1)).loaded.weights_sha256 != first
+
+
+def test_overrides_replace_the_models_own_transform() -> None:
+    """Flags win over timm's data configuration."""
+    wish = TransformOverrides(input_size=48, crop_pct=0.5, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
+
+    transform = load_backbone(BackboneSpec("test_resnet", random_init=0, overrides=wish)).transform
+
+    assert (transform.input_size, transform.crop_pct, transform.interpolation) == (48, 0.5, "bilinear")
+    assert (transform.mean, transform.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
+    """An image embeds to the same row alone and in company, and no BatchNorm statistic moves."""
+    backbone = load_backbone(BackboneSpec(name, random_init=0))
+    before = {key: value.clone() for key, value in backbone.module.state_dict().items()}
+    images = pixels(6, backbone.transform.input_size)
+    run = backbone.runner("pooled")
+
+    together = run(images)
+    alone = np.vstack([run(image[None]) for image in images])
+
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+    for key, value in backbone.module.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert not any(layer.training for layer in backbone.module.modules() if isinstance(layer, nn.Module))
+
+
+def test_listing_and_sizes() -> None:
+    """The list has the bundled backbone; sizes are counted without loading weights."""
+    names = [facts.name for facts in list_backbones("*mini")]
+
+    assert "mini" in names
+    assert model_size("mini")[0] < 1_250_000
+    assert model_size("resnet18")[1] == 512

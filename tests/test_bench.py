@@ -1,0 +1,137 @@
+"""The grid: missing cells only, failures do not stop the others, tables come from records."""
+
+from pathlib import Path
+
+import pytest
+
+from featcache.errors import UsageError
+from featcache.pipeline.bench import run_bench
+from featcache.pipeline.grid import load_grid
+from featcache.pipeline.workbench import Settings
+from featcache.records import read_records
+from featcache.report import COLUMNS, markdown, rows, to_csv
+
+GRID = """
+heads = ["ridge", "logistic"]
+unfreeze = ["last:1"]
+seeds = [0, 1]
+[[dataset]]
+data = "$HERE/images"
+[[backbone]]
+name = "test_resnet"
+random_init = 0
+input_size = 32
+[finetune]
+epochs = 1
+batch_size = 8
+"""
+
+
+@pytest.fixture
+def pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A grid of two heads and one fine-tuning, two seeds each."""
+    monkeypatch.setenv("HERE", str(folder.parent))
+    path = folder.parent / "grid.toml"
+    path.write_text(GRID)
+    return path
+
+
+def test_only_missing_cells_run(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """A second run computes nothing; one more head costs only that head."""
+    first = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    second = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    pipeline.write_text(GRID.replace('"ridge", ', '"ridge", "knn", '))
+    third = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+
+    assert (first.computed_cells, second.computed_cells, third.computed_cells) == (6, 0, 2)
+    assert (first.computed_images, second.computed_images) == (72, 0)
+    assert first.records == second.records
+    assert len(third.records) == 8
+    assert [result.failures for result in (first, second, third)] == [(), (), ()]
+
+
+def test_the_table_has_a_row_an_experiment(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """Seeds are joined as mean and std; gaps are to the best probe; the files hold the same cells."""
+    result = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+
+    table = rows(result.records)
+
+    assert [row[2] for row in table] == ["ridge", "logistic", "last:1"]
+    assert all("2 seeds" in row[4] for row in table)
+    assert (tmp_path / "out" / "grid.md").read_text() == markdown(result.records) + "\n"
+    assert (tmp_path / "out" / "grid.csv").read_text() == to_csv(result.records)
+    assert (tmp_path / "out" / "grid.csv").read_text().count("\n") == 4
+    assert len(table[0]) == len(COLUMNS)
+
+
+def test_a_failing_cell_does_not_stop_the_others(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """What fails is named at the end; the rest is there."""
+    pipeline.write_text(
+        GRID.replace('["last:1"]', '["last:9"]') + '[[dataset]]\ndata = "$HERE/absent"\n'.replace("[[", "\n[[")
+    )
+
+    result = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+
+    assert len(result.records) == 4
+    assert len(result.failures) == 3
+    assert any("absent" in failure for failure in result.failures)
+    assert any("last:9" in failure for failure in result.failures)
+
+
+def test_changed_data_runs_again(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """A removed image is another experiment."""
+    run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    next((pipeline.parent / "images" / "red").iterdir()).unlink()
+
+    assert run_bench(load_grid(pipeline), settings, tmp_path / "out").computed_cells == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("heads = [", "not TOML"),
+        ('heads = ["ridge"]', r"at least one \[\[dataset\]\]"),
+        ('[[dataset]]\ndata = "x"', "nothing to run"),
+        ('heads = ["ridge"]\nhedas = []\n[[dataset]]\ndata = "x"', "no key 'hedas'"),
+        ('heads = "ridge"\n[[dataset]]\ndata = "x"', "heads: a list is needed"),
+        ('heads = ["ridge"]\n[[dataset]]\ndata = "$NOT_SET_ANYWHERE/x"', "NOT_SET_ANYWHERE"),
+        ('unfreeze = ["last"]\nseeds = [-1]\n[[dataset]]\ndata = "x"', "seeds"),
+        ('unfreeze = ["last:1"]\n[[dataset]]\ndata = "x"\n[finetune]\nspeed = 1', "no key 'speed'"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_name(tmp_path: Path, text: str, match: str) -> None:
+    """The error names the file and what is wrong in it."""
+    (tmp_path / "grid.toml").write_text(text)
+
+    with pytest.raises(UsageError, match=rf"grid\.toml.*{match}"):
+        load_grid(tmp_path / "grid.toml")
+
+
+@pytest.mark.parametrize("name", ["quickstart.toml", "lab.toml"])
+def test_the_shipped_pipelines_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pipeline file of the repository is read without error."""
+    for variable in ("FEATCACHE_LAB", "FEATCACHE_LAB_WEIGHTS"):
+        monkeypatch.setenv(variable, "somewhere")
+    path = Path(__file__).parent.parent / "pipelines" / name
+
+    assert load_grid(path).name == name.removesuffix(".toml")
+
+
+def test_a_torn_last_record_is_left_out(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """A record cut off by a crash costs that cell only."""
+    result = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    path = Path(result.paths["records"])
+    path.write_text(path.read_text()[:-50])
+
+    assert len(read_records([path])) == 5
+
+
+def test_csv_cells_are_inert(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """A class or data set name that looks like a formula does not become one."""
+    from dataclasses import replace
+
+    result = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    evil = [replace(record, dataset="=cmd|x") for record in result.records]
+
+    assert "'=cmd|x" in to_csv(evil)
+    assert "=cmd\\|x" in markdown(evil)

@@ -1,0 +1,155 @@
+"""The cut: prefix then suffix is the whole backbone, for every kind of architecture."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from featcache.backbone import Backbone, _stages
+from featcache.cut import split
+from featcache.errors import CutError, UsageError
+from featcache.specs import BackboneSpec, LoadedBackbone, Transform
+
+FAMILIES: list[tuple[str, dict[str, Any], int]] = [
+    ("resnet10t", {}, 64),
+    ("test_resnet", {}, 64),
+    ("mobilenetv2_035", {}, 64),
+    ("mobilenetv3_small_050", {}, 64),
+    ("efficientnet_lite0", {}, 64),
+    ("convnext_atto", {}, 64),
+    ("regnetx_002", {}, 64),
+    ("densenet121", {}, 64),
+    ("edgenext_xx_small", {}, 64),
+    ("mambaout_femto", {}, 64),
+    ("test_vit", {"img_size": 64}, 64),
+    ("vit_tiny_patch16_224", {"img_size": 64}, 64),
+    ("deit_tiny_distilled_patch16_224", {"img_size": 64}, 64),
+    ("swin_tiny_patch4_window7_224", {"img_size": 56}, 56),
+    ("xcit_nano_12_p16_224", {}, 64),
+    ("pvt_v2_b0", {}, 64),
+    ("levit_128s", {}, 224),
+    ("mixer_s32_224", {}, 224),
+]
+
+
+def create(name: str, args: dict[str, Any]) -> nn.Module:
+    """Return a random backbone whose BatchNorm statistics are not those of a fresh one."""
+    torch.manual_seed(0)
+    module: nn.Module = timm.create_model(name, num_classes=0, **args)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+            layer.running_var.uniform_(0.8, 1.2)  # type: ignore[union-attr]
+    return module.eval().requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize(("name", "args", "size"), FAMILIES, ids=[family[0] for family in FAMILIES])
+def test_prefix_and_suffix_are_the_whole(name: str, args: dict[str, Any], size: int) -> None:
+    """Exactly so in float32, and within half precision when stored as float16, at the first, middle and last boundary."""
+    module = create(name, args)
+    stages = _stages(module)
+    images = torch.rand(5, 3, size, size)  # another batch size than traced
+    with torch.inference_mode():
+        whole = module(images)
+
+    for index in sorted({0, len(stages) // 2, len(stages) - 2} & set(range(len(stages) - 1))):
+        behind = {parameter for stage in stages[index + 1 :] for parameter in stage.parameters}
+        parts = split(module, behind.__contains__, size)
+        with torch.inference_mode():
+            stored = parts.prefix(images)
+            torch.testing.assert_close(parts.suffix(stored), whole, rtol=1e-5, atol=1e-6)
+            halved = parts.suffix(stored.half().float())
+        scale = float(whole.abs().max())
+        torch.testing.assert_close(halved, whole, rtol=0, atol=2e-2 * scale)
+        assert tuple(stored.shape[1:]) == parts.shape
+
+
+def test_the_suffix_holds_every_trained_parameter_and_no_frozen_one() -> None:
+    """What trains is behind the cut, what is frozen before it."""
+    module = create("resnet10t", {})
+    behind = {name for name, _ in module.named_parameters() if name.startswith("layer4")}
+
+    suffix = split(module, behind.__contains__, 64).suffix
+
+    trained = {id(parameter) for name, parameter in module.named_parameters() if name in behind}
+    assert {id(parameter) for parameter in suffix.parameters()} == trained
+
+
+def test_the_smallest_tensor_is_stored() -> None:
+    """Between two frozen layers the cut takes the narrow place, not the last one."""
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=4), nn.Conv2d(8, 4, 1), nn.Flatten()
+    )
+
+    parts = split(module.eval(), lambda name: name.startswith("3"), 8)
+
+    assert parts.shape == (8, 1, 1)
+
+
+class _Undecided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Choose by value, which no trace can follow."""
+        hidden = self.first(images.flatten(1))
+        return self.last(hidden if hidden.sum() > 0 else -hidden)  # type: ignore[no-any-return]
+
+
+def test_what_cannot_be_traced_says_so() -> None:
+    """Control flow by value gives an error, not a wrong graph."""
+    with pytest.raises(CutError, match="cannot be traced"):
+        split(_Undecided().eval(), lambda name: name.startswith("last"), 2)
+
+
+def test_nothing_to_train_is_no_cut() -> None:
+    """A cut behind everything is refused."""
+    with pytest.raises(CutError, match="nothing is trained"):
+        split(create("test_resnet", {}), lambda _: False, 32)
+
+
+def test_stage_names_are_the_architectures_own() -> None:
+    """Stages are called what their modules are called; the last norm belongs to the last stage."""
+    vit, resnet = create("test_vit", {"img_size": 64}), create("resnet10t", {})
+
+    assert [stage.name for stage in _stages(resnet)] == ["stem", "layer1", "layer2", "layer3", "layer4"]
+    assert [stage.name for stage in _stages(vit)][:2] == ["stem", "blocks.0"]
+    assert any(name.startswith(("norm", "fc_norm")) for name in _stages(vit)[-1].parameters)
+
+
+def test_every_parameter_is_in_one_stage() -> None:
+    """Stages divide the backbone."""
+    module = create("mobilenetv3_small_050", {})
+    listed = [name for stage in _stages(module) for name in stage.parameters]
+
+    assert sorted(listed) == sorted(name for name, _ in module.named_parameters())
+
+
+def test_unknown_and_last_stages_are_refused() -> None:
+    """A cut names a stage that has something behind it."""
+    module = create("resnet10t", {})
+    backbone = Backbone(BackboneSpec("x"), LoadedBackbone("x", "x", "x"), Transform(), module, torch.device("cpu"))
+
+    with pytest.raises(UsageError, match=r"has the stages stem, layer1"):
+        backbone.trained_after("layer9")
+    with pytest.raises(UsageError, match="use pooled"):
+        backbone.trained_after("layer4")
+
+
+def test_input_cut_equals_normalised_images() -> None:
+    """The suffix of the cut `input` takes pixels."""
+    transform = Transform(input_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    backbone = Backbone(
+        BackboneSpec("x"), LoadedBackbone("x", "x", "x"), transform, create("test_resnet", {}), torch.device("cpu")
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
+
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.suffix("input")(torch.from_numpy(pixels)), backbone.module(images))

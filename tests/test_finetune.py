@@ -1,0 +1,244 @@
+"""Fine-tuning from the cache: it starts as the probe, trains only what is thawed, and equals training without a cache."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from featcache import heads
+from featcache.backbone import Backbone, Stage, load_backbone
+from featcache.errors import UsageError
+from featcache.pipeline.jobs import finetune_job
+from featcache.pipeline.workbench import Settings, Workbench
+from featcache.sources import open_source
+from featcache.specs import BackboneSpec, FineTunePlan, Unfreeze
+from featcache.splits import make_split
+from featcache.stages.finetune import (
+    FineTuned,
+    LinearHead,
+    SuffixAndHead,
+    finetune,
+    predict,
+    rate,
+    save_checkpoint,
+    set_training,
+)
+from featcache.store import Features
+from featcache.unfreeze import thaw
+
+PLAN = FineTunePlan(Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=1e-2, head_lr=1e-2)
+
+
+class Prepared:
+    """A tiny backbone with its features, its pixels and its probe."""
+
+    def __init__(self, folder: Path, spec: BackboneSpec, settings: Settings) -> None:
+        self.bench = Workbench(open_source(folder), spec, settings)
+        self.backbone = load_backbone(spec)
+        self.features: Features = self.bench.extracted().store.features()
+        self.split = make_split(self.features.y, self.features.splits, self.features.classes)
+        self.head, _ = heads.train("logistic", {"C": 1e-3}, self.features.X, self.features.y, 0)
+        self.probe = LinearHead(*heads.linear_weights(self.head, 3))
+        self.pixels = self.bench.extracted("input").store.reader()
+
+    def tune(self, backbone: Backbone, suffix: nn.Module, take: object, plan: FineTunePlan = PLAN) -> FineTuned:
+        """Fine-tune the last stage."""
+        thawed = thaw(backbone.stages, plan.unfreeze)
+        return finetune(
+            backbone,
+            suffix,
+            take,
+            self.features.y,
+            self.split,
+            plan,
+            thawed,
+            start=self.probe,
+            probe=self.probe,  # type: ignore[arg-type]
+        )
+
+
+@pytest.fixture
+def prepared(folder: Path, tiny: BackboneSpec, settings: Settings) -> Prepared:
+    """Everything that fine-tuning needs."""
+    return Prepared(folder, tiny, settings)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_before_the_first_step_the_head_is_the_probe(folder: Path, settings: Settings, name: str) -> None:
+    """On every image, the untrained suffix and head predict what the probe predicts."""
+    size = load_backbone(BackboneSpec(name, random_init=0)).transform.input_size
+    prepared = Prepared(folder, BackboneSpec(name, random_init=0), settings)
+    assert size == prepared.backbone.transform.input_size
+    cut = prepared.backbone.stages[-2].name
+    stored = prepared.bench.extracted(cut, "float32").store.reader()
+    model = SuffixAndHead(prepared.backbone.suffix(cut), prepared.probe)
+    everything = np.arange(len(prepared.features.y))
+
+    probabilities = predict(model, stored.take, everything, 8)
+
+    np.testing.assert_array_equal(probabilities.argmax(1), prepared.head.predict(prepared.features.X))
+    np.testing.assert_allclose(probabilities, prepared.head.predict_proba(prepared.features.X), atol=1e-3)
+
+
+def test_the_cache_gives_the_same_losses_as_recomputing(prepared: Prepared) -> None:
+    """Trained from float32 activations or with the frozen part run again each time: the same losses, the same weights."""
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+    cached, recomputed = prepared.backbone.separate(), prepared.backbone.separate()
+    run = recomputed.runner("layer3")
+
+    one = prepared.tune(cached, cached.suffix("layer3"), stored.take)
+    two = prepared.tune(recomputed, recomputed.suffix("layer3"), lambda index: run(prepared.pixels.take(index)))
+
+    losses = [[epoch.train_loss for epoch in tuned.history[1:]] for tuned in (one, two)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    for first, second in zip(cached.module.parameters(), recomputed.module.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_from_the_cache_is_a_step_of_the_whole_model(prepared: Prepared) -> None:
+    """The whole network from pixels, its frozen part without gradients, ends with the same weights."""
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+    cached, whole = prepared.backbone.separate(), prepared.backbone.separate()
+
+    prepared.tune(cached, cached.suffix("layer3"), stored.take)
+    prepared.tune(whole, whole.suffix("input"), prepared.pixels.take)
+
+    for first, second in zip(cached.module.parameters(), whole.module.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_weights_and_batchnorm_statistics_stay(prepared: Prepared) -> None:
+    """Only the thawed stage's parameters move; no running statistic does, unless asked."""
+    own = prepared.backbone.separate()
+    prepared.tune(own, own.suffix("input"), prepared.pixels.take)
+
+    before, after = prepared.backbone.module.state_dict(), own.module.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("layer4") for name in moved)
+    assert not any("running" in name for name in moved)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_batchnorm_statistics_move_only_when_asked(prepared: Prepared, asked: bool) -> None:  # noqa: FBT001
+    """In training mode the thawed part's BatchNorm stays in inference mode by default."""
+    own = prepared.backbone.separate()
+    model = SuffixAndHead(own.suffix("layer3"), prepared.probe)
+    before = {name: value.clone() for name, value in own.module.state_dict().items()}
+
+    set_training(model, train_batchnorm=asked)
+    model(torch.from_numpy(prepared.bench.extracted("layer3").store.reader().take(np.arange(8))))
+
+    moved = {name for name, value in own.module.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("running_mean" in name for name in moved) == asked
+    assert all(name.startswith("layer4") for name in moved)
+
+
+def test_ruinous_training_ends_as_the_probe(prepared: Prepared) -> None:
+    """Where no epoch is better than the probe, the probe is the result, on the untouched backbone."""
+    own = prepared.backbone.separate()
+    stored = prepared.bench.extracted("layer3").store.reader()
+    tuned = prepared.tune(own, own.suffix("layer3"), stored.take, replace(PLAN, lr=30.0, head_lr=30.0, patience=1))
+
+    if tuned.best == 0:
+        for first, second in zip(own.module.parameters(), prepared.backbone.module.parameters(), strict=True):
+            torch.testing.assert_close(first, second)
+    assert tuned.history[tuned.best].val.accuracy == max(epoch.val.accuracy for epoch in tuned.history)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "mobilenetv3_small_050"])
+def test_checkpoints_are_timm_checkpoints(tmp_path: Path, name: str) -> None:
+    """What timm loads from the file gives the logits that were tested."""
+    backbone = load_backbone(BackboneSpec(name, random_init=0))
+    size = backbone.transform.input_size
+    width = backbone.module(torch.zeros(1, 3, size, size)).shape[1]
+    rng = np.random.default_rng(0)
+    model = SuffixAndHead(backbone.suffix("input"), LinearHead(rng.normal(size=(5, width)), rng.normal(size=5)))
+    pixels = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.transform.mean, backbone.transform.std))
+
+    path = save_checkpoint(backbone, model, tmp_path / "tuned.safetensors", {"classes": list("abcde")})
+
+    whole = timm.create_model(name, num_classes=5, checkpoint_path=str(path)).eval()
+    with torch.inference_mode():
+        expected = whole((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std)
+        torch.testing.assert_close(model.eval()(torch.from_numpy(pixels)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_job_reports_gap_costs_and_checkpoint(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """From a folder to a record: gap with interval and p, seconds of every phase, a file that can be loaded again."""
+    bench = Workbench(open_source(folder), tiny, settings)
+
+    job = finetune_job(bench, replace(PLAN, unfreeze=Unfreeze.parse("last:2")), probes=("ridge",))
+
+    summary = job.summary
+    assert summary["cut"] == "layer2"
+    assert summary["probe"]["head"] in {"logistic", "ridge"}
+    assert set(summary["gap"]) == {"points", "ci", "p_value"}
+    assert summary["gap"]["points"] == pytest.approx(
+        100 * (summary["test"]["accuracy"] - summary["probe"]["test"]["accuracy"])
+    )
+    assert summary["seconds"]["train"] > 0
+    assert load_backbone(replace(tiny, random_init=None, weights=summary["checkpoint"])).loaded.tag == "file"
+
+
+def test_what_cannot_be_cut_is_trained_whole(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no cut is found, training runs from pixels and says so."""
+    from featcache import backbone as module
+    from featcache.errors import CutError
+
+    def refuse(*_: object) -> None:
+        raise CutError("this backbone cannot be traced.")
+
+    monkeypatch.setattr(module, "split", refuse)
+
+    job = finetune_job(Workbench(open_source(folder), tiny, settings), PLAN)
+
+    assert job.record.cut == "input"
+    assert "runs again in every epoch" in job.record.notes[0]
+
+
+STAGES = tuple(Stage(name, (name,), size) for name, size in (("stem", 10), ("one", 20), ("two", 30), ("three", 40)))
+
+
+@pytest.mark.parametrize(
+    ("wish", "first", "cut"),
+    [
+        ("last:1", "three", "two"),
+        ("last:4", "stem", "input"),
+        ("all", "stem", "input"),
+        ("one", "one", "stem"),
+        ("40%", "three", "two"),
+        ("41%", "two", "one"),
+        ("1%", "three", "two"),
+        ("100%", "stem", "input"),
+    ],
+)
+def test_wishes_become_stages(wish: str, first: str, cut: str) -> None:
+    """Whole stages train, from the end of the network."""
+    thawed = thaw(STAGES, Unfreeze.parse(wish))
+
+    assert (thawed.stages[0].name, thawed.stages[-1].name, thawed.cut) == (first, "three", cut)
+
+
+@pytest.mark.parametrize("wish", ["last:5", "layer9"])
+def test_stages_that_are_not_there(wish: str) -> None:
+    """The error lists the stages."""
+    with pytest.raises(UsageError, match="stem, one, two, three"):
+        thaw(STAGES, Unfreeze.parse(wish))
+
+
+def test_the_rate_rises_then_falls_to_nothing() -> None:
+    """Linear warm-up, half cosine."""
+    factors = [rate(step, 100, 0.1) for step in range(101)]
+
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10] == pytest.approx(1.0)
+    assert max(factors) == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(0, abs=1e-9)
