@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from featcache.errors import UsageError
 from featcache.metrics import Scores, score
+from featcache.progress import progress
 from featcache.splits import Index, Split
 
 Params = dict[str, Any]
@@ -167,10 +168,14 @@ def _try_all(
         head = family.build(params, seed, y[split.train]).fit(train_rows, y[split.train])
         return params, score(y[split.val], answers(head, val_rows, classes)), _converged(head)
 
-    with threadpool_limits(1), warnings.catch_warnings():
+    outcomes = []
+    with threadpool_limits(1), warnings.catch_warnings(), progress(len(grid), "choose", unit="fit") as bar:
         warnings.simplefilter("ignore", ConvergenceWarning)  # counted by _converged and reported, not lost
-        jobs = min(len(grid), os.cpu_count() or 1)
-        return list(Parallel(n_jobs=jobs, prefer="threads")(delayed(attempt)(params) for params in grid))
+        jobs = Parallel(n_jobs=min(len(grid), os.cpu_count() or 1), prefer="threads", return_as="generator")
+        for outcome in jobs(delayed(attempt)(params) for params in grid):
+            outcomes.append(outcome)
+            bar.update(1)
+    return outcomes
 
 
 def _converged(head: Pipeline) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from support import COLOURS, TINY, draw_folder, draw_image
 
 from featcache.cache import Known
-from featcache.errors import DataError
+from featcache.errors import DataError, StorageError
 from featcache.pipeline.workbench import Extracted, Settings, Workbench
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec, TransformOverrides
@@ -277,3 +277,14 @@ def test_a_moved_folder_is_recognised_by_name(folder: Path, tiny: BackboneSpec, 
     assert extract(moved, tiny, replace(settings, rebind=True)).report.computed == 0
     other = draw_folder(folder.with_name("third") / "images", first_seed=50)
     assert extract(other, tiny, settings).store.path.parent.name.startswith("images-")
+
+
+def test_a_full_disk_is_refused_early(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the rows cannot fit, the run ends after the first batch and says how much is missing."""
+    real = shutil.disk_usage
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+
+    with pytest.raises(StorageError, match="GB are free"):
+        extract(folder, tiny, settings)

@@ -1,6 +1,7 @@
 """Run a frozen prefix once over the images of a source and keep its rows."""
 
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import Known, Stock, make_listing, make_seen
-from featcache.errors import DataError
+from featcache.errors import DataError, StorageError
 from featcache.fingerprint import sha256_of_bytes
 from featcache.images import UnreadableImage, decode
 from featcache.progress import logger, progress
@@ -26,6 +27,7 @@ PART_BYTES = 64 << 20
 MIN_PART_SECONDS = 2.0
 MAX_PART_SECONDS = 30.0
 TOLERATED_BAD_IMAGES = 10
+WORTH_SAYING = 500_000_000
 
 Pixels = NDArray[np.uint8]
 Runner = Callable[[Pixels], NDArray[Any]]
@@ -110,11 +112,13 @@ def extract(
         _sort_in(one, bad_before, harvest)
     if stock.to_read:
         rows_there = set(store.known_rows())
-        run = runner or (lambda pixels: pixels)
+        run, sized = runner or (lambda pixels: pixels), False
         try:
             with progress(len(stock.to_read), f"extract {source.name}") as bar:
                 for batch in _batches(_read_all(source, stock.to_read, transform, rows_there, harvest, bar), batch_size):
                     _compute(run, batch, batch_size, dtype, harvest)
+                    if not sized:
+                        sized = _check_room(store, harvest, len(stock.to_read))
                     if _part_is_due(harvest, started):
                         _commit_part(store, harvest)
         finally:
@@ -198,6 +202,22 @@ def _compute(run: Runner, batch: list[_Decoded], batch_size: int, dtype: StoredD
         else:
             reason = f"its activations are not finite in {dtype}" + (", try --dtype float32" if dtype == "float16" else "")
             harvest.quarantine(Quarantined(one.known.item.path, one.known.sha256.hex(), reason))
+
+
+def _check_room(store: FeatureStore, harvest: _Harvest, images: int) -> bool:
+    """Say how much will be written where it is much, and refuse what the disk cannot hold."""
+    if not harvest.rows:
+        return False
+    each = harvest.rows[0][1].nbytes
+    total, free = each * images, shutil.disk_usage(store.path).free
+    if total > free:
+        raise StorageError(
+            f"{store.path}: {total / 1e9:.1f} GB would be written ({each / 1e3:.0f} kB an image), {free / 1e9:.1f} GB are "
+            "free. Use another --cache or a later cut."
+        )
+    if total > WORTH_SAYING:
+        logger.info("writing %.1f GB (%.0f kB an image)", total / 1e9, each / 1e3)
+    return True
 
 
 def _part_is_due(harvest: _Harvest, started: float) -> bool:
