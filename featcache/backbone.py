@@ -159,7 +159,10 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
         weights_sha256=_hash_weights(module),
         model_args=freeze_args(args),
     )
-    return Backbone(spec, loaded, _transform(published, spec), module, device)
+    transform = _transform(published, spec)
+    if spec.overrides.input_size is not None:
+        _try_size(module, spec.name, spec.overrides.input_size, device)
+    return Backbone(spec, loaded, transform, module, device)
 
 
 def default_device() -> torch.device:
@@ -264,6 +267,17 @@ def _hash_weights(module: nn.Module) -> str:
                 yield memoryview(array.view(torch.uint8).numpy()) if array.numel() else b""
 
     return sha256_of_chunks(chunks())
+
+
+def _try_size(module: nn.Module, name: str, size: int, device: torch.device) -> None:
+    try:
+        with torch.inference_mode():
+            module(torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"--input-size {size}: {name} does not take it ({_first_line(error)}). A transformer may need "
+            f"--model-arg img_size={size} as well."
+        ) from error
 
 
 def _tag(spec: BackboneSpec, pretrained_cfg: dict[str, Any]) -> str:

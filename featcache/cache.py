@@ -13,7 +13,7 @@ from featcache.fingerprint import sha256_of_bytes, sha256_of_file
 from featcache.progress import progress
 from featcache.sources import FileStat, Item, Source, location_hash
 from featcache.specs import INPUT, BackboneSpec, FeatureSpec, StoredDtype
-from featcache.store import TABLE, FeatureStore, Listing, Quarantined, Seen
+from featcache.store import FeatureStore, Listing, Quarantined, Seen
 from featcache.store.atomic import create_file, make_folder, replace_file
 
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
@@ -240,7 +240,7 @@ def plan(source: Source, store: FeatureStore | None, stock: Stock) -> Hit | Resu
         return Resume(stock.to_read)
     bad = {item.sha256 for item in store.manifest.quarantined}
     wanted = [(known.item, known.sha256) for known in in_source_order(source, stock.known) if known.sha256.hex() not in bad]
-    return Hit() if _same_items(wanted, store.listing()) and (store.path / TABLE).exists() else Resume(())
+    return Hit() if _same_items(wanted, store.listing()) else Resume(())
 
 
 def in_source_order(source: Source, known: tuple[Known, ...] | list[Known]) -> list[Known]:

@@ -106,7 +106,7 @@ def open_source(data: str | Path, name: str | None = None) -> Source:
 
 def _folder(root: Path) -> Source:
     split_folders = {entry: SPLIT_FOLDERS[entry.lower()] for entry in _folders(root) if entry.lower() in SPLIT_FOLDERS}
-    if "train" in split_folders.values():
+    if any(split == "train" and _folders(root / entry) for entry, split in split_folders.items()):
         places = [
             (f"{folder}/{label}", label, split)
             for folder, split in split_folders.items()

@@ -116,6 +116,15 @@ def test_overrides_replace_the_models_own_transform() -> None:
     assert (transform.mean, transform.std) == ((0.0,) * 3, (1.0,) * 3)
 
 
+def test_a_size_that_the_backbone_cannot_take() -> None:
+    """A transformer of fixed size says which argument it needs."""
+    wish = TransformOverrides(input_size=48)
+
+    with pytest.raises(UsageError, match="--model-arg img_size=48"):
+        load_backbone(BackboneSpec("test_vit", random_init=0, overrides=wish))
+    assert load_backbone(BackboneSpec("test_vit", random_init=0, model_args=(("img_size", 48),), overrides=wish))
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
 def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
     """An image embeds to the same row alone and in company, and no BatchNorm statistic moves."""

@@ -11,7 +11,7 @@ from featcache.progress import logger
 from featcache.sources import Source
 from featcache.specs import INPUT, POOLED, BackboneSpec, FeatureSpec, StoredDtype, Transform, stored_dtype
 from featcache.stages.extract import ExtractReport, extract
-from featcache.store import FeatureStore
+from featcache.store import TABLE, FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
@@ -105,6 +105,8 @@ class Workbench:
             stock = caching.take_stock(self.source, store)
             decision = caching.plan(self.source, store, stock)
             if isinstance(decision, caching.Hit):
+                if not (store.path / TABLE).exists():
+                    store.write_table()
                 quarantined = (*store.manifest.quarantined, *stock.unreachable)
                 report = ExtractReport(len(stock.known) - len(store.manifest.quarantined), 0, quarantined, 0.0)
                 return Extracted(store, report, self.spec.label, cut)

@@ -267,9 +267,9 @@ class FeatureStore:
                 raise StorageError(f"{path}: was not written by featcache. Move it away and run again.")
             if found == attributes:
                 return path
-        reader = self.reader()
-        if not len(reader) or reader.take(np.arange(1)).nbytes * len(reader) > TABLE_LIMIT:
+        if not listing or not self.manifest.parts or self._row_bytes() * listing.rows > TABLE_LIMIT:
             return None
+        reader = self.reader()
         rows = reader.take(np.arange(len(reader)))
         replace_file(path, files.encode_table(rows, self.listing(), attributes))
         return path
@@ -304,6 +304,9 @@ class FeatureStore:
         record = FileRecord(f"{digest[:16]}{suffix}", digest, len(content), rows)
         replace_file(self._part_path(record), content)
         return record
+
+    def _row_bytes(self) -> int:
+        return int(files.map_features(self._part_path(self.manifest.parts[0]))[:1].nbytes)
 
     def _part_path(self, record: FileRecord) -> Path:
         return self.path / "parts" / record.name

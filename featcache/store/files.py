@@ -118,7 +118,7 @@ def map_features(path: Path) -> Array:
 def table_attributes(path: Path) -> dict[str, str] | None:
     """Return the attributes of a ``features.h5``, ``None`` where the file is not one of featcache's."""
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             found = {str(name): str(value) for name, value in file.attrs.items()}
     except OSError:
         return None
@@ -135,7 +135,7 @@ def _in_memory(fill: Callable[[h5py.File], None]) -> bytes:
 
 def _open(path: Path) -> h5py.File:
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r", locking=False)  # files never change once they are there
     except OSError as error:
         raise StorageError(f"{path}: not a readable HDF5 file. `featcache store verify` says what is damaged.") from error
 
