@@ -84,23 +84,24 @@ class Request:
 
         import featcache
 
-        described = asdict(self.backbone) | {"cut": self.cut, "dtype": self.dtype, "timm": version("timm")}
-        described["featcache"] = featcache.__version__
-        described["model_args"] = [list(pair) for pair in _listed(self.backbone.model_args)]
-        described["overrides"] = {name: _plain(value) for name, value in self.backbone.overrides.given().items()}
-        if self.backbone.weights is not None:
-            path = Path(self.backbone.weights)
-            if path.is_file():
-                described["weights"] = {"sha256": sha256_of_file(path)}
-        return described
+        versions = {"timm": version("timm"), "featcache": featcache.__version__}
+        return identify(self.backbone) | versions | {"cut": self.cut, "dtype": self.dtype}
+
+
+def identify(spec: BackboneSpec) -> dict[str, Any]:
+    """Return a backbone's spec as plain data, a weights file by its content instead of its path."""
+    weights = Path(spec.weights) if spec.weights is not None else None
+    return {
+        "name": spec.name,
+        "weights": f"sha256:{sha256_of_file(weights)}" if weights is not None and weights.is_file() else spec.weights,
+        "random_init": spec.random_init,
+        "model_args": [[key, _plain(value)] for key, value in spec.model_args],
+        "overrides": {name: _plain(value) for name, value in spec.overrides.given().items()},
+    }
 
 
 def _plain(value: object) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _listed(pairs: tuple[tuple[str, Any], ...]) -> list[tuple[str, Any]]:
-    return [(key, _plain(value)) for key, value in pairs]
 
 
 def recognise(folder: Path, request: Request) -> FeatureStore | None:

@@ -22,7 +22,7 @@ class RunRecord:
     """One trained and tested model: what was asked for, on which images, what came out, at what cost.
 
     ``cell`` names the experiment (everything but the outcome); ``right`` tells for each test image whether the model was
-    right, as a text of 0 and 1 in the order that ``test_items`` hashes.
+    right, as a text of 0 and 1 in the order that ``test_items`` hashes; ``artefact`` is a path below the cache.
     """
 
     kind: str

@@ -121,8 +121,8 @@ def test_a_size_that_the_backbone_cannot_take() -> None:
     wish = TransformOverrides(input_size=48)
 
     with pytest.raises(UsageError, match="--model-arg img_size=48"):
-        load_backbone(BackboneSpec("test_vit", random_init=0, overrides=wish))
-    assert load_backbone(BackboneSpec("test_vit", random_init=0, model_args=(("img_size", 48),), overrides=wish))
+        load_backbone(BackboneSpec("vit_tiny_patch16_224", random_init=0, overrides=wish))
+    assert load_backbone(BackboneSpec("vit_tiny_patch16_224", random_init=0, model_args=(("img_size", 48),), overrides=wish))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import UsageError
+from featcache.pipeline import bench
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.workbench import Settings
@@ -62,6 +63,21 @@ def test_the_table_has_a_row_an_experiment(pipeline: Path, settings: Settings, t
     assert (tmp_path / "out" / "grid.csv").read_text() == to_csv(result.records)
     assert (tmp_path / "out" / "grid.csv").read_text().count("\n") == 4
     assert len(table[0]) == len(COLUMNS)
+
+
+def test_an_interrupt_leaves_a_table(
+    pipeline: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C during fine-tuning: the heads' records and a table of them are there."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "finetune_job", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(load_grid(pipeline), settings, tmp_path / "out")
+
+    assert (tmp_path / "out" / "grid.csv").read_text().count("\n") == 3
 
 
 def test_a_failing_cell_does_not_stop_the_others(pipeline: Path, settings: Settings, tmp_path: Path) -> None:

@@ -30,4 +30,4 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
     for job in jobs:
         params = ", ".join(f"{name} = {value:g}" for name, value in job.record.params.items())
         click.echo(f"{job.record.method:9} test {options.percent(job.record.test)}; {params}; {job.fitted.seconds:.1f} s")
-        click.echo(f"          {job.record.artefact}")
+        click.echo(f"          {job.bundle}")

@@ -38,15 +38,22 @@ def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:
     """
     make_folder(out)
     runner = _Runner(grid, settings, out / f"{grid.name}.jsonl")
-    for data in grid.data:
-        for spec in grid.backbones:
-            runner.guarded(f"{data.data} x {spec.label}", partial(runner.run, data, spec))
-    done = read_records([runner.path])
-    latest = {record.cell: record for record in done}
+    try:
+        for data in grid.data:
+            for spec in grid.backbones:
+                runner.guarded(f"{data.data} x {spec.label}", partial(runner.run, data, spec))
+    finally:
+        result = _write_tables(runner, out)
+    return result
+
+
+def _write_tables(runner: "_Runner", out: Path) -> BenchResult:
+    """Render the records that there are, after an interrupt too."""
+    latest = {record.cell: record for record in read_records([runner.path])}
     records = tuple(latest[cell] for cell in runner.cells if cell in latest)
     paths = {"records": str(runner.path)}
     for suffix, text in (("md", report.markdown(records) + "\n"), ("csv", report.to_csv(records))):
-        path = out / f"{grid.name}.{suffix}"
+        path = out / f"{runner.grid.name}.{suffix}"
         replace_file(path, text.encode())
         paths[suffix] = str(path)
     return BenchResult(records, tuple(runner.failures), runner.computed_images, runner.computed_cells, paths)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.cache import identify
 from featcache.errors import CutError
 from featcache.fingerprint import fingerprint
 from featcache.pipeline.workbench import Extracted, Workbench
@@ -36,6 +37,7 @@ class HeadJob:
 
     fitted: "FittedHead"
     record: RunRecord
+    bundle: Path
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -47,7 +49,7 @@ class HeadJob:
             "val": record.val,
             "test": record.test,
             "seconds": record.seconds["fit"],
-            "bundle": record.artefact,
+            "bundle": str(self.bundle),
             "notes": list(record.notes),
         }
 
@@ -85,7 +87,7 @@ def fit_heads(
             cut=POOLED,
             seed=seed,
             feature_key=done.store.key,
-            request={"backbone": asdict(bench.spec)},
+            request={"backbone": identify(bench.spec)},
             params=fitted.params,
             split=split.sizes(),
             test_items=items_hash(features.sha256, split.test, features.y),
@@ -94,11 +96,11 @@ def fit_heads(
             right=_bits(fitted.tested.right),
             seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
             images_per_second=done.cost[1],
-            artefact=str(path),
+            artefact=path.relative_to(bench.settings.cache).as_posix(),
             notes=fitted.notes,
             **stamp(),
         )
-        jobs.append(HeadJob(fitted, record))
+        jobs.append(HeadJob(fitted, record, path))
         if records:
             append_record(records, record)
     return done, jobs
@@ -110,6 +112,7 @@ class TuneJob:
 
     tuned: "FineTuned"
     record: RunRecord
+    checkpoint: Path
     computed_images: int
 
     @property
@@ -128,7 +131,7 @@ class TuneJob:
             "seconds": record.seconds,
             "epochs": [asdict(epoch) for epoch in self.tuned.history],
             "best_epoch": self.tuned.best,
-            "checkpoint": record.artefact,
+            "checkpoint": str(self.checkpoint),
             "notes": list(record.notes),
         }
 
@@ -162,7 +165,7 @@ def finetune_job(
     cell = cell_of(bench.spec, features, plan.unfreeze.text, plan, seed)
     name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:8]}.safetensors"
     facts = {
-        "backbone": asdict(bench.spec),
+        "backbone": identify(bench.spec),
         "classes": list(features.classes),
         "transform": asdict(own.transform),
         "unfreeze": plan.unfreeze.text,
@@ -183,7 +186,7 @@ def finetune_job(
         cut=at_cut.cut,
         seed=seed,
         feature_key=at_cut.store.key,
-        request={"backbone": asdict(bench.spec), "plan": asdict(plan)},
+        request={"backbone": identify(bench.spec), "plan": asdict(plan)},
         params={"best_epoch": tuned.best, "stages": [stage.name for stage in thawed.stages]},
         split=split.sizes(),
         test_items=same_items,
@@ -198,13 +201,13 @@ def finetune_job(
             "seconds": best_probe.record.seconds,
         },
         gap=asdict(compared) if compared else None,
-        artefact=str(checkpoint),
+        artefact=checkpoint.relative_to(bench.settings.cache).as_posix(),
         notes=notes,
         **stamp(),
     )
     if records:
         append_record(records, record)
-    return TuneJob(tuned, record, pooled.report.computed + at_cut.report.computed)
+    return TuneJob(tuned, record, checkpoint, pooled.report.computed + at_cut.report.computed)
 
 
 def cell_of(spec: BackboneSpec, features: Features, method: str, plan: FineTunePlan | None, seed: int) -> str:
@@ -212,7 +215,7 @@ def cell_of(spec: BackboneSpec, features: Features, method: str, plan: FineTuneP
     everything = np.arange(len(features.y))
     return fingerprint(
         {
-            "backbone": asdict(spec),
+            "backbone": identify(spec),
             "items": items_hash(features.sha256, everything, features.y),
             "splits": list(features.splits),
             "method": method,
