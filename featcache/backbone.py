@@ -3,11 +3,15 @@
 import copy
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from featcache.errors import DataError, SetupError, UsageError
 
@@ -217,8 +221,9 @@ def _require_known(name: str) -> None:
 
 
 def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | None) -> nn.Module:
+    reachable = not pretrained or _hub_has_an_address()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), nullcontext() if reachable else _local_weights_only():
             torch.manual_seed(seed or 0)
             module: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
             return module
@@ -227,10 +232,39 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
     except Exception as error:
         if not pretrained:
             raise UsageError(f"--backbone {name}: timm cannot create it ({_first_line(error)}).") from error
+        reason = _first_line(error) if reachable else "they are not on this machine, and the hub cannot be reached"
         raise SetupError(
-            f"the published weights of {name} cannot be had ({_first_line(error)}). "
+            f"the published weights of {name} cannot be had ({reason}). "
             "Use `-b mini`, which is bundled, give a checkpoint with --weights FILE, or say --random-init SEED."
         ) from error
+
+
+def _hub_has_an_address() -> bool:
+    """Tell whether it is worth asking the hub; a proxy may know its address where this machine does not."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies().keys() & {"https", "all"}:
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _local_weights_only() -> Iterator[None]:
+    """Let the hub's client look at what was downloaded before, and spare a minute of retries."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

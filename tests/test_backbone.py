@@ -82,10 +82,12 @@ def test_unknown_names_get_suggestions() -> None:
 
 def test_unreachable_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network the way out is in the message."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub.constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    def no_address(*_: object) -> None:
+        raise OSError("no address")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    monkeypatch.setattr("featcache.backbone.getproxies", dict)
 
     with pytest.raises(SetupError, match=r"-b mini.*--weights FILE.*--random-init"):
         load_backbone(BackboneSpec("resnet18.a1_in1k"))

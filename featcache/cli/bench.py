@@ -47,6 +47,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
         )
     else:
         click.echo(plain(result.records))
-        click.echo(f"\n{result.computed_images} images computed, {result.computed_cells} cells run. {result.paths['md']}")
+        click.echo("gap: points of test accuracy to the head that is best on validation, on the same images")
+        click.echo(f"{result.computed_images} images computed, {result.computed_cells} cells run. {result.paths['md']}")
     if result.failures:
         click.get_current_context().exit(FAILED)
