@@ -195,13 +195,29 @@ def list_backbones(pattern: str) -> Iterator[ModelFacts]:
         yield ModelFacts(name, size, pretrained=timm.models.is_model_pretrained(name))
 
 
-def model_size(name: str) -> tuple[int, int]:
-    """Return a model's number of parameters, without classifier, and the width of its embedding, without allocating it."""
-    with torch.device("meta"):
-        architecture, args = _bundled()[:2] if name == BUNDLED else (name, {})
-        module = timm.create_model(architecture, num_classes=0, **args)
-    width = getattr(module, "head_hidden_size", None) or module.num_features
-    return sum(parameter.numel() for parameter in module.parameters()), int(width)
+@dataclass(frozen=True)
+class ModelSize:
+    """How big a model is without its classifier: parameters, multiply-adds of one image, width of the embedding."""
+
+    parameters: int
+    gmacs: float
+    width: int
+
+
+def model_size(name: str) -> ModelSize | None:
+    """Measure a model on torch's meta device: nothing is allocated or computed; ``None`` where a model needs values."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    architecture, args = _bundled()[:2] if name == BUNDLED else (name, {})
+    size = next(facts.input_size for facts in list_backbones(name))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
+        try:
+            module = timm.create_model(architecture, num_classes=0, **args).eval()
+            width = module(torch.empty(1, 3, size, size)).shape[1]
+        except (RuntimeError, NotImplementedError):
+            return None
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return ModelSize(parameters, counter.get_total_flops() / 2e9, int(width))
 
 
 def _bundled() -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -7,8 +7,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 logger = logging.getLogger("featcache")
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+def set_up_notes(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Send notes to stderr, for the command line: errors only, the usual ones, or all."""
+    _silent.set(quiet)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
 @contextmanager
@@ -16,7 +26,7 @@ def progress(total: int, what: str, unit: str = "img", done: int = 0) -> Iterato
     """Yield a bar with an ``update(n)``; shown on a terminal only, and once it has run for a second."""
     from tqdm import tqdm
 
-    hidden = quiet.get() or not sys.stderr.isatty()
+    hidden = _silent.get() or not sys.stderr.isatty()
     with tqdm(
         total=total, desc=what, unit=unit, initial=done, delay=1, disable=hidden, dynamic_ncols=True, file=sys.stderr
     ) as bar:

@@ -149,5 +149,9 @@ def test_listing_and_sizes() -> None:
     names = [facts.name for facts in list_backbones("*mini")]
 
     assert "mini" in names
-    assert model_size("mini")[0] < 1_250_000
-    assert model_size("resnet18")[1] == 512
+    mini, resnet = model_size("mini"), model_size("resnet18")
+    assert mini is not None
+    assert mini.parameters < 1_250_000
+    assert resnet is not None
+    assert resnet.width == 512
+    assert resnet.gmacs == pytest.approx(1.82, abs=0.02)

@@ -163,4 +163,5 @@ def test_quiet_says_nothing(run: Run, folder: Path) -> None:
     (folder / "yellow").mkdir()
 
     assert run("-q", "extract", folder, *TINY).err == ""
+    assert run("extract", folder, *TINY, "--quiet").err == ""
     assert "yellow" in run("extract", folder, *TINY).err

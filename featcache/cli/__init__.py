@@ -51,7 +51,9 @@ def cli(quiet: bool, verbose: bool) -> None:  # noqa: FBT001 - click calls it by
 
     DATA is a folder (CLASS/IMAGE, or train|val|test/CLASS/IMAGE), a CSV file (path, label, split) or sklearn:digits.
     """
-    _set_up_notes(quiet=quiet, verbose=verbose)
+    from featcache.progress import set_up_notes
+
+    set_up_notes(quiet=quiet, verbose=verbose)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -83,16 +85,3 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _interrupt(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _set_up_notes(*, quiet: bool, verbose: bool) -> None:
-    import logging
-
-    from featcache import progress
-
-    progress.quiet.set(quiet)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    progress.logger.handlers = [handler]
-    progress.logger.propagate = False
-    progress.logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)

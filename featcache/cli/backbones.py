@@ -1,5 +1,6 @@
 """``featcache backbones``."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ def command(pattern: str, sizes: bool, cache: Path | None, as_json: bool) -> Non
             "cached": facts.name.split(".")[0] in cached,
         }
         if sizes or len(found) <= few:
-            row["parameters"], row["width"] = model_size(facts.name)
+            size = model_size(facts.name)
+            row |= asdict(size) if size else {}
         rows.append(row)
     if as_json:
         options.emit({"backbones": rows})
         return
     for row in rows:
-        size = f"{row['parameters'] / 1e6:8.1f} M parameters, width {row['width']:5}" if "width" in row else ""
+        measured = ""
+        if "width" in row:
+            measured = f"{row['parameters'] / 1e6:7.1f} M parameters {row['gmacs']:7.2f} GMACs  width {row['width']:5}"
         marks = ("pretrained" if row["pretrained"] else "no weights") + (", cached" if row["cached"] else "")
-        click.echo(f"{row['name']:45} {row['input_size']:4} px {size}  {marks}")
+        click.echo(f"{row['name']:45} {row['input_size']:4} px {measured}  {marks}")
     if not rows:
         click.echo(f"no backbone matches {pattern!r}")

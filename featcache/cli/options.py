@@ -62,6 +62,17 @@ class Percent(click.ParamType):  # type: ignore[type-arg]  # as above
         return share
 
 
+def _notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's signature
+    if value:
+        from featcache.progress import set_up_notes
+
+        set_up_notes(quiet=param.name == "quiet", verbose=param.name == "verbose")
+
+
+notes_options = several(
+    click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_notes, help="Errors only on stderr."),
+    click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_notes, help="More notes on stderr."),
+)
 data_argument = click.argument("data")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 seed_option = click.option(
@@ -84,6 +95,7 @@ run_options = several(
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at a time."),
     click.option("--device", help="cpu, cuda, cuda:1, ...; default: the first GPU, else the CPU."),
     click.option("--max-bad", type=Percent(), default="1%", show_default=True, help="More unusable images end the run."),
+    notes_options,
 )
 
 

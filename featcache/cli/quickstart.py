@@ -9,6 +9,7 @@ from featcache.cli import options
 
 @click.command()
 @click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where entries go ($FEATCACHE_CACHE).")
+@options.notes_options
 @options.json_option
 def command(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Run probes and fine-tuning on scikit-learn's 1,797 scanned digits with the bundled backbone, and print the table.
