@@ -174,15 +174,16 @@ class Unfreeze:
 class FineTunePlan:
     """How the unfrozen part is trained.
 
-    ``lr`` is the backbone's last stage's rate; each stage before it has ``layer_decay`` times the next one's
-    (Clark et al. 2020, ELECTRA, appendix A; Bao et al. 2021, BEiT, section 3.1). Rates are AdamW's; ``warmup`` is a
-    share of all steps, then a half cosine to zero.
+    ``lr`` are the rates that are tried for the backbone's last stage; the best on validation is kept, since a rate that
+    is too low looks as if fine-tuning did not pay. Each stage before it has ``layer_decay`` times the next one's (Clark
+    et al. 2020, ELECTRA, appendix A; Bao et al. 2021, BEiT, section 3.1). Rates are AdamW's; ``warmup`` is a share of
+    all steps, then a half cosine to zero.
     """
 
     unfreeze: Unfreeze
     epochs: int = 10
     batch_size: int = 32
-    lr: float = 3e-4
+    lr: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
     head_lr: float = 1e-3
     layer_decay: float = 0.75
     weight_decay: float = 0.05
@@ -196,7 +197,7 @@ class FineTunePlan:
         """Refuse values that train nothing."""
         if self.epochs < 1 or self.batch_size < 1 or self.patience < 1:
             raise UsageError("--epochs, --batch-size and --patience: at least 1 is needed.")
-        if min(self.lr, self.head_lr) <= 0:
+        if not self.lr or min(*self.lr, self.head_lr) <= 0:
             raise UsageError("--lr and --head-lr: a rate above 0 is needed.")
 
 

@@ -30,7 +30,7 @@ from featcache.stages.finetune import (
 from featcache.store import Features
 from featcache.unfreeze import thaw
 
-PLAN = FineTunePlan(Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=1e-2, head_lr=1e-2)
+PLAN = FineTunePlan(Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2)
 
 
 class Prepared:
@@ -142,7 +142,7 @@ def test_ruinous_training_ends_as_the_probe(prepared: Prepared) -> None:
     """Where no epoch is better than the probe, the probe is the result, on the untouched backbone."""
     own = prepared.backbone.separate()
     stored = prepared.bench.extracted("layer3").store.reader()
-    tuned = prepared.tune(own, own.suffix("layer3"), stored.take, replace(PLAN, lr=30.0, head_lr=30.0, patience=1))
+    tuned = prepared.tune(own, own.suffix("layer3"), stored.take, replace(PLAN, lr=(30.0,), head_lr=30.0, patience=1))
 
     if tuned.best == 0:
         for first, second in zip(own.module.parameters(), prepared.backbone.module.parameters(), strict=True):
@@ -202,6 +202,22 @@ def test_what_cannot_be_cut_is_trained_whole(
 
     assert job.record.cut == "input"
     assert "runs again in every epoch" in job.record.notes[0]
+
+
+def test_the_rate_is_chosen_on_validation(prepared: Prepared) -> None:
+    """Of several rates the one with the best epoch on validation is kept, and tried from the same start."""
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+
+    def tune(*rates: float) -> FineTuned:
+        own = prepared.backbone.separate()
+        return prepared.tune(own, own.suffix("layer3"), stored.take, replace(PLAN, lr=rates))
+
+    both, first, second = tune(1e-6, 1e-2), tune(1e-6), tune(1e-2)
+
+    assert both.rates == first.rates | second.rates
+    kept = {1e-6: first, 1e-2: second}[both.lr]
+    assert [epoch.val for epoch in both.history] == [epoch.val for epoch in kept.history]
+    assert both.history[both.best].val.accuracy == max(both.rates.values())
 
 
 STAGES = tuple(Stage(name, (name,), size) for name, size in (("stem", 10), ("one", 20), ("two", 30), ("three", 40)))

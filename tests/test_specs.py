@@ -109,7 +109,7 @@ def test_model_args_are_typed() -> None:
         lambda: BackboneSpec(""),
         lambda: BackboneSpec("x", weights="a", random_init=1),
         lambda: FineTunePlan(Unfreeze.parse("all"), epochs=0),
-        lambda: FineTunePlan(Unfreeze.parse("all"), lr=0.0),
+        lambda: FineTunePlan(Unfreeze.parse("all"), lr=(0.0,)),
         lambda: FeatureSpec(Transform(), None, cut="input", dtype="float32"),
     ],
 )

@@ -6,6 +6,8 @@ import click
 
 from featcache.cli import options
 
+RATES = (1e-4, 5e-4, 2.5e-3)
+
 
 @click.command()
 @options.data_argument
@@ -18,7 +20,9 @@ from featcache.cli import options
     "--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without gain that end it."
 )
 @click.option("--train-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images a training step.")
-@click.option("--lr", type=float, default=3e-4, show_default=True, help="Of the last stage.")
+@click.option(
+    "--lr", multiple=True, type=float, default=RATES, show_default=True, help="Of the last stage; tried on validation."
+)
 @click.option("--head-lr", type=float, default=1e-3, show_default=True, help="Of the head.")
 @click.option("--layer-decay", type=float, default=0.75, show_default=True, help="Factor from each stage to the one before.")
 @click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Of matrices.")
@@ -46,7 +50,9 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
         options.emit(summary)
         return
     probe, seconds = summary["probe"], summary["seconds"]
-    click.echo(f"{summary['unfreeze']:10} test {options.percent(summary['test'])}; best epoch {job.tuned.best}")
+    click.echo(
+        f"{summary['unfreeze']:10} test {options.percent(summary['test'])}; epoch {job.tuned.best} at rate {job.tuned.lr:g}"
+    )
     click.echo(f"{probe['head']:10} test {options.percent(probe['test'])}")
     gap = summary["gap"]
     if gap is not None:

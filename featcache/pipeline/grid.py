@@ -56,6 +56,8 @@ def _grid(table: dict[str, Any], path: Path) -> Grid:
     _only(table, {"name", "seeds", "heads", "unfreeze", "dataset", "backbone", "finetune"}, "the file")
     settings = _typed(table, "finetune", dict, {})
     _only(settings, set(_PLAN_KEYS), "[finetune]")
+    if "lr" in settings:
+        settings["lr"] = tuple(settings["lr"]) if isinstance(settings["lr"], list) else (settings["lr"],)
     base = FineTunePlan(Unfreeze.parse("all"), **settings)
     plans = tuple(replace(base, unfreeze=Unfreeze.parse(text)) for text in _strings(table, "unfreeze"))
     data = tuple(_data(entry) for entry in _typed(table, "dataset", list, []))

@@ -187,7 +187,12 @@ def finetune_job(
         seed=seed,
         feature_key=at_cut.store.key,
         request={"backbone": identify(bench.spec), "plan": asdict(plan)},
-        params={"best_epoch": tuned.best, "stages": [stage.name for stage in thawed.stages]},
+        params={
+            "best_epoch": tuned.best,
+            "lr": tuned.lr,
+            "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
+            "stages": [stage.name for stage in thawed.stages],
+        },
         split=split.sizes(),
         test_items=same_items,
         val=asdict(tuned.history[tuned.best].val),

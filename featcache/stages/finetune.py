@@ -51,11 +51,16 @@ class Epoch:
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A trained suffix and head with its history; ``best`` is the epoch that was kept."""
+    """A trained suffix and head with its history; ``best`` is the epoch that was kept.
+
+    ``rates`` gives for each rate that was tried the validation accuracy of its best epoch.
+    """
 
     model: "SuffixAndHead"
     history: tuple[Epoch, ...]
     best: int
+    lr: float
+    rates: dict[float, float]
     tested: Tested
     seconds: float
     images_per_second: float
@@ -95,7 +100,7 @@ def finetune(
     probe: LinearHead,
     seed: int = 0,
 ) -> FineTuned:
-    """Train a suffix and its head on ``train``, keep the best epoch on ``val``, test it once.
+    """Train a suffix and its head on ``train``, keep the best rate and epoch on ``val``, test that once.
 
     Args:
         backbone: the one whose parameters the suffix shares; they are changed.
@@ -112,40 +117,88 @@ def finetune(
     started = time.monotonic()
     model = SuffixAndHead(suffix, start).to(backbone.device)
     _thaw_parameters(backbone, thawed)
-    optimiser = torch.optim.AdamW(parameter_groups(backbone, model, plan, thawed), weight_decay=plan.weight_decay)
-    steps = math.ceil(len(split.train) / plan.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps * plan.epochs, plan.warmup))
-
-    history = [Epoch(0, None, _validate(model, take, y, split, plan.batch_size), 0.0)]
-    best, kept = 0, copy.deepcopy(model.state_dict())
-    with progress(plan.epochs * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
-        for number in range(1, plan.epochs + 1):
-            epoch = _train_epoch(model, optimiser, schedule, take, y, split, plan, (seed, number), bar)
-            history.append(epoch)
-            bar.set_postfix_str(f"val {100 * epoch.val.accuracy:.1f} %")
-            if _rank(epoch.val) < _rank(history[best].val):
-                best, kept = number, copy.deepcopy(model.state_dict())
-            elif number - best >= plan.patience:
-                break
-    model.load_state_dict(kept)
-    if best == 0:
+    job = _Job(backbone, model, take, y, split, plan, thawed, seed)
+    untouched = copy.deepcopy(model.state_dict())
+    before = Epoch(0, None, _validate(job), 0.0)
+    best: _Trained | None = None
+    rates: dict[float, float] = {}
+    with progress(len(plan.lr) * plan.epochs * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
+        for lr in plan.lr:
+            model.load_state_dict(untouched)
+            trained = _train(job, lr, before, bar)
+            rates[lr] = trained.best.val.accuracy
+            if best is None or _rank(trained.best.val) < _rank(best.best.val):
+                best = trained
+    assert best is not None
+    model.load_state_dict(best.state)
+    if best.best.number == 0:
         model.set_head(probe)
     seconds = time.monotonic() - started
     tested = test_scores(lambda index: predict(model, take, index, plan.batch_size), y, split)
-    trained = (len(history) - 1) * len(split.train)
-    speed = trained / sum(epoch.seconds for epoch in history[1:])
-    return FineTuned(model, tuple(history), best, tested, seconds, speed)
+    return FineTuned(model, best.history, best.best.number, best.lr, rates, tested, seconds, best.images_per_second)
 
 
-def parameter_groups(backbone: Backbone, model: SuffixAndHead, plan: FineTunePlan, thawed: Thawed) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same while rates are tried."""
+
+    backbone: Backbone
+    model: SuffixAndHead
+    take: Take
+    y: NDArray[np.int64]
+    split: Split
+    plan: FineTunePlan
+    thawed: Thawed
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What one rate came to: its best epoch and the weights then."""
+
+    lr: float
+    history: tuple[Epoch, ...]
+    best: Epoch
+    state: dict[str, Tensor]
+    images_per_second: float
+
+
+def _train(job: _Job, lr: float, before: Epoch, bar: Any) -> _Trained:
+    """Train at one rate; epochs without gain in accuracy or loss over the trained ones before end it."""
+    plan, model = job.plan, job.model
+    groups = parameter_groups(job.backbone, model, plan, job.thawed, lr)
+    optimiser = torch.optim.AdamW(groups, weight_decay=plan.weight_decay)
+    steps = plan.epochs * math.ceil(len(job.split.train) / plan.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps, plan.warmup))
+    history, best, state, stale = [before], before, copy.deepcopy(model.state_dict()), 0
+    accuracy, loss = -1.0, math.inf
+    for number in range(1, plan.epochs + 1):
+        epoch = _train_epoch(job, optimiser, schedule, number, bar)
+        history.append(epoch)
+        bar.set_postfix_str(f"lr {lr:g}, val {100 * epoch.val.accuracy:.1f} %")
+        if _rank(epoch.val) < _rank(best.val):
+            best, state = epoch, copy.deepcopy(model.state_dict())
+        loss_now = epoch.val.log_loss if epoch.val.log_loss is not None else math.inf
+        stale = 0 if epoch.val.accuracy > accuracy or loss_now < loss else stale + 1
+        accuracy, loss = max(accuracy, epoch.val.accuracy), min(loss, loss_now)
+        if stale >= plan.patience:
+            bar.update((plan.epochs - number) * len(job.split.train))
+            break
+    seconds = sum(epoch.seconds for epoch in history[1:])
+    return _Trained(lr, tuple(history), best, state, (len(history) - 1) * len(job.split.train) / seconds)
+
+
+def parameter_groups(
+    backbone: Backbone, model: SuffixAndHead, plan: FineTunePlan, thawed: Thawed, lr: float
+) -> list[dict[str, Any]]:
     """Return AdamW's groups: each stage its rate, the head its own, no weight decay for vectors (norms, biases)."""
     groups = []
     parameters = dict(backbone.module.named_parameters())
     for depth, stage in enumerate(reversed(thawed.stages)):
-        lr = plan.lr * plan.layer_decay**depth
+        own = lr * plan.layer_decay**depth
         tensors = [parameters[name] for name in stage.parameters]
-        groups.append({"params": [tensor for tensor in tensors if tensor.dim() > 1], "lr": lr})
-        groups.append({"params": [tensor for tensor in tensors if tensor.dim() <= 1], "lr": lr, "weight_decay": 0.0})
+        groups.append({"params": [tensor for tensor in tensors if tensor.dim() > 1], "lr": own})
+        groups.append({"params": [tensor for tensor in tensors if tensor.dim() <= 1], "lr": own, "weight_decay": 0.0})
     groups.append({"params": [model.head.weight], "lr": plan.head_lr})
     groups.append({"params": [model.head.bias], "lr": plan.head_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
@@ -212,24 +265,21 @@ def _thaw_parameters(backbone: Backbone, thawed: Thawed) -> None:
 
 
 def _train_epoch(
-    model: SuffixAndHead,
+    job: _Job,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
-    take: Take,
-    y: NDArray[np.int64],
-    split: Split,
-    plan: FineTunePlan,
-    seed: tuple[int, int],
+    number: int,
     bar: Any,
 ) -> Epoch:
     started = time.monotonic()
-    torch.manual_seed(seed[0] * 1000 + seed[1])
+    model, plan = job.model, job.plan
+    torch.manual_seed(job.seed * 1000 + number)
     set_training(model, train_batchnorm=plan.train_batchnorm)
-    order = np.random.default_rng(seed).permutation(split.train)
+    order = np.random.default_rng((job.seed, number)).permutation(job.split.train)
     losses = []
     for rows in _chunks(order, plan.batch_size):
-        logits = model(_to_device(take(rows), model))
-        labels = torch.from_numpy(y[rows]).to(logits.device)
+        logits = model(_to_device(job.take(rows), model))
+        labels = torch.from_numpy(job.y[rows]).to(logits.device)
         loss = F.cross_entropy(logits, labels, label_smoothing=plan.label_smoothing)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -238,7 +288,7 @@ def _train_epoch(
         losses.append(loss.item() * len(rows))
         bar.update(len(rows))
     seconds = time.monotonic() - started
-    return Epoch(seed[1], sum(losses) / len(order), _validate(model, take, y, split, plan.batch_size), seconds)
+    return Epoch(number, sum(losses) / len(order), _validate(job), seconds)
 
 
 def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
@@ -250,8 +300,9 @@ def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
                 module.eval()
 
 
-def _validate(model: SuffixAndHead, take: Take, y: NDArray[np.int64], split: Split, batch_size: int) -> Scores:
-    return score(y[split.val], predict(model, take, split.val, batch_size))
+def _validate(job: _Job) -> Scores:
+    val = job.split.val
+    return score(job.y[val], predict(job.model, job.take, val, job.plan.batch_size))
 
 
 def _rank(val: Scores) -> tuple[float, float]:
