@@ -44,7 +44,7 @@ def dataset_folder(cache: Path, source: Source, *, rebind: bool = False) -> Path
         folder = cache / name
         make_folder(folder)
         note, content = folder / "source.json", json.dumps({"location": source.location}).encode()
-        if create_file(note, content):
+        if not note.exists() and create_file(note, content):
             return folder
         try:
             bound = json.loads(note.read_text())["location"]
@@ -239,9 +239,12 @@ def plan(source: Source, store: FeatureStore | None, stock: Stock) -> Hit | Resu
         return Miss(stock.to_read)
     if stock.to_read or store.manifest.listing is None:
         return Resume(stock.to_read)
-    bad = {item.sha256 for item in store.manifest.quarantined}
-    wanted = [(known.item, known.sha256) for known in in_source_order(source, stock.known) if known.sha256.hex() not in bad]
-    return Hit() if _same_items(wanted, store.listing()) else Resume(())
+    quarantined = {(item.path, item.sha256) for item in store.manifest.quarantined if item.sha256}
+    reasons = {digest for _, digest in quarantined}
+    bad = {(known.item.path, known.sha256.hex()) for known in stock.known if known.sha256.hex() in reasons}
+    good = [known for known in in_source_order(source, stock.known) if known.sha256.hex() not in reasons]
+    same = bad == quarantined and _same_items([(known.item, known.sha256) for known in good], store.listing())
+    return Hit() if same else Resume(())
 
 
 def in_source_order(source: Source, known: tuple[Known, ...] | list[Known]) -> list[Known]:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from featcache.specs import Transform
 
 MAX_MEGAPIXELS = 50.0
+# Formats that Pillow reads by itself: others, such as EPS, would start another program on a file's content.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO")
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -33,7 +36,7 @@ def decode(content: bytes, transform: Transform) -> NDArray[np.uint8]:
         UnreadableImage: the bytes are no image, a truncated one, or one of more than 50 megapixels.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_known_formats()) as image:
             megapixels = image.width * image.height / 1e6
             if megapixels > MAX_MEGAPIXELS:
                 raise UnreadableImage(f"{megapixels:.0f} megapixels, over the limit of {MAX_MEGAPIXELS:.0f}")
@@ -47,6 +50,12 @@ def decode(content: bytes, transform: Transform) -> NDArray[np.uint8]:
         raise UnreadableImage(f"more than {MAX_MEGAPIXELS:.0f} megapixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"broken image ({error})") from error
+
+
+@cache
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

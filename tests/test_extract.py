@@ -197,8 +197,21 @@ def test_unreadable_files_are_set_aside(folder: Path, tiny: BackboneSpec, settin
 
     done = extract(folder, tiny, settings)
 
-    assert done.report.rows == 36
-    assert [(item.path, "No such file" in item.reason) for item in done.report.quarantined] == [("red/gone.png", True)]
+    for report in (done.report, extract(folder, tiny, settings).report):
+        assert report.rows == 36
+        assert [(item.path, "No such file" in item.reason) for item in report.quarantined] == [("red/gone.png", True)]
+
+
+def test_a_renamed_broken_image_is_listed_under_its_new_name(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """The quarantine list names files as they are called now."""
+    (folder / "red" / "bad.png").write_bytes(b"nothing")
+    extract(folder, tiny, settings)
+    (folder / "red" / "bad.png").rename(folder / "red" / "worse.png")
+
+    for _ in range(2):
+        again = extract(folder, tiny, settings)
+        assert (again.report.rows, again.report.computed) == (36, 0)
+        assert [item.path for item in again.report.quarantined] == ["red/worse.png"]
 
 
 def test_not_finite_rows_are_refused(folder: Path) -> None:

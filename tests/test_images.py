@@ -95,11 +95,12 @@ def test_squash_keeps_the_whole_image() -> None:
         (b"<html>not found</html>", "not an image"),
         (encoded(noise(200, 200), "JPEG")[:-900], "broken image"),
         (encoded(noise(200, 200), "PNG")[:2000], "broken image"),
+        (encoded(noise(20, 20), "EPS"), "not an image"),
         (encoded(Image.new("1", (9000, 9000)), "PNG"), "81 megapixels"),
         (encoded(Image.new("F", (9, 9)), "TIFF"), "32 bits"),
         (encoded(Image.new("1", (20000, 20000)), "PNG"), "more than 50 megapixels"),
     ],
-    ids=["empty", "html", "cut jpeg", "cut png", "huge", "float", "bomb"],
+    ids=["empty", "html", "cut jpeg", "cut png", "program", "huge", "float", "bomb"],
 )
 def test_a_bad_file_gives_its_reason(content: bytes, reason: str) -> None:
     """What cannot be used is refused with a reason, never read half."""

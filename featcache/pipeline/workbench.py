@@ -107,8 +107,8 @@ class Workbench:
             if isinstance(decision, caching.Hit):
                 if not (store.path / TABLE).exists():
                     store.write_table()
-                quarantined = (*store.manifest.quarantined, *stock.unreachable)
-                report = ExtractReport(len(stock.known) - len(store.manifest.quarantined), 0, quarantined, 0.0)
+                unusable = [item for item in store.manifest.quarantined if item.sha256]
+                report = ExtractReport(len(stock.known) - len(unusable), 0, (*unusable, *stock.unreachable), 0.0)
                 return Extracted(store, report, self.spec.label, cut)
             if not decision.to_read:
                 return self._extract(store, stock, None, cut)
