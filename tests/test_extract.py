@@ -232,7 +232,8 @@ def test_not_finite_rows_are_refused(folder: Path) -> None:
 def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
     """Kill -9 in the middle: the next run computes the rest only, and the table is bit for bit that of one run."""
     folder = draw_folder(tmp_path / "images", per_class=400)
-    command = [sys.executable, "-m", "featcache", "extract", str(folder), *TINY, "--input-size", "144", "--cache"]
+    eager = "from featcache.stages import extract; extract.MIN_PART_SECONDS = 0.2; from featcache.cli import main; main()"
+    command = [sys.executable, "-c", eager, "extract", str(folder), *TINY, "--input-size", "144", "--cache"]
     slowed = {**os.environ, "OMP_NUM_THREADS": "1"}
     victim = subprocess.Popen(
         [*command, str(tmp_path / "killed")], env=slowed, start_new_session=True, stderr=subprocess.DEVNULL
