@@ -13,7 +13,7 @@ from featcache.fingerprint import sha256_of_bytes, sha256_of_file
 from featcache.progress import progress
 from featcache.sources import FileStat, Item, Source, location_hash
 from featcache.specs import INPUT, BackboneSpec, FeatureSpec, StoredDtype
-from featcache.store import FeatureStore, Listing, Quarantined, Seen
+from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen
 from featcache.store.atomic import create_file, make_folder, replace_file
 
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
@@ -197,7 +197,7 @@ def take_stock(source: Source, store: FeatureStore | None) -> Stock:
         try:
             stat = source.stat(item.path)
         except OSError as error:
-            unreachable.append(Quarantined(item.path, "", _reason(error)))
+            unreachable.append(unreadable(item, error))
             continue
         remembered = index.get(item.path)
         if remembered and stat and remembered[0] == stat and stat.mtime_ns < remembered[2] - _RACY_NS:
@@ -222,7 +222,7 @@ def _hash_unsure(
             try:
                 digest = bytes.fromhex(sha256_of_bytes(source.read(item.path)))
             except OSError as error:
-                unreachable.append(Quarantined(item.path, "", _reason(error)))
+                unreachable.append(unreadable(item, error))
                 continue
             finally:
                 bar.update(1)
@@ -254,8 +254,6 @@ def in_source_order(source: Source, known: tuple[Known, ...] | list[Known]) -> l
 
 
 def _same_items(wanted: list[tuple[Item, bytes]], listing: Listing) -> bool:
-    from featcache.store import SPLITS
-
     have = [
         (Item(path, listing.classes[label], SPLITS[split]), bytes(digest))
         for path, label, split, digest in zip(
@@ -267,8 +265,6 @@ def _same_items(wanted: list[tuple[Item, bytes]], listing: Listing) -> bool:
 
 def make_listing(source: Source, known: list[Known], checked_ns: int) -> Listing:
     """Return the listing of a source's items that have a row, in the source's order."""
-    from featcache.store import SPLITS
-
     ordered = in_source_order(source, known)
     classes = source.classes
     label_of = {name: index for index, name in enumerate(classes)}
@@ -290,5 +286,6 @@ def make_seen(known: list[Known], checked_ns: int) -> Seen:
     )
 
 
-def _reason(error: OSError) -> str:
-    return f"cannot be read ({error.strerror or error})"
+def unreadable(item: Item, error: OSError) -> Quarantined:
+    """Return the place in quarantine of a file that could not be read."""
+    return Quarantined(item.path, "", f"cannot be read ({error.strerror or error})")

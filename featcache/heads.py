@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from featcache.errors import UsageError
 from featcache.metrics import Scores, score
 from featcache.progress import progress
-from featcache.splits import Index, Split
+from featcache.splits import Split
 
 Params = dict[str, Any]
 X_ = NDArray[Any]
@@ -65,11 +65,11 @@ def _knn(params: Params, _: int, __: Y_) -> Pipeline:
 
 
 def _mlp(params: Params, seed: int, y: Y_) -> Pipeline:
-    stop = len(y) >= _MIN_FOR_EARLY_STOPPING * len(np.unique(y)) and int(np.bincount(y).max()) > 1
+    counts = np.unique(y, return_counts=True)[1]
     network = MLPClassifier(
         hidden_layer_sizes=(256,),
         alpha=params["alpha"],
-        early_stopping=stop and int(np.unique(y, return_counts=True)[1].min()) > 1,
+        early_stopping=len(y) >= _MIN_FOR_EARLY_STOPPING * len(counts) and int(counts.min()) > 1,
         n_iter_no_change=10,
         max_iter=300,
         random_state=seed,
@@ -114,11 +114,11 @@ def choose(name: str, X: X_, y: Y_, split: Split, seed: int) -> Chosen:
     """
     family = HEADS[name]
     outcomes = _try_all(family, family.grid(len(split.train)), X, y, split, seed)
-    best = min(outcomes, key=_rank)
+    best = min(outcomes, key=lambda outcome: outcome[1].rank)
     neighbours = family.refine(best[0])
     if neighbours:
         outcomes += _try_all(family, neighbours, X, y, split, seed)
-        best = min(outcomes, key=_rank)
+        best = min(outcomes, key=lambda outcome: outcome[1].rank)
     return Chosen(best[0], best[1], len(outcomes), sum(not converged for _, _, converged in outcomes))
 
 
@@ -183,11 +183,3 @@ def _converged(head: Pipeline) -> bool:
     taken = getattr(model, "n_iter_", None)
     allowed = getattr(model, "max_iter", None)
     return taken is None or allowed is None or int(np.max(taken)) < allowed
-
-
-def _rank(outcome: tuple[Params, Scores, bool]) -> tuple[float, float]:
-    loss = outcome[1].log_loss
-    return (-outcome[1].accuracy, loss if loss is not None else 0.0)
-
-
-__all__ = ["HEADS", "Chosen", "HeadFamily", "Index", "answers", "choose", "linear_weights", "require_head", "train"]

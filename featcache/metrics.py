@@ -27,6 +27,11 @@ class Scores:
     log_loss: float | None
     ece: float | None
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What the smaller of is better: by accuracy, then by log-loss."""
+        return (-self.accuracy, self.log_loss if self.log_loss is not None else 0.0)
+
 
 @dataclass(frozen=True)
 class Tested:

@@ -15,6 +15,8 @@ INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "
 CropMode = Literal["center", "squash"]
 StoredDtype = Literal["float32", "float16", "uint8"]
 
+RATES = (1e-4, 5e-4, 2.5e-3)
+
 POOLED = "pooled"
 INPUT = "input"
 
@@ -183,7 +185,7 @@ class FineTunePlan:
     unfreeze: Unfreeze
     epochs: int = 10
     batch_size: int = 32
-    lr: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
+    lr: tuple[float, ...] = RATES
     head_lr: float = 1e-3
     layer_decay: float = 0.75
     weight_decay: float = 0.05

@@ -5,8 +5,7 @@ from typing import Any
 import click
 
 from featcache.cli import options
-
-RATES = (1e-4, 5e-4, 2.5e-3)
+from featcache.specs import RATES
 
 
 @click.command()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import Known, Stock, make_listing, make_seen
+from featcache.cache import Known, Stock, make_listing, make_seen, unreadable
 from featcache.errors import DataError, StorageError
 from featcache.fingerprint import sha256_of_bytes
 from featcache.images import UnreadableImage, decode
@@ -153,7 +153,7 @@ def _read_all(
             known = Known(item, bytes.fromhex(digest), stat)
             return known if known.sha256 in rows_there else _Decoded(known, decode(content, transform))
         except OSError as error:
-            return Quarantined(item.path, "", f"cannot be read ({error.strerror or error})")
+            return unreadable(item, error)
         except UnreadableImage as error:
             return Quarantined(item.path, digest, str(error))
 
@@ -250,6 +250,3 @@ def _judge(source: Source, harvest: _Harvest, quarantined: tuple[Quarantined, ..
             f"{source.location}: {bad} of {total} images cannot be used ({example}). The other rows are kept: repair the "
             f"files and run again, or allow it with --max-bad {100 * bad / total:.1f}%."
         )
-
-
-__all__ = ["ExtractReport", "extract"]

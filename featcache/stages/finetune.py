@@ -127,7 +127,7 @@ def finetune(
             model.load_state_dict(untouched)
             trained = _train(job, lr, before, bar)
             rates[lr] = trained.best.val.accuracy
-            if best is None or _rank(trained.best.val) < _rank(best.best.val):
+            if best is None or trained.best.val.rank < best.best.val.rank:
                 best = trained
     assert best is not None
     model.load_state_dict(best.state)
@@ -176,7 +176,7 @@ def _train(job: _Job, lr: float, before: Epoch, bar: Any) -> _Trained:
         epoch = _train_epoch(job, optimiser, schedule, number, bar)
         history.append(epoch)
         bar.set_postfix_str(f"lr {lr:g}, val {100 * epoch.val.accuracy:.1f} %")
-        if _rank(epoch.val) < _rank(best.val):
+        if epoch.val.rank < best.val.rank:
             best, state = epoch, copy.deepcopy(model.state_dict())
         loss_now = epoch.val.log_loss if epoch.val.log_loss is not None else math.inf
         stale = 0 if epoch.val.accuracy > accuracy or loss_now < loss else stale + 1
@@ -303,10 +303,6 @@ def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
 def _validate(job: _Job) -> Scores:
     val = job.split.val
     return score(job.y[val], predict(job.model, job.take, val, job.plan.batch_size))
-
-
-def _rank(val: Scores) -> tuple[float, float]:
-    return (-val.accuracy, val.log_loss if val.log_loss is not None else 0.0)
 
 
 def _chunks(index: Index, size: int) -> Iterator[Index]:
