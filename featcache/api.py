@@ -7,19 +7,20 @@ from featcache.cache import default_cache
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import HeadJob, TuneJob, finetune_job, fit_heads
-from featcache.pipeline.workbench import Extracted, Settings, Workbench
-from featcache.sources import open_source
-from featcache.specs import POOLED, BackboneSpec, FineTunePlan, StoredDtype, Unfreeze
+from featcache.pipeline.workbench import Estimate, Extracted, Settings, Target, Workbench
+from featcache.sources import Source, open_source
+from featcache.specs import INPUT, POOLED, BackboneSpec, FineTunePlan, StoredDtype, Unfreeze, Views
 
 RECORDS = Path("records") / "runs.jsonl"
 
 
 def extract(
-    data: str | Path,
+    data: str | Path | Source,
     backbone: str | BackboneSpec = "mini",
     *,
     cut: str = POOLED,
     dtype: StoredDtype | None = None,
+    views: Views | None = None,
     name: str | None = None,
     settings: Settings | None = None,
 ) -> Extracted:
@@ -31,21 +32,62 @@ def extract(
     (1797, 480)
 
     Args:
-        data: a folder, a ``.csv`` manifest or ``sklearn:digits``.
+        data: what ``open_source`` takes, or a source.
         backbone: ``mini``, a timm name, or a BackboneSpec.
-        cut: ``pooled``, a stage's name, or ``input``.
+        cut: ``pooled``, a stage's name, several layers such as ``layer3+layer4``, or ``input``.
         dtype: what rows are stored in; embeddings float32 and activation maps float16 by default.
+        views: how many views of each image: rows are then (views, ...).
         name: the data set's name in the cache, where it is not the folder's.
-        settings: cache folder, batch size, device.
+        settings: cache folder, batch size, device, runtime.
 
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    return _workbench(data, backbone, name, settings).extracted(cut, dtype)
+    return extract_cuts(data, backbone, cuts=[cut], dtype=dtype, views=views, name=name, settings=settings)[0]
+
+
+def extract_cuts(
+    data: str | Path | Source,
+    backbone: str | BackboneSpec = "mini",
+    *,
+    cuts: Sequence[str],
+    dtype: StoredDtype | None = None,
+    views: Views | None = None,
+    name: str | None = None,
+    settings: Settings | None = None,
+) -> list[Extracted]:
+    """As ``extract``, for several cuts in one pass over the images; ``dtype`` is that of all but ``input``.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    return _workbench(data, backbone, name, settings).extracted_at(_targets(cuts, dtype), views)
+
+
+def estimate(
+    data: str | Path | Source,
+    backbone: str | BackboneSpec = "mini",
+    *,
+    cuts: Sequence[str] = (POOLED,),
+    dtype: StoredDtype | None = None,
+    views: Views | None = None,
+    name: str | None = None,
+    settings: Settings | None = None,
+) -> Estimate:
+    """Say what ``extract_cuts`` would compute, write and take.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    return _workbench(data, backbone, name, settings).estimate(_targets(cuts, dtype), views)
+
+
+def _targets(cuts: Sequence[str], dtype: StoredDtype | None) -> list[Target]:
+    return [Target(cut, None if cut == INPUT else dtype) for cut in dict.fromkeys(cuts)]
 
 
 def fit(
-    data: str | Path,
+    data: str | Path | Source,
     backbone: str | BackboneSpec = "mini",
     *,
     heads: Sequence[str] = ("logistic",),
@@ -63,7 +105,7 @@ def fit(
 
 
 def finetune(
-    data: str | Path,
+    data: str | Path | Source,
     backbone: str | BackboneSpec = "mini",
     *,
     unfreeze: str = "last:1",
@@ -101,6 +143,9 @@ def default_out() -> Path:
     return Path("benchmarks") if Path("benchmarks").is_dir() else Path()
 
 
-def _workbench(data: str | Path, backbone: str | BackboneSpec, name: str | None, settings: Settings | None) -> Workbench:
+def _workbench(
+    data: str | Path | Source, backbone: str | BackboneSpec, name: str | None, settings: Settings | None
+) -> Workbench:
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
-    return Workbench(open_source(data, name), spec, settings or Settings(default_cache(), rebind=name is not None))
+    source = data if isinstance(data, Source) else open_source(data, name)
+    return Workbench(source, spec, settings or Settings(default_cache(), rebind=name is not None))

@@ -4,9 +4,10 @@ import copy
 import json
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,21 @@ from numpy.typing import NDArray
 from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
-from featcache.cut import split
+from featcache.cut import Cutter
 from featcache.fingerprint import sha256_of_chunks
-from featcache.specs import INPUT, INTERPOLATIONS, POOLED, BackboneSpec, LoadedBackbone, Transform, freeze_args
+from featcache.pools import PooledFeatures, Pooling
+from featcache.runtimes import Eager
+from featcache.specs import (
+    INPUT,
+    INTERPOLATIONS,
+    POOLED,
+    BackboneSpec,
+    LoadedBackbone,
+    Pool,
+    Transform,
+    freeze_args,
+    layers_of,
+)
 
 BUNDLED = "mini"
 
@@ -63,16 +76,23 @@ class Backbone:
         """The stages in forward order; a tail without a stage of its own (last norm) belongs to the last one."""
         return _stages(self.module)
 
+    @cached_property
+    def whole(self) -> nn.Module:
+        """Images (b, 3, h, w) to embeddings (b, d), by the pooling that was asked for."""
+        if self.spec.pool == "default":
+            return self.module
+        if not hasattr(self.module, "forward_features"):
+            raise UsageError(f"--pool {self.spec.pool}: {self.spec.name} does not give its activations before pooling.")
+        return PooledFeatures(self.module, self._pooling(self.spec.pool))
+
     def prefix(self, cut: str) -> nn.Module:
-        """Return the frozen part up to a cut other than ``input``.
+        """Return the frozen part up to a stage, images (b, 3, h, w) -> activations (b, ...).
 
         Raises:
             UsageError: there is no such stage.
             CutError: the backbone cannot be cut there.
         """
-        if cut == POOLED:
-            return self.module
-        return split(self.module, self.trained_after(cut), self.transform.input_size).prefix
+        return self._cutter.split(self._trained_in_whole(cut)).prefix
 
     def suffix(self, cut: str) -> nn.Module:
         """Return what follows a cut: stored activations (b, ...) -> embeddings (b, d).
@@ -80,8 +100,53 @@ class Backbone:
         The suffix of ``input`` takes pixels, uint8 (b, h, w, 3).
         """
         if cut == INPUT:
-            return nn.Sequential(Normalise(self.transform), self.module)
-        return split(self.module, self.trained_after(cut), self.transform.input_size).suffix
+            return nn.Sequential(Normalise(self.transform), self.whole)
+        return self._cutter.split(self._trained_in_whole(cut)).suffix
+
+    @cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self.whole, self.transform.input_size)
+
+    def _trained_in_whole(self, cut: str) -> Callable[[str], bool]:
+        is_trained = self.trained_after(cut)
+        inside = "" if self.whole is self.module else "backbone."
+        return lambda name: is_trained(name.removeprefix(inside))
+
+    def _pooling(self, kind: Pool) -> Pooling:
+        return Pooling(
+            kind,
+            prefix_tokens=getattr(self.module, "num_prefix_tokens", 0),
+            class_token=getattr(self.module, "cls_token", None) is not None,
+            channels_last=getattr(self.module, "output_fmt", "NCHW") == "NHWC",
+        )
+
+    def program(self, cuts: Sequence[str]) -> nn.Module:
+        """Return the frozen part of several cuts in one pass: pixels uint8 (b, h, w, 3) -> a tuple of activations.
+
+        Raises:
+            UsageError: there is no such stage.
+            CutError: the backbone cannot be cut there.
+        """
+        layers = [layers_of(cut) for cut in cuts]
+        tests = [self._test(cut, name) for cut, names in zip(cuts, layers, strict=True) for name in names]
+        finish = [
+            self._pooling(self.spec.pool) if len(names) > 1 else nn.Flatten() if cut == POOLED else nn.Identity()
+            for cut, names in zip(cuts, layers, strict=True)
+            for _ in names
+        ]
+        body = self.whole if tests == [None] else self._cutter.joint_prefix(tests)
+        return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
+
+    def _test(self, cut: str, layer: str) -> Callable[[str], bool] | None:
+        """Return what tells the parameters behind a layer; ``None`` for the whole backbone, and for its last layer."""
+        if cut == POOLED or (cut != layer and layer in {POOLED, self.stages[-1].name}):
+            return None
+        return self._trained_in_whole(layer)
+
+    def runner(self, cut: str) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:
+        """Return the frozen part as a plain function on arrays: pixels uint8 (b, h, w, 3) -> rows float32 (b, ...)."""
+        run = Eager(self.program((cut,)), self.device, self.spec.precision)
+        return lambda pixels: run(pixels)[0]
 
     def trained_after(self, cut: str) -> Callable[[str], bool]:
         """Return a test for the names of the parameters that lie behind a cut."""
@@ -93,23 +158,35 @@ class Backbone:
         behind = {name for stage in self.stages[names.index(cut) + 1 :] for name in stage.parameters}
         return behind.__contains__
 
-    def runner(self, cut: str) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-        """Return the frozen part as a function on arrays: pixels uint8 (b, h, w, 3) -> rows float32 (b, ...)."""
-        normalise, prefix = Normalise(self.transform).to(self.device), self.prefix(cut)
-
-        def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-            with torch.inference_mode():
-                images = normalise(torch.from_numpy(pixels).to(self.device))
-                rows = prefix(images.contiguous(memory_format=torch.channels_last))
-                if cut == POOLED:
-                    rows = rows.flatten(1)
-                return rows.float().cpu().contiguous().numpy()  # type: ignore[no-any-return]
-
-        return run
-
     def separate(self) -> "Backbone":
         """Return a copy whose parameters can be trained without touching this one's."""
         return Backbone(self.spec, self.loaded, self.transform, copy.deepcopy(self.module), self.device)
+
+
+class Program(nn.Module):
+    """The frozen part as runtimes execute it: pixels uint8 (b, h, w, 3) -> a tuple of activations, one a cut.
+
+    ``body`` gives one tensor a layer, ``finish`` turns each into what is stored, ``spans`` says how many layers are
+    concatenated into each cut's row.
+    """
+
+    def __init__(self, normalise: "Normalise", body: nn.Module, finish: Sequence[nn.Module], spans: Sequence[int]) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.body = body
+        self.finish = nn.ModuleList(finish)
+        self.spans = tuple(spans)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the activations of each cut."""
+        tensors = self.body(self.normalise(pixels).contiguous(memory_format=torch.channels_last))
+        tensors = tensors if isinstance(tensors, tuple) else (tensors,)
+        finished = [step(tensor) for step, tensor in zip(self.finish, tensors, strict=True)]
+        rows, start = [], 0
+        for span in self.spans:
+            rows.append(finished[start] if span == 1 else torch.cat(finished[start : start + span], 1))
+            start += span
+        return tuple(rows)
 
 
 class Normalise(nn.Module):
@@ -162,6 +239,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
         tag=_tag(spec, pretrained_cfg),
         weights_sha256=_hash_weights(module),
         model_args=freeze_args(args),
+        pool=spec.pool,
     )
     transform = _transform(published, spec)
     if spec.overrides.input_size is not None:

@@ -1,18 +1,19 @@
 """The cache's decisions: where an entry lies, whether a request is answered by one, which images are left to compute."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.errors import StorageError
 from featcache.fingerprint import sha256_of_bytes, sha256_of_file
 from featcache.progress import progress
 from featcache.sources import FileStat, Item, Source, location_hash
-from featcache.specs import INPUT, BackboneSpec, FeatureSpec, StoredDtype
+from featcache.specs import INPUT, BackboneSpec, FeatureSpec, StoredDtype, Views
 from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen
 from featcache.store.atomic import create_file, make_folder, replace_file
 
@@ -77,6 +78,7 @@ class Request:
     backbone: BackboneSpec
     cut: str
     dtype: StoredDtype
+    views: Views = field(default_factory=Views)
 
     def described(self) -> dict[str, Any]:
         """Return the request as plain data, with what identifies the weights."""
@@ -85,13 +87,17 @@ class Request:
         import featcache
 
         versions = {"timm": version("timm"), "featcache": featcache.__version__}
-        return identify(self.backbone) | versions | {"cut": self.cut, "dtype": self.dtype}
+        return identify(self.backbone) | versions | {"cut": self.cut, "dtype": self.dtype, **asdict(self.views)}
+
+
+_USUAL = {"pool": "default", "precision": "float32"}
 
 
 def identify(spec: BackboneSpec) -> dict[str, Any]:
     """Return a backbone's spec as plain data, a weights file by its content instead of its path."""
     weights = Path(spec.weights) if spec.weights is not None else None
-    return {
+    rare = {name: value for name, value in (("pool", spec.pool), ("precision", spec.precision)) if value != _USUAL[name]}
+    return rare | {
         "name": spec.name,
         "weights": f"sha256:{sha256_of_file(weights)}" if weights is not None and weights.is_file() else spec.weights,
         "random_init": spec.random_init,
@@ -139,24 +145,61 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Known:
-    """An item whose bytes are recognised: their SHA-256 and the file's sign."""
+class Sighted:
+    """Items of a source whose bytes are known, as columns of n rows.
 
-    item: Item
-    sha256: bytes
-    stat: FileStat | None
+    ``index`` int64 (n,) are positions in ``source.items``, ``sha256`` is uint8 (n, 32), ``stat`` int64 (n, 3) is the
+    file's size in bytes, mtime in ns and inode, -1 where there is no file.
+    """
+
+    index: NDArray[np.int64]
+    sha256: NDArray[np.uint8]
+    stat: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, bytes, FileStat | None]]) -> "Sighted":
+        """Gather single items."""
+        stats = [(stat.size, stat.mtime_ns, stat.inode) if stat else (-1, -1, -1) for _, _, stat in rows]
+        return cls(
+            np.array([index for index, _, _ in rows], dtype=np.int64),
+            np.frombuffer(b"".join(digest for _, digest, _ in rows), dtype=np.uint8).reshape(-1, 32),
+            np.array(stats, dtype=np.int64).reshape(-1, 3),
+        )
+
+    @classmethod
+    def joined(cls, several: "Sequence[Sighted]") -> "Sighted":
+        """Put several one after the other."""
+        several = [cls.of([]), *several]
+        columns = ([getattr(one, name) for one in several] for name in ("index", "sha256", "stat"))
+        return cls(*(np.concatenate(column) for column in columns))
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.index)
+
+    def take(self, which: NDArray[Any]) -> "Sighted":
+        """Return some of them, by positions or by a mask."""
+        return Sighted(self.index[which], self.sha256[which], self.stat[which])
+
+    def digests(self) -> list[bytes]:
+        """Return the SHA-256 of each item."""
+        return [row.tobytes() for row in self.sha256]
+
+    def seen(self, source: Source, checked_ns: int) -> Seen:
+        """Return what the store is to remember of the files."""
+        return Seen(tuple(source.items[index].path for index in self.index), self.sha256, self.stat, checked_ns)
 
 
 @dataclass(frozen=True)
 class Stock:
     """A source compared with an entry.
 
-    ``known`` have a row or a place in quarantine; ``to_read`` are new, changed, or not looked at; ``unreachable`` could
-    not even be opened.
+    ``known`` have a row or a place in quarantine; ``to_read`` int64 (m,) are the positions of those that are new, changed,
+    or not looked at; ``unreachable`` could not even be opened.
     """
 
-    known: tuple[Known, ...]
-    to_read: tuple[Item, ...]
+    known: Sighted
+    to_read: NDArray[np.int64]
     unreachable: tuple[Quarantined, ...]
 
 
@@ -169,56 +212,57 @@ class Hit:
 class Resume:
     """Some rows are there; ``to_read`` are left. With none left only the listing is out of date."""
 
-    to_read: tuple[Item, ...]
+    to_read: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Miss:
     """Nothing is there yet."""
 
-    to_read: tuple[Item, ...]
+    to_read: NDArray[np.int64]
 
 
 def take_stock(source: Source, store: FeatureStore | None) -> Stock:
     """Find out which of a source's items an entry knows: by path, size, time and inode, else by their content."""
-    index: dict[str, tuple[FileStat, bytes, int]] = {}
-    recognised: set[bytes] = set()
-    bad = {item.sha256 for item in store.manifest.quarantined if item.sha256} if store else set()
-    for seen in store.seen() if store else ():
-        for path, digest, stat in zip(seen.paths, seen.sha256, seen.stat.tolist(), strict=True):
-            index[path] = (FileStat(*stat), bytes(digest), seen.checked_ns)
-            recognised.add(bytes(digest))
-    recognised |= {bytes.fromhex(digest) for digest in bad}
+    where: dict[str, tuple[int, int]] = {}
+    remembered = list(store.seen()) if store else []
+    recognised = {bytes.fromhex(item.sha256) for item in store.manifest.quarantined if item.sha256} if store else set()
+    for number, seen in enumerate(remembered):
+        where.update((path, (number, row)) for row, path in enumerate(seen.paths))
+        recognised.update(row.tobytes() for row in seen.sha256)
 
-    known: list[Known] = []
-    unsure: list[tuple[Item, FileStat | None]] = []
+    known: list[tuple[int, bytes, FileStat | None]] = []
+    unsure: list[tuple[int, FileStat | None]] = []
     unreachable: list[Quarantined] = []
-    for item in source.items:
+    for index, item in enumerate(source.items):
         try:
             stat = source.stat(item.path)
         except OSError as error:
             unreachable.append(unreadable(item, error))
             continue
-        remembered = index.get(item.path)
-        if remembered and stat and remembered[0] == stat and stat.mtime_ns < remembered[2] - _RACY_NS:
-            known.append(Known(item, remembered[1], stat))
-        else:
-            unsure.append((item, stat))
-    if not recognised:
-        return Stock(tuple(known), tuple(item for item, _ in unsure), tuple(unreachable))
-    return _hash_unsure(source, recognised, known, unsure, unreachable)
+        if (place := where.get(item.path)) is not None and stat:
+            seen, row = remembered[place[0]], place[1]
+            if FileStat(*seen.stat[row].tolist()) == stat and stat.mtime_ns < seen.checked_ns - _RACY_NS:
+                known.append((index, seen.sha256[row].tobytes(), stat))
+                continue
+        unsure.append((index, stat))
+    to_read = [index for index, _ in unsure]
+    if recognised:
+        to_read = _hash_unsure(source, recognised, known, unsure, unreachable)
+    return Stock(Sighted.of(known), np.array(to_read, dtype=np.int64), tuple(unreachable))
 
 
 def _hash_unsure(
     source: Source,
     recognised: set[bytes],
-    known: list[Known],
-    unsure: list[tuple[Item, FileStat | None]],
+    known: list[tuple[int, bytes, FileStat | None]],
+    unsure: list[tuple[int, FileStat | None]],
     unreachable: list[Quarantined],
-) -> Stock:
-    to_read: list[Item] = []
+) -> list[int]:
+    to_read: list[int] = []
     with progress(len(unsure), "looking at changed files") as bar:
-        for item, stat in unsure:
+        for index, stat in unsure:
+            item = source.items[index]
             try:
                 digest = bytes.fromhex(sha256_of_bytes(source.read(item.path)))
             except OSError as error:
@@ -227,63 +271,54 @@ def _hash_unsure(
             finally:
                 bar.update(1)
             if digest in recognised:
-                known.append(Known(item, digest, stat))
+                known.append((index, digest, stat))
             else:
-                to_read.append(item)
-    return Stock(tuple(known), tuple(to_read), tuple(unreachable))
+                to_read.append(index)
+    return to_read
 
 
 def plan(source: Source, store: FeatureStore | None, stock: Stock) -> Hit | Resume | Miss:
     """Decide what an extraction has to do; touches nothing."""
     if store is None or not store.manifest.parts:
         return Miss(stock.to_read)
-    if stock.to_read or store.manifest.listing is None:
+    if len(stock.to_read) or store.manifest.listing is None:
         return Resume(stock.to_read)
     quarantined = {(item.path, item.sha256) for item in store.manifest.quarantined if item.sha256}
-    reasons = {digest for _, digest in quarantined}
-    bad = {(known.item.path, known.sha256.hex()) for known in stock.known if known.sha256.hex() in reasons}
-    good = [known for known in in_source_order(source, stock.known) if known.sha256.hex() not in reasons]
-    same = bad == quarantined and _same_items([(known.item, known.sha256) for known in good], store.listing())
-    return Hit() if same else Resume(())
+    known = stock.known.take(np.argsort(stock.known.index, kind="stable"))
+    is_bad = among(known, {bytes.fromhex(digest) for _, digest in quarantined})
+    bad = known.take(is_bad)
+    found = {(source.items[index].path, digest.hex()) for index, digest in zip(bad.index, bad.digests(), strict=True)}
+    same = found == quarantined and _same_items(source, known.take(~is_bad), store.listing())
+    return Hit() if same else Resume(stock.to_read)
 
 
-def in_source_order(source: Source, known: tuple[Known, ...] | list[Known]) -> list[Known]:
-    """Return known items in the source's order."""
-    position = {item.path: index for index, item in enumerate(source.items)}
-    return sorted(known, key=lambda one: position[one.item.path])
+def among(sighted: Sighted, digests: Collection[bytes]) -> NDArray[np.bool_]:
+    """Return which items have one of some contents."""
+    if not digests:
+        return np.zeros(len(sighted), dtype=bool)
+    return np.array([digest in digests for digest in sighted.digests()], dtype=bool)
 
 
-def _same_items(wanted: list[tuple[Item, bytes]], listing: Listing) -> bool:
-    have = [
-        (Item(path, listing.classes[label], SPLITS[split]), bytes(digest))
-        for path, label, split, digest in zip(
-            listing.seen.paths, listing.labels, listing.splits, listing.seen.sha256, strict=True
-        )
-    ]
-    return have == wanted
+def _same_items(source: Source, wanted: Sighted, listing: Listing) -> bool:
+    if len(wanted) != len(listing.labels) or not np.array_equal(wanted.sha256, listing.seen.sha256):
+        return False
+    have = zip(listing.seen.paths, listing.labels.tolist(), listing.splits.tolist(), strict=True)
+    items = (source.items[index] for index in wanted.index)
+    return all(
+        (item.path, item.label, item.split) == (path, listing.classes[label], SPLITS[split])
+        for item, (path, label, split) in zip(items, have, strict=True)
+    )
 
 
-def make_listing(source: Source, known: list[Known], checked_ns: int) -> Listing:
+def make_listing(source: Source, known: Sighted, checked_ns: int) -> Listing:
     """Return the listing of a source's items that have a row, in the source's order."""
-    ordered = in_source_order(source, known)
+    ordered = known.take(np.argsort(known.index, kind="stable"))
     classes = source.classes
     label_of = {name: index for index, name in enumerate(classes)}
-    seen = make_seen(ordered, checked_ns)
-    labels = np.array([label_of[one.item.label] for one in ordered], dtype=np.int64)
-    splits = np.array([SPLITS.index(one.item.split) for one in ordered], dtype=np.uint8)
-    return Listing(seen, labels, splits, classes)
-
-
-def make_seen(known: list[Known], checked_ns: int) -> Seen:
-    """Return what to remember of some files."""
-    unknown = FileStat(-1, -1, -1)
-    stats = [one.stat or unknown for one in known]
-    return Seen(
-        paths=tuple(one.item.path for one in known),
-        sha256=np.frombuffer(b"".join(one.sha256 for one in known), dtype=np.uint8).reshape(-1, 32),
-        stat=np.array([(stat.size, stat.mtime_ns, stat.inode) for stat in stats], dtype=np.int64).reshape(-1, 3),
-        checked_ns=checked_ns,
-    )
+    items = [source.items[index] for index in ordered.index]
+    labels = np.fromiter((label_of[item.label] for item in items), dtype=np.int64, count=len(items))
+    splits = np.fromiter((SPLITS.index(item.split) for item in items), dtype=np.uint8, count=len(items))
+    return Listing(ordered.seen(source, checked_ns), labels, splits, classes)
 
 
 def unreadable(item: Item, error: OSError) -> Quarantined:

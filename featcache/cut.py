@@ -7,7 +7,7 @@ store: it becomes a constant, or a multiple of the batch size.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,39 +87,67 @@ class _Shape:
     itemsize: int
 
 
-def split(backbone: nn.Module, is_trained: Callable[[str], bool], image_size: int) -> SplitBackbone:
-    """Split a backbone in ``eval()`` mode before the first use of a trained parameter.
+class Cutter:
+    """A traced backbone, ready to be cut anywhere.
 
     Args:
-        backbone: maps images (b, 3, h, w) to embeddings (b, d).
-        is_trained: tells for a parameter's name whether it is trained.
+        backbone: in ``eval()`` mode; maps images (b, 3, h, w) to embeddings (b, d).
         image_size: height and width of an image, in pixels.
 
     Raises:
-        CutError: nothing is trained, the graph cannot be traced, no single tensor separates the two parts, or the
-            parts do not reproduce the whole.
+        CutError: the backbone cannot be traced.
     """
-    traced = _trace(backbone)
-    device = next(backbone.parameters()).device
-    images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
-    two, three = (_observe(traced, images[:count]) for count in (2, 3))
-    values = {node: _combine(two[node], three[node]) for node in traced.graph.nodes}
 
-    trained = {id(value) for name, value in backbone.named_parameters() if is_trained(name)}
-    if not trained:
-        raise CutError("nothing is trained after this cut: use `pooled`.")
-    dependent = _descendants(node for node in traced.graph.nodes if node.op == "placeholder")
-    hot = _descendants(node for node in traced.graph.nodes if _parameter_ids(traced, node) & trained)
-    border = _minimum_cut(traced, values, dependent, hot)
+    def __init__(self, backbone: nn.Module, image_size: int) -> None:
+        self._backbone = backbone
+        self._traced = _trace(backbone)
+        device = next(backbone.parameters()).device
+        self._images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+        two, three = (_observe(self._traced, self._images[:count]) for count in (2, 3))
+        self._values = {node: _combine(two[node], three[node]) for node in self._traced.graph.nodes}
+        self._dependent = _descendants(node for node in self._traced.graph.nodes if node.op == "placeholder")
 
-    prefix = _prefix(traced, border)
-    suffix = _suffix(traced, border, values, dependent)
-    with torch.inference_mode():
-        stored = prefix(images[:1])
-        whole, joined = backbone(images), suffix(prefix(images))
-    if not torch.allclose(whole, joined, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
-        raise CutError("the two parts of this cut do not reproduce the whole backbone.")
-    return SplitBackbone(prefix, suffix, tuple(stored.shape[1:]))
+    def split(self, is_trained: Callable[[str], bool]) -> SplitBackbone:
+        """Split before the first use of a trained parameter, told by its name.
+
+        Raises:
+            CutError: nothing is trained, no single tensor separates the two parts, or they do not reproduce the whole.
+        """
+        border = self._border(is_trained)
+        prefix = _prefix(self._traced, (border,))
+        suffix = _suffix(self._traced, border, self._values, self._dependent)
+        with torch.inference_mode():
+            stored = prefix(self._images[:1])
+            whole, joined = self._backbone(self._images), suffix(prefix(self._images))
+        if not torch.allclose(whole, joined, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
+            raise CutError("the two parts of this cut do not reproduce the whole backbone.")
+        return SplitBackbone(prefix, suffix, tuple(stored.shape[1:]))
+
+    def joint_prefix(self, tests: Sequence[Callable[[str], bool] | None]) -> nn.Module:
+        """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.
+
+        ``None`` stands for the whole backbone.
+
+        Raises:
+            CutError: one of the cuts cannot be made.
+        """
+        for is_trained in tests:
+            if is_trained is not None:
+                self.split(is_trained)
+        end = next(node for node in self._traced.graph.nodes if node.op == "output").args[0]
+        return _prefix(self._traced, tuple(end if test is None else self._border(test) for test in tests))
+
+    def _border(self, is_trained: Callable[[str], bool]) -> fx.Node:
+        trained = {id(value) for name, value in self._backbone.named_parameters() if is_trained(name)}
+        if not trained:
+            raise CutError("nothing is trained after this cut: use `pooled`.")
+        hot = _descendants(node for node in self._traced.graph.nodes if _parameter_ids(self._traced, node) & trained)
+        return _minimum_cut(self._traced, self._values, self._dependent, hot)
+
+
+def split(backbone: nn.Module, is_trained: Callable[[str], bool], image_size: int) -> SplitBackbone:
+    """Split a backbone once: see Cutter."""
+    return Cutter(backbone, image_size).split(is_trained)
 
 
 def _trace(backbone: nn.Module) -> fx.GraphModule:
@@ -217,12 +245,13 @@ def _minimum_cut(traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: 
     return only
 
 
-def _prefix(traced: fx.GraphModule, border: fx.Node) -> fx.GraphModule:
+def _prefix(traced: fx.GraphModule, borders: tuple[fx.Node, ...]) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in _ancestors_in_order(traced, border):
+    for node in _ancestors_in_order(traced, borders):
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[border])
+    outputs = tuple(copies[border] for border in borders)
+    graph.output(outputs if len(outputs) > 1 else outputs[0])
     return fx.GraphModule(traced, graph).eval()
 
 
@@ -276,9 +305,9 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _ancestors_in_order(traced: fx.GraphModule, last: fx.Node) -> list[fx.Node]:
+def _ancestors_in_order(traced: fx.GraphModule, ends: tuple[fx.Node, ...]) -> list[fx.Node]:
     needed: set[fx.Node] = set()
-    waiting = [last]
+    waiting = list(ends)
     while waiting:
         node = waiting.pop()
         if node not in needed:

@@ -1,15 +1,16 @@
-"""Decode image files into the pixels that a backbone sees: uint8 (size, size, 3)."""
+"""Decode image files into the pixels that a backbone sees: uint8 (views, size, size, 3)."""
 
+import hashlib
 import io
 import math
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from featcache.specs import Transform
+from featcache.specs import Transform, Views
 
 MAX_MEGAPIXELS = 50.0
 # Formats that Pillow reads by itself: others, such as EPS, would start another program on a file's content.
@@ -22,12 +23,23 @@ _RESAMPLING = {
 }
 
 
+@dataclass(frozen=True)
+class _Box:
+    """The part of an image that a view shows, in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    flip: bool = False
+
+
 class UnreadableImage(Exception):  # noqa: N818 - it names what was met, and becomes a reason in the quarantine list
     """An image cannot be used; the text says why."""
 
 
-def decode(content: bytes, transform: Transform) -> NDArray[np.uint8]:
-    """Return one image's pixels, uint8 (input_size, input_size, 3), RGB.
+def decode(content: bytes, transform: Transform, views: Views | None = None) -> NDArray[np.uint8]:
+    """Return one image's pixels, uint8 (views, input_size, input_size, 3), RGB.
 
     The first frame of an animation; EXIF orientation ignored and alpha dropped, as timm and torchvision do; 16-bit
     grey by its high byte.
@@ -35,13 +47,21 @@ def decode(content: bytes, transform: Transform) -> NDArray[np.uint8]:
     Raises:
         UnreadableImage: the bytes are no image, a truncated one, or one of more than 50 megapixels.
     """
+    views = views or Views()
     try:
         with Image.open(io.BytesIO(content), formats=_known_formats()) as image:
             megapixels = image.width * image.height / 1e6
             if megapixels > MAX_MEGAPIXELS:
                 raise UnreadableImage(f"{megapixels:.0f} megapixels, over the limit of {MAX_MEGAPIXELS:.0f}")
+            boxes = [_evaluation_box(image.width, image.height, transform)]
+            if views.count > 1:
+                boxes += _random_boxes(image.width, image.height, content, views)
+            full = image.size
+            if transform.decoder == "pillow-scaled":
+                _decode_smaller(image, transform.input_size, boxes)
             rgb = _to_rgb(image)
-            return np.asarray(_crop_and_resize(rgb, transform))
+            pixels = [_resized(rgb, full, box, transform) for box in boxes]
+            return np.stack(pixels) if len(pixels) > 1 else pixels[0][None]
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -52,6 +72,25 @@ def decode(content: bytes, transform: Transform) -> NDArray[np.uint8]:
         raise UnreadableImage(f"broken image ({error})") from error
 
 
+def encode(pixels: NDArray[np.uint8]) -> bytes:
+    """Return pixels, uint8 (h, w), (h, w, 1) or (h, w, 3), as the bytes of an image file that holds them exactly.
+
+    Raises:
+        UnreadableImage: they have another shape or dtype.
+    """
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        raise UnreadableImage(f"{pixels.dtype} of shape {pixels.shape}: uint8 (h, w) or (h, w, 3) is needed")
+    kind = b"P5" if pixels.ndim == 2 else b"P6"
+    return b"%s %d %d 255\n" % (kind, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+
+
+def encode_image(image: Image.Image) -> bytes:
+    """Return an image in memory as the bytes of a file that holds its pixels exactly."""
+    return encode(np.asarray(image if image.mode == "L" else _to_rgb(image)))
+
+
 @cache
 def _known_formats() -> list[str]:
     Image.init()
@@ -59,6 +98,9 @@ def _known_formats() -> list[str]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in {"I", "F"}:
@@ -68,23 +110,50 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _crop_and_resize(image: Image.Image, transform: Transform) -> Image.Image:
-    """Scale and crop in one resampling step; the box is where torchvision's resize-then-crop would look."""
+def _evaluation_box(width: int, height: int, transform: Transform) -> _Box:
+    """Return the box that torchvision's resize-then-crop would look at: left, top, right, bottom, and no flip."""
     size = transform.input_size
-    resampling = _RESAMPLING[transform.interpolation]
     scaled = math.floor(size / transform.crop_pct)
     if transform.crop_mode == "squash":
         wide = high = scaled
     else:
-        short = min(image.size)
-        wide, high = (int(scaled * side / short) for side in image.size)
+        short = min(width, height)
+        wide, high = int(scaled * width / short), int(scaled * height / short)
     left, top = round((wide - size) / 2), round((high - size) / 2)
-    box: Any = (
-        left * image.width / wide,
-        top * image.height / high,
-        min((left + size) * image.width / wide, image.width),
-        min((top + size) * image.height / high, image.height),
+    return _Box(
+        left * width / wide,
+        top * height / high,
+        min((left + size) * width / wide, width),
+        min((top + size) * height / high, height),
     )
-    if box == (0, 0, image.width, image.height) and image.size == (size, size):
-        return image
-    return image.resize((size, size), resampling, box=box)
+
+
+def _random_boxes(width: int, height: int, content: bytes, views: Views) -> list[_Box]:
+    digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+    boxes = []
+    for view in range(1, views.count):
+        rng = np.random.default_rng([digest, views.seed, view])
+        area, ratio = rng.uniform(0.25, 1.0) * width * height, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        wide, high = min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)
+        left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
+        boxes.append(_Box(left, top, min(left + wide, width), min(top + high, height), flip=bool(rng.random() < 0.5)))
+    return boxes
+
+
+def _decode_smaller(image: Image.Image, size: int, boxes: list[_Box]) -> None:
+    """Let libjpeg scale a large JPEG down as it decodes, as far as no box falls below the size it is scaled to."""
+    if image.format in {"JPEG", "MPO"} and image.mode in {"RGB", "L", "CMYK"}:
+        shrink = min(min(box.right - box.left, box.bottom - box.top) / size for box in boxes)
+        if shrink >= 2:
+            image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+
+
+def _resized(image: Image.Image, full: tuple[int, int], box: _Box, transform: Transform) -> NDArray[np.uint8]:
+    """Crop and scale in one resampling step; the box is given in the undecoded image's pixels, ``full``."""
+    size = transform.input_size
+    across, down = image.width / full[0], image.height / full[1]
+    edges = (box.left * across, box.top * down, min(box.right * across, image.width), min(box.bottom * down, image.height))
+    if image.size != (size, size) or any(edge != whole for edge, whole in zip(edges, (0, 0, size, size), strict=True)):
+        image = image.resize((size, size), _RESAMPLING[transform.interpolation], box=edges)
+    pixels = np.asarray(image)
+    return pixels[:, ::-1] if box.flip else pixels

@@ -14,6 +14,11 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
 CropMode = Literal["center", "squash"]
 StoredDtype = Literal["float32", "float16", "uint8"]
+Decoder = Literal["pillow-scaled", "pillow"]
+Pool = Literal["default", "avg", "max", "cls", "avg+cls", "gem"]
+POOLS: tuple[Pool, ...] = ("default", "avg", "max", "cls", "avg+cls", "gem")
+Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 
 RATES = (1e-4, 5e-4, 2.5e-3)
 
@@ -27,7 +32,9 @@ class Transform:
 
     The image is decoded with Pillow, its short side scaled to ``input_size / crop_pct`` and the central square of
     ``input_size`` pixels kept ("center"), or the whole of it squeezed into that square ("squash"); both in one
-    resampling step. Then (x / 255 - mean) / std, channel by channel.
+    resampling step. Then (x / 255 - mean) / std, channel by channel. The decoder "pillow-scaled" lets libjpeg halve large
+    JPEGs, once or more, while they decode, as long as both sides stay at least as long as they are scaled to; "pillow"
+    decodes every pixel.
     """
 
     input_size: int = 224
@@ -36,7 +43,7 @@ class Transform:
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] | None = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] | None = (0.229, 0.224, 0.225)
-    decoder: str = "pillow"
+    decoder: Decoder = "pillow-scaled"
     antialias: bool = True
     exif: str = "ignore"
     alpha: str = "drop"
@@ -65,6 +72,7 @@ class TransformOverrides:
     interpolation: Interpolation | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    decoder: Decoder | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that are set."""
@@ -75,7 +83,8 @@ class TransformOverrides:
 class BackboneSpec:
     """A backbone as it is asked for: a timm name or ``mini``, where its weights come from, timm's own arguments.
 
-    Without ``weights`` or ``random_init`` the published weights of the name are meant.
+    Without ``weights`` or ``random_init`` the published weights of the name are meant. ``pool`` turns the last activation
+    map into the embedding, ``precision`` is what is computed in (autocast, where it is not float32).
     """
 
     name: str = "mini"
@@ -83,6 +92,8 @@ class BackboneSpec:
     random_init: int | None = None
     model_args: tuple[tuple[str, Any], ...] = ()
     overrides: TransformOverrides = field(default_factory=TransformOverrides)
+    pool: Pool = "default"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
@@ -90,6 +101,8 @@ class BackboneSpec:
             raise UsageError("--backbone: a name is needed, such as `mini` or `resnet18`.")
         if self.weights is not None and self.random_init is not None:
             raise UsageError("--weights and --random-init exclude each other: keep one.")
+        if self.pool not in POOLS or self.precision not in PRECISIONS:
+            raise UsageError(f"--pool is one of {', '.join(POOLS)}, --precision one of {', '.join(PRECISIONS)}.")
 
     @property
     def label(self) -> str:
@@ -107,6 +120,23 @@ class LoadedBackbone:
     weights_sha256: str
     model_args: tuple[tuple[str, Any], ...] = ()
     pool: str = "default"
+
+
+@dataclass(frozen=True)
+class Views:
+    """How many views of each image are kept: view 0 is the evaluation transform, the others are augmentations.
+
+    An augmentation is a random resized crop of a quarter to all of the image's area, aspect ratio 3/4 to 4/3, flipped
+    half of the time (Szegedy et al. 2015, section 6). It is drawn from the image's bytes, the seed and the view's number.
+    """
+
+    count: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse no views."""
+        if self.count < 1 or self.seed < 0:
+            raise UsageError("--views: at least 1 is needed, and --views-seed is 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -136,11 +166,21 @@ class FeatureSpec:
         return fingerprint(self)
 
 
+def layers_of(cut: str) -> tuple[str, ...]:
+    """Return the layers whose pooled activations a cut such as ``layer3+layer4`` concatenates; else the cut itself."""
+    return tuple(cut.split("+"))
+
+
+def is_embedding(cut: str) -> bool:
+    """Tell whether a cut gives one vector an image: ``pooled``, or several layers such as ``layer3+layer4``."""
+    return cut == POOLED or "+" in cut
+
+
 def stored_dtype(cut: str, wish: StoredDtype | None = None) -> StoredDtype:
     """Return the dtype that a cut is stored in: embeddings float32, activation maps float16, pixels uint8."""
     if cut == INPUT:
         return "uint8"
-    return wish or ("float32" if cut == POOLED else "float16")
+    return wish or ("float32" if is_embedding(cut) else "float16")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def test_extract_json_has_the_documented_keys(run: Run, folder: Path) -> None:
 
     assert set(first) == {
         "schema_version", "entry", "dataset", "backbone", "cut", "rows", "computed", "reused", "quarantined", "seconds",
-        "images_per_second", "key",
+        "images_per_second", "left", "runtime", "runtime_difference", "key",
     }  # fmt: skip
     assert (first["computed"], second["computed"], second["reused"]) == (36, 0, 36)
     assert Path(first["entry"], "features.h5").is_file()

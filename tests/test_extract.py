@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, draw_folder, draw_image
 
-from featcache.cache import Known
+from featcache.cache import take_stock
 from featcache.errors import DataError, StorageError
 from featcache.pipeline.workbench import Extracted, Settings, Workbench
 from featcache.sources import open_source
-from featcache.specs import BackboneSpec, TransformOverrides
+from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
 from featcache.stages import extract as stage
-from featcache.stages.extract import _compute, _Decoded, _Harvest
+from featcache.stages.extract import Plan, Ready, Sink
 from featcache.store import FeatureStore
 
 
@@ -214,19 +214,20 @@ def test_a_renamed_broken_image_is_listed_under_its_new_name(folder: Path, tiny:
         assert [item.path for item in again.report.quarantined] == ["red/worse.png"]
 
 
-def test_not_finite_rows_are_refused(folder: Path) -> None:
-    """What overflows half precision is set aside, not stored."""
+def test_not_finite_rows_are_refused(folder: Path, tmp_path: Path) -> None:
+    """What overflows half precision is set aside with its reason, not stored."""
     source = open_source(folder)
-    batch = [
-        _Decoded(Known(item, bytes([index] * 32), None), np.zeros((4, 4, 3), np.uint8))
-        for index, item in enumerate(source.items[:2])
-    ]
-    harvest = _Harvest()
+    loaded = LoadedBackbone("none", "none", "none")
+    store = FeatureStore.create(tmp_path / "entry", FeatureSpec(Transform(16), loaded, "stage", dtype="float16"))
+    sink = Sink(store, take_stock(source, store), "float16", (1,))
+    rows = np.ones((4, 1), np.float32)
+    rows[1] = 1e6
 
-    _compute(lambda pixels: np.array([[1.0], [1e6]])[: len(pixels)], batch, 2, "float16", harvest)
+    plan = Plan(Transform(16), batch_size=4, max_bad=0.5)
+    (report,) = stage.extract(source, [sink], lambda _, __: Ready(lambda _: (rows,)), plan)
 
-    assert len(harvest.rows) == 1
-    assert "--dtype float32" in harvest.quarantined[0].reason
+    assert report.rows == 27
+    assert {"--dtype float32" in bad.reason for bad in report.quarantined} == {True}
 
 
 def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_an_interrupt_keeps_what_was_computed(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C commits the part in flight."""
-    real, calls = stage._compute, []
+    real, calls = stage._sort_in, []
 
     def interrupted(*args: object) -> None:
         if len(calls) == 2:
@@ -270,10 +271,10 @@ def test_an_interrupt_keeps_what_was_computed(
         calls.append(1)
         real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage, "_compute", interrupted)
+    monkeypatch.setattr(stage, "_sort_in", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(folder, tiny, settings)
-    monkeypatch.setattr(stage, "_compute", real)
+    monkeypatch.setattr(stage, "_sort_in", real)
 
     resumed = extract(folder, tiny, settings)
 

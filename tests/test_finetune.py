@@ -196,7 +196,7 @@ def test_what_cannot_be_cut_is_trained_whole(
     def refuse(*_: object) -> None:
         raise CutError("this backbone cannot be traced.")
 
-    monkeypatch.setattr(module, "split", refuse)
+    monkeypatch.setattr(module, "Cutter", refuse)
 
     job = finetune_job(Workbench(open_source(folder), tiny, settings), PLAN)
 

@@ -34,7 +34,7 @@ def test_one_resampling_step_equals_timms_two(size: tuple[int, int], crop_pct: f
     reference = create_transform((3, 96, 96), crop_pct=crop_pct, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
     expected = reference(image).permute(1, 2, 0).numpy() * 255
 
-    got = decode(encoded(image, "PNG"), Transform(input_size=96, crop_pct=crop_pct))
+    got = decode(encoded(image, "PNG"), Transform(input_size=96, crop_pct=crop_pct))[0]
 
     difference = np.abs(got - expected)
     assert got.shape == (96, 96, 3)
@@ -47,14 +47,14 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     """Grey, palette, alpha and print colours are all read."""
     kind = "TIFF" if mode in {"CMYK", "YCbCr"} else "PNG"
 
-    assert decode(encoded(noise(40, 30).convert(mode), kind), Transform(input_size=16)).shape == (16, 16, 3)
+    assert decode(encoded(noise(40, 30).convert(mode), kind), Transform(input_size=16)).shape == (1, 16, 16, 3)
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     """A 16-bit grey ramp keeps its range."""
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
 
-    got = decode(encoded(Image.fromarray(ramp), "PNG"), Transform(input_size=32))
+    got = decode(encoded(Image.fromarray(ramp), "PNG"), Transform(input_size=32))[0]
 
     np.testing.assert_array_equal(got[:, :, 0], ramp >> 8)
 
@@ -63,7 +63,7 @@ def test_animation_gives_its_first_frame() -> None:
     """Of several frames the first is read."""
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
 
-    got = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), Transform(input_size=8))
+    got = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), Transform(input_size=8))[0]
 
     assert tuple(got[0, 0]) == (255, 0, 0)
 
@@ -84,8 +84,8 @@ def test_squash_keeps_the_whole_image() -> None:
     image = Image.new("RGB", (100, 20), "black")
     image.paste("white", (0, 0, 10, 20))
 
-    assert decode(encoded(image, "PNG"), Transform(input_size=20, crop_mode="squash"))[10, 0].min() > 200
-    assert decode(encoded(image, "PNG"), Transform(input_size=20))[10, 0].max() == 0
+    assert decode(encoded(image, "PNG"), Transform(input_size=20, crop_mode="squash"))[0, 10, 0].min() > 200
+    assert decode(encoded(image, "PNG"), Transform(input_size=20))[0, 10, 0].max() == 0
 
 
 @pytest.mark.parametrize(

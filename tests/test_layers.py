@@ -19,9 +19,10 @@ LAYERS = (
     ("pipeline",),
     ("report",),
     ("stages",),
+    ("flow",),
     ("cache", "heads", "unfreeze"),
-    ("sources", "images", "store", "backbone"),
-    ("cut",),
+    ("sources", "store", "backbone"),
+    ("cut", "pools", "runtimes", "images"),
     ("metrics", "records"),
     ("specs", "splits"),
     ("fingerprint", "progress"),
@@ -29,12 +30,17 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 HOMES = {
-    "h5py": {"store"},
+    "h5py": {"store", "sources.arrays"},
     "timm": {"backbone", "cut"},
     "PIL": {"images"},
     "click": {"cli"},
-    "torch": {"backbone", "cut", "stages.finetune", "pipeline.workbench", "doctor", "stages.extract", "unfreeze"},
-    "sklearn": {"heads", "stages.fit", "metrics", "sources"},
+    "torch": {"backbone", "cut", "pools", "runtimes", "stages.finetune", "pipeline.workbench", "doctor", "unfreeze"},
+    "openvino": {"runtimes"},
+    "onnxruntime": {"runtimes"},
+    "sklearn": {"heads", "stages.fit", "metrics", "sources.arrays"},
+    "pyarrow": {"sources.tables"},
+    "datasets": {"sources.named"},
+    "torchvision": {"sources.named"},
 }
 
 

@@ -9,7 +9,7 @@ from featcache.specs import RATES
 
 
 @click.command()
-@options.data_argument
+@options.source_options
 @options.backbone_options
 @click.option(
     "--unfreeze", default="last:1", show_default=True, help="last:K stages, P% of parameters, a stage's name, all."
@@ -36,14 +36,14 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
     from featcache.api import finetune
     from featcache.specs import FineTunePlan, Unfreeze
 
-    spec, settings = options.take_spec(given), options.take_settings(given)
+    spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
     names = ("epochs", "patience", "lr", "head_lr", "layer_decay", "weight_decay", "train_batchnorm", "dtype")
     plan = FineTunePlan(
         Unfreeze.parse(given.pop("unfreeze")),
         batch_size=given.pop("train_batch"),
         **{name: given.pop(name) for name in names},
     )
-    job = finetune(given.pop("data"), spec, plan=plan, settings=settings, **given)
+    job = finetune(source, spec, plan=plan, settings=settings, **given)
     summary = job.summary
     if as_json:
         options.emit(summary)

@@ -8,7 +8,7 @@ from featcache.cli import options
 
 
 @click.command()
-@options.data_argument
+@options.source_options
 @options.backbone_options
 @click.option("--head", "heads", multiple=True, default=["logistic"], show_default=True, help="logistic, mlp, knn, ridge.")
 @options.seed_option
@@ -22,8 +22,8 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
     """
     from featcache.api import fit
 
-    spec, settings = options.take_spec(given), options.take_settings(given)
-    done, jobs = fit(given.pop("data"), spec, settings=settings, **given)
+    spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
+    done, jobs = fit(source, spec, settings=settings, **given)
     if as_json:
         options.emit({"extract": done.summary, "heads": [job.summary for job in jobs]})
         return

@@ -8,6 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from featcache.pipeline.workbench import Settings
+    from featcache.sources import Source
     from featcache.specs import BackboneSpec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -62,6 +63,21 @@ class Percent(click.ParamType):  # type: ignore[type-arg]  # as above
         return share
 
 
+class Part(click.ParamType):  # type: ignore[type-arg]  # as above
+    """One of several shares, such as ``2/4``."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number of the share, from 1, and how many there are."""
+        if isinstance(value, tuple):
+            return value
+        first, slash, second = str(value).partition("/")
+        if not (slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
+            self.fail(f"{value!r}: write I/N, such as 2/4 for the second of four parts.", param, ctx)
+        return int(first), int(second)
+
+
 def _notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's signature
     if value:
         from featcache.progress import set_up_notes
@@ -88,14 +104,48 @@ backbone_options = several(
     click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]), help="Resampling."),
     click.option("--mean", type=Three(), help="Subtracted from pixels in 0..1."),
     click.option("--std", type=Three(), help="Divides what is left."),
+    click.option(
+        "--decode",
+        type=click.Choice(["scaled", "exact"]),
+        help="Let libjpeg shrink large JPEGs as it decodes (default), or decode every pixel.",
+    ),
+    click.option(
+        "--pool",
+        type=click.Choice(["default", "avg", "max", "cls", "avg+cls", "gem"]),
+        default="default",
+        show_default=True,
+        help="How the last activations become the embedding; default: the backbone's own way.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        help="What is computed in.",
+    ),
 )
 run_options = several(
     click.option("--name", help="The data set's name in the cache; a moved one is recognised by it."),
     click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where entries go ($FEATCACHE_CACHE)."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at a time."),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time; default: by device and image size."),
     click.option("--device", help="cpu, cuda, cuda:1, ...; default: the first GPU, else the CPU."),
+    click.option(
+        "--runtime",
+        type=click.Choice(["auto", "torch", "compile", "openvino", "onnx"]),
+        default="auto",
+        show_default=True,
+        help="What computes on the CPU; auto: the fastest that is installed, pays, and agrees with torch.",
+    ),
+    click.option("--workers", type=click.IntRange(min=1), help="Threads that decode and compute; default: one a core."),
     click.option("--max-bad", type=Percent(), default="1%", show_default=True, help="More unusable images end the run."),
     notes_options,
+)
+
+
+source_options = several(
+    data_argument,
+    click.option("--data-root", type=click.Path(path_type=Path, file_okay=False), help="Where torchvision: data sets lie."),
+    click.option("--download", is_flag=True, help="Allow a torchvision: or hf: data set to be downloaded."),
 )
 
 
@@ -104,13 +154,16 @@ def take_spec(options: dict[str, Any]) -> "BackboneSpec":
     from featcache.specs import BackboneSpec, TransformOverrides, parse_model_args
 
     names = ("input_size", "crop_pct", "interpolation", "mean", "std")
-    weights = options.pop("weights")
+    weights, decode = options.pop("weights"), options.pop("decode")
+    decoder: Any = {"scaled": "pillow-scaled", "exact": "pillow", None: None}[decode]
     return BackboneSpec(
         name=options.pop("backbone"),
         weights=str(weights) if weights is not None else None,
         random_init=options.pop("random_init"),
         model_args=parse_model_args(options.pop("model_args")),
-        overrides=TransformOverrides(**{name: options.pop(name) for name in names}),
+        overrides=TransformOverrides(**{name: options.pop(name) for name in names}, decoder=decoder),
+        pool=options.pop("pool"),
+        precision=options.pop("precision"),
     )
 
 
@@ -125,6 +178,19 @@ def take_settings(options: dict[str, Any]) -> "Settings":
         device=options.pop("device"),
         max_bad=options.pop("max_bad"),
         rebind=options["name"] is not None,
+        runtime=options.pop("runtime"),
+        workers=options.pop("workers"),
+        part=options.pop("part", None),
+        engine=options.pop("engine", "local"),
+    )
+
+
+def take_source(options: dict[str, Any]) -> "Source":
+    """Take the options that say where images come from out of a command's and open the source."""
+    from featcache.sources import open_source
+
+    return open_source(
+        options.pop("data"), options.pop("name"), data_root=options.pop("data_root"), download=options.pop("download")
     )
 
 

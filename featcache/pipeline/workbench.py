@@ -1,31 +1,67 @@
 """A source and a backbone side by side: obtain the entry of a cut, computing only what it lacks."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from featcache import cache as caching
 from featcache.errors import UsageError
+from featcache.flow import Pixels
 from featcache.progress import logger
 from featcache.sources import Source
-from featcache.specs import INPUT, POOLED, BackboneSpec, FeatureSpec, StoredDtype, Transform, stored_dtype
-from featcache.stages.extract import ExtractReport, extract
+from featcache.specs import (
+    INPUT,
+    POOLED,
+    BackboneSpec,
+    FeatureSpec,
+    StoredDtype,
+    Transform,
+    Views,
+    layers_of,
+    stored_dtype,
+)
+from featcache.stages.extract import ExtractReport, Plan, Prepare, Ready, Sink, extract, measure
 from featcache.store import TABLE, FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
+    from featcache.runtimes import Eager, RuntimeName, Workers
+
+_SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
+_SMALL_BATCH, _CPU_BATCH, _GPU_BATCH = 16, 64, 128
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What changes how a job runs, and none of its numbers."""
+    """What changes how a job runs, and none of its numbers beyond rounding.
+
+    ``batch_size`` ``None`` leaves it to the device; ``part`` (i, n) computes the i-th of n shares of the images, for several
+    processes on one entry.
+    """
 
     cache: Path
-    batch_size: int = 32
+    batch_size: int | None = None
     device: str | None = None
     max_bad: float = 0.01
     rebind: bool = False
+    runtime: "RuntimeName" = "auto"
+    part: tuple[int, int] | None = None
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be extracted: a cut, and the dtype that its rows are stored in."""
+
+    cut: str = POOLED
+    dtype: StoredDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +88,9 @@ class Extracted:
             "quarantined": [asdict(item) for item in report.quarantined],
             "seconds": round(report.seconds, 3),
             "images_per_second": self.images_per_second,
+            "left": report.left,
+            "runtime": report.runtime,
+            "runtime_difference": report.difference,
             "key": self.store.key,
         }
 
@@ -65,6 +104,16 @@ class Extracted:
         """Seconds that computing the entry's rows took, whenever that was, and rows a second."""
         manifest = self.store.manifest
         return round(manifest.seconds, 3), round(manifest.rows / manifest.seconds, 1) if manifest.seconds else None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an extraction would take: images in the source and to compute, bytes to write, seconds at PyTorch's speed."""
+
+    images: int
+    to_compute: int
+    bytes: int
+    seconds: float
 
 
 class Workbench:
@@ -97,51 +146,155 @@ class Workbench:
             raise UsageError(f"--device {self.settings.device}: {str(error).splitlines()[0]}") from error
         return load_backbone(self.spec, device)
 
-    def extracted(self, cut: str = POOLED, dtype: StoredDtype | None = None) -> Extracted:
+    def extracted(self, cut: str = POOLED, dtype: StoredDtype | None = None, views: Views | None = None) -> Extracted:
         """Return the entry of a cut, computing what it lacks."""
-        request = caching.Request(self.spec, cut, stored_dtype(cut, dtype))
-        store = caching.recognise(self.folder, request)
-        if store is not None:
-            stock = caching.take_stock(self.source, store)
-            decision = caching.plan(self.source, store, stock)
-            if isinstance(decision, caching.Hit):
-                if not (store.path / TABLE).exists():
-                    store.write_table()
-                unusable = [item for item in store.manifest.quarantined if item.sha256]
-                report = ExtractReport(len(stock.known) - len(unusable), 0, (*unusable, *stock.unreachable), 0.0)
-                return Extracted(store, report, self.spec.label, cut)
-            if not decision.to_read:
-                return self._extract(store, stock, None, cut)
-        spec = self._feature_spec(request)
-        path = caching.entry_path(self.folder, self.spec.label, spec)
-        if not path.exists() and (reason := caching.why_miss(self.folder, spec)):
-            logger.info("not in the cache; the nearest entry differs in %s", reason)
-        store = FeatureStore.create(path, spec)
-        stock = caching.take_stock(self.source, store)
-        runner = self.backbone.runner(cut) if cut != INPUT and stock.to_read else None
-        done = self._extract(store, stock, runner, cut)
-        store.remember_request(request.described())
-        return done
+        return self.extracted_at([Target(cut, dtype)], views)[0]
 
-    def _extract(self, store: FeatureStore, stock: caching.Stock, runner: Any, cut: str) -> Extracted:
-        stored = store.spec
-        three = {name: tuple(stored["transform"][name]) if stored["transform"][name] else None for name in ("mean", "std")}
-        report = extract(
-            self.source,
-            store,
-            stock,
-            runner,
-            transform=Transform(**(stored["transform"] | three)),
-            dtype=stored["dtype"],
-            batch_size=self.settings.batch_size,
-            max_bad=self.settings.max_bad,
+    def extracted_at(self, targets: Sequence[Target], views: Views | None = None) -> list[Extracted]:
+        """Return the entries of several cuts, computing what they lack in one pass over the images."""
+        views = views or Views()
+        requests = [caching.Request(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
+        opened = [self._open(request) for request in requests]
+        done = {number: hit for number, (store, stock) in enumerate(opened) if (hit := self._hit(store, stock))}
+        left = [number for number in range(len(requests)) if number not in done]
+        if left:
+            sinks, prepare = self._sinks([(requests[number].cut, *opened[number]) for number in left])
+            with self._threads():
+                reports = self._run(sinks, prepare, views)
+            for number, report in zip(left, reports, strict=True):
+                opened[number][0].remember_request(requests[number].described())
+                done[number] = report
+        return [
+            Extracted(opened[number][0], done[number], self.spec.label, requests[number].cut)
+            for number in range(len(requests))
+        ]
+
+    def estimate(self, targets: Sequence[Target], views: Views | None = None) -> Estimate:
+        """Say what an extraction would compute, write and take; measures a first batch, and keeps nothing of it."""
+        views = views or Views()
+        requests = [caching.Request(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
+        found = []
+        for request in requests:
+            store = caching.recognise(self.folder, request)
+            stock = caching.take_stock(self.source, store)
+            found.append((request, stock))
+        wanted = sorted({int(position) for _, stock in found for position in stock.to_read})
+        if not wanted:
+            return Estimate(len(self.source.items), 0, 0, 0.0)
+        plan = self._plan(self.backbone.transform, views)
+        program_cuts = [request.cut for request, _ in found if request.cut != INPUT]
+        shapes = self._shapes([request.cut for request, _ in found])
+        with self._threads():
+            seconds = measure(
+                self.source, wanted, plan, self._eager(program_cuts) if program_cuts else None, self._workers.count
+            )
+        sizes = [
+            len(stock.to_read) * views.count * int(np.prod(shape)) * np.dtype(request.dtype).itemsize
+            for (request, stock), shape in zip(found, shapes, strict=True)
+        ]
+        return Estimate(len(self.source.items), len(wanted), sum(sizes), seconds)
+
+    def _open(self, request: caching.Request) -> tuple[FeatureStore, caching.Stock]:
+        store = caching.recognise(self.folder, request)
+        if store is None:
+            spec = self._feature_spec(request)
+            path = caching.entry_path(self.folder, self.spec.label, spec)
+            if not path.exists() and (reason := caching.why_miss(self.folder, spec)):
+                logger.info("not in the cache; the nearest entry differs in %s", reason)
+            store = FeatureStore.create(path, spec)
+        return store, caching.take_stock(self.source, store)
+
+    def _hit(self, store: FeatureStore, stock: caching.Stock) -> ExtractReport | None:
+        if not isinstance(caching.plan(self.source, store, stock), caching.Hit):
+            return None
+        if not (store.path / TABLE).exists():
+            store.write_table()
+        unusable = [item for item in store.manifest.quarantined if item.sha256]
+        return ExtractReport(len(stock.known) - len(unusable), 0, (*unusable, *stock.unreachable), 0.0)
+
+    def _sinks(self, opened: Sequence[tuple[str, FeatureStore, caching.Stock]]) -> tuple[list[Sink], Prepare]:
+        """Return the entries to fill, and what makes the backbone ready: not even loaded where nothing is computed."""
+        busy = [cut for cut, _, stock in opened if len(stock.to_read)]
+        shapes = iter(self._shapes(busy))
+        sinks = [
+            Sink(store, stock, store.spec["dtype"], next(shapes) if len(stock.to_read) else ()) for _, store, stock in opened
+        ]
+        cuts = [cut for cut, _, _ in opened]
+        return sinks, lambda first, left: self._prepare(cuts, first, left)
+
+    def _prepare(self, cuts: Sequence[str], first: Pixels, left: int) -> Ready:
+        computed = [cut for cut in cuts if cut != INPUT]
+        if not computed:
+            return Ready(lambda pixels: (pixels,) * len(cuts), self._workers.count)
+        from featcache.runtimes import choose
+
+        chosen = choose(
+            self.backbone.program(computed),
+            first,
+            images_left=left,
+            wish=self.settings.runtime,
+            device=self.backbone.device,
+            precision=self.spec.precision,
+            workers=self._workers,
         )
-        return Extracted(store, report, self.spec.label, cut)
+        logger.debug("runtime %s, %d workers", chosen.name, self._workers.count)
+
+        def run(pixels: Pixels) -> tuple[NDArray[Any], ...]:
+            outputs = iter(chosen.run(pixels))
+            return tuple(pixels if cut == INPUT else next(outputs) for cut in cuts)
+
+        return Ready(run, self._workers.count, chosen.name, chosen.difference)
+
+    def _shapes(self, cuts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the shape of one row at each cut, found by computing a blank image."""
+        if not cuts:
+            return []
+        size = self.backbone.transform.input_size
+        computed = [cut for cut in cuts if cut != INPUT]
+        blank = np.zeros((1, size, size, 3), np.uint8)
+        rows = iter(self._eager(computed)(blank) if computed else ())
+        return [(size, size, 3) if cut == INPUT else next(rows).shape[1:] for cut in cuts]
+
+    def _eager(self, cuts: Sequence[str]) -> "Eager":
+        from featcache.runtimes import Eager
+
+        return Eager(self.backbone.program(cuts), self.backbone.device, self.spec.precision)
+
+    @cached_property
+    def _workers(self) -> "Workers":
+        from featcache.runtimes import Workers, workers_here
+
+        return Workers(self.settings.workers, 1) if self.settings.workers else workers_here()
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        if "backbone" not in self.__dict__:
+            yield
+            return
+        from featcache.runtimes import threads_per_worker
+
+        with threads_per_worker(self._workers.threads):
+            yield
+
+    def _run(self, sinks: list[Sink], prepare: Prepare, views: Views) -> list[ExtractReport]:
+        stored = sinks[0].store.spec["transform"]
+        three = {name: tuple(stored[name]) if stored[name] else None for name in ("mean", "std")}
+        return extract(self.source, sinks, prepare, self._plan(Transform(**(stored | three)), views))
+
+    def _plan(self, transform: Transform, views: Views) -> Plan:
+        size = self.settings.batch_size
+        if size is None:
+            on_gpu = "backbone" in self.__dict__ and self.backbone.device.type != "cpu"
+            size = _GPU_BATCH if on_gpu else _SMALL_BATCH if transform.input_size > _SMALL_IMAGE else _CPU_BATCH
+        return Plan(transform, views, size, self.settings.max_bad, self.settings.part)
 
     def _feature_spec(self, request: caching.Request) -> FeatureSpec:
         transform = self.backbone.transform
+        views, seed = request.views.count, request.views.seed if request.views.count > 1 else 0
         if request.cut == INPUT:
-            return FeatureSpec(transform.pixels_only(), None, INPUT, dtype="uint8")
-        if request.cut != POOLED:
-            self.backbone.trained_after(request.cut)
-        return FeatureSpec(transform, self.backbone.loaded, request.cut, dtype=request.dtype)
+            return FeatureSpec(transform.pixels_only(), None, INPUT, dtype="uint8", views=views, views_seed=seed)
+        for layer in layers_of(request.cut):
+            if layer not in {POOLED, self.backbone.stages[-1].name} or request.cut == layer != POOLED:
+                self.backbone.trained_after(layer)
+        backbone, precision = self.backbone.loaded, self.spec.precision
+        return FeatureSpec(transform, backbone, request.cut, precision, request.dtype, views, seed)

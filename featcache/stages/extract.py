@@ -1,25 +1,23 @@
 """Run a frozen prefix once over the images of a source and keep its rows."""
 
-import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import Known, Stock, make_listing, make_seen, unreadable
+from featcache.cache import Sighted, Stock, among, make_listing, take_stock
 from featcache.errors import DataError, StorageError
-from featcache.fingerprint import sha256_of_bytes
-from featcache.images import UnreadableImage, decode
+from featcache.flow import Batch, Compute, Pixels, Reader, compute, run_batches
 from featcache.progress import logger, progress
-from featcache.sources import FileStat, Item, Source
-from featcache.specs import StoredDtype, Transform
+from featcache.sources import Source
+from featcache.specs import StoredDtype, Transform, Views
 from featcache.store import FeatureStore, Part, Quarantined, now_ns
 
 PART_ROWS = 4096
@@ -29,18 +27,61 @@ MAX_PART_SECONDS = 30.0
 TOLERATED_BAD_IMAGES = 10
 WORTH_SAYING = 500_000_000
 
-Pixels = NDArray[np.uint8]
-Runner = Callable[[Pixels], NDArray[Any]]
+
+@dataclass(frozen=True)
+class Sink:
+    """An entry that takes rows, and what it lacks. ``row`` is one row's shape, without views."""
+
+    store: FeatureStore
+    stock: Stock
+    dtype: StoredDtype
+    row: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What computes: pixels uint8 (b, h, w, 3) to rows (b, ...), one a sink, on so many threads at once."""
+
+    run: Compute
+    workers: int = 1
+    runtime: str = ""
+    difference: float = 0.0
+
+
+Prepare = Callable[[Pixels, int], Ready]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes, whichever entries it fills.
+
+    ``part`` is (i, n), counted from 1: only that share of the images is computed, by the hash of their paths.
+    """
+
+    transform: Transform
+    views: Views = field(default_factory=Views)
+    batch_size: int = 32
+    max_bad: float = 0.01
+    part: tuple[int, int] | None = None
+
+    def mine(self, source: Source, position: int) -> bool:
+        """Tell whether an item belongs to this run's part."""
+        if self.part is None:
+            return True
+        return zlib.crc32(source.items[position].path.encode("utf-8", "surrogateescape")) % self.part[1] == self.part[0] - 1
 
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction did."""
+    """What an extraction did; ``left`` images are for others to compute."""
 
     rows: int
     computed: int
     quarantined: tuple[Quarantined, ...]
     seconds: float
+    left: int = 0
+    runtime: str = ""
+    difference: float = 0.0
 
     @property
     def reused(self) -> int:
@@ -48,202 +89,187 @@ class ExtractReport:
         return self.rows - self.computed
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    known: Known
-    pixels: Pixels
-
-
 @dataclass
 class _Harvest:
-    """Rows that are computed and not yet in a part, and everything learned on the way."""
+    """What a run has learned for one entry, and the rows that are not yet in a part."""
 
-    known: list[Known] = field(default_factory=list)
+    sink: Sink
+    there: set[bytes]
+    known: list[Sighted] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
-    rows: list[tuple[Known, NDArray[Any]]] = field(default_factory=list)
+    waiting: list[tuple[Sighted, NDArray[Any]]] = field(default_factory=list)
     part_started: float = field(default_factory=time.monotonic)
     computed: int = 0
 
-    def quarantine(self, bad: Quarantined) -> None:
-        """Set an image aside and say so."""
-        self.quarantined.append(bad)
-        logger.warning("%s: left out: %s", bad.path, bad.reason)
+    def take(self, batch: Batch, rows: NDArray[Any], source: Source) -> None:
+        """Sort a batch into rows, known images and bad ones."""
+        self.quarantined += batch.bad
+        if batch.copies:
+            self.known.append(self._lacked(Sighted.of(batch.copies)))
+        if not batch.fresh:
+            return
+        sighted = batch.sighted
+        with np.errstate(over="ignore"):
+            rows = rows.astype(self.sink.dtype, copy=False)
+        finite = np.ones(len(rows), bool) if rows.dtype == np.uint8 else np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
+        for index, digest in zip(sighted.index[~finite], sighted.take(~finite).digests(), strict=True):
+            better = ", try --dtype float32" if self.sink.dtype == "float16" else ""
+            reason = f"its activations are not finite in {self.sink.dtype}{better}"
+            self.quarantined.append(Quarantined(source.items[index].path, digest.hex(), reason))
+            logger.warning("%s: left out: %s", source.items[index].path, reason)
+        self.known.append(self._lacked(sighted.take(finite)))
+        new = finite & ~among(sighted, self.there)
+        if new.any():
+            self.waiting.append((sighted.take(new), rows[new]))
 
-    def settle(self) -> None:
-        """Set aside the copies of images that turned out to give no row."""
-        reasons = {bad.sha256: bad.reason for bad in self.quarantined if bad.sha256}
-        copies = [one for one in self.known if one.sha256.hex() in reasons]
-        self.known = [one for one in self.known if one.sha256.hex() not in reasons]
-        self.quarantined += [Quarantined(one.item.path, one.sha256.hex(), reasons[one.sha256.hex()]) for one in copies]
+    def _lacked(self, sighted: Sighted) -> Sighted:
+        """Return the items that this entry, not only another of the run, had to look at."""
+        return sighted.take(np.isin(sighted.index, self.sink.stock.to_read))
+
+    def is_due(self, started: float) -> bool:
+        """Tell whether to commit: parts grow with the run, from 2 s of work to 30 s."""
+        if not self.waiting:
+            return False
+        now = time.monotonic()
+        patience = min(MAX_PART_SECONDS, max(MIN_PART_SECONDS, (now - started) / 10))
+        count = sum(len(rows) for _, rows in self.waiting)
+        size = count * self.waiting[0][1][:1].nbytes
+        return count >= PART_ROWS or size >= PART_BYTES or now - self.part_started >= patience
+
+    def commit(self, source: Source, runtime: str) -> None:
+        """Make the waiting rows count."""
+        if self.waiting:
+            sighted, rows = Sighted.joined([one for one, _ in self.waiting]), [rows for _, rows in self.waiting]
+            order = np.argsort(sighted.index, kind="stable")
+            part = Part(np.concatenate(rows)[order], sighted.take(order).seen(source, now_ns()))
+            record = self.sink.store.add_part(part, runtime)
+            seconds = time.monotonic() - self.part_started
+            bad = [bad for bad in self.quarantined if bad.sha256]
+            self.sink.store.commit(parts=[record], quarantined=bad, seconds=seconds)
+            self.computed += len(sighted)
+        self.waiting, self.part_started = [], time.monotonic()
 
 
-def extract(
-    source: Source,
-    store: FeatureStore,
-    stock: Stock,
-    runner: Runner | None,
-    *,
-    transform: Transform,
-    dtype: StoredDtype,
-    batch_size: int = 32,
-    max_bad: float = 0.01,
-) -> ExtractReport:
-    """Compute the rows that an entry lacks, commit them part by part, then list the source's images as they are now.
+def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan) -> list[ExtractReport]:
+    """Compute the rows that entries lack in one pass, commit them part by part, then list the images as they are now.
 
-    Killed at any point it loses the part in flight; run again it goes on. An interrupt commits that part too.
+    Killed at any point it loses the parts in flight; run again it goes on. An interrupt commits those too.
 
     Args:
         source: the images.
-        store: the entry that takes the rows.
-        stock: the source compared with the entry.
-        runner: the prefix: pixels uint8 (b, h, w, 3) to rows (b, ...); ``None`` stores the pixels.
-        transform: how files become pixels.
-        dtype: what rows are stored in.
-        batch_size: images at a time; short batches are filled up, so that a row does not depend on its company.
-        max_bad: the share of unusable images, above which (and above ten) the run ends in an error.
+        sinks: the entries that take the rows.
+        prepare: makes ready what computes, given a first batch and how many images are left; called only if any is.
+        plan: how the run goes.
 
     Raises:
         DataError: too many images cannot be used, or none can.
-        StorageError: the disk failed.
+        StorageError: the disk failed, or will not hold the rows.
     """
-    started, harvest = time.monotonic(), _Harvest()
-    bad_before = {item.sha256: item.reason for item in store.manifest.quarantined if item.sha256}
-    for one in stock.known:
-        _sort_in(one, bad_before, harvest)
-    if stock.to_read:
-        rows_there = set(store.known_rows())
-        run, sized = runner or (lambda pixels: pixels), False
+    started = time.monotonic()
+    harvests = [_Harvest(sink, sink.store.digests()) for sink in sinks]
+    wanted = sorted({int(position) for sink in sinks for position in sink.stock.to_read if plan.mine(source, position)})
+    check_room(sinks, len(wanted), plan.views.count)
+    ready = Ready(lambda pixels: (pixels,))
+    if wanted:
+        done = set.intersection(*(harvest.there for harvest in harvests))
+        reader = Reader(source, wanted, plan.transform, plan.views, done)
         try:
-            with progress(len(stock.to_read), f"extract {source.name}") as bar:
-                for batch in _batches(_read_all(source, stock.to_read, transform, rows_there, harvest, bar), batch_size):
-                    _compute(run, batch, batch_size, dtype, harvest)
-                    if not sized:
-                        sized = _check_room(store, harvest, len(stock.to_read))
-                    if _part_is_due(harvest, started):
-                        _commit_part(store, harvest)
+            with progress(len(wanted), f"extract {source.name}") as bar:
+                first = reader.fill(plan.batch_size)
+                if first.fresh:
+                    ready = prepare(_sample(first, plan.batch_size), len(wanted))
+                rest = run_batches(reader, ready.run, plan.batch_size, ready.workers)
+                with closing(rest):
+                    for batch in chain([compute(first, ready.run, plan.batch_size)], rest):
+                        _sort_in(batch, harvests, source)
+                        bar.update(len(batch))
+                        for harvest in harvests:
+                            if harvest.is_due(started):
+                                harvest.commit(source, ready.runtime)
         finally:
-            _commit_part(store, harvest)
-    harvest.settle()
-    quarantined = (*harvest.quarantined, *stock.unreachable)
-    _judge(source, harvest, quarantined, max_bad)
-    store.commit(quarantined=quarantined, listing=make_listing(source, harvest.known, now_ns()))
-    store.write_table()
-    return ExtractReport(len(harvest.known), harvest.computed, quarantined, time.monotonic() - started)
+            for harvest in harvests:
+                harvest.commit(source, ready.runtime)
+    return [_finish(source, harvest, plan, started, ready) for harvest in harvests]
 
 
-def _sort_in(one: Known, bad_before: dict[str, str], harvest: _Harvest) -> None:
-    reason = bad_before.get(one.sha256.hex())
-    if reason is None:
-        harvest.known.append(one)
-    else:
-        harvest.quarantined.append(Quarantined(one.item.path, one.sha256.hex(), reason))
+def measure(source: Source, positions: Sequence[int], plan: Plan, run: Compute | None, workers: int) -> float:
+    """Return the seconds that computing some images would take, from a first batch in one worker."""
+    reader = Reader(source, positions, plan.transform, plan.views, ())
+    batch = reader.fill(plan.batch_size)
+    if not batch.fresh:
+        return 0.0
+    compute(batch, run or (lambda pixels: (pixels,)), plan.batch_size)  # warms up
+    started = time.perf_counter()
+    batch = Reader(source, positions, plan.transform, plan.views, ()).fill(plan.batch_size)
+    compute(batch, run or (lambda pixels: (pixels,)), plan.batch_size)
+    return (time.perf_counter() - started) / max(1, len(batch)) * len(positions) / workers
 
 
-def _read_all(
-    source: Source, items: tuple[Item, ...], transform: Transform, rows_there: set[bytes], harvest: _Harvest, bar: Any
-) -> Iterator[_Decoded]:
-    """Yield each new image once, decoded ahead by threads; Pillow lets go of the interpreter while it works."""
+def check_room(sinks: Sequence[Sink], images: int, views: int) -> int:
+    """Return the bytes that will be written at most; refuse what a disk cannot hold, and say what is much.
 
-    def read(item: Item) -> _Decoded | Known | Quarantined:
-        digest = ""
-        try:
-            stat: FileStat | None = source.stat(item.path)
-            content = source.read(item.path)
-            digest = sha256_of_bytes(content)
-            known = Known(item, bytes.fromhex(digest), stat)
-            return known if known.sha256 in rows_there else _Decoded(known, decode(content, transform))
-        except OSError as error:
-            return unreadable(item, error)
-        except UnreadableImage as error:
-            return Quarantined(item.path, digest, str(error))
-
-    workers = max(2, os.cpu_count() or 2)
-    queue = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque(pool.submit(read, item) for item in islice(queue, 8 * workers))
-        try:
-            while waiting:
-                done = waiting.popleft().result()
-                waiting.extend(pool.submit(read, item) for item in islice(queue, 1))
-                bar.update(1)
-                if isinstance(done, Quarantined):
-                    harvest.quarantine(done)
-                elif isinstance(done, Known):
-                    harvest.known.append(done)
-                elif done.known.sha256 in rows_there:
-                    harvest.known.append(done.known)
-                else:
-                    rows_there.add(done.known.sha256)
-                    yield done
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _batches(decoded: Iterator[_Decoded], size: int) -> Iterator[list[_Decoded]]:
-    batch: list[_Decoded] = []
-    for one in decoded:
-        batch.append(one)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _compute(run: Runner, batch: list[_Decoded], batch_size: int, dtype: StoredDtype, harvest: _Harvest) -> None:
-    pixels = np.stack([one.pixels for one in batch] + [batch[-1].pixels] * (batch_size - len(batch)))
-    with np.errstate(over="ignore"):
-        rows = run(pixels)[: len(batch)].astype(dtype)
-    for one, row in zip(batch, rows, strict=True):
-        if np.isfinite(row).all():
-            harvest.known.append(one.known)
-            harvest.rows.append((one.known, row))
-        else:
-            reason = f"its activations are not finite in {dtype}" + (", try --dtype float32" if dtype == "float16" else "")
-            harvest.quarantine(Quarantined(one.known.item.path, one.known.sha256.hex(), reason))
-
-
-def _check_room(store: FeatureStore, harvest: _Harvest, images: int) -> bool:
-    """Say how much will be written where it is much, and refuse what the disk cannot hold."""
-    if not harvest.rows:
-        return False
-    each = harvest.rows[0][1].nbytes
-    total, free = each * images, shutil.disk_usage(store.path).free
-    if total > free:
-        raise StorageError(
-            f"{store.path}: {total / 1e9:.1f} GB would be written ({each / 1e3:.0f} kB an image), {free / 1e9:.1f} GB are "
-            "free. Use another --cache or a later cut."
-        )
+    Raises:
+        StorageError: an entry's disk has less room than its rows need.
+    """
+    sizes = [images * views * int(np.prod(sink.row)) * np.dtype(sink.dtype).itemsize for sink in sinks]
+    total = sum(sizes)
+    for sink in sinks:
+        free = shutil.disk_usage(sink.store.path).free
+        if total > free:
+            raise StorageError(
+                f"{sink.store.path}: {total / 1e9:.1f} GB would be written ({total / images / 1e3:.0f} kB an image), "
+                f"{free / 1e9:.1f} GB are free. Use another --cache or a later cut."
+            )
     if total > WORTH_SAYING:
-        logger.info("writing %.1f GB (%.0f kB an image)", total / 1e9, each / 1e3)
-    return True
+        logger.info("writing %.1f GB (%.0f kB an image)", total / 1e9, total / images / 1e3)
+    return total
 
 
-def _part_is_due(harvest: _Harvest, started: float) -> bool:
-    """Tell whether to commit: parts grow with the run, from 2 s of work to 30 s."""
-    if not harvest.rows:
-        return False
-    now = time.monotonic()
-    patience = min(MAX_PART_SECONDS, max(MIN_PART_SECONDS, (now - started) / 10))
-    size = len(harvest.rows) * harvest.rows[0][1].nbytes
-    return len(harvest.rows) >= PART_ROWS or size >= PART_BYTES or now - harvest.part_started >= patience
+def _sample(batch: Batch, size: int) -> Pixels:
+    pixels = np.concatenate(batch.pixels)[:size]
+    return np.concatenate([pixels, np.repeat(pixels[-1:], size - len(pixels), axis=0)])
 
 
-def _commit_part(store: FeatureStore, harvest: _Harvest) -> None:
-    if harvest.rows:
-        part = Part(np.stack([row for _, row in harvest.rows]), make_seen([one for one, _ in harvest.rows], now_ns()))
-        record = store.add_part(part)
-        seconds = time.monotonic() - harvest.part_started
-        store.commit(parts=[record], quarantined=[bad for bad in harvest.quarantined if bad.sha256], seconds=seconds)
-    harvest.computed += len(harvest.rows)
-    harvest.rows, harvest.part_started = [], time.monotonic()
+def _sort_in(batch: Batch, harvests: Sequence[_Harvest], source: Source) -> None:
+    for bad in batch.bad:
+        logger.warning("%s: left out: %s", bad.path, bad.reason)
+    rows: Iterator[NDArray[Any]] = iter(batch.rows)
+    for harvest in harvests:
+        harvest.take(batch, next(rows, np.empty(0)), source)
 
 
-def _judge(source: Source, harvest: _Harvest, quarantined: tuple[Quarantined, ...], max_bad: float) -> None:
+def _finish(source: Source, harvest: _Harvest, plan: Plan, started: float, ready: Ready) -> ExtractReport:
+    """List the images as they are now; of several parts, the one that comes last does it."""
+    store, stock = harvest.sink.store, harvest.sink.stock
+    known, quarantined, left = Sighted.joined([stock.known, *harvest.known]), harvest.quarantined, 0
+    if plan.part is not None:
+        store.refresh()
+        stock = take_stock(source, store)
+        known, quarantined, left = stock.known, [], len(stock.to_read)
+    reasons = {
+        bytes.fromhex(bad.sha256): bad.reason for bad in (*store.manifest.quarantined, *harvest.quarantined) if bad.sha256
+    }
+    is_bad = among(known, reasons)
+    bad = known.take(is_bad)
+    paths = {one.path for one in quarantined}
+    quarantined += [
+        Quarantined(source.items[index].path, digest.hex(), reasons[digest])
+        for index, digest in zip(bad.index, bad.digests(), strict=True)
+        if source.items[index].path not in paths
+    ]
+    known, all_bad = known.take(~is_bad), (*quarantined, *stock.unreachable)
+    if not left:
+        _judge(source, len(known), all_bad, plan.max_bad)
+        store.commit(quarantined=all_bad, listing=make_listing(source, known, now_ns()))
+        store.write_table()
+    seconds = time.monotonic() - started
+    return ExtractReport(len(known), harvest.computed, all_bad, seconds, left, ready.runtime, ready.difference)
+
+
+def _judge(source: Source, good: int, quarantined: tuple[Quarantined, ...], max_bad: float) -> None:
     bad, total = len(quarantined), len(source.items)
     example = f"{quarantined[0].path}: {quarantined[0].reason}" if quarantined else ""
-    if not harvest.known:
+    if not good:
         raise DataError(f"{source.location}: none of the {total} images can be used ({example}).")
     if bad > max(TOLERATED_BAD_IMAGES, max_bad * total):
         raise DataError(

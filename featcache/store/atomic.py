@@ -6,9 +6,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from featcache.errors import StorageError
 
@@ -23,7 +24,16 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     Raises:
         StorageError: the disk is full or cannot be written.
     """
-    with _storage_errors(path), _temporary(path.parent, content) as temporary:
+    replace_file_by(path, lambda file: _write_all(file, content))
+
+
+def replace_file_by(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """As replace_file, the content written by a function, for what does not fit into memory.
+
+    Raises:
+        StorageError: the disk is full or cannot be written.
+    """
+    with _storage_errors(path), _temporary(path.parent, write) as temporary:
         temporary.replace(path)
         _sync_folder(path.parent)
 
@@ -34,7 +44,7 @@ def create_file(path: Path, content: bytes) -> bool:
     Raises:
         StorageError: the disk is full or cannot be written.
     """
-    with _storage_errors(path), _temporary(path.parent, content) as temporary:
+    with _storage_errors(path), _temporary(path.parent, lambda file: _write_all(file, content)) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -75,17 +85,21 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _temporary(folder: Path, content: bytes | memoryview) -> Iterator[Path]:
+def _temporary(folder: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
     path = folder / f"{_TEMPORARY}{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with path.open("xb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         yield path
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _write_all(file: BinaryIO, content: bytes | memoryview) -> None:
+    file.write(content)
 
 
 @contextmanager

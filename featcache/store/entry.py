@@ -4,8 +4,9 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,22 +15,25 @@ from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_file
 from featcache.specs import FeatureSpec
 from featcache.store import files
-from featcache.store.atomic import create_file, make_folder, replace_file, sweep
+from featcache.store.atomic import create_file, make_folder, replace_file, replace_file_by, sweep
 from featcache.store.files import Array, Listing, Part, Seen
+from featcache.store.stamps import Stamps
 
 TABLE = "features.h5"
 TABLE_LIMIT = 2 << 30
+_BLOCK_BYTES = 8 << 20
 _KEPT_MANIFESTS = 20
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A content-named file that a manifest lists."""
+    """A content-named file that a manifest lists; ``runtime`` is what computed its rows."""
 
     name: str
     sha256: str
     bytes: int
     rows: int
+    runtime: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,9 +162,13 @@ class FeatureStore:
             self._manifest = self._newest()
         return self._manifest
 
-    def add_part(self, part: Part) -> FileRecord:
+    def refresh(self) -> None:
+        """Look at the newest version from now on."""
+        self._manifest = None
+
+    def add_part(self, part: Part, runtime: str = "") -> FileRecord:
         """Write a part to disk; it counts once a commit lists it."""
-        return self._add_file(files.encode_part(part), ".h5", len(part.features))
+        return replace(self._add_file(files.encode_part(part), ".h5", len(part.features)), runtime=runtime)
 
     def commit(
         self,
@@ -196,18 +204,38 @@ class FeatureStore:
                 self._prune(merged.number)
                 return merged
 
-    def known_rows(self) -> dict[bytes, tuple[int, int]]:
-        """Return where each image's row is, by the SHA-256 of its bytes: number of the part, row in it."""
-        return {
-            bytes(digest): (number, row)
-            for number, record in enumerate(self.manifest.parts)
-            for row, digest in enumerate(files.read_seen(self._part_path(record)).sha256)
-        }
+    def digests(self) -> set[bytes]:
+        """Return the SHA-256 of every image that has a row."""
+        return {row.tobytes() for record in self.manifest.parts for row in self._seen(record).sha256}
+
+    def locate(self, sha256: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Return where images' rows are, by the SHA-256 of their bytes (n, 32): number of the part, row in it (n, 2).
+
+        Raises:
+            StorageError: an image has no row.
+        """
+        seen = [self._seen(record).sha256 for record in self.manifest.parts]
+        sizes = np.array([len(one) for one in seen], dtype=np.int64)
+        have = _as_keys(np.concatenate([np.empty((0, 32), np.uint8), *seen]))
+        order = np.argsort(have, kind="stable")
+        wanted = _as_keys(sha256)
+        found = np.searchsorted(have[order], wanted)
+        if len(wanted) and (not len(have) or (have[order[np.minimum(found, len(have) - 1)]] != wanted).any()):
+            raise StorageError(f"{self.path}: an image of its listing has no row. Delete the entry and extract again.")
+        rows = order[found] if len(wanted) else np.empty(0, np.int64)
+        ends = np.cumsum(sizes)
+        parts = np.searchsorted(ends, rows, side="right")
+        return np.stack([parts, rows - (ends - sizes)[parts] if len(rows) else rows], axis=1)
+
+    def rows_of(self, sha256: NDArray[np.uint8]) -> Array:
+        """Return the rows of images by the SHA-256 of their bytes (n, 32), listed or not."""
+        reader = self._reader_of(sha256)
+        return reader.take(np.arange(len(reader)))
 
     def seen(self) -> Iterator[Seen]:
         """Yield what is remembered of files, oldest first."""
         for record in self.manifest.parts:
-            yield files.read_seen(self._part_path(record))
+            yield self._seen(record)
         if self.manifest.listing is not None:
             yield self.listing().seen
 
@@ -222,10 +250,16 @@ class FeatureStore:
         return files.read_listing(self._checked(self.manifest.listing))
 
     def reader(self) -> RowReader:
-        """Return a reader of the listed images' rows, after checking every part's hash."""
+        """Return a reader of the listed images' rows, from files whose hashes are right."""
+        listing = self.listing()
+        if self._table_is_current():
+            mapped, rows = files.map_features(self.path / TABLE), np.arange(len(listing.labels))
+            return RowReader((mapped,), np.zeros_like(rows), rows, mapped.shape[1:])
+        return self._reader_of(listing.seen.sha256)
+
+    def _reader_of(self, sha256: NDArray[np.uint8]) -> RowReader:
         maps = tuple(files.map_features(self._checked(record)) for record in self.manifest.parts)
-        listing, known = self.listing(), self.known_rows()
-        where = np.array([known[bytes(digest)] for digest in listing.seen.sha256], dtype=np.int64).reshape(-1, 2)
+        where = self.locate(sha256)
         return RowReader(maps, where[:, 0], where[:, 1], maps[0].shape[1:] if maps else ())
 
     def features(self) -> Features:
@@ -234,14 +268,17 @@ class FeatureStore:
         Raises:
             StorageError: the entry is not complete, or a file in it is damaged.
         """
-        return self.labelled(self.reader())
+        labelled = self.labelled()
+        if self._table_is_current():
+            return replace(labelled, X=files.read_features(self.path / TABLE))
+        reader = self.reader()
+        return replace(labelled, X=reader.take(np.arange(len(reader))))
 
-    def labelled(self, reader: RowReader | None = None) -> Features:
-        """Return labels, paths and splits, with the rows where a reader is given and an empty X where not."""
+    def labelled(self) -> Features:
+        """Return labels, paths and splits, with an empty X."""
         listing = self.listing()
-        rows = reader.take(np.arange(len(reader))) if reader is not None else np.empty((len(listing.labels), 0))
         return Features(
-            X=rows,
+            X=np.empty((len(listing.labels), 0)),
             y=listing.labels,
             classes=listing.classes,
             paths=listing.seen.paths,
@@ -249,30 +286,57 @@ class FeatureStore:
             sha256=tuple(bytes(digest).hex() for digest in listing.seen.sha256),
         )
 
-    def write_table(self) -> Path | None:
-        """Write ``features.h5`` where it is missing or out of date; ``None`` where the rows exceed 2 GB.
+    def write_table(self, limit: int = TABLE_LIMIT) -> Path | None:
+        """Write ``features.h5`` where it is missing or out of date; ``None`` where the rows exceed ``limit`` bytes.
 
         Raises:
             StorageError: a file of that name is there which featcache did not write.
         """
         path, listing = self.path / TABLE, self.manifest.listing
-        attributes = {
+        if path.exists() and files.table_attributes(path) is None:
+            raise StorageError(f"{path}: was not written by featcache. Move it away and run again.")
+        if self._table_is_current():
+            return path
+        if not listing or not self.manifest.parts or self._row_bytes() * listing.rows > limit:
+            return None
+        full = self.listing()
+        reader = self._reader_of(full.seen.sha256)
+        frame = files.frame_table((len(reader), *reader.shape), reader.maps[0].dtype, full, self._table_attributes())
+        step = max(1, _BLOCK_BYTES // max(1, self._row_bytes()))
+
+        def write(file: BinaryIO) -> None:
+            file.truncate(frame.size)
+            for offset, piece in frame.pieces.items():
+                file.seek(offset)
+                file.write(piece)
+            file.seek(frame.rows_at)
+            for start in range(0, len(reader), step):
+                rows = reader.take(np.arange(start, min(start + step, len(reader))))
+                file.write(rows.tobytes())
+
+        replace_file_by(path, write)
+        self._stamps.note(path, sha256_of_file(path))
+        return path
+
+    @cached_property
+    def _stamps(self) -> Stamps:
+        return Stamps(self.path / "checked.json")
+
+    def _table_attributes(self) -> dict[str, str]:
+        listing = self.manifest.listing
+        return {
             "featcache_key": self.key,
             "featcache_listing": listing.sha256 if listing else "",
             "featcache_spec": canonical(self.spec),
         }
-        if path.exists():
-            found = files.table_attributes(path)
-            if found is None:
-                raise StorageError(f"{path}: was not written by featcache. Move it away and run again.")
-            if found == attributes:
-                return path
-        if not listing or not self.manifest.parts or self._row_bytes() * listing.rows > TABLE_LIMIT:
-            return None
-        reader = self.reader()
-        rows = reader.take(np.arange(len(reader)))
-        replace_file(path, files.encode_table(rows, self.listing(), attributes))
-        return path
+
+    def _table_is_current(self) -> bool:
+        """Tell whether ``features.h5`` is there, whole, and of the newest listing."""
+        path = self.path / TABLE
+        noted = self._stamps.sha256(TABLE)
+        if not noted or not path.exists() or files.table_attributes(path) != self._table_attributes():
+            return False
+        return self._stamps.is_whole(path, noted)
 
     def verify(self) -> list[str]:
         """Return what is wrong with the entry's files, one line each; hashes every byte."""
@@ -358,10 +422,13 @@ class FeatureStore:
         return ""
 
     def _checked(self, record: FileRecord) -> Path:
-        problem = self._problem(record)
-        if problem:
-            raise StorageError(f"{problem}. Delete the entry {self.path} and extract again.")
-        return self._part_path(record)
+        path = self._part_path(record)
+        if not path.exists() or not self._stamps.is_whole(path, record.sha256):
+            raise StorageError(f"{self._problem(record)}. Delete the entry {self.path} and extract again.")
+        return path
+
+    def _seen(self, record: FileRecord) -> Seen:
+        return files.read_seen(self._part_path(record))
 
 
 def _foreign(path: Path) -> bool:
@@ -372,6 +439,11 @@ def _foreign(path: Path) -> bool:
 def now_ns() -> int:
     """Return the time that hashes are dated with, in nanoseconds."""
     return time.time_ns()
+
+
+def _as_keys(sha256: NDArray[np.uint8]) -> NDArray[Any]:
+    """Return hashes (n, 32) as n comparable values."""
+    return np.ascontiguousarray(sha256).view("S32").reshape(-1)
 
 
 def _hash(manifest: Manifest) -> str:

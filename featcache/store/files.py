@@ -3,9 +3,11 @@
 All are built in memory and written by Python: libhdf5 crashes the process when a disk fills up (h5py issue 914).
 """
 
+import io
+import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,21 +76,96 @@ def encode_listing(listing: Listing) -> bytes:
     return _in_memory(fill)
 
 
-def encode_table(features: Array, listing: Listing, attributes: dict[str, str]) -> bytes:
-    """Return ``features.h5``: what people open with h5py alone."""
+@dataclass(frozen=True)
+class Frame:
+    """A ``features.h5`` without its rows: ``pieces`` of bytes by offset, and where the rows belong."""
 
-    def fill(file: h5py.File) -> None:
-        file.attrs.update(attributes)
-        file.create_dataset("features", data=features)
-        file.create_dataset("labels", data=listing.labels)
-        text = h5py.string_dtype("utf-8")
-        file.create_dataset("class_names", data=[_readable(name) for name in listing.classes], dtype=text)
-        file.create_dataset("paths", data=[_readable(path) for path in listing.seen.paths], dtype=text)
-        file.create_dataset("splits", data=[SPLITS[split] for split in listing.splits], dtype=text)
-        hashes = [bytes(row).hex() for row in listing.seen.sha256]
-        file.create_dataset("item_sha256", data=hashes, dtype=h5py.string_dtype("ascii", 64))
+    pieces: dict[int, bytes]
+    rows_at: int
+    size: int
 
-    return _in_memory(fill)
+
+def frame_table(shape: tuple[int, ...], dtype: np.dtype[Any], listing: Listing, attributes: dict[str, str]) -> Frame:
+    """Return the frame of a ``features.h5``, what people open with h5py alone, so that rows need not fit into memory."""
+    file = _Sparse()
+    with h5py.File(file, "w") as hdf:
+        hdf.attrs.update(attributes)
+        how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        how.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        how.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype, logical=True)
+        rows_at = h5py.h5d.create(hdf.id, b"features", kind, space, how).get_offset()
+        hdf.create_dataset("labels", data=listing.labels)
+        hashes = np.frombuffer(listing.seen.sha256.tobytes().hex().encode(), dtype="S64")
+        for name, texts in (
+            ("class_names", [_readable(name) for name in listing.classes]),
+            ("paths", [_readable(path) for path in listing.seen.paths]),
+            ("splits", [SPLITS[split] for split in listing.splits]),
+        ):
+            encoded = np.array([text.encode() for text in texts] or [b""], dtype=np.bytes_)[: len(texts)]
+            width = max(1, encoded.dtype.itemsize)
+            hdf.create_dataset(name, data=encoded.astype(h5py.string_dtype("utf-8", width)))
+        hdf.create_dataset("item_sha256", data=hashes, dtype=h5py.string_dtype("ascii", 64))
+    return Frame(file.pieces(), int(rows_at or 0), max(file.size, int(rows_at or 0) + math.prod(shape) * dtype.itemsize))
+
+
+class _Sparse(io.RawIOBase):
+    """A file in memory that holds only the pages written to, for HDF5's metadata around rows that are written elsewhere."""
+
+    _PAGE = 1 << 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pages: dict[int, bytearray] = {}
+        self._at = 0
+        self.size = 0
+
+    def pieces(self) -> dict[int, bytes]:
+        """Return what was written, by offset, cut at the file's end."""
+        return {
+            page * self._PAGE: bytes(held[: max(0, self.size - page * self._PAGE)]) for page, held in self._pages.items()
+        }
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to an offset."""
+        self._at = offset + (0, self._at, self.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return the offset."""
+        return self._at
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the file's size."""
+        self.size = self._at if size is None else size
+        return self.size
+
+    def readinto(self, buffer: Any) -> int:
+        """Read from the offset on; what was never written is zero."""
+        view = memoryview(buffer).cast("B")
+        for start, page, inside, length in self._spans(len(view)):
+            held = self._pages.get(page)
+            view[start : start + length] = held[inside : inside + length] if held else bytes(length)
+        self._at += len(view)
+        return len(view)
+
+    def write(self, data: Any) -> int:
+        """Write at the offset."""
+        view = memoryview(data).cast("B")
+        for start, page, inside, length in self._spans(len(view)):
+            held = self._pages.setdefault(page, bytearray(self._PAGE))
+            held[inside : inside + length] = view[start : start + length]
+        self._at += len(view)
+        self.size = max(self.size, self._at)
+        return len(view)
+
+    def _spans(self, length: int) -> Iterator[tuple[int, int, int, int]]:
+        done = 0
+        while done < length:
+            page, inside = divmod(self._at + done, self._PAGE)
+            step = min(length - done, self._PAGE - inside)
+            yield done, page, inside, step
+            done += step
 
 
 def read_seen(path: Path) -> Seen:
@@ -105,7 +182,7 @@ def read_listing(path: Path) -> Listing:
 
 
 def map_features(path: Path) -> Array:
-    """Return a part's features (n, ...) as a read-only memory map."""
+    """Return the features (n, ...) of a part or of a ``features.h5`` as a read-only memory map."""
     with _open(path) as file:
         dataset = file["features"]
         offset = dataset.id.get_offset()
@@ -113,6 +190,14 @@ def map_features(path: Path) -> Array:
             raise StorageError(f"{path}: not a part that featcache wrote.")
         shape, dtype = dataset.shape, dataset.dtype
     return np.memmap(path, mode="r", dtype=dtype, shape=shape, offset=offset)
+
+
+def read_features(path: Path) -> Array:
+    """Return the features (n, ...) of a ``features.h5`` in memory."""
+    mapped = map_features(path)
+    with path.open("rb") as file:
+        file.seek(mapped.offset)  # type: ignore[attr-defined]
+        return np.fromfile(file, dtype=mapped.dtype, count=mapped.size).reshape(mapped.shape)
 
 
 def table_attributes(path: Path) -> dict[str, str] | None:

@@ -1,0 +1,168 @@
+"""The flow of one machine: worker threads that read, decode and compute whole batches, each by itself.
+
+A worker takes a batch from file to rows without handing anything over, so that all cores stay busy and nothing waits for
+anything but the feed of paths and the queue of results.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.cache import Sighted, unreadable
+from featcache.fingerprint import sha256_of_bytes
+from featcache.images import UnreadableImage, decode
+from featcache.sources import FileStat, Source
+from featcache.specs import Transform, Views
+from featcache.store import Quarantined
+
+Pixels = NDArray[np.uint8]
+Rows = tuple[NDArray[Any], ...]
+_SMALL_SECONDS = 0.6e-3  # to read and decode an image
+
+Compute = Callable[[Pixels], Rows]
+
+
+@dataclass
+class Batch:
+    """Images on their way: ``pixels`` uint8 (b, views, h, w, 3) belong to ``fresh``; ``copies`` have their row elsewhere."""
+
+    fresh: list[tuple[int, bytes, FileStat | None]] = field(default_factory=list)
+    copies: list[tuple[int, bytes, FileStat | None]] = field(default_factory=list)
+    bad: list[Quarantined] = field(default_factory=list)
+    pixels: list[Pixels] = field(default_factory=list)
+    rows: Rows = ()
+
+    def __len__(self) -> int:
+        """Return the number of images looked at."""
+        return len(self.fresh) + len(self.copies) + len(self.bad)
+
+    @property
+    def sighted(self) -> Sighted:
+        """The images that have a row here."""
+        return Sighted.of(self.fresh)
+
+
+class Reader:
+    """Fills batches from a shared feed of positions; many threads may fill at once.
+
+    Args:
+        source: the images.
+        positions: which of its items, in this order.
+        transform: how files become pixels.
+        views: how many views of each.
+        done: the SHA-256 of images that need no row.
+    """
+
+    def __init__(
+        self, source: Source, positions: Iterable[int], transform: Transform, views: Views, done: Collection[bytes]
+    ) -> None:
+        self._source = source
+        self._feed = iter(positions)
+        self._transform = transform
+        self._views = views
+        self._claimed = set(done)
+        self._lock = threading.Lock()
+        self._one_at_a_time = threading.Lock()
+        self._small = False
+
+    def fill(self, size: int, stopped: Callable[[], bool] = lambda: False) -> Batch:
+        """Return the next images, fewer than ``size`` fresh ones only where the feed ends.
+
+        Small images are mostly the interpreter's work: threads that read them at once would only wait for each other.
+        """
+        batch = Batch()
+        with self._one_at_a_time if self._small else nullcontext():
+            started = time.perf_counter()
+            while len(batch.fresh) < size and not stopped():
+                with self._lock:
+                    position = next(self._feed, None)
+                if position is None:
+                    break
+                self._read(int(position), batch)
+        if len(batch):
+            self._small = (time.perf_counter() - started) / len(batch) < _SMALL_SECONDS
+        return batch
+
+    def _read(self, position: int, batch: Batch) -> None:
+        item = self._source.items[position]
+        digest = b""
+        try:
+            stat = self._source.stat(item.path)
+            content = self._source.read(item.path)
+            digest = bytes.fromhex(sha256_of_bytes(content))
+            with self._lock:
+                is_copy = digest in self._claimed
+                self._claimed.add(digest)
+            if is_copy:
+                batch.copies.append((position, digest, stat))
+                return
+            batch.pixels.append(decode(content, self._transform, self._views))
+            batch.fresh.append((position, digest, stat))
+        except OSError as error:
+            batch.bad.append(unreadable(item, error))
+        except UnreadableImage as error:
+            batch.bad.append(Quarantined(item.path, digest.hex(), str(error)))
+
+
+def compute(batch: Batch, run: Compute, size: int) -> Batch:
+    """Give a batch its rows and drop its pixels; it is filled up to ``size``, so that rows do not depend on company."""
+    if batch.fresh:
+        pixels = np.stack(batch.pixels + [batch.pixels[-1]] * (size - len(batch.pixels)))
+        flat, views = pixels.reshape(-1, *pixels.shape[2:]), pixels.shape[1]
+        pieces = [run(flat[start : start + size]) for start in range(0, len(flat), size)]
+        joined = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
+        shaped = (rows.reshape(size, views, *rows.shape[1:]) if views > 1 else rows for rows in joined)
+        batch.rows = tuple(rows[: len(batch.fresh)] for rows in shaped)
+    batch.pixels = []
+    return batch
+
+
+def run_batches(reader: Reader, run: Compute, size: int, workers: int) -> Generator[Batch, None, None]:
+    """Yield batches with their rows as workers finish them; closing the iterator stops the workers."""
+    results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * workers)
+    stop = threading.Event()
+
+    def work() -> None:
+        last: BaseException | None = None
+        try:
+            while not stop.is_set():
+                batch = reader.fill(size, stop.is_set)
+                if not len(batch):
+                    break
+                results.put(compute(batch, run, size))
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
+            last = error
+        results.put(last)
+
+    threads = [threading.Thread(target=work, name=f"featcache-{number}", daemon=True) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    left = len(threads)
+    try:
+        while left:
+            got = results.get()
+            if isinstance(got, Batch):
+                yield got
+            elif got is None:
+                left -= 1
+            else:
+                left -= 1
+                raise got
+    finally:
+        stop.set()
+        _drain(results, threads)
+
+
+def _drain(results: "queue.Queue[Any]", threads: Sequence[threading.Thread]) -> None:
+    while any(thread.is_alive() for thread in threads):
+        try:
+            results.get(timeout=0.05)
+        except queue.Empty:
+            continue

@@ -1,0 +1,261 @@
+"""What executes a frozen program: PyTorch as it is or compiled, OpenVINO, ONNX Runtime; the fastest that agrees.
+
+On a CPU every worker thread runs whole batches by itself, each on its own share of the cores: two replicas of one thread
+are faster than one of two threads, and decoding and computing fill the cores without a word between them. On a GPU the
+workers decode and copy, and take turns at the device.
+"""
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from featcache.errors import SetupError, UsageError
+from featcache.progress import logger
+from featcache.specs import Precision
+
+Pixels = NDArray[np.uint8]
+Outputs = tuple[NDArray[Any], ...]
+Run = Callable[[Pixels], Outputs]
+RuntimeName = Literal["auto", "torch", "compile", "openvino", "onnx"]
+RUNTIMES: tuple[RuntimeName, ...] = ("auto", "torch", "compile", "openvino", "onnx")
+
+AGREEMENT = 1e-3
+_MOST_WORKERS = 16
+_PAYS_FROM_SECONDS = {"openvino": 20.0, "onnx": 25.0, "compile": 90.0}
+_NEEDS = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnxscript"), "compile": ()}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many threads take batches, and how many cores each of them computes on."""
+
+    count: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A runtime that is ready: ``difference`` is its greatest one from PyTorch's, relative to the greatest activation."""
+
+    name: str
+    run: Run
+    difference: float = 0.0
+
+
+def workers_here() -> Workers:
+    """Return the workers for the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(cores, _MOST_WORKERS)
+    return Workers(count, cores // count)
+
+
+@contextmanager
+def threads_per_worker(threads: int) -> Iterator[None]:
+    """Let PyTorch use so many cores a call, in threads that start inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def choose(
+    program: nn.Module,
+    first: Pixels,
+    *,
+    images_left: int,
+    wish: RuntimeName,
+    device: torch.device,
+    precision: Precision,
+    workers: Workers,
+) -> Chosen:
+    """Return the runtime for a program, pixels uint8 (b, h, w, 3) -> a tuple of activations (b, ...).
+
+    ``auto`` takes the fastest that is installed where the images left to compute pay for its compilation; it must give
+    what PyTorch gives on ``first``, within 0.1 % of the greatest activation, and be faster.
+
+    Raises:
+        SetupError: the wished runtime is not installed, or cannot run this program.
+        UsageError: the wished runtime does not compute on this device or in this precision.
+    """
+    eager = Eager(program, device, precision)
+    if wish not in {"auto", "torch"}:
+        _require(wish, device, precision)
+    expected = eager(first)
+    started = time.perf_counter()
+    expected = eager(first)
+    seconds = time.perf_counter() - started
+    plain = Chosen("torch", eager)
+    if wish == "torch" or (wish == "auto" and (device.type != "cpu" or precision != "float32")):
+        return plain
+    if wish != "auto":
+        return _build(wish, program, first, expected, workers)
+    left = seconds * images_left / len(first) / workers.count
+    for name, worth in _PAYS_FROM_SECONDS.items():
+        if left < worth or not _installed(name):
+            continue
+        try:
+            chosen = _build(name, program, first, expected, workers)
+        except Exception as error:  # noqa: BLE001 - other people's compilers fail in any way; PyTorch is there
+            logger.warning("runtime %s: left out (%s)", name, _first_line(error))
+            continue
+        if chosen.difference > AGREEMENT:
+            logger.warning("runtime %s: left out, it differs from PyTorch by %.1g", name, chosen.difference)
+            continue
+        started = time.perf_counter()
+        chosen.run(first)
+        if time.perf_counter() - started < seconds:
+            return chosen
+        logger.debug("runtime %s: not faster than PyTorch here", name)
+    return plain
+
+
+class Eager:
+    """PyTorch as it is. Out of memory on the device it halves the batch, for good."""
+
+    def __init__(self, program: nn.Module, device: torch.device, precision: Precision) -> None:
+        self._program = program
+        self._device = device
+        self._dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+        self._turn = threading.Lock()
+        self._piece = 0
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        """Return the activations of a batch, uint8 (b, h, w, 3)."""
+        with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            if self._device.type == "cpu":
+                return tuple(_to_array(output) for output in self._whole(torch.from_numpy(pixels)))
+            images = torch.from_numpy(pixels).pin_memory()
+            with self._turn:
+                outputs = self._whole(images.to(self._device, non_blocking=True))
+                copies = [output.float().to("cpu", non_blocking=True) for output in outputs]
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
+            done.synchronize()
+            return tuple(_to_array(copy) for copy in copies)
+
+    def _whole(self, images: Tensor) -> tuple[Tensor, ...]:
+        while True:
+            size = self._piece or len(images)
+            try:
+                pieces = [_as_tuple(self._program(piece)) for piece in torch.split(images, size)]
+                return tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise SetupError(f"--device {self._device}: its memory does not hold one image's activations.") from None
+                self._piece = size // 2
+                logger.warning("out of memory on %s: going on with %d images at a time", self._device, self._piece)
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def _build(name: str, program: nn.Module, first: Pixels, expected: Outputs, workers: Workers) -> Chosen:
+    builders: dict[str, Callable[[nn.Module, Pixels, Workers], Run]] = {
+        "openvino": _openvino,
+        "onnx": _onnx,
+        "compile": _compiled,
+    }
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = builders[name](program, first, workers)
+        got = run(first)
+    difference = max(_difference(one, other) for one, other in zip(got, expected, strict=True))
+    logger.debug("runtime %s: ready after %.1f s, differs by %.1g", name, time.perf_counter() - started, difference)
+    return Chosen(name, run, difference)
+
+
+def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Run:
+    import openvino
+
+    with torch.inference_mode():
+        model = openvino.convert_model(program, example_input=torch.from_numpy(first[:2]))
+    model.reshape({model.inputs[0]: list(first.shape)})
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": str(workers.count),
+        "INFERENCE_NUM_THREADS": str(workers.count * workers.threads),
+    }
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    own = threading.local()
+
+    def run(pixels: Pixels) -> Outputs:
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        own.request.infer([pixels], share_inputs=True)
+        return tuple(output.data.copy() for output in own.request.output_tensors)
+
+    return run
+
+
+def _onnx(program: nn.Module, first: Pixels, workers: Workers) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = workers.threads
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.onnx"
+        torch.onnx.export(program, (torch.from_numpy(first),), str(path), dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda pixels: tuple(session.run(None, {name: pixels}))
+
+
+def _compiled(program: nn.Module, first: Pixels, workers: Workers) -> Run:  # noqa: ARG001 - as the others
+    import torch._inductor.config as inductor
+
+    compiled = torch.compile(program, dynamic=False)
+
+    def run(pixels: Pixels) -> Outputs:
+        with torch.no_grad(), inductor.patch(freezing=True):
+            return tuple(_to_array(output) for output in _as_tuple(compiled(torch.from_numpy(pixels))))
+
+    return run
+
+
+def _require(name: str, device: torch.device, precision: Precision) -> None:
+    if not _installed(name):
+        raise SetupError(f"--runtime {name} is not installed: `pip install 'featcache[{name}]'`, or leave --runtime out.")
+    if device.type != "cpu" or precision != "float32":
+        raise UsageError(f"--runtime {name} computes on the CPU in float32 only, not on {device} in {precision}.")
+
+
+def _installed(name: str) -> bool:
+    if name == "compile":
+        return any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++"))
+    return all(find_spec(package) is not None for package in _NEEDS[name])
+
+
+def _difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
+    if got.shape != expected.shape or not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - expected).max(initial=0) / max(float(np.abs(expected).max(initial=0)), 1e-30))
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _to_array(output: Tensor) -> NDArray[Any]:
+    return output.float().contiguous().numpy()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
