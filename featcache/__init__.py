@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from featcache.api import bench, extract, finetune, fit
+    from featcache.extractor import FeatureExtractor
     from featcache.records import RunRecord
     from featcache.sources import open_source
     from featcache.specs import BackboneSpec, FeatureSpec, FineTunePlan
@@ -24,11 +25,13 @@ _HOMES = {
     "BackboneSpec": "featcache.specs",
     "FeatureSpec": "featcache.specs",
     "FineTunePlan": "featcache.specs",
+    "FeatureExtractor": "featcache.extractor",
     "FeatureStore": "featcache.store",
 }
 
 __all__ = [
     "BackboneSpec",
+    "FeatureExtractor",
     "FeatureSpec",
     "FeatureStore",
     "FineTunePlan",

@@ -1,5 +1,6 @@
 """The cache's decisions: where an entry lies, whether a request is answered by one, which images are left to compute."""
 
+import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import StorageError
-from featcache.fingerprint import sha256_of_bytes, sha256_of_file
+from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_file
 from featcache.progress import progress
 from featcache.sources import FileStat, Item, Source, location_hash
 from featcache.specs import INPUT, BackboneSpec, FeatureSpec, StoredDtype, Views
@@ -39,8 +40,6 @@ def dataset_folder(cache: Path, source: Source, *, rebind: bool = False) -> Path
     Raises:
         StorageError: the cache cannot be written.
     """
-    import json
-
     for name in (source.name, f"{source.name}-{location_hash(source.location)}"):
         folder = cache / name
         make_folder(folder)
@@ -122,7 +121,7 @@ def recognise(folder: Path, request: Request) -> FeatureStore | None:
 
 def why_miss(folder: Path, spec: FeatureSpec) -> str:
     """Return which fields differ from the nearest entry of the data set, or "" where there is none to compare."""
-    wanted = _flat(asdict(spec))
+    wanted = _flat(json.loads(canonical(spec)))
     nearest: list[str] | None = None
     for found in sorted(folder.glob("*/spec.json")):
         have = _flat(FeatureStore.open(found.parent).spec)
@@ -140,7 +139,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(part, dict):
             flat |= _flat(part, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = list(part) if isinstance(part, tuple) else part
+            flat[f"{prefix}{name}"] = part
     return flat
 
 

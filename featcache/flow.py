@@ -19,7 +19,7 @@ from featcache.cache import Sighted, unreadable
 from featcache.fingerprint import sha256_of_bytes
 from featcache.images import UnreadableImage, decode
 from featcache.sources import FileStat, Source
-from featcache.specs import Transform, Views
+from featcache.specs import StoredDtype, Transform, Views
 from featcache.store import Quarantined
 
 Pixels = NDArray[np.uint8]
@@ -122,6 +122,23 @@ def compute(batch: Batch, run: Compute, size: int) -> Batch:
         batch.rows = tuple(rows[: len(batch.fresh)] for rows in shaped)
     batch.pixels = []
     return batch
+
+
+def all_finite(rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which rows have finite values only."""
+    if rows.dtype == np.uint8:
+        return np.ones(len(rows), dtype=bool)
+    return np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)  # type: ignore[no-any-return]
+
+
+def not_finite(source: Source, sighted: Sighted, dtype: StoredDtype) -> list[Quarantined]:
+    """Return the places in quarantine of images whose activations overflow."""
+    better = ", try --dtype float32" if dtype == "float16" else ""
+    reason = f"its activations are not finite in {dtype}{better}"
+    return [
+        Quarantined(source.items[index].path, digest.hex(), reason)
+        for index, digest in zip(sighted.index, sighted.digests(), strict=True)
+    ]
 
 
 def run_batches(reader: Reader, run: Compute, size: int, workers: int) -> Generator[Batch, None, None]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import cache as caching
+from featcache.cache import Sighted
+from featcache.cluster import Recipe
 from featcache.errors import UsageError
 from featcache.flow import Pixels
 from featcache.progress import logger
@@ -95,6 +97,11 @@ class Extracted:
         }
 
     @property
+    def known(self) -> Sighted:
+        """Which of the source's items have which content."""
+        return self.report.known
+
+    @property
     def images_per_second(self) -> float | None:
         """Images computed a second in this run, ``None`` where none was."""
         return round(self.report.computed / self.report.seconds, 1) if self.report.computed else None
@@ -119,10 +126,11 @@ class Estimate:
 class Workbench:
     """A source and a backbone, with the backbone loaded only when something has to be computed."""
 
-    def __init__(self, source: Source, spec: BackboneSpec, settings: Settings) -> None:
+    def __init__(self, source: Source, spec: BackboneSpec, settings: Settings, *, lists: bool = True) -> None:
         self.source = source
         self.spec = spec
         self.settings = settings
+        self.lists = lists
         for note in source.notes:
             logger.warning(note)
 
@@ -210,7 +218,7 @@ class Workbench:
         if not (store.path / TABLE).exists():
             store.write_table()
         unusable = [item for item in store.manifest.quarantined if item.sha256]
-        return ExtractReport(len(stock.known) - len(unusable), 0, (*unusable, *stock.unreachable), 0.0)
+        return ExtractReport(len(stock.known) - len(unusable), 0, (*unusable, *stock.unreachable), 0.0, known=stock.known)
 
     def _sinks(self, opened: Sequence[tuple[str, FeatureStore, caching.Stock]]) -> tuple[list[Sink], Prepare]:
         """Return the entries to fill, and what makes the backbone ready: not even loaded where nothing is computed."""
@@ -279,14 +287,33 @@ class Workbench:
     def _run(self, sinks: list[Sink], prepare: Prepare, views: Views) -> list[ExtractReport]:
         stored = sinks[0].store.spec["transform"]
         three = {name: tuple(stored[name]) if stored[name] else None for name in ("mean", "std")}
-        return extract(self.source, sinks, prepare, self._plan(Transform(**(stored | three)), views))
+        plan = self._plan(Transform(**(stored | three)), views)
+        if self.settings.engine == "ray" and any(len(sink.stock.to_read) for sink in sinks):
+            plan = replace(plan, remote=self._recipe(sinks, plan))
+        return extract(self.source, sinks, prepare, plan)
+
+    def _recipe(self, sinks: Sequence[Sink], plan: Plan) -> Recipe:
+        weights = self.spec.weights
+        return Recipe(
+            replace(self.spec, weights=str(Path(weights).resolve()) if weights else None),
+            self.backbone.loaded,
+            tuple(sink.store.spec["cut"] for sink in sinks),
+            tuple(sink.store.path.resolve() for sink in sinks),
+            tuple(sink.dtype for sink in sinks),
+            plan.transform,
+            plan.views,
+            plan.batch_size,
+            self.settings.device,
+            self.settings.runtime,
+            self.settings.workers,
+        )
 
     def _plan(self, transform: Transform, views: Views) -> Plan:
         size = self.settings.batch_size
         if size is None:
             on_gpu = "backbone" in self.__dict__ and self.backbone.device.type != "cpu"
             size = _GPU_BATCH if on_gpu else _SMALL_BATCH if transform.input_size > _SMALL_IMAGE else _CPU_BATCH
-        return Plan(transform, views, size, self.settings.max_bad, self.settings.part)
+        return Plan(transform, views, size, self.settings.max_bad, self.settings.part, lists=self.lists)
 
     def _feature_spec(self, request: caching.Request) -> FeatureSpec:
         transform = self.backbone.transform
@@ -296,5 +323,6 @@ class Workbench:
         for layer in layers_of(request.cut):
             if layer not in {POOLED, self.backbone.stages[-1].name} or request.cut == layer != POOLED:
                 self.backbone.trained_after(layer)
+        _ = self.backbone.whole  # an impossible pooling is refused before an entry is made
         backbone, precision = self.backbone.loaded, self.spec.precision
         return FeatureSpec(transform, backbone, request.cut, precision, request.dtype, views, seed)

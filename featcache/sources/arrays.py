@@ -2,7 +2,6 @@
 
 import threading
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +101,27 @@ def from_array(
     ]
     require_whole(items, location)
     numbers = {item.path: row for row, item in enumerate(items)}
-    return Source(name, location, tuple(items), Numbered(numbers, partial(_read_row, images, threading.Lock()), holder))
+    return Source(name, location, tuple(items), Numbered(numbers, _Rows(images), holder))
 
 
-def _read_row(images: Any, lock: threading.Lock, row: int) -> bytes:
-    with lock:
-        pixels = np.asarray(images[row])
-    try:
-        return encode(np.ascontiguousarray(pixels))
-    except UnreadableImage as error:
-        raise OSError(str(error)) from error
+class _Rows:
+    """Reads single rows of an array, one thread at a time: HDF5 allows no more."""
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return _Rows, (self._images,)
+
+    def __call__(self, row: int) -> bytes:
+        """Return a row as the bytes of an image file."""
+        with self._lock:
+            pixels = np.asarray(self._images[row])
+        try:
+            return encode(np.ascontiguousarray(pixels))
+        except UnreadableImage as error:
+            raise OSError(str(error)) from error
 
 
 class _Joined:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache import cluster
 from featcache.cache import Sighted, Stock, among, make_listing, take_stock
+from featcache.cluster import Recipe, Written
 from featcache.errors import DataError, StorageError
-from featcache.flow import Batch, Compute, Pixels, Reader, compute, run_batches
+from featcache.flow import Batch, Compute, Pixels, Reader, all_finite, compute, not_finite, run_batches
 from featcache.progress import logger, progress
 from featcache.sources import Source
 from featcache.specs import StoredDtype, Transform, Views
@@ -56,6 +58,7 @@ class Plan:
     """How a run goes, whichever entries it fills.
 
     ``part`` is (i, n), counted from 1: only that share of the images is computed, by the hash of their paths.
+    ``remote`` computes on a Ray cluster. Without ``lists`` the rows are kept and the entry's listing stays as it is.
     """
 
     transform: Transform
@@ -63,6 +66,8 @@ class Plan:
     batch_size: int = 32
     max_bad: float = 0.01
     part: tuple[int, int] | None = None
+    remote: Recipe | None = None
+    lists: bool = True
 
     def mine(self, source: Source, position: int) -> bool:
         """Tell whether an item belongs to this run's part."""
@@ -82,6 +87,7 @@ class ExtractReport:
     left: int = 0
     runtime: str = ""
     difference: float = 0.0
+    known: Sighted = field(default_factory=lambda: Sighted.of([]), repr=False)
 
     @property
     def reused(self) -> int:
@@ -111,12 +117,10 @@ class _Harvest:
         sighted = batch.sighted
         with np.errstate(over="ignore"):
             rows = rows.astype(self.sink.dtype, copy=False)
-        finite = np.ones(len(rows), bool) if rows.dtype == np.uint8 else np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
-        for index, digest in zip(sighted.index[~finite], sighted.take(~finite).digests(), strict=True):
-            better = ", try --dtype float32" if self.sink.dtype == "float16" else ""
-            reason = f"its activations are not finite in {self.sink.dtype}{better}"
-            self.quarantined.append(Quarantined(source.items[index].path, digest.hex(), reason))
-            logger.warning("%s: left out: %s", source.items[index].path, reason)
+        finite = all_finite(rows)
+        unusable = not_finite(source, sighted.take(~finite), self.sink.dtype)
+        say_left_out(unusable)
+        self.quarantined += unusable
         self.known.append(self._lacked(sighted.take(finite)))
         new = finite & ~among(sighted, self.there)
         if new.any():
@@ -135,6 +139,16 @@ class _Harvest:
         count = sum(len(rows) for _, rows in self.waiting)
         size = count * self.waiting[0][1][:1].nbytes
         return count >= PART_ROWS or size >= PART_BYTES or now - self.part_started >= patience
+
+    def adopt(self, written: Written, number: int) -> None:
+        """Make a part count that a worker has written, as the ``number``-th entry of the run."""
+        bad, record = written.bad[number], written.parts[number]
+        say_left_out(bad)
+        self.quarantined += bad
+        self.known += [self._lacked(written.good[number]), self._lacked(written.copies)]
+        parts = [record] if record else []
+        self.sink.store.commit(parts=parts, quarantined=[one for one in bad if one.sha256], seconds=written.seconds)
+        self.computed += len(written.good[number])
 
     def commit(self, source: Source, runtime: str) -> None:
         """Make the waiting rows count."""
@@ -170,26 +184,46 @@ def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan)
     wanted = sorted({int(position) for sink in sinks for position in sink.stock.to_read if plan.mine(source, position)})
     check_room(sinks, len(wanted), plan.views.count)
     ready = Ready(lambda pixels: (pixels,))
-    if wanted:
-        done = set.intersection(*(harvest.there for harvest in harvests))
-        reader = Reader(source, wanted, plan.transform, plan.views, done)
-        try:
-            with progress(len(wanted), f"extract {source.name}") as bar:
-                first = reader.fill(plan.batch_size)
-                if first.fresh:
-                    ready = prepare(_sample(first, plan.batch_size), len(wanted))
-                rest = run_batches(reader, ready.run, plan.batch_size, ready.workers)
-                with closing(rest):
-                    for batch in chain([compute(first, ready.run, plan.batch_size)], rest):
-                        _sort_in(batch, harvests, source)
-                        bar.update(len(batch))
-                        for harvest in harvests:
-                            if harvest.is_due(started):
-                                harvest.commit(source, ready.runtime)
-        finally:
-            for harvest in harvests:
-                harvest.commit(source, ready.runtime)
+    if wanted and plan.remote is not None:
+        ready = _compute_there(source, wanted, harvests, plan.remote)
+    elif wanted:
+        ready = _compute_here(source, wanted, harvests, prepare, plan)
     return [_finish(source, harvest, plan, started, ready) for harvest in harvests]
+
+
+def _compute_here(
+    source: Source, wanted: Sequence[int], harvests: Sequence[_Harvest], prepare: Prepare, plan: Plan
+) -> Ready:
+    started, ready = time.monotonic(), Ready(lambda pixels: (pixels,))
+    done = set.intersection(*(harvest.there for harvest in harvests))
+    reader = Reader(source, wanted, plan.transform, plan.views, done)
+    try:
+        with progress(len(wanted), f"extract {source.name}") as bar:
+            first = reader.fill(plan.batch_size)
+            if first.fresh:
+                ready = prepare(_sample(first, plan.batch_size), len(wanted))
+            rest = run_batches(reader, ready.run, plan.batch_size, ready.workers)
+            with closing(rest):
+                for batch in chain([compute(first, ready.run, plan.batch_size)], rest):
+                    _sort_in(batch, harvests, source)
+                    bar.update(len(batch))
+                    for harvest in harvests:
+                        if harvest.is_due(started):
+                            harvest.commit(source, ready.runtime)
+    finally:
+        for harvest in harvests:
+            harvest.commit(source, ready.runtime)
+    return ready
+
+
+def _compute_there(source: Source, wanted: Sequence[int], harvests: Sequence[_Harvest], recipe: Recipe) -> Ready:
+    done = set.intersection(*(harvest.there for harvest in harvests))
+    with progress(len(wanted), f"extract {source.name}") as bar, closing(cluster.run(source, wanted, done, recipe)) as units:
+        for written in units:
+            for number, harvest in enumerate(harvests):
+                harvest.adopt(written, number)
+            bar.update(written.images)
+    return Ready(lambda pixels: (pixels,), runtime="ray")
 
 
 def measure(source: Source, positions: Sequence[int], plan: Plan, run: Compute | None, workers: int) -> float:
@@ -225,14 +259,19 @@ def check_room(sinks: Sequence[Sink], images: int, views: int) -> int:
     return total
 
 
+def say_left_out(several: Sequence[Quarantined]) -> None:
+    """Tell the user which images give no row, and why."""
+    for bad in several:
+        logger.warning("%s: left out: %s", bad.path, bad.reason)
+
+
 def _sample(batch: Batch, size: int) -> Pixels:
     pixels = np.concatenate(batch.pixels)[:size]
     return np.concatenate([pixels, np.repeat(pixels[-1:], size - len(pixels), axis=0)])
 
 
 def _sort_in(batch: Batch, harvests: Sequence[_Harvest], source: Source) -> None:
-    for bad in batch.bad:
-        logger.warning("%s: left out: %s", bad.path, bad.reason)
+    say_left_out(batch.bad)
     rows: Iterator[NDArray[Any]] = iter(batch.rows)
     for harvest in harvests:
         harvest.take(batch, next(rows, np.empty(0)), source)
@@ -258,12 +297,14 @@ def _finish(source: Source, harvest: _Harvest, plan: Plan, started: float, ready
         if source.items[index].path not in paths
     ]
     known, all_bad = known.take(~is_bad), (*quarantined, *stock.unreachable)
-    if not left:
+    if not plan.lists:
+        store.commit(quarantined=[bad for bad in all_bad if bad.sha256])
+    elif not left:
         _judge(source, len(known), all_bad, plan.max_bad)
         store.commit(quarantined=all_bad, listing=make_listing(source, known, now_ns()))
         store.write_table()
     seconds = time.monotonic() - started
-    return ExtractReport(len(known), harvest.computed, all_bad, seconds, left, ready.runtime, ready.difference)
+    return ExtractReport(len(known), harvest.computed, all_bad, seconds, left, ready.runtime, ready.difference, known)
 
 
 def _judge(source: Source, good: int, quarantined: tuple[Quarantined, ...], max_bad: float) -> None:

@@ -1,0 +1,184 @@
+"""A frozen backbone as a scikit-learn transformer."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from featcache.cache import default_cache
+from featcache.errors import DataError, UsageError
+from featcache.images import UnreadableImage, encode, encode_image
+from featcache.pipeline.workbench import Settings, Workbench
+from featcache.sources import FileStat, Item, Source
+from featcache.specs import POOLED, BackboneSpec, TransformOverrides, freeze_args
+
+
+class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no annotations
+    """Images to the embeddings of a frozen backbone, float32 (n, d), computed once and kept in the cache.
+
+    Takes file paths, PIL images, or arrays uint8 (h, w) or (h, w, 3); one column of a data frame or a list alike. Works in
+    ``Pipeline``, ``GridSearchCV`` and ``ColumnTransformer``; a copy or a pickle holds parameters, never weights.
+
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.pipeline import make_pipeline
+    >>> model = make_pipeline(FeatureExtractor("mini"), LogisticRegression())
+    >>> model.fit(paths, labels).predict(others)  # doctest: +SKIP
+
+    Args:
+        backbone: ``mini`` or a timm name.
+        layers: concatenate the pooled activations of these layers instead of the last embedding.
+        pool: how activations become a vector, see BackboneSpec.
+        weights: a checkpoint file.
+        random_init: a seed: random weights.
+        model_args: passed to timm.
+        input_size: pixels, where not the backbone's own.
+        cache: where features are kept; default as for the command line.
+        device: ``cpu``, ``cuda``, ...
+        batch_size: images at a time.
+        runtime: what computes on the CPU, see ``featcache extract --runtime``.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "mini",
+        *,
+        layers: Sequence[str] | None = None,
+        pool: str = "default",
+        weights: str | Path | None = None,
+        random_init: int | None = None,
+        model_args: dict[str, Any] | None = None,
+        input_size: int | None = None,
+        cache: str | Path | None = None,
+        device: str | None = None,
+        batch_size: int | None = None,
+        runtime: str = "auto",
+    ) -> None:
+        self.backbone = backbone
+        self.layers = layers
+        self.pool = pool
+        self.weights = weights
+        self.random_init = random_init
+        self.model_args = model_args
+        self.input_size = input_size
+        self.cache = cache
+        self.device = device
+        self.batch_size = batch_size
+        self.runtime = runtime
+
+    def fit(self, X: Any, y: Any = None) -> "FeatureExtractor":  # noqa: ARG002 - scikit-learn's signature
+        """Learn nothing but the width of the embedding, from the first image."""
+        first = _one_column(X)[:1]
+        if not first:
+            raise DataError("FeatureExtractor: at least one image is needed to fit.")
+        self.n_features_out_ = int(self._embed(first).shape[1])
+        return self
+
+    def transform(self, X: Any) -> NDArray[np.float32]:
+        """Return the embeddings (n, d).
+
+        Raises:
+            DataError: an image cannot be used; the message names it.
+        """
+        check_is_fitted(self)
+        images = _one_column(X)
+        return self._embed(images) if images else np.empty((0, self.n_features_out_), np.float32)
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:  # noqa: ARG002 - scikit-learn's signature
+        """Return ``<backbone>_0``, ``<backbone>_1``, ..."""
+        check_is_fitted(self)
+        return np.array([f"{self._spec().label}_{number}" for number in range(self.n_features_out_)], dtype=object)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the parameters and what was fitted, without the loaded backbone."""
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_loaded"}
+
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that images are not numbers in columns."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.three_d_array = tags.input_tags.string = True
+        tags.no_validation = True
+        return tags
+
+    def _spec(self) -> BackboneSpec:
+        pool: Any = self.pool
+        return BackboneSpec(
+            name=self.backbone,
+            weights=str(self.weights) if self.weights is not None else None,
+            random_init=self.random_init,
+            model_args=freeze_args(self.model_args or {}),
+            overrides=TransformOverrides(input_size=self.input_size),
+            pool=pool,
+        )
+
+    def _embed(self, images: list[Any]) -> NDArray[np.float32]:
+        contents = _Contents(tuple(images))
+        items = tuple(Item(contents.path(number), "") for number in range(len(images)))
+        unique = tuple(dict.fromkeys(items))
+        source = Source("extractor", "images given to FeatureExtractor", unique, contents)
+        runtime: Any = self.runtime
+        cache = Path(self.cache) if self.cache is not None else default_cache()
+        settings = Settings(cache, self.batch_size, self.device, max_bad=1.0, runtime=runtime)
+        bench = Workbench(source, self._spec(), settings, lists=False)
+        loaded = getattr(self, "_loaded", None)
+        if loaded is not None and loaded[0] == (bench.spec, self.device):
+            bench.backbone = loaded[1]
+        done = bench.extracted("+".join(self.layers) if self.layers else POOLED)
+        if "backbone" in bench.__dict__:
+            self._loaded = ((bench.spec, self.device), bench.backbone)
+        if done.report.quarantined:
+            bad = done.report.quarantined[0]
+            raise DataError(f"FeatureExtractor: {bad.path}: {bad.reason} ({len(done.report.quarantined)} such images).")
+        digests = {unique[index].path: digest for index, digest in zip(done.known.index, done.known.sha256, strict=True)}
+        rows = done.store.rows_of(np.stack([digests[item.path] for item in items]))
+        return np.asarray(rows, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """Paths, PIL images and arrays as the contents of a source."""
+
+    images: tuple[Any, ...]
+
+    def path(self, number: int) -> str:
+        """Return what an image is called."""
+        image = self.images[number]
+        return os.path.abspath(image) if isinstance(image, str | os.PathLike) else f"image {number}"  # noqa: PTH100 - links stay
+
+    def read(self, path: str) -> bytes:
+        """Return an image's bytes."""
+        if not path.startswith("image "):
+            return Path(path).read_bytes()
+        image = self.images[int(path.removeprefix("image "))]
+        try:
+            return encode_image(image) if isinstance(image, Image.Image) else encode(np.asarray(image))
+        except UnreadableImage as error:
+            raise OSError(str(error)) from error
+
+    def stat(self, path: str) -> FileStat | None:
+        """Return a file's signs; what is in memory has none."""
+        if path.startswith("image "):
+            return None
+        found = Path(path).stat()
+        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _one_column(X: Any) -> list[Any]:
+    """Return images as a list, from a list, an array, a series, or a table of one column."""
+    if isinstance(X, str | os.PathLike):
+        raise UsageError("FeatureExtractor takes a list of images, not one path.")
+    if hasattr(X, "columns"):
+        if len(X.columns) != 1:
+            raise UsageError(f"FeatureExtractor takes one column of images, not {len(X.columns)}.")
+        X = X.iloc[:, 0] if hasattr(X, "iloc") else X[X.columns[0]]
+    if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == 1 and X.dtype.kind in "OUS":
+        X = X[:, 0]
+    return list(X)
