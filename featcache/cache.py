@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,8 +221,18 @@ class Miss:
     to_read: NDArray[np.int64]
 
 
-def take_stock(source: Source, store: FeatureStore | None) -> Stock:
-    """Find out which of a source's items an entry knows: by path, size, time and inode, else by their content."""
+def take_stock(
+    source: Source,
+    store: FeatureStore | None,
+    *,
+    among: Callable[[int], bool] = lambda _: True,
+    hashes_new: bool = True,
+) -> Stock:
+    """Find out which of a source's items an entry knows: by path, size, time and inode, else by their content.
+
+    Only items at positions that ``among`` accepts are looked at. Without ``hashes_new`` a path that was never seen is to
+    be read, whatever its content: who computes one share of many must not read the others'.
+    """
     where: dict[str, tuple[int, int]] = {}
     remembered = list(store.seen()) if store else []
     recognised = {bytes.fromhex(item.sha256) for item in store.manifest.quarantined if item.sha256} if store else set()
@@ -233,7 +243,11 @@ def take_stock(source: Source, store: FeatureStore | None) -> Stock:
     known: list[tuple[int, bytes, FileStat | None]] = []
     unsure: list[tuple[int, FileStat | None]] = []
     unreachable: list[Quarantined] = []
+    to_read: list[int] = []
+    paths = set(where) | {item.path for item in store.manifest.quarantined} if store else set()
     for index, item in enumerate(source.items):
+        if not among(index):
+            continue
         try:
             stat = source.stat(item.path)
         except OSError as error:
@@ -244,10 +258,11 @@ def take_stock(source: Source, store: FeatureStore | None) -> Stock:
             if FileStat(*seen.stat[row].tolist()) == stat and stat.mtime_ns < seen.checked_ns - _RACY_NS:
                 known.append((index, seen.sha256[row].tobytes(), stat))
                 continue
-        unsure.append((index, stat))
-    to_read = [index for index, _ in unsure]
-    if recognised:
-        to_read = _hash_unsure(source, recognised, known, unsure, unreachable)
+        if recognised and (hashes_new or item.path in paths):
+            unsure.append((index, stat))
+        else:
+            to_read.append(index)
+    to_read = sorted(to_read + _hash_unsure(source, recognised, known, unsure, unreachable))
     return Stock(Sighted.of(known), np.array(to_read, dtype=np.int64), tuple(unreachable))
 
 
@@ -284,14 +299,14 @@ def plan(source: Source, store: FeatureStore | None, stock: Stock) -> Hit | Resu
         return Resume(stock.to_read)
     quarantined = {(item.path, item.sha256) for item in store.manifest.quarantined if item.sha256}
     known = stock.known.take(np.argsort(stock.known.index, kind="stable"))
-    is_bad = among(known, {bytes.fromhex(digest) for _, digest in quarantined})
+    is_bad = with_content(known, {bytes.fromhex(digest) for _, digest in quarantined})
     bad = known.take(is_bad)
     found = {(source.items[index].path, digest.hex()) for index, digest in zip(bad.index, bad.digests(), strict=True)}
     same = found == quarantined and _same_items(source, known.take(~is_bad), store.listing())
     return Hit() if same else Resume(stock.to_read)
 
 
-def among(sighted: Sighted, digests: Collection[bytes]) -> NDArray[np.bool_]:
+def with_content(sighted: Sighted, digests: Collection[bytes]) -> NDArray[np.bool_]:
     """Return which items have one of some contents."""
     if not digests:
         return np.zeros(len(sighted), dtype=bool)

@@ -16,6 +16,7 @@ from support import COLOURS, TINY, draw_folder, draw_image
 
 from featcache.cache import take_stock
 from featcache.errors import DataError, StorageError
+from featcache.flow import Reader
 from featcache.pipeline.workbench import Extracted, Settings, Workbench
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
@@ -297,8 +298,9 @@ def test_a_moved_folder_is_recognised_by_name(folder: Path, tiny: BackboneSpec, 
 def test_a_full_disk_is_refused_early(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the rows cannot fit, the run ends after the first batch and says how much is missing."""
+    """When the rows cannot fit, no image is read, and the error says how much is missing."""
     real = shutil.disk_usage
+    monkeypatch.setattr(Reader, "fill", lambda *_: pytest.fail("an image was read"))
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
 
     with pytest.raises(StorageError, match="GB are free"):

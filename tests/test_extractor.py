@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
-from featcache import FeatureExtractor
+from featcache import FeatureExtractor, backbone
 from featcache.errors import DataError, UsageError
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.sources import open_source
@@ -56,7 +56,7 @@ def test_the_second_time_computes_nothing(
     """Known images need no backbone, in a copy or a pickle either."""
     paths, _ = paths_of(folder)
     first = extractor.fit_transform(paths)
-    monkeypatch.setattr(Workbench, "backbone", property(lambda _: pytest.fail("the backbone was loaded")))
+    monkeypatch.setattr(backbone, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
 
     for other in (extractor, clone(extractor).fit(paths), pickle.loads(pickle.dumps(extractor))):  # noqa: S301 - our own
         np.testing.assert_array_equal(other.transform(paths[5:9]), first[5:9])

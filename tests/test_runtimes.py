@@ -98,9 +98,11 @@ def test_a_wish_that_cannot_be_met_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(SetupError, match="featcache\\[openvino\\]"):
         chosen(VIT, ("pooled",), "openvino")
+    monkeypatch.undo()
+    monkeypatch.setattr(runtimes, "_installed", lambda _: True)
     with pytest.raises(UsageError, match="float32 only"):
         choose(
-            backbone.program(("pooled",)), first, images_left=9, wish="compile", device=CPU, precision="bfloat16",
+            backbone.program(("pooled",)), first, images_left=9, wish="openvino", device=CPU, precision="bfloat16",
             workers=Workers(1, 1),
         )  # fmt: skip
 
@@ -131,7 +133,7 @@ def test_out_of_memory_halves_the_batch() -> None:
 class _Never(nn.Module):
     """Never fits."""
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, _: Tensor) -> tuple[Tensor, ...]:
         """Run out of memory."""
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -228,7 +230,7 @@ def test_views_of_pixels_are_flipped_crops(folder: Path) -> None:
     np.testing.assert_array_equal(views[0], decode(content, Transform(16))[0])
 
 
-def test_large_jpegs_are_decoded_small_unless_told_otherwise(tmp_path: Path) -> None:
+def test_large_jpegs_are_decoded_small_unless_told_otherwise() -> None:
     """The scaled decode stays close to the exact one; "pillow" is Pillow's result; small images are the same in both."""
     import io
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import sys
 import tarfile
@@ -202,7 +201,7 @@ def test_shards_are_read_in_place(tmp_path: Path) -> None:
     assert described(source) + described(test) == EXPECTED
     same_pixels(source, arrays()[:4])
     same_pixels(test, arrays()[4:])
-    assert sorted(os.listdir(tmp_path)) == ["test-000.tar", "train-000.tar", "train-001.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test-000.tar", "train-000.tar", "train-001.tar"]
     assert pickle.loads(pickle.dumps(test)).read(test.items[0].path) == pixels[4]  # noqa: S301 - our own
 
 

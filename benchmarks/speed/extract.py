@@ -1,6 +1,6 @@
 """Extraction's speed: featcache against a plain script, embetter, and the floor that the machine's cores allow.
 
-    python benchmarks/speed/extract.py --cifar FOLDER --flowers FOLDER --small FOLDER [--only rows|store|memory|gpu]
+    python benchmarks/speed/extract.py --cifar FOLDER --flowers FOLDER --small FOLDER [--only rows|again|store|gpu|table]
 
 ``--cifar`` is a folder of 32-pixel photographs (CIFAR-10), ``--flowers`` one of photographs, ``--small`` one of 64-pixel
 ones (Tiny ImageNet), each CLASS/IMAGE or train|test/CLASS/IMAGE. Everything in a row is measured in one run, side by
@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def extract(folder: Path, spec: BackboneSpec, runtime: Any) -> dict[str, Any]:
         bench = Workbench(open_source(folder), spec, Settings(Path(cache), runtime=runtime))
         _ = bench.backbone
         spent: list[float] = []
-        with timed_calls(FeatureStore, ("add_part", "commit", "write_table"), spent):
+        with timed_calls(FeatureStore, ("add_part", "commit"), spent):
             start = time.perf_counter()
             done = bench.extracted()
             seconds = time.perf_counter() - start
@@ -156,16 +156,16 @@ class timed_calls:  # noqa: N801 - reads as a function
         return call
 
 
-def floor(folder: Path, spec: BackboneSpec, seconds: float = 6.0) -> dict[str, float]:
+def floor(folder: Path, spec: BackboneSpec, seconds: float = 4.0) -> dict[str, float]:
     """Measure decoding on one core and the fastest runtime's forward pass on all, each alone."""
     import torch
 
-    from featcache.runtimes import RUNTIMES, choose, threads_per_worker, workers_here
+    from featcache.runtimes import RUNTIMES, Workers, choose, threads_per_worker
 
     with tempfile.TemporaryDirectory() as cache:
         source = open_source(folder)
         bench = Workbench(source, spec, Settings(Path(cache)))
-        backbone, workers = bench.backbone, workers_here()
+        backbone, workers = bench.backbone, Workers(CORES, 1)
         plan = bench._plan(backbone.transform, Views())  # noqa: SLF001 - the same batches as an extraction's
         positions = list(range(min(len(source.items), 3000)))
         reader = Reader(source, positions, plan.transform, plan.views, ())
@@ -220,7 +220,7 @@ def forward_rate(run: Callable[[Any], Any], batch: Any, workers: int, seconds: f
 
 def script(code: str, *arguments: object) -> float:
     """Run a script in a process of its own and return the number that it prints last."""
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 - this file's own scripts
         [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
     )
     if done.returncode:
@@ -320,6 +320,10 @@ def seconds_of(act: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def _fill(reader: Reader, size: int, _: Any) -> None:
+    reader.fill(size)
+
+
 def measure_gpu(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, Any]]:
     """Yield images a second on a GPU in bfloat16 against the slower of decoding alone and the forward pass alone."""
     import torch
@@ -336,7 +340,7 @@ def measure_gpu(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, A
         batch = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)
         forward = forward_rate(run, batch, workers, 10.0)
         reader = Reader(bench.source, range(len(bench.source.items)), plan.transform, plan.views, ())
-        decode = forward_rate(lambda _: reader.fill(plan.batch_size), batch, workers, 10.0)
+        decode = forward_rate(partial(_fill, reader, plan.batch_size), batch, workers, 10.0)
         start = time.perf_counter()
         done = bench.extracted()
         rate = done.report.rows / (time.perf_counter() - start)
@@ -348,60 +352,69 @@ def measure_gpu(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, A
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return the records as Markdown."""
+    heads = ("backbone, images", "plain script", "embetter", "floor", "PyTorch alone", "featcache", "of the floor")
+    heads += ("over plain", "PyTorch alone over plain", "durability")
     lines = [
         "# Extraction's speed",
         "",
-        "`python benchmarks/speed/extract.py`; images a second. Ratios are of one run, side by side; absolute figures are",
-        f"this machine's ({platform.processor() or platform.machine()}, {CORES} cores), shared with others.",
+        "`python benchmarks/speed/extract.py`; images a second, all from the call to the committed entry, a runtime's",
+        f"compilation too. Ratios are of one run, side by side; absolute figures are those of {CORES} shared cores.",
         "",
-        "| backbone, images | plain script | embetter | floor | PyTorch alone | featcache | of the floor | over plain |"
-        " PyTorch alone over plain | durability |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
     ]
     rows = [record for record in records if record["kind"] == "row"]
     for record in rows:
         plain, got = max(record["plain"].values()), record["featcache"]
-        embetter = f"{record['embetter']:.1f}" if "embetter" in record else "-"
-        lines.append(
-            f"| {record['row']} | {plain:.1f} | {embetter} | {record['floor']['rate']:.1f} | {record['torch']['rate']:.1f} "
-            f"| {got['rate']:.1f} ({got['runtime']}) | {got['rate'] / record['floor']['rate']:.2f} | {got['rate'] / plain:.2f} "
-            f"| {record['torch']['rate'] / plain:.2f} | {100 * got['durability']:.1f} % |"
+        cells = (
+            record["row"],
+            f"{plain:.1f}",
+            f"{record['embetter']:.1f}" if "embetter" in record else "-",
+            f"{record['floor']['rate']:.1f}",
+            f"{record['torch']['rate']:.1f}",
+            f"{got['rate']:.1f} ({got['runtime']})",
+            f"{got['rate'] / record['floor']['rate']:.2f}",
+            f"{got['rate'] / plain:.2f}",
+            f"{record['torch']['rate'] / plain:.2f}",
+            f"{100 * got['durability']:.1f} %",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     if rows:
         for name, key in (("featcache", "featcache"), ("PyTorch alone", "torch")):
             ratios = [record[key]["rate"] / max(record["plain"].values()) for record in rows]
             mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
             lines += ["", f"{name} over the plain script, geometric mean: {mean:.2f}."]
     for record in records:
-        if "embetter" in record:
-            lines += ["", f"Over embetter on {record['row']}: {record['featcache']['rate'] / record['embetter']:.1f}."]
-        if record["kind"] == "again":
-            first = record["first"]
-            lines += [
-                "",
-                f"First run {first:.1f} s; over unchanged images {record['unchanged']:.2f} s ({100 * record['unchanged'] / first:.1f} %); "
-                f"with 1 % new ones {record['one_percent']:.2f} s ({100 * record['one_percent'] / first:.1f} %).",
-            ]
-        if record["kind"] == "memory":
-            few, many = record["peaks"].values()
-            lines += [
-                "",
-                f"Peak memory: {few:.0f} MB at 5,000 images, {many:.0f} MB at 100,000 ({100 * (many / few - 1):+.1f} %).",
-            ]
-        if record["kind"] == "reading":
-            lines += [
-                "",
-                f"Reading {record['megabytes']:.0f} MB: {record['np_load'] / record['features']:.2f} of np.load's speed; 4,096 random "
-                f"rows: {record['memmap_rows'] / record['random_rows']:.2f} of a NumPy memory map's.",
-            ]
-        if record["kind"] == "gpu":
-            best = min(record["decode"], record["forward"])
-            lines += [
-                "",
-                f"{record['row']} on {record['device']}, bfloat16: {record['rate']:.0f} images/s; decoding alone "
-                f"{record['decode']:.0f}, forward alone {record['forward']:.0f}: {record['rate'] / best:.2f} of the slower.",
-            ]
+        lines += ["", *sentences(record)] if sentences(record) else []
     return "\n".join(lines) + "\n"
+
+
+def sentences(record: dict[str, Any]) -> list[str]:
+    """Return what a record says beside the table."""
+    kind = record["kind"]
+    if "embetter" in record:
+        return [f"Over embetter on {record['row']}: {record['featcache']['rate'] / record['embetter']:.1f}."]
+    if kind == "again":
+        first, unchanged, more = record["first"], record["unchanged"], record["one_percent"]
+        return [
+            f"First run {first:.1f} s; over unchanged images {unchanged:.2f} s ({100 * unchanged / first:.1f} %);",
+            f"with 1 % new ones {more:.2f} s ({100 * more / first:.1f} %).",
+        ]
+    if kind == "memory":
+        few, many = record["peaks"].values()
+        return [f"Peak memory: {few:.0f} MB at 5,000 images, {many:.0f} MB at 100,000 ({100 * (many / few - 1):+.1f} %)."]
+    if kind == "reading":
+        whole, some = record["np_load"] / record["features"], record["memmap_rows"] / record["random_rows"]
+        first = f"Reading an entry of {record['megabytes']:.0f} MB: {whole:.2f} of np.load's speed;"
+        return [first, f"4,096 random rows: {some:.2f} of a NumPy memory map's."]
+    if kind == "gpu":
+        best = min(record["decode"], record["forward"])
+        first = f"{record['row']} on {record['device']}, bfloat16: {record['rate']:.0f} images/s; decoding alone"
+        return [
+            first,
+            f"{record['decode']:.0f}, forward alone {record['forward']:.0f}: {record['rate'] / best:.2f} of the slower.",
+        ]
+    return []
 
 
 def main() -> None:
@@ -409,7 +422,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("cifar", "flowers", "small"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--only", choices=["rows", "again", "store", "gpu"], action="append")
+    parser.add_argument("--only", choices=["rows", "again", "store", "gpu", "table"], action="append")
     parser.add_argument("--row", default="", help="Only rows whose name holds this text.")
     options = parser.parse_args()
     wanted = options.only or ["rows", "again", "store", "gpu"]
@@ -424,6 +437,7 @@ def main() -> None:
             "again": lambda: iter([measure_again(data, work)]),
             "store": lambda: measure_store(data, work),
             "gpu": lambda: measure_gpu(data, work),
+            "table": lambda: iter(()),
         }
         for step in wanted:
             for record in steps[step]():
@@ -433,7 +447,7 @@ def main() -> None:
                 order = [row[0] for row in ROWS]
                 kept.sort(key=lambda one: order.index(one["row"]) if one.get("row") in order else len(order))
                 path.write_text("".join(f"{json.dumps(one)}\n" for one in kept))
-                (HERE / "extract.md").write_text(table([json.loads(line) for line in path.read_text().splitlines()]))
+    (HERE / "extract.md").write_text(table([json.loads(line) for line in path.read_text().splitlines()]))
     print((HERE / "extract.md").read_text())
 
 

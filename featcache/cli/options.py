@@ -136,7 +136,7 @@ run_options = several(
         show_default=True,
         help="What computes on the CPU; auto: the fastest that is installed, pays, and agrees with torch.",
     ),
-    click.option("--workers", type=click.IntRange(min=1), help="Threads that decode and compute; default: one a core."),
+    click.option("--workers", type=click.IntRange(min=1), help="Threads that decode and compute; default: by the cores."),
     click.option("--max-bad", type=Percent(), default="1%", show_default=True, help="More unusable images end the run."),
     notes_options,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ from featcache.specs import (
     layers_of,
     stored_dtype,
 )
-from featcache.stages.extract import ExtractReport, Plan, Prepare, Ready, Sink, extract, measure
+from featcache.stages.extract import ExtractReport, Plan, Prepare, Ready, Sink, extract, is_mine, measure
 from featcache.store import TABLE, FeatureStore
 
 if TYPE_CHECKING:
@@ -210,10 +210,14 @@ class Workbench:
             if not path.exists() and (reason := caching.why_miss(self.folder, spec)):
                 logger.info("not in the cache; the nearest entry differs in %s", reason)
             store = FeatureStore.create(path, spec)
-        return store, caching.take_stock(self.source, store)
+        part = self.settings.part
+        if part is None:
+            return store, caching.take_stock(self.source, store)
+        mine = partial(is_mine, self.source, part)
+        return store, caching.take_stock(self.source, store, among=mine, hashes_new=False)
 
     def _hit(self, store: FeatureStore, stock: caching.Stock) -> ExtractReport | None:
-        if not isinstance(caching.plan(self.source, store, stock), caching.Hit):
+        if self.settings.part is not None or not isinstance(caching.plan(self.source, store, stock), caching.Hit):
             return None
         if not (store.path / TABLE).exists():
             store.write_table()

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import cluster
-from featcache.cache import Sighted, Stock, among, make_listing, take_stock
+from featcache.cache import Hit, Sighted, Stock, make_listing, take_stock, with_content
+from featcache.cache import plan as decide
 from featcache.cluster import Recipe, Written
 from featcache.errors import DataError, StorageError
 from featcache.flow import Batch, Compute, Pixels, Reader, all_finite, compute, not_finite, run_batches
@@ -69,11 +70,10 @@ class Plan:
     remote: Recipe | None = None
     lists: bool = True
 
-    def mine(self, source: Source, position: int) -> bool:
-        """Tell whether an item belongs to this run's part."""
-        if self.part is None:
-            return True
-        return zlib.crc32(source.items[position].path.encode("utf-8", "surrogateescape")) % self.part[1] == self.part[0] - 1
+
+def is_mine(source: Source, part: tuple[int, int], position: int) -> bool:
+    """Tell whether an item belongs to a part (i, n), by the checksum of its path."""
+    return zlib.crc32(source.items[position].path.encode("utf-8", "surrogateescape")) % part[1] == part[0] - 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class _Harvest:
     there: set[bytes]
     known: list[Sighted] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
+    copies: list[Sighted] = field(default_factory=list)
     waiting: list[tuple[Sighted, NDArray[Any]]] = field(default_factory=list)
     part_started: float = field(default_factory=time.monotonic)
     computed: int = 0
@@ -111,7 +112,9 @@ class _Harvest:
         """Sort a batch into rows, known images and bad ones."""
         self.quarantined += batch.bad
         if batch.copies:
-            self.known.append(self._lacked(Sighted.of(batch.copies)))
+            copies = self._lacked(Sighted.of(batch.copies))
+            self.known.append(copies)
+            self.copies.append(copies)
         if not batch.fresh:
             return
         sighted = batch.sighted
@@ -122,7 +125,7 @@ class _Harvest:
         say_left_out(unusable)
         self.quarantined += unusable
         self.known.append(self._lacked(sighted.take(finite)))
-        new = finite & ~among(sighted, self.there)
+        new = finite & ~with_content(sighted, self.there)
         if new.any():
             self.waiting.append((sighted.take(new), rows[new]))
 
@@ -152,15 +155,20 @@ class _Harvest:
 
     def commit(self, source: Source, runtime: str) -> None:
         """Make the waiting rows count."""
-        if self.waiting:
+        copies = Sighted.joined(self.copies)
+        if self.waiting or len(copies):
             sighted, rows = Sighted.joined([one for one, _ in self.waiting]), [rows for _, rows in self.waiting]
             order = np.argsort(sighted.index, kind="stable")
-            part = Part(np.concatenate(rows)[order], sighted.take(order).seen(source, now_ns()))
+            features = np.concatenate(rows)[order] if rows else np.empty((0, *self.sink.row), self.sink.dtype)
+            now = now_ns()
+            also = copies.seen(source, now) if len(copies) else None
+            part = Part(features, sighted.take(order).seen(source, now), also)
             record = self.sink.store.add_part(part, runtime)
             seconds = time.monotonic() - self.part_started
             bad = [bad for bad in self.quarantined if bad.sha256]
             self.sink.store.commit(parts=[record], quarantined=bad, seconds=seconds)
             self.computed += len(sighted)
+            self.copies = []
         self.waiting, self.part_started = [], time.monotonic()
 
 
@@ -181,7 +189,7 @@ def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan)
     """
     started = time.monotonic()
     harvests = [_Harvest(sink, sink.store.digests()) for sink in sinks]
-    wanted = sorted({int(position) for sink in sinks for position in sink.stock.to_read if plan.mine(source, position)})
+    wanted = sorted({int(position) for sink in sinks for position in sink.stock.to_read})
     check_room(sinks, len(wanted), plan.views.count)
     ready = Ready(lambda pixels: (pixels,))
     if wanted and plan.remote is not None:
@@ -283,12 +291,12 @@ def _finish(source: Source, harvest: _Harvest, plan: Plan, started: float, ready
     known, quarantined, left = Sighted.joined([stock.known, *harvest.known]), harvest.quarantined, 0
     if plan.part is not None:
         store.refresh()
-        stock = take_stock(source, store)
+        stock = take_stock(source, store, hashes_new=False)
         known, quarantined, left = stock.known, [], len(stock.to_read)
     reasons = {
         bytes.fromhex(bad.sha256): bad.reason for bad in (*store.manifest.quarantined, *harvest.quarantined) if bad.sha256
     }
-    is_bad = among(known, reasons)
+    is_bad = with_content(known, reasons)
     bad = known.take(is_bad)
     paths = {one.path for one in quarantined}
     quarantined += [
@@ -299,7 +307,7 @@ def _finish(source: Source, harvest: _Harvest, plan: Plan, started: float, ready
     known, all_bad = known.take(~is_bad), (*quarantined, *stock.unreachable)
     if not plan.lists:
         store.commit(quarantined=[bad for bad in all_bad if bad.sha256])
-    elif not left:
+    elif not left and not isinstance(decide(source, store, stock), Hit):
         _judge(source, len(known), all_bad, plan.max_bad)
         store.commit(quarantined=all_bad, listing=make_listing(source, known, now_ns()))
         store.write_table()

@@ -1,6 +1,7 @@
 """One entry of the cache: immutable content-named parts and the manifests that list them."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -107,6 +108,7 @@ class FeatureStore:
         self.path = path
         self._spec_text = spec_text
         self._manifest: Manifest | None = None
+        self._just_written: set[FileRecord] = set()
 
     @classmethod
     def create(cls, path: Path, spec: FeatureSpec) -> "FeatureStore":
@@ -236,6 +238,8 @@ class FeatureStore:
         """Yield what is remembered of files, oldest first."""
         for record in self.manifest.parts:
             yield self._seen(record)
+            if (copies := files.read_copies(self._part_path(record))) is not None:
+                yield copies
         if self.manifest.listing is not None:
             yield self.listing().seen
 
@@ -367,10 +371,12 @@ class FeatureStore:
         digest = sha256_of_bytes(content)
         record = FileRecord(f"{digest[:16]}{suffix}", digest, len(content), rows)
         replace_file(self._part_path(record), content)
+        self._just_written.add(record)
         return record
 
     def _row_bytes(self) -> int:
-        return int(files.map_features(self._part_path(self.manifest.parts[0]))[:1].nbytes)
+        rows = files.map_features(self._part_path(self.manifest.parts[0]))
+        return math.prod(rows.shape[1:]) * rows.dtype.itemsize
 
     def _part_path(self, record: FileRecord) -> Path:
         return self.path / "parts" / record.name
@@ -423,6 +429,8 @@ class FeatureStore:
 
     def _checked(self, record: FileRecord) -> Path:
         path = self._part_path(record)
+        if record in self._just_written and path.exists():
+            return path
         if not path.exists() or not self._stamps.is_whole(path, record.sha256):
             raise StorageError(f"{self._problem(record)}. Delete the entry {self.path} and extract again.")
         return path

@@ -48,10 +48,11 @@ class Listing:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows: features (n, ...) and what they were computed from."""
+    """Some rows: features (n, ...) and what they were computed from; ``copies`` have their row here or elsewhere."""
 
     features: Array
     seen: Seen
+    copies: Seen | None = None
 
 
 def encode_part(part: Part) -> bytes:
@@ -60,6 +61,8 @@ def encode_part(part: Part) -> bytes:
     def fill(file: h5py.File) -> None:
         file.create_dataset("features", data=part.features)
         _write_seen(file, part.seen)
+        if part.copies is not None:
+            _write_seen(file.create_group("copies"), part.copies)
 
     return _in_memory(fill)
 
@@ -174,6 +177,12 @@ def read_seen(path: Path) -> Seen:
         return _read_seen(file)
 
 
+def read_copies(path: Path) -> Seen | None:
+    """Read which further files a part knows the content of."""
+    with _open(path) as file:
+        return _read_seen(file["copies"]) if "copies" in file else None
+
+
 def read_listing(path: Path) -> Listing:
     """Read a listing."""
     with _open(path) as file:
@@ -185,6 +194,8 @@ def map_features(path: Path) -> Array:
     """Return the features (n, ...) of a part or of a ``features.h5`` as a read-only memory map."""
     with _open(path) as file:
         dataset = file["features"]
+        if not dataset.size:
+            return np.empty(dataset.shape, dataset.dtype)
         offset = dataset.id.get_offset()
         if offset is None or dataset.external or dataset.is_virtual:
             raise StorageError(f"{path}: not a part that featcache wrote.")
@@ -225,19 +236,19 @@ def _open(path: Path) -> h5py.File:
         raise StorageError(f"{path}: not a readable HDF5 file. `featcache store verify` says what is damaged.") from error
 
 
-def _write_seen(file: h5py.File, seen: Seen) -> None:
+def _write_seen(file: h5py.Group, seen: Seen) -> None:
     file.attrs["checked_ns"] = seen.checked_ns
     file.create_dataset("path", data=_names(seen.paths))
     file.create_dataset("sha256", data=seen.sha256)
     file.create_dataset("stat", data=seen.stat)
 
 
-def _read_seen(file: h5py.File) -> Seen:
+def _read_seen(file: h5py.Group) -> Seen:
     try:
         paths = tuple(os.fsdecode(bytes(name)) for name in file["path"][:])
         return Seen(paths, file["sha256"][:], file["stat"][:], int(file.attrs["checked_ns"]))
     except KeyError as error:
-        raise StorageError(f"{file.filename}: not a file that featcache wrote ({error}).") from error
+        raise StorageError(f"{file.file.filename}: not a file that featcache wrote ({error}).") from error
 
 
 def _names(names: tuple[str, ...]) -> Array:
