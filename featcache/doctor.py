@@ -30,6 +30,7 @@ def examine() -> list[Finding]:
         lambda: _loads("h5py", "pip install --upgrade h5py"),
         lambda: _loads("PIL.Image", "pip install --upgrade pillow", package="pillow"),
         _device,
+        _runtimes,
         _bundled,
         _cache,
     )
@@ -56,6 +57,17 @@ def _device() -> Finding:
     except Exception as error:  # noqa: BLE001 - as above
         return Finding("device", ok=False, found=str(error), repair="pip install --force-reinstall torch torchvision")
     return Finding("device", ok=True, found=found)
+
+
+def _runtimes() -> Finding:
+    try:
+        from featcache.runtimes import RUNTIMES, is_installed
+
+        found = [name for name in RUNTIMES if name not in {"auto", "torch"} and is_installed(name)]
+    except Exception as error:  # noqa: BLE001 - as above
+        return Finding("runtimes", ok=False, found=str(error), repair="pip install --force-reinstall torch torchvision")
+    faster = "" if "openvino" in found else "; `pip install openvino` is the fastest on most CPUs"
+    return Finding("runtimes", ok=True, found=", ".join(["torch", *found]) + faster)
 
 
 def _bundled() -> Finding:

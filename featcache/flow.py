@@ -141,8 +141,11 @@ def not_finite(source: Source, sighted: Sighted, dtype: StoredDtype) -> list[Qua
     ]
 
 
-def run_batches(reader: Reader, run: Compute, size: int, workers: int) -> Generator[Batch, None, None]:
-    """Yield batches with their rows as workers finish them; closing the iterator stops the workers."""
+def run_batches(
+    reader: Reader, run: Compute, size: int, workers: int, first: Batch | None = None
+) -> Generator[Batch, None, None]:
+    """Yield batches with their rows as workers finish them, ``first`` among them; closing it stops the workers."""
+    read_already = [first] if first is not None else []
     results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * workers)
     stop = threading.Event()
 
@@ -150,7 +153,10 @@ def run_batches(reader: Reader, run: Compute, size: int, workers: int) -> Genera
         last: BaseException | None = None
         try:
             while not stop.is_set():
-                batch = reader.fill(size, stop.is_set)
+                try:
+                    batch = read_already.pop()
+                except IndexError:
+                    batch = reader.fill(size, stop.is_set)
                 if not len(batch):
                     break
                 results.put(compute(batch, run, size))

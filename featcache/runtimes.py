@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,6 +38,7 @@ AGREEMENT = 1e-3
 _MOST_WORKERS = 16
 _PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}
 _TIMING_SECONDS = 0.4
+_FEW_BATCHES = 8
 _NEEDS = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnxscript"), "compile": ()}
 
 
@@ -58,10 +60,10 @@ class Chosen:
 
 
 def workers_here() -> Workers:
-    """Return the workers for the cores that this process may use: one more than cores, so that none of them waits."""
+    """Return the workers for the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = min(cores, _MOST_WORKERS)
-    return Workers(share + 1 if cores > 1 else 1, cores // share)
+    count = min(cores, _MOST_WORKERS)
+    return Workers(count, cores // count)
 
 
 @contextmanager
@@ -94,34 +96,42 @@ def choose(
         SetupError: the wished runtime is not installed, or cannot run this program.
         UsageError: the wished runtime does not compute on this device or in this precision.
     """
-    eager = Eager(program, device, precision)
-    if wish not in {"auto", "torch"}:
-        _require(wish, device, precision)
-    expected, seconds = _timed(eager, first)
-    plain = Chosen("torch", eager)
-    if wish == "torch" or (wish == "auto" and (device.type != "cpu" or precision != "float32")):
+    plain = Chosen("torch", eager := Eager(program, device, precision))
+    exact = device.type == "cpu" and precision == "float32"
+    if wish == "torch" or (wish == "auto" and (not exact or images_left <= _FEW_BATCHES * len(first))):
         return plain
-    if wish == "compile" and (device.type != "cpu" or precision != "float32"):
-        compiled = Eager(torch.compile(program, dynamic=False), device, precision)  # type: ignore[arg-type]
-        pairs = zip(compiled(first), expected, strict=True)
-        return Chosen("compile", compiled, max(_difference(one, other) for one, other in pairs))
-    if wish != "auto":
-        return _build(wish, program, first, expected, workers)[0]
-    left = seconds * images_left / len(first) / workers.count
-    for name, worth in _PAYS_FROM_SECONDS.items():
-        if left < worth or not _installed(name):
-            continue
-        try:
-            chosen, faster = _build(name, program, first, expected, workers)
-        except Exception as error:  # noqa: BLE001 - other people's compilers fail in any way; PyTorch is there
-            logger.warning("runtime %s: left out (%s)", name, _first_line(error))
-            continue
-        if chosen.difference > AGREEMENT:
-            logger.warning("runtime %s: left out, it differs from PyTorch by %.1g", name, chosen.difference)
-            continue
-        if faster < seconds:
-            return chosen
-        logger.debug("runtime %s: not faster than PyTorch here", name)
+    if wish == "auto":
+        left = _timed(eager, first[:1])[1] * images_left / workers.count
+        names = [name for name, worth in _PAYS_FROM_SECONDS.items() if left >= worth and is_installed(name)]
+    else:
+        _require(wish, device, precision)
+        names = [wish]
+    with ThreadPoolExecutor(1) as beside:
+        reference = beside.submit(_timed, eager, first) if names else None
+        for name in names:
+            try:
+                if exact:
+                    run = _build(name, program, first, workers)
+                else:
+                    compiled: Any = torch.compile(program, dynamic=False)
+                    run = Eager(compiled, device, precision)
+                got, seconds = _timed(run, first)
+            except Exception as error:
+                if wish != "auto":
+                    raise SetupError(f"--runtime {name} cannot run this backbone ({_first_line(error)}).") from error
+                logger.warning("runtime %s: left out (%s)", name, _first_line(error))
+                continue
+            expected, plain_seconds = reference.result() if reference else ((), 0.0)
+            difference = max(_difference(one, other) for one, other in zip(got, expected, strict=True))
+            logger.debug(
+                "runtime %s: %.2g s a batch, PyTorch %.2g s; differs by %.1g", name, seconds, plain_seconds, difference
+            )
+            if wish != "auto":
+                return Chosen(name, run, difference)
+            if difference > AGREEMENT:
+                logger.warning("runtime %s: left out, it differs from PyTorch by %.1g", name, difference)
+            elif seconds < plain_seconds:
+                return Chosen(name, run, difference)
     return plain
 
 
@@ -176,21 +186,15 @@ class Eager:
                     torch.cuda.empty_cache()
 
 
-def _build(name: str, program: nn.Module, first: Pixels, expected: Outputs, workers: Workers) -> tuple[Chosen, float]:
-    """Return a runtime that is ready, and the seconds that it takes for the first batch."""
+def _build(name: str, program: nn.Module, first: Pixels, workers: Workers) -> Run:
     builders: dict[str, Callable[[nn.Module, Pixels, Workers], Run]] = {
         "openvino": _openvino,
         "onnx": _onnx,
         "compile": _compiled,
     }
-    started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run = builders[name](program, first, workers)
-        got, seconds = _timed(run, first)
-    difference = max(_difference(one, other) for one, other in zip(got, expected, strict=True))
-    logger.debug("runtime %s: ready after %.1f s, differs by %.1g", name, time.perf_counter() - started, difference)
-    return Chosen(name, run, difference), seconds
+        return builders[name](program, first, workers)
 
 
 def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Run:
@@ -203,6 +207,7 @@ def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",
         "NUM_STREAMS": str(workers.count),
         "INFERENCE_NUM_THREADS": str(workers.count * workers.threads),
+        "ENABLE_CPU_PINNING": "NO",
     }
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     own = threading.local()
@@ -243,14 +248,15 @@ def _compiled(program: nn.Module, first: Pixels, workers: Workers) -> Run:  # no
 
 
 def _require(name: str, device: torch.device, precision: Precision) -> None:
-    if not _installed(name):
+    if not is_installed(name):
         what = "needs a C++ compiler" if name == "compile" else f"is not installed: `pip install 'featcache[{name}]'`"
         raise SetupError(f"--runtime {name} {what}, or leave --runtime out.")
     if name != "compile" and (device.type != "cpu" or precision != "float32"):
         raise UsageError(f"--runtime {name} computes on the CPU in float32 only, not on {device} in {precision}.")
 
 
-def _installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Tell whether a runtime can be used here."""
     if name == "compile":
         return any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++"))
     return all(find_spec(package) is not None for package in _NEEDS[name])

@@ -49,7 +49,7 @@ def chosen(spec: BackboneSpec, cuts: tuple[str, ...], wish: runtimes.RuntimeName
 @pytest.mark.parametrize("spec", [BackboneSpec("test_resnet", random_init=0), VIT], ids=["convolutions", "tokens"])
 def test_every_runtime_agrees_with_torch(name: runtimes.RuntimeName, spec: BackboneSpec) -> None:
     """Embeddings and a stage in one pass, within a thousandth of the greatest activation, on other images too."""
-    if not runtimes._installed(name):
+    if not runtimes.is_installed(name):
         pytest.skip(f"{name} is not installed")
     backbone = load_backbone(spec)
     cuts = ("pooled", backbone.stages[-2].name)
@@ -81,7 +81,7 @@ def test_a_runtime_that_disagrees_is_dropped(
         return lambda images: tuple(rows * (1.01 if fault == "differs" else np.nan) for rows in run(images))
 
     monkeypatch.setattr(runtimes, "_openvino", broken)
-    monkeypatch.setattr(runtimes, "_installed", lambda name: name == "openvino")
+    monkeypatch.setattr(runtimes, "is_installed", lambda name: name == "openvino")
     monkeypatch.setattr(runtimes.logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         runtime = chosen(VIT, ("pooled",), "auto", images_left=10**7)
@@ -99,7 +99,7 @@ def test_a_wish_that_cannot_be_met_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SetupError, match="featcache\\[openvino\\]"):
         chosen(VIT, ("pooled",), "openvino")
     monkeypatch.undo()
-    monkeypatch.setattr(runtimes, "_installed", lambda _: True)
+    monkeypatch.setattr(runtimes, "is_installed", lambda _: True)
     with pytest.raises(UsageError, match="float32 only"):
         choose(
             backbone.program(("pooled",)), first, images_left=9, wish="openvino", device=CPU, precision="bfloat16",

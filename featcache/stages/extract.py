@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ PART_BYTES = 64 << 20
 MIN_PART_SECONDS = 2.0
 MAX_PART_SECONDS = 30.0
 TOLERATED_BAD_IMAGES = 10
-WORTH_SAYING = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -210,9 +208,8 @@ def _compute_here(
             first = reader.fill(plan.batch_size)
             if first.fresh:
                 ready = prepare(_sample(first, plan.batch_size), len(wanted))
-            rest = run_batches(reader, ready.run, plan.batch_size, ready.workers)
-            with closing(rest):
-                for batch in chain([compute(first, ready.run, plan.batch_size)], rest):
+            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, first)) as batches:
+                for batch in batches:
                     _sort_in(batch, harvests, source)
                     bar.update(len(batch))
                     for harvest in harvests:
@@ -247,8 +244,8 @@ def measure(source: Source, positions: Sequence[int], plan: Plan, run: Compute |
     return (time.perf_counter() - started) / max(1, len(batch)) * len(positions) / workers
 
 
-def check_room(sinks: Sequence[Sink], images: int, views: int) -> int:
-    """Return the bytes that will be written at most; refuse what a disk cannot hold, and say what is much.
+def check_room(sinks: Sequence[Sink], images: int, views: int) -> None:
+    """Say how much will be computed and written; refuse what a disk cannot hold.
 
     Raises:
         StorageError: an entry's disk has less room than its rows need.
@@ -262,9 +259,8 @@ def check_room(sinks: Sequence[Sink], images: int, views: int) -> int:
                 f"{sink.store.path}: {total / 1e9:.1f} GB would be written ({total / images / 1e3:.0f} kB an image), "
                 f"{free / 1e9:.1f} GB are free. Use another --cache or a later cut."
             )
-    if total > WORTH_SAYING:
-        logger.info("writing %.1f GB (%.0f kB an image)", total / 1e9, total / images / 1e3)
-    return total
+    if images:
+        logger.info("%d images to compute, %.1f MB to write (%.1f kB an image)", images, total / 1e6, total / images / 1e3)
 
 
 def say_left_out(several: Sequence[Quarantined]) -> None:

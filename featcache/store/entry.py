@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -70,9 +71,9 @@ class Features:
     X: Array
     y: NDArray[np.int64]
     classes: tuple[str, ...]
-    paths: tuple[str, ...]
-    splits: tuple[str, ...]
-    sha256: tuple[str, ...]
+    paths: Sequence[str]
+    splits: Sequence[str]
+    sha256: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,17 @@ class RowReader:
         """Return the number of rows."""
         return len(self.row)
 
+    def forget(self) -> None:
+        """Let go of the pages that were read: they stay with the system, and no longer count as this process's memory."""
+        for array in self.maps:
+            held = getattr(array, "_mmap", None)
+            if held is not None and hasattr(held, "madvise"):
+                held.madvise(mmap.MADV_DONTNEED)
+
     def take(self, index: NDArray[np.int64]) -> Array:
         """Return rows (k, ...) by their positions (k,)."""
+        if len(self.maps) == 1:
+            return np.asarray(self.maps[0][self.row[index]])
         out = np.empty((len(index), *self.maps[0].shape[1:]), self.maps[0].dtype)
         parts = self.part[index]
         for number in np.unique(parts):
@@ -286,8 +296,8 @@ class FeatureStore:
             y=listing.labels,
             classes=listing.classes,
             paths=listing.seen.paths,
-            splits=tuple(files.SPLITS[split] for split in listing.splits),
-            sha256=tuple(bytes(digest).hex() for digest in listing.seen.sha256),
+            splits=files.Column(listing.splits, files.split_name),
+            sha256=files.Column(listing.seen.sha256, files.hex_of),
         )
 
     def write_table(self, limit: int = TABLE_LIMIT) -> Path | None:
@@ -317,6 +327,7 @@ class FeatureStore:
             for start in range(0, len(reader), step):
                 rows = reader.take(np.arange(start, min(start + step, len(reader))))
                 file.write(rows.tobytes())
+                reader.forget()
 
         replace_file_by(path, write)
         self._stamps.note(path, sha256_of_file(path))

@@ -7,10 +7,10 @@ import io
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import h5py
 import numpy as np
@@ -22,6 +22,42 @@ Array = NDArray[Any]
 SPLITS = ("", "train", "val", "test")
 
 
+class Column(Sequence[str]):
+    """Texts of n rows, decoded when they are looked at: most readers of a large entry look at few."""
+
+    def __init__(self, values: Array, decode: Callable[[Any], str]) -> None:
+        self._values = values
+        self._decode = decode
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the texts in order."""
+        return map(self._decode, self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        """Return one text, or a slice's as a tuple."""
+        found = self._values[index]
+        return tuple(map(self._decode, found)) if isinstance(index, slice) else self._decode(found)
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether another sequence has the same texts."""
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Column({', '.join(map(repr, self[:3]))}{', ...' if len(self) > 3 else ''})"
+
+
 @dataclass(frozen=True)
 class Seen:
     """Which bytes stood at some paths, and by what sign to recognise them: n rows.
@@ -30,7 +66,7 @@ class Seen:
     ``checked_ns`` is when the bytes were hashed.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     sha256: NDArray[np.uint8]
     stat: NDArray[np.int64]
     checked_ns: int
@@ -245,15 +281,29 @@ def _write_seen(file: h5py.Group, seen: Seen) -> None:
 
 def _read_seen(file: h5py.Group) -> Seen:
     try:
-        paths = tuple(os.fsdecode(bytes(name)) for name in file["path"][:])
+        paths = Column(file["path"][:], _decode_name)
         return Seen(paths, file["sha256"][:], file["stat"][:], int(file.attrs["checked_ns"]))
     except KeyError as error:
         raise StorageError(f"{file.file.filename}: not a file that featcache wrote ({error}).") from error
 
 
-def _names(names: tuple[str, ...]) -> Array:
+def _names(names: Sequence[str]) -> Array:
     """Return file names as fixed-length bytes: names that are not UTF-8 survive."""
     return np.array([os.fsencode(name) for name in names] or [b""], dtype=np.bytes_)[: len(names)]
+
+
+def _decode_name(name: bytes) -> str:
+    return os.fsdecode(bytes(name))
+
+
+def hex_of(digest: NDArray[np.uint8]) -> str:
+    """Return a hash's hexadecimal digits."""
+    return digest.tobytes().hex()
+
+
+def split_name(split: int) -> str:
+    """Return a split's name by its number."""
+    return SPLITS[split]
 
 
 def _readable(name: str) -> str:
