@@ -38,6 +38,7 @@ AGREEMENT = 1e-3
 _MOST_WORKERS = 16
 _PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}
 _TIMING_SECONDS = 0.4
+_SHORT_SECONDS = 0.03
 _FEW_BATCHES = 8
 _NEEDS = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnxscript"), "compile": ()}
 
@@ -101,7 +102,7 @@ def choose(
     if wish == "torch" or (wish == "auto" and (not exact or images_left <= _FEW_BATCHES * len(first))):
         return plain
     if wish == "auto":
-        left = _timed(eager, first[:1])[1] * images_left / workers.count
+        left = _seconds_per_image(eager, first) * images_left / workers.count
         names = [name for name, worth in _PAYS_FROM_SECONDS.items() if left >= worth and is_installed(name)]
     else:
         _require(wish, device, precision)
@@ -133,6 +134,12 @@ def choose(
             elif seconds < plain_seconds:
                 return Chosen(name, run, difference)
     return plain
+
+
+def _seconds_per_image(run: Run, pixels: Pixels) -> float:
+    """Measure one image, or the whole batch where one is too short to tell."""
+    _, seconds = _timed(run, pixels[:1])
+    return seconds if seconds > _SHORT_SECONDS else _timed(run, pixels)[1] / len(pixels)
 
 
 def _timed(run: Run, pixels: Pixels) -> tuple[Outputs, float]:
