@@ -151,7 +151,7 @@ def test_interrupted(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "extract", interrupt)
+    monkeypatch.setattr(api, "extract_cuts", interrupt)
     ended = run("extract", folder)
 
     assert ended.code == 130
