@@ -281,10 +281,11 @@ def measure_store(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str,
     """Yield peak memory at 5,000 and 100,000 images, and reading speeds of the entry of 100,000."""
     peaks = {}
     code = (
-        "import resource, sys; from featcache.cli import main\n"
+        "import sys; from featcache.cli import main\n"
         "try: main(['extract', sys.argv[1], '--cache', sys.argv[2], '--runtime', 'torch', '-q'])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "status = open('/proc/self/status').read()\n"
+        "print(int(status.split('VmHWM:')[1].split()[0]) / 1024)"
     )
     for count in (5000, 100_000):
         folder = multiply(data["small"], work / f"small{count}", count)
