@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from featcache.cache import Sighted
 from featcache.errors import SetupError, UsageError
-from featcache.flow import Batch, Reader, all_finite, compute, not_finite
+from featcache.flow import Batch, Reader, beside_pixels, compute, in_dtype, not_finite, sample
 from featcache.progress import logger
 from featcache.sources import Source
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, StoredDtype, Transform, Views
@@ -164,9 +164,8 @@ class _Actor:
         for start in range(0, len(pixels), size):
             piece = Batch(fresh=unit.fresh[start : start + size], pixels=list(pixels[start : start + size]))
             if self._computed and self._run is None:
-                first = pixels[start : start + size].reshape(-1, *pixels.shape[2:])[:size]
-                self._prepare(np.concatenate([first, np.repeat(first[-1:], size - len(first), axis=0)]))
-            compute(piece, self._outputs, size)
+                self._prepare(sample(piece, size))
+            compute(piece, beside_pixels(self._recipe.cuts, self._run), size)
             for rows, new in zip(collected, piece.rows, strict=True):
                 rows.append(new)
         sighted = unit.sighted
@@ -181,10 +180,6 @@ class _Actor:
         seconds = time.monotonic() - started
         return Written(tuple(parts), tuple(good), Sighted.of(unit.copies), tuple(bad), len(unit), seconds)
 
-    def _outputs(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
-        rows = iter(self._run(pixels) if self._computed else ())
-        return tuple(pixels if cut == INPUT else next(rows) for cut in self._recipe.cuts)
-
 
 def write_part(
     store: FeatureStore,
@@ -197,11 +192,9 @@ def write_part(
     """Write rows as a part, not yet committed; those that are not finite in its dtype are returned as unusable."""
     if not len(sighted):
         return None, sighted, []
-    with np.errstate(over="ignore"):
-        rows = np.concatenate(several).astype(dtype, copy=False)
-    finite = all_finite(rows)
+    rows, finite = in_dtype(several, dtype)
     kept = sighted.take(finite)
     bad = not_finite(source, sighted.take(~finite), dtype)
     newest = int(sighted.stat[:, 1].max(initial=0))
-    record = store.add_part(Part(rows[finite], kept.seen(source, newest)), runtime) if len(kept) else None
+    record = store.add_part(Part([rows[finite]], kept.seen(source, newest)), runtime) if len(kept) else None
     return record, kept, bad

@@ -7,8 +7,10 @@ anything but the feed of paths and the queue of results.
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +21,13 @@ from featcache.cache import Sighted, unreadable
 from featcache.fingerprint import sha256_of_bytes
 from featcache.images import UnreadableImage, decode
 from featcache.sources import FileStat, Source
-from featcache.specs import StoredDtype, Transform, Views
+from featcache.specs import INPUT, StoredDtype, Transform, Views
 from featcache.store import Quarantined
 
 Pixels = NDArray[np.uint8]
 Rows = tuple[NDArray[Any], ...]
 _SMALL_SECONDS = 0.6e-3  # to read and decode an image
+_AHEAD_BYTES = 256 << 20
 
 Compute = Callable[[Pixels], Rows]
 
@@ -111,10 +114,42 @@ class Reader:
             batch.bad.append(Quarantined(item.path, digest.hex(), str(error)))
 
 
+@contextmanager
+def reading_ahead(reader: Reader, size: int, room: int = _AHEAD_BYTES) -> Iterator[list[Batch]]:
+    """Yield a list that one thread fills with batches, up to ``room`` bytes of pixels, as long as the block lasts."""
+    batches: list[Batch] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        left = room
+        while left > 0 and len(batch := reader.fill(size, stop.is_set)):
+            batches.append(batch)
+            left -= sum(pixels.nbytes for pixels in batch.pixels)
+
+    with ThreadPoolExecutor(1) as beside:
+        done = beside.submit(read)
+        try:
+            yield batches
+        finally:
+            stop.set()
+    done.result()
+
+
+def filled_up(pixels: Sequence[Pixels], size: int) -> Pixels:
+    """Return images (views, h, w, 3) as one array of ``size``, the last of them repeated: rows do not depend on company."""
+    return np.stack([*pixels, *[pixels[-1]] * (size - len(pixels))])
+
+
+def sample(batch: Batch, size: int) -> Pixels:
+    """Return what a runtime is made ready with: a batch of ``size`` images, uint8 (size, h, w, 3)."""
+    pixels = filled_up(batch.pixels[:size], size)
+    return pixels.reshape(-1, *pixels.shape[2:])[:size]
+
+
 def compute(batch: Batch, run: Compute, size: int) -> Batch:
-    """Give a batch its rows and drop its pixels; it is filled up to ``size``, so that rows do not depend on company."""
+    """Give a batch its rows and drop its pixels."""
     if batch.fresh:
-        pixels = np.stack(batch.pixels + [batch.pixels[-1]] * (size - len(batch.pixels)))
+        pixels = filled_up(batch.pixels, size)
         flat, views = pixels.reshape(-1, *pixels.shape[2:]), pixels.shape[1]
         pieces = [run(flat[start : start + size]) for start in range(0, len(flat), size)]
         joined = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
@@ -124,11 +159,23 @@ def compute(batch: Batch, run: Compute, size: int) -> Batch:
     return batch
 
 
-def all_finite(rows: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return which rows have finite values only."""
-    if rows.dtype == np.uint8:
-        return np.ones(len(rows), dtype=bool)
-    return np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)  # type: ignore[no-any-return]
+def beside_pixels(cuts: Sequence[str], run: Compute | None) -> Compute:
+    """Return what computes all cuts, given what computes those behind the input."""
+
+    def both(pixels: Pixels) -> Rows:
+        rows = iter(run(pixels) if run else ())
+        return tuple(pixels if cut == INPUT else next(rows) for cut in cuts)
+
+    return both
+
+
+def in_dtype(several: Sequence[NDArray[Any]], dtype: StoredDtype) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return rows as they will be stored, and which of them are finite."""
+    with np.errstate(over="ignore"):
+        rows = (several[0] if len(several) == 1 else np.concatenate(several)).astype(dtype, copy=False)
+    if dtype == "uint8":
+        return rows, np.ones(len(rows), dtype=bool)
+    return rows, np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
 
 
 def not_finite(source: Source, sighted: Sighted, dtype: StoredDtype) -> list[Quarantined]:
@@ -142,10 +189,10 @@ def not_finite(source: Source, sighted: Sighted, dtype: StoredDtype) -> list[Qua
 
 
 def run_batches(
-    reader: Reader, run: Compute, size: int, workers: int, first: Batch | None = None
+    reader: Reader, run: Compute, size: int, workers: int, read_already: Sequence[Batch] = ()
 ) -> Generator[Batch, None, None]:
-    """Yield batches with their rows as workers finish them, ``first`` among them; closing it stops the workers."""
-    read_already = [first] if first is not None else []
+    """Yield batches with their rows as workers finish them, those read already first; closing it stops the workers."""
+    waiting = deque(read_already)
     results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * workers)
     stop = threading.Event()
 
@@ -154,7 +201,7 @@ def run_batches(
         try:
             while not stop.is_set():
                 try:
-                    batch = read_already.pop()
+                    batch = waiting.popleft()
                 except IndexError:
                     batch = reader.fill(size, stop.is_set)
                 if not len(batch):

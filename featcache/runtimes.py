@@ -5,6 +5,7 @@ are faster than one of two threads, and decoding and computing fill the cores wi
 workers decode and copy, and take turns at the device.
 """
 
+import math
 import os
 import shutil
 import tempfile
@@ -12,18 +13,18 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from featcache.allocator import keep_freed_memory
 from featcache.errors import SetupError, UsageError
 from featcache.progress import logger
 from featcache.specs import Precision
@@ -38,7 +39,6 @@ AGREEMENT = 1e-3
 _MOST_WORKERS = 16
 _PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}
 _TIMING_SECONDS = 0.4
-_SHORT_SECONDS = 0.03
 _FEW_BATCHES = 8
 _NEEDS = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnxscript"), "compile": ()}
 
@@ -53,11 +53,15 @@ class Workers:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A runtime that is ready: ``difference`` is its greatest one from PyTorch's, relative to the greatest activation."""
+    """A runtime that is ready.
+
+    ``difference`` is its greatest one from PyTorch's, relative to the greatest activation; ``seconds`` are a batch's.
+    """
 
     name: str
     run: Run
     difference: float = 0.0
+    seconds: float = math.inf
 
 
 def workers_here() -> Workers:
@@ -69,7 +73,8 @@ def workers_here() -> Workers:
 
 @contextmanager
 def threads_per_worker(threads: int) -> Iterator[None]:
-    """Let PyTorch use so many cores a call, in threads that start inside."""
+    """Let PyTorch use so many cores a call, in threads that start inside, and memory that stays mapped."""
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -101,48 +106,57 @@ def choose(
     exact = device.type == "cpu" and precision == "float32"
     if wish == "torch" or (wish == "auto" and (not exact or images_left <= _FEW_BATCHES * len(first))):
         return plain
-    if wish == "auto":
-        left = _seconds_per_image(eager, first) * images_left / workers.count
-        names = [name for name, worth in _PAYS_FROM_SECONDS.items() if left >= worth and is_installed(name)]
-    else:
+    if wish != "auto":
         _require(wish, device, precision)
-        names = [wish]
-    with ThreadPoolExecutor(1) as beside:
-        reference = beside.submit(_timed, eager, first) if names else None
-        for name in names:
-            try:
-                if exact:
-                    run = _build(name, program, first, workers)
-                else:
-                    compiled: Any = torch.compile(program, dynamic=False)
-                    run = Eager(compiled, device, precision)
-                got, seconds = _timed(run, first)
-            except Exception as error:
-                if wish != "auto":
-                    raise SetupError(f"--runtime {name} cannot run this backbone ({_first_line(error)}).") from error
-                logger.warning("runtime %s: left out (%s)", name, _first_line(error))
-                continue
-            expected, plain_seconds = reference.result() if reference else ((), 0.0)
-            difference = max(_difference(one, other) for one, other in zip(got, expected, strict=True))
-            logger.debug(
-                "runtime %s: %.2g s a batch, PyTorch %.2g s; differs by %.1g", name, seconds, plain_seconds, difference
-            )
-            if wish != "auto":
-                return Chosen(name, run, difference)
-            if difference > AGREEMENT:
-                logger.warning("runtime %s: left out, it differs from PyTorch by %.1g", name, difference)
-            elif seconds < plain_seconds:
-                return Chosen(name, run, difference)
+    reference = _timed(eager, first)
+    if wish != "auto":
+        return _tried(wish, program, first, reference, device, precision, workers)
+    left = reference.seconds / len(first) * images_left / workers.count
+    for name in (name for name, worth in _PAYS_FROM_SECONDS.items() if left >= worth and is_installed(name)):
+        try:
+            chosen = _tried(name, program, first, reference, device, precision, workers)
+        except SetupError as error:
+            logger.warning("runtime %s: left out (%s)", name, error)
+            continue
+        if chosen.difference > AGREEMENT:
+            logger.warning("runtime %s: left out, it differs from PyTorch by %.1g", name, chosen.difference)
+        elif chosen.seconds < reference.seconds:
+            return chosen
     return plain
 
 
-def _seconds_per_image(run: Run, pixels: Pixels) -> float:
-    """Measure one image, or the whole batch where one is too short to tell."""
-    _, seconds = _timed(run, pixels[:1])
-    return seconds if seconds > _SHORT_SECONDS else _timed(run, pixels)[1] / len(pixels)
+def _tried(
+    name: str,
+    program: nn.Module,
+    first: Pixels,
+    reference: "_Timed",
+    device: torch.device,
+    precision: Precision,
+    workers: Workers,
+) -> Chosen:
+    """Build a runtime and hold it against PyTorch. PyTorch's own run is over by then: exporters patch modules in place."""
+    try:
+        if device.type == "cpu" and precision == "float32":
+            run = _build(name, program, first, workers)
+        else:
+            compiled: Any = torch.compile(program, dynamic=False)
+            run = Eager(compiled, device, precision)
+        got = _timed(run, first)
+    except Exception as error:
+        raise SetupError(f"--runtime {name} cannot run this backbone ({_first_line(error)}).") from error
+    difference = max(_difference(one, other) for one, other in zip(got.outputs, reference.outputs, strict=True))
+    logger.debug(
+        "runtime %s: %.2g s a batch, PyTorch %.2g s; differs by %.1g", name, got.seconds, reference.seconds, difference
+    )
+    return Chosen(name, run, difference, got.seconds)
 
 
-def _timed(run: Run, pixels: Pixels) -> tuple[Outputs, float]:
+class _Timed(NamedTuple):
+    outputs: Outputs
+    seconds: float
+
+
+def _timed(run: Run, pixels: Pixels) -> _Timed:
     """Return what a batch gives and the seconds it takes, the best of several runs where they are short."""
     best, spent = float("inf"), 0.0
     while True:
@@ -151,7 +165,7 @@ def _timed(run: Run, pixels: Pixels) -> tuple[Outputs, float]:
         seconds = time.perf_counter() - started
         best, spent = min(best, seconds), spent + seconds
         if spent > 4 * best or spent > _TIMING_SECONDS:
-            return outputs, best
+            return _Timed(outputs, best)
 
 
 class Eager:

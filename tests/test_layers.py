@@ -26,7 +26,7 @@ LAYERS = (
     ("cut", "pools", "runtimes", "images"),
     ("metrics", "records"),
     ("specs", "splits"),
-    ("fingerprint", "progress"),
+    ("allocator", "fingerprint", "progress"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}

@@ -27,7 +27,7 @@ def seen(first: int, count: int) -> Seen:
 
 def part(first: int, count: int = 4) -> Part:
     """Return rows that say which file they belong to."""
-    return Part(np.repeat(np.arange(first, first + count, dtype=np.float32)[:, None], 3, axis=1), seen(first, count))
+    return Part([np.repeat(np.arange(first, first + count, dtype=np.float32)[:, None], 3, axis=1)], seen(first, count))
 
 
 def listing(first: int, count: int, order: int = 1) -> Listing:
@@ -235,7 +235,7 @@ def test_names_that_are_not_unicode_survive(store: FeatureStore) -> None:
     """A file name of any bytes comes back as it was."""
     name = os.fsdecode(b"bad\xff.png")
     files = Seen((name,), np.zeros((1, 32), np.uint8), np.zeros((1, 3), np.int64), 1)
-    rows = Part(np.zeros((1, 3), np.float32), files)
+    rows = Part([np.zeros((1, 3), np.float32)], files)
 
     store.commit(parts=[store.add_part(rows)], listing=Listing(files, np.zeros(1, np.int64), np.zeros(1, np.uint8), ("a",)))
 

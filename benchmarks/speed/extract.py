@@ -41,12 +41,12 @@ CORES = len(os.sched_getaffinity(0))
 
 # name, backbone, input size, images, how many for featcache, how many for the plain script
 ROWS = (
-    ("resnet18@32, CIFAR", "resnet18", 32, "cifar", 80000, 3000),
-    ("mobilenetv3_small_100@224, flowers", "mobilenetv3_small_100", 224, "flowers", 16000, 600),
-    ("test_resnet@160, flowers", "test_resnet", 160, "flowers", 20000, 700),
-    ("resnet18@224, flowers", "resnet18", 224, "flowers", 2200, 200),
-    ("vit_small_patch16_224, CIFAR", "vit_small_patch16_224", 224, "cifar", 1000, 120),
-    ("mobilenetv3_small_100@224, 2000x1500", "mobilenetv3_small_100", 224, "large", 6000, 150),
+    ("resnet18@32, CIFAR", "resnet18", 32, "cifar", 200000, 3000),
+    ("mobilenetv3_small_100@224, flowers", "mobilenetv3_small_100", 224, "flowers", 40000, 600),
+    ("test_resnet@160, flowers", "test_resnet", 160, "flowers", 44000, 700),
+    ("resnet18@224, flowers", "resnet18", 224, "flowers", 4400, 200),
+    ("vit_small_patch16_224, CIFAR", "vit_small_patch16_224", 224, "cifar", 1700, 120),
+    ("mobilenetv3_small_100@224, 2000x1500", "mobilenetv3_small_100", 224, "large", 12000, 150),
 )
 PLAIN = """
 import sys, time, timm, torch
@@ -156,8 +156,8 @@ class timed_calls:  # noqa: N801 - reads as a function
         return call
 
 
-def floor(folder: Path, spec: BackboneSpec, seconds: float = 3.0) -> dict[str, float]:
-    """Measure decoding on one core and the fastest runtime's forward pass on all, each alone."""
+def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 3) -> dict[str, float]:
+    """Measure decoding on one core and the fastest runtime's forward pass on all, each alone, by turns."""
     import torch
 
     from featcache.runtimes import RUNTIMES, Workers, choose, threads_per_worker
@@ -168,14 +168,9 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 3.0) -> dict[str, f
         backbone, workers = bench.backbone, Workers(CORES, 1)
         plan = bench._plan(backbone.transform, Views())  # noqa: SLF001 - the same batches as an extraction's
         positions = list(range(min(len(source.items), 3000)))
-        reader = Reader(source, positions, plan.transform, plan.views, ())
-        images, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds and images < len(positions):
-            images += len(reader.fill(plan.batch_size))
-        decode = (time.perf_counter() - start) / images
         size = backbone.transform.input_size
         first = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)
-        rates = {}
+        runs: dict[str, Any] = {}
         with threads_per_worker(workers.threads):
             for name in RUNTIMES:
                 if name in {"auto", "compile", "onnx"}:
@@ -188,15 +183,32 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 3.0) -> dict[str, f
                 except Exception as error:  # noqa: BLE001 - a runtime that is not installed is not measured
                     print(f"  {name}: {error}")
                     continue
-                rates[name] = forward_rate(chosen.run, first, workers.count, seconds)
+                runs[name] = chosen.run
+            rounded = [
+                (
+                    decode_rate(Reader(source, positions, plan.transform, plan.views, ()), plan.batch_size, seconds),
+                    {name: forward_rate(run, first, workers.count, seconds) for name, run in runs.items()},
+                )
+                for _ in range(rounds)
+            ]
+        decode = statistics.fmean(rate for rate, _ in rounded)
+        rates = {name: statistics.fmean(forward[name] for _, forward in rounded) for name in runs}
         fastest = max(rates, key=rates.__getitem__)
-        rate = 1 / (decode / CORES + 1 / rates[fastest])
+        rate = 1 / (1 / decode / CORES + 1 / rates[fastest])
         return {
             "rate": rate,
-            "decode": 1 / decode,
+            "decode": decode,
             "forward": rates[fastest],
             **{f"forward_{k}": v for k, v in rates.items()},
         }
+
+
+def decode_rate(reader: Reader, size: int, seconds: float) -> float:
+    """Return images a second that one thread reads, hashes and decodes."""
+    images, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds and (count := len(reader.fill(size))):
+        images += count
+    return images / spent
 
 
 def forward_rate(run: Callable[[Any], Any], batch: Any, workers: int, seconds: float) -> float:
@@ -236,7 +248,7 @@ def measure_rows(data: dict[str, list[Path]], work: Path, only: str) -> Iterator
         spec = spec_of(backbone, size)
         many = multiply(data[images], work / "many", count)
         few = multiply(data[images], work / "few", plain_count)
-        medium = multiply(data[images], work / "medium", max(plain_count, count // 6))
+        medium = multiply(data[images], work / "medium", max(plain_count, count // 12))
         record: dict[str, Any] = {"kind": "row", "row": name, "images": count}
         record["floor"] = floor(many, spec)
         record["plain"] = {workers: script(PLAIN, few, backbone, size, workers, work / "rows.pt") for workers in (0, 1, 2)}
@@ -278,7 +290,7 @@ def measure_again(data: dict[str, list[Path]], work: Path) -> dict[str, Any]:
 
 
 def measure_store(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, Any]]:
-    """Yield peak memory at 5,000 and 100,000 images, and reading speeds of the entry of 100,000."""
+    """Yield peak memory at 5,000 and 100,000 images, each the median of three runs, and reading speeds of the latter."""
     peaks = {}
     code = (
         "import sys; from featcache.cli import main\n"
@@ -289,7 +301,11 @@ def measure_store(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str,
     )
     for count in (5000, 100_000):
         folder = multiply(data["small"], work / f"small{count}", count)
-        peaks[count] = script(code, folder, work / f"cache{count}")
+        found = []
+        for _ in range(3):
+            shutil.rmtree(work / f"cache{count}", ignore_errors=True)
+            found.append(script(code, folder, work / f"cache{count}"))
+        peaks[count] = statistics.median(found)
         shutil.rmtree(folder)
     yield {"kind": "memory", "peaks": peaks}
     entry = next((work / "cache100000").glob("*/*/spec.json")).parent

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featcache import cache as caching
 from featcache.cache import Sighted
 from featcache.cluster import Recipe
 from featcache.errors import UsageError
-from featcache.flow import Pixels
+from featcache.flow import Pixels, beside_pixels
 from featcache.progress import logger
 from featcache.sources import Source
 from featcache.specs import (
@@ -237,7 +236,7 @@ class Workbench:
     def _prepare(self, cuts: Sequence[str], first: Pixels, left: int) -> Ready:
         computed = [cut for cut in cuts if cut != INPUT]
         if not computed:
-            return Ready(lambda pixels: (pixels,) * len(cuts), self._workers.count)
+            return Ready(beside_pixels(cuts, None), self._workers.count)
         from featcache.runtimes import choose
 
         chosen = choose(
@@ -250,12 +249,7 @@ class Workbench:
             workers=self._workers,
         )
         logger.debug("runtime %s, %d workers", chosen.name, self._workers.count)
-
-        def run(pixels: Pixels) -> tuple[NDArray[Any], ...]:
-            outputs = iter(chosen.run(pixels))
-            return tuple(pixels if cut == INPUT else next(outputs) for cut in cuts)
-
-        return Ready(run, self._workers.count, chosen.name, chosen.difference)
+        return Ready(beside_pixels(cuts, chosen.run), self._workers.count, chosen.name, chosen.difference)
 
     def _shapes(self, cuts: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the shape of one row at each cut, found by computing a blank image."""

@@ -16,7 +16,7 @@ from featcache.cache import Hit, Sighted, Stock, make_listing, take_stock, with_
 from featcache.cache import plan as decide
 from featcache.cluster import Recipe, Written
 from featcache.errors import DataError, StorageError
-from featcache.flow import Batch, Compute, Pixels, Reader, all_finite, compute, not_finite, run_batches
+from featcache.flow import Batch, Compute, Pixels, Reader, compute, in_dtype, not_finite, reading_ahead, run_batches, sample
 from featcache.progress import logger, progress
 from featcache.sources import Source
 from featcache.specs import StoredDtype, Transform, Views
@@ -116,9 +116,7 @@ class _Harvest:
         if not batch.fresh:
             return
         sighted = batch.sighted
-        with np.errstate(over="ignore"):
-            rows = rows.astype(self.sink.dtype, copy=False)
-        finite = all_finite(rows)
+        rows, finite = in_dtype([rows], self.sink.dtype)
         unusable = not_finite(source, sighted.take(~finite), self.sink.dtype)
         say_left_out(unusable)
         self.quarantined += unusable
@@ -129,7 +127,9 @@ class _Harvest:
 
     def _lacked(self, sighted: Sighted) -> Sighted:
         """Return the items that this entry, not only another of the run, had to look at."""
-        return sighted.take(np.isin(sighted.index, self.sink.stock.to_read))
+        lacked = self.sink.stock.to_read
+        found = np.searchsorted(lacked, sighted.index)
+        return sighted.take(np.append(lacked, -1)[found] == sighted.index)
 
     def is_due(self, started: float) -> bool:
         """Tell whether to commit: parts grow with the run, from 2 s of work to 30 s."""
@@ -155,12 +155,12 @@ class _Harvest:
         """Make the waiting rows count."""
         copies = Sighted.joined(self.copies)
         if self.waiting or len(copies):
-            sighted, rows = Sighted.joined([one for one, _ in self.waiting]), [rows for _, rows in self.waiting]
-            order = np.argsort(sighted.index, kind="stable")
-            features = np.concatenate(rows)[order] if rows else np.empty((0, *self.sink.row), self.sink.dtype)
+            self.waiting.sort(key=lambda one: int(one[0].index[0]))
+            sighted = Sighted.joined([one for one, _ in self.waiting])
+            features = [rows for _, rows in self.waiting] or [np.empty((0, *self.sink.row), self.sink.dtype)]
             now = now_ns()
             also = copies.seen(source, now) if len(copies) else None
-            part = Part(features, sighted.take(order).seen(source, now), also)
+            part = Part(features, sighted.seen(source, now), also)
             record = self.sink.store.add_part(part, runtime)
             seconds = time.monotonic() - self.part_started
             bad = [bad for bad in self.quarantined if bad.sha256]
@@ -187,18 +187,18 @@ def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan)
     """
     started = time.monotonic()
     harvests = [_Harvest(sink, sink.store.digests()) for sink in sinks]
-    wanted = sorted({int(position) for sink in sinks for position in sink.stock.to_read})
+    wanted = np.unique(np.concatenate([np.empty(0, np.int64), *(sink.stock.to_read for sink in sinks)]))
     check_room(sinks, len(wanted), plan.views.count)
     ready = Ready(lambda pixels: (pixels,))
-    if wanted and plan.remote is not None:
+    if len(wanted) and plan.remote is not None:
         ready = _compute_there(source, wanted, harvests, plan.remote)
-    elif wanted:
+    elif len(wanted):
         ready = _compute_here(source, wanted, harvests, prepare, plan)
     return [_finish(source, harvest, plan, started, ready) for harvest in harvests]
 
 
 def _compute_here(
-    source: Source, wanted: Sequence[int], harvests: Sequence[_Harvest], prepare: Prepare, plan: Plan
+    source: Source, wanted: NDArray[np.int64], harvests: Sequence[_Harvest], prepare: Prepare, plan: Plan
 ) -> Ready:
     started, ready = time.monotonic(), Ready(lambda pixels: (pixels,))
     done = set.intersection(*(harvest.there for harvest in harvests))
@@ -206,9 +206,11 @@ def _compute_here(
     try:
         with progress(len(wanted), f"extract {source.name}") as bar:
             first = reader.fill(plan.batch_size)
+            ahead: list[Batch] = []
             if first.fresh:
-                ready = prepare(_sample(first, plan.batch_size), len(wanted))
-            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, first)) as batches:
+                with reading_ahead(reader, plan.batch_size) as ahead:
+                    ready = prepare(sample(first, plan.batch_size), len(wanted))
+            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, [first, *ahead])) as batches:
                 for batch in batches:
                     _sort_in(batch, harvests, source)
                     bar.update(len(batch))
@@ -221,9 +223,12 @@ def _compute_here(
     return ready
 
 
-def _compute_there(source: Source, wanted: Sequence[int], harvests: Sequence[_Harvest], recipe: Recipe) -> Ready:
+def _compute_there(source: Source, wanted: NDArray[np.int64], harvests: Sequence[_Harvest], recipe: Recipe) -> Ready:
     done = set.intersection(*(harvest.there for harvest in harvests))
-    with progress(len(wanted), f"extract {source.name}") as bar, closing(cluster.run(source, wanted, done, recipe)) as units:
+    with (
+        progress(len(wanted), f"extract {source.name}") as bar,
+        closing(cluster.run(source, wanted.tolist(), done, recipe)) as units,
+    ):
         for written in units:
             for number, harvest in enumerate(harvests):
                 harvest.adopt(written, number)
@@ -267,11 +272,6 @@ def say_left_out(several: Sequence[Quarantined]) -> None:
     """Tell the user which images give no row, and why."""
     for bad in several:
         logger.warning("%s: left out: %s", bad.path, bad.reason)
-
-
-def _sample(batch: Batch, size: int) -> Pixels:
-    pixels = np.concatenate(batch.pixels)[:size]
-    return np.concatenate([pixels, np.repeat(pixels[-1:], size - len(pixels), axis=0)])
 
 
 def _sort_in(batch: Batch, harvests: Sequence[_Harvest], source: Source) -> None:

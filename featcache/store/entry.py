@@ -23,7 +23,7 @@ from featcache.store.stamps import Stamps
 
 TABLE = "features.h5"
 TABLE_LIMIT = 2 << 30
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 2 << 20
 _KEPT_MANIFESTS = 20
 
 
@@ -180,7 +180,7 @@ class FeatureStore:
 
     def add_part(self, part: Part, runtime: str = "") -> FileRecord:
         """Write a part to disk; it counts once a commit lists it."""
-        return replace(self._add_file(files.encode_part(part), ".h5", len(part.features)), runtime=runtime)
+        return replace(self._add_file(files.encode_part(part), ".h5", len(part.seen.paths)), runtime=runtime)
 
     def commit(
         self,
@@ -326,7 +326,7 @@ class FeatureStore:
             file.seek(frame.rows_at)
             for start in range(0, len(reader), step):
                 rows = reader.take(np.arange(start, min(start + step, len(reader))))
-                file.write(rows.tobytes())
+                file.write(np.ascontiguousarray(rows).data)
                 reader.forget()
 
         replace_file_by(path, write)
@@ -378,7 +378,7 @@ class FeatureStore:
             except (OSError, ValueError):
                 continue
 
-    def _add_file(self, content: bytes, suffix: str, rows: int) -> FileRecord:
+    def _add_file(self, content: memoryview, suffix: str, rows: int) -> FileRecord:
         digest = sha256_of_bytes(content)
         record = FileRecord(f"{digest[:16]}{suffix}", digest, len(content), rows)
         replace_file(self._part_path(record), content)

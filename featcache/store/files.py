@@ -6,7 +6,6 @@ All are built in memory and written by Python: libhdf5 crashes the process when 
 import io
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from featcache.errors import StorageError
 
 Array = NDArray[Any]
 SPLITS = ("", "train", "val", "test")
+_TEXTS_AT_ONCE = 8192
 
 
 class Column(Sequence[str]):
@@ -84,18 +84,26 @@ class Listing:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows: features (n, ...) and what they were computed from; ``copies`` have their row here or elsewhere."""
+    """Some rows and what they were computed from; ``copies`` have their row here or elsewhere.
 
-    features: Array
+    ``features`` are the rows in pieces (m, ...), all of one dtype, one after the other; at least one.
+    """
+
+    features: Sequence[Array]
     seen: Seen
     copies: Seen | None = None
 
 
-def encode_part(part: Part) -> bytes:
+def encode_part(part: Part) -> memoryview:
     """Return a part as the bytes of an HDF5 file."""
 
     def fill(file: h5py.File) -> None:
-        file.create_dataset("features", data=part.features)
+        first = part.features[0]
+        rows = file.create_dataset("features", (len(part.seen.paths), *first.shape[1:]), first.dtype)
+        start = 0
+        for piece in part.features:
+            rows[start : start + len(piece)] = piece
+            start += len(piece)
         _write_seen(file, part.seen)
         if part.copies is not None:
             _write_seen(file.create_group("copies"), part.copies)
@@ -103,7 +111,7 @@ def encode_part(part: Part) -> bytes:
     return _in_memory(fill)
 
 
-def encode_listing(listing: Listing) -> bytes:
+def encode_listing(listing: Listing) -> memoryview:
     """Return a listing as the bytes of an HDF5 file."""
 
     def fill(file: h5py.File) -> None:
@@ -135,17 +143,20 @@ def frame_table(shape: tuple[int, ...], dtype: np.dtype[Any], listing: Listing, 
         space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype, logical=True)
         rows_at = h5py.h5d.create(hdf.id, b"features", kind, space, how).get_offset()
         hdf.create_dataset("labels", data=listing.labels)
-        hashes = np.frombuffer(listing.seen.sha256.tobytes().hex().encode(), dtype="S64")
-        for name, texts in (
-            ("class_names", [_readable(name) for name in listing.classes]),
-            ("paths", [_readable(path) for path in listing.seen.paths]),
-            ("splits", [SPLITS[split] for split in listing.splits]),
-        ):
-            encoded = np.array([text.encode() for text in texts] or [b""], dtype=np.bytes_)[: len(texts)]
-            width = max(1, encoded.dtype.itemsize)
-            hdf.create_dataset(name, data=encoded.astype(h5py.string_dtype("utf-8", width)))
-        hdf.create_dataset("item_sha256", data=hashes, dtype=h5py.string_dtype("ascii", 64))
+        _write_texts(hdf, "class_names", listing.classes)
+        _write_texts(hdf, "paths", listing.seen.paths)
+        _write_texts(hdf, "splits", Column(listing.splits, split_name))
+        _write_texts(hdf, "item_sha256", Column(listing.seen.sha256, hex_of), "ascii")
     return Frame(file.pieces(), int(rows_at or 0), max(file.size, int(rows_at or 0) + math.prod(shape) * dtype.itemsize))
+
+
+def _write_texts(file: h5py.File, name: str, texts: Sequence[str], encoding: str = "utf-8") -> None:
+    """Write texts at a fixed length, some at a time: as Python's objects they would take several times their room."""
+    width = max((len(_readable(text).encode()) for text in texts), default=0) or 1
+    dataset = file.create_dataset(name, (len(texts),), h5py.string_dtype(encoding, width))
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        piece = [_readable(text).encode() for text in texts[start : start + _TEXTS_AT_ONCE]]
+        dataset[start : start + len(piece)] = np.array(piece, dtype=dataset.dtype)
 
 
 class _Sparse(io.RawIOBase):
@@ -257,12 +268,11 @@ def table_attributes(path: Path) -> dict[str, str] | None:
     return found if "featcache_key" in found else None
 
 
-def _in_memory(fill: Callable[[h5py.File], None]) -> bytes:
-    name = f"memory-{secrets.token_hex(8)}"  # HDF5 knows files by name, in memory too
-    with h5py.File(name, "w", driver="core", backing_store=False) as file:
+def _in_memory(fill: Callable[[h5py.File], None]) -> memoryview:
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
         fill(file)
-        file.flush()
-        return bytes(file.id.get_file_image())
+    return content.getbuffer()
 
 
 def _open(path: Path) -> h5py.File:
