@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 
 from featcache.backbone import load_backbone
-from featcache.pipeline.jobs import fit_heads
+from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.records import environment
 from featcache.sources import open_source
@@ -30,7 +30,7 @@ RAW_PX = 32
 
 def probe(folder: Path, spec: BackboneSpec, settings: Settings) -> str:
     """Return a backbone's linear-probe accuracy with its interval."""
-    _, jobs = fit_heads(Workbench(open_source(folder), spec, settings), ["logistic"])
+    _, jobs, _ = fit_heads(Workbench(open_source(folder), spec, settings), FitPlan(controls=False))
     return cell(jobs[0].fitted.tested.scores.accuracy, jobs[0].fitted.tested.scores.accuracy_ci)
 
 

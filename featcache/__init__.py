@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from featcache.api import bench, extract, finetune, fit
+    from featcache.api import bench, export, extract, finetune, fit, predict
     from featcache.extractor import FeatureExtractor
     from featcache.records import RunRecord
     from featcache.sources import open_source
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "extract": "featcache.api",
     "fit": "featcache.api",
+    "predict": "featcache.api",
+    "export": "featcache.api",
     "finetune": "featcache.api",
     "bench": "featcache.api",
     "RunRecord": "featcache.records",
@@ -37,10 +39,12 @@ __all__ = [
     "FineTunePlan",
     "RunRecord",
     "bench",
+    "export",
     "extract",
     "finetune",
     "fit",
     "open_source",
+    "predict",
 ]
 
 

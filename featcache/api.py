@@ -1,15 +1,22 @@
 """The library's commands as functions; the command line only parses options and calls these."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featcache.cache import default_cache
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
-from featcache.pipeline.jobs import HeadJob, TuneJob, finetune_job, fit_heads
+from featcache.pipeline.jobs import FitPlan, HeadJob, TuneJob, finetune_job, fit_heads
 from featcache.pipeline.workbench import Estimate, Extracted, Settings, Target, Workbench
 from featcache.sources import Source, open_source
 from featcache.specs import INPUT, POOLED, BackboneSpec, FineTunePlan, StoredDtype, Unfreeze, Views
+
+if TYPE_CHECKING:
+    from featcache.bundle import Bundle
+    from featcache.pipeline.exporting import Exported
+    from featcache.pipeline.predicting import Prediction
+    from featcache.stages.controls import Control
 
 RECORDS = Path("records") / "runs.jsonl"
 
@@ -90,18 +97,87 @@ def fit(
     data: str | Path | Source,
     backbone: str | BackboneSpec = "mini",
     *,
-    heads: Sequence[str] = ("logistic",),
+    plan: FitPlan | None = None,
     seed: int = 0,
     name: str | None = None,
     settings: Settings | None = None,
-) -> tuple[Extracted, list[HeadJob]]:
+) -> "tuple[Extracted, list[HeadJob], list[Control]]":
     """Train scikit-learn heads on a data set's embeddings, extracted first if needed.
+
+    Args:
+        data: as of ``extract``.
+        backbone: as of ``extract``.
+        plan: which heads, and how; a logistic one by default.
+        seed: of the drawn splits and of the heads' own randomness.
+        name: as of ``extract``.
+        settings: as of ``extract``.
+
+    Returns:
+        The embeddings' entry, the heads, and the controls that need no backbone.
 
     Raises:
         FeatcacheError: its subclass says what to change.
     """
     bench = _workbench(data, backbone, name, settings)
-    return fit_heads(bench, heads, seed=seed, records=bench.settings.cache / RECORDS)
+    return fit_heads(bench, plan or FitPlan(), seed=seed, records=bench.settings.cache / RECORDS)
+
+
+def predict(
+    head: str | Path,
+    images: Sequence[str | Path],
+    *,
+    weights: str | None = None,
+    trust: bool = False,
+    settings: Settings | None = None,
+) -> "tuple[Bundle, Iterator[Prediction]]":
+    """Label images with a head that ``fit`` wrote, in the order given; nothing is kept.
+
+    Args:
+        head: its file.
+        images: files and folders.
+        weights: where the backbone's weights file is now, if it has moved.
+        trust: load a head that somebody else made: it can run any code.
+        settings: device, batch size, runtime, workers.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    from featcache.bundle import load
+    from featcache.pipeline.predicting import find_images, label_images
+
+    bundle = load(Path(head), trust=trust)
+    paths = list(find_images(map(str, images)))
+    return bundle, label_images(bundle, paths, settings or Settings(default_cache()), weights=weights)
+
+
+def export(
+    head: str | Path,
+    path: str | Path,
+    *,
+    check: str | Path | Source | None = None,
+    weights: str | None = None,
+    trust: bool = False,
+    settings: Settings | None = None,
+) -> "Exported":
+    """Write backbone and head as one ONNX model, once it has agreed with them on real images.
+
+    Args:
+        head: the head's file.
+        path: where the model goes.
+        check: images to compare on; the data set that the head was trained on, if left out.
+        weights: where the backbone's weights file is now, if it has moved.
+        trust: load a head that somebody else made: it can run any code.
+        settings: device.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    from featcache.bundle import load
+    from featcache.pipeline.exporting import export as write
+
+    bundle = load(Path(head), trust=trust)
+    images = check if isinstance(check, Source) else open_source(check or bundle.card["data"])
+    return write(bundle, Path(path), images, settings or Settings(default_cache()), weights=weights)
 
 
 def finetune(

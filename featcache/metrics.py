@@ -1,7 +1,7 @@
 """Scores with their uncertainty, and the one function that reads the test split."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,17 @@ from featcache.splits import Index, Split
 Probabilities = NDArray[np.float64]
 BOOTSTRAPS = 2000
 ECE_BINS = 15
+_TINY = np.finfo(np.float64).tiny
 _Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How well some predictions fit; ``accuracy_ci`` is Wilson's 95 % interval (Wilson 1927)."""
+    """How well some predictions fit; ``accuracy_ci`` is Wilson's 95 % interval (Wilson 1927).
+
+    ``ece`` is the expected calibration error, ``ece_scaled`` the same after scaling by ``temperature``; ``top5`` is there
+    for more than five classes, ``auroc`` for two.
+    """
 
     accuracy: float
     accuracy_ci: tuple[float, float]
@@ -26,6 +31,10 @@ class Scores:
     macro_f1: float
     log_loss: float | None
     ece: float | None
+    top5: float | None = None
+    auroc: float | None = None
+    ece_scaled: float | None = None
+    temperature: float | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -51,25 +60,31 @@ class Gap:
     p_value: float
 
 
-def test_scores(predict: Callable[[Index], Probabilities | NDArray[np.int64]], y: NDArray[np.int64], split: Split) -> Tested:
+def scores_on_test(
+    predict: Callable[[Index], Probabilities | NDArray[np.int64]],
+    y: NDArray[np.int64],
+    split: Split,
+    temperature: float | None = None,
+) -> Tested:
     """Read the test split: the only function that does, called once a finished model.
 
     Args:
         predict: gives for positions (k,) the probabilities (k, classes), or the classes (k,) where there are none.
         y: the classes of all images (n,).
         split: whose ``test`` is read.
+        temperature: found on validation.
     """
     answer = predict(split.test)
     truth = y[split.test]
     predicted = answer.argmax(axis=1) if answer.ndim == 2 else answer
-    return Tested(score(truth, answer), predicted == truth, predicted.astype(np.int64))
+    return Tested(score(truth, answer, temperature), predicted == truth, predicted.astype(np.int64))
 
 
-test_scores.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of its name
+def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], temperature: float | None = None) -> Scores:
+    """Return the scores of probabilities (n, classes) or of predicted classes (n,) against the truth (n,).
 
-
-def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64]) -> Scores:
-    """Return the scores of probabilities (n, classes) or of predicted classes (n,) against the truth (n,)."""
+    ``temperature`` is one found on validation, for the calibration error after scaling.
+    """
     from sklearn.metrics import f1_score, recall_score
 
     known = answer.ndim == 2
@@ -83,6 +98,10 @@ def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64]) -
         macro_f1=float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0)),
         log_loss=_log_loss(truth, answer) if known else None,
         ece=_calibration_error(right, answer.max(axis=1)) if known else None,
+        top5=_top(truth, answer, 5) if answer.ndim == 2 and answer.shape[1] > 5 else None,
+        auroc=_auroc(truth, answer[:, 1]) if answer.ndim == 2 and answer.shape[1] == 2 else None,
+        ece_scaled=_scaled_error(truth, answer, temperature) if known and temperature is not None else None,
+        temperature=temperature,
     )
 
 
@@ -113,9 +132,65 @@ def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], seed: int = 0) -> Ga
     return Gap(100 * float(difference.mean()), (float(low), float(high)), p_value)
 
 
+def best_temperature(truth: NDArray[np.int64], probabilities: Probabilities) -> float:
+    """Return the temperature of least log-loss on validation answers (n, classes) (Guo et al. 2017, section 4.2)."""
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda log: _log_loss(truth, at_temperature(probabilities, float(np.exp(log)))), bounds=(-3, 3), method="bounded"
+    )
+    return float(np.exp(found.x))
+
+
+def at_temperature(probabilities: NDArray[Any], temperature: float) -> Probabilities:
+    """Return probabilities (n, classes) with their logits divided by a temperature."""
+    logits = np.log(np.clip(probabilities, _TINY, None)) / temperature
+    logits -= logits.max(axis=1, keepdims=True)
+    scaled: Probabilities = np.exp(logits)
+    scaled /= scaled.sum(axis=1, keepdims=True)
+    return scaled
+
+
+def confusion(truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """Return how many images of each class (rows) were taken for each class (columns)."""
+    return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def per_class(matrix: NDArray[np.int64], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return support, precision, recall and F1 of each class from a confusion matrix."""
+    right, support, answered = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    rows = zip(names, right.tolist(), support.tolist(), answered.tolist(), strict=True)
+    return [
+        {
+            "class": name,
+            "support": have,
+            "precision": hit / said if said else 0.0,
+            "recall": hit / have if have else 0.0,
+            "f1": 2 * hit / (have + said) if have + said else 0.0,
+        }
+        for name, hit, have, said in rows
+    ]
+
+
+def _scaled_error(truth: NDArray[np.int64], probabilities: NDArray[Any], temperature: float) -> float:
+    scaled = at_temperature(probabilities, temperature)
+    return _calibration_error(scaled.argmax(axis=1) == truth, scaled.max(axis=1))
+
+
+def _top(truth: NDArray[np.int64], probabilities: NDArray[Any], count: int) -> float:
+    best = np.argpartition(-probabilities, count - 1, axis=1)[:, :count]
+    return float((best == truth[:, None]).any(axis=1).mean())
+
+
+def _auroc(truth: NDArray[np.int64], score_of_second: NDArray[Any]) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(truth, score_of_second)) if len(np.unique(truth)) == 2 else None
+
+
 def _log_loss(truth: NDArray[np.int64], probabilities: NDArray[Any]) -> float:
     picked = probabilities[np.arange(len(truth)), truth]
-    return float(-np.log(np.clip(picked, np.finfo(np.float64).tiny, None)).mean())
+    return float(-np.log(np.clip(picked, _TINY, None)).mean())
 
 
 def _calibration_error(right: NDArray[np.bool_], confidence: NDArray[Any]) -> float:

@@ -78,7 +78,7 @@ def to_csv(records: Sequence[RunRecord]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows(records):
-        writer.writerow([_inert(cell) if index < 3 else cell for index, cell in enumerate(row)])
+        writer.writerow([inert(cell) if index < 3 else cell for index, cell in enumerate(row)])
     return out.getvalue()
 
 
@@ -153,5 +153,6 @@ def _right(record: RunRecord) -> NDArray[np.bool_]:
     return np.array([char == "1" for char in record.right])
 
 
-def _inert(cell: str) -> str:
+def inert(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula."""
     return f"'{cell}" if cell[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from featcache.metrics import gap, score, test_scores, wilson
+from featcache.metrics import gap, score, scores_on_test, wilson
 from featcache.splits import Split
 
 
@@ -65,7 +65,7 @@ def test_only_the_test_split_is_asked_for() -> None:
         asked.append(index.tolist())
         return np.array([1, 1])
 
-    tested = test_scores(predict, np.array([9, 9, 1, 0]), split)
+    tested = scores_on_test(predict, np.array([9, 9, 1, 0]), split)
 
     assert asked == [[2, 3]]
     assert tested.right.tolist() == [True, False]

@@ -166,7 +166,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
         source = open_source(folder)
         bench = Workbench(source, spec, Settings(Path(cache)))
         backbone, workers = bench.backbone, Workers(CORES, 1)
-        plan = bench._plan(backbone.transform, Views())  # noqa: SLF001 - the same batches as an extraction's
+        plan = bench.plan_for(backbone.transform, Views())
         positions = list(range(min(len(source.items), 3000)))
         size = backbone.transform.input_size
         first = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)
@@ -351,7 +351,7 @@ def measure_gpu(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, A
     for name in ("resnet50", "vit_base_patch16_224"):
         spec = BackboneSpec(name, random_init=0, precision="bfloat16")
         bench = Workbench(open_source(folder), spec, Settings(work / "cache"))
-        plan, workers = bench._plan(bench.backbone.transform, Views()), bench._workers.count  # noqa: SLF001 - as it would run
+        plan, workers = bench.plan_for(bench.backbone.transform, Views()), bench._workers.count  # noqa: SLF001 - as it would run
         run = bench._eager(["pooled"])  # noqa: SLF001 - as above
         size = bench.backbone.transform.input_size
         batch = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)

@@ -12,6 +12,8 @@ COMMANDS = {
     "extract": "Compute a frozen backbone's features once and keep them.",
     "fit": "Train scikit-learn heads on cached features.",
     "finetune": "Train part of the backbone from the cache; print the gap to the probe.",
+    "predict": "Label images with a trained head.",
+    "export": "Write backbone and head as one ONNX model.",
     "bench": "Run the missing cells of a grid; write records and tables.",
     "store": "List, describe and verify what the cache holds.",
     "backbones": "List the backbones that timm knows.",

@@ -78,6 +78,48 @@ class Part(click.ParamType):  # type: ignore[type-arg]  # as above
         return int(first), int(second)
 
 
+class Grid(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A parameter's values, such as ``C=0.1,1,10``."""
+
+    name = "NAME=A,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name and the values."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, rest = str(value).partition("=")
+        try:
+            values = tuple(int(part) if part.strip().isdigit() and name == "k" else float(part) for part in rest.split(","))
+        except ValueError:
+            values = ()
+        if not (name and equals and values):
+            self.fail(f"{value!r}: write NAME=VALUE,VALUE, such as C=0.1,1,10.", param, ctx)
+        return name.strip(), values
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A time, such as ``60s`` or ``5m``."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return seconds."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            return float(text.rstrip("smh")) * {"m": 60.0, "h": 3600.0}.get(text[-1:], 1.0)
+        except ValueError:
+            self.fail(f"{value!r}: write a time, such as 60s or 5m.", param, ctx)
+
+
+def short(value: Any) -> str:
+    """Return a parameter's value for people."""
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
+
+
 def _notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's signature
     if value:
         from featcache.progress import set_up_notes
@@ -124,9 +166,7 @@ backbone_options = several(
         help="What is computed in.",
     ),
 )
-run_options = several(
-    click.option("--name", help="The data set's name in the cache; a moved one is recognised by it."),
-    click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where entries go ($FEATCACHE_CACHE)."),
+compute_options = several(
     click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time; default: by device and image size."),
     click.option("--device", help="cpu, cuda, cuda:1, ...; default: the first GPU, else the CPU."),
     click.option(
@@ -137,8 +177,13 @@ run_options = several(
         help="What computes on the CPU; auto: the fastest that is installed, pays, and agrees with torch.",
     ),
     click.option("--workers", type=click.IntRange(min=1), help="Threads that decode and compute; default: by the cores."),
-    click.option("--max-bad", type=Percent(), default="1%", show_default=True, help="More unusable images end the run."),
     notes_options,
+)
+run_options = several(
+    click.option("--name", help="The data set's name in the cache; a moved one is recognised by it."),
+    click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where entries go ($FEATCACHE_CACHE)."),
+    click.option("--max-bad", type=Percent(), default="1%", show_default=True, help="More unusable images end the run."),
+    compute_options,
 )
 
 
@@ -173,11 +218,11 @@ def take_settings(options: dict[str, Any]) -> "Settings":
     from featcache.pipeline.workbench import Settings
 
     return Settings(
-        cache=options.pop("cache") or default_cache(),
+        cache=options.pop("cache", None) or default_cache(),
         batch_size=options.pop("batch_size"),
         device=options.pop("device"),
-        max_bad=options.pop("max_bad"),
-        rebind=options["name"] is not None,
+        max_bad=options.pop("max_bad", 0.0),
+        rebind=options.get("name") is not None,
         runtime=options.pop("runtime"),
         workers=options.pop("workers"),
         part=options.pop("part", None),

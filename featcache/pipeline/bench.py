@@ -8,7 +8,7 @@ from pathlib import Path
 from featcache import report
 from featcache.errors import FeatcacheError
 from featcache.pipeline.grid import DataEntry, Grid
-from featcache.pipeline.jobs import cell_of, finetune_job, fit_heads
+from featcache.pipeline.jobs import FitPlan, cell_of, finetune_job, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, read_records
@@ -101,7 +101,7 @@ class _Runner:
         self.computed_cells += 1
 
     def _fit(self, bench: Workbench, head: str, seed: int) -> None:
-        fit_heads(bench, [head], seed=seed, records=self.path)
+        fit_heads(bench, FitPlan((head,), controls=False), seed=seed, records=self.path)
 
     def _tune(self, bench: Workbench, plan: FineTunePlan, seed: int) -> None:
         job = finetune_job(bench, plan, seed=seed, records=self.path)

@@ -3,14 +3,15 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import identify
-from featcache.errors import CutError
+from featcache.errors import CutError, UsageError
 from featcache.fingerprint import fingerprint
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
@@ -25,6 +26,7 @@ from featcache.splits import Split, items_hash, make_split
 from featcache.store import Features, FeatureStore, RowReader
 
 if TYPE_CHECKING:
+    from featcache.stages.controls import Control
     from featcache.stages.finetune import FineTuned, LinearHead
     from featcache.stages.fit import FittedHead
 
@@ -54,56 +56,144 @@ class HeadJob:
         }
 
 
+@dataclass(frozen=True)
+class FitPlan:
+    """How heads are trained.
+
+    Attributes:
+        heads: names; ``all`` for each, the cheapest first.
+        grid: parameters to choose from, for one head, instead of its own.
+        folds: of cross-validation; ``None`` leaves it to the size of the data, 0 takes the val split.
+        budget: seconds after which no further head is begun.
+        controls: train trivial methods beside, which need no backbone.
+        format: of the bundles.
+    """
+
+    heads: tuple[str, ...] = (PROBE,)
+    grid: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    folds: int | None = None
+    budget: float | None = None
+    controls: bool = True
+    format: Literal["joblib", "skops"] = "joblib"
+
+    def candidates(self) -> list[dict[str, Any]] | None:
+        """Return all combinations of the grid's values, ``None`` where there is no grid."""
+        names, values = [name for name, _ in self.grid], [values for _, values in self.grid]
+        return [dict(zip(names, some, strict=True)) for some in product(*values)] if names else None
+
+
 def fit_heads(
-    bench: Workbench, names: Sequence[str], *, seed: int = 0, records: Path | None = None
-) -> tuple[Extracted, list[HeadJob]]:
+    bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path | None = None
+) -> "tuple[Extracted, list[HeadJob], list[Control]]":
     """Extract embeddings if needed and train heads on them; records are appended to a JSONL file.
 
     Raises:
         UsageError: a head is unknown; nothing has been computed then.
     """
-    from featcache.heads import require_head
-    from featcache.stages.fit import fit, save_bundle
+    from featcache import heads
+    from featcache.stages.fit import ensemble, fit, members_of
 
-    for name in names:
-        require_head(name)
+    for name in plan.heads:
+        heads.require_head(name)
+    names = members_of(plan.heads)
+    candidates = plan.candidates()
+    if candidates and len(names) != 1:
+        raise UsageError("--grid is of one --head.")
     done = bench.extracted()
     features = done.store.features()
-    split = make_split(features.y, features.splits, features.classes, seed)
-    jobs = []
+    split = make_split(features.y, features.splits, features.classes, seed, folds=plan.folds)
+    jobs: list[HeadJob] = []
+    started = time.monotonic()
     for name in names:
-        fitted = fit(features, split, name, seed=seed)
-        for note in fitted.notes:
-            logger.warning(note)
-        cell = cell_of(bench.spec, features, name, None, seed)
-        path = done.store.path / "heads" / f"{name}-seed{seed}-{cell[:8]}.joblib"
-        save_bundle(fitted, path, classes=features.classes, feature_key=done.store.key)
-        record = RunRecord(
-            kind="fit",
-            cell=cell,
-            dataset=done.store.path.parent.name,
-            backbone=bench.spec.label,
-            method=name,
-            cut=POOLED,
-            seed=seed,
-            feature_key=done.store.key,
-            request={"backbone": identify(bench.spec)},
-            params=fitted.params,
-            split=split.sizes(),
-            test_items=items_hash(features.sha256, split.test, features.y),
-            val=asdict(fitted.val),
-            test=asdict(fitted.tested.scores),
-            right=_bits(fitted.tested.right),
-            seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
-            images_per_second=done.cost[1],
-            artefact=path.relative_to(bench.settings.cache).as_posix(),
-            notes=fitted.notes,
-            **stamp(),
+        if plan.budget is not None and jobs and time.monotonic() - started > plan.budget:
+            left = names[names.index(name) :]
+            logger.warning("--budget %g s is spent: without %s", plan.budget, ", ".join(left))
+            break
+        if name == heads.ENSEMBLE:
+            fitted = ensemble(features, split, [job.fitted for job in jobs])
+        else:
+            fitted = fit(features, split, name, seed=seed, grid=candidates)
+        jobs.append(_keep_head(bench, done, features, split, fitted, plan, seed, records))
+    return done, jobs, _controls(bench, features, split, jobs, seed) if plan.controls else []
+
+
+def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence[HeadJob], seed: int) -> "list[Control]":
+    """Train the controls on the same split, and warn where one does as well as the best head."""
+    from featcache.metrics import gap
+    from featcache.stages.controls import SIDE, controls
+
+    features, take = _aligned(features, bench.thumbnails(SIDE).store)
+    if items_hash(features.sha256, split.test, features.y) != jobs[0].record.test_items:
+        return []
+    found = controls(take(np.arange(len(features.y))), features.y, split, seed)
+    best_head = min(jobs, key=lambda job: job.fitted.val.rank)
+    best = max(found, key=lambda control: control.tested.scores.accuracy)
+    between = gap(best_head.fitted.tested.right, best.tested.right, seed)
+    if between.ci[0] <= 0:
+        logger.warning(
+            "%s reaches %.1f %% without a backbone, %s %.1f %%: this data set may not need one",
+            best.name,
+            100 * best.tested.scores.accuracy,
+            best_head.record.method,
+            100 * best_head.fitted.tested.scores.accuracy,
         )
-        jobs.append(HeadJob(fitted, record, path))
-        if records:
-            append_record(records, record)
-    return done, jobs
+    return found
+
+
+def _keep_head(
+    bench: Workbench,
+    done: Extracted,
+    features: Features,
+    split: Split,
+    fitted: "FittedHead",
+    plan: FitPlan,
+    seed: int,
+    records: Path | None,
+) -> HeadJob:
+    from featcache import bundle
+
+    for note in fitted.notes:
+        logger.warning(note)
+    cell = cell_of(bench.spec, features, fitted.name, None, seed)
+    card = {
+        "classes": list(features.classes),
+        "feature_key": done.store.key,
+        "backbone": identify(bench.spec),
+        "weights": str(Path(bench.spec.weights).resolve()) if bench.spec.weights else None,
+        "data": bench.source.location,
+        "cut": done.cut,
+        "head": fitted.name,
+        "params": fitted.params,
+        "temperature": fitted.temperature,
+        "test": asdict(fitted.tested.scores),
+    }
+    path = done.store.path / "heads" / f"{fitted.name}-seed{seed}-{cell[:8]}"
+    path = bundle.save(fitted.estimator, card, path, plan.format)
+    record = RunRecord(
+        kind="fit",
+        cell=cell,
+        dataset=done.store.path.parent.name,
+        backbone=bench.spec.label,
+        method=fitted.name,
+        cut=POOLED,
+        seed=seed,
+        feature_key=done.store.key,
+        request={"backbone": identify(bench.spec)},
+        params=fitted.params,
+        split=split.sizes(),
+        test_items=items_hash(features.sha256, split.test, features.y),
+        val=asdict(fitted.val),
+        test=asdict(fitted.tested.scores),
+        right=_bits(fitted.tested.right),
+        seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
+        images_per_second=done.cost[1],
+        artefact=path.relative_to(bench.settings.cache).as_posix(),
+        notes=fitted.notes,
+        **stamp(),
+    )
+    if records:
+        append_record(records, record)
+    return HeadJob(fitted, record, path)
 
 
 @dataclass(frozen=True)
@@ -149,14 +239,15 @@ def finetune_job(
     from featcache.stages.finetune import finetune, save_checkpoint
     from featcache.unfreeze import thaw
 
-    pooled, heads = fit_heads(bench, tuple(dict.fromkeys((PROBE, *probes))), seed=seed)
+    heads_plan = FitPlan(tuple(dict.fromkeys((PROBE, *probes))), controls=False)
+    pooled, heads, _ = fit_heads(bench, heads_plan, seed=seed)
     best_probe = min(heads, key=lambda job: (-job.record.val["accuracy"], job.record.method != PROBE))
     thawed = thaw(bench.backbone.stages, plan.unfreeze)
     at_cut, suffix_cut, notes = _extract_at(bench, thawed.cut, plan)
     features, reader = _aligned(pooled.store.features(), at_cut.store)
     split = make_split(features.y, features.splits, features.classes, seed)
     started = time.monotonic()
-    start, probe = _probe_heads(features, split, heads[0].fitted, seed)
+    start, probe = _probe_heads(features, split, next(job.fitted for job in heads if job.record.method == PROBE), seed)
     own = bench.backbone.separate()
     tuned = finetune(
         own, own.suffix(suffix_cut), reader, features.y, split, plan, thawed, start=start, probe=probe, seed=seed

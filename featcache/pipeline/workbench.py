@@ -23,6 +23,7 @@ from featcache.specs import (
     FeatureSpec,
     StoredDtype,
     Transform,
+    TransformOverrides,
     Views,
     layers_of,
     stored_dtype,
@@ -125,13 +126,29 @@ class Estimate:
 class Workbench:
     """A source and a backbone, with the backbone loaded only when something has to be computed."""
 
-    def __init__(self, source: Source, spec: BackboneSpec, settings: Settings, *, lists: bool = True) -> None:
+    def __init__(
+        self,
+        source: Source,
+        spec: BackboneSpec,
+        settings: Settings,
+        *,
+        lists: bool = True,
+        transform: Transform | None = None,
+    ) -> None:
         self.source = source
+        self._transform = transform
         self.spec = spec
         self.settings = settings
         self.lists = lists
         for note in source.notes:
             logger.warning(note)
+
+    def thumbnails(self, side: int) -> Extracted:
+        """Return the entry of the whole images, squeezed into so many pixels a side; no backbone is loaded."""
+        transform = Transform(side, crop_mode="squash", interpolation="bilinear")
+        spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
+        settings = replace(self.settings, part=None, engine="local")
+        return Workbench(replace(self.source, notes=()), spec, settings, transform=transform).extracted(INPUT)
 
     @cached_property
     def folder(self) -> Path:
@@ -166,7 +183,7 @@ class Workbench:
         left = [number for number in range(len(requests)) if number not in done]
         if left:
             sinks, prepare = self._sinks([(requests[number].cut, *opened[number]) for number in left])
-            with self._threads():
+            with self.threads():
                 reports = self._run(sinks, prepare, views)
             for number, report in zip(left, reports, strict=True):
                 opened[number][0].remember_request(requests[number].described())
@@ -188,10 +205,10 @@ class Workbench:
         wanted = sorted({int(position) for _, stock in found for position in stock.to_read})
         if not wanted:
             return Estimate(len(self.source.items), 0, 0, 0.0)
-        plan = self._plan(self.backbone.transform, views)
+        plan = self.plan_for(self.backbone.transform, views)
         program_cuts = [request.cut for request, _ in found if request.cut != INPUT]
         shapes = self._shapes([request.cut for request, _ in found])
-        with self._threads():
+        with self.threads():
             seconds = measure(
                 self.source, wanted, plan, self._eager(program_cuts) if program_cuts else None, self._workers.count
             )
@@ -231,9 +248,10 @@ class Workbench:
             Sink(store, stock, store.spec["dtype"], next(shapes) if len(stock.to_read) else ()) for _, store, stock in opened
         ]
         cuts = [cut for cut, _, _ in opened]
-        return sinks, lambda first, left: self._prepare(cuts, first, left)
+        return sinks, lambda first, left: self.prepare(cuts, first, left)
 
-    def _prepare(self, cuts: Sequence[str], first: Pixels, left: int) -> Ready:
+    def prepare(self, cuts: Sequence[str], first: Pixels, left: int) -> Ready:
+        """Return what computes some cuts, made ready on a first batch for so many images."""
         computed = [cut for cut in cuts if cut != INPUT]
         if not computed:
             return Ready(beside_pixels(cuts, None), self._workers.count)
@@ -255,7 +273,7 @@ class Workbench:
         """Return the shape of one row at each cut, found by computing a blank image."""
         if not cuts:
             return []
-        size = self.backbone.transform.input_size
+        size = (self._transform or self.backbone.transform).input_size
         computed = [cut for cut in cuts if cut != INPUT]
         blank = np.zeros((1, size, size, 3), np.uint8)
         rows = iter(self._eager(computed)(blank) if computed else ())
@@ -273,7 +291,8 @@ class Workbench:
         return Workers(self.settings.workers, 1) if self.settings.workers else workers_here()
 
     @contextmanager
-    def _threads(self) -> Iterator[None]:
+    def threads(self) -> Iterator[None]:
+        """Give torch the cores that one worker has, where a backbone is loaded."""
         if "backbone" not in self.__dict__:
             yield
             return
@@ -285,7 +304,7 @@ class Workbench:
     def _run(self, sinks: list[Sink], prepare: Prepare, views: Views) -> list[ExtractReport]:
         stored = sinks[0].store.spec["transform"]
         three = {name: tuple(stored[name]) if stored[name] else None for name in ("mean", "std")}
-        plan = self._plan(Transform(**(stored | three)), views)
+        plan = self.plan_for(Transform(**(stored | three)), views)
         if self.settings.engine == "ray" and any(len(sink.stock.to_read) for sink in sinks):
             plan = replace(plan, remote=self._recipe(sinks, plan))
         return extract(self.source, sinks, prepare, plan)
@@ -306,7 +325,8 @@ class Workbench:
             self.settings.workers,
         )
 
-    def _plan(self, transform: Transform, views: Views) -> Plan:
+    def plan_for(self, transform: Transform, views: Views) -> Plan:
+        """Return how images are extracted with these settings."""
         size = self.settings.batch_size
         if size is None:
             on_gpu = "backbone" in self.__dict__ and self.backbone.device.type != "cpu"
@@ -314,7 +334,7 @@ class Workbench:
         return Plan(transform, views, size, self.settings.max_bad, self.settings.part, lists=self.lists)
 
     def _feature_spec(self, request: caching.Request) -> FeatureSpec:
-        transform = self.backbone.transform
+        transform = self._transform or self.backbone.transform
         views, seed = request.views.count, request.views.seed if request.views.count > 1 else 0
         if request.cut == INPUT:
             return FeatureSpec(transform.pixels_only(), None, INPUT, dtype="uint8", views=views, views_seed=seed)

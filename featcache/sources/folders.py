@@ -26,7 +26,7 @@ def open_folder(root: Path) -> Source:
     items: list[Item] = []
     notes: list[str] = []
     for folder, label, split in places:
-        files = sorted(_images(root, folder))
+        files = sorted(image_files(root, folder))
         items.extend(Item(path, label, split) for path in files)
         if not files:
             notes.append(f"{root / folder}: no image in it, the class is left out there")
@@ -42,7 +42,7 @@ def _folders(root: Path) -> list[str]:
     return sorted(names, key=natural)
 
 
-def _images(root: Path, folder: str) -> Iterator[str]:
+def image_files(root: Path, folder: str = "") -> Iterator[str]:
     """Yield the relative POSIX paths of the image files below a folder; links to folders are not followed."""
     for where, folders, files in os.walk(root / folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]

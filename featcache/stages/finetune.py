@@ -21,7 +21,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from featcache.backbone import Backbone
-from featcache.metrics import Scores, Tested, score, test_scores
+from featcache.metrics import Scores, Tested, score, scores_on_test
 from featcache.progress import progress
 from featcache.specs import FineTunePlan
 from featcache.splits import Index, Split
@@ -134,7 +134,7 @@ def finetune(
     if best.best.number == 0:
         model.set_head(probe)
     seconds = time.monotonic() - started
-    tested = test_scores(lambda index: predict(model, take, index, plan.batch_size), y, split)
+    tested = scores_on_test(lambda index: predict(model, take, index, plan.batch_size), y, split)
     return FineTuned(model, best.history, best.best.number, best.lr, rates, tested, seconds, best.images_per_second)
 
 

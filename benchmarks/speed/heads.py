@@ -1,0 +1,290 @@
+"""Heads' speed: our solvers against scikit-learn's, on real features.
+
+    python benchmarks/speed/heads.py --features FEATURES.h5 [--only fit|grid|sweep|all|classes|memory]
+
+``--features`` is an entry's ``features.h5`` of some 44,000 images and 200 classes (Tiny ImageNet); its rows are projected
+to 512 or 768 columns by a seeded random rotation of the leading components. Ratios are of one run, side by side; objectives
+are scikit-learn's own, in float64. Writes heads.jsonl and heads.md beside this file.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.model_selection import StratifiedKFold
+from threadpoolctl import threadpool_limits
+
+from featcache import heads
+from featcache.solvers import linear
+from featcache.splits import Fold
+
+HERE = Path(__file__).parent
+CORES = len(os.sched_getaffinity(0))
+TEN_CS = list(np.logspace(-4, 4, 10))
+
+
+def load(path: Path, width: int, seed: int = 0) -> tuple[Any, Any]:
+    """Return standardised features (n, width) float32 in a mixed order, and classes (n,)."""
+    with h5py.File(path) as file:
+        X, y = file["features"][:], file["labels"][:]
+    order = np.random.default_rng(seed).permutation(len(y))
+    X, y = X[order].astype(np.float32), y[order]
+    if X.shape[1] > width:
+        X = PCA(width, random_state=seed, svd_solver="randomized").fit_transform(X)
+        X = X @ np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0]
+    elif X.shape[1] < width:
+        more = np.random.default_rng(seed).normal(size=(X.shape[1], width - X.shape[1])) / np.sqrt(X.shape[1])
+        X = np.concatenate([X, np.maximum(0, X @ more)], axis=1)
+    return np.ascontiguousarray((X - X.mean(0)) / X.std(0), dtype=np.float32), y
+
+
+def objective(X: Any, y: Any, C: float, coefficients: Any, intercept: Any) -> float:
+    """Return C * (sum of log-losses) + |W|^2 / 2 in float64."""
+    loss = 0.0
+    for start in range(0, len(y), 4096):
+        scores = X[start : start + 4096].astype(np.float64) @ np.asarray(coefficients, np.float64).T + intercept
+        scores -= scores.max(axis=1, keepdims=True)
+        truth = y[start : start + 4096]
+        loss += float((np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(truth)), truth]).sum())
+    return C * loss + float((np.asarray(coefficients, np.float64) ** 2).sum()) / 2
+
+
+def seconds_of(act: Callable[[], Any]) -> tuple[float, Any]:
+    """Return how long a call takes, and what it returns."""
+    start = time.perf_counter()
+    result = act()
+    return time.perf_counter() - start, result
+
+
+def until(X: Any, y: Any, C: float, goal: float) -> tuple[float, float]:
+    """Return the seconds of the loosest scikit-learn fit whose objective is at most ``goal``, and that objective."""
+    for tolerance in (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6):
+        spent, model = seconds_of(lambda: LogisticRegression(C=C, tol=tolerance, max_iter=5000).fit(X, y))  # noqa: B023
+        reached = objective(X, y, C, model.coef_, model.intercept_)
+        if reached <= goal:
+            break
+    return spent, reached
+
+
+def peak_gemm(seconds: float = 1.0) -> float:
+    """Return the multiplications and additions a second of large float32 products on all cores."""
+    one, other = np.ones((2048, 2048), np.float32), np.ones((2048, 2048), np.float32)
+    one @ other
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        one @ other
+        count += 1
+    return count * 2 * 2048**3 / (time.perf_counter() - start)
+
+
+def measure_fit(X: Any, y: Any, rows: int) -> dict[str, Any]:
+    """Measure one fit, C = 1, to within 1e-4 of the optimum."""
+    X, y = X[:rows], y[:rows]
+    ((best,),) = linear.solve(X, y, [1.0], standardise=False, tolerance=1e-9)
+    goal = best.objective * (1 + 1e-4)
+    spent, ((found,),) = seconds_of(lambda: linear.solve(X, y, [1.0], standardise=False))
+    default, default_reached = until(X, y, 1.0, goal)
+    with threadpool_limits(1):
+        single, single_reached = until(X, y, 1.0, goal)
+    again, _ = seconds_of(lambda: linear.solve(X, y, [1.0], standardise=False))
+    return {
+        "kind": "fit", "rows": rows, "width": X.shape[1], "classes": int(y.max()) + 1, "seconds": min(spent, again),
+        "excess": objective(X, y, 1.0, found.coefficients, found.intercept) / best.objective - 1,
+        "iterations": found.iterations, "sklearn": default, "sklearn_excess": default_reached / best.objective - 1,
+        "sklearn_one_thread": single, "sklearn_one_thread_excess": single_reached / best.objective - 1,
+    }  # fmt: skip
+
+
+def measure_grid(X: Any, y: Any, rows: int) -> dict[str, Any]:
+    """Measure ten C on five folds and the refit, against LogisticRegressionCV as it comes and tuned."""
+    X, y = X[:rows], y[:rows]
+    folds = list(StratifiedKFold(5).split(X, y))
+    masks = [np.isin(np.arange(rows), train) for train, _ in folds]
+
+    def ours() -> tuple[Any, float, Any]:
+        found = linear.solve(X, y, TEN_CS, masks, standardise=False)
+        right = np.zeros(len(TEN_CS))
+        for several, (_, val) in zip(found, folds, strict=True):
+            for number, one in enumerate(several):
+                right[number] += ((X[val] @ one.coefficients.T + one.intercept).argmax(1) == y[val]).mean()
+        C = TEN_CS[int(right.argmax())]
+        return found, C, linear.solve(X, y, [C], standardise=False)
+
+    spent, (found, C, _) = seconds_of(ours)
+    again, _ = seconds_of(ours)
+    model = {"Cs": TEN_CS, "cv": folds, "use_legacy_attributes": False, "scoring": "accuracy", "l1_ratios": (0,)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        default, fitted = seconds_of(lambda: LogisticRegressionCV(**model).fit(X, y))
+        with threadpool_limits(1):
+            tuned, _ = seconds_of(lambda: LogisticRegressionCV(**model, n_jobs=CORES).fit(X, y))
+    worst = -1.0
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")
+        for several, (train, _) in zip(found, folds, strict=True):
+            start = None
+            for one in several:
+                other = LogisticRegression(C=one.C, max_iter=100, warm_start=True)
+                if start is not None:
+                    other.coef_, other.intercept_ = start
+                other.fit(X[train], y[train])
+                start = other.coef_.copy(), other.intercept_.copy()
+                mine = objective(X[train], y[train], one.C, one.coefficients, one.intercept)
+                worst = max(worst, mine / objective(X[train], y[train], one.C, *start) - 1)
+    passes = sum(one.iterations + 1 for several in found for one in several)
+    flops = passes * 4 * 0.8 * rows * X.shape[1] * (int(y.max()) + 1)
+    return {
+        "kind": "grid", "rows": rows, "width": X.shape[1], "classes": int(y.max()) + 1, "seconds": min(spent, again),
+        "sklearn": default, "sklearn_tuned": tuned, "C": C, "sklearn_C": float(np.ravel(fitted.C_)[0]), "worst_loss": worst,
+        "iterations": passes - 50, "share_of_peak": flops / min(spent, again) / peak_gemm(),
+    }  # fmt: skip
+
+
+def measure_sweep(X: Any, y: Any) -> dict[str, Any]:
+    """Measure 45 C on one validation split."""
+    mask = np.arange(len(y)) % 5 != 0
+    Cs = list(np.logspace(-6, 5, 45))
+    spent, (found,) = seconds_of(lambda: linear.solve(X, y, Cs, [mask], standardise=False))
+    return {
+        "kind": "sweep", "rows": len(y), "width": X.shape[1], "classes": int(y.max()) + 1, "seconds": spent,
+        "converged": sum(one.converged for one in found), "iterations": sum(one.iterations for one in found),
+    }  # fmt: skip
+
+
+def measure_all(X: Any, y: Any) -> dict[str, Any]:
+    """Measure every head by default, choosing, refitting and answering, each by itself."""
+    order = np.arange(len(y))
+    fold = Fold(order[order % 5 != 0], order[order % 5 == 0])
+    spent = {}
+    for name in heads.HEADS:
+        start = time.perf_counter()
+        chosen = heads.choose(name, X, y, [fold], 0)
+        heads.train(name, chosen.params, X, y, 0)
+        spent[name] = time.perf_counter() - start
+    return {"kind": "all", "rows": len(y), "width": X.shape[1], "classes": int(y.max()) + 1, "seconds": spent}
+
+
+def measure_memory(rows: int = 44000, width: int = 512) -> dict[str, Any]:
+    """Measure the peak memory of a fit in a process of its own, over the feature matrix."""
+    code = (
+        "import sys, resource, numpy as np; from featcache.solvers import linear\n"
+        "rows, width = int(sys.argv[1]), int(sys.argv[2])\n"
+        "X = np.empty((rows, width), np.float32)\n"
+        "rng = np.random.default_rng(0)\n"
+        "for row in X: row[:] = rng.normal(size=width)\n"
+        "y = np.arange(rows) % 10\n"
+        "linear.solve(X[:500], y[:500], [1.0])\n"
+        "status = lambda key: int(open('/proc/self/status').read().split(key)[1].split()[0]) / 1024\n"
+        "before = status('VmRSS:') - X.nbytes / 2**20\n"
+        "linear.solve(X, y, [0.01, 1.0], [np.arange(rows) % 5 != n for n in range(5)])\n"
+        "print((status('VmHWM:') - before) / (X.nbytes / 2**20))"
+    )
+    done = subprocess.run(  # noqa: S603 - this file's own code
+        [sys.executable, "-c", code, str(rows), str(width)], capture_output=True, text=True, check=True
+    )
+    return {"kind": "memory", "rows": rows, "width": width, "times_the_matrix": float(done.stdout)}
+
+
+def measure_classes(rows: int = 100_000, width: int = 768, classes: int = 1000) -> dict[str, Any]:
+    """Measure a sweep over many classes, on synthetic features: no set at hand has a thousand."""
+    rng = np.random.default_rng(0)
+    y = np.arange(rows) % classes
+    X = rng.normal(size=(rows, width)).astype(np.float32)
+    X += rng.normal(size=(classes, width)).astype(np.float32)[y] * 0.3
+    Cs = [1e-4, 1e-3, 1e-2]
+    spent, (found,) = seconds_of(lambda: linear.solve(X, y, Cs, standardise=False))
+    passes = sum(one.iterations + 1 for one in found)
+    flops = passes * 4 * rows * width * classes
+    return {
+        "kind": "classes", "rows": rows, "width": width, "classes": classes, "Cs": len(Cs), "seconds": spent,
+        "passes": passes, "seconds_a_pass": spent / passes, "share_of_peak": flops / spent / peak_gemm(),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure, and write records and table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", type=Path, required=True)
+    parser.add_argument("--only", choices=["fit", "grid", "sweep", "all", "classes", "memory", "table"], action="append")
+    options = parser.parse_args()
+    wanted = options.only or ["fit", "grid", "sweep", "all", "memory", "classes"]
+    X, y = load(options.features, 512)
+    ten = y % 10
+    steps: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "fit": lambda: [measure_fit(X, ten, 8000), measure_fit(X, ten, len(y))],
+        "grid": lambda: [measure_grid(X, ten, 8000)],
+        "sweep": lambda: [measure_sweep(X, ten)],
+        "all": lambda: [measure_all(load(options.features, 768)[0][:10_000], ten[:10_000])],
+        "memory": lambda: [measure_memory()],
+        "classes": lambda: [measure_classes()],
+        "table": list,
+    }
+    path = HERE / "heads.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for step in wanted:
+        for record in steps[step]():
+            kept = [old for old in kept if (old["kind"], old["rows"]) != (record["kind"], record["rows"])]
+            kept.append(record)
+            print(json.dumps(record), flush=True)
+            path.write_text("".join(f"{json.dumps(one)}\n" for one in kept))
+    (HERE / "heads.md").write_text(table(kept))
+    print((HERE / "heads.md").read_text())
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the records as Markdown."""
+    lines = [
+        "# Heads' speed",
+        "",
+        f"`python benchmarks/speed/heads.py`; {CORES} shared cores, ratios of one run.",
+        "",
+    ]
+    for record in records:
+        shape = f"{record['rows']:,} x {record['width']}"
+        if record["kind"] == "fit":
+            lines.append(
+                f"- One logistic fit, C = 1, {shape}, {record['classes']} classes: {record['seconds']:.2f} s, "
+                f"{record['excess']:.1g} above the optimum; {record['sklearn'] / record['seconds']:.0f} times "
+                f"scikit-learn's speed ({record['sklearn']:.1f} s), "
+                f"{record['sklearn_one_thread'] / record['seconds']:.0f} times it with one BLAS thread "
+                f"({record['sklearn_one_thread']:.1f} s)."
+            )
+        elif record["kind"] == "grid":
+            lines.append(
+                f"- 10 C x 5 folds + refit, {shape}: {record['seconds']:.2f} s; "
+                f"{record['sklearn'] / record['seconds']:.0f} times LogisticRegressionCV ({record['sklearn']:.0f} s), "
+                f"{record['sklearn_tuned'] / record['seconds']:.0f} times it tuned ({record['sklearn_tuned']:.0f} s); "
+                f"largest loss over scikit-learn's {record['worst_loss']:+.1g}; C = {record['C']:.3g}, its "
+                f"{record['sklearn_C']:.3g}; {100 * record['share_of_peak']:.0f} % of peak products."
+            )
+        elif record["kind"] == "sweep":
+            lines.append(f"- 45 C on a validation split, {shape}, {record['classes']} classes: {record['seconds']:.1f} s.")
+        elif record["kind"] == "all":
+            spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in record["seconds"].items())
+            lines.append(f"- All heads, {shape}: {sum(record['seconds'].values()):.1f} s ({spent}).")
+        elif record["kind"] == "memory":
+            lines.append(f"- Peak memory, {shape}, five folds: {record['times_the_matrix']:.2f} times the feature matrix.")
+        elif record["kind"] == "classes":
+            lines.append(
+                f"- {record['classes']:,} classes, {shape}, {record['Cs']} C: {record['seconds']:.0f} s, "
+                f"{record['passes']} passes of {record['seconds_a_pass']:.1f} s at {100 * record['share_of_peak']:.0f} % of "
+                "peak products. A pass costs 4 x rows x columns x classes operations: multiply by the problems still open."
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

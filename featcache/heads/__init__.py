@@ -1,0 +1,19 @@
+"""The heads: scikit-learn estimators on embeddings, each with the search space that validation chooses from."""
+
+from featcache.heads.base import HeadFamily, Params, answers
+from featcache.heads.choosing import ENSEMBLE, HEADS, Chosen, choose, in_order, require_head, train
+from featcache.heads.linear import linear_weights
+
+__all__ = [
+    "ENSEMBLE",
+    "HEADS",
+    "Chosen",
+    "HeadFamily",
+    "Params",
+    "answers",
+    "choose",
+    "in_order",
+    "linear_weights",
+    "require_head",
+    "train",
+]

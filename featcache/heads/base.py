@@ -1,0 +1,107 @@
+"""What a family of heads is, and what all of them share."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
+
+from featcache.splits import Fold
+
+Params = dict[str, Any]
+X_ = NDArray[Any]
+Y_ = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A candidate on the validation rows of all folds, one fold after the other: answers as of ``answers``."""
+
+    params: Params
+    answers: NDArray[Any]
+    converged: bool = True
+
+
+Sweep = Callable[[Sequence[Params], X_, Y_, Sequence[Fold], int], Iterator[Attempt]]
+Fit = Callable[[Params, X_, Y_, int], tuple[Pipeline, bool]]
+
+
+@dataclass(frozen=True)
+class HeadFamily:
+    """A kind of head.
+
+    Attributes:
+        grid: the parameters that are tried for n training rows, the most regular first.
+        sweep: tries parameters on folds, given features (n, d), classes (n,) and a seed.
+        fit: trains one, given features, classes and a seed; returns it with whether its optimiser converged.
+        refine: which parameters of the grid are tried beside the best of those tried first.
+        coarse: every how many of the grid's parameters are tried first.
+    """
+
+    grid: Callable[[int], list[Params]]
+    sweep: Sweep
+    fit: Fit
+    coarse: int = 1
+
+    def refine(self, grid: Sequence[Params], best: Params) -> list[Params]:
+        """Return the grid's parameters between the best of the coarse ones and its neighbours."""
+        at = grid.index(best)
+        near = grid[max(0, at - self.coarse + 1) : at + self.coarse]
+        return [params for params in near if params != best]
+
+
+def answers(head: Any, X: X_, classes: int) -> NDArray[Any]:
+    """Return probabilities (n, classes) of a head, or its predicted classes (n,) where it knows no probabilities."""
+    if not hasattr(head, "predict_proba"):
+        return np.asarray(head.predict(X), dtype=np.int64)
+    probabilities = np.zeros((len(X), classes))
+    probabilities[:, head.classes_] = head.predict_proba(X)
+    return probabilities
+
+
+def plain(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Sweep, Fit]:
+    """Return how scikit-learn's own estimators are tried and trained: side by side, one BLAS thread each.
+
+    Faster on these shapes than one after the other with all threads.
+    """
+
+    def fit(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # told by the second value
+            head = build(params, seed, X, y).fit(X, y)
+        return head, _converged(head)
+
+    def sweep(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Attempt]:
+        classes = int(y.max()) + 1
+
+        def attempt(params: Params) -> Attempt:
+            found, converged = [], True
+            for fold in folds:
+                rows, truth = X[fold.train], y[fold.train]
+                head = build(params, seed, rows, truth).fit(rows, truth)
+                found.append(answers(head, X[fold.val], classes))
+                converged &= _converged(head)
+            return Attempt(params, np.concatenate(found), converged)
+
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            count = min(len(grid), os.cpu_count() or 1)
+            yield from Parallel(n_jobs=count, prefer="threads", return_as="generator")(
+                delayed(attempt)(params) for params in grid
+            )
+
+    return sweep, fit
+
+
+def _converged(head: Pipeline) -> bool:
+    model = head[-1]
+    taken = getattr(model, "n_iter_", None)
+    allowed = getattr(model, "max_iter", None)
+    return taken is None or allowed is None or int(np.max(taken)) < allowed

@@ -1,0 +1,100 @@
+"""Which heads there are, and how one is chosen on validation and trained."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.pipeline import Pipeline
+
+from featcache.errors import UsageError
+from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params
+from featcache.heads.linear import LOGISTIC, RIDGE, SVM
+from featcache.heads.neighbours import CENTROID, KNN
+from featcache.heads.nonlinear import BOOSTING, LDA, MLP, RBF
+from featcache.metrics import Scores, score
+from featcache.progress import progress
+from featcache.splits import Fold
+
+# in the order of their cost
+HEADS: Mapping[str, HeadFamily] = {
+    "centroid": CENTROID,
+    "ridge": RIDGE,
+    "knn": KNN,
+    "logistic": LOGISTIC,
+    "svm": SVM,
+    "lda": LDA,
+    "rbf": RBF,
+    "mlp": MLP,
+    "boosting": BOOSTING,
+}
+ENSEMBLE = "ensemble"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The parameters that did best on validation, with their answers there (n, classes) or (n,)."""
+
+    params: Params
+    val: Scores
+    answers: Any
+    tried: int
+    unconverged: int
+
+
+def require_head(name: str) -> None:
+    """Check a head's name.
+
+    Raises:
+        UsageError: there is no such head.
+    """
+    if name not in {*HEADS, ENSEMBLE, ALL}:
+        raise UsageError(f"--head {name}: choose from {', '.join([*HEADS, ENSEMBLE, ALL])}.")
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Return heads to run for those asked for, the cheapest first: ``all`` stands for each, an ensemble needs members."""
+    wanted = set(names) | ({*HEADS, ENSEMBLE} if ALL in names else set())
+    return [name for name in (*HEADS, ENSEMBLE) if name in wanted]
+
+
+def choose(name: str, X: X_, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequence[Params] | None = None) -> Chosen:
+    """Fit a head on every fold's train with every candidate and return the one that does best on all their val together.
+
+    Best is the highest accuracy, then the lowest log-loss, then the more regular one.
+
+    Args:
+        name: a key of ``HEADS``.
+        X: features (n, d).
+        y: classes (n,).
+        folds: which rows train and which choose.
+        seed: of the head's own randomness.
+        grid: parameters to try instead of the family's own.
+    """
+    family = HEADS[name]
+    everything = list(grid) if grid is not None else family.grid(min(len(fold.train) for fold in folds))
+    step = 1 if grid is not None else family.coarse
+    truth = np.concatenate([y[fold.val] for fold in folds])
+    with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
+        outcomes: list[tuple[Attempt, Scores]] = []
+
+        def best() -> tuple[Attempt, Scores]:
+            return min(outcomes, key=lambda outcome: (outcome[1].rank, everything.index(outcome[0].params)))
+
+        def try_all(candidates: Sequence[Params]) -> None:
+            for attempt in family.sweep(candidates, X, y, folds, seed):
+                outcomes.append((attempt, score(truth, attempt.answers)))
+                bar.update(1)
+
+        try_all(everything[::step])
+        if step > 1:
+            try_all(family.refine(everything, best()[0].params))
+    attempt, val = best()
+    unconverged = sum(not one.converged for one, _ in outcomes)
+    return Chosen(attempt.params, val, attempt.answers, len(outcomes), unconverged)
+
+
+def train(name: str, params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
+    """Fit a head; return it and whether its optimiser converged."""
+    return HEADS[name].fit(params, X, y, seed)

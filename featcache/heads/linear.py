@@ -1,0 +1,140 @@
+"""Linear heads by our own solvers, returned as fitted scikit-learn estimators."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
+from sklearn.svm import LinearSVC
+
+from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params
+from featcache.solvers import linear, ridge
+from featcache.solvers.linear import Solution
+from featcache.splits import Fold
+
+# 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
+_LOGISTIC = [{"C": float(f"{value:.4g}")} for value in np.logspace(-6, 5, 45)]
+# the costs of VISSL's linear classification (Goyal et al. 2019, section 4)
+_COSTS = [{"C": cost} for cost in (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)]
+_ALPHAS = [{"alpha": float(f"{value:.4g}")} for value in np.logspace(6, -1, 15)]
+
+
+def _masks(folds: Sequence[Fold], count: int) -> list[NDArray[np.bool_]]:
+    masks = [np.zeros(count, dtype=bool) for _ in folds]
+    for mask, fold in zip(masks, folds, strict=True):
+        mask[fold.train] = True
+    return masks
+
+
+def as_logistic(solution: Solution, classes: NDArray[Any] | None = None) -> LogisticRegression:
+    """Return a solution as scikit-learn's fitted estimator, with the standardisation in its weights."""
+    head = LogisticRegression(C=solution.C, tol=linear.TOLERANCE)
+    head.classes_ = solution.classes if classes is None else classes[solution.classes]
+    head.coef_, head.intercept_ = solution.coefficients, solution.intercept
+    head.n_features_in_ = solution.coefficients.shape[1]
+    head.n_iter_ = np.array([solution.iterations], dtype=np.int32)
+    return head
+
+
+def probabilities(solution: Solution, X: X_, classes: int) -> NDArray[np.float64]:
+    """Return a solution's probabilities (n, classes)."""
+    scores = X @ solution.coefficients.T.astype(X.dtype) + solution.intercept.astype(X.dtype)
+    if scores.shape[1] == 1:
+        scores = np.concatenate([np.zeros_like(scores), scores], axis=1)
+    found = np.zeros((len(X), classes))
+    found[:, solution.classes] = softmax(scores, axis=1)
+    return found
+
+
+def _sweep_logistic(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+    classes = int(y.max()) + 1
+    found = linear.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)))
+    for number, params in enumerate(grid):
+        solutions = [several[number] for several in found]
+        answers = [probabilities(one, X[fold.val], classes) for one, fold in zip(solutions, folds, strict=True)]
+        yield Attempt(params, np.concatenate(answers), all(one.converged for one in solutions))
+
+
+def _fit_logistic(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
+    ((solution,),) = linear.solve(X, y, [params["C"]])
+    return make_pipeline(as_logistic(solution)), solution.converged
+
+
+def _signs(y: Y_, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return the outputs of one against the rest (n, k) bool; of two classes only the second is one."""
+    return np.equal(y[:, None], classes if len(classes) > 2 else classes[1:])
+
+
+def _sweep_svm(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+    X, classes = normalize(X), np.unique(y)
+    costs = [params["C"] for params in grid]
+    found = linear.solve(X, _signs(y, classes), costs, _masks(folds, len(y)), loss="squared_hinge", standardise=False)
+    for number, params in enumerate(grid):
+        solutions = [several[number] for several in found]
+        answers = [_decided(one, X[fold.val], classes) for one, fold in zip(solutions, folds, strict=True)]
+        yield Attempt(params, np.concatenate(answers), all(one.converged for one in solutions))
+
+
+def _decided(solution: Solution, X: X_, classes: NDArray[np.int64]) -> Y_:
+    scores = X @ solution.coefficients.T.astype(X.dtype) + solution.intercept.astype(X.dtype)
+    chosen: Y_ = classes[(scores[:, 0] > 0).astype(int) if len(classes) == 2 else scores.argmax(axis=1)]
+    return chosen
+
+
+def _fit_svm(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
+    classes = np.unique(y)
+    ((solution,),) = linear.solve(normalize(X), _signs(y, classes), [params["C"]], loss="squared_hinge", standardise=False)
+    head = LinearSVC(C=params["C"])
+    head.classes_, head.n_features_in_, head.n_iter_ = classes, X.shape[1], solution.iterations
+    head.coef_, head.intercept_ = solution.coefficients, solution.intercept
+    return make_pipeline(Normalizer().fit(X), head), solution.converged
+
+
+def _sweep_ridge(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+    alphas, found = [params["alpha"] for params in grid], []
+    for fold, mask in zip(folds, _masks(folds, len(y)), strict=True):
+        classes = np.unique(y[fold.train])
+        several = ridge.solve(X, 2.0 * _signs(y, classes) - 1, alphas, mask)
+        found.append([_ridge(classes, *one, X.shape[1]).predict(X[fold.val]) for one in several])
+    for number, params in enumerate(grid):
+        yield Attempt(params, np.concatenate([several[number] for several in found]))
+
+
+def _fit_ridge(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
+    classes = np.unique(y)
+    ((coefficients, intercept),) = ridge.solve(X, 2.0 * _signs(y, classes) - 1, [params["alpha"]])
+    return make_pipeline(_ridge(classes, coefficients, intercept, X.shape[1], params["alpha"])), True
+
+
+def _ridge(
+    classes: NDArray[np.int64], coefficients: NDArray[Any], intercept: NDArray[Any], width: int, alpha: float = 1.0
+) -> RidgeClassifier:
+    head = RidgeClassifier(alpha=alpha)
+    head._label_binarizer = LabelBinarizer(pos_label=1, neg_label=-1).fit(classes)  # noqa: SLF001 - where its classes_ come from
+    head.coef_, head.intercept_, head.n_features_in_ = coefficients, intercept, width
+    return head
+
+
+def linear_weights(head: Pipeline, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a logistic head as one linear map: weights (classes, d), bias (classes,).
+
+    Its softmax gives the head's probabilities; a class that the head never saw gets a bias of minus 30.
+    """
+    model = head[-1]
+    coefficients, intercept = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
+    if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
+        coefficients = np.concatenate([-coefficients, coefficients]) / 2
+        intercept = np.concatenate([-intercept, intercept]) / 2
+    weights, bias = np.zeros((classes, coefficients.shape[1])), np.full(classes, -30.0)
+    weights[model.classes_] = coefficients
+    bias[model.classes_] = intercept
+    return weights, bias
+
+
+LOGISTIC = HeadFamily(lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4)
+SVM = HeadFamily(lambda _: list(_COSTS), _sweep_svm, _fit_svm)
+RIDGE = HeadFamily(lambda _: list(_ALPHAS), _sweep_ridge, _fit_ridge)

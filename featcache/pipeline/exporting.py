@@ -1,0 +1,253 @@
+"""One ONNX model of a backbone and its head: decoded pixels in, scores out."""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.ensemble import VotingClassifier
+from sklearn.kernel_approximation import Nystroem
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.svm import LinearSVC
+from torch import Tensor, nn
+
+from featcache.bundle import Bundle
+from featcache.errors import DataError, SetupError, UsageError
+from featcache.heads.neighbours import TEMPERATURE
+from featcache.images import decode
+from featcache.pipeline.predicting import backbone_of
+from featcache.pipeline.workbench import Settings, Workbench
+from featcache.sources import Source
+from featcache.store.atomic import replace_file
+
+AGREEMENT = 1e-4
+_CHECKED = 16
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model that was written: the greatest difference of its scores from the head's own on so many images."""
+
+    path: Path
+    difference: float
+    images: int
+
+
+def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, weights: str | None = None) -> Exported:
+    """Write backbone and head as one ONNX model, once it has agreed with them on real images.
+
+    Input ``pixels`` is uint8 (batch, size, size, 3), decoded and cropped as the model's metadata say; normalising is
+    inside. Output ``scores`` is float32 (batch, classes): probabilities where the head knows them.
+
+    Args:
+        bundle: the head.
+        path: of the file to write.
+        check: images to compare on.
+        settings: of the backbone's device.
+        weights: where the backbone's weights file is now.
+
+    Raises:
+        SetupError: ONNX is not installed.
+        UsageError: the head is of a kind that cannot be exported.
+        DataError: no image of ``check`` can be read, or the model disagrees.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError:
+        raise SetupError("export needs ONNX: `pip install 'featcache[onnx]'`.") from None
+    bench = Workbench(check, backbone_of(bundle.card, weights), settings)
+    transform, pixels = bench.backbone.transform, []
+    for item in check.items:
+        try:
+            pixels.append(decode(check.read(item.path), transform)[0])
+        except (OSError, ValueError):
+            continue
+        if len(pixels) == _CHECKED:
+            break
+    if not pixels:
+        raise DataError(f"{check.location}: none of its images can be read to check the model on.")
+    images = np.stack(pixels)
+    head = _as_module(bundle.estimator, len(bundle.classes))
+    model = _Whole(bench.backbone.program((bundle.card.get("cut", "pooled"),)), head).eval()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draft = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            model,
+            (torch.from_numpy(images[:2] if len(images) > 1 else np.repeat(images, 2, axis=0)),),
+            str(draft),
+            input_names=["pixels"],
+            output_names=["scores"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        proto = onnx.load(str(draft))
+    facts = {"classes": list(bundle.classes), "transform": asdict(transform), "head": bundle.card["head"]}
+    for name, value in facts.items():
+        proto.metadata_props.add(key=name, value=json.dumps(value))
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    features = bench.backbone.runner(bundle.card.get("cut", "pooled"))(images)
+    expected = _expected(bundle, features)
+    got = np.concatenate([session.run(None, {"pixels": images[:1]})[0], session.run(None, {"pixels": images})[0][1:]])
+    difference = float(np.abs(got - expected).max() / max(1.0, float(np.abs(expected).max())))
+    if difference > AGREEMENT:
+        raise DataError(f"{path}: not written, the model's scores differ by {difference:.1g} from the head's own.")
+    replace_file(path, content)
+    return Exported(path, difference, len(images))
+
+
+class _Whole(nn.Module):
+    def __init__(self, program: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+        self.head = head
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        (features,) = self.program(pixels)
+        scores: Tensor = self.head(features)
+        return scores
+
+
+def _expected(bundle: Bundle, features: NDArray[Any]) -> NDArray[Any]:
+    estimator, scores = bundle.estimator, np.zeros((len(features), len(bundle.classes)))
+    if hasattr(estimator, "predict_proba"):
+        found = estimator.predict_proba(features)
+    else:
+        found = estimator.decision_function(features)
+        scores -= np.inf if len(estimator.classes_) < len(bundle.classes) else 0
+        found = np.stack([-found, found], axis=1) if found.ndim == 1 else found
+    scores[:, estimator.classes_] = found
+    return scores
+
+
+def _as_module(estimator: Any, classes: int) -> nn.Module:
+    """Return a fitted head as a module, features (b, d) -> scores (b, classes).
+
+    Raises:
+        UsageError: there is no way to write this kind of head.
+    """
+    if isinstance(estimator, VotingClassifier):
+        return _Mean([_as_module(member, classes) for member in estimator.estimators_])
+    steps = [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
+    for step in steps:
+        if type(step) not in _WRITERS:
+            raise UsageError(f"{type(step).__name__} heads cannot be exported: use {', '.join(_exportable())}.")
+    return nn.Sequential(*(_WRITERS[type(step)](step) for step in steps), _Spread(steps[-1].classes_, classes))
+
+
+def _exportable() -> list[str]:
+    return ["logistic", "ridge", "svm", "lda", "knn", "rbf", "mlp", "or an ensemble of them"]
+
+
+class _Affine(nn.Module):
+    """Scores of a linear model; of two classes the one row becomes two."""
+
+    def __init__(self, weights: NDArray[Any], bias: NDArray[Any], *, probabilities: bool) -> None:
+        super().__init__()
+        if len(weights) == 1:
+            zero = 0.0 if probabilities else -1.0
+            weights, bias = np.concatenate([zero * weights, weights]), np.concatenate([zero * bias, bias])
+        self.linear = nn.Linear(weights.shape[1], len(weights))
+        self.linear.weight.data = torch.from_numpy(weights.astype(np.float32))
+        self.linear.bias.data = torch.from_numpy(bias.astype(np.float32))
+        self.finish = nn.Softmax(dim=1) if probabilities else nn.Identity()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        scores: Tensor = self.finish(self.linear(rows))
+        return scores
+
+
+class _Constants(nn.Module):
+    """Applies a function of the rows and of some constants."""
+
+    def __init__(self, act: Callable[..., Tensor], *constants: NDArray[Any]) -> None:
+        super().__init__()
+        self.act = act
+        self.count = len(constants)
+        for number, constant in enumerate(constants):
+            kind = np.int64 if constant.dtype.kind == "i" else np.float32
+            self.register_buffer(f"constant{number}", torch.from_numpy(constant.astype(kind)))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.act(rows, *(getattr(self, f"constant{number}") for number in range(self.count)))
+
+
+class _Spread(nn.Module):
+    """Puts the scores of the classes that a head knows into their places among all."""
+
+    def __init__(self, known: NDArray[np.int64], classes: int) -> None:
+        super().__init__()
+        place = torch.zeros(len(known), classes)
+        place[torch.arange(len(known)), torch.from_numpy(np.asarray(known))] = 1
+        self.register_buffer("place", place)
+        self.is_whole = len(known) == classes
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores if self.is_whole else scores @ self.place  # type: ignore[operator]
+
+
+class _Mean(nn.Module):
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.stack([member(rows) for member in self.members]).mean(dim=0)
+
+
+def _network(model: MLPClassifier) -> nn.Module:
+    layers: list[nn.Module] = []
+    for weights, bias in zip(model.coefs_[:-1], model.intercepts_[:-1], strict=True):
+        layers += [_Affine(weights.T, bias, probabilities=False), nn.ReLU()]
+    return nn.Sequential(*layers, _Affine(model.coefs_[-1].T, model.intercepts_[-1], probabilities=True))
+
+
+def _neighbours(model: KNeighborsClassifier) -> nn.Module:
+    labels = np.eye(len(model.classes_), dtype=np.float32)[model._y]  # noqa: SLF001 - the only place of the labels
+    count = model.n_neighbors
+
+    def vote(rows: Tensor, train: Tensor, one_hot: Tensor) -> Tensor:
+        cosines, index = torch.topk(rows @ train.T, count, dim=1)
+        weights = torch.exp((cosines - cosines[:, :1]) / TEMPERATURE)
+        votes = (weights[:, :, None] * one_hot[index]).sum(dim=1)
+        return votes / votes.sum(dim=1, keepdim=True)
+
+    return _Constants(vote, model._fit_X, labels)  # noqa: SLF001 - as above
+
+
+def _kernel(model: Nystroem) -> nn.Module:
+    gamma = float(model.gamma)
+
+    def act(rows: Tensor, landmarks: Tensor, mix: Tensor) -> Tensor:
+        distance = (rows**2).sum(1, keepdim=True) - 2 * rows @ landmarks.T + (landmarks**2).sum(1)
+        return torch.exp(-gamma * distance.clamp(min=0)) @ mix.T
+
+    return _Constants(act, model.components_, model.normalization_)
+
+
+_WRITERS: dict[type, Callable[[Any], nn.Module]] = {
+    StandardScaler: lambda step: _Constants(lambda rows, mean, scale: (rows - mean) / scale, step.mean_, step.scale_),
+    Normalizer: lambda _: _Constants(lambda rows: rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)),
+    Nystroem: _kernel,
+    LogisticRegression: lambda step: _Affine(step.coef_, step.intercept_, probabilities=True),
+    LinearDiscriminantAnalysis: lambda step: _Affine(step.coef_, step.intercept_, probabilities=True),
+    RidgeClassifier: lambda step: _Affine(step.coef_, step.intercept_, probabilities=False),
+    LinearSVC: lambda step: _Affine(step.coef_, step.intercept_, probabilities=False),
+    KNeighborsClassifier: _neighbours,
+    MLPClassifier: _network,
+}

@@ -1,0 +1,152 @@
+"""A trained head on images that were never extracted: from files to labels, nothing kept."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.bundle import Bundle
+from featcache.errors import DataError, UsageError
+from featcache.fingerprint import sha256_of_file
+from featcache.flow import Batch, Reader, run_batches, sample
+from featcache.pipeline.workbench import Settings, Workbench
+from featcache.progress import progress
+from featcache.sources import Item, Source, image_files
+from featcache.sources.base import FileStat
+from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a head says of one image: ``probabilities`` (classes,) where it knows any; ``reason`` where it says nothing."""
+
+    path: str
+    label: str | None = None
+    probabilities: NDArray[np.float64] | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class _Anywhere:
+    """Files by the paths that the user gave."""
+
+    def read(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+    def stat(self, path: str) -> FileStat:
+        found = os.stat(path)  # noqa: PTH116 - as sources do
+        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpec:
+    """Return the backbone that a head was trained on; its weights file may have moved to ``weights``.
+
+    Raises:
+        UsageError: the weights file is not where it was.
+        DataError: it is another file now.
+    """
+    facts = card["backbone"]
+    path, wanted = weights or card.get("weights"), facts["weights"]
+    if wanted and wanted.startswith("sha256:"):
+        if path is None or not Path(path).is_file():
+            raise UsageError(f"{path or 'the weights'}: no such file; say with --weights where the backbone's weights are.")
+        if f"sha256:{sha256_of_file(Path(path))}" != wanted:
+            raise DataError(f"{path}: not the weights that the head was trained on (another SHA-256).")
+    else:
+        path = wanted
+    overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in facts["overrides"].items()}
+    return BackboneSpec(
+        facts["name"],
+        path,
+        facts["random_init"],
+        freeze_args(dict(facts["model_args"])),
+        TransformOverrides(**overrides),
+        facts.get("pool", "default"),
+        facts.get("precision", "float32"),
+    )
+
+
+def find_images(places: Iterable[str]) -> Iterator[str]:
+    """Yield files as they are, and the images in and below folders.
+
+    Raises:
+        DataError: a path is not there.
+    """
+    for place in places:
+        path = Path(place)
+        if path.is_dir():
+            yield from (str(path / inside) for inside in sorted(image_files(path)))
+        elif path.exists():
+            yield place
+        else:
+            raise DataError(f"{place}: there is no such file or folder.")
+
+
+def label_images(
+    bundle: Bundle, paths: Sequence[str], settings: Settings, *, weights: str | None = None
+) -> Iterator[Prediction]:
+    """Yield a prediction for each image, in the order given; one that cannot be read gives the reason.
+
+    Args:
+        bundle: the head.
+        paths: image files.
+        settings: device, batch size, runtime, workers.
+        weights: where the backbone's weights file is now.
+    """
+    spec = backbone_of(bundle.card, weights)
+    items = tuple(Item(path, "") for path in dict.fromkeys(paths))
+    source = Source("images", "images", items, _Anywhere())
+    bench = Workbench(source, spec, settings)
+    done: dict[str, Prediction] = {}
+    waiting = list(reversed(paths))
+    with progress(len(items), "predict") as bar:
+        for several in _batches(bench, bundle.card.get("cut", "pooled")):
+            said = _answer(bundle, several, source)
+            done.update((one.path, one) for one in said)
+            bar.update(len(said))
+            while waiting and waiting[-1] in done:
+                yield done[waiting.pop()]
+    yield from (done[path] for path in reversed(waiting))
+
+
+def _batches(bench: Workbench, cut: str) -> Iterator[Batch]:
+    """Yield images with their embeddings; copies of an image come with those of the first."""
+    plan = bench.plan_for(bench.backbone.transform, Views())
+    reader = Reader(bench.source, range(len(bench.source.items)), plan.transform, plan.views, ())
+    first = reader.fill(plan.batch_size)
+    rows: dict[bytes, NDArray[Any]] = {}
+    copies: list[Any] = []
+    if first.fresh:
+        with bench.threads():
+            ready = bench.prepare([cut], sample(first, plan.batch_size), len(bench.source.items))
+            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, [first])) as batches:
+                for batch in batches:
+                    rows.update((digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True))
+                    copies += batch.copies
+                    yield batch
+    elif len(first):
+        yield first
+    known = [copy for copy in copies if copy[1] in rows]
+    if known:
+        yield Batch(fresh=known, rows=(np.stack([rows[digest] for _, digest, _ in known]),))
+
+
+def _answer(bundle: Bundle, batch: Batch, source: Source) -> list[Prediction]:
+    said = [Prediction(bad.path, reason=bad.reason) for bad in batch.bad]
+    if not batch.fresh:
+        return said
+    names = [source.items[position].path for position, _, _ in batch.fresh]
+    X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
+    if not hasattr(bundle.estimator, "predict_proba"):
+        found = bundle.estimator.predict(X)
+        return said + [Prediction(name, bundle.classes[number]) for name, number in zip(names, found, strict=True)]
+    probabilities = np.zeros((len(X), len(bundle.classes)))
+    probabilities[:, bundle.estimator.classes_] = bundle.estimator.predict_proba(X)
+    return said + [
+        Prediction(name, bundle.classes[int(row.argmax())], row) for name, row in zip(names, probabilities, strict=True)
+    ]

@@ -1,0 +1,241 @@
+"""Multinomial logistic regression, exactly: every penalty and every fold in shared passes over the features.
+
+Each fold's problems are solved from the strongest penalty to the weakest, each started from where the last two point. The
+inverse Hessian that L-BFGS starts from is a Kronecker product: the mean covariance of a row's class indicator, times the
+covariance of the features, plus the penalty (the block structure of Böhning 1992, with probabilities in place of his bound).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+from threadpoolctl import threadpool_limits
+
+from featcache.solvers.lbfgs import Descent, Precondition
+from featcache.solvers.passes import Loss, Passes
+from featcache.solvers.scaled import Floats, Rows, cores, scaled
+
+TOLERANCE = 1e-5
+_DOUBLE_FROM = 1e-7  # a tolerance that products in float32 do not reach
+_MAX_ITERATIONS = 1000
+_REFRESH = 6  # evaluations after which the curvature is measured anew
+_NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
+_WIDTH = 48  # columns from which on a product is efficient
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The minimiser of C * (sum of log-losses) + |W|^2 / 2, in the features' own units, and how well it was reached.
+
+    ``classes`` (k,) are those that the fold trains on; ``coefficients`` (k, d) and ``intercept`` (k,) have one row for two
+    of them, as scikit-learn keeps them. ``objective`` is the value reached; ``excess`` estimates its distance to the
+    optimum, relative to it; ``gradient`` is the largest component, relative to the objective, in standardised units. Where
+    features were standardised, |W| is that of their weights.
+    """
+
+    C: float
+    classes: NDArray[np.int64]
+    coefficients: Floats
+    intercept: Floats
+    objective: float
+    excess: float
+    gradient: float
+    iterations: int
+    converged: bool
+    float64: bool
+
+
+def solve(
+    X: Rows,
+    y: NDArray[Any],
+    Cs: Sequence[float],
+    folds: Sequence[NDArray[np.bool_]] | None = None,
+    *,
+    loss: Loss = "softmax",
+    standardise: bool = True,
+    tolerance: float = TOLERANCE,
+    max_iterations: int = _MAX_ITERATIONS,
+    in_memory: bool = True,
+) -> list[list[Solution]]:
+    """Minimise scikit-learn's ``LogisticRegression`` objective for every C on every fold.
+
+    Args:
+        X: features (n, d), finite; an array, or what is sliced by rows where it does not fit into memory.
+        y: classes 0..k-1 (n,); labels (n, k) bool for the losses that take each label by itself.
+        Cs: inverse penalties; solutions come in this order.
+        folds: for each fold the rows that train, (n,) bool; all rows as one fold if left out.
+        loss: "softmax"; "sigmoid" for ``OneVsRestClassifier(LogisticRegression())``'s objective; "squared_hinge" for
+            ``LinearSVC``'s, its intercept not penalised.
+        standardise: penalise the weights of (x - mean) / standard deviation, both over the fold's rows.
+        tolerance: stop where the objective's estimated distance to the optimum falls below this share of it.
+        max_iterations: of one problem.
+        in_memory: keep a float32 copy of the features.
+
+    Returns:
+        For each fold the solutions, one a C.
+
+    Raises:
+        ValueError: a fold trains on fewer than two classes.
+    """
+    folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
+    with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:
+        solver = _Path(Passes(features, y, loss), [y[rows] for rows in folds], tolerance, max_iterations)
+        order = np.argsort(Cs, kind="stable")
+        found = solver.run([float(Cs[index]) for index in order])
+    back = np.argsort(order)
+    return [[solutions[index] for index in back] for solutions in found]
+
+
+@dataclass
+class _Problem:
+    """One C on one fold: its descent, in coordinates (k, d + 1), the intercept last."""
+
+    fold: int
+    C: float
+    descent: Descent
+    double: bool
+    done: bool = False
+    converged: bool = False
+
+
+class _Path:
+    def __init__(self, passes: Passes, y: Sequence[NDArray[Any]], tolerance: float, max_iterations: int) -> None:
+        self.passes = passes
+        self.folds = passes.features.folds
+        self.outputs = passes.outputs
+        self.softmax = all(some.ndim == 1 for some in y)
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+        with threadpool_limits(cores(), "blas"):
+            gram: Any = passes.features.gram().astype(np.float64 if tolerance < _DOUBLE_FROM else np.float32)
+            values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
+        self.values, self.vectors = np.maximum(values.astype(np.float64), 0.0), vectors.astype(np.float64)
+        self.starts, self.free = zip(*(self._start(some) for some in y), strict=True)
+
+    def _start(self, y: NDArray[Any]) -> tuple[Floats, NDArray[np.bool_]]:
+        """Return a fold's constant model (k, d + 1), and for which of its k outputs there is something to learn."""
+        start = np.zeros((self.outputs, self.passes.features.width + 1))
+        shares = np.bincount(y, minlength=self.outputs) / len(y) if self.softmax else y.mean(axis=0)
+        if self.softmax:
+            free = shares > 0
+            if free.sum() < 2:
+                raise ValueError("every fold must train on two classes at least")
+            start[:, -1] = np.where(free, np.log(np.where(free, shares, 1)), _NEVER)
+        else:
+            free = (shares > 0) & (shares < 1)
+            start[:, -1] = np.where(free, 0, np.where(shares > 0, _ALWAYS, -_ALWAYS))
+        return start, free
+
+    def run(self, Cs: Sequence[float]) -> list[list[Solution]]:
+        """Solve for ascending C, on all folds; some neighbouring C at a time where one would make products too narrow."""
+        number = len(self.folds)
+        found: list[list[Solution]] = [[] for _ in range(number)]
+        points: list[list[Floats]] = [[] for _ in range(number)]
+        together = max(1, _WIDTH // (number * self.outputs))
+        for start in range(0, len(Cs), together):
+            group = [
+                self._problem(fold, C, Cs[:start], points[fold])
+                for fold in range(number)
+                for C in Cs[start : start + together]
+            ]
+            self._descend(group)
+            for problem in group:
+                points[problem.fold] = [*points[problem.fold][-1:], problem.descent.point]
+                found[problem.fold].append(self._solution(problem))
+        return found
+
+    def _problem(self, fold: int, C: float, before: Sequence[float], points: Sequence[Floats]) -> _Problem:
+        if not points:
+            start = self.starts[fold]
+        elif len(points) == 1:
+            start = points[-1]
+        else:
+            ahead = np.log(C / before[-1]) / np.log(before[-1] / before[-2])
+            start = points[-1] + min(ahead, 1.0) * (points[-1] - points[-2])
+        return _Problem(fold, C, Descent(start), self.tolerance < _DOUBLE_FROM)
+
+    def _descend(self, problems: Sequence[_Problem]) -> None:
+        for turn in count():
+            refresh = turn % _REFRESH == 0
+            for double in (False, True):
+                active = [problem for problem in problems if not problem.done and problem.double is double]
+                if not active:
+                    continue
+                trials = np.stack([problem.descent.trial for problem in active])
+                folds = [problem.fold for problem in active]
+                slopes = self.passes.slopes(folds, trials[:, :, :-1], trials[:, :, -1], curvature=refresh, precise=double)
+                for number, problem in enumerate(active):
+                    if refresh:
+                        problem.descent.precondition = self._preconditioner(problem, slopes.curvature[number])
+                    self._tell(
+                        problem, trials[number], slopes.loss[number], slopes.weights[number], slopes.intercept[number]
+                    )
+            if all(problem.done for problem in problems):
+                return
+
+    def _tell(self, problem: _Problem, trial: Floats, loss: float, by_weights: Floats, by_intercept: Floats) -> None:
+        scale = self._scale_of(problem)
+        value = scale * loss + float(np.vdot(trial[:, :-1], trial[:, :-1])) / 2
+        gradient = np.concatenate([scale * by_weights + trial[:, :-1], scale * by_intercept[:, None]], axis=1)
+        gradient[~self.free[problem.fold]] = 0
+        descent = problem.descent
+        descent.tell(value, gradient, precise=problem.double)
+        problem.converged = descent.decrement <= self.tolerance * descent.value
+        if descent.stalled and not problem.converged and not problem.double:
+            problem.double = True
+            descent.restart()
+            return
+        problem.done = problem.converged or descent.stalled or descent.iterations >= self.max_iterations
+
+    def _preconditioner(self, problem: _Problem, curvature: Floats) -> Precondition:
+        fold = self.folds[problem.fold]
+        if curvature.ndim == 2:
+            spread, turn = np.linalg.eigh(curvature)
+        else:
+            spread, turn = curvature, None
+        weight = self._scale_of(problem) * fold.count * np.maximum(spread, 0.0)
+        by_weights = 1 / (weight[:, None] * self.values + 1)
+        flat = weight <= 1e-9 * weight.max(initial=0.0)
+        by_intercept = np.where(flat, 0.0, 1 / np.where(flat, 1.0, weight))
+        vectors = self.vectors
+
+        def apply(gradient: Floats) -> Floats:
+            turned = turn.T @ gradient if turn is not None else gradient
+            inside = ((turned[:, :-1] @ vectors) * by_weights) @ vectors.T
+            both = np.concatenate([inside, turned[:, -1:] * by_intercept[:, None]], axis=1)
+            return turn @ both if turn is not None else both
+
+        return apply
+
+    def _scale_of(self, problem: _Problem) -> float:
+        """Return C, for two classes half of it: two opposite rows of weights then count as scikit-learn's one."""
+        return problem.C / 2 if self.softmax and self.free[problem.fold].sum() == 2 else problem.C
+
+    def _solution(self, problem: _Problem) -> Solution:
+        descent, fold = problem.descent, self.folds[problem.fold]
+        classes = np.flatnonzero(self.free[problem.fold]) if self.softmax else np.arange(self.outputs)
+        weights = descent.point[classes, :-1] / fold.scale
+        intercept = descent.point[classes, -1] - weights @ fold.mean
+        objective = descent.value
+        if not self.softmax:
+            pass
+        elif len(classes) == 2:
+            weights, intercept, objective = weights[1:] - weights[:1], intercept[1:] - intercept[:1], 2 * objective
+        else:
+            intercept = intercept - intercept.mean()
+        return Solution(
+            problem.C,
+            classes,
+            weights,
+            intercept,
+            objective,
+            excess=descent.decrement / descent.value,
+            gradient=float(np.abs(descent.gradient).max() / descent.value),
+            iterations=descent.iterations,
+            converged=problem.converged,
+            float64=problem.double,
+        )

@@ -1,0 +1,41 @@
+"""Ridge regression for every penalty at once, from one factorisation."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+from threadpoolctl import threadpool_limits
+
+from featcache.solvers.scaled import Floats, Rows, cores, scaled
+
+
+def solve(
+    X: Rows, targets: Rows, alphas: Sequence[float], rows: NDArray[np.bool_] | None = None, *, standardise: bool = True
+) -> list[tuple[Floats, Floats]]:
+    """Minimise |targets - X W' - b|^2 + alpha |W|^2, b not penalised, for every alpha.
+
+    Args:
+        X: features (n, d), finite; an array, or what is sliced by rows where it does not fit into memory.
+        targets: (n, t).
+        alphas: penalties, positive.
+        rows: which rows train (n,) bool; all if left out.
+        standardise: penalise the weights of (x - mean) / standard deviation.
+
+    Returns:
+        For each alpha the coefficients (t, d) and the intercept (t,), in the features' own units.
+    """
+    used = np.ones(len(X), dtype=bool) if rows is None else rows
+    centre = targets[used].mean(axis=0)
+    with scaled(X, [used], standardise=standardise, in_memory=False) as features:
+        gram, cross = features.gram(np.float64), features.cross(targets - centre)
+        count, (fold,) = features.count, features.folds
+    with threadpool_limits(cores(), "blas"):
+        values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
+        turned = vectors.T @ cross
+        found = []
+        for alpha in alphas:
+            shrunk = turned / (np.maximum(values, 0.0) + alpha / count)[:, None]
+            coefficients = (vectors @ shrunk).T / fold.scale
+            found.append((coefficients, centre - coefficients @ fold.mean))
+    return found

@@ -1,0 +1,174 @@
+"""Features by blocks of rows on all cores: centred, scaled, and rows of one fold beside each other."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+Rows = NDArray[Any]
+Floats = NDArray[np.float64]
+Result = TypeVar("Result")
+
+_BLOCK_BYTES = 1 << 20  # what fits a core's share of the caches
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows that train a model: how many, and the place and the spread (d,) of features by which the model sees them."""
+
+    count: int
+    mean: Floats
+    scale: Floats
+
+
+class Scaled:
+    """Features (n, d) as (x - mean) / scale over the rows that any fold uses, the others left out.
+
+    Args:
+        X: an array, or anything that is sliced by rows, such as a memory map; finite.
+        rows: for each fold, which rows train (n,) bool; 62 folds at most.
+        standardise: folds see (x - mean) / standard deviation over their own rows, else x - mean.
+        in_memory: keep a float32 copy, sorted by fold; else rows are read anew in every pass, in their own order.
+    """
+
+    def __init__(self, X: Rows, rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True) -> None:
+        groups = np.zeros(len(X), np.int64)
+        for number, some in enumerate(rows):
+            groups |= some.astype(np.int64) << number
+        self.order = np.argsort(groups, kind="stable")[np.count_nonzero(groups == 0) :] if in_memory else np.arange(len(X))
+        self.trains = [(groups[self.order] >> number & 1).astype(bool) for number in range(len(rows))]
+        self.width = X.shape[1]
+        step = max(64, _BLOCK_BYTES // (4 * max(1, self.width)))
+        self.blocks = [slice(start, min(start + step, len(self.order))) for start in range(0, len(self.order), step)]
+        self._groups = groups[self.order]
+        self._source = X
+        self._moved = in_memory
+        self._standardise = standardise
+        self._workers = ThreadPoolExecutor(cores())
+        moments = self._moments_by_group()
+        self.folds = []
+        for number in range(len(rows)):
+            count, mean, scale = _spread([moments[group] for group in moments if group >> number & 1])
+            self.folds.append(Fold(count, mean, scale if standardise else np.ones(self.width)))
+        self.count, self.mean, self.scale = _spread([moments[group] for group in moments if group])
+        self._cached: Rows | None = None
+        if in_memory:
+            self._cached = cached = np.empty((len(self.order), self.width), np.float32)
+
+            def keep(block: slice) -> None:
+                cached[block] = self._centred(block)
+
+            self.each(keep)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._workers.shutdown()
+
+    def each(self, act: Callable[[slice], Result]) -> list[Result]:
+        """Call a function with every block of rows, as many at a time as there are cores."""
+        return list(self._workers.map(act, self.blocks))
+
+    def shared(self, act: Callable[[Sequence[slice]], Result]) -> list[Result]:
+        """Call a function once a core with its share of the blocks."""
+        count = min(cores(), len(self.blocks))
+        return list(self._workers.map(act, [self.blocks[number::count] for number in range(count)]))
+
+    def block(self, block: slice, kind: type = np.float32) -> Rows:
+        """Return some rows (b, d), centred and scaled."""
+        if self._cached is not None and kind is np.float32:
+            return self._cached[block]
+        return self._centred(block).astype(kind)
+
+    def gram(self, kind: type = np.float32) -> Floats:
+        """Return the mean of x x' (d, d) over the rows in use, in the coordinates of a fold of them all."""
+        stretch = np.ones(self.width) if self._standardise else self.scale
+
+        def some(blocks: Sequence[slice]) -> Floats:
+            total = np.zeros((self.width, self.width))
+            for block in blocks:
+                rows = self.block(block, kind)[self._groups[block] > 0]
+                total += rows.T @ rows
+            return total
+
+        return np.sum(self.shared(some), axis=0) / self.count * stretch[:, None] * stretch  # type: ignore[no-any-return]
+
+    def cross(self, targets: Floats) -> Floats:
+        """Return the mean of x t' (d, t) over the rows in use, ``targets`` (n, t), in the same coordinates."""
+        stretch = np.ones(self.width) if self._standardise else self.scale
+
+        def some(blocks: Sequence[slice]) -> Floats:
+            total = np.zeros((self.width, targets.shape[1]))
+            for block in blocks:
+                used = self._groups[block] > 0
+                total += self.block(block, np.float64)[used].T @ targets[self.order[block]][used]
+            return total
+
+        return np.sum(self.shared(some), axis=0) / self.count * stretch[:, None]  # type: ignore[no-any-return]
+
+    def _centred(self, block: slice) -> Floats:
+        return (self._raw(block) - self.mean) / self.scale
+
+    def _raw(self, block: slice) -> Floats:
+        return np.asarray(self._source[self.order[block] if self._moved else block], dtype=np.float64)
+
+    def _moments_by_group(self) -> "dict[int, _Moments]":
+        """Return number, mean and squared deviations of the rows that belong to the same folds, in one pass."""
+
+        def one(block: slice) -> "list[tuple[int, _Moments]]":
+            rows, groups = self._raw(block), self._groups[block]
+            found = []
+            for group in np.unique(groups):
+                some = rows[groups == group]
+                mean = some.mean(axis=0)
+                found.append((int(group), _Moments(len(some), mean, ((some - mean) ** 2).sum(axis=0))))
+            return found
+
+        gathered: dict[int, list[_Moments]] = {}
+        for block in self.each(one):
+            for group, moments in block:
+                gathered.setdefault(group, []).append(moments)
+        return {group: _Moments.joined(several) for group, several in gathered.items()}
+
+
+class _Moments(NamedTuple):
+    rows: int
+    mean: Floats
+    squares: Floats
+
+    @classmethod
+    def joined(cls, several: "Sequence[_Moments]") -> "_Moments":
+        """Put together what was measured apart (Chan, Golub and LeVeque 1983)."""
+        count = sum(one.rows for one in several)
+        mean = np.sum([one.mean * (one.rows / count) for one in several], axis=0)
+        squares = np.sum([one.squares + one.rows * (one.mean - mean) ** 2 for one in several], axis=0)
+        return cls(count, mean, squares)
+
+
+def _spread(several: Sequence[_Moments]) -> tuple[int, Floats, Floats]:
+    """Return number, mean and standard deviation; features without spread get 1, by StandardScaler's rule."""
+    count, mean, squares = _Moments.joined(several)
+    variance, eps = squares / count, np.finfo(np.float64).eps
+    flat = variance <= count * eps * variance + (count * mean * eps) ** 2
+    return count, mean, np.where(flat, 1.0, np.sqrt(variance))
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def scaled(X: Rows, rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True) -> Iterator[Scaled]:
+    """Yield scaled features; inside, matrix products use one core each, since blocks run side by side."""
+    with threadpool_limits(1, "blas"):
+        features = Scaled(X, rows, standardise=standardise, in_memory=in_memory)
+        try:
+            yield features
+        finally:
+            features.close()

@@ -1,0 +1,209 @@
+"""Our own solvers give scikit-learn's answers, on kind and on unkind data."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from featcache.solvers import linear, ridge
+
+
+def data(classes: int, count: int = 200, width: int = 12, noise: float = 1.5, seed: int = 0) -> tuple[Any, Any]:
+    """Return correlated features around one centre a class (n, d), and classes (n,)."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(count) % classes
+    mix = rng.normal(size=(width, width)) / np.sqrt(width)
+    X = (rng.normal(0, 1, (classes, width))[y] + rng.normal(0, noise, (count, width))) @ mix
+    return X, y
+
+
+def objective(X: Any, y: Any, C: float, coefficients: Any, intercept: Any) -> float:
+    """Return C * (sum of log-losses) + |W|^2 / 2."""
+    scores = X @ coefficients.T + intercept
+    if scores.shape[1] == 1:
+        scores = np.concatenate([np.zeros_like(scores), scores], axis=1)
+    scores = scores - scores.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(y)), y]
+    return float(C * losses.sum() + (coefficients**2).sum() / 2)
+
+
+def reference(X: Any, y: Any, C: float) -> LogisticRegression:
+    """Fit scikit-learn's own, tightly."""
+    return LogisticRegression(C=C, tol=1e-10, max_iter=100_000, solver="lbfgs").fit(X, y)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("C", [1e-3, 1.0, 1e3])
+def test_coefficients_are_scikit_learns(classes: int, C: float) -> None:
+    """At a tight tolerance the minimiser is the same."""
+    X, y = data(classes)
+
+    ((found,),) = linear.solve(X, y, [C], standardise=False, tolerance=1e-12)
+
+    expected = reference(X, y, C)
+    assert found.converged
+    np.testing.assert_allclose(found.coefficients, expected.coef_, rtol=2e-4, atol=2e-5 * np.abs(expected.coef_).max())
+    np.testing.assert_allclose(found.intercept, expected.intercept_, rtol=2e-4, atol=1e-4)
+
+
+def test_standardisation_is_folded_into_the_weights() -> None:
+    """The result takes raw features and answers as a pipeline with a StandardScaler would."""
+    X, y = data(4)
+    X = X * np.logspace(-3, 3, X.shape[1]) + 5
+
+    ((found,),) = linear.solve(X, y, [0.1], tolerance=1e-12)
+
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-10, max_iter=100_000)).fit(X, y)
+    expected = pipeline[-1].coef_ / pipeline[0].scale_
+    np.testing.assert_allclose(found.coefficients, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+def test_every_penalty_and_fold_is_solved_as_if_alone() -> None:
+    """Sharing products changes no answer: each fold's solution is that of its own rows."""
+    X, y = data(3, count=300)
+    folds = [np.arange(300) % 5 != number for number in range(5)]
+    Cs = [10.0, 1e-4, 1e-1]
+
+    together = linear.solve(X, y, Cs, folds, tolerance=1e-10)
+
+    for fold, several in zip(folds, together, strict=True):
+        for C, found in zip(Cs, several, strict=True):
+            ((alone,),) = linear.solve(X[fold], y[fold], [C], tolerance=1e-10)
+            assert found.C == C
+            np.testing.assert_allclose(found.coefficients, alone.coefficients, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", ["constant", "duplicated", "huge", "tiny", "mixed scales", "separable", "one-sided", "wide", "offset"]
+)
+@pytest.mark.parametrize("C", [1e-2, 1e4])
+def test_degenerate_data(kind: str, C: float) -> None:
+    """The objective is scikit-learn's or better, on data that solvers dislike."""
+    X, y = data(3, count=150, width=8)
+    if kind == "constant":
+        X[:, 3] = 7
+    elif kind == "duplicated":
+        X[:, 4] = X[:, 5]
+    elif kind == "huge":
+        X *= 1e6
+    elif kind == "tiny":
+        X *= 1e-6
+    elif kind == "mixed scales":
+        X *= np.logspace(-6, 6, 8)
+    elif kind == "separable":
+        X = X + 50 * np.eye(8)[y]
+    elif kind == "one-sided":
+        y = np.where(np.arange(150) < 147, 0, np.where(np.arange(150) < 148, 1, 2))
+    elif kind == "wide":
+        X = np.random.default_rng(0).normal(size=(150, 400))
+    elif kind == "offset":
+        X = X + 1e4
+    scaled = StandardScaler().fit_transform(X)
+
+    ((found,),) = linear.solve(X, y, [C], tolerance=1e-9)
+
+    expected = reference(scaled, y, C)
+    best = objective(scaled, y, C, expected.coef_, expected.intercept_)
+    assert found.objective <= best * (1 + 1e-6) + 1e-9
+    spread = StandardScaler().fit(X).scale_
+    reached = objective(scaled, y, C, found.coefficients * spread, found.intercept + found.coefficients @ X.mean(axis=0))
+    assert reached <= best * (1 + 1e-5) + 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 5), st.floats(-4, 4))
+def test_random_problems(seed: int, classes: int, exponent: float) -> None:
+    """The estimated excess bounds the real one, to within a factor, whatever the data."""
+    X, y = data(classes, count=80, width=5, seed=seed)
+    C = 10**exponent
+
+    ((found,),) = linear.solve(X, y, [C], standardise=False)
+
+    expected = reference(X, y, C)
+    best = objective(X, y, C, expected.coef_, expected.intercept_)
+    assert objective(X, y, C, found.coefficients, found.intercept) <= best * (1 + 1e-4)
+    assert found.objective == pytest.approx(objective(X, y, C, found.coefficients, found.intercept), rel=1e-5)
+
+
+def test_rows_may_come_in_any_order() -> None:
+    """Permuting rows changes nothing beyond rounding."""
+    X, y = data(3)
+    order = np.random.default_rng(1).permutation(len(y))
+
+    ((one,),) = linear.solve(X, y, [1.0], tolerance=1e-10)
+    ((other,),) = linear.solve(X[order], y[order], [1.0], tolerance=1e-10)
+
+    np.testing.assert_allclose(one.coefficients, other.coefficients, rtol=1e-4, atol=1e-7)
+
+
+def test_features_on_disk_give_the_same_answer(tmp_path: Any) -> None:
+    """A memory map is read block by block, and no copy is kept."""
+    X, y = data(3, count=5000, width=20)
+    np.save(tmp_path / "x.npy", X.astype(np.float32))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    folds = [np.arange(5000) % 2 == 0, np.arange(5000) % 3 != 0]
+
+    in_memory = linear.solve(np.asarray(mapped), y, [0.1, 1.0], folds)
+    streamed = linear.solve(mapped, y, [0.1, 1.0], folds, in_memory=False)
+
+    for one, other in zip(in_memory, streamed, strict=True):
+        for first, second in zip(one, other, strict=True):
+            assert first.objective == pytest.approx(second.objective, rel=1e-5)
+            np.testing.assert_allclose(first.coefficients, second.coefficients, atol=2e-2 * np.abs(first.coefficients).max())
+
+
+def test_a_class_that_no_row_has_is_left_out() -> None:
+    """The fold's own classes come back, as if the others did not exist."""
+    X, y = data(4)
+    rows = y != 2
+
+    ((found,),) = linear.solve(X, y, [1.0], [rows], tolerance=1e-10)
+
+    ((alone,),) = linear.solve(X[rows], np.unique(y[rows], return_inverse=True)[1], [1.0], tolerance=1e-10)
+    assert found.classes.tolist() == [0, 1, 3]
+    np.testing.assert_allclose(found.coefficients, alone.coefficients, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("C", [0.01, 1.0, 100.0])
+def test_the_squared_hinge_is_linear_svms(C: float) -> None:
+    """Outputs one against the rest agree with LinearSVC's where its penalised intercept does not matter."""
+    X, y = data(3)
+    X = X - X.mean(axis=0)
+
+    ((found,),) = linear.solve(X, y[:, None] == np.arange(3), [C], loss="squared_hinge", standardise=False, tolerance=1e-10)
+
+    expected = LinearSVC(C=C, dual=False, tol=1e-10, max_iter=100_000, intercept_scaling=1e3).fit(X, y)
+    np.testing.assert_allclose(found.coefficients, expected.coef_, rtol=1e-2, atol=1e-3 * np.abs(expected.coef_).max())
+
+
+def test_labels_are_solved_one_by_one() -> None:
+    """Each label's weights are those of its own logistic regression; one without examples is never given."""
+    X, y = data(2)
+    labels = np.stack([y == 1, X[:, 0] > 0, np.zeros(len(y), bool)], axis=1)
+
+    ((found,),) = linear.solve(X, labels, [0.1], loss="sigmoid", standardise=False, tolerance=1e-12)
+
+    for number in range(2):
+        expected = reference(X, labels[:, number].astype(int), 0.1)
+        np.testing.assert_allclose(found.coefficients[number], expected.coef_[0], rtol=1e-3, atol=1e-5)
+    assert (X @ found.coefficients[2] + found.intercept[2] < -20).all()
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_ridge_is_scikit_learns(standardise: bool) -> None:  # noqa: FBT001
+    """Every penalty from one factorisation."""
+    X, y = data(3)
+    targets = np.stack([y, X[:, 0] ** 2], axis=1).astype(float)
+
+    for alpha, (coefficients, intercept) in zip(
+        (1e-3, 1.0, 1e3), ridge.solve(X, targets, (1e-3, 1.0, 1e3), standardise=standardise), strict=True
+    ):
+        rows = StandardScaler().fit_transform(X) if standardise else X
+        expected = Ridge(alpha=alpha).fit(rows, targets)
+        np.testing.assert_allclose(X @ coefficients.T + intercept, expected.predict(rows), rtol=1e-6, atol=1e-8)
