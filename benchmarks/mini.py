@@ -30,7 +30,7 @@ RAW_PX = 32
 
 def probe(folder: Path, spec: BackboneSpec, settings: Settings) -> str:
     """Return a backbone's linear-probe accuracy with its interval."""
-    _, jobs, _ = fit_heads(Workbench(open_source(folder), spec, settings), FitPlan(controls=False))
+    jobs = fit_heads(Workbench(open_source(folder), spec, settings), FitPlan(controls=False)).heads
     return cell(jobs[0].fitted.tested.scores.accuracy, jobs[0].fitted.tested.scores.accuracy_ci)
 
 

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from featcache.api import bench, export, extract, finetune, fit, predict
     from featcache.extractor import FeatureExtractor
+    from featcache.pipeline.jobs import FitPlan
     from featcache.records import RunRecord
     from featcache.sources import open_source
     from featcache.specs import BackboneSpec, FeatureSpec, FineTunePlan
@@ -22,6 +23,7 @@ _HOMES = {
     "export": "featcache.api",
     "finetune": "featcache.api",
     "bench": "featcache.api",
+    "FitPlan": "featcache.pipeline.jobs",
     "RunRecord": "featcache.records",
     "open_source": "featcache.sources",
     "BackboneSpec": "featcache.specs",
@@ -37,6 +39,7 @@ __all__ = [
     "FeatureSpec",
     "FeatureStore",
     "FineTunePlan",
+    "FitPlan",
     "RunRecord",
     "bench",
     "export",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from featcache.cache import default_cache
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
-from featcache.pipeline.jobs import FitPlan, HeadJob, TuneJob, finetune_job, fit_heads
+from featcache.pipeline.jobs import FitPlan, HeadJobs, TuneJob, finetune_job, fit_heads
 from featcache.pipeline.workbench import Estimate, Extracted, Settings, Target, Workbench
 from featcache.sources import Source, open_source
 from featcache.specs import INPUT, POOLED, BackboneSpec, FineTunePlan, StoredDtype, Unfreeze, Views
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from featcache.bundle import Bundle
     from featcache.pipeline.exporting import Exported
     from featcache.pipeline.predicting import Prediction
-    from featcache.stages.controls import Control
 
 RECORDS = Path("records") / "runs.jsonl"
 
@@ -101,7 +100,7 @@ def fit(
     seed: int = 0,
     name: str | None = None,
     settings: Settings | None = None,
-) -> "tuple[Extracted, list[HeadJob], list[Control]]":
+) -> HeadJobs:
     """Train scikit-learn heads on a data set's embeddings, extracted first if needed.
 
     Args:
@@ -111,9 +110,6 @@ def fit(
         seed: of the drawn splits and of the heads' own randomness.
         name: as of ``extract``.
         settings: as of ``extract``.
-
-    Returns:
-        The embeddings' entry, the heads, and the controls that need no backbone.
 
     Raises:
         FeatcacheError: its subclass says what to change.

@@ -28,6 +28,7 @@ _TRUSTED = frozenset(
         "sklearn._loss.link.LogitLink",
         "sklearn._loss.link.MultinomialLogit",
         "scipy.stats._distn_infrastructure.rv_continuous_frozen",
+        "scipy.stats._distn_infrastructure.rv_continuous_frozen.pdf",
         "scipy.stats._continuous_distns.norm_gen",
     }
 )

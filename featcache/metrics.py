@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from featcache.splits import Index, Split
 
 Probabilities = NDArray[np.float64]
 BOOTSTRAPS = 2000
+_FEW_BOOTSTRAPS = 200
 ECE_BINS = 15
 _TINY = np.finfo(np.float64).tiny
 _Z95 = 1.959963984540054
@@ -22,7 +23,7 @@ class Scores:
     """How well some predictions fit; ``accuracy_ci`` is Wilson's 95 % interval (Wilson 1927).
 
     ``ece`` is the expected calibration error, ``ece_scaled`` the same after scaling by ``temperature``; ``top5`` is there
-    for more than five classes, ``auroc`` for two.
+    for more than five classes, ``auroc`` for two. The other intervals are bootstrapped, on the test split only.
     """
 
     accuracy: float
@@ -35,6 +36,8 @@ class Scores:
     auroc: float | None = None
     ece_scaled: float | None = None
     temperature: float | None = None
+    balanced_accuracy_ci: tuple[float, float] | None = None
+    macro_f1_ci: tuple[float, float] | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -49,6 +52,31 @@ class Tested:
     scores: Scores
     right: NDArray[np.bool_]
     predicted: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """How well several labels an image are told: probabilities against which labels there are.
+
+    ``mean_average_precision`` is the mean over labels that occur; F1 and exact matches are at a probability of one half.
+    Its interval is bootstrapped over images.
+    """
+
+    mean_average_precision: float
+    mean_average_precision_ci: tuple[float, float]
+    micro_f1: float
+    macro_f1: float
+    exact_match: float
+
+
+@dataclass(frozen=True)
+class NumberScores:
+    """How well numbers are told: R2 and mean absolute error with bootstrapped 95 % intervals."""
+
+    r2: float
+    r2_ci: tuple[float, float]
+    mae: float
+    mae_ci: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -76,8 +104,10 @@ def scores_on_test(
     """
     answer = predict(split.test)
     truth = y[split.test]
-    predicted = answer.argmax(axis=1) if answer.ndim == 2 else answer
-    return Tested(score(truth, answer, temperature), predicted == truth, predicted.astype(np.int64))
+    predicted: Any = answer.argmax(axis=1) if answer.ndim == 2 else answer
+    balanced, f1 = _bootstrapped(truth, predicted)
+    scores = replace(score(truth, answer, temperature), balanced_accuracy_ci=balanced, macro_f1_ci=f1)
+    return Tested(scores, predicted == truth, predicted.astype(np.int64))
 
 
 def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], temperature: float | None = None) -> Scores:
@@ -170,6 +200,64 @@ def per_class(matrix: NDArray[np.int64], names: Sequence[str]) -> list[dict[str,
         }
         for name, hit, have, said in rows
     ]
+
+
+def _bootstrapped(
+    truth: NDArray[np.int64], predicted: NDArray[np.int64], seed: int = 0
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return 95 % percentile intervals of balanced accuracy and macro F1 over the classes that there are.
+
+    Resampling images is drawing the cells of their confusion matrix (Efron and Tibshirani 1993, chapter 13).
+    """
+    classes = np.unique(truth)
+    pairs, counts = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(truth), counts / len(truth), size=BOOTSTRAPS // 2)
+    have = draws @ (pairs[0][:, None] == classes)
+    said = draws @ (pairs[1][:, None] == classes)
+    hit = draws @ ((pairs[0] == pairs[1])[:, None] & (pairs[0][:, None] == classes))
+    there = have > 0
+    recall = np.where(there, hit / np.maximum(have, 1), 0).sum(axis=1) / there.sum(axis=1)
+    f1 = np.where(there, 2 * hit / np.maximum(have + said, 1), 0).sum(axis=1) / there.sum(axis=1)
+    low, high = np.percentile(np.stack([recall, f1]), [2.5, 97.5], axis=1)
+    return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
+
+
+def label_scores(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> LabelScores:
+    """Return the scores of probabilities (n, k) against labels (n, k)."""
+    from sklearn.metrics import f1_score
+
+    answered = probabilities >= 0.5
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(0, len(truth), len(truth)) for _ in range(_FEW_BOOTSTRAPS)]
+    low, high = np.percentile([_mean_precision(truth[draw], probabilities[draw]) for draw in draws], [2.5, 97.5])
+    return LabelScores(
+        _mean_precision(truth, probabilities),
+        (float(low), float(high)),
+        float(f1_score(truth, answered, average="micro", zero_division=0)),
+        float(f1_score(truth, answered, average="macro", zero_division=0)),
+        float((answered == truth).all(axis=1).mean()),
+    )
+
+
+def number_scores(truth: NDArray[np.float64], answers: NDArray[Any]) -> NumberScores:
+    """Return the scores of numbers (n,) against the true ones (n,)."""
+    wrong = truth - answers
+    drawn = np.random.default_rng(0).integers(0, len(truth), (BOOTSTRAPS // 2, len(truth)))
+    spread = np.maximum(truth[drawn].var(axis=1), _TINY)
+    r2 = 1 - (wrong[drawn] ** 2).mean(axis=1) / spread
+    low, high = np.percentile(np.stack([r2, np.abs(wrong)[drawn].mean(axis=1)]), [2.5, 97.5], axis=1)
+    whole = 1 - float((wrong**2).mean()) / max(float(truth.var()), _TINY)
+    return NumberScores(whole, (float(low[0]), float(high[0])), float(np.abs(wrong).mean()), (float(low[1]), float(high[1])))
+
+
+def _mean_precision(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> float:
+    """Return the mean over labels of average precision: precision at each true image, by falling probability."""
+    order = np.argsort(-probabilities, axis=0, kind="stable")
+    hits = np.take_along_axis(truth, order, axis=0)
+    precision = hits.cumsum(axis=0) / np.arange(1, len(truth) + 1)[:, None]
+    count = hits.sum(axis=0)
+    there = count > 0
+    return float(((precision * hits).sum(axis=0)[there] / count[there]).mean()) if there.any() else 0.0
 
 
 def _scaled_error(truth: NDArray[np.int64], probabilities: NDArray[Any], temperature: float) -> float:

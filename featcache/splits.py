@@ -95,6 +95,25 @@ def make_split(
     return _crossed(Split(train, val, test), y, _number_of_folds(folds, y, train, val, names), seed)
 
 
+def make_free_split(count: int, given: Sequence[str], seed: int = 0, groups: Sequence[str] | None = None) -> Split:
+    """Return the split of images whose targets are no classes: as ``make_split``, but drawn without strata.
+
+    Raises:
+        DataError: there are too few images, or given splits part a group.
+    """
+    names, everything, same = np.asarray(given, dtype=object), np.arange(count), np.zeros(count, np.int64)
+    if groups is not None:
+        return _make_grouped(same, names, ("all",), seed, np.asarray(groups, dtype=object), 0)
+    test, val = everything[names == "test"], everything[names == "val"]
+    train = everything[(names == "train") | (names == "")]
+    rng = np.random.default_rng(seed)
+    if not len(test):
+        train, test = _draw(train, same, ("all",), rng)
+    if not len(val):
+        train, val = _draw(train, same, ("all",), rng)
+    return Split(train, val, test)
+
+
 def _number_of_folds(folds: int | None, y: NDArray[np.int64], train: Index, val: Index, names: NDArray[Any]) -> int:
     if folds is not None:
         return folds
@@ -119,7 +138,8 @@ def _crossed(split: Split, y: NDArray[np.int64], folds: int, seed: int, groups: 
 def _make_grouped(
     y: NDArray[np.int64], given: NDArray[Any], classes: Sequence[str], seed: int, groups: NDArray[Any], folds: int | None
 ) -> Split:
-    _require_classes(y, classes)
+    if len(classes) > 1:
+        _require_classes(y, classes)
     everything = np.arange(len(y))
     test, val = everything[given == "test"], everything[given == "val"]
     train = everything[(given == "train") | (given == "")]

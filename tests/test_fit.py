@@ -1,18 +1,17 @@
 """Heads: chosen on validation, refitted, tested once; saved with their hash."""
 
-import hashlib
-import json
-from pathlib import Path
-
-import joblib
 import numpy as np
 import pytest
 from scipy.special import softmax
 
 from featcache import heads
 from featcache.errors import DataError, UsageError
+from featcache.heads import nonlinear
+from featcache.metrics import at_temperature, best_temperature
 from featcache.splits import Split, make_split
-from featcache.stages.fit import fit, save_bundle
+from featcache.stages.controls import controls
+from featcache.stages.curves import learning_curve, shot_curve
+from featcache.stages.fit import ensemble, fit, members_of
 from featcache.store import Features
 
 
@@ -51,8 +50,8 @@ def test_shuffled_test_labels_change_no_choice(name: str) -> None:
     y = features.y.copy()
     y[split.test] = np.random.default_rng(1).permutation(y[split.test])
 
-    honest = heads.choose(name, features.X, features.y, split, 0)
-    shuffled = heads.choose(name, features.X, y, split, 0)
+    honest = heads.choose(name, features.X, features.y, split.folds, 0)
+    shuffled = heads.choose(name, features.X, y, split.folds, 0)
 
     assert honest.params == shuffled.params
     assert honest.val == shuffled.val
@@ -96,33 +95,103 @@ def test_a_constant_feature_harms_nothing() -> None:
 def test_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """An optimiser that stops early leaves a note."""
     features = blobs(3)
-    real = heads.LogisticRegression
-    monkeypatch.setattr(heads, "LogisticRegression", lambda **args: real(**(args | {"max_iter": 2})))
+    real = nonlinear.MLPClassifier
+    monkeypatch.setattr(nonlinear, "MLPClassifier", lambda **args: real(**(args | {"max_iter": 2})))
 
-    notes = fit(features, split_of(features), "logistic").notes
+    notes = fit(features, split_of(features), "mlp").notes
 
     assert any("did not converge" in note for note in notes)
 
 
-def test_bundles_carry_their_hash_and_predict_the_same(tmp_path: Path) -> None:
-    """The file is joblib; the card beside it has hash, version, classes and feature key."""
+@pytest.mark.parametrize("name", ["logistic", "ridge", "svm", "knn", "rbf"])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_what_is_swept_together_is_what_is_trained_alone(name: str, classes: int) -> None:
+    """Validation answers of a sweep are those of the estimator that the same parameters give, trained on the same rows."""
+    features = blobs(classes, count=60)
+    fold = split_of(features).folds[0]
+    grid = heads.HEADS[name].grid(len(fold.train))[::4]
+
+    for attempt in heads.HEADS[name].sweep(grid, features.X, features.y, [fold], 0):
+        estimator, _ = heads.train(name, attempt.params, features.X[fold.train], features.y[fold.train], 0)
+        answers = heads.answers(estimator, features.X[fold.val], classes)
+        np.testing.assert_allclose(attempt.answers, answers, atol=2e-2)
+
+
+def test_an_ensemble_averages_its_members() -> None:
+    """Its probabilities are the mean of those of the heads that it names, and it is a plain scikit-learn estimator."""
     features = blobs(3)
-    fitted = fit(features, split_of(features), "ridge")
+    split = split_of(features)
+    members = [fit(features, split, name) for name in ("knn", "logistic", "lda")]
 
-    path = save_bundle(fitted, tmp_path / "head.joblib", classes=features.classes, feature_key="k")
+    joined = ensemble(features, split, members)
 
-    card = json.loads(path.with_suffix(".json").read_text())
-    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert card["classes"] == ["class0", "class1", "class2"]
-    assert card["feature_key"] == "k"
-    np.testing.assert_array_equal(joblib.load(path).predict(features.X), fitted.estimator.predict(features.X))
+    named = [member for member in members if member.name in joined.params["members"]]
+    expected = np.mean([member.estimator.predict_proba(features.X) for member in named], axis=0)
+    np.testing.assert_allclose(joined.estimator.predict_proba(features.X), expected, atol=1e-6)
+    assert joined.tested.scores.accuracy > 0.7
+    with pytest.raises(UsageError, match="ensemble"):
+        ensemble(features, split, [fit(features, split, "ridge")])
+
+
+def test_heads_run_the_cheapest_first() -> None:
+    """``all`` stands for every head; an ensemble that is alone brings members."""
+    assert heads.in_order(["mlp", "ridge"]) == ["ridge", "mlp"]
+    assert heads.in_order(["all"]) == [*heads.HEADS, "ensemble"]
+    assert members_of(["ensemble"]) == ["knn", "logistic", "lda", "rbf", "ensemble"]
+
+
+def test_calibration_is_judged_after_scaling_too() -> None:
+    """The temperature comes from validation and leaves the answers' order alone."""
+    features = blobs(3, spread=3)
+
+    scores = fit(features, split_of(features), "logistic").tested.scores
+
+    assert scores.temperature is not None
+    assert scores.ece_scaled is not None
+    probabilities = np.random.default_rng(0).dirichlet([1, 1, 1], 50)
+    scaled = at_temperature(probabilities, 2.5)
+    np.testing.assert_array_equal(scaled.argmax(1), probabilities.argmax(1))
+    np.testing.assert_allclose(at_temperature(probabilities, 1.0), probabilities)
+    sharp = at_temperature(probabilities, 0.25)
+    drawn = np.array([np.random.default_rng(index).choice(3, p=row) for index, row in enumerate(probabilities)])
+    assert best_temperature(drawn, sharp) > 2
+
+
+def test_controls_see_what_needs_no_backbone() -> None:
+    """Classes that differ in colour alone are told apart by the controls; the majority class is what it is."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [60, 40])
+    thumbnails = np.clip(rng.normal(60 + 120 * y[:, None, None, None], 30, (100, 32, 32, 3)), 0, 255).astype(np.uint8)
+    split = make_split(y, [""] * 100, ["dark", "light"])
+
+    majority, colours, pixels = controls(thumbnails, y, split)
+
+    assert majority.tested.scores.accuracy == pytest.approx((y[split.test] == 0).mean())
+    assert colours.tested.scores.accuracy == 1
+    assert pixels.tested.scores.accuracy == 1
+
+
+def test_more_images_help() -> None:
+    """Both curves rise, the error falls by a power, and draws are repeated."""
+    features = blobs(3, count=100, width=20, spread=3)
+    split = split_of(features)
+
+    shots = shot_curve(features, split, "logistic", [1, 4, 16], repeats=3)
+    shares = learning_curve(features, split, "logistic", [0.05, 0.3, 1.0], repeats=3)
+
+    for curve in (shots, shares):
+        assert curve.points[-1].mean > curve.points[0].mean
+        assert curve.slope is not None
+        assert curve.slope < 0
+    assert [point.images for point in shots.points] == [3, 12, 48]
+    assert [len(point.accuracies) for point in shares.points] == [3, 3, 1]
 
 
 def test_what_cannot_be_fitted() -> None:
     """Unknown heads and activation maps are refused."""
     features = blobs(2)
-    with pytest.raises(UsageError, match="--head svm: choose from logistic"):
-        fit(features, split_of(features), "svm")
+    with pytest.raises(UsageError, match="--head forest: choose from centroid"):
+        fit(features, split_of(features), "forest")
     maps = Features(
         np.zeros((80, 2, 2), np.float32), features.y, features.classes, features.paths, features.splits, features.sha256
     )

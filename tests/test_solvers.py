@@ -76,7 +76,7 @@ def test_every_penalty_and_fold_is_solved_as_if_alone() -> None:
         for C, found in zip(Cs, several, strict=True):
             ((alone,),) = linear.solve(X[fold], y[fold], [C], tolerance=1e-10)
             assert found.C == C
-            np.testing.assert_allclose(found.coefficients, alone.coefficients, rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(found.coefficients, alone.coefficients, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_features_on_disk_give_the_same_answer(tmp_path: Any) -> None:
 
     for one, other in zip(in_memory, streamed, strict=True):
         for first, second in zip(one, other, strict=True):
-            assert first.objective == pytest.approx(second.objective, rel=1e-5)
+            assert first.objective == pytest.approx(second.objective, rel=1e-4)
             np.testing.assert_allclose(first.coefficients, second.coefficients, atol=2e-2 * np.abs(first.coefficients).max())
 
 

@@ -69,3 +69,36 @@ def test_items_hash_depends_on_images_and_labels() -> None:
     assert base != items_hash(["aa", "cc"], index, y)
     assert base != items_hash(["aa", "bb"], index, 1 - y)
     assert base == items_hash(["aa", "bb"], index, y.copy())
+
+
+def test_groups_are_never_parted() -> None:
+    """Each group is in one part, and in one side of each fold; given splits that part one are refused."""
+    y = np.tile([0, 1], 100)
+    groups = [str(index // 8) for index in range(200)]
+
+    split = make_split(y, [""] * 200, ["a", "b"], groups=groups, folds=4)
+
+    parts = [{groups[index] for index in part} for part in (split.train, split.val, split.test)]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    assert len(split.folds) == 4
+    for fold in split.folds:
+        assert not {groups[index] for index in fold.train} & {groups[index] for index in fold.val}
+    given = ["train"] * 100 + ["test"] * 100
+    with pytest.raises(DataError, match="group '12' is in train and test"):
+        make_split(y, given, ["a", "b"], groups=groups)
+
+
+def test_small_sets_are_crossed() -> None:
+    """Below a thousand images candidates are judged on five folds of train and val; a given val split is used as it is."""
+    y = np.tile([0, 1], 100)
+
+    drawn = make_split(y, [""] * 200, ["a", "b"])
+    given = make_split(y, ["train"] * 100 + ["val"] * 50 + ["test"] * 50, ["a", "b"])
+
+    assert len(drawn.folds) == 5
+    assert sorted(np.concatenate([fold.val for fold in drawn.folds])) == drawn.train_val.tolist()
+    assert not set(drawn.train_val) & set(drawn.test)
+    assert [len(fold.val) for fold in given.folds] == [50]
+    assert make_split(y, [""] * 200, ["a", "b"], folds=0).cross == ()

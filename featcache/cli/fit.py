@@ -7,6 +7,7 @@ import click
 from featcache.cli import options
 
 _HEADS = "centroid, ridge, knn, logistic, svm, lda, rbf, mlp, boosting, ensemble; all for each, the cheapest first."
+_PLAN = ("heads", "grid", "folds", "budget", "target", "group", "shots", "curve", "controls", "format")
 _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 1000 images]"
 
 
@@ -17,6 +18,16 @@ _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 10
 @click.option("--grid", multiple=True, type=options.Grid(), help="Values to choose from, such as C=0.1,1,10.")
 @click.option("--folds", type=click.IntRange(0), help=_FOLDS)
 @click.option("--budget", type=options.Seconds(), help="Begin no further head after this time, such as 60s or 5m.")
+@click.option(
+    "--target",
+    type=click.Choice(["label", "labels", "number"]),
+    default="label",
+    show_default=True,
+    help="What a label is: a class, several with ; between, a number.",
+)
+@click.option("--group", help="A manifest's column, such as patient: its values are never in two parts.")
+@click.option("--shots", type=options.Numbers(), help="Train on so many images a class too, such as 1,2,4,8,16.")
+@click.option("--curve", is_flag=True, help="Train on 1% to 100% of the training images too.")
 @click.option("--controls/--no-controls", default=True, show_default=True, help="Also methods that need no backbone.")
 @click.option("--format", type=click.Choice(["joblib", "skops"]), default="joblib", show_default=True, help="Of the files.")
 @options.seed_option
@@ -32,19 +43,29 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
     from featcache.pipeline.jobs import FitPlan
 
     spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
-    plan = FitPlan(*(given.pop(name) for name in ("heads", "grid", "folds", "budget", "controls", "format")))
-    done, jobs, controls = fit(source, spec, plan=plan, settings=settings, **given)
+    given["shots"] = given["shots"] or ()
+    plan = FitPlan(*(given.pop(name) for name in _PLAN))
+    done = fit(source, spec, plan=plan, settings=settings, **given)
     if as_json:
-        options.emit(
-            {"extract": done.summary, "heads": [job.summary for job in jobs], "controls": [one.summary for one in controls]}
-        )
+        options.emit(done.summary)
         return
-    for job in jobs:
+    for job in done.heads:
         params = ", ".join(f"{name} = {options.short(value)}" for name, value in job.record.params.items())
         scores = f"test {options.percent(job.record.test)}; {params or 'no parameter'}; {job.fitted.seconds:.1f} s"
         click.echo(f"{job.record.method:9} {scores}")
         click.echo(f"          {job.bundle}")
-    if controls:
+    for target in done.targets:
+        test = target.record.test
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in test.items() if isinstance(value, float))
+        click.echo(f"{target.record.method}: test {scores}; {target.fitted.seconds:.1f} s")
+        click.echo(f"          {target.bundle}")
+    if done.controls:
         click.echo("without a backbone:")
-    for control in controls:
-        click.echo(f"          {options.percent(control.summary['test'])}; {control.name}")
+    for control in done.controls:
+        click.echo(f"          test {options.percent(control.summary['test'])}; {control.name}")
+    for curve in done.curves:
+        slope = "" if curve.slope is None else f"; the error falls as images to the power of {curve.slope:.2f}"
+        click.echo(f"{curve.head} by training images{slope}:")
+        for point in curve.points:
+            what = f"{point.shots} a class" if point.shots else f"{100 * (point.share or 0):g} %"
+            click.echo(f"          {point.images:6} ({what}): {100 * point.mean:.1f} ± {100 * point.std:.1f} %")

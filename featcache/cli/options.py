@@ -97,6 +97,21 @@ class Grid(click.ParamType):  # type: ignore[type-arg]  # as above
         return name.strip(), values
 
 
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # as above
+    """Whole numbers with commas between, such as ``1,2,4``."""
+
+    name = "N,N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the numbers."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r}: write whole numbers above 0, such as 1,2,4.", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
 class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
     """A time, such as ``60s`` or ``5m``."""
 

@@ -3,10 +3,12 @@
 from featcache.heads.base import HeadFamily, Params, answers
 from featcache.heads.choosing import ENSEMBLE, HEADS, Chosen, choose, in_order, require_head, train
 from featcache.heads.linear import linear_weights
+from featcache.heads.targets import NUMBER_HEADS, sweep_labels, sweep_numbers, train_labels, train_number
 
 __all__ = [
     "ENSEMBLE",
     "HEADS",
+    "NUMBER_HEADS",
     "Chosen",
     "HeadFamily",
     "Params",
@@ -15,5 +17,9 @@ __all__ = [
     "in_order",
     "linear_weights",
     "require_head",
+    "sweep_labels",
+    "sweep_numbers",
     "train",
+    "train_labels",
+    "train_number",
 ]

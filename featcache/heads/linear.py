@@ -20,7 +20,8 @@ from featcache.splits import Fold
 _LOGISTIC = [{"C": float(f"{value:.4g}")} for value in np.logspace(-6, 5, 45)]
 # the costs of VISSL's linear classification (Goyal et al. 2019, section 4)
 _COSTS = [{"C": cost} for cost in (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)]
-_ALPHAS = [{"alpha": float(f"{value:.4g}")} for value in np.logspace(6, -1, 15)]
+COARSE_CS = _LOGISTIC[::4]
+ALPHAS = [{"alpha": float(f"{value:.4g}")} for value in np.logspace(6, -1, 15)]
 
 
 def _masks(folds: Sequence[Fold], count: int) -> list[NDArray[np.bool_]]:
@@ -114,7 +115,9 @@ def _ridge(
     classes: NDArray[np.int64], coefficients: NDArray[Any], intercept: NDArray[Any], width: int, alpha: float = 1.0
 ) -> RidgeClassifier:
     head = RidgeClassifier(alpha=alpha)
-    head._label_binarizer = LabelBinarizer(pos_label=1, neg_label=-1).fit(classes)  # noqa: SLF001 - where its classes_ come from
+    head._label_binarizer = LabelBinarizer(pos_label=1, neg_label=-1).fit(classes)  # noqa: SLF001 - what older versions read
+    if not hasattr(head, "classes_"):
+        head.classes_ = classes
     head.coef_, head.intercept_, head.n_features_in_ = coefficients, intercept, width
     return head
 
@@ -137,4 +140,4 @@ def linear_weights(head: Pipeline, classes: int) -> tuple[NDArray[np.float64], N
 
 LOGISTIC = HeadFamily(lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4)
 SVM = HeadFamily(lambda _: list(_COSTS), _sweep_svm, _fit_svm)
-RIDGE = HeadFamily(lambda _: list(_ALPHAS), _sweep_ridge, _fit_ridge)
+RIDGE = HeadFamily(lambda _: list(ALPHAS), _sweep_ridge, _fit_ridge)

@@ -10,7 +10,6 @@ from sklearn.kernel_approximation import Nystroem
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, plain
 from featcache.heads.linear import as_logistic, probabilities
@@ -42,7 +41,7 @@ def _lda(params: Params, _: int, __: X_, ___: Y_) -> Pipeline:
 def _boosting(_: Params, seed: int, X: X_, __: Y_) -> Pipeline:
     """Trees on the leading components: on hundreds of features most of the time would go into those that matter least."""
     trees = HistGradientBoostingClassifier(
-        max_iter=60, max_leaf_nodes=15, learning_rate=0.2, early_stopping=False, random_state=seed
+        max_iter=40, max_leaf_nodes=15, learning_rate=0.2, early_stopping=False, random_state=seed
     )
     return make_pipeline(PCA(min(_COMPONENTS, *X.shape), random_state=seed), trees)
 
@@ -60,9 +59,8 @@ def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed
         answers: list[list[X_]] = [[] for _ in several]
         converged = [True] * len(several)
         for fold in folds:
-            with threadpool_limits(None):
-                kernel = _kernel(width, X[fold.train], seed).fit(X[fold.train])
-                train, val = kernel.transform(X[fold.train]), kernel.transform(X[fold.val])
+            kernel = _kernel(width, X[fold.train], seed).fit(X[fold.train])
+            train, val = kernel.transform(X[fold.train]), kernel.transform(X[fold.val])
             (solutions,) = linear.solve(train, y[fold.train], [params["C"] for params in several])
             for number, solution in enumerate(solutions):
                 answers[number].append(probabilities(solution, val, classes))

@@ -62,6 +62,8 @@ def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, wei
         UsageError: the head is of a kind that cannot be exported.
         DataError: no image of ``check`` can be read, or the model disagrees.
     """
+    if bundle.card.get("target", "label") != "label":
+        raise UsageError(f"{bundle.path}: only heads of one class an image can be exported.")
     try:
         import onnx
         import onnxruntime

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,24 +13,29 @@ from numpy.typing import NDArray
 from featcache.cache import identify
 from featcache.errors import CutError, UsageError
 from featcache.fingerprint import fingerprint
+from featcache.metrics import confusion, gap, per_class
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record, stamp
+from featcache.sources import read_column
 from featcache.specs import (
     INPUT,
     POOLED,
     BackboneSpec,
     FineTunePlan,
 )
-from featcache.splits import Split, items_hash, make_split
+from featcache.splits import Split, items_hash, make_free_split, make_split
 from featcache.store import Features, FeatureStore, RowReader
 
 if TYPE_CHECKING:
     from featcache.stages.controls import Control
+    from featcache.stages.curves import Curve
     from featcache.stages.finetune import FineTuned, LinearHead
     from featcache.stages.fit import FittedHead
+    from featcache.stages.targets import FittedTarget
 
 PROBE = "logistic"
+_MOST_IN_A_MATRIX = 50
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class HeadJob:
     fitted: "FittedHead"
     record: RunRecord
     bundle: Path
+    confusion: NDArray[np.int64]
+    classes: tuple[str, ...]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -50,6 +57,8 @@ class HeadJob:
             "best_params": record.params,
             "val": record.val,
             "test": record.test,
+            "per_class": per_class(self.confusion, self.classes),
+            "confusion": self.confusion.tolist() if len(self.classes) <= _MOST_IN_A_MATRIX else None,
             "seconds": record.seconds["fit"],
             "bundle": str(self.bundle),
             "notes": list(record.notes),
@@ -65,6 +74,10 @@ class FitPlan:
         grid: parameters to choose from, for one head, instead of its own.
         folds: of cross-validation; ``None`` leaves it to the size of the data, 0 takes the val split.
         budget: seconds after which no further head is begun.
+        target: what a label is: a class, several labels with ``;`` between, or a number.
+        group: the column of the source's manifest whose values stay together, such as a patient.
+        shots: train on so many images a class too, several times.
+        curve: train on shares of the training images too, several times.
         controls: train trivial methods beside, which need no backbone.
         format: of the bundles.
     """
@@ -73,6 +86,10 @@ class FitPlan:
     grid: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     folds: int | None = None
     budget: float | None = None
+    target: Literal["label", "labels", "number"] = "label"
+    group: str | None = None
+    shots: tuple[int, ...] = ()
+    curve: bool = False
     controls: bool = True
     format: Literal["joblib", "skops"] = "joblib"
 
@@ -82,9 +99,42 @@ class FitPlan:
         return [dict(zip(names, some, strict=True)) for some in product(*values)] if names else None
 
 
-def fit_heads(
-    bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path | None = None
-) -> "tuple[Extracted, list[HeadJob], list[Control]]":
+@dataclass(frozen=True)
+class TargetJob:
+    """A fitted head for several labels or a number, with its record."""
+
+    fitted: "FittedTarget"
+    record: RunRecord
+    bundle: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """One element of the list ``heads`` of ``featcache fit``."""
+        return self.fitted.summary | {"bundle": str(self.bundle)}
+
+
+@dataclass(frozen=True)
+class HeadJobs:
+    """What ``fit`` has done: the embeddings' entry, the heads, controls that need no backbone, and curves."""
+
+    extracted: Extracted
+    heads: "list[HeadJob]"
+    controls: "list[Control]"
+    curves: "list[Curve]"
+    targets: "list[TargetJob]" = field(default_factory=list)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON object of ``featcache fit``."""
+        return {
+            "extract": self.extracted.summary,
+            "heads": [*(job.summary for job in self.heads), *(job.summary for job in self.targets)],
+            "controls": [control.summary for control in self.controls],
+            "curves": [curve.summary for curve in self.curves],
+        }
+
+
+def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path | None = None) -> HeadJobs:
     """Extract embeddings if needed and train heads on them; records are appended to a JSONL file.
 
     Raises:
@@ -101,7 +151,10 @@ def fit_heads(
         raise UsageError("--grid is of one --head.")
     done = bench.extracted()
     features = done.store.features()
-    split = make_split(features.y, features.splits, features.classes, seed, folds=plan.folds)
+    groups = _groups(bench, features, plan.group)
+    if plan.target != "label":
+        return HeadJobs(done, [], [], [], _fit_targets(bench, done, features, groups, plan, seed, records))
+    split = make_split(features.y, features.splits, features.classes, seed, groups=groups, folds=plan.folds)
     jobs: list[HeadJob] = []
     started = time.monotonic()
     for name in names:
@@ -114,12 +167,101 @@ def fit_heads(
         else:
             fitted = fit(features, split, name, seed=seed, grid=candidates)
         jobs.append(_keep_head(bench, done, features, split, fitted, plan, seed, records))
-    return done, jobs, _controls(bench, features, split, jobs, seed) if plan.controls else []
+    found = _controls(bench, features, split, jobs, seed) if plan.controls else []
+    return HeadJobs(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
+
+
+def _fit_targets(
+    bench: Workbench,
+    done: Extracted,
+    features: Features,
+    groups: list[str] | None,
+    plan: FitPlan,
+    seed: int,
+    records: Path | None,
+) -> list[TargetJob]:
+    from featcache import bundle
+    from featcache.heads import NUMBER_HEADS
+    from featcache.stages.targets import fit_labels, fit_number
+
+    split = make_free_split(len(features.y), features.splits, seed, groups)
+    jobs = []
+    wanted = ("logistic",) if plan.target == "labels" else tuple(name for name in plan.heads if name in NUMBER_HEADS)
+    for name in wanted or NUMBER_HEADS:
+        fitted = (
+            fit_labels(features, split, plan.candidates())
+            if plan.target == "labels"
+            else fit_number(features, split, name, plan.candidates())
+        )
+        method = f"{name} ({plan.target})"
+        cell = cell_of(bench.spec, features, method, None, seed)
+        card = _card(bench, done) | {
+            "classes": list(fitted.names),
+            "target": fitted.target,
+            "head": fitted.head,
+            "params": fitted.params,
+            "test": asdict(fitted.test),
+        }
+        path = done.store.path / "heads" / f"{name}-{plan.target}-seed{seed}-{cell[:8]}"
+        path = bundle.save(fitted.estimator, card, path, plan.format)
+        record = RunRecord(
+            kind=f"fit-{plan.target}",
+            cell=cell,
+            dataset=done.store.path.parent.name,
+            backbone=bench.spec.label,
+            method=method,
+            cut=done.cut,
+            seed=seed,
+            feature_key=done.store.key,
+            request={"backbone": identify(bench.spec)},
+            params=fitted.params,
+            split=split.sizes(),
+            test_items=items_hash(features.sha256, split.test, features.y),
+            val=asdict(fitted.val),
+            test=asdict(fitted.test),
+            right="",
+            seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
+            images_per_second=done.cost[1],
+            artefact=path.relative_to(bench.settings.cache).as_posix(),
+            **stamp(),
+        )
+        if records:
+            append_record(records, record)
+        jobs.append(TargetJob(fitted, record, path))
+    return jobs
+
+
+def _card(bench: Workbench, done: Extracted) -> dict[str, Any]:
+    """Return what a head's file says of its features."""
+    return {
+        "feature_key": done.store.key,
+        "backbone": identify(bench.spec),
+        "weights": str(Path(bench.spec.weights).resolve()) if bench.spec.weights else None,
+        "data": bench.source.location,
+        "cut": done.cut,
+    }
+
+
+def _groups(bench: Workbench, features: Features, column: str | None) -> list[str] | None:
+    if column is None:
+        return None
+    of_path = dict(zip((item.path for item in bench.source.items), read_column(bench.source.location, column), strict=True))
+    return [of_path[path] for path in features.paths]
+
+
+def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: int) -> "list[Curve]":
+    from featcache.stages.curves import learning_curve, shot_curve
+
+    found = []
+    if plan.shots:
+        found.append(shot_curve(features, split, head, plan.shots, seed=seed))
+    if plan.curve:
+        found.append(learning_curve(features, split, head, seed=seed))
+    return found
 
 
 def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence[HeadJob], seed: int) -> "list[Control]":
     """Train the controls on the same split, and warn where one does as well as the best head."""
-    from featcache.metrics import gap
     from featcache.stages.controls import SIDE, controls
 
     features, take = _aligned(features, bench.thumbnails(SIDE).store)
@@ -155,13 +297,9 @@ def _keep_head(
     for note in fitted.notes:
         logger.warning(note)
     cell = cell_of(bench.spec, features, fitted.name, None, seed)
-    card = {
+    card = _card(bench, done) | {
         "classes": list(features.classes),
-        "feature_key": done.store.key,
-        "backbone": identify(bench.spec),
-        "weights": str(Path(bench.spec.weights).resolve()) if bench.spec.weights else None,
-        "data": bench.source.location,
-        "cut": done.cut,
+        "target": "label",
         "head": fitted.name,
         "params": fitted.params,
         "temperature": fitted.temperature,
@@ -193,7 +331,8 @@ def _keep_head(
     )
     if records:
         append_record(records, record)
-    return HeadJob(fitted, record, path)
+    matrix = confusion(features.y[split.test], fitted.tested.predicted, len(features.classes))
+    return HeadJob(fitted, record, path, matrix, features.classes)
 
 
 @dataclass(frozen=True)
@@ -235,12 +374,12 @@ def finetune_job(
     records: Path | None = None,
 ) -> TuneJob:
     """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images."""
-    from featcache.metrics import gap
     from featcache.stages.finetune import finetune, save_checkpoint
     from featcache.unfreeze import thaw
 
     heads_plan = FitPlan(tuple(dict.fromkeys((PROBE, *probes))), controls=False)
-    pooled, heads, _ = fit_heads(bench, heads_plan, seed=seed)
+    fitted = fit_heads(bench, heads_plan, seed=seed)
+    pooled, heads = fitted.extracted, fitted.heads
     best_probe = min(heads, key=lambda job: (-job.record.val["accuracy"], job.record.method != PROBE))
     thawed = thaw(bench.backbone.stages, plan.unfreeze)
     at_cut, suffix_cut, notes = _extract_at(bench, thawed.cut, plan)

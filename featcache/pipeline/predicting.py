@@ -59,7 +59,9 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
             raise DataError(f"{path}: not the weights that the head was trained on (another SHA-256).")
     else:
         path = wanted
-    overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in facts["overrides"].items()}
+    overrides: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in facts["overrides"].items()
+    }
     return BackboneSpec(
         facts["name"],
         path,
@@ -142,6 +144,15 @@ def _answer(bundle: Bundle, batch: Batch, source: Source) -> list[Prediction]:
         return said
     names = [source.items[position].path for position, _, _ in batch.fresh]
     X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
+    if bundle.card.get("target") == "number":
+        return said + [
+            Prediction(name, f"{value:.6g}") for name, value in zip(names, bundle.estimator.predict(X), strict=True)
+        ]
+    if bundle.card.get("target") == "labels":
+        return said + [
+            Prediction(name, ";".join(label for label, value in zip(bundle.classes, row, strict=True) if value >= 0.5), row)
+            for name, row in zip(names, bundle.estimator.predict_proba(X), strict=True)
+        ]
     if not hasattr(bundle.estimator, "predict_proba"):
         found = bundle.estimator.predict(X)
         return said + [Prediction(name, bundle.classes[number]) for name, number in zip(names, found, strict=True)]

@@ -19,7 +19,7 @@ class Descent:
     """One smooth convex problem on its way down (Nocedal and Wright 2006, algorithm 7.5; backtracking line search).
 
     Ask for ``trial``, evaluate there, ``tell`` the value and the gradient; until ``done``. ``decrement`` estimates how far
-    the value is above the optimum: half of g'Hg, H the current inverse Hessian.
+    the value is above the optimum: half of g'Hg, H the current inverse Hessian. ``gained`` is what the last step brought.
     """
 
     def __init__(self, start: Floats, precondition: Precondition = lambda gradient: gradient) -> None:
@@ -27,6 +27,7 @@ class Descent:
         self.trial = start
         self.value = np.inf
         self.decrement = np.inf
+        self.gained = 0.0
         self.iterations = 0
         self.stalled = False
         self.gradient: Floats = np.zeros_like(start)
@@ -48,6 +49,7 @@ class Descent:
             if curved > 1e-10 * float(np.linalg.norm(move)) * float(np.linalg.norm(change)):
                 self._pairs.append((move, change, 1 / curved))
             self.iterations += 1
+            self.gained = self.value - value
             self._accept(value, gradient)
             return
         parabola = -self._slope * self._step**2 / (2 * max(value - self.value - self._step * self._slope, 1e-300))

@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
-from threadpoolctl import threadpool_limits
+from scipy.linalg import cho_factor, cho_solve, eigh
 
 from featcache.solvers.lbfgs import Descent, Precondition
 from featcache.solvers.passes import Loss, Passes
-from featcache.solvers.scaled import Floats, Rows, cores, scaled
+from featcache.solvers.scaled import Floats, Rows, cores, products_on, scaled
 
-TOLERANCE = 1e-5
+TOLERANCE = 3e-5
+_LARGE, _SMALL_TOLERANCE = 5_000_000, 1e-7  # rows x features x outputs
 _DOUBLE_FROM = 1e-7  # a tolerance that products in float32 do not reach
 _MAX_ITERATIONS = 1000
+_FEW = 4  # problems for which a factorisation each is cheaper than the axes of all
+_GAINED = 3  # tolerances that the last step may have gained: where it gained more, more is left than is estimated
 _REFRESH = 6  # evaluations after which the curvature is measured anew
 _NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
 _WIDTH = 48  # columns from which on a product is efficient
@@ -57,7 +59,7 @@ def solve(
     *,
     loss: Loss = "softmax",
     standardise: bool = True,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     max_iterations: int = _MAX_ITERATIONS,
     in_memory: bool = True,
 ) -> list[list[Solution]]:
@@ -71,7 +73,8 @@ def solve(
         loss: "softmax"; "sigmoid" for ``OneVsRestClassifier(LogisticRegression())``'s objective; "squared_hinge" for
             ``LinearSVC``'s, its intercept not penalised.
         standardise: penalise the weights of (x - mean) / standard deviation, both over the fold's rows.
-        tolerance: stop where the objective's estimated distance to the optimum falls below this share of it.
+        tolerance: stop where the objective's estimated distance to the optimum falls below this share of it: 3e-5, and 1e-7
+            where that costs next to nothing, if left out.
         max_iterations: of one problem.
         in_memory: keep a float32 copy of the features.
 
@@ -83,7 +86,10 @@ def solve(
     """
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
     with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:
-        solver = _Path(Passes(features, y, loss), [y[rows] for rows in folds], tolerance, max_iterations)
+        passes = Passes(features, y, loss)
+        if tolerance is None:
+            tolerance = TOLERANCE if X.shape[0] * X.shape[1] * passes.outputs >= _LARGE else _SMALL_TOLERANCE
+        solver = _Path(passes, [y[rows] for rows in folds], tolerance, max_iterations)
         order = np.argsort(Cs, kind="stable")
         found = solver.run([float(Cs[index]) for index in order])
     back = np.argsort(order)
@@ -110,10 +116,9 @@ class _Path:
         self.softmax = all(some.ndim == 1 for some in y)
         self.tolerance = tolerance
         self.max_iterations = max_iterations
-        with threadpool_limits(cores(), "blas"):
-            gram: Any = passes.features.gram().astype(np.float64 if tolerance < _DOUBLE_FROM else np.float32)
-            values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
-        self.values, self.vectors = np.maximum(values.astype(np.float64), 0.0), vectors.astype(np.float64)
+        self.double = tolerance < _DOUBLE_FROM
+        self.gram = passes.features.gram(sampled=not self.double)
+        self.axes: tuple[Floats, Floats] | None = None
         self.starts, self.free = zip(*(self._start(some) for some in y), strict=True)
 
     def _start(self, y: NDArray[Any]) -> tuple[Floats, NDArray[np.bool_]]:
@@ -132,6 +137,11 @@ class _Path:
 
     def run(self, Cs: Sequence[float]) -> list[list[Solution]]:
         """Solve for ascending C, on all folds; some neighbouring C at a time where one would make products too narrow."""
+        if len(Cs) * len(self.folds) > _FEW:
+            with products_on(cores()):
+                kind: Any = np.float64 if self.double else np.float32
+                values, vectors = eigh(self.gram.astype(kind), driver="evd", check_finite=False)
+            self.axes = np.maximum(values, 0).astype(np.float64), vectors.astype(np.float64)
         number = len(self.folds)
         found: list[list[Solution]] = [[] for _ in range(number)]
         points: list[list[Floats]] = [[] for _ in range(number)]
@@ -151,12 +161,12 @@ class _Path:
     def _problem(self, fold: int, C: float, before: Sequence[float], points: Sequence[Floats]) -> _Problem:
         if not points:
             start = self.starts[fold]
-        elif len(points) == 1:
+        elif len(points) == 1 or before[-1] == before[-2]:
             start = points[-1]
         else:
             ahead = np.log(C / before[-1]) / np.log(before[-1] / before[-2])
             start = points[-1] + min(ahead, 1.0) * (points[-1] - points[-2])
-        return _Problem(fold, C, Descent(start), self.tolerance < _DOUBLE_FROM)
+        return _Problem(fold, C, Descent(start), self.double)
 
     def _descend(self, problems: Sequence[_Problem]) -> None:
         for turn in count():
@@ -175,7 +185,7 @@ class _Path:
                         problem, trials[number], slopes.loss[number], slopes.weights[number], slopes.intercept[number]
                     )
             if all(problem.done for problem in problems):
-                return
+                break
 
     def _tell(self, problem: _Problem, trial: Floats, loss: float, by_weights: Floats, by_intercept: Floats) -> None:
         scale = self._scale_of(problem)
@@ -184,7 +194,8 @@ class _Path:
         gradient[~self.free[problem.fold]] = 0
         descent = problem.descent
         descent.tell(value, gradient, precise=problem.double)
-        problem.converged = descent.decrement <= self.tolerance * descent.value
+        goal = self.tolerance * descent.value
+        problem.converged = descent.decrement <= goal and descent.gained <= _GAINED * goal
         if descent.stalled and not problem.converged and not problem.double:
             problem.double = True
             descent.restart()
@@ -198,18 +209,32 @@ class _Path:
         else:
             spread, turn = curvature, None
         weight = self._scale_of(problem) * fold.count * np.maximum(spread, 0.0)
-        by_weights = 1 / (weight[:, None] * self.values + 1)
         flat = weight <= 1e-9 * weight.max(initial=0.0)
         by_intercept = np.where(flat, 0.0, 1 / np.where(flat, 1.0, weight))
-        vectors = self.vectors
+        inside = (
+            self._by_axes(weight) if self.axes is not None else self._by_factor(weight[~flat].mean() if any(~flat) else 0.0)
+        )
 
         def apply(gradient: Floats) -> Floats:
             turned = turn.T @ gradient if turn is not None else gradient
-            inside = ((turned[:, :-1] @ vectors) * by_weights) @ vectors.T
-            both = np.concatenate([inside, turned[:, -1:] * by_intercept[:, None]], axis=1)
+            both = np.concatenate([inside(turned[:, :-1]), turned[:, -1:] * by_intercept[:, None]], axis=1)
             return turn @ both if turn is not None else both
 
         return apply
+
+    def _by_axes(self, weight: Floats) -> Precondition:
+        """Invert weight x gram + 1 for each output by the gram's axes: found once, for many problems."""
+        values, vectors = self.axes or (np.empty(0), np.empty(0))
+        shrink = 1 / (weight[:, None] * values + 1)
+        return lambda rows: ((rows @ vectors) * shrink) @ vectors.T
+
+    def _by_factor(self, weight: float) -> Precondition:
+        """Invert it for all outputs at once, with their mean weight, by a factorisation that few problems can afford."""
+        matrix: Any = (weight * self.gram).astype(np.float64 if self.double else np.float32)
+        rounding = float(np.finfo(matrix.dtype).eps) * float(np.trace(matrix))
+        matrix[np.diag_indices_from(matrix)] += 1 + 10 * rounding
+        factor = cho_factor(matrix, overwrite_a=True, check_finite=False)
+        return lambda rows: cho_solve(factor, rows.T.astype(matrix.dtype), check_finite=False).T.astype(np.float64)
 
     def _scale_of(self, problem: _Problem) -> float:
         """Return C, for two classes half of it: two opposite rows of weights then count as scikit-learn's one."""

@@ -52,7 +52,13 @@ class Passes:
         self._signs = np.where(self._y.T, 1, -1).astype(np.float32) if loss != "softmax" else None
 
     def slopes(
-        self, fold_of: Sequence[int], weights: Floats, intercept: Floats, *, curvature: bool = False, precise: bool = False
+        self,
+        fold_of: Sequence[int],
+        weights: Floats,
+        intercept: Floats,
+        *,
+        curvature: bool = False,
+        precise: bool = False,
     ) -> Slopes:
         """Return losses and gradients of p models in their own folds' coordinates.
 
@@ -69,7 +75,7 @@ class Passes:
         shift = np.stack([(self.features.mean - fold.mean) / fold.scale for fold in folds])[:, None]
         flat: Rows = (weights * stretch).astype(kind)
         offset = (intercept + (weights * shift).sum(axis=2)).astype(kind)
-        first, *others = self.features.shared(lambda blocks: self._some(blocks, fold_of, flat, offset, kind, curvature))
+        first, *others = self.features.shared(lambda some: self._some(some, fold_of, flat, offset, kind, curvature))
         for other in others:
             first += other
         first.weights = first.weights * stretch + first.intercept[:, :, None] * shift

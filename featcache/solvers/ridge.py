@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
-from threadpoolctl import threadpool_limits
 
-from featcache.solvers.scaled import Floats, Rows, cores, scaled
+from featcache.solvers.scaled import Floats, Rows, cores, products_on, scaled
 
 
 def solve(
@@ -28,9 +27,9 @@ def solve(
     used = np.ones(len(X), dtype=bool) if rows is None else rows
     centre = targets[used].mean(axis=0)
     with scaled(X, [used], standardise=standardise, in_memory=False) as features:
-        gram, cross = features.gram(np.float64), features.cross(targets - centre)
+        gram, cross = features.gram(), features.cross(targets - centre)
         count, (fold,) = features.count, features.folds
-    with threadpool_limits(cores(), "blas"):
+    with products_on(cores()):
         values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
         turned = vectors.T @ cross
         found = []

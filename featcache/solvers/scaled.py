@@ -3,19 +3,21 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 Rows = NDArray[Any]
 Floats = NDArray[np.float64]
 Result = TypeVar("Result")
 
-_BLOCK_BYTES = 1 << 20  # what fits a core's share of the caches
+_BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a core's share of the caches
+_GRAM_ROWS = 8  # a feature: enough to learn the directions of a preconditioner from
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,24 @@ class Scaled:
         self._moved = in_memory
         self._standardise = standardise
         self._workers = ThreadPoolExecutor(cores())
+        self._single = getattr(X, "dtype", None) == np.float32
         moments = self._moments_by_group()
         self.folds = []
         for number in range(len(rows)):
             count, mean, scale = _spread([moments[group] for group in moments if group >> number & 1])
             self.folds.append(Fold(count, mean, scale if standardise else np.ones(self.width)))
-        self.count, self.mean, self.scale = _spread([moments[group] for group in moments if group])
+        self.count, mean, self.scale = _spread([moments[group] for group in moments if group])
+        self.mean = mean.astype(np.float32).astype(np.float64) if self._single else mean  # what can be taken off exactly
         self._cached: Rows | None = None
         if in_memory:
             self._cached = cached = np.empty((len(self.order), self.width), np.float32)
 
             def keep(block: slice) -> None:
-                cached[block] = self._centred(block)
+                if self._single:
+                    np.subtract(self._raw(block), self.mean.astype(np.float32), out=cached[block])
+                    np.divide(cached[block], self.scale.astype(np.float32), out=cached[block])
+                else:
+                    cached[block] = self._centred(block)
 
             self.each(keep)
 
@@ -74,10 +82,11 @@ class Scaled:
         """Call a function with every block of rows, as many at a time as there are cores."""
         return list(self._workers.map(act, self.blocks))
 
-    def shared(self, act: Callable[[Sequence[slice]], Result]) -> list[Result]:
-        """Call a function once a core with its share of the blocks."""
-        count = min(cores(), len(self.blocks))
-        return list(self._workers.map(act, [self.blocks[number::count] for number in range(count)]))
+    def shared(self, act: Callable[[Sequence[slice]], Result], blocks: Sequence[slice] | None = None) -> list[Result]:
+        """Call a function once a core with its share of the blocks, all of them if left out."""
+        blocks = self.blocks if blocks is None else blocks
+        count = min(cores(), len(blocks))
+        return list(self._workers.map(act, [blocks[number::count] for number in range(count)]))
 
     def block(self, block: slice, kind: type = np.float32) -> Rows:
         """Return some rows (b, d), centred and scaled."""
@@ -85,18 +94,33 @@ class Scaled:
             return self._cached[block]
         return self._centred(block).astype(kind)
 
-    def gram(self, kind: type = np.float32) -> Floats:
-        """Return the mean of x x' (d, d) over the rows in use, in the coordinates of a fold of them all."""
+    def gram(self, *, sampled: bool = False) -> Floats:
+        """Return the mean of x x' (d, d) over the rows in use, in the coordinates of a fold of them all.
+
+        ``sampled`` takes float32 and no more rows than show the main directions.
+        """
         stretch = np.ones(self.width) if self._standardise else self.scale
+        kind: type = np.float32 if sampled else np.float64
+        wanted = self.sample(_GRAM_ROWS * self.width) if sampled else self.blocks
 
-        def some(blocks: Sequence[slice]) -> Floats:
-            total = np.zeros((self.width, self.width))
+        def some(blocks: Sequence[slice]) -> tuple[Floats, int]:
+            total: Rows = np.zeros((self.width, self.width), kind)
+            count = 0
             for block in blocks:
-                rows = self.block(block, kind)[self._groups[block] > 0]
+                rows, used = self.block(block, kind), self._groups[block] > 0
+                rows = rows if used.all() else rows[used]
                 total += rows.T @ rows
-            return total
+                count += len(rows)
+            return total.astype(np.float64), count
 
-        return np.sum(self.shared(some), axis=0) / self.count * stretch[:, None] * stretch  # type: ignore[no-any-return]
+        parts = self.shared(some, wanted)
+        total, count = sum(part for part, _ in parts), sum(count for _, count in parts)
+        return total / count * stretch[:, None] * stretch
+
+    def sample(self, rows: int) -> list[slice]:
+        """Return every so many blocks, at least one a core, that have about as many rows as asked for."""
+        step = max(1, len(self.order) // max(1, rows))
+        return self.blocks[:: min(step, max(1, len(self.blocks) // cores()))]
 
     def cross(self, targets: Floats) -> Floats:
         """Return the mean of x t' (d, t) over the rows in use, ``targets`` (n, t), in the same coordinates."""
@@ -112,10 +136,11 @@ class Scaled:
         return np.sum(self.shared(some), axis=0) / self.count * stretch[:, None]  # type: ignore[no-any-return]
 
     def _centred(self, block: slice) -> Floats:
-        return (self._raw(block) - self.mean) / self.scale
+        return (self._raw(block).astype(np.float64) - self.mean) / self.scale
 
-    def _raw(self, block: slice) -> Floats:
-        return np.asarray(self._source[self.order[block] if self._moved else block], dtype=np.float64)
+    def _raw(self, block: slice) -> Rows:
+        rows = np.asarray(self._source[self.order[block] if self._moved else block])
+        return rows if self._single else rows.astype(np.float64)
 
     def _moments_by_group(self) -> "dict[int, _Moments]":
         """Return number, mean and squared deviations of the rows that belong to the same folds, in one pass."""
@@ -124,9 +149,13 @@ class Scaled:
             rows, groups = self._raw(block), self._groups[block]
             found = []
             for group in np.unique(groups):
-                some = rows[groups == group]
-                mean = some.mean(axis=0)
-                found.append((int(group), _Moments(len(some), mean, ((some - mean) ** 2).sum(axis=0))))
+                same = groups == group
+                some = rows if same.all() else rows[same]
+                mean = some.mean(axis=0, dtype=np.float64)
+                near = mean.astype(some.dtype)
+                away = some - near
+                squares = np.einsum("ij,ij->j", away, away).astype(np.float64) - len(some) * (mean - near) ** 2
+                found.append((int(group), _Moments(len(some), mean, np.maximum(squares, 0))))
             return found
 
         gathered: dict[int, list[_Moments]] = {}
@@ -163,10 +192,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def products_on(count: int) -> AbstractContextManager[Any]:
+    """Let matrix products use so many cores; finding the libraries takes longer than a small fit, and is done once."""
+    return _libraries().limit(limits=count, user_api="blas")  # type: ignore[no-any-return]
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
 @contextmanager
 def scaled(X: Rows, rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True) -> Iterator[Scaled]:
     """Yield scaled features; inside, matrix products use one core each, since blocks run side by side."""
-    with threadpool_limits(1, "blas"):
+    with products_on(1):
         features = Scaled(X, rows, standardise=standardise, in_memory=in_memory)
         try:
             yield features

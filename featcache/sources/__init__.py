@@ -8,9 +8,20 @@ from featcache.sources.arrays import open_digits, open_hdf5, open_npz
 from featcache.sources.base import Blobs, Files, FileStat, Item, Source, location_hash, safe_name
 from featcache.sources.folders import image_files, open_folder
 from featcache.sources.shards import open_shards
-from featcache.sources.tables import open_csv, open_parquet
+from featcache.sources.tables import open_csv, open_parquet, read_column
 
-__all__ = ["Blobs", "FileStat", "Files", "Item", "Source", "image_files", "location_hash", "open_source", "safe_name"]
+__all__ = [
+    "Blobs",
+    "FileStat",
+    "Files",
+    "Item",
+    "Source",
+    "image_files",
+    "location_hash",
+    "open_source",
+    "read_column",
+    "safe_name",
+]
 
 _FILES = {".csv": open_csv, ".parquet": open_parquet, ".npz": open_npz, ".h5": open_hdf5, ".hdf5": open_hdf5}
 _KINDS = "a folder, .csv, .parquet, .npz or .h5 file, torchvision:NAME, hf:ORG/NAME, wds:SHARDS.tar or sklearn:digits"

@@ -84,6 +84,29 @@ def open_parquet(path: Path) -> Source:
     return Source(safe_name(path.stem), str(path.resolve()), tuple(items), contents)
 
 
+def read_column(location: str, column: str) -> list[str]:
+    """Return a manifest's values in one column as text, row by row.
+
+    Raises:
+        DataError: the source is no manifest, or has no such column.
+    """
+    path = Path(location)
+    if path.suffix.lower() == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    elif path.suffix.lower() == ".parquet":
+        import pyarrow.parquet as pq
+
+        names = [name for name in pq.read_schema(path).names if name == column]
+        columns = pq.read_table(path, columns=names).to_pydict()
+    else:
+        raise DataError(f"--group {column}: {location} is no manifest: list its images in a CSV or Parquet file.")
+    if column not in columns:
+        raise DataError(f"--group {column}: {path.name} has no such column.")
+    return [str(value) for value in columns[column]]
+
+
 class _RowGroups:
     """Reads the bytes of the n-th row; a row group is decoded once for all its rows."""
 

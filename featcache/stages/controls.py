@@ -63,11 +63,13 @@ def statistics(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     edges = [np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
     columns = [flat.mean(axis=1), flat.std(axis=1), *quantiles, np.stack(edges, axis=1)]
     X = np.concatenate(columns, axis=1)
-    return ((X - X.mean(axis=0)) / np.maximum(X.std(axis=0), 1e-6)).astype(np.float32)
+    standard: NDArray[np.float32] = ((X - X.mean(axis=0)) / np.maximum(X.std(axis=0), 1e-6)).astype(np.float32)
+    return standard
 
 
 def raw_pixels(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return images averaged to 16 x 16 pixels, as one row each (n, 768)."""
     step = SIDE // _RAW_SIDE
-    small = thumbnails.reshape(len(thumbnails), _RAW_SIDE, step, _RAW_SIDE, step, 3).mean(axis=(2, 4))
-    return (small.reshape(len(small), -1) / 255).astype(np.float32)
+    small = thumbnails.reshape(len(thumbnails), _RAW_SIDE, step, _RAW_SIDE, step, 3).mean(axis=(2, 4)).astype(np.float32)
+    rows: NDArray[np.float32] = small.reshape(len(small), -1) / np.float32(255)
+    return rows

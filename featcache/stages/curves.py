@@ -85,7 +85,7 @@ def learning_curve(
     repeats: int = REPEATS,
     seed: int = 0,
 ) -> Curve:
-    """Train on shares of the training images, stratified, the larger ones holding the smaller; choose on all of validation."""
+    """Train on stratified shares of the training images, larger ones holding the smaller; choose on all of validation."""
     points = []
     with progress(len(shares) * repeats, "learning curve", unit="fit") as bar:
         for share in shares:
