@@ -1,5 +1,7 @@
 """Heads: chosen on validation, refitted, tested once; saved with their hash."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -103,7 +105,7 @@ def test_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("did not converge" in note for note in notes)
 
 
-@pytest.mark.parametrize("name", ["logistic", "ridge", "svm", "knn", "rbf"])
+@pytest.mark.parametrize("name", ["logistic", "ridge", "svm", "selected", "knn", "rbf"])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_what_is_swept_together_is_what_is_trained_alone(name: str, classes: int) -> None:
     """Validation answers of a sweep are those of the estimator that the same parameters give, trained on the same rows."""
@@ -197,3 +199,33 @@ def test_what_cannot_be_fitted() -> None:
     )
     with pytest.raises(DataError, match="pooled"):
         fit(maps, split_of(features), "ridge")
+
+
+def test_views_train_and_are_averaged() -> None:
+    """Rows of all views train; an image's answer is the mean over its views, of classes alone the vote."""
+    features = blobs(3, count=60, width=20, spread=4)
+    rng = np.random.default_rng(5)
+    several = features.X[:, None] + rng.normal(0, 2, (len(features.y), 4, 20)).astype(np.float32)
+    split = split_of(features)
+
+    for name in ("logistic", "ridge"):
+        fitted = fit(replace(features, X=several), split, name, views=4)
+        answers = [heads.answers(fitted.estimator, several[split.test, view], 3) for view in range(4)]
+        pooled = heads.over_views(np.stack(answers, axis=1).reshape(-1, *answers[0].shape[1:]), 4)
+        np.testing.assert_array_equal(pooled.argmax(1) if pooled.ndim == 2 else pooled, fitted.tested.predicted)
+    np.testing.assert_allclose(heads.over_views(np.eye(3)[[0, 0, 1, 2]], 2), [[1, 0, 0], [0, 0.5, 0.5]])
+    votes = heads.over_views(np.array([0, 1, 1, 2, 2, 0]), 3)
+    assert votes.tolist() == [1, 2]
+
+
+def test_features_that_do_not_matter_are_left_out() -> None:
+    """Of many columns of noise the selecting head keeps few, and the few that carry the classes."""
+    features = blobs(3, count=60, width=6)
+    noise = np.random.default_rng(0).normal(0, 1, (len(features.y), 94)).astype(np.float32)
+
+    fitted = fit(replace(features, X=np.concatenate([features.X, noise], axis=1)), split_of(features), "selected")
+
+    used = np.flatnonzero(np.abs(fitted.estimator[-1].coef_).sum(axis=0))
+    assert len(used) == round(fitted.params["share"] * 100)
+    assert {0, 1, 2, 3, 4, 5} & set(used.tolist())
+    assert fitted.tested.scores.accuracy > 0.8

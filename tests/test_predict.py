@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from support import TINY, Outcome, draw_image
 
+from featcache.backbone import load_backbone
 from featcache.images import decode
-from featcache.specs import Transform
+from featcache.specs import BackboneSpec, Transform
 
 Run = Callable[..., Outcome]
 
@@ -163,3 +164,16 @@ def test_labels_that_are_no_numbers(run: Run, folder: Path) -> None:
 
     assert done.code == 3
     assert "'blue' is no number" in done.err
+
+
+def test_layers_and_views(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head on several layers, trained on views, predicts from files as any other."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    names = [stage.name for stage in load_backbone(BackboneSpec("test_resnet", random_init=0)).stages[-2:]]
+
+    done = run("fit", folder, *TINY, "--layers", ",".join(names), "--views", "2", "--no-controls", "--json")
+
+    assert done.code == 0, done.err
+    assert done.json["extract"]["cut"] == "+".join(names)
+    assert done.json["heads"][0]["head"] == f"logistic on {'+'.join(names)} 2 views"
+    assert run("predict", done.json["heads"][0]["bundle"], folder / "red" / "00.png").code == 0

@@ -6,8 +6,10 @@ import click
 
 from featcache.cli import options
 
-_HEADS = "centroid, ridge, knn, logistic, svm, lda, rbf, mlp, boosting, ensemble; all for each, the cheapest first."
-_PLAN = ("heads", "grid", "folds", "budget", "target", "group", "shots", "curve", "controls", "format")
+_HEADS = (
+    "centroid, ridge, knn, logistic, svm, selected, lda, rbf, mlp, boosting, ensemble; all for each, the cheapest first."
+)
+_PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group", "shots", "curve", "controls", "format")
 _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 1000 images]"
 
 
@@ -15,6 +17,14 @@ _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 10
 @options.source_options
 @options.backbone_options
 @click.option("--head", "heads", multiple=True, default=["logistic"], show_default=True, help=_HEADS)
+@click.option("--layers", type=options.Names(), help="Train on several layers side by side, such as layer3,layer4.")
+@click.option(
+    "--views",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Train on so many views each, average their answers.",
+)
 @click.option("--grid", multiple=True, type=options.Grid(), help="Values to choose from, such as C=0.1,1,10.")
 @click.option("--folds", type=click.IntRange(0), help=_FOLDS)
 @click.option("--budget", type=options.Seconds(), help="Begin no further head after this time, such as 60s or 5m.")
@@ -43,7 +53,7 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
     from featcache.pipeline.jobs import FitPlan
 
     spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
-    given["shots"] = given["shots"] or ()
+    given |= {name: given[name] or () for name in ("layers", "shots")}
     plan = FitPlan(*(given.pop(name) for name in _PLAN))
     done = fit(source, spec, plan=plan, settings=settings, **given)
     if as_json:

@@ -112,6 +112,16 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # as above
         return tuple(int(part) for part in parts)
 
 
+class Names(click.ParamType):  # type: ignore[type-arg]  # as above
+    """Names with commas between."""
+
+    name = "A,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002 - click's
+        """Return the names."""
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(",") if part.strip())
+
+
 class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
     """A time, such as ``60s`` or ``5m``."""
 

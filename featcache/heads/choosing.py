@@ -1,15 +1,16 @@
 """Which heads there are, and how one is chosen on validation and trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from featcache.errors import UsageError
 from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params
-from featcache.heads.linear import LOGISTIC, RIDGE, SVM
+from featcache.heads.linear import LOGISTIC, RIDGE, SELECTED, SVM
 from featcache.heads.neighbours import CENTROID, KNN
 from featcache.heads.nonlinear import BOOSTING, LDA, MLP, RBF
 from featcache.metrics import Scores, score
@@ -23,6 +24,7 @@ HEADS: Mapping[str, HeadFamily] = {
     "knn": KNN,
     "logistic": LOGISTIC,
     "svm": SVM,
+    "selected": SELECTED,
     "lda": LDA,
     "rbf": RBF,
     "mlp": MLP,
@@ -59,7 +61,9 @@ def in_order(names: Sequence[str]) -> list[str]:
     return [name for name in (*HEADS, ENSEMBLE) if name in wanted]
 
 
-def choose(name: str, X: X_, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequence[Params] | None = None) -> Chosen:
+def choose(
+    name: str, X: X_, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequence[Params] | None = None, views: int = 1
+) -> Chosen:
     """Fit a head on every fold's train with every candidate and return the one that does best on all their val together.
 
     Best is the highest accuracy, then the lowest log-loss, then the more regular one.
@@ -71,11 +75,12 @@ def choose(name: str, X: X_, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequ
         folds: which rows train and which choose.
         seed: of the head's own randomness.
         grid: parameters to try instead of the family's own.
+        views: how many rows in succession are views of one image: each trains, their answers are averaged.
     """
     family = HEADS[name]
     everything = list(grid) if grid is not None else family.grid(min(len(fold.train) for fold in folds))
     step = 1 if grid is not None else family.coarse
-    truth = np.concatenate([y[fold.val] for fold in folds])
+    truth = np.concatenate([y[fold.val] for fold in folds])[::views]
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
         outcomes: list[tuple[Attempt, Scores]] = []
 
@@ -84,7 +89,8 @@ def choose(name: str, X: X_, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequ
 
         def try_all(candidates: Sequence[Params]) -> None:
             for attempt in family.sweep(candidates, X, y, folds, seed):
-                outcomes.append((attempt, score(truth, attempt.answers)))
+                pooled = replace(attempt, answers=over_views(attempt.answers, views))
+                outcomes.append((pooled, score(truth, pooled.answers)))
                 bar.update(1)
 
         try_all(everything[::step])
@@ -93,6 +99,18 @@ def choose(name: str, X: X_, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequ
     attempt, val = best()
     unconverged = sum(not one.converged for one, _ in outcomes)
     return Chosen(attempt.params, val, attempt.answers, len(outcomes), unconverged)
+
+
+def over_views(answers: NDArray[Any], views: int) -> NDArray[Any]:
+    """Average the probabilities (n * views, classes) of an image's views; classes alone (n * views,) are put to the vote."""
+    if views == 1:
+        return answers
+    if answers.ndim == 2:
+        averages: NDArray[Any] = answers.reshape(-1, views, answers.shape[1]).mean(axis=1)
+        return averages
+    votes = np.stack([np.bincount(row, minlength=int(answers.max()) + 1) for row in answers.reshape(-1, views)])
+    chosen: NDArray[Any] = votes.argmax(axis=1)
+    return chosen
 
 
 def train(name: str, params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:

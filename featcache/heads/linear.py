@@ -20,6 +20,7 @@ from featcache.splits import Fold
 _LOGISTIC = [{"C": float(f"{value:.4g}")} for value in np.logspace(-6, 5, 45)]
 # the costs of VISSL's linear classification (Goyal et al. 2019, section 4)
 _COSTS = [{"C": cost} for cost in (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)]
+_SELECTING_ALPHA = 100.0
 COARSE_CS = _LOGISTIC[::4]
 ALPHAS = [{"alpha": float(f"{value:.4g}")} for value in np.logspace(6, -1, 15)]
 
@@ -122,6 +123,42 @@ def _ridge(
     return head
 
 
+def _sweep_selected(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+    """Each share's columns are picked once a fold, and all its C are solved together."""
+    classes = int(y.max()) + 1
+    ranked = [_by_weight(X[fold.train], y[fold.train]) for fold in folds]
+    for share in dict.fromkeys(params["share"] for params in grid):
+        several = [params for params in grid if params["share"] == share]
+        found = []
+        for fold, order in zip(folds, ranked, strict=True):
+            columns = _first(order, share)
+            (solutions,) = linear.solve(X[np.ix_(fold.train, columns)], y[fold.train], [params["C"] for params in several])
+            found.append([(probabilities(one, X[np.ix_(fold.val, columns)], classes), one.converged) for one in solutions])
+        for number, params in enumerate(several):
+            answers = [attempts[number][0] for attempts in found]
+            yield Attempt(params, np.concatenate(answers), all(attempts[number][1] for attempts in found))
+
+
+def _fit_selected(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
+    """The columns that are left out have weight zero: what comes back is one plain logistic head."""
+    columns = _first(_by_weight(X, y), params["share"])
+    ((solution,),) = linear.solve(X[:, columns], y, [params["C"]])
+    head = as_logistic(solution)
+    head.coef_ = np.zeros((len(solution.coefficients), X.shape[1]))
+    head.coef_[:, columns], head.n_features_in_ = solution.coefficients, X.shape[1]
+    return make_pipeline(head), solution.converged
+
+
+def _by_weight(X: X_, y: Y_) -> NDArray[np.int64]:
+    """Return columns by how much a ridge head uses them, over all classes (Evci et al. 2022, Head2Toe, section 3.2)."""
+    ((coefficients, _),) = ridge.solve(X, 2.0 * _signs(y, np.unique(y)) - 1, [_SELECTING_ALPHA])
+    return np.argsort(-np.linalg.norm(coefficients * X.std(axis=0), axis=0), kind="stable")
+
+
+def _first(order: NDArray[np.int64], share: float) -> NDArray[np.int64]:
+    return np.sort(order[: max(1, round(share * len(order)))])
+
+
 def linear_weights(head: Pipeline, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return a logistic head as one linear map: weights (classes, d), bias (classes,).
 
@@ -138,6 +175,11 @@ def linear_weights(head: Pipeline, classes: int) -> tuple[NDArray[np.float64], N
     return weights, bias
 
 
+SELECTED = HeadFamily(
+    lambda _: [{"share": share, "C": C} for share in (0.05, 0.1, 0.25, 0.5) for C in (1e-4, 1e-3, 1e-2, 0.1, 1.0)],
+    _sweep_selected,
+    _fit_selected,
+)
 LOGISTIC = HeadFamily(lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4)
 SVM = HeadFamily(lambda _: list(_COSTS), _sweep_svm, _fit_svm)
 RIDGE = HeadFamily(lambda _: list(ALPHAS), _sweep_ridge, _fit_ridge)

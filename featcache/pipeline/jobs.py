@@ -23,6 +23,7 @@ from featcache.specs import (
     POOLED,
     BackboneSpec,
     FineTunePlan,
+    Views,
 )
 from featcache.splits import Split, items_hash, make_free_split, make_split
 from featcache.store import Features, FeatureStore, RowReader
@@ -71,6 +72,8 @@ class FitPlan:
 
     Attributes:
         heads: names; ``all`` for each, the cheapest first.
+        layers: train on the pooled activations of these layers side by side; none: on the backbone's embedding.
+        views: so many views of each image train, and are averaged over in answers.
         grid: parameters to choose from, for one head, instead of its own.
         folds: of cross-validation; ``None`` leaves it to the size of the data, 0 takes the val split.
         budget: seconds after which no further head is begun.
@@ -83,6 +86,8 @@ class FitPlan:
     """
 
     heads: tuple[str, ...] = (PROBE,)
+    layers: tuple[str, ...] = ()
+    views: int = 1
     grid: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     folds: int | None = None
     budget: float | None = None
@@ -149,7 +154,9 @@ def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path |
     candidates = plan.candidates()
     if candidates and len(names) != 1:
         raise UsageError("--grid is of one --head.")
-    done = bench.extracted()
+    if plan.views > 1 and (plan.target != "label" or plan.shots or plan.curve):
+        raise UsageError("--views trains heads of one class an image; leave out --target, --shots and --curve.")
+    done = bench.extracted("+".join(plan.layers) or POOLED, views=Views(plan.views))
     features = done.store.features()
     groups = _groups(bench, features, plan.group)
     if plan.target != "label":
@@ -163,9 +170,9 @@ def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path |
             logger.warning("--budget %g s is spent: without %s", plan.budget, ", ".join(left))
             break
         if name == heads.ENSEMBLE:
-            fitted = ensemble(features, split, [job.fitted for job in jobs])
+            fitted = ensemble(features, split, [job.fitted for job in jobs], plan.views)
         else:
-            fitted = fit(features, split, name, seed=seed, grid=candidates)
+            fitted = fit(features, split, name, seed=seed, grid=candidates, views=plan.views)
         jobs.append(_keep_head(bench, done, features, split, fitted, plan, seed, records))
     found = _controls(bench, features, split, jobs, seed) if plan.controls else []
     return HeadJobs(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
@@ -229,6 +236,12 @@ def _fit_targets(
             append_record(records, record)
         jobs.append(TargetJob(fitted, record, path))
     return jobs
+
+
+def _method(head: str, plan: FitPlan) -> str:
+    """Return what tables call a head: with what it is trained on, where that is not the usual."""
+    on = [*([f"on {'+'.join(plan.layers)}"] if plan.layers else []), *([f"{plan.views} views"] if plan.views > 1 else [])]
+    return " ".join([head, *on])
 
 
 def _card(bench: Workbench, done: Extracted) -> dict[str, Any]:
@@ -296,7 +309,7 @@ def _keep_head(
 
     for note in fitted.notes:
         logger.warning(note)
-    cell = cell_of(bench.spec, features, fitted.name, None, seed)
+    cell = cell_of(bench.spec, features, _method(fitted.name, plan), None, seed)
     card = _card(bench, done) | {
         "classes": list(features.classes),
         "target": "label",
@@ -312,8 +325,8 @@ def _keep_head(
         cell=cell,
         dataset=done.store.path.parent.name,
         backbone=bench.spec.label,
-        method=fitted.name,
-        cut=POOLED,
+        method=_method(fitted.name, plan),
+        cut=done.cut,
         seed=seed,
         feature_key=done.store.key,
         request={"backbone": identify(bench.spec)},

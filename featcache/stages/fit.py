@@ -14,7 +14,7 @@ from featcache import heads
 from featcache.errors import DataError, UsageError
 from featcache.heads import Params
 from featcache.metrics import Scores, Tested, best_temperature, score, scores_on_test
-from featcache.splits import Split
+from featcache.splits import Fold, Split
 from featcache.store import Features
 
 _MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")
@@ -39,33 +39,39 @@ class FittedHead:
     temperature: float | None = None
 
 
-def fit(features: Features, split: Split, name: str, *, seed: int = 0, grid: Sequence[Params] | None = None) -> FittedHead:
+def fit(
+    features: Features, split: Split, name: str, *, seed: int = 0, grid: Sequence[Params] | None = None, views: int = 1
+) -> FittedHead:
     """Train one head.
 
     Args:
-        features: embeddings X (n, d) float, labels y (n,).
+        features: embeddings X (n, d) float, of several views (n, views, d); labels y (n,).
         split: which images train, choose and test.
         name: a key of ``heads.HEADS``.
         seed: of the head's own randomness.
         grid: parameters to choose from instead of the head's own.
+        views: how many views there are: each trains, and answers are averaged over them.
 
     Raises:
         UsageError: there is no such head.
         DataError: the features are no embeddings.
     """
     heads.require_head(name)
-    X, y = _embeddings(features), features.y
+    X = _embeddings(features, views)
+    y = np.repeat(features.y, views)
+    folds = [Fold(_rows(fold.train, views), _rows(fold.val, views)) for fold in split.folds]
+    rows = _rows(split.train_val, views)
     started = time.monotonic()
-    chosen = heads.choose(name, X, y, split.folds, seed, grid)
-    estimator, converged = heads.train(name, chosen.params, X[split.train_val], y[split.train_val], seed)
+    chosen = heads.choose(name, X, y, folds, seed, grid, views)
+    estimator, converged = heads.train(name, chosen.params, X[rows], y[rows], seed)
     seconds = time.monotonic() - started
     notes = [] if converged else [f"{name}: the final fit did not converge"]
     if chosen.unconverged:
         notes.append(f"{name}: {chosen.unconverged} of {chosen.tried} candidates did not converge")
-    return _tested(name, estimator, chosen.params, chosen.answers, features, split, seconds, notes)
+    return _tested(name, estimator, chosen.params, chosen.answers, features, split, seconds, notes, views)
 
 
-def ensemble(features: Features, split: Split, fitted: Sequence[FittedHead]) -> FittedHead:
+def ensemble(features: Features, split: Split, fitted: Sequence[FittedHead], views: int = 1) -> FittedHead:
     """Average the probabilities of the best few heads; how many is chosen on validation.
 
     Raises:
@@ -87,7 +93,7 @@ def ensemble(features: Features, split: Split, fitted: Sequence[FittedHead]) -> 
     estimator.classes_ = estimator.le_.classes_
     seconds = time.monotonic() - started + sum(head.seconds for head in members)
     params = {"members": [head.name for head in members]}
-    return _tested(heads.ENSEMBLE, estimator, params, averages[best], features, split, seconds, [])
+    return _tested(heads.ENSEMBLE, estimator, params, averages[best], features, split, seconds, [], views)
 
 
 def members_of(names: Sequence[str]) -> list[str]:
@@ -106,20 +112,31 @@ def _tested(
     split: Split,
     seconds: float,
     notes: Sequence[str],
+    views: int,
 ) -> FittedHead:
-    X, y, truth = _embeddings(features), features.y, _truth(features.y, split)
+    X, y, truth = _embeddings(features, views), features.y, _truth(features.y, split)
     temperature = best_temperature(truth, answers) if answers.ndim == 2 else None
-    tested = scores_on_test(lambda index: heads.answers(estimator, X[index], len(features.classes)), y, split, temperature)
+    classes = len(features.classes)
+    tested = scores_on_test(
+        lambda index: heads.over_views(heads.answers(estimator, X[_rows(index, views)], classes), views),
+        y,
+        split,
+        temperature,
+    )
     val = score(truth, answers, temperature)
     return FittedHead(name, estimator, dict(params), val, tested, seconds, tuple(notes), answers, temperature)
 
 
-def _embeddings(features: Features) -> NDArray[np.float32]:
-    if features.X.ndim != 2:
-        raise DataError(
-            f"heads train on embeddings (n, d), these features are {features.X.shape}: extract at the cut `pooled`."
-        )
-    return np.ascontiguousarray(features.X, dtype=np.float32)
+def _embeddings(features: Features, views: int) -> NDArray[np.float32]:
+    """Return one row a view (n * views, d), the views of an image one after the other."""
+    shape = features.X.shape
+    if len(shape) != (2 if views == 1 else 3) or (views > 1 and shape[1] != views):
+        raise DataError(f"heads train on embeddings (n, d), these features are {shape}: extract at the cut `pooled`.")
+    return np.ascontiguousarray(features.X.reshape(-1, shape[-1]), dtype=np.float32)
+
+
+def _rows(images: NDArray[np.int64], views: int) -> NDArray[np.int64]:
+    return (images[:, None] * views + np.arange(views)).reshape(-1)
 
 
 def _truth(y: NDArray[np.int64], split: Split) -> NDArray[np.int64]:
