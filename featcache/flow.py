@@ -115,9 +115,9 @@ class Reader:
 
 
 @contextmanager
-def reading_ahead(reader: Reader, size: int, room: int = _AHEAD_BYTES) -> Iterator[list[Batch]]:
-    """Yield a list that one thread fills with batches, up to ``room`` bytes of pixels, as long as the block lasts."""
-    batches: list[Batch] = []
+def reading_ahead(reader: Reader, size: int, room: int = _AHEAD_BYTES) -> Iterator[deque[Batch]]:
+    """Yield a queue that one thread fills with batches, up to ``room`` bytes of pixels, as long as the block lasts."""
+    batches: deque[Batch] = deque()
     stop = threading.Event()
 
     def read() -> None:
@@ -189,10 +189,12 @@ def not_finite(source: Source, sighted: Sighted, dtype: StoredDtype) -> list[Qua
 
 
 def run_batches(
-    reader: Reader, run: Compute, size: int, workers: int, read_already: Sequence[Batch] = ()
+    reader: Reader, run: Compute, size: int, workers: int, read_already: deque[Batch]
 ) -> Generator[Batch, None, None]:
-    """Yield batches with their rows as workers finish them, those read already first; closing it stops the workers."""
-    waiting = deque(read_already)
+    """Yield batches with their rows as workers finish them; closing it stops the workers.
+
+    Those read already come first, and are taken out of their queue, so that their rows are not held twice.
+    """
     results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * workers)
     stop = threading.Event()
 
@@ -201,7 +203,7 @@ def run_batches(
         try:
             while not stop.is_set():
                 try:
-                    batch = waiting.popleft()
+                    batch = read_already.popleft()
                 except IndexError:
                     batch = reader.fill(size, stop.is_set)
                 if not len(batch):

@@ -1,6 +1,7 @@
 """A trained head on images that were never extracted: from files to labels, nothing kept."""
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _batches(bench: Workbench, cut: str) -> Iterator[Batch]:
     if first.fresh:
         with bench.threads():
             ready = bench.prepare([cut], sample(first, plan.batch_size), len(bench.source.items))
-            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, [first])) as batches:
+            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, deque([first]))) as batches:
                 for batch in batches:
                     rows.update((digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True))
                     copies += batch.copies

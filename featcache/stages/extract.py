@@ -3,6 +3,7 @@
 import shutil
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -206,11 +207,13 @@ def _compute_here(
     try:
         with progress(len(wanted), f"extract {source.name}") as bar:
             first = reader.fill(plan.batch_size)
-            ahead: list[Batch] = []
+            ahead = deque[Batch]()
             if first.fresh:
                 with reading_ahead(reader, plan.batch_size) as ahead:
                     ready = prepare(sample(first, plan.batch_size), len(wanted))
-            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, [first, *ahead])) as batches:
+            ahead.appendleft(first)
+            del first
+            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, ahead)) as batches:
                 for batch in batches:
                     _sort_in(batch, harvests, source)
                     bar.update(len(batch))
