@@ -95,7 +95,9 @@ def load(path: Path, *, trust: bool = False) -> Bundle:
         ) from error
     except ValueError as error:
         raise DataError(f"{card_path}: not a head's card ({error}).") from error
-    if not isinstance(card, dict) or card.get("sha256") != sha256_of_bytes(content):
+    if not isinstance(card, dict) or not {"sha256", "scikit_learn", "classes"} <= set(card):
+        raise DataError(f"{card_path}: not a head's card.")
+    if card["sha256"] != sha256_of_bytes(content):
         raise DataError(f"{path}: is not the file that {card_path.name} describes (another SHA-256).")
     if card["scikit_learn"] != sklearn.__version__:
         raise DataError(

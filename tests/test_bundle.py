@@ -111,6 +111,15 @@ def test_another_scikit_learn_is_an_error(tmp_path: Path) -> None:
         bundle.load(path)
 
 
+def test_a_foreign_card(tmp_path: Path) -> None:
+    """JSON that is no card is said to be none."""
+    (tmp_path / "head.joblib").write_bytes(b"")
+    for text in ("[]", "{}", '{"sha256": ""}', "no JSON"):
+        (tmp_path / "head.json").write_text(text)
+        with pytest.raises(DataError, match="card"):
+            bundle.load(tmp_path / "head.joblib")
+
+
 def test_a_missing_head_is_named(tmp_path: Path) -> None:
     """The message names the file."""
     with pytest.raises(DataError, match="nothing"):

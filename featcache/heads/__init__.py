@@ -1,7 +1,17 @@
 """The heads: scikit-learn estimators on embeddings, each with the search space that validation chooses from."""
 
 from featcache.heads.base import HeadFamily, Params, answers
-from featcache.heads.choosing import ENSEMBLE, HEADS, Chosen, choose, in_order, over_views, require_head, train
+from featcache.heads.choosing import (
+    ENSEMBLE,
+    HEADS,
+    Chosen,
+    choose,
+    in_order,
+    over_views,
+    require_head,
+    require_params,
+    train,
+)
 from featcache.heads.linear import linear_weights
 from featcache.heads.targets import NUMBER_HEADS, sweep_labels, sweep_numbers, train_labels, train_number
 
@@ -18,6 +28,7 @@ __all__ = [
     "linear_weights",
     "over_views",
     "require_head",
+    "require_params",
     "sweep_labels",
     "sweep_numbers",
     "train",

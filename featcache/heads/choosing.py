@@ -1,5 +1,6 @@
 """Which heads there are, and how one is chosen on validation and trained."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +54,24 @@ def require_head(name: str) -> None:
     """
     if name not in {*HEADS, ENSEMBLE, ALL}:
         raise UsageError(f"--head {name}: choose from {', '.join([*HEADS, ENSEMBLE, ALL])}.")
+
+
+def require_params(name: str, grid: Sequence[Params]) -> None:
+    """Check values to choose from.
+
+    Raises:
+        UsageError: the head takes other parameters, or other values.
+    """
+    known = set(HEADS[name].grid(1000)[0]) if name in HEADS else set()
+    for params in grid:
+        if set(params) != known:
+            taken = ", ".join(sorted(known)) or "no parameter"
+            raise UsageError(f"--grid {', '.join(sorted(params))}: {name} takes {taken}.")
+        for key, value in params.items():
+            most = 1 if key in {"share", "shrinkage"} else math.inf
+            if not 0 < value <= most or value == math.inf or (key == "k" and value % 1):
+                wanted = "a whole number" if key == "k" else "a number up to 1" if most == 1 else "a number"
+                raise UsageError(f"--grid {key}={value:g}: {wanted}, above 0, is needed.")
 
 
 def in_order(names: Sequence[str]) -> list[str]:

@@ -103,6 +103,13 @@ class FitPlan:
         names, values = [name for name, _ in self.grid], [values for _, values in self.grid]
         return [dict(zip(names, some, strict=True)) for some in product(*values)] if names else None
 
+    def choice(self) -> dict[str, Any]:
+        """Return what was asked for otherwise than usual in how parameters are chosen: another experiment."""
+        usual = FitPlan()
+        return {
+            name: getattr(self, name) for name in ("grid", "folds", "group") if getattr(self, name) != getattr(usual, name)
+        }
+
 
 @dataclass(frozen=True)
 class TargetJob:
@@ -152,8 +159,10 @@ def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path |
         heads.require_head(name)
     names = members_of(plan.heads)
     candidates = plan.candidates()
-    if candidates and len(names) != 1:
-        raise UsageError("--grid is of one --head.")
+    if candidates and (len(names) != 1 or plan.target != "label"):
+        raise UsageError("--grid is of one --head, for one class an image.")
+    if candidates:
+        heads.require_params(names[0], candidates)
     if plan.views > 1 and (plan.target != "label" or plan.shots or plan.curve):
         raise UsageError("--views trains heads of one class an image; leave out --target, --shots and --curve.")
     done = bench.extracted("+".join(plan.layers) or POOLED, views=Views(plan.views))
@@ -200,8 +209,8 @@ def _fit_targets(
             if plan.target == "labels"
             else fit_number(features, split, name, plan.candidates())
         )
-        method = f"{name} ({plan.target})"
-        cell = cell_of(bench.spec, features, method, None, seed)
+        method = _method(f"{name} ({plan.target})", plan)
+        cell = cell_of(bench.spec, features, method, plan.choice(), seed)
         card = _card(bench, done) | {
             "classes": list(fitted.names),
             "target": fitted.target,
@@ -309,7 +318,7 @@ def _keep_head(
 
     for note in fitted.notes:
         logger.warning(note)
-    cell = cell_of(bench.spec, features, _method(fitted.name, plan), None, seed)
+    cell = cell_of(bench.spec, features, _method(fitted.name, plan), plan.choice(), seed)
     card = _card(bench, done) | {
         "classes": list(features.classes),
         "target": "label",
@@ -329,7 +338,7 @@ def _keep_head(
         cut=done.cut,
         seed=seed,
         feature_key=done.store.key,
-        request={"backbone": identify(bench.spec)},
+        request={"backbone": identify(bench.spec)} | plan.choice(),
         params=fitted.params,
         split=split.sizes(),
         test_items=items_hash(features.sha256, split.test, features.y),
@@ -458,7 +467,9 @@ def finetune_job(
     return TuneJob(tuned, record, checkpoint, pooled.report.computed + at_cut.report.computed)
 
 
-def cell_of(spec: BackboneSpec, features: Features, method: str, plan: FineTunePlan | None, seed: int) -> str:
+def cell_of(
+    spec: BackboneSpec, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int
+) -> str:
     """Return the name of an experiment: everything that decides its outcome but the code."""
     everything = np.arange(len(features.y))
     return fingerprint(
@@ -467,7 +478,7 @@ def cell_of(spec: BackboneSpec, features: Features, method: str, plan: FineTuneP
             "items": items_hash(features.sha256, everything, features.y),
             "splits": list(features.splits),
             "method": method,
-            "plan": asdict(plan) if plan else None,
+            "plan": (asdict(plan) if isinstance(plan, FineTunePlan) else plan) if plan else None,
             "seed": seed,
         }
     )

@@ -51,7 +51,9 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
         UsageError: the weights file is not where it was.
         DataError: it is another file now.
     """
-    facts = card["backbone"]
+    facts = card.get("backbone")
+    if not isinstance(facts, dict) or not {"name", "weights", "random_init", "model_args", "overrides"} <= set(facts):
+        raise DataError("the head's card does not say on which backbone it was trained.")
     path, wanted = weights or card.get("weights"), facts["weights"]
     if wanted and wanted.startswith("sha256:"):
         if path is None or not Path(path).is_file():
