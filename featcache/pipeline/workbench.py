@@ -223,7 +223,7 @@ class Workbench:
         if store is None:
             spec = self._feature_spec(request)
             path = caching.entry_path(self.folder, self.spec.label, spec)
-            if not path.exists() and (reason := caching.why_miss(self.folder, spec)):
+            if self._transform is None and not path.exists() and (reason := caching.why_miss(self.folder, spec)):
                 logger.info("not in the cache; the nearest entry differs in %s", reason)
             store = FeatureStore.create(path, spec)
         part = self.settings.part
