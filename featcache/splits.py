@@ -1,7 +1,7 @@
 """Which images train, which choose, which are tested: given by the source, else seeded and stratified."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,17 +82,10 @@ def make_split(
         return _make_grouped(y, np.asarray(given, dtype=object), classes, seed, np.asarray(groups, dtype=object), folds)
     _require_classes(y, classes)
     names = np.asarray(given, dtype=object)
-    everything = np.arange(len(y))
-    test = everything[names == "test"]
-    val = everything[names == "val"]
-    train = everything[(names == "train") | (names == "")]
     rng = np.random.default_rng(seed)
-    if not len(test):
-        train, test = _draw(train, y, classes, rng)
-    if not len(val):
-        train, val = _draw(train, y, classes, rng)
-    _require_trained(y, classes, train, test)
-    return _crossed(Split(train, val, test), y, _number_of_folds(folds, y, train, val, names), seed)
+    split = _completed(names, lambda pool: _draw(pool, y, classes, rng))
+    _require_trained(y, classes, split.train, split.test)
+    return _crossed(split, y, _number_of_folds(folds, y, split.train, split.val, names), seed)
 
 
 def make_free_split(count: int, given: Sequence[str], seed: int = 0, groups: Sequence[str] | None = None) -> Split:
@@ -101,16 +94,22 @@ def make_free_split(count: int, given: Sequence[str], seed: int = 0, groups: Seq
     Raises:
         DataError: there are too few images, or given splits part a group.
     """
-    names, everything, same = np.asarray(given, dtype=object), np.arange(count), np.zeros(count, np.int64)
+    names, same = np.asarray(given, dtype=object), np.zeros(count, np.int64)
     if groups is not None:
         return _make_grouped(same, names, ("all",), seed, np.asarray(groups, dtype=object), 0)
-    test, val = everything[names == "test"], everything[names == "val"]
-    train = everything[(names == "train") | (names == "")]
     rng = np.random.default_rng(seed)
+    return _completed(names, lambda pool: _draw(pool, same, ("all",), rng))
+
+
+def _completed(given: NDArray[Any], draw: Callable[[Index], tuple[Index, Index]]) -> Split:
+    """Return the given splits; of test and val, what is missing is drawn from the rest in this order."""
+    everything = np.arange(len(given))
+    test, val = everything[given == "test"], everything[given == "val"]
+    train = everything[(given == "train") | (given == "")]
     if not len(test):
-        train, test = _draw(train, same, ("all",), rng)
+        train, test = draw(train)
     if not len(val):
-        train, val = _draw(train, same, ("all",), rng)
+        train, val = draw(train)
     return Split(train, val, test)
 
 
@@ -140,18 +139,13 @@ def _make_grouped(
 ) -> Split:
     if len(classes) > 1:
         _require_classes(y, classes)
-    everything = np.arange(len(y))
-    test, val = everything[given == "test"], everything[given == "val"]
-    train = everything[(given == "train") | (given == "")]
-    if not len(test):
-        train, test = _draw_groups(train, y, groups, seed)
-    if not len(val):
-        train, val = _draw_groups(train, y, groups, seed)
+    split = _completed(given, lambda pool: _draw_groups(pool, y, groups, seed))
+    train, val, test = split.train, split.val, split.test
     for one, other, what in ((train, test, "train and test"), (train, val, "train and val"), (val, test, "val and test")):
         if torn := sorted(set(map(str, groups[one])) & set(map(str, groups[other]))):
             raise DataError(f"group {torn[0]!r} is in {what} ({len(torn)} such groups): give each group one split.")
     _require_trained(y, classes, train, test)
-    return _crossed(Split(train, val, test), y, folds or 0, seed, groups)
+    return _crossed(split, y, folds or 0, seed, groups)
 
 
 def _draw_groups(pool: Index, y: NDArray[np.int64], groups: NDArray[Any], seed: int) -> tuple[Index, Index]:

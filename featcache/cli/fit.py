@@ -54,7 +54,7 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
 
     spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
     given |= {name: given[name] or () for name in ("layers", "shots")}
-    plan = FitPlan(*(given.pop(name) for name in _PLAN))
+    plan = FitPlan(**{name: given.pop(name) for name in _PLAN})
     done = fit(source, spec, plan=plan, settings=settings, **given)
     if as_json:
         options.emit(done.summary)

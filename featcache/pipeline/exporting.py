@@ -33,6 +33,7 @@ from featcache.store.atomic import replace_file
 
 AGREEMENT = 1e-4
 _CHECKED = 16
+_EXPORTABLE = "logistic, ridge, svm, lda, knn, rbf, mlp, or an ensemble of them"
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,8 @@ def _as_module(estimator: Any, classes: int) -> nn.Module:
     steps = [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
     for step in steps:
         if type(step) not in _WRITERS:
-            raise UsageError(f"{type(step).__name__} heads cannot be exported: use {', '.join(_exportable())}.")
+            raise UsageError(f"{type(step).__name__} heads cannot be exported: use {_EXPORTABLE}.")
     return nn.Sequential(*(_WRITERS[type(step)](step) for step in steps), _Spread(steps[-1].classes_, classes))
-
-
-def _exportable() -> list[str]:
-    return ["logistic", "ridge", "svm", "lda", "knn", "rbf", "mlp", "or an ensemble of them"]
 
 
 class _Affine(nn.Module):

@@ -15,6 +15,7 @@ from featcache.bundle import Bundle
 from featcache.errors import DataError, UsageError
 from featcache.fingerprint import sha256_of_file
 from featcache.flow import Batch, Reader, run_batches, sample
+from featcache.heads import answers
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import progress
 from featcache.sources import Item, Source, image_files
@@ -156,11 +157,7 @@ def _answer(bundle: Bundle, batch: Batch, source: Source) -> list[Prediction]:
             Prediction(name, ";".join(label for label, value in zip(bundle.classes, row, strict=True) if value >= 0.5), row)
             for name, row in zip(names, bundle.estimator.predict_proba(X), strict=True)
         ]
-    if not hasattr(bundle.estimator, "predict_proba"):
-        found = bundle.estimator.predict(X)
+    found = answers(bundle.estimator, X, len(bundle.classes))
+    if found.ndim == 1:
         return said + [Prediction(name, bundle.classes[number]) for name, number in zip(names, found, strict=True)]
-    probabilities = np.zeros((len(X), len(bundle.classes)))
-    probabilities[:, bundle.estimator.classes_] = bundle.estimator.predict_proba(X)
-    return said + [
-        Prediction(name, bundle.classes[int(row.argmax())], row) for name, row in zip(names, probabilities, strict=True)
-    ]
+    return said + [Prediction(name, bundle.classes[int(row.argmax())], row) for name, row in zip(names, found, strict=True)]
