@@ -2,6 +2,7 @@
 
 import json
 import os
+from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -243,7 +244,7 @@ def take_stock(
     known: list[tuple[int, bytes, FileStat | None]] = []
     unsure: list[tuple[int, FileStat | None]] = []
     unreachable: list[Quarantined] = []
-    to_read: list[int] = []
+    to_read = array("q")
     paths = set(where) | {item.path for item in store.manifest.quarantined} if store else set()
     for index, item in enumerate(source.items):
         if not among(index):
@@ -262,8 +263,8 @@ def take_stock(
             unsure.append((index, stat))
         else:
             to_read.append(index)
-    to_read = sorted(to_read + _hash_unsure(source, recognised, known, unsure, unreachable))
-    return Stock(Sighted.of(known), np.array(to_read, dtype=np.int64), tuple(unreachable))
+    to_read.extend(_hash_unsure(source, recognised, known, unsure, unreachable))
+    return Stock(Sighted.of(known), np.sort(np.array(to_read, dtype=np.int64)), tuple(unreachable))
 
 
 def _hash_unsure(
@@ -329,9 +330,10 @@ def make_listing(source: Source, known: Sighted, checked_ns: int) -> Listing:
     ordered = known.take(np.argsort(known.index, kind="stable"))
     classes = source.classes
     label_of = {name: index for index, name in enumerate(classes)}
-    items = [source.items[index] for index in ordered.index]
-    labels = np.fromiter((label_of[item.label] for item in items), dtype=np.int64, count=len(items))
-    splits = np.fromiter((SPLITS.index(item.split) for item in items), dtype=np.uint8, count=len(items))
+    labels, splits = np.empty(len(ordered), np.int64), np.empty(len(ordered), np.uint8)
+    for row, index in enumerate(ordered.index):
+        item = source.items[index]
+        labels[row], splits[row] = label_of[item.label], SPLITS.index(item.split)
     return Listing(ordered.seen(source, checked_ns), labels, splits, classes)
 
 

@@ -75,12 +75,12 @@ class Reader:
         self._one_at_a_time = threading.Lock()
         self._small = False
 
-    def fill(self, size: int, stopped: Callable[[], bool] = lambda: False) -> Batch:
-        """Return the next images, fewer than ``size`` fresh ones only where the feed ends.
+    def fill(self, size: int, stopped: Callable[[], bool] = lambda: False, begun: Batch | None = None) -> Batch:
+        """Return the next images, fewer than ``size`` fresh ones only where the feed ends; ``begun`` is filled up.
 
         Small images are mostly the interpreter's work: threads that read them at once would only wait for each other.
         """
-        batch = Batch()
+        batch = begun or Batch()
         with self._one_at_a_time if self._small else nullcontext():
             started = time.perf_counter()
             while len(batch.fresh) < size and not stopped():
@@ -89,7 +89,7 @@ class Reader:
                 if position is None:
                     break
                 self._read(int(position), batch)
-        if len(batch):
+        if len(batch) and begun is None:
             self._small = (time.perf_counter() - started) / len(batch) < _SMALL_SECONDS
         return batch
 
@@ -193,7 +193,8 @@ def run_batches(
 ) -> Generator[Batch, None, None]:
     """Yield batches with their rows as workers finish them; closing it stops the workers.
 
-    Those read already come first, and are taken out of their queue, so that their rows are not held twice.
+    Those read already come first, filled up where reading was broken off, and are taken out of their queue, so that their
+    rows are not held twice.
     """
     results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * workers)
     stop = threading.Event()
@@ -203,9 +204,10 @@ def run_batches(
         try:
             while not stop.is_set():
                 try:
-                    batch = read_already.popleft()
+                    begun = read_already.popleft()
                 except IndexError:
-                    batch = reader.fill(size, stop.is_set)
+                    begun = None
+                batch = reader.fill(size, stop.is_set, begun)
                 if not len(batch):
                     break
                 results.put(compute(batch, run, size))

@@ -1,14 +1,17 @@
 """What a source is: a named list of labelled images, and a way to read each one's bytes."""
 
 import os
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import eq
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 from featcache.errors import DataError
 from featcache.fingerprint import fingerprint
 
+_MOST_SPLITS = 8
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -26,6 +29,51 @@ class Item:
     path: str
     label: str
     split: str = ""
+
+
+class Items(Sequence[Item]):
+    """Images of a source, packed: millions of them are listed at a time, and looked at one by one."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._labels: dict[str, int] = {}
+        self._splits: dict[str, int] = {}
+        self._text, self._ends, self._kinds = bytearray(), array("q", [0]), array("q")
+        for item in items:
+            self._text += os.fsencode(item.path)
+            self._ends.append(len(self._text))
+            label = self._labels.setdefault(item.label, len(self._labels))
+            self._kinds.append(label * _MOST_SPLITS + self._splits.setdefault(item.split, len(self._splits)))
+        self._label_names, self._split_names = tuple(self._labels), tuple(self._splits)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that occur, each once."""
+        return self._label_names
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._kinds)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Items": ...
+
+    def __getitem__(self, index: int | slice) -> "Item | Items":
+        """Return one image, or a slice's."""
+        if isinstance(index, slice):
+            return Items(self[number] for number in range(*index.indices(len(self))))
+        number = range(len(self))[index]
+        label, split = divmod(self._kinds[number], _MOST_SPLITS)
+        path = os.fsdecode(bytes(self._text[self._ends[number] : self._ends[number + 1]]))
+        return Item(path, self._label_names[label], self._split_names[split])
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether another sequence has the same images."""
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +152,20 @@ class Source:
 
     name: str
     location: str
-    items: tuple[Item, ...]
+    items: Sequence[Item]
     contents: Contents = field(default_factory=lambda: Blobs({}))
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Pack the list."""
+        if not isinstance(self.items, Items):
+            object.__setattr__(self, "items", Items(self.items))
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names in order."""
-        return tuple(sorted({item.label for item in self.items}, key=natural))
+        labels = self.items.labels if isinstance(self.items, Items) else {item.label for item in self.items}
+        return tuple(sorted(labels, key=natural))
 
     def read(self, path: str) -> bytes:
         """Return an image's bytes.

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from featcache.sources.base import SPLIT_FOLDERS, Files, Item, Source, natural, safe_name
+from featcache.sources.base import SPLIT_FOLDERS, Files, Item, Items, Source, natural, safe_name
 
 _PHOTOGRAPHS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".avif", ".jp2")
 _OTHERS = (".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico")
@@ -23,16 +23,19 @@ def open_folder(root: Path) -> Source:
         unused = [entry for entry in _folders(root) if entry not in split_folders]
     else:
         places, unused = [(label, label, "") for label in _folders(root)], []
-    items: list[Item] = []
     notes: list[str] = []
-    for folder, label, split in places:
-        files = sorted(image_files(root, folder))
-        items.extend(Item(path, label, split) for path in files)
-        if not files:
-            notes.append(f"{root / folder}: no image in it, the class is left out there")
+
+    def items() -> Iterator[Item]:
+        for folder, label, split in places:
+            files = sorted(image_files(root, folder))
+            yield from (Item(path, label, split) for path in files)
+            if not files:
+                notes.append(f"{root / folder}: no image in it, the class is left out there")
+
+    packed = Items(items())
     if unused:
         notes.append(f"{root}: beside train/ the folders {', '.join(unused)} are not read")
-    return Source(safe_name(root.resolve().name), str(root.resolve()), tuple(items), Files(root.resolve()), tuple(notes))
+    return Source(safe_name(root.resolve().name), str(root.resolve()), packed, Files(root.resolve()), tuple(notes))
 
 
 def _folders(root: Path) -> list[str]:
@@ -46,6 +49,8 @@ def image_files(root: Path, folder: str = "") -> Iterator[str]:
     """Yield the relative POSIX paths of the image files below a folder; links to folders are not followed."""
     for where, folders, files in os.walk(root / folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(where).relative_to(root).as_posix()  # of folders alone: pathlib remembers every name it has seen
+        before = "" if inside == "." else f"{inside}/"
         for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(where, name).relative_to(root).as_posix()
+            if not name.startswith(".") and name[name.rfind(".") :].lower() in IMAGE_SUFFIXES:
+                yield before + name

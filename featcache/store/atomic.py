@@ -38,13 +38,19 @@ def replace_file_by(path: Path, write: Callable[[BinaryIO], None]) -> None:
         _sync_folder(path.parent)
 
 
-def create_file(path: Path, content: bytes) -> bool:
-    """Write a file that must not exist yet; return whether this call made it.
+def create_file(path: Path, content: bytes, mode: int | None = None) -> bool:
+    """Write a file that must not exist yet, with some permissions from its first byte; return whether this call made it.
 
     Raises:
         StorageError: the disk is full or cannot be written.
     """
-    with _storage_errors(path), _temporary(path.parent, lambda file: _write_all(file, content)) as temporary:
+
+    def write(file: BinaryIO) -> None:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
+        _write_all(file, content)
+
+    with _storage_errors(path), _temporary(path.parent, write) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -53,7 +59,7 @@ def create_file(path: Path, content: bytes) -> bool:
             if error.errno not in _NO_LINKS:
                 raise
             try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644 if mode is None else mode)
             except FileExistsError:
                 return False
             with os.fdopen(descriptor, "wb") as file:

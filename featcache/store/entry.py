@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import StorageError
-from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_file
+from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_chunks, sha256_of_file
 from featcache.specs import FeatureSpec
 from featcache.store import files
-from featcache.store.atomic import create_file, make_folder, replace_file, replace_file_by, sweep
+from featcache.store.atomic import create_file, make_folder, replace_file_by, sweep
 from featcache.store.files import Array, Listing, Part, Seen
 from featcache.store.stamps import Stamps
 
@@ -180,7 +180,7 @@ class FeatureStore:
 
     def add_part(self, part: Part, runtime: str = "") -> FileRecord:
         """Write a part to disk; it counts once a commit lists it."""
-        return replace(self._add_file(files.encode_part(part), ".h5", len(part.seen.paths)), runtime=runtime)
+        return replace(self._add_file(files.part_chunks(part), ".h5", len(part.seen.paths)), runtime=runtime)
 
     def commit(
         self,
@@ -195,7 +195,7 @@ class FeatureStore:
         ``seconds`` are added to what the entry's rows have cost. A commit that another process forestalled is merged
         with that one's and tried again.
         """
-        listed = self._add_file(files.encode_listing(listing), ".items.h5", len(listing.labels)) if listing else None
+        listed = self._add_file([files.encode_listing(listing)], ".items.h5", len(listing.labels)) if listing else None
         while True:
             base = self._newest()
             merged = replace(
@@ -230,9 +230,9 @@ class FeatureStore:
         sizes = np.array([len(one) for one in seen], dtype=np.int64)
         have = _as_keys(np.concatenate([np.empty((0, 32), np.uint8), *seen]))
         order = np.argsort(have, kind="stable")
-        wanted = _as_keys(sha256)
-        found = np.searchsorted(have[order], wanted)
-        if len(wanted) and (not len(have) or (have[order[np.minimum(found, len(have) - 1)]] != wanted).any()):
+        wanted, have = _as_keys(sha256), have[order]
+        found = np.searchsorted(have, wanted)
+        if len(wanted) and (not len(have) or (have[np.minimum(found, len(have) - 1)] != wanted).any()):
             raise StorageError(f"{self.path}: an image of its listing has no row. Delete the entry and extract again.")
         rows = order[found] if len(wanted) else np.empty(0, np.int64)
         ends = np.cumsum(sizes)
@@ -315,19 +315,17 @@ class FeatureStore:
             return None
         full = self.listing()
         reader = self._reader_of(full.seen.sha256)
-        frame = files.frame_table((len(reader), *reader.shape), reader.maps[0].dtype, full, self._table_attributes())
+        shape, dtype = (len(reader), *reader.shape), reader.maps[0].dtype
+        before, after = files.frame_table(shape, dtype, full, self._table_attributes())
         step = max(1, _BLOCK_BYTES // max(1, self._row_bytes()))
 
         def write(file: BinaryIO) -> None:
-            file.truncate(frame.size)
-            for offset, piece in frame.pieces.items():
-                file.seek(offset)
-                file.write(piece)
-            file.seek(frame.rows_at)
+            file.writelines(before)
             for start in range(0, len(reader), step):
                 rows = reader.take(np.arange(start, min(start + step, len(reader))))
                 file.write(np.ascontiguousarray(rows).data)
                 reader.forget()
+            file.writelines(after)
 
         replace_file_by(path, write)
         self._stamps.note(path, sha256_of_file(path))
@@ -378,10 +376,10 @@ class FeatureStore:
             except (OSError, ValueError):
                 continue
 
-    def _add_file(self, content: memoryview, suffix: str, rows: int) -> FileRecord:
-        digest = sha256_of_bytes(content)
-        record = FileRecord(f"{digest[:16]}{suffix}", digest, len(content), rows)
-        replace_file(self._part_path(record), content)
+    def _add_file(self, chunks: Sequence[memoryview], suffix: str, rows: int) -> FileRecord:
+        digest = sha256_of_chunks(chunks)
+        record = FileRecord(f"{digest[:16]}{suffix}", digest, sum(map(len, chunks)), rows)
+        replace_file_by(self._part_path(record), lambda file: file.writelines(chunks))
         self._just_written.add(record)
         return record
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from featcache.errors import StorageError
 
 Array = NDArray[Any]
+Chunks = list[memoryview]
 SPLITS = ("", "train", "val", "test")
 _TEXTS_AT_ONCE = 8192
 
@@ -94,21 +95,17 @@ class Part:
     copies: Seen | None = None
 
 
-def encode_part(part: Part) -> memoryview:
-    """Return a part as the bytes of an HDF5 file."""
+def part_chunks(part: Part) -> Chunks:
+    """Return a part as the bytes of an HDF5 file, chunk by chunk: the rows are not copied."""
+    first = part.features[0]
 
     def fill(file: h5py.File) -> None:
-        first = part.features[0]
-        rows = file.create_dataset("features", (len(part.seen.paths), *first.shape[1:]), first.dtype)
-        start = 0
-        for piece in part.features:
-            rows[start : start + len(piece)] = piece
-            start += len(piece)
         _write_seen(file, part.seen)
         if part.copies is not None:
             _write_seen(file.create_group("copies"), part.copies)
 
-    return _in_memory(fill)
+    before, after = _around_rows((len(part.seen.paths), *first.shape[1:]), first.dtype, fill)
+    return [*before, *(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data for piece in part.features), *after]
 
 
 def encode_listing(listing: Listing) -> memoryview:
@@ -123,31 +120,39 @@ def encode_listing(listing: Listing) -> memoryview:
     return _in_memory(fill)
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A ``features.h5`` without its rows: ``pieces`` of bytes by offset, and where the rows belong."""
+def frame_table(
+    shape: tuple[int, ...], dtype: np.dtype[Any], listing: Listing, attributes: dict[str, str]
+) -> tuple[Chunks, Chunks]:
+    """Return what stands before and after the rows of a ``features.h5``, what people open with h5py alone.
 
-    pieces: dict[int, bytes]
-    rows_at: int
-    size: int
+    The rows themselves need not fit into memory.
+    """
+
+    def fill(file: h5py.File) -> None:
+        file.attrs.update(attributes)
+        file.create_dataset("labels", data=listing.labels)
+        _write_texts(file, "class_names", listing.classes)
+        _write_texts(file, "paths", listing.seen.paths)
+        _write_texts(file, "splits", Column(listing.splits, split_name))
+        _write_texts(file, "item_sha256", Column(listing.seen.sha256, hex_of), "ascii")
+
+    return _around_rows(shape, dtype, fill)
 
 
-def frame_table(shape: tuple[int, ...], dtype: np.dtype[Any], listing: Listing, attributes: dict[str, str]) -> Frame:
-    """Return the frame of a ``features.h5``, what people open with h5py alone, so that rows need not fit into memory."""
+def _around_rows(shape: tuple[int, ...], dtype: np.dtype[Any], fill: Callable[[h5py.File], None]) -> tuple[Chunks, Chunks]:
+    """Return an HDF5 file's bytes before and after the rows of its data set ``features``, which are left out."""
     file = _Sparse()
     with h5py.File(file, "w") as hdf:
-        hdf.attrs.update(attributes)
         how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         how.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         how.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype, logical=True)
         rows_at = h5py.h5d.create(hdf.id, b"features", kind, space, how).get_offset()
-        hdf.create_dataset("labels", data=listing.labels)
-        _write_texts(hdf, "class_names", listing.classes)
-        _write_texts(hdf, "paths", listing.seen.paths)
-        _write_texts(hdf, "splits", Column(listing.splits, split_name))
-        _write_texts(hdf, "item_sha256", Column(listing.seen.sha256, hex_of), "ascii")
-    return Frame(file.pieces(), int(rows_at or 0), max(file.size, int(rows_at or 0) + math.prod(shape) * dtype.itemsize))
+        fill(hdf)
+    if rows_at is None:
+        return file.content(0, file.size), []
+    end = rows_at + math.prod(shape) * dtype.itemsize
+    return file.content(0, rows_at), file.content(end, max(end, file.size))
 
 
 def _write_texts(file: h5py.File, name: str, texts: Sequence[str], encoding: str = "utf-8") -> None:
@@ -170,11 +175,14 @@ class _Sparse(io.RawIOBase):
         self._at = 0
         self.size = 0
 
-    def pieces(self) -> dict[int, bytes]:
-        """Return what was written, by offset, cut at the file's end."""
-        return {
-            page * self._PAGE: bytes(held[: max(0, self.size - page * self._PAGE)]) for page, held in self._pages.items()
-        }
+    def content(self, start: int, end: int) -> list[memoryview]:
+        """Return the bytes from one offset to another in pieces, without copying them."""
+        self._at = start
+        nothing = memoryview(bytes(self._PAGE))
+        return [
+            (memoryview(self._pages[page]) if page in self._pages else nothing)[inside : inside + length]
+            for _, page, inside, length in self._spans(end - start)
+        ]
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Move to an offset."""
