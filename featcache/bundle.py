@@ -140,8 +140,7 @@ def _secret() -> bytes:
     path = user_data_path("featcache") / "secret"
     if not path.exists():
         make_folder(path.parent)
-        create_file(path, secrets.token_bytes(32))
-        path.chmod(0o600)
+        create_file(path, secrets.token_bytes(32), mode=0o600)
     return path.read_bytes()
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from featcache.splits import Index, Split
 
 Probabilities = NDArray[np.float64]
+Answers = TypeVar("Answers")
+Judged = TypeVar("Judged")
 BOOTSTRAPS = 2000
 _FEW_BOOTSTRAPS = 200
 ECE_BINS = 15
@@ -88,13 +90,27 @@ class Gap:
     p_value: float
 
 
+def on_test(
+    predict: Callable[[Index], Answers], truth: NDArray[Any], split: Split, judge: Callable[[NDArray[Any], Answers], Judged]
+) -> Judged:
+    """Read the test split: the only function that does, called once a finished model.
+
+    Args:
+        predict: gives the answers at some positions (k,).
+        truth: of all images (n, ...).
+        split: whose ``test`` is read.
+        judge: scores answers against the truth.
+    """
+    return judge(truth[split.test], predict(split.test))
+
+
 def scores_on_test(
     predict: Callable[[Index], Probabilities | NDArray[np.int64]],
     y: NDArray[np.int64],
     split: Split,
     temperature: float | None = None,
 ) -> Tested:
-    """Read the test split: the only function that does, called once a finished model.
+    """Score a classifier on the test split.
 
     Args:
         predict: gives for positions (k,) the probabilities (k, classes), or the classes (k,) where there are none.
@@ -102,12 +118,14 @@ def scores_on_test(
         split: whose ``test`` is read.
         temperature: found on validation.
     """
-    answer = predict(split.test)
-    truth = y[split.test]
-    predicted: Any = answer.argmax(axis=1) if answer.ndim == 2 else answer
-    balanced, f1 = _bootstrapped(truth, predicted)
-    scores = replace(score(truth, answer, temperature), balanced_accuracy_ci=balanced, macro_f1_ci=f1)
-    return Tested(scores, predicted == truth, predicted.astype(np.int64))
+
+    def judge(truth: NDArray[Any], answer: Probabilities | NDArray[np.int64]) -> Tested:
+        predicted: Any = answer.argmax(axis=1) if answer.ndim == 2 else answer
+        balanced, f1 = _bootstrapped(truth, predicted)
+        scores = replace(score(truth, answer, temperature), balanced_accuracy_ci=balanced, macro_f1_ci=f1)
+        return Tested(scores, predicted == truth, predicted.astype(np.int64))
+
+    return on_test(predict, y, split, judge)
 
 
 def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], temperature: float | None = None) -> Scores:
@@ -179,6 +197,17 @@ def at_temperature(probabilities: NDArray[Any], temperature: float) -> Probabili
     scaled: Probabilities = np.exp(logits)
     scaled /= scaled.sum(axis=1, keepdims=True)
     return scaled
+
+
+def cka(X: NDArray[Any], Y: NDArray[Any]) -> float:
+    """Return how similar two embeddings (n, d) and (n, e) of the same images are, from 0 to 1.
+
+    Linear centred kernel alignment (Kornblith et al. 2019, section 3).
+    """
+    X, Y = X - X.mean(axis=0), Y - Y.mean(axis=0)
+    both = float(np.linalg.norm(Y.T @ X) ** 2)
+    alone = float(np.linalg.norm(X.T @ X) * np.linalg.norm(Y.T @ Y))
+    return both / alone if alone else 1.0
 
 
 def confusion(truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:

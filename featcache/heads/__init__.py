@@ -12,7 +12,7 @@ from featcache.heads.choosing import (
     require_params,
     train,
 )
-from featcache.heads.linear import linear_weights
+from featcache.heads.linear import linear_estimator, linear_weights
 from featcache.heads.targets import NUMBER_HEADS, sweep_labels, sweep_numbers, train_labels, train_number
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "answers",
     "choose",
     "in_order",
+    "linear_estimator",
     "linear_weights",
     "over_views",
     "require_head",

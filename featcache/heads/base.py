@@ -20,6 +20,13 @@ X_ = NDArray[Any]
 Y_ = NDArray[np.int64]
 
 
+def mask_of(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+    """Return which of so many rows are among some (k,)."""
+    mask = np.zeros(count, dtype=bool)
+    mask[rows] = True
+    return mask
+
+
 @dataclass(frozen=True)
 class Attempt:
     """A candidate on the validation rows of all folds, one fold after the other: answers as of ``answers``."""

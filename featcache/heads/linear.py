@@ -11,7 +11,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
 from sklearn.svm import LinearSVC
 
-from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params
+from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, mask_of
 from featcache.solvers import linear, ridge
 from featcache.solvers.linear import Solution
 from featcache.splits import Fold
@@ -26,10 +26,7 @@ ALPHAS = [{"alpha": float(f"{value:.4g}")} for value in np.logspace(6, -1, 15)]
 
 
 def _masks(folds: Sequence[Fold], count: int) -> list[NDArray[np.bool_]]:
-    masks = [np.zeros(count, dtype=bool) for _ in folds]
-    for mask, fold in zip(masks, folds, strict=True):
-        mask[fold.train] = True
-    return masks
+    return [mask_of(fold.train, count) for fold in folds]
 
 
 def as_logistic(solution: Solution, classes: NDArray[Any] | None = None) -> LogisticRegression:
@@ -173,6 +170,16 @@ def linear_weights(head: Pipeline, classes: int) -> tuple[NDArray[np.float64], N
     weights[model.classes_] = coefficients
     bias[model.classes_] = intercept
     return weights, bias
+
+
+def linear_estimator(weights: NDArray[np.float64], bias: NDArray[np.float64]) -> Pipeline:
+    """Return a linear map to logits, weights (classes, d), bias (classes,), as scikit-learn's fitted estimator."""
+    head = LogisticRegression()
+    if len(weights) == 2:
+        weights, bias = weights[1:] - weights[:1], bias[1:] - bias[:1]
+    head.coef_, head.intercept_, head.classes_ = weights, bias, np.arange(max(2, len(weights)))
+    head.n_features_in_, head.n_iter_ = weights.shape[1], np.array([0], dtype=np.int32)
+    return make_pipeline(head)
 
 
 SELECTED = HeadFamily(

@@ -11,7 +11,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import LabelBinarizer, Normalizer
 
 from featcache.errors import UsageError
-from featcache.heads.base import X_, Params
+from featcache.heads.base import X_, Params, mask_of
 from featcache.heads.linear import ALPHAS, COARSE_CS
 from featcache.heads.neighbours import KNN
 from featcache.solvers import linear, ridge
@@ -28,7 +28,7 @@ def sweep_labels(
 ) -> Iterator[tuple[Params, Numbers]]:
     """Yield each C with the probabilities (v, k) that its heads give the validation rows."""
     grid = list(grid or COARSE_CS)
-    mask = np.isin(np.arange(len(X)), train)
+    mask = mask_of(train, len(X))
     (found,) = linear.solve(X, Y, [params["C"] for params in grid], [mask], loss="sigmoid")
     for params, one in zip(grid, found, strict=True):
         yield params, _probabilities(one, X[val])
@@ -59,7 +59,7 @@ def sweep_numbers(
     """
     if head == "ridge":
         candidates = list(grid or ALPHAS)
-        mask = np.isin(np.arange(len(X)), train)
+        mask = mask_of(train, len(X))
         found = ridge.solve(X, y[:, None], [params["alpha"] for params in candidates], mask)
         for params, (coefficients, intercept) in zip(candidates, found, strict=True):
             yield params, (X[val] @ coefficients.T + intercept)[:, 0]

@@ -107,7 +107,7 @@ def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, wei
     features = bench.backbone.runner(bundle.card.get("cut", "pooled"))(images)
     expected = _expected(bundle, features)
     got = np.concatenate([session.run(None, {"pixels": images[:1]})[0], session.run(None, {"pixels": images})[0][1:]])
-    difference = float(np.abs(got - expected).max() / max(1.0, float(np.abs(expected).max())))
+    difference = _difference(got, expected)
     if difference > AGREEMENT:
         raise DataError(f"{path}: not written, the model's scores differ by {difference:.1g} from the head's own.")
     replace_file(path, content)
@@ -127,15 +127,27 @@ class _Whole(nn.Module):
 
 
 def _expected(bundle: Bundle, features: NDArray[Any]) -> NDArray[Any]:
-    estimator, scores = bundle.estimator, np.zeros((len(features), len(bundle.classes)))
-    if hasattr(estimator, "predict_proba"):
-        found = estimator.predict_proba(features)
-    else:
-        found = estimator.decision_function(features)
-        scores -= np.inf if len(estimator.classes_) < len(bundle.classes) else 0
-        found = np.stack([-found, found], axis=1) if found.ndim == 1 else found
-    scores[:, estimator.classes_] = found
+    estimator = bundle.estimator
+    scores = np.full((len(features), len(bundle.classes)), _of_unknown(estimator))
+    found = (
+        estimator.predict_proba(features) if hasattr(estimator, "predict_proba") else estimator.decision_function(features)
+    )
+    scores[:, estimator.classes_] = np.stack([-found, found], axis=1) if found.ndim == 1 else found
     return scores
+
+
+def _of_unknown(estimator: Any) -> float:
+    """Return the score of a class that a head never saw: no probability, or a decision against it."""
+    return 0.0 if hasattr(estimator, "predict_proba") else -np.inf
+
+
+def _difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Return the greatest difference, relative to the greatest score; infinite where they rule out other classes."""
+    known = np.isfinite(expected)
+    if not np.array_equal(known, np.isfinite(got)):
+        return np.inf
+    got, expected = got[known], expected[known]
+    return float(np.abs(got - expected).max() / max(1.0, float(np.abs(expected).max())))
 
 
 def _as_module(estimator: Any, classes: int) -> nn.Module:
@@ -150,7 +162,9 @@ def _as_module(estimator: Any, classes: int) -> nn.Module:
     for step in steps:
         if type(step) not in _WRITERS:
             raise UsageError(f"{type(step).__name__} heads cannot be exported: use {_EXPORTABLE}.")
-    return nn.Sequential(*(_WRITERS[type(step)](step) for step in steps), _Spread(steps[-1].classes_, classes))
+    return nn.Sequential(
+        *(_WRITERS[type(step)](step) for step in steps), _Spread(steps[-1].classes_, classes, _of_unknown(steps[-1]))
+    )
 
 
 class _Affine(nn.Module):
@@ -189,15 +203,18 @@ class _Constants(nn.Module):
 class _Spread(nn.Module):
     """Puts the scores of the classes that a head knows into their places among all."""
 
-    def __init__(self, known: NDArray[np.int64], classes: int) -> None:
+    def __init__(self, known: NDArray[np.int64], classes: int, unknown: float) -> None:
         super().__init__()
         place = torch.zeros(len(known), classes)
         place[torch.arange(len(known)), torch.from_numpy(np.asarray(known))] = 1
+        rest = torch.full((classes,), unknown)
+        rest[torch.from_numpy(np.asarray(known))] = 0
         self.register_buffer("place", place)
+        self.register_buffer("rest", rest)
         self.is_whole = len(known) == classes
 
     def forward(self, scores: Tensor) -> Tensor:
-        return scores if self.is_whole else scores @ self.place  # type: ignore[operator]
+        return scores if self.is_whole else scores @ self.place + self.rest  # type: ignore[operator]
 
 
 class _Mean(nn.Module):

@@ -15,7 +15,7 @@ from featcache.bundle import Bundle
 from featcache.errors import DataError, UsageError
 from featcache.fingerprint import sha256_of_file
 from featcache.flow import Batch, Reader, run_batches, sample
-from featcache.heads import answers
+from featcache.heads import answers, over_views
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import progress
 from featcache.sources import Item, Source, image_files
@@ -111,8 +111,9 @@ def label_images(
     done: dict[str, Prediction] = {}
     waiting = list(reversed(paths))
     with progress(len(items), "predict") as bar:
-        for several in _batches(bench, bundle.card.get("cut", "pooled")):
-            said = _answer(bundle, several, source)
+        views = Views(bundle.card.get("views", 1))
+        for several in _batches(bench, bundle.card.get("cut", "pooled"), views):
+            said = _answer(bundle, several, source, views.count)
             done.update((one.path, one) for one in said)
             bar.update(len(said))
             while waiting and waiting[-1] in done:
@@ -120,9 +121,9 @@ def label_images(
     yield from (done[path] for path in reversed(waiting))
 
 
-def _batches(bench: Workbench, cut: str) -> Iterator[Batch]:
+def _batches(bench: Workbench, cut: str, views: Views) -> Iterator[Batch]:
     """Yield images with their embeddings; copies of an image come with those of the first."""
-    plan = bench.plan_for(bench.backbone.transform, Views())
+    plan = bench.plan_for(bench.backbone.transform, views)
     reader = Reader(bench.source, range(len(bench.source.items)), plan.transform, plan.views, ())
     first = reader.fill(plan.batch_size)
     rows: dict[bytes, NDArray[Any]] = {}
@@ -142,12 +143,13 @@ def _batches(bench: Workbench, cut: str) -> Iterator[Batch]:
         yield Batch(fresh=known, rows=(np.stack([rows[digest] for _, digest, _ in known]),))
 
 
-def _answer(bundle: Bundle, batch: Batch, source: Source) -> list[Prediction]:
+def _answer(bundle: Bundle, batch: Batch, source: Source, views: int) -> list[Prediction]:
     said = [Prediction(bad.path, reason=bad.reason) for bad in batch.bad]
     if not batch.fresh:
         return said
     names = [source.items[position].path for position, _, _ in batch.fresh]
     X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
+    X = X.reshape(-1, X.shape[-1])
     if bundle.card.get("target") == "number":
         return said + [
             Prediction(name, f"{value:.6g}") for name, value in zip(names, bundle.estimator.predict(X), strict=True)
@@ -157,7 +159,7 @@ def _answer(bundle: Bundle, batch: Batch, source: Source) -> list[Prediction]:
             Prediction(name, ";".join(label for label, value in zip(bundle.classes, row, strict=True) if value >= 0.5), row)
             for name, row in zip(names, bundle.estimator.predict_proba(X), strict=True)
         ]
-    found = answers(bundle.estimator, X, len(bundle.classes))
+    found = over_views(answers(bundle.estimator, X, len(bundle.classes)), views)
     if found.ndim == 1:
         return said + [Prediction(name, bundle.classes[number]) for name, number in zip(names, found, strict=True)]
     return said + [Prediction(name, bundle.classes[int(row.argmax())], row) for name, row in zip(names, found, strict=True)]
