@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from featcache.api import bench, export, extract, finetune, fit, predict
+    from featcache.api import bench, export, extract, finetune, fit, predict, sweep
     from featcache.extractor import FeatureExtractor
     from featcache.pipeline.jobs import FitPlan
+    from featcache.plans import FineTunePlan
     from featcache.records import RunRecord
     from featcache.sources import open_source
-    from featcache.specs import BackboneSpec, FeatureSpec, FineTunePlan
+    from featcache.specs import BackboneSpec, FeatureSpec
     from featcache.store import FeatureStore
 
 _HOMES = {
@@ -22,13 +23,14 @@ _HOMES = {
     "predict": "featcache.api",
     "export": "featcache.api",
     "finetune": "featcache.api",
+    "sweep": "featcache.api",
     "bench": "featcache.api",
     "FitPlan": "featcache.pipeline.jobs",
     "RunRecord": "featcache.records",
     "open_source": "featcache.sources",
     "BackboneSpec": "featcache.specs",
     "FeatureSpec": "featcache.specs",
-    "FineTunePlan": "featcache.specs",
+    "FineTunePlan": "featcache.plans",
     "FeatureExtractor": "featcache.extractor",
     "FeatureStore": "featcache.store",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "fit",
     "open_source",
     "predict",
+    "sweep",
 ]
 
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from featcache.cache import default_cache
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
-from featcache.pipeline.jobs import FitPlan, HeadJobs, TuneJob, finetune_job, fit_heads
+from featcache.pipeline.jobs import FitPlan, HeadJobs, fit_heads
+from featcache.pipeline.tuning import SweepJob, TuneJob, finetune_job, sweep_job
 from featcache.pipeline.workbench import Estimate, Extracted, Settings, Target, Workbench
+from featcache.plans import FineTunePlan, Unfreeze
 from featcache.sources import Source, open_source
-from featcache.specs import INPUT, POOLED, BackboneSpec, FineTunePlan, StoredDtype, Unfreeze, Views
+from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views
 
 if TYPE_CHECKING:
     from featcache.bundle import Bundle
@@ -197,6 +199,26 @@ def finetune(
     bench = _workbench(data, backbone, name, settings)
     plan = plan or FineTunePlan(Unfreeze.parse(unfreeze))
     return finetune_job(bench, plan, probes=probes, seed=seed, records=bench.settings.cache / RECORDS)
+
+
+def sweep(
+    data: str | Path | Source,
+    backbone: str | BackboneSpec = "mini",
+    *,
+    plan: FineTunePlan | None = None,
+    probes: Sequence[str] = ("logistic",),
+    seed: int = 0,
+    name: str | None = None,
+    settings: Settings | None = None,
+) -> SweepJob:
+    """Fine-tune at every depth, from the last stage to the whole backbone; ``plan.unfreeze`` is left aside.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    bench = _workbench(data, backbone, name, settings)
+    plan = plan or FineTunePlan(Unfreeze.parse("all"))
+    return sweep_job(bench, plan, probes=probes, seed=seed, records=bench.settings.cache / RECORDS)
 
 
 def bench(pipeline: str | Path, *, out: Path | None = None, settings: Settings | None = None) -> BenchResult:

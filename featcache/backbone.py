@@ -50,6 +50,7 @@ from featcache.specs import (
 )
 
 BUNDLED = "mini"
+OWN_HEAD = "featcache_head."  # in the files of tuned networks that have no classifier of timm's
 
 
 @dataclass(frozen=True)
@@ -374,7 +375,9 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     own = module.state_dict()
     misfits = [name for name, value in state.items() if name in own and own[name].shape != value.shape]
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    foreign = [name for name in state if name not in own and not name.startswith(tuple(f"{head}." for head in heads))]
+    foreign = [
+        name for name in state if name not in own and not name.startswith((OWN_HEAD, *(f"{head}." for head in heads)))
+    ]
     for what, names in (("lacks", missing), ("has unknown", foreign), ("has other shapes of", misfits)):
         if names:
             raise DataError(

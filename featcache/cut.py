@@ -13,7 +13,7 @@ from typing import Any
 
 import networkx as nx
 import torch
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers import DropPath, get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
 from featcache.errors import CutError
@@ -44,11 +44,11 @@ _Unknown = object()
 
 
 class _Tracer(fx.Tracer):
-    """Stops at the modules and functions that timm declares untraceable."""
+    """Stops at the modules and functions that timm declares untraceable, and at those that act in training alone."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._leaves = tuple(get_notrace_modules())
+        self._leaves = (DropPath, *get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called as a whole."""

@@ -20,8 +20,6 @@ POOLS: tuple[Pool, ...] = ("default", "avg", "max", "cls", "avg+cls", "gem")
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 
-RATES = (1e-4, 5e-4, 2.5e-3)
-
 POOLED = "pooled"
 INPUT = "input"
 
@@ -181,66 +179,6 @@ def stored_dtype(cut: str, wish: StoredDtype | None = None) -> StoredDtype:
     if cut == INPUT:
         return "uint8"
     return wish or ("float32" if is_embedding(cut) else "float16")
-
-
-@dataclass(frozen=True)
-class Unfreeze:
-    """Which part of a backbone is trained: the last stages, a share of its parameters, from a stage on, or all."""
-
-    text: str
-    kind: Literal["last", "share", "stage", "all"]
-    amount: float = 0.0
-    stage: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> "Unfreeze":
-        """Read ``last:2``, ``25%``, ``layer4`` or ``all``.
-
-        Raises:
-            UsageError: the text is none of them.
-        """
-        last = re.fullmatch(r"last:(\d+)", text)
-        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
-        if text == "all":
-            return cls(text, "all")
-        if last and int(last[1]) > 0:
-            return cls(text, "last", amount=int(last[1]))
-        if share and 0 < float(share[1]) <= 100:
-            return cls(text, "share", amount=float(share[1]) / 100)
-        if re.fullmatch(r"[A-Za-z_][\w.]*", text):
-            return cls(text, "stage", stage=text)
-        raise UsageError(f"--unfreeze {text}: write last:K, P% (up to 100%), the name of a stage, or all.")
-
-
-@dataclass(frozen=True)
-class FineTunePlan:
-    """How the unfrozen part is trained.
-
-    ``lr`` are the rates that are tried for the backbone's last stage; the best on validation is kept, since a rate that
-    is too low looks as if fine-tuning did not pay. Each stage before it has ``layer_decay`` times the next one's (Clark
-    et al. 2020, ELECTRA, appendix A; Bao et al. 2021, BEiT, section 3.1). Rates are AdamW's; ``warmup`` is a share of
-    all steps, then a half cosine to zero.
-    """
-
-    unfreeze: Unfreeze
-    epochs: int = 10
-    batch_size: int = 32
-    lr: tuple[float, ...] = RATES
-    head_lr: float = 1e-3
-    layer_decay: float = 0.75
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    label_smoothing: float = 0.1
-    patience: int = 3
-    train_batchnorm: bool = False
-    dtype: StoredDtype | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that train nothing."""
-        if self.epochs < 1 or self.batch_size < 1 or self.patience < 1:
-            raise UsageError("--epochs, --batch-size and --patience: at least 1 is needed.")
-        if not self.lr or min(*self.lr, self.head_lr) <= 0:
-            raise UsageError("--lr and --head-lr: a rate above 0 is needed.")
 
 
 def parse_model_args(pairs: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:

@@ -12,22 +12,17 @@ from torch import nn
 from featcache import heads
 from featcache.backbone import Backbone, Stage, load_backbone
 from featcache.errors import UsageError
-from featcache.pipeline.jobs import finetune_job
+from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Workbench
+from featcache.plans import FineTunePlan, Unfreeze
 from featcache.sources import open_source
-from featcache.specs import BackboneSpec, FineTunePlan, Unfreeze
+from featcache.specs import BackboneSpec
 from featcache.splits import make_split
-from featcache.stages.finetune import (
-    FineTuned,
-    LinearHead,
-    SuffixAndHead,
-    finetune,
-    predict,
-    rate,
-    save_checkpoint,
-    set_training,
-)
+from featcache.stages.finetune import FineTuned, finetune
 from featcache.store import Features
+from featcache.training.keeping import save_checkpoint
+from featcache.training.model import LinearHead, SuffixAndHead, predict, set_training
+from featcache.training.optimising import rate
 from featcache.unfreeze import thaw
 
 PLAN = FineTunePlan(Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2)
@@ -130,6 +125,7 @@ def test_batchnorm_statistics_move_only_when_asked(prepared: Prepared, asked: bo
     model = SuffixAndHead(own.suffix("layer3"), prepared.probe)
     before = {name: value.clone() for name, value in own.module.state_dict().items()}
 
+    model.requires_grad_(True)
     set_training(model, train_batchnorm=asked)
     model(torch.from_numpy(prepared.bench.extracted("layer3").store.reader().take(np.arange(8))))
 
@@ -161,7 +157,7 @@ def test_checkpoints_are_timm_checkpoints(tmp_path: Path, name: str) -> None:
     pixels = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.transform.mean, backbone.transform.std))
 
-    path = save_checkpoint(backbone, model, tmp_path / "tuned.safetensors", {"classes": list("abcde")})
+    path = save_checkpoint(backbone.module, model, tmp_path / "tuned.safetensors", {"classes": list("abcde")})
 
     whole = timm.create_model(name, num_classes=5, checkpoint_path=str(path)).eval()
     with torch.inference_mode():

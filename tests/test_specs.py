@@ -6,16 +6,8 @@ from typing import Any
 import pytest
 
 from featcache.errors import UsageError
-from featcache.specs import (
-    BackboneSpec,
-    FeatureSpec,
-    FineTunePlan,
-    LoadedBackbone,
-    Transform,
-    Unfreeze,
-    parse_model_args,
-    stored_dtype,
-)
+from featcache.plans import FineTunePlan, Unfreeze
+from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, parse_model_args, stored_dtype
 
 BACKBONE = LoadedBackbone("resnet18", "a1_in1k", "ab" * 32)
 SPEC = FeatureSpec(Transform(), BACKBONE)

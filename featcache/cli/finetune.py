@@ -1,66 +1,156 @@
 """``featcache finetune``."""
 
-from typing import Any
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featcache.cli import options
-from featcache.specs import RATES
+from featcache.plans import OPTIMISERS, RATES, FineTunePlan
+
+if TYPE_CHECKING:
+    from featcache.records import RunRecord
+
+_PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in {"unfreeze", "batch_size"})
+_recipe = options.several(
+    click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="At most."),
+    click.option(
+        "--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without gain that end it."
+    ),
+    click.option("--train-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at a time."),
+    click.option(
+        "--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches a step of the optimiser."
+    ),
+    click.option(
+        "--lr",
+        "--lr-sweep",
+        multiple=True,
+        type=float,
+        default=RATES,
+        show_default=True,
+        help="Of the last stage; the best on validation is kept; may be repeated.",
+    ),
+    click.option("--head-lr", type=float, default=1e-3, show_default=True, help="Of the head."),
+    click.option(
+        "--layer-decay", type=float, default=0.75, show_default=True, help="Factor from each stage to the one before."
+    ),
+    click.option("--optimiser", type=click.Choice(OPTIMISERS), default="adamw", show_default=True, help="What steps."),
+    click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Of matrices."),
+    click.option("--warmup", type=float, default=0.1, show_default=True, help="Share of steps in which rates rise."),
+    click.option("--label-smoothing", type=float, default=0.1, show_default=True, help="Of the training loss."),
+    click.option(
+        "--views",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Stored augmentations an image, view 0 the plain one; every epoch draws one.",
+    ),
+    click.option("--augment", is_flag=True, help="Flip and shift pixels as they are read (--unfreeze all)."),
+    click.option("--mixup", type=float, default=0.0, show_default=True, help="Alpha of mixing pairs; 0: none."),
+    click.option("--drop-path", type=float, default=0.0, show_default=True, help="Of the last residual branch."),
+    click.option("--ema", type=float, default=0.0, show_default=True, help="Decay of averaged weights; 0: none."),
+    click.option("--clip", type=float, default=0.0, show_default=True, help="Greatest norm of the gradient; 0: none."),
+    click.option("--train-batchnorm", is_flag=True, help="Let BatchNorm statistics of the trained part move."),
+    click.option(
+        "--train-precision",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Of training steps; default: bfloat16 on a GPU that has it, else float32.",
+    ),
+    click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Of the stored activations; default float16."),
+    click.option("--refit/--no-refit", default=True, show_default=True, help="Train once more on train and val together."),
+)
 
 
 @click.command()
 @options.source_options
 @options.backbone_options
 @click.option(
-    "--unfreeze", default="last:1", show_default=True, help="last:K stages, P% of parameters, a stage's name, all."
+    "--unfreeze",
+    default="last:1",
+    show_default=True,
+    help="last:K stages, P% of parameters, a stage's name, all; norm, bias or lora:R, with :STAGES behind.",
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="At most.")
+@click.option("--sweep", "at_every_depth", is_flag=True, help="Every depth, from the last stage to all, instead.")
+@_recipe
 @click.option(
-    "--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without gain that end it."
+    "--cache-budget",
+    type=options.Bytes(),
+    help="Room for stored activations, such as 20GB; beyond it they are computed in every epoch.",
 )
-@click.option("--train-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images a training step.")
-@click.option(
-    "--lr", multiple=True, type=float, default=RATES, show_default=True, help="Of the last stage; tried on validation."
-)
-@click.option("--head-lr", type=float, default=1e-3, show_default=True, help="Of the head.")
-@click.option("--layer-decay", type=float, default=0.75, show_default=True, help="Factor from each stage to the one before.")
-@click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Of matrices.")
-@click.option("--train-batchnorm", is_flag=True, help="Let BatchNorm statistics of the trained part move.")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Of the stored activations; default float16.")
 @click.option("--probe", "probes", multiple=True, default=["logistic"], show_default=True, help="Heads the gap is taken to.")
+@click.option("--price", type=float, help="Of an hour on this machine, to tell the costs in money.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A picture of the curves: .png, .svg, .pdf.")
 @options.seed_option
 @options.run_options
 @options.json_option
-def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
+def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path | None, **given: Any) -> None:  # noqa: FBT001
     """Train the last part of a backbone from cached activations and print the gap to the best probe."""
-    from featcache.api import finetune
-    from featcache.specs import FineTunePlan, Unfreeze
+    from dataclasses import replace
 
+    from featcache.api import finetune, sweep
+    from featcache.drawing import draw, require_picture
+    from featcache.plans import Unfreeze
+
+    if plot is not None:
+        require_picture(plot)
     spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
-    names = ("epochs", "patience", "lr", "head_lr", "layer_decay", "weight_decay", "train_batchnorm", "dtype")
+    settings = replace(settings, budget=given.pop("cache_budget"))
+    given["precision"] = given.pop("train_precision")
     plan = FineTunePlan(
         Unfreeze.parse(given.pop("unfreeze")),
         batch_size=given.pop("train_batch"),
-        **{name: given.pop(name) for name in names},
+        **{name: given.pop(name) for name in _PLAN},
     )
-    job = finetune(source, spec, plan=plan, settings=settings, **given)
-    summary = job.summary
+    done = (sweep if at_every_depth else finetune)(source, spec, plan=plan, settings=settings, **given)
+    if int(os.environ.get("RANK", "0")):  # of several processes one speaks
+        return
+    records = [job.record for job in done.jobs]
+    if plot is not None:
+        draw(records, plot)
+    summary = done.summary | ({"money": [_money(record, price) for record in records]} if price else {})
     if as_json:
         options.emit(summary)
         return
-    probe, seconds = summary["probe"], summary["seconds"]
-    click.echo(
-        f"{summary['unfreeze']:10} test {options.percent(summary['test'])}; epoch {job.tuned.best} at rate {job.tuned.lr:g}"
-    )
-    click.echo(f"{probe['head']:10} test {options.percent(probe['test'])}")
-    gap = summary["gap"]
-    if gap is not None:
+    for job in done.jobs:
+        record = job.record
         click.echo(
-            f"gap        {gap['points']:+.1f} points (95 % interval {gap['ci'][0]:+.1f} to {gap['ci'][1]:+.1f}, "
-            f"p = {gap['p_value']:.2g})"
+            f"{record.method:10} test {options.percent(record.test)}; epoch {job.tuned.best} at rate {job.tuned.lr:g}, "
+            f"{sum(record.seconds.values()):.1f} s"
         )
+        gap = record.gap
+        if gap is not None:
+            click.echo(
+                f"  gap {gap['points']:+.1f} points (95 % interval {gap['ci'][0]:+.1f} to {gap['ci'][1]:+.1f}, "
+                f"p = {gap['p_value']:.2g}){_worth(record)}"
+            )
+        if price:
+            money = _money(record, price)
+            click.echo(f"  price {money['tuned']:.4f}, of the probe {money['probe']:.4f}")
+        click.echo(f"  {job.checkpoint}\n  {job.bundle}")
+    probe = records[0].probe
+    assert probe is not None
+    cost = probe["seconds"]
     click.echo(
-        f"cost       fine-tuning: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s; "
-        f"probe: extract {probe['seconds']['extract']:.1f} s, fit {probe['seconds']['fit']:.1f} s"
+        f"{probe['head']:10} test {options.percent(probe['test'])}; extract {cost['extract']:.1f} s, fit {cost['fit']:.1f} s"
     )
-    click.echo(summary["checkpoint"])
+    if plot is not None:
+        click.echo(str(plot))
+
+
+def _money(record: "RunRecord", price: float | None) -> dict[str, float]:
+    """Return what fine-tuning and the probe have cost."""
+    probe = record.probe or {"seconds": {}}
+    return {
+        name: round(sum(seconds.values()) / 3600 * (price or 0), 6)
+        for name, seconds in (("tuned", record.seconds), ("probe", probe["seconds"]))
+    }
+
+
+def _worth(record: "RunRecord") -> str:
+    """Return what a point of accuracy has cost beyond the probe, in words."""
+    if record.gap is None or record.probe is None or record.gap["points"] <= 0:
+        return ""
+    more = sum(record.seconds.values()) - sum(record.probe["seconds"].values())
+    return f", {more / record.gap['points']:.1f} s a point" if more > 0 else ""

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -136,6 +137,21 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
             return float(text.rstrip("smh")) * {"m": 60.0, "h": 3600.0}.get(text[-1:], 1.0)
         except ValueError:
             self.fail(f"{value!r}: write a time, such as 60s or 5m.", param, ctx)
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A number of bytes, such as ``20GB``."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return bytes."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r}: write a size, such as 500MB or 20GB.", param, ctx)
+        return int(float(found[1]) * 1000 ** ("kmgt".index(found[2]) + 1 if found[2] else 0))
 
 
 def short(value: Any) -> str:

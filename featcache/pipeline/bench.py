@@ -8,12 +8,15 @@ from pathlib import Path
 from featcache import report
 from featcache.errors import FeatcacheError
 from featcache.pipeline.grid import DataEntry, Grid
-from featcache.pipeline.jobs import FitPlan, cell_of, finetune_job, fit_heads
+from featcache.pipeline.jobs import FitPlan, fit_heads
+from featcache.pipeline.recording import cell_of
+from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Workbench
+from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.records import RunRecord, read_records
 from featcache.sources import open_source
-from featcache.specs import BackboneSpec, FineTunePlan
+from featcache.specs import BackboneSpec
 from featcache.store.atomic import make_folder, replace_file
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UsageError
-from featcache.specs import BackboneSpec, FineTunePlan, TransformOverrides, Unfreeze, freeze_args
+from featcache.plans import FineTunePlan, Unfreeze
+from featcache.specs import BackboneSpec, TransformOverrides, freeze_args
 
 _OVERRIDES = tuple(field.name for field in fields(TransformOverrides))
 _PLAN_KEYS = tuple(field.name for field in fields(FineTunePlan) if field.name != "unfreeze")

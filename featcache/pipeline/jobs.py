@@ -1,8 +1,8 @@
 """Jobs: one command's work from a data set to run records, extracting first whatever is not in the cache."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,27 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import identify
-from featcache.errors import CutError, UsageError
-from featcache.fingerprint import fingerprint
+from featcache.errors import UsageError
 from featcache.metrics import confusion, gap, per_class
+from featcache.pipeline.recording import aligned, bits, cell_of, new_record
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
-from featcache.records import RunRecord, append_record, stamp
+from featcache.records import RunRecord, append_record
 from featcache.sources import read_column
-from featcache.specs import (
-    INPUT,
-    POOLED,
-    BackboneSpec,
-    FineTunePlan,
-    Views,
-)
+from featcache.specs import POOLED, Views
 from featcache.splits import Split, items_hash, make_free_split, make_split
-from featcache.store import Features, FeatureStore, RowReader
+from featcache.store import Features
 
 if TYPE_CHECKING:
     from featcache.stages.controls import Control
     from featcache.stages.curves import Curve
-    from featcache.stages.finetune import FineTuned, LinearHead
     from featcache.stages.fit import FittedHead
     from featcache.stages.targets import FittedTarget
 
@@ -211,7 +204,7 @@ def _fit_targets(
         )
         method = _method(f"{name} ({plan.target})", plan)
         cell = cell_of(bench.spec, features, method, plan.choice(), seed)
-        card = _card(bench, done) | {
+        card = card_of(bench, done) | {
             "classes": list(fitted.names),
             "target": fitted.target,
             "head": fitted.head,
@@ -220,26 +213,23 @@ def _fit_targets(
         }
         path = done.store.path / "heads" / f"{name}-{plan.target}-seed{seed}-{cell[:8]}"
         path = bundle.save(fitted.estimator, card, path, plan.format)
-        record = RunRecord(
+        record = new_record(
+            bench,
+            done,
+            features,
+            split,
             kind=f"fit-{plan.target}",
             cell=cell,
-            dataset=done.store.path.parent.name,
-            backbone=bench.spec.label,
             method=method,
-            cut=done.cut,
             seed=seed,
-            feature_key=done.store.key,
-            request={"backbone": identify(bench.spec)},
+            request=plan.choice(),
             params=fitted.params,
-            split=split.sizes(),
-            test_items=items_hash(features.sha256, split.test, features.y),
             val=asdict(fitted.val),
             test=asdict(fitted.test),
             right="",
             seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
             images_per_second=done.cost[1],
             artefact=path.relative_to(bench.settings.cache).as_posix(),
-            **stamp(),
         )
         if records:
             append_record(records, record)
@@ -253,7 +243,7 @@ def _method(head: str, plan: FitPlan) -> str:
     return " ".join([head, *on])
 
 
-def _card(bench: Workbench, done: Extracted) -> dict[str, Any]:
+def card_of(bench: Workbench, done: Extracted) -> dict[str, Any]:
     """Return what a head's file says of its features."""
     return {
         "feature_key": done.store.key,
@@ -286,7 +276,7 @@ def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence
     """Train the controls on the same split, and warn where one does as well as the best head."""
     from featcache.stages.controls import SIDE, controls
 
-    features, take = _aligned(features, bench.thumbnails(SIDE).store)
+    features, take = aligned(features, bench.thumbnails(SIDE).store)
     if items_hash(features.sha256, split.test, features.y) != jobs[0].record.test_items:
         return []
     found = controls(take(np.arange(len(features.y))), features.y, split, seed)
@@ -319,213 +309,37 @@ def _keep_head(
     for note in fitted.notes:
         logger.warning(note)
     cell = cell_of(bench.spec, features, _method(fitted.name, plan), plan.choice(), seed)
-    card = _card(bench, done) | {
+    card = card_of(bench, done) | {
         "classes": list(features.classes),
         "target": "label",
         "head": fitted.name,
         "params": fitted.params,
         "temperature": fitted.temperature,
+        "views": plan.views,
         "test": asdict(fitted.tested.scores),
     }
     path = done.store.path / "heads" / f"{fitted.name}-seed{seed}-{cell[:8]}"
     path = bundle.save(fitted.estimator, card, path, plan.format)
-    record = RunRecord(
+    record = new_record(
+        bench,
+        done,
+        features,
+        split,
         kind="fit",
         cell=cell,
-        dataset=done.store.path.parent.name,
-        backbone=bench.spec.label,
         method=_method(fitted.name, plan),
-        cut=done.cut,
         seed=seed,
-        feature_key=done.store.key,
-        request={"backbone": identify(bench.spec)} | plan.choice(),
+        request=plan.choice(),
         params=fitted.params,
-        split=split.sizes(),
-        test_items=items_hash(features.sha256, split.test, features.y),
         val=asdict(fitted.val),
         test=asdict(fitted.tested.scores),
-        right=_bits(fitted.tested.right),
+        right=bits(fitted.tested.right),
         seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
         images_per_second=done.cost[1],
         artefact=path.relative_to(bench.settings.cache).as_posix(),
         notes=fitted.notes,
-        **stamp(),
     )
     if records:
         append_record(records, record)
     matrix = confusion(features.y[split.test], fitted.tested.predicted, len(features.classes))
     return HeadJob(fitted, record, path, matrix, features.classes)
-
-
-@dataclass(frozen=True)
-class TuneJob:
-    """A fine-tuned backbone with its record."""
-
-    tuned: "FineTuned"
-    record: RunRecord
-    checkpoint: Path
-    computed_images: int
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The JSON object of ``featcache finetune``."""
-        record = self.record
-        return {
-            "dataset": record.dataset,
-            "backbone": record.backbone,
-            "unfreeze": record.method,
-            "cut": record.cut,
-            "test": record.test,
-            "val": record.val,
-            "probe": record.probe,
-            "gap": record.gap,
-            "seconds": record.seconds,
-            "epochs": [asdict(epoch) for epoch in self.tuned.history],
-            "best_epoch": self.tuned.best,
-            "checkpoint": str(self.checkpoint),
-            "notes": list(record.notes),
-        }
-
-
-def finetune_job(
-    bench: Workbench,
-    plan: FineTunePlan,
-    *,
-    probes: Sequence[str] = (PROBE,),
-    seed: int = 0,
-    records: Path | None = None,
-) -> TuneJob:
-    """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images."""
-    from featcache.stages.finetune import finetune, save_checkpoint
-    from featcache.unfreeze import thaw
-
-    heads_plan = FitPlan(tuple(dict.fromkeys((PROBE, *probes))), controls=False)
-    fitted = fit_heads(bench, heads_plan, seed=seed)
-    pooled, heads = fitted.extracted, fitted.heads
-    best_probe = min(heads, key=lambda job: (-job.record.val["accuracy"], job.record.method != PROBE))
-    thawed = thaw(bench.backbone.stages, plan.unfreeze)
-    at_cut, suffix_cut, notes = _extract_at(bench, thawed.cut, plan)
-    features, reader = _aligned(pooled.store.features(), at_cut.store)
-    split = make_split(features.y, features.splits, features.classes, seed)
-    started = time.monotonic()
-    start, probe = _probe_heads(features, split, next(job.fitted for job in heads if job.record.method == PROBE), seed)
-    own = bench.backbone.separate()
-    tuned = finetune(
-        own, own.suffix(suffix_cut), reader, features.y, split, plan, thawed, start=start, probe=probe, seed=seed
-    )
-    train_seconds = time.monotonic() - started
-    cell = cell_of(bench.spec, features, plan.unfreeze.text, plan, seed)
-    name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:8]}.safetensors"
-    facts = {
-        "backbone": identify(bench.spec),
-        "classes": list(features.classes),
-        "transform": asdict(own.transform),
-        "unfreeze": plan.unfreeze.text,
-    }
-    checkpoint = save_checkpoint(own, tuned.model, at_cut.store.path / "tuned" / name, facts)
-    same_items = items_hash(features.sha256, split.test, features.y)
-    compared = (
-        gap(tuned.tested.right, _unbits(best_probe.record.right), seed)
-        if (same_items == best_probe.record.test_items)
-        else None
-    )
-    record = RunRecord(
-        kind="finetune",
-        cell=cell,
-        dataset=at_cut.store.path.parent.name,
-        backbone=bench.spec.label,
-        method=plan.unfreeze.text,
-        cut=at_cut.cut,
-        seed=seed,
-        feature_key=at_cut.store.key,
-        request={"backbone": identify(bench.spec), "plan": asdict(plan)},
-        params={
-            "best_epoch": tuned.best,
-            "lr": tuned.lr,
-            "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
-            "stages": [stage.name for stage in thawed.stages],
-        },
-        split=split.sizes(),
-        test_items=same_items,
-        val=asdict(tuned.history[tuned.best].val),
-        test=asdict(tuned.tested.scores),
-        right=_bits(tuned.tested.right),
-        seconds={"extract": at_cut.cost[0], "train": round(train_seconds, 3)},
-        images_per_second=round(tuned.images_per_second, 1),
-        probe={
-            "head": best_probe.record.method,
-            "test": best_probe.record.test,
-            "seconds": best_probe.record.seconds,
-        },
-        gap=asdict(compared) if compared else None,
-        artefact=checkpoint.relative_to(bench.settings.cache).as_posix(),
-        notes=notes,
-        **stamp(),
-    )
-    if records:
-        append_record(records, record)
-    return TuneJob(tuned, record, checkpoint, pooled.report.computed + at_cut.report.computed)
-
-
-def cell_of(
-    spec: BackboneSpec, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int
-) -> str:
-    """Return the name of an experiment: everything that decides its outcome but the code."""
-    everything = np.arange(len(features.y))
-    return fingerprint(
-        {
-            "backbone": identify(spec),
-            "items": items_hash(features.sha256, everything, features.y),
-            "splits": list(features.splits),
-            "method": method,
-            "plan": (asdict(plan) if isinstance(plan, FineTunePlan) else plan) if plan else None,
-            "seed": seed,
-        }
-    )
-
-
-def _extract_at(bench: Workbench, cut: str, plan: FineTunePlan) -> tuple[Extracted, str, tuple[str, ...]]:
-    """Extract at the freeze boundary; where the backbone cannot be cut, at its input: slower, and said."""
-    try:
-        return bench.extracted(cut, plan.dtype if cut != INPUT else None), cut, ()
-    except CutError as error:
-        note = f"{error} The frozen part runs again in every epoch."
-        logger.warning(note)
-        return bench.extracted(INPUT), INPUT, (note,)
-
-
-def _aligned(features: Features, store: FeatureStore) -> tuple[Features, Callable[[NDArray[np.int64]], NDArray[Any]]]:
-    """Return the images that both entries have, and a function that reads the second's rows in the first's order."""
-    reader: RowReader = store.reader()
-    position = {path: index for index, path in enumerate(store.listing().seen.paths)}
-    keep = np.array([index for index, path in enumerate(features.paths) if path in position], dtype=np.int64)
-    if len(keep) < len(features.paths):
-        features = replace(
-            features,
-            X=features.X[keep],
-            y=features.y[keep],
-            paths=tuple(features.paths[index] for index in keep),
-            splits=tuple(features.splits[index] for index in keep),
-            sha256=tuple(features.sha256[index] for index in keep),
-        )
-    where = np.array([position[path] for path in features.paths], dtype=np.int64)
-    return features, lambda index: reader.take(where[index])
-
-
-def _probe_heads(features: Features, split: Split, fitted: "FittedHead", seed: int) -> tuple["LinearHead", "LinearHead"]:
-    """Return the linear probe fitted on train alone, and the one refitted on train and val."""
-    from featcache import heads
-    from featcache.stages.finetune import LinearHead
-
-    X = np.ascontiguousarray(features.X, dtype=np.float32)
-    on_train, _ = heads.train(PROBE, fitted.params, X[split.train], features.y[split.train], seed)
-    classes = len(features.classes)
-    return LinearHead(*heads.linear_weights(on_train, classes)), LinearHead(*heads.linear_weights(fitted.estimator, classes))
-
-
-def _bits(right: NDArray[np.bool_]) -> str:
-    return "".join("1" if one else "0" for one in right)
-
-
-def _unbits(text: str) -> NDArray[np.bool_]:
-    return np.array([char == "1" for char in text])

@@ -43,8 +43,8 @@ _SMALL_BATCH, _CPU_BATCH, _GPU_BATCH = 16, 64, 128
 class Settings:
     """What changes how a job runs, and none of its numbers beyond rounding.
 
-    ``batch_size`` ``None`` leaves it to the device; ``part`` (i, n) computes the i-th of n shares of the images, for several
-    processes on one entry.
+    ``batch_size`` ``None`` leaves it to the device; ``budget`` is how many bytes the activations of a fine-tuning may
+    take; ``part`` (i, n) computes the i-th of n shares of the images, for several processes on one entry.
     """
 
     cache: Path
@@ -56,6 +56,7 @@ class Settings:
     part: tuple[int, int] | None = None
     engine: Literal["local", "ray"] = "local"
     workers: int | None = None
+    budget: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""What every job of the pipeline needs to report: the experiment's name, its record, rows of two entries side by side."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.cache import identify
+from featcache.fingerprint import fingerprint
+from featcache.pipeline.workbench import Extracted, Workbench
+from featcache.plans import FineTunePlan
+from featcache.records import RunRecord, stamp
+from featcache.specs import BackboneSpec
+from featcache.splits import Split, items_hash
+from featcache.store import Features, FeatureStore, RowReader
+
+
+def cell_of(
+    spec: BackboneSpec, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int
+) -> str:
+    """Return the name of an experiment: everything that decides its outcome but the code."""
+    everything = np.arange(len(features.y))
+    return fingerprint(
+        {
+            "backbone": identify(spec),
+            "items": items_hash(features.sha256, everything, features.y),
+            "splits": list(features.splits),
+            "method": method,
+            "plan": (asdict(plan) if isinstance(plan, FineTunePlan) else plan) if plan else None,
+            "seed": seed,
+        }
+    )
+
+
+def new_record(bench: Workbench, done: Extracted, features: Features, split: Split, **facts: Any) -> RunRecord:
+    """Return a record of a model that was trained on an entry; ``facts`` are the fields that depend on the model."""
+    request = {"backbone": identify(bench.spec)} | facts.pop("request", {})
+    return RunRecord(
+        dataset=done.store.path.parent.name,
+        backbone=bench.spec.label,
+        cut=done.cut,
+        feature_key=done.store.key,
+        request=request,
+        split=split.sizes(),
+        test_items=items_hash(features.sha256, split.test, features.y),
+        **facts,
+        **stamp(),
+    )
+
+
+def bits(right: NDArray[np.bool_]) -> str:
+    """Return truth values as a text of 0 and 1."""
+    return "".join("1" if one else "0" for one in right)
+
+
+def unbits(text: str) -> NDArray[np.bool_]:
+    """Return the truth values of a text of 0 and 1."""
+    return np.array([char == "1" for char in text])
+
+
+def aligned(features: Features, store: FeatureStore) -> tuple[Features, Callable[[NDArray[np.int64]], NDArray[Any]]]:
+    """Return the images that both entries have, and a function that reads the second's rows in the first's order."""
+    reader: RowReader = store.reader()
+    position = {path: index for index, path in enumerate(store.listing().seen.paths)}
+    keep = np.array([index for index, path in enumerate(features.paths) if path in position], dtype=np.int64)
+    if len(keep) < len(features.paths):
+        features = replace(
+            features,
+            X=features.X[keep],
+            y=features.y[keep],
+            paths=tuple(features.paths[index] for index in keep),
+            splits=tuple(features.splits[index] for index in keep),
+            sha256=tuple(features.sha256[index] for index in keep),
+        )
+    where = np.array([position[path] for path in features.paths], dtype=np.int64)
+    return features, lambda index: reader.take(where[index])

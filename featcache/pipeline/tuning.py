@@ -1,0 +1,401 @@
+"""The job of fine-tuning: probe, extraction at the freeze boundary, training behind it, and the gap at its price."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featcache import bundle
+from featcache.cache import identify
+from featcache.errors import CutError, StorageError, UsageError
+from featcache.metrics import gap
+from featcache.pipeline.jobs import PROBE, FitPlan, HeadJob, card_of, fit_heads
+from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
+from featcache.pipeline.workbench import Extracted, Target, Workbench
+from featcache.plans import FineTunePlan
+from featcache.progress import logger
+from featcache.records import RunRecord, append_record
+from featcache.specs import INPUT, POOLED, BackboneSpec, Views, stored_dtype
+from featcache.splits import Split, make_split
+from featcache.store import Features
+
+if TYPE_CHECKING:
+    from featcache.backbone import Backbone
+    from featcache.stages.finetune import FineTuned
+    from featcache.training.model import LinearHead, Take
+    from featcache.unfreeze import Thawed
+
+_DRIFTED = 0.5
+_USABLE = 0.9  # of a disk's free room
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """A fine-tuned backbone with its record; ``bundle`` is its head, for predicting and exporting."""
+
+    tuned: "FineTuned"
+    record: RunRecord
+    checkpoint: Path
+    bundle: Path
+    computed_images: int
+
+    @property
+    def jobs(self) -> "tuple[TuneJob, ...]":
+        """This one, as of a sweep of one depth."""
+        return (self,)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON object of ``featcache finetune``."""
+        record = self.record
+        return {
+            "dataset": record.dataset,
+            "backbone": record.backbone,
+            "unfreeze": record.method,
+            "cut": record.cut,
+            "test": record.test,
+            "val": record.val,
+            "probe": record.probe,
+            "gap": record.gap,
+            "seconds": record.seconds,
+            "lr": self.tuned.lr,
+            "epochs": [asdict(epoch) for epoch in self.tuned.history],
+            "best_epoch": self.tuned.best,
+            "cka": self.tuned.similarity,
+            "checkpoint": str(self.checkpoint),
+            "bundle": str(self.bundle),
+            "notes": list(record.notes),
+        }
+
+
+def finetune_job(
+    bench: Workbench,
+    plan: FineTunePlan,
+    *,
+    probes: Sequence[str] = (PROBE,),
+    seed: int = 0,
+    records: Path | None = None,
+) -> TuneJob:
+    """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images.
+
+    Args:
+        bench: the data set and the backbone.
+        plan: what trains, and how.
+        probes: heads that the gap is taken to, beside the logistic one: to the best of them on validation.
+        seed: of the split, the probe, the order of training.
+        records: a JSONL file that gets the record.
+    """
+    ground = _Ground(bench, tuple(dict.fromkeys((PROBE, *probes))), seed)
+    thawed = ground.thawed(plan)
+    ground.extract([thawed], plan)
+    return _tune(ground, plan, thawed, records)
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """Fine-tuning at every depth, the shallowest first."""
+
+    jobs: tuple[TuneJob, ...]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON object of ``featcache finetune --sweep``."""
+        best = max(self.jobs, key=lambda job: job.record.val["accuracy"])
+        return {"depths": [job.summary for job in self.jobs], "best_on_validation": best.record.method}
+
+
+def sweep_job(
+    bench: Workbench,
+    plan: FineTunePlan,
+    *,
+    probes: Sequence[str] = (PROBE,),
+    seed: int = 0,
+    records: Path | None = None,
+) -> SweepJob:
+    """Fine-tune at every depth from the last stage to the whole backbone; ``plan.unfreeze`` is left aside.
+
+    All boundaries are extracted in one pass. Each depth starts from the weights of the one before it and takes over its
+    rate, once one depth has gained on the probe: the others' rates need no search.
+    """
+    from featcache.unfreeze import depths
+
+    ground = _Ground(bench, tuple(dict.fromkeys((PROBE, *probes))), seed)
+    plans = [replace(plan, unfreeze=wish) for wish in depths(bench.backbone.stages)]
+    thawed = [ground.thawed(one) for one in plans]
+    ground.extract(thawed, plan)
+    jobs: list[TuneJob] = []
+    gained: TuneJob | None = None
+    for one, behind in zip(plans, thawed, strict=True):
+        rates = (gained.tuned.lr,) if gained else one.lr
+        job = _tune(ground, replace(one, lr=rates), behind, records, after=gained)
+        jobs.append(job)
+        gained = job if job.tuned.best > 0 else gained
+    return SweepJob(tuple(jobs))
+
+
+class _Ground:
+    """What fine-tuning stands on: the probe, and the entries at freeze boundaries."""
+
+    def __init__(self, bench: Workbench, heads: tuple[str, ...], seed: int) -> None:
+        from featcache.training.team import Team
+
+        self.team = Team()
+        self.bench, self.seed, self._heads = bench, seed, heads
+        self._notes: dict[str, tuple[str, ...]] = {}
+        self._entries: dict[str, Extracted] = {}
+
+    def thawed(self, plan: FineTunePlan) -> "Thawed":
+        """Return what trains."""
+        from featcache.unfreeze import thaw
+
+        return thaw(self.bench.backbone.stages, plan.unfreeze, self.bench.backbone.module)
+
+    def extract(self, several: Sequence["Thawed"], plan: FineTunePlan) -> None:
+        """Extract at some boundaries and for the probe, in one pass; at the input where that cannot be or takes too much."""
+        with self.team.one_first():
+            self._extract(several, plan)
+            _ = self.probes
+
+    def _extract(self, several: Sequence["Thawed"], plan: FineTunePlan) -> None:
+        cuts = {thawed.cut: self._where(thawed.cut, plan) for thawed in several}
+        left = self._within_budget(list(dict.fromkeys(cut for cut, _ in cuts.values())), plan)
+        for cut, (where, notes) in cuts.items():
+            if where not in left:
+                note = f"the activations at {where} exceed the room for them: the frozen part runs again in every epoch."
+                logger.warning(note)
+                cuts[cut] = (INPUT, (*notes, note))
+        wanted = list(dict.fromkeys(cut for cut, _ in cuts.values()))
+        targets = [Target(cut, plan.dtype if cut != INPUT else None) for cut in wanted]
+        if plan.views == 1:
+            done = self.bench.extracted_at([Target(POOLED), *targets])[1:]
+        else:
+            done = self.bench.extracted_at(targets, Views(plan.views))
+        entries = dict(zip(wanted, done, strict=True))
+        self._entries = {cut: entries[where] for cut, (where, _) in cuts.items()}
+        self._notes = {cut: notes for cut, (_, notes) in cuts.items()}
+
+    def entry(self, cut: str) -> tuple[Extracted, tuple[str, ...]]:
+        """Return the entry that stands for a boundary, and what is to be said of it."""
+        return self._entries[cut], self._notes[cut]
+
+    @cached_property
+    def probes(self) -> list[HeadJob]:
+        """The fitted heads."""
+        return fit_heads(self.bench, FitPlan(self._heads, controls=False), seed=self.seed).heads
+
+    @property
+    def best_probe(self) -> RunRecord:
+        """The head that did best on validation."""
+        records = [job.record for job in self.probes]
+        return max(records, key=lambda record: (record.val["accuracy"], record.method == PROBE))
+
+    @cached_property
+    def features(self) -> Features:
+        """The embeddings that the heads were fitted on."""
+        return self.bench.extracted().store.features()
+
+    def linear_probes(self, features: Features, split: Split) -> "tuple[LinearHead, LinearHead]":
+        """Return the linear probe fitted on train alone, and the one refitted on train and val."""
+        from featcache import heads
+        from featcache.training.model import LinearHead
+
+        fitted = next(job.fitted for job in self.probes if job.record.method == PROBE)
+        X = np.ascontiguousarray(features.X, dtype=np.float32)
+        alone, _ = heads.train(PROBE, fitted.params, X[split.train], features.y[split.train], self.seed)
+        count = len(features.classes)
+        return LinearHead(*heads.linear_weights(alone, count)), LinearHead(*heads.linear_weights(fitted.estimator, count))
+
+    def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
+        """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""
+        if plan.augment and cut != INPUT:
+            raise UsageError("--augment changes pixels: it needs --unfreeze all, or --views N at a later boundary.")
+        try:
+            if cut != INPUT:
+                self.bench.backbone.prefix(cut)
+        except CutError as error:
+            note = f"{error} The frozen part runs again in every epoch."
+            logger.warning(note)
+            return INPUT, (note,)
+        return cut, ()
+
+    def _within_budget(self, cuts: Sequence[str], plan: FineTunePlan) -> set[str]:
+        """Return the cuts whose activations may be stored, the latest first; say what each costs.
+
+        Raises:
+            StorageError: not even the pixels fit.
+        """
+        import shutil
+
+        free = int(shutil.disk_usage(self.bench.folder).free * _USABLE)
+        budget = self.bench.settings.budget
+        room = free if budget is None else min(free, budget)
+        allowed: set[str] = set()
+        passes = plan.epochs * (len(plan.lr) + plan.refit)
+        for cut in (*(cut for cut in cuts if cut != INPUT), INPUT):
+            kind = stored_dtype(cut, plan.dtype if cut != INPUT else None)
+            cost = self.bench.estimate([Target(cut, kind)], Views(plan.views))
+            if cost.to_compute and cut in cuts:
+                logger.info(
+                    "activations at %s: %.1f MB and about %.0f s once; computed anew they would take that in each of up to "
+                    "%d epochs",
+                    cut,
+                    cost.bytes / 1e6,
+                    cost.seconds,
+                    passes,
+                )
+            if cost.bytes <= room:
+                allowed.add(cut)
+                room -= cost.bytes if cut in cuts else 0
+            elif cut == INPUT and set(cuts) - allowed:
+                raise StorageError(
+                    f"{self.bench.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another --cache, "
+                    "a larger --cache-budget, or unfreeze less."
+                )
+        return allowed
+
+
+def _tune(
+    ground: _Ground, plan: FineTunePlan, thawed: "Thawed", records: Path | None, after: TuneJob | None = None
+) -> TuneJob:
+    from featcache.stages.finetune import finetune
+    from featcache.training.keeping import Keeper, save_checkpoint
+
+    bench, seed = ground.bench, ground.seed
+    at_cut, notes = ground.entry(thawed.cut)
+    features, take = _rows(ground.features, at_cut, plan.views)
+    split = make_split(features.y, features.splits, features.classes, seed)
+    start, probe = ground.linear_probes(features, split)
+    own = _trainable(bench, plan)
+    method, asked = plan.unfreeze.text, plan
+    if after is not None:
+        weights, start = after.tuned.from_train
+        own.module.load_state_dict(weights)
+        probe, method = start, f"{method} after {after.record.method}"
+    cell = cell_of(bench.spec, features, method, asked, seed)
+    name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:8]}"
+    folder, team = at_cut.store.path / "tuned", ground.team
+    keeper = Keeper(folder / f"{name}.unfinished", writes=team.rank == 0)
+    tuned = finetune(
+        own,
+        own.suffix(at_cut.cut),
+        take,
+        features.y,
+        split,
+        plan,
+        thawed,
+        start=start,
+        probe=probe,
+        seed=seed,
+        keeper=keeper,
+        team=team,
+    )
+    facts = {
+        "backbone": identify(bench.spec),
+        "classes": list(features.classes),
+        "transform": asdict(own.transform),
+        "unfreeze": plan.unfreeze.text,
+    }
+    checkpoint = save_checkpoint(own.module, tuned.model, folder / f"{name}.safetensors", facts)
+    best_probe = ground.best_probe
+    record = new_record(
+        bench,
+        at_cut,
+        features,
+        split,
+        kind="finetune",
+        cell=cell,
+        method=method,
+        seed=seed,
+        request={"plan": asdict(asked)},
+        params={
+            "best_epoch": tuned.best,
+            "lr": tuned.lr,
+            "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
+            "stages": [stage.name for stage in thawed.stages],
+            "cka": round(tuned.similarity, 4),
+            "curve": [
+                [epoch.train_loss, epoch.train_accuracy, epoch.val.log_loss, epoch.val.accuracy, round(epoch.seconds, 3)]
+                for epoch in tuned.history
+            ],
+        },
+        val=asdict(tuned.history[tuned.best].val),
+        test=asdict(tuned.tested.scores),
+        right=bits(tuned.tested.right),
+        seconds={"extract": at_cut.cost[0], "train": round(tuned.seconds, 3)},
+        images_per_second=round(tuned.images_per_second, 1),
+        probe={"head": best_probe.method, "test": best_probe.test, "seconds": best_probe.seconds},
+        artefact=checkpoint.relative_to(bench.settings.cache).as_posix(),
+    )
+    if record.test_items == best_probe.test_items:
+        record = replace(record, gap=asdict(gap(tuned.tested.right, unbits(best_probe.right), seed)))
+    record = replace(record, notes=(*notes, *_remarks(tuned, record)))
+    for note in record.notes[len(notes) :]:
+        logger.warning(note)
+    head = _save_head(bench, at_cut, features, tuned, checkpoint, plan)
+    if records and team.rank == 0:
+        append_record(records, record)
+    return TuneJob(tuned, record, checkpoint, head, at_cut.report.computed)
+
+
+def _rows(features: Features, at_cut: Extracted, views: int) -> "tuple[Features, Take]":
+    """Return the images that both entries have, and what reads the second's rows, an image's views one after the other."""
+    features, take = aligned(features, at_cut.store)
+    if views == 1:
+        return features, take
+
+    def one_view(index: "np.ndarray[Any, np.dtype[np.int64]]") -> "np.ndarray[Any, Any]":
+        rows: np.ndarray[Any, Any] = take(index // views)[np.arange(len(index)), index % views]
+        return rows
+
+    return features, one_view
+
+
+def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
+    """Return a copy of the backbone that may be changed, with the plan's stochastic depth."""
+    if not plan.drop_path:
+        return bench.backbone.separate()
+    from featcache.backbone import load_backbone
+
+    spec = replace(bench.spec, model_args=(*bench.spec.model_args, ("drop_path_rate", plan.drop_path)))
+    return load_backbone(spec, bench.backbone.device)
+
+
+def _save_head(
+    bench: Workbench, at_cut: Extracted, features: Features, tuned: "FineTuned", checkpoint: Path, plan: FineTunePlan
+) -> Path:
+    """Write the tuned network's head beside it: with the checkpoint as its backbone it predicts and exports as any other."""
+    from featcache.heads import linear_estimator
+
+    head = tuned.model.linear_head()
+    spec: BackboneSpec = replace(bench.spec, weights=str(checkpoint.resolve()), random_init=None)
+    card = card_of(bench, at_cut) | {
+        "backbone": identify(spec),
+        "weights": spec.weights,
+        "cut": POOLED,
+        "classes": list(features.classes),
+        "target": "label",
+        "head": plan.unfreeze.text,
+        "params": {"lr": tuned.lr, "epoch": tuned.best},
+        "test": asdict(tuned.tested.scores),
+    }
+    return bundle.save(linear_estimator(head.weights, head.bias), card, checkpoint.with_suffix(""))
+
+
+def _remarks(tuned: "FineTuned", record: RunRecord) -> tuple[str, ...]:
+    """Return what a reader of the gap should know."""
+    found = []
+    if record.gap is not None and record.gap["ci"][0] <= 0 <= record.gap["ci"][1]:
+        found.append(
+            f"the gap of {record.gap['points']:+.1f} points is inside the noise of {record.split['test']} test images "
+            f"(95 % interval {record.gap['ci'][0]:+.1f} to {record.gap['ci'][1]:+.1f})"
+        )
+    if tuned.best == 0:
+        found.append("no epoch did better on validation than where training started")
+    if tuned.overfits:
+        found.append(tuned.overfits)
+    if tuned.similarity < _DRIFTED:
+        found.append(f"the embeddings are other ones now than the probe's (CKA {tuned.similarity:.2f})")
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""Training of what follows a cut, one small matter a module."""

@@ -1,0 +1,283 @@
+"""One trial: training at one rate, epoch by epoch, that can be broken off anywhere and taken up again exactly there."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from featcache.metrics import Scores, score
+from featcache.plans import FineTunePlan
+from featcache.specs import Precision
+from featcache.splits import Index
+from featcache.training.augmenting import flipped_and_shifted, mixed
+from featcache.training.model import SuffixAndHead, Take, chunks, predict, set_training
+from featcache.training.optimising import make_optimiser, parameter_groups, rate
+from featcache.training.team import Team
+
+_SAVE_SECONDS = 60.0
+_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave; epoch 0 is where training starts from. Training's own scores are those of its batches."""
+
+    number: int
+    train_loss: float | None
+    val: Scores
+    seconds: float
+    train_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one rate came to: its best epoch and the weights then."""
+
+    lr: float
+    history: tuple[Epoch, ...]
+    best: Epoch
+    state: dict[str, Tensor]
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same while rates are tried.
+
+    Attributes:
+        model: is trained in place.
+        stages: the parameters that train, stage by stage, in forward order.
+        take: gives rows (k, ...) by their positions; the views of an image lie one after the other.
+        y: labels (n,) int64.
+        plan: how.
+        team: the processes that share the work.
+        seed: of the order of images, of views, mixing and dropout.
+    """
+
+    model: SuffixAndHead
+    stages: tuple[tuple[nn.Parameter, ...], ...]
+    take: Take
+    y: NDArray[np.int64]
+    plan: FineTunePlan
+    team: Team
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.head.weight.device
+
+    @property
+    def precision(self) -> Precision:
+        """What steps are computed in."""
+        if self.plan.precision is not None:
+            return self.plan.precision
+        return "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+    def validate(self, index: Index, model: SuffixAndHead | None = None) -> Scores:
+        """Return a model's scores on some images, each process looking at its share of them."""
+        model, everything = model or self.model, np.arange(len(index))
+        mine = self.team.share(everything)
+        answers = np.zeros((len(index), model.head.out_features))
+        if len(mine):
+            answers[mine] = predict(model, self.take, index[mine] * self.plan.views, self.plan.batch_size)
+        return score(self.y[index], self.team.total(answers, self.device))
+
+
+class Trial:
+    """Training at one rate from the model's present weights.
+
+    Args:
+        job: what is trained.
+        lr: of the last stage.
+        train: images to train on.
+        val: images that judge epochs, or ``None``: then the last epoch is the best.
+        before: epoch 0.
+        until: the epoch to end after; the schedule stays that of all.
+    """
+
+    def __init__(
+        self, job: Job, lr: float, train: Index, val: Index | None, before: Epoch, until: int | None = None
+    ) -> None:
+        plan = job.plan
+        self._job, self._lr, self._train, self._val = job, lr, train, val
+        self._until = until or plan.epochs
+        groups = parameter_groups(job.stages, job.model.head, plan, lr)
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        self._optimiser = make_optimiser(groups, plan)
+        steps = plan.epochs * math.ceil(len(train) / (plan.batch_size * plan.accumulate))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, lambda step: rate(step, steps, plan.warmup))
+        self._scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "float16")
+        average = get_ema_multi_avg_fn(plan.ema)  # type: ignore[no-untyped-call]
+        self._average = AveragedModel(job.model, multi_avg_fn=average, use_buffers=True) if plan.ema else None
+        self._history = [before]
+        self._best, self._state = before, copy.deepcopy(job.model.state_dict())
+        self._accuracy, self._loss, self._stale = -1.0, math.inf, 0
+        self._step, self._sums, self._spent = 0, np.zeros(2), 0.0
+
+    def run(self, bar: Any, keep: Callable[[State], None]) -> Trained:
+        """Train to the end; ``keep`` is given the state now and then, and after every epoch."""
+        plan, images = self._job.plan, len(self._train)
+        while len(self._history) <= self._until and self._stale < plan.patience:
+            self._epoch(bar, keep)
+            keep(self.state())
+            bar.set_postfix_str(f"lr {self._lr:g}, val {100 * self._history[-1].val.accuracy:.1f} %")
+        bar.update((self._until + 1 - len(self._history)) * images)
+        seconds = sum(epoch.seconds for epoch in self._history[1:])
+        speed = (len(self._history) - 1) * images / seconds if seconds else 0.0
+        return Trained(self._lr, tuple(self._history), self._best, self._state, speed)
+
+    def state(self) -> State:
+        """Return everything that decides how training goes on."""
+        return {
+            "model": copy.deepcopy(self._job.model.state_dict()),
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict()["last_epoch"],
+            "scaler": self._scaler.state_dict(),
+            "average": self._average.state_dict() if self._average else None,
+            "history": [asdict(epoch) for epoch in self._history],
+            "best": asdict(self._best),
+            "best_state": self._state,
+            "stale": (self._accuracy, self._loss, self._stale),
+            "step": self._step,
+            "sums": self._sums.tolist(),
+            "spent": self._spent,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self._job.device) if self._job.device.type == "cuda" else None,
+        }
+
+    def resume(self, state: State) -> None:
+        """Go back to a state that was kept."""
+        self._job.model.load_state_dict(state["model"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.last_epoch = state["schedule"]
+        for group, base in zip(self._optimiser.param_groups, self._schedule.base_lrs, strict=True):
+            group["lr"] = base * self._schedule.lr_lambdas[0](state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self._average:
+            self._average.load_state_dict(state["average"])
+        self._history = [epoch_of(facts) for facts in state["history"]]
+        self._best, self._state = epoch_of(state["best"]), state["best_state"]
+        self._accuracy, self._loss, self._stale = state["stale"]
+        self._step, self._sums, self._spent = state["step"], np.array(state["sums"]), state["spent"]
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self._job.device)
+
+    def _epoch(self, bar: Any, keep: Callable[[State], None]) -> None:
+        job, plan, number = self._job, self._job.plan, len(self._history)
+        if self._step == 0:
+            torch.manual_seed(job.seed * 1000 + number)
+        set_training(job.model, train_batchnorm=plan.train_batchnorm)
+        rng = np.random.default_rng((job.seed, number))
+        order = rng.permutation(self._train)
+        rows = order * plan.views + rng.integers(plan.views, size=len(order))
+        started = kept = time.monotonic()
+        steps = list(chunks(np.arange(len(order)), plan.batch_size * plan.accumulate))
+        done = min(self._step * plan.batch_size * plan.accumulate, len(order))
+        bar.update(done)
+        left = [[some[part] for part in chunks(np.arange(len(some)), plan.batch_size)] for some in steps[self._step :]]
+        mine = [job.team.share(part) for parts in left for part in parts]
+        stored = iter(_ahead(job.take, [rows[part] for part in mine]))
+        for parts in left:
+            whole = sum(map(len, parts))
+            self._sums += self._one_step([(next(stored), order[job.team.share(part)]) for part in parts], whole, number)
+            self._step += 1
+            bar.update(whole)
+            if time.monotonic() - kept > _SAVE_SECONDS:
+                now = time.monotonic()
+                self._spent, started = self._spent + now - started, now
+                keep(self.state())
+                kept = time.monotonic()
+        loss, right = job.team.total(self._sums, job.device) / len(order)
+        seconds = self._spent + time.monotonic() - started
+        self._step, self._sums, self._spent = 0, np.zeros(2), 0.0
+        self._judge(number, float(loss), float(right), seconds)
+
+    def _one_step(self, parts: Sequence[tuple[NDArray[Any], Index]], whole: int, number: int) -> NDArray[np.float64]:
+        """Move the weights once; return the sums of losses and of right answers."""
+        job, plan, dtype = self._job, self._job.plan, _DTYPES[self._job.precision]
+        sums = np.zeros(2)
+        for place, (stored, images) in enumerate(parts):
+            if not len(images):
+                continue
+            rng = np.random.default_rng((job.seed, number, self._step, place, job.team.rank))
+            rows, y = _to_device(stored, job.device), torch.from_numpy(job.y[images]).to(job.device)
+            if plan.augment and rows.dtype == torch.uint8:
+                rows = flipped_and_shifted(rows, rng)
+            others, share = y, 1.0
+            if plan.mixup:
+                rows, partner, share = mixed(rows, plan.mixup, rng)
+                others = y[partner]
+            with torch.autocast(job.device.type, dtype, enabled=dtype is not None):
+                logits = job.model(rows).float()
+                loss = share * self._cross_entropy(logits, y)
+                if share < 1:
+                    loss = loss + (1 - share) * self._cross_entropy(logits, others)
+            self._scaler.scale(loss / whole).backward()  # type: ignore[no-untyped-call]
+            sums += loss.item(), int((logits.argmax(dim=1) == y).sum())
+        job.team.sum_gradients(self._parameters)
+        if plan.clip:
+            self._scaler.unscale_(self._optimiser)
+            nn.utils.clip_grad_norm_(self._parameters, plan.clip)
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
+        self._schedule.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        if self._average:
+            self._average.update_parameters(job.model)
+        return sums
+
+    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, label_smoothing=self._job.plan.label_smoothing, reduction="sum")
+
+    def _judge(self, number: int, loss: float, right: float, seconds: float) -> None:
+        """Validate, and keep the weights where they are the best so far."""
+        model: SuffixAndHead = self._average.module if self._average else self._job.model  # type: ignore[assignment]
+        val = self._job.validate(self._val, model) if self._val is not None else self._history[0].val
+        epoch = Epoch(number, loss, val, seconds, right)
+        self._history.append(epoch)
+        if self._val is None or val.rank < self._best.val.rank:
+            self._best, self._state = epoch, copy.deepcopy(model.state_dict())
+        now = val.log_loss if val.log_loss is not None else math.inf
+        gained = val.accuracy > self._accuracy or now < self._loss or self._val is None
+        self._stale = 0 if gained else self._stale + 1
+        self._accuracy, self._loss = max(self._accuracy, val.accuracy), min(self._loss, now)
+
+
+def epoch_of(facts: dict[str, Any]) -> Epoch:
+    """Return an epoch from its fields as plain values."""
+    val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts["val"].items()}
+    return Epoch(**(facts | {"val": Scores(**val)}))
+
+
+def _ahead(take: Take, several: Sequence[Index]) -> Iterator[NDArray[Any]]:
+    """Yield the rows of several batches in order, two of them read before they are asked for."""
+    with ThreadPoolExecutor(1) as beside:
+        waiting: list[Future[NDArray[Any]]] = []
+        try:
+            for index in several:
+                waiting.append(beside.submit(take, index))
+                if len(waiting) > 2:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _to_device(rows: NDArray[Any], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(rows)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,412 @@
+"""How what is unfrozen trains: which parameters, what every option does, and that a killed training goes on exactly."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import TINY, Outcome
+from test_finetune import PLAN, Prepared
+from torch import Tensor, nn
+
+from featcache.backbone import load_backbone
+from featcache.errors import StorageError, UsageError
+from featcache.metrics import cka
+from featcache.pipeline.tuning import finetune_job, sweep_job
+from featcache.pipeline.workbench import Settings, Workbench
+from featcache.plans import FineTunePlan, Unfreeze
+from featcache.records import read_records
+from featcache.sources import open_source
+from featcache.specs import BackboneSpec
+from featcache.stages.finetune import finetune
+from featcache.training.augmenting import flipped_and_shifted, mixed
+from featcache.training.keeping import Keeper
+from featcache.training.model import SuffixAndHead, set_training
+from featcache.unfreeze import depths, thaw
+
+Run = Callable[..., Outcome]
+VIT = BackboneSpec("test_vit", random_init=0)
+
+
+@pytest.fixture
+def prepared(folder: Path, tiny: BackboneSpec, settings: Settings) -> Prepared:
+    """Everything that fine-tuning needs."""
+    return Prepared(folder, tiny, settings)
+
+
+def tuned(prepared: Prepared, plan: FineTunePlan, keeper: Keeper | None = None, take: Any = None) -> dict[str, Tensor]:
+    """Fine-tune and return the whole backbone's weights and the head's."""
+    own = prepared.backbone.separate()
+    thawed = thaw(own.stages, plan.unfreeze, own.module)
+    stored = prepared.bench.extracted(thawed.cut, "float32" if thawed.cut != "input" else None).store.reader()
+    result = finetune(
+        own,
+        own.suffix(thawed.cut),
+        take or stored.take,
+        prepared.features.y,
+        prepared.split,
+        plan,
+        thawed,
+        start=prepared.probe,
+        probe=prepared.probe,
+        keeper=keeper,
+    )
+    return own.module.state_dict() | {f"head.{name}": value for name, value in result.model.head.state_dict().items()}
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Return the names of the weights that differ."""
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("wish", ["norm", "bias", "norm:last:2", "bias:layer3"])
+def test_norms_or_biases_alone_train(prepared: Prepared, wish: str) -> None:
+    """Of the thawed stages only the parameters of that kind move."""
+    before = prepared.backbone.module.state_dict()
+    plan = replace(PLAN, unfreeze=Unfreeze.parse(wish), epochs=2, patience=2, label_smoothing=0.0)
+
+    changed = moved(before, tuned(prepared, plan))
+
+    stages = ("layer3", "layer4") if ":" in wish else ("",)
+    assert changed
+    assert all(name.startswith(stages) for name in changed)
+    assert all("bn" in name or "downsample" in name or name.startswith("conv1.") for name in changed)
+    if "bias" in wish:
+        assert all(name.endswith("bias") for name in changed)
+
+
+def test_low_rank_updates_are_merged(folder: Path, settings: Settings) -> None:
+    """Weights of linear layers move by matrices of that rank; nothing else does, and no adapter stays."""
+    prepared = Prepared(folder, VIT, settings)
+    before = prepared.backbone.module.state_dict()
+    plan = replace(PLAN, unfreeze=Unfreeze.parse("lora:2:last:1"), epochs=2, patience=2, lr=(3e-2,))
+
+    after = tuned(prepared, plan)
+
+    changed = moved(before, after)
+    last = prepared.backbone.stages[-1].name
+    assert changed
+    assert all(name.startswith(last) and name.endswith("weight") for name in changed)
+    assert set(before) == {name for name in after if not name.startswith("head.weight") and not name.startswith("head.bias")}
+    for name in changed:
+        rank = torch.linalg.matrix_rank((after[name] - before[name]).double(), atol=1e-5, rtol=0)
+        assert 0 < int(rank) <= 2
+
+
+def test_nothing_of_that_kind(folder: Path, settings: Settings) -> None:
+    """A backbone without biases in the stage says so."""
+    prepared = Prepared(folder, BackboneSpec("test_resnet", random_init=0), settings)
+    stages = [replace(stage, parameters=("weight",)) for stage in prepared.backbone.stages]
+
+    with pytest.raises(UsageError, match="nothing of that kind"):
+        thaw(stages, Unfreeze.parse("bias:last:1"), nn.Linear(2, 2, bias=False))
+
+
+@pytest.mark.parametrize("wish", ["norm:", "lora", "lora:0", "lora:4:", "norm:last:0", "lora:x"])
+def test_wishes_that_mean_nothing(wish: str) -> None:
+    """They are refused in words."""
+    with pytest.raises(UsageError, match="unfreeze"):
+        Unfreeze.parse(wish)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "adam", "sgd"])
+def test_every_optimiser_steps_from_the_cache_as_on_the_whole_model(prepared: Prepared, optimiser: Any) -> None:
+    """From stored activations or from pixels through the whole network: the same weights."""
+    plan = replace(PLAN, optimiser=optimiser, epochs=2, clip=1.0)
+    own = prepared.backbone.separate()
+    thawed = thaw(own.stages, plan.unfreeze)
+    finetune(
+        own,
+        own.suffix("input"),
+        prepared.pixels.take,
+        prepared.features.y,
+        prepared.split,
+        plan,
+        thawed,
+        start=prepared.probe,
+        probe=prepared.probe,
+    )
+
+    cached = tuned(prepared, plan)
+
+    assert moved(prepared.backbone.module.state_dict(), own.module.state_dict())
+    for name, value in own.module.state_dict().items():
+        torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-5)
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("reads", [1, 4, 9, 14])
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_broken_training_goes_on_exactly(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int, *, refit: bool
+) -> None:
+    """Killed after so many reads, then run again: the same weights, bit for bit, as without a break."""
+    monkeypatch.setattr("featcache.training.loop._SAVE_SECONDS", 0.0)
+    plan = replace(PLAN, lr=(1e-3, 1e-2), refit=refit, mixup=0.2, ema=0.9, optimiser="adamw")
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+    keeper = Keeper(tmp_path / "state")
+    expected = tuned(prepared, plan)
+    left = reads
+
+    def take(index: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        return stored.take(index)
+
+    for _ in range(40):
+        left = reads + 8
+        try:
+            got = tuned(prepared, plan, keeper, take)
+            break
+        except KilledError:
+            continue
+    else:
+        pytest.fail("it does not come to an end")
+
+    assert not moved(expected, got)
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_damaged_state_is_left_aside(prepared: Prepared, tmp_path: Path) -> None:
+    """Training begins again, and says so."""
+    (tmp_path / "state").write_bytes(b"not a state")
+    plan = replace(PLAN, epochs=1)
+
+    assert not moved(tuned(prepared, plan), tuned(prepared, plan, Keeper(tmp_path / "state")))
+
+
+def test_accumulated_batches_are_one_step(prepared: Prepared) -> None:
+    """Two batches of four move the weights as one of eight."""
+    whole = tuned(prepared, replace(PLAN, epochs=2))
+    halves = tuned(prepared, replace(PLAN, epochs=2, batch_size=4, accumulate=2))
+
+    for name, value in whole.items():
+        torch.testing.assert_close(halves[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_lag_behind(prepared: Prepared) -> None:
+    """With a slow average the result stays nearer to the start than without."""
+    before = prepared.backbone.module.state_dict()
+    plan = replace(PLAN, epochs=2, patience=2, refit=False)
+
+    def way(after: dict[str, Tensor]) -> float:
+        return sum(float((after[name] - before[name]).norm()) for name in before if name.startswith("layer4.") and "conv" in name)
+
+    slow, plain = way(tuned(prepared, replace(plan, ema=0.99))), way(tuned(prepared, plan))
+
+    assert slow < 0.5 * plain or plain == 0
+
+
+def test_clipping_bounds_the_step(prepared: Prepared) -> None:
+    """One epoch of plain descent at rate 1 moves at most the clip times its steps."""
+    before = prepared.backbone.module.state_dict() | {"head.weight": torch.from_numpy(prepared.probe.weights).float()}
+    plan = replace(PLAN, epochs=1, optimiser="sgd", lr=(1.0,), head_lr=1.0, layer_decay=1.0, weight_decay=0.0, warmup=0.0)
+
+    after = tuned(prepared, replace(plan, clip=1e-4, refit=False))
+
+    steps = -(-len(prepared.split.train) // plan.batch_size)
+    way = float(sum((after[name] - before[name]).double().square().sum() for name in moved(before, after)) ** 0.5)
+    assert way <= 1e-4 * sum(0.9**power for power in range(steps)) * steps * 1.01
+
+
+def test_every_epoch_draws_views_and_validation_looks_at_the_plain_one(folder: Path, tiny: BackboneSpec) -> None:
+    """Training reads any view, validation and test only the first."""
+    prepared = Prepared(folder, tiny, Settings(folder.parent / "cache", batch_size=8))
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+    plan = replace(PLAN, views=3, epochs=2, patience=2, refit=False)
+    seen: list[np.ndarray[Any, Any]] = []
+
+    def take(index: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        seen.append(index)
+        return stored.take(index // 3)
+
+    tuned(prepared, plan, take=take)
+
+    train = set(prepared.split.train)
+    rows = np.concatenate([index for index in seen if set(index // 3) <= train])
+    rest = np.concatenate([index for index in seen if not set(index // 3) & train])
+    assert set(rows % 3) == {0, 1, 2}
+    assert set(rest % 3) == {0}
+
+
+def test_views_train_end_to_end(run: Run, folder: Path) -> None:
+    """The option stores augmentations at the boundary and trains from them."""
+    done = run("finetune", folder, *TINY, "--views", "2", "--epochs", "1", "--lr", "1e-3", "--json")
+
+    assert done.code == 0, done.err
+    assert "lower" not in done.err
+    assert done.json["cut"] == "layer3"
+
+
+def test_pixels_are_flipped_and_shifted() -> None:
+    """Each image is a mirrored or shifted window of itself; the same generator gives the same."""
+    pixels = torch.arange(6 * 16 * 16 * 3, dtype=torch.int32).remainder(251).to(torch.uint8).reshape(6, 16, 16, 3)
+
+    one, two = (flipped_and_shifted(pixels, np.random.default_rng(3)) for _ in range(2))
+
+    assert torch.equal(one, two)
+    assert one.shape == pixels.shape
+    for image, original in zip(one, pixels, strict=True):
+        centre = image[4:12, 4:12]
+        windows = [
+            view[down : down + 8, across : across + 8]
+            for view in (original, original.flip(1))
+            for down in range(9)
+            for across in range(9)
+        ]
+        assert any(torch.equal(centre, window) for window in windows)
+
+
+def test_mixed_rows_lie_between_two() -> None:
+    """Every row is a share of itself and the rest of another."""
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+
+    out, others, share = mixed(rows, 0.5, np.random.default_rng(0))
+
+    torch.testing.assert_close(out, share * rows + (1 - share) * rows[others])
+
+
+def test_augment_needs_pixels(run: Run, folder: Path) -> None:
+    """At a later cut nothing can be flipped, and it is not done silently."""
+    done = run("finetune", folder, *TINY, "--augment")
+
+    assert done.code == 2
+    assert "--unfreeze all" in done.err
+
+
+def test_stochastic_depth_acts_in_the_trained_part(folder: Path, settings: Settings) -> None:
+    """In training mode the suffix drops branches, in inference mode it does not."""
+    spec = replace(VIT, model_args=(("drop_path_rate", 0.9),))
+    backbone = load_backbone(spec)
+    cut = backbone.stages[-2].name
+    prepared = Prepared(folder, VIT, settings)
+    stored = torch.from_numpy(prepared.bench.extracted(cut, "float32").store.reader().take(np.arange(4)))
+    model = SuffixAndHead(backbone.suffix(cut), prepared.probe)
+    model.requires_grad_(True)
+    model.eval()
+    plain = model(stored)
+
+    set_training(model, train_batchnorm=False)
+
+    torch.testing.assert_close(plain, SuffixAndHead(load_backbone(VIT).suffix(cut), prepared.probe).eval()(stored))
+    assert any(not torch.allclose(model(stored), plain) for _ in range(8))
+
+
+def test_a_budget_that_holds_nothing(folder: Path, tiny: BackboneSpec, tmp_path: Path) -> None:
+    """Where not even the pixels fit, it is said before anything is computed."""
+    with pytest.raises(StorageError, match="cache-budget"):
+        finetune_job(Workbench(open_source(folder), tiny, Settings(tmp_path / "cache", budget=1000)), PLAN)
+
+
+def test_budget_between_activations_and_pixels(folder: Path, tiny: BackboneSpec, tmp_path: Path) -> None:
+    """Where pixels fit and activations do not, the frozen part runs again: the same result within rounding."""
+    plan = replace(PLAN, unfreeze=Unfreeze.parse("last:4"), epochs=1)
+    wide = finetune_job(Workbench(open_source(folder), tiny, Settings(tmp_path / "one", batch_size=8)), plan)
+    stored = sum(path.stat().st_size for path in (tmp_path / "one").glob(f"*/*.{wide.record.cut}-*/parts/*.h5"))
+    pixels = 36 * 32 * 32 * 3
+    assert pixels < stored
+
+    narrow = Workbench(open_source(folder), tiny, Settings(tmp_path / "two", batch_size=8, budget=pixels + 1))
+    again = finetune_job(narrow, plan)
+
+    assert again.record.cut == "input"
+    assert any("again in every epoch" in note for note in again.record.notes)
+    assert again.record.val["log_loss"] == pytest.approx(wide.record.val["log_loss"], rel=1e-2)
+
+
+def test_a_sweep_goes_from_the_last_stage_to_all(
+    folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path
+) -> None:
+    """Every depth once, from one pass over the images; rates are searched until one depth has gained."""
+    bench = Workbench(open_source(folder), tiny, settings)
+    done = sweep_job(bench, replace(PLAN, epochs=1, lr=(1e-3, 1e-2)), records=tmp_path / "records.jsonl")
+
+    stages = [stage.name for stage in bench.backbone.stages]
+    assert [job.record.cut for job in done.jobs] == [*reversed(stages[:-1]), "input"]
+    assert [job.record.method.split()[0] for job in done.jobs] == [*(f"last:{n}" for n in range(1, len(stages))), "all"]
+    best = [job.record.val["accuracy"] for job in done.jobs]
+    for before, after in zip(done.jobs, done.jobs[1:], strict=False):
+        if before.tuned.best > 0:
+            assert "after" in after.record.method
+            assert after.tuned.rates.keys() == {before.tuned.lr}
+            assert after.record.val["accuracy"] >= before.record.val["accuracy"]
+    assert len(read_records([tmp_path / "records.jsonl"])) == len(best) == len(set(read_cells(tmp_path / "records.jsonl")))
+
+
+def read_cells(path: Path) -> list[str]:
+    """Return the names of the experiments in a file of records."""
+    return [record.cell for record in read_records([path])]
+
+
+def test_depths_of_long_backbones_double() -> None:
+    """Each depth of a short one, powers of two of a long one, and all of it."""
+    stages = load_backbone(VIT).stages
+
+    assert [wish.text for wish in depths(stages)][-1] == "all"
+    assert [wish.text for wish in depths(stages * 3)][:3] == ["last:1", "last:2", "last:4"]
+
+
+def test_the_tuned_network_predicts_and_exports(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head's file is as any other's, its checkpoint a backbone to extract from."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    tune = run("finetune", folder, *TINY, "--epochs", "2", "--lr", "1e-2", "--json").json
+
+    labels = run("predict", tune["bundle"], folder, "--json")
+    exported = run("export", tune["bundle"], tmp_path / "model.onnx", "--json")
+    probed = run("fit", folder, "-b", "test_resnet", "--weights", tune["checkpoint"], "--input-size", "32", "--json")
+
+    assert labels.code == exported.code == probed.code == 0, labels.err + exported.err + probed.err
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_a_picture_of_the_curves(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Drawn where it was asked for; a format that cannot be drawn is refused before anything is computed."""
+    refused = run("finetune", folder, *TINY, "--plot", tmp_path / "curve.gif")
+    done = run("finetune", folder, *TINY, "--epochs", "1", "--lr", "1e-3", "--plot", tmp_path / "curve.png", "--price", "3")
+
+    assert refused.code == 2
+    assert not (tmp_path / "cache").exists() or ".gif" in refused.err
+    assert done.code == 0, done.err
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "price" in done.out
+
+
+def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
+    """Started by torchrun, each takes half of every batch; the weights are those of one process."""
+    import subprocess
+    import sys
+
+    def train(cache: Path, *launcher: str) -> Path:
+        command = (*launcher, "-m", "featcache", "finetune", str(folder), *TINY, "--epochs", "2", "--lr", "1e-2", "--json")
+        options = ("--dtype", "float32", "--runtime", "torch", "--cache", str(cache))
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return next(cache.glob("*/*/tuned/*.safetensors"))
+
+    from safetensors.torch import load_file
+
+    one = load_file(train(tmp_path / "one", sys.executable))
+    two = load_file(train(tmp_path / "two", sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"))
+
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_similarity_of_embeddings() -> None:
+    """CKA is 1 for rotated and scaled embeddings, small for unrelated ones."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 8))
+    rotation, _ = np.linalg.qr(rng.normal(size=(8, 8)))
+
+    assert cka(X, 3 * X @ rotation) == pytest.approx(1)
+    assert cka(X, rng.normal(size=(200, 8))) < 0.2
