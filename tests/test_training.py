@@ -198,7 +198,8 @@ def test_averaged_weights_lag_behind(prepared: Prepared) -> None:
     plan = replace(PLAN, epochs=2, patience=2, refit=False)
 
     def way(after: dict[str, Tensor]) -> float:
-        return sum(float((after[name] - before[name]).norm()) for name in before if name.startswith("layer4.") and "conv" in name)
+        names = [name for name in before if name.startswith("layer4.") and "conv" in name]
+        return sum(float((after[name] - before[name]).norm()) for name in names)
 
     slow, plain = way(tuned(prepared, replace(plan, ema=0.99))), way(tuned(prepared, plan))
 

@@ -115,7 +115,7 @@ def finetune(
     keep_freed_memory()
     keeper, team = keeper or Keeper(None), team or Team()
     model = SuffixAndHead(suffix, start).to(backbone.device)
-    stages = _open_up(backbone, model, thawed, seed)
+    stages = open_up(backbone, model, thawed, seed)
     job = Job(model, stages, take, y, plan, team, seed)
     untouched = copy.deepcopy(model.state_dict())
     first = embed(model, take, split.val * plan.views, plan.batch_size)
@@ -193,7 +193,7 @@ def _trained(facts: dict[str, Any]) -> Trained:
     return Trained(**(facts | {"history": history, "best": epoch_of(facts["best"])}))
 
 
-def _open_up(backbone: Backbone, model: SuffixAndHead, thawed: Thawed, seed: int) -> tuple[tuple[nn.Parameter, ...], ...]:
+def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Thawed, seed: int) -> tuple[tuple[nn.Parameter, ...], ...]:
     """Let the thawed parameters train and no others; return them, stage by stage."""
     named = dict(backbone.module.named_parameters())
     model.requires_grad_(False)
