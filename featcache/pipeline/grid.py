@@ -59,7 +59,10 @@ def _grid(table: dict[str, Any], path: Path) -> Grid:
     _only(settings, set(_PLAN_KEYS), "[finetune]")
     if "lr" in settings:
         settings["lr"] = tuple(settings["lr"]) if isinstance(settings["lr"], list) else (settings["lr"],)
-    base = FineTunePlan(Unfreeze.parse("all"), **settings)
+    try:
+        base = FineTunePlan(Unfreeze.parse("all"), **settings)
+    except TypeError as error:
+        raise UsageError(f"[finetune]: a value of the wrong kind ({error}).") from error
     plans = tuple(replace(base, unfreeze=Unfreeze.parse(text)) for text in _strings(table, "unfreeze"))
     data = tuple(_data(entry) for entry in _typed(table, "dataset", list, []))
     backbones = tuple(_backbone(entry) for entry in _typed(table, "backbone", list, [{"name": "mini"}]))

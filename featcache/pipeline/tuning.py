@@ -14,11 +14,11 @@ from featcache.errors import CutError, StorageError, UsageError
 from featcache.metrics import gap
 from featcache.pipeline.jobs import PROBE, FitPlan, HeadJob, card_of, fit_heads
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
-from featcache.pipeline.workbench import Extracted, Target, Workbench
+from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record
-from featcache.specs import INPUT, POOLED, BackboneSpec, Views, stored_dtype
+from featcache.specs import INPUT, POOLED, BackboneSpec, Views
 from featcache.splits import Split, make_split
 from featcache.store import Features
 
@@ -233,28 +233,33 @@ class _Ground:
         budget = self.bench.settings.budget
         room = free if budget is None else min(free, budget)
         allowed: set[str] = set()
-        passes = plan.epochs * (len(plan.lr) + plan.refit)
-        for cut in (*(cut for cut in cuts if cut != INPUT), INPUT):
-            kind = stored_dtype(cut, plan.dtype if cut != INPUT else None)
-            cost = self.bench.estimate([Target(cut, kind)], Views(plan.views))
-            if cost.to_compute and cut in cuts:
-                logger.info(
-                    "activations at %s: %.1f MB and about %.0f s once; computed anew they would take that in each of up to "
-                    "%d epochs",
-                    cut,
-                    cost.bytes / 1e6,
-                    cost.seconds,
-                    passes,
-                )
+        for cut in (cut for cut in cuts if cut != INPUT):
+            cost = self._cost(cut, plan)
             if cost.bytes <= room:
                 allowed.add(cut)
-                room -= cost.bytes if cut in cuts else 0
-            elif cut == INPUT and set(cuts) - allowed:
+                room -= cost.bytes
+        if allowed != set(cuts):
+            cost = self._cost(INPUT, plan)
+            if cost.bytes > room:
                 raise StorageError(
                     f"{self.bench.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another --cache, "
                     "a larger --cache-budget, or unfreeze less."
                 )
+            allowed.add(INPUT)
         return allowed
+
+    def _cost(self, cut: str, plan: FineTunePlan) -> Estimate:
+        """Return what storing at a cut takes, and say it."""
+        cost = self.bench.estimate([Target(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
+        if cost.to_compute:
+            logger.info(
+                "activations at %s: %.1f MB and about %.0f s once; computed anew, that in each of up to %d epochs",
+                cut,
+                cost.bytes / 1e6,
+                cost.seconds,
+                plan.epochs * (len(plan.lr) + plan.refit),
+            )
+        return cost
 
 
 def _tune(
