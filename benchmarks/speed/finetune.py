@@ -45,9 +45,9 @@ from featcache.training.team import Team
 from featcache.unfreeze import depths, thaw
 
 HERE = Path(__file__).parent
-BATCH, CLASSES, ROUNDS, EPOCHS = 32, 10, 3, 10
+BATCH, CLASSES, ROUNDS, EPOCHS = 32, 10, 2, 10
 # backbone, what trains, images
-ROWS = (("resnet18", "last:1", 320), ("vit_small_patch16_224", "last:2", 320))
+ROWS = (("resnet18", "last:1", 192), ("vit_small_patch16_224", "last:2", 192))
 
 
 class Silent:
