@@ -122,3 +122,16 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(UsageError, match="not a folder"):
         open_source(tmp_path / "x.zip")
+
+
+def test_absolute_paths_in_a_manifest(tmp_path: Path) -> None:
+    """An image may lie anywhere."""
+    draw_image(tmp_path / "far" / "a.png", (200, 0, 0), 0)
+    draw_image(tmp_path / "here" / "b.png", (0, 0, 200), 1)
+    manifest = tmp_path / "here" / "list.csv"
+    manifest.write_text(f"path,label\n{tmp_path / 'far' / 'a.png'},red\nb.png,blue\n")
+
+    source = open_source(manifest)
+
+    assert all(source.read(item.path) for item in source.items)
+    assert all(source.stat(item.path) is not None for item in source.items)

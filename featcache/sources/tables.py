@@ -13,7 +13,7 @@ _BYTES_COLUMNS = ("image", "bytes", "img", "jpg", "png")
 
 
 def open_csv(path: Path) -> Source:
-    """Open a manifest with the columns path and label, and optionally split; paths are relative to it."""
+    """Open a manifest with the columns path and label, and optionally split; paths are absolute, or relative to it."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
