@@ -115,9 +115,10 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
         return
     for job in done.jobs:
         record = job.record
+        seconds = record.seconds
         click.echo(
-            f"{record.method:10} test {options.percent(record.test)}; epoch {job.tuned.best} at rate {job.tuned.lr:g}, "
-            f"{sum(record.seconds.values()):.1f} s"
+            f"{record.method:10} test {options.percent(record.test)}; epoch {job.tuned.best} at rate {job.tuned.lr:g}; "
+            f"cost: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s"
         )
         gap = record.gap
         if gap is not None:
@@ -133,7 +134,8 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
     assert probe is not None
     cost = probe["seconds"]
     click.echo(
-        f"{probe['head']:10} test {options.percent(probe['test'])}; extract {cost['extract']:.1f} s, fit {cost['fit']:.1f} s"
+        f"{probe['head']:10} test {options.percent(probe['test'])}; "
+        f"cost: extract {cost['extract']:.1f} s, fit {cost['fit']:.1f} s"
     )
     if plot is not None:
         click.echo(str(plot))

@@ -109,10 +109,11 @@ class Passes:
             values = wide.reshape(len(active), outputs, len(rows))
             values += start
             counts: Rows = np.stack([self.features.trains[fold_of[number]][block] for number in active]).astype(kind)
-            if self._signs is None:
-                loss, found = _softmax(values, self._y[block], counts, whole=curvature and whole)
-            else:
-                loss, found = _ONE_BY_ONE[self._loss](values, self._signs[:, block], counts[:, None])
+            with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
+                if self._signs is None:
+                    loss, found = _softmax(values, self._y[block], counts, whole=curvature and whole)
+                else:
+                    loss, found = _ONE_BY_ONE[self._loss](values, self._signs[:, block], counts[:, None])
             sums.loss[index] += loss
             if curvature:
                 sums.curvature[index] += found
