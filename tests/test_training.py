@@ -411,3 +411,20 @@ def test_similarity_of_embeddings() -> None:
 
     assert cka(X, 3 * X @ rotation) == pytest.approx(1)
     assert cka(X, rng.normal(size=(200, 8))) < 0.2
+
+
+@pytest.mark.parametrize("lr", [1e-2, 0.3])
+def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: float) -> None:
+    """The last training has no judge but the validation images: it is kept only where it knows them at least as well."""
+    from featcache.metrics import score
+    from featcache.training.model import predict
+
+    own = prepared.backbone.separate()
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+    plan = replace(PLAN, lr=(lr,), epochs=4, patience=4)
+    result = prepared.tune(own, own.suffix("layer3"), stored.take, plan)
+
+    val = prepared.split.val
+    now = score(prepared.features.y[val], predict(result.model, stored.take, val, 8))
+    assert result.best == 0 or now.rank <= result.history[result.best].val.rank
+    assert result.best > 0 or not result.refitted

@@ -321,6 +321,7 @@ def _tune(
             "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
             "stages": [stage.name for stage in thawed.stages],
             "cka": round(tuned.similarity, 4),
+            "refitted": tuned.refitted,
             "curve": [
                 [epoch.train_loss, epoch.train_accuracy, epoch.val.log_loss, epoch.val.accuracy, round(epoch.seconds, 3)]
                 for epoch in tuned.history
@@ -336,7 +337,7 @@ def _tune(
     )
     if record.test_items == best_probe.test_items:
         record = replace(record, gap=asdict(gap(tuned.tested.right, unbits(best_probe.right), seed)))
-    record = replace(record, notes=(*notes, *_remarks(tuned, record)))
+    record = replace(record, notes=(*notes, *_remarks(tuned, record, plan)))
     for note in record.notes[len(notes) :]:
         logger.warning(note)
     head = _save_head(bench, at_cut, features, tuned, checkpoint, plan)
@@ -389,7 +390,7 @@ def _save_head(
     return bundle.save(linear_estimator(head.weights, head.bias), card, checkpoint.with_suffix(""))
 
 
-def _remarks(tuned: "FineTuned", record: RunRecord) -> tuple[str, ...]:
+def _remarks(tuned: "FineTuned", record: RunRecord, plan: FineTunePlan) -> tuple[str, ...]:
     """Return what a reader of the gap should know."""
     found = []
     if record.gap is not None and record.gap["ci"][0] <= 0 <= record.gap["ci"][1]:
@@ -397,6 +398,8 @@ def _remarks(tuned: "FineTuned", record: RunRecord) -> tuple[str, ...]:
             f"the gap of {record.gap['points']:+.1f} points is inside the noise of {record.split['test']} test images "
             f"(95 % interval {record.gap['ci'][0]:+.1f} to {record.gap['ci'][1]:+.1f})"
         )
+    if plan.refit and tuned.best > 0 and not tuned.refitted:
+        found.append("trained again on train and validation it was worse on the latter: the one trained on train is kept")
     if tuned.best == 0:
         found.append("no epoch did better on validation than where training started")
     if tuned.overfits:

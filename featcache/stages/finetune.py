@@ -43,6 +43,7 @@ class FineTuned:
         seconds: of all training.
         images_per_second: of the kept rate's.
         similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
+        refitted: whether the model has trained on validation images too; not where that left it worse on them.
         from_train: backbone and head as they were chosen, trained on ``train`` alone: where a deeper training may start.
     """
 
@@ -55,6 +56,7 @@ class FineTuned:
     seconds: float
     images_per_second: float
     similarity: float
+    refitted: bool
     from_train: tuple[dict[str, Tensor], LinearHead]
 
     @property
@@ -121,6 +123,7 @@ def finetune(
     first = embed(model, take, split.val * plan.views, plan.batch_size)
     before = Epoch(0, None, job.validate(split.val), 0.0)
     trials = len(plan.lr) * len(split.train) + plan.refit * len(split.train_val)
+    refitted = False
     with progress(plan.epochs * trials, f"finetune {plan.unfreeze.text}") as bar:
         best, rates, saved = _best_rate(job, split, before, untouched, keeper, bar)
         model.load_state_dict(best.state)
@@ -134,8 +137,11 @@ def finetune(
             trial = Trial(job, best.lr, split.train_val, None, before, until=number)
             if saved["trial"] is not None:
                 trial.resume(saved["trial"])
-            refitted = trial.run(bar, lambda state: keeper.save(saved | {"trial": state}))
-            model.load_state_dict(refitted.state)
+            again = trial.run(bar, lambda state: keeper.save(saved | {"trial": state}))
+            model.load_state_dict(again.state)
+            refitted = job.validate(split.val).rank <= best.best.val.rank  # it has seen these images: worse is broken
+            if not refitted:
+                model.load_state_dict(best.state)
         bar.update(bar.total - bar.n)
     if thawed.wish.what == "lora":
         merge_lora(model.suffix)
@@ -153,6 +159,7 @@ def finetune(
         seconds,
         best.images_per_second,
         cka(first, last),
+        refitted,
         from_train,
     )
 
