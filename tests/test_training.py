@@ -117,18 +117,7 @@ def test_every_optimiser_steps_from_the_cache_as_on_the_whole_model(prepared: Pr
     """From stored activations or from pixels through the whole network: the same weights."""
     plan = replace(PLAN, optimiser=optimiser, epochs=2, clip=1.0)
     own = prepared.backbone.separate()
-    thawed = thaw(own.stages, plan.unfreeze)
-    finetune(
-        own,
-        own.suffix("input"),
-        prepared.pixels.take,
-        prepared.features.y,
-        prepared.split,
-        plan,
-        thawed,
-        start=prepared.probe,
-        probe=prepared.probe,
-    )
+    prepared.tune(own, own.suffix("input"), prepared.pixels.take, plan)
 
     cached = tuned(prepared, plan)
 

@@ -139,9 +139,9 @@ class Trial:
         return Trained(self._lr, tuple(self._history), self._best, self._state, speed)
 
     def state(self) -> State:
-        """Return everything that decides how training goes on."""
+        """Return everything that decides how training goes on; it shares its tensors, and is to be written at once."""
         return {
-            "model": copy.deepcopy(self._job.model.state_dict()),
+            "model": self._job.model.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "schedule": self._schedule.state_dict()["last_epoch"],
             "scaler": self._scaler.state_dict(),
