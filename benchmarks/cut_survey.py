@@ -75,7 +75,10 @@ def check(backbone: Any, cut: str) -> dict[str, Any]:
     for parameter_name, parameter in backbone.module.named_parameters():
         parameter.requires_grad_(is_trained(parameter_name))
     found = []
-    for module, given in ((backbone.suffix(cut), stored.clone()), (backbone.module, images)):
+    suffix = backbone.suffix(cut)
+    backbone.module.train()  # attention biases computed without gradients are kept until the mode changes
+    backbone.module.eval()
+    for module, given in ((suffix, stored.clone()), (backbone.module, images)):
         (module(given).float() ** 2).mean().backward()
         found.append({key: value.grad for key, value in backbone.module.named_parameters() if value.grad is not None})
         backbone.module.zero_grad(set_to_none=True)

@@ -135,6 +135,10 @@ class Backbone:
             for cut, names in zip(cuts, layers, strict=True)
             for _ in names
         ]
+        pooled = [name if len(names) > 1 else "" for names in layers for name in names]
+        for name, test in zip(pooled, tests, strict=True):
+            if name and test is not None and self._cutter.split(test).tensors > 1:
+                raise UsageError(f"--layers {name}: several tensors leave this stage, they make no one vector.")
         body = self.whole if tests == [None] else self._cutter.joint_prefix(tests)
         return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
 

@@ -2,11 +2,13 @@
 
 The traced graph's *hot* nodes use a trained parameter or follow from one. The cut is the minimum vertex cut, in stored
 bytes an image, between the images and the hot nodes, where only operations without parameters may be done again
-after it (max-flow min-cut: Ford and Fulkerson 1956). What crosses as an integer (heights, batch sizes) is no tensor to
+after it (max-flow min-cut: Ford and Fulkerson 1956). Where several tensors cross, such as the branches of a backbone
+that works at two scales, they are stored as one row. What crosses as an integer (heights, batch sizes) is no tensor to
 store: it becomes a constant, or a multiple of the batch size.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +27,14 @@ _TOLERANCE = 1e-4
 class SplitBackbone:
     """A frozen prefix, images (b, 3, h, w) -> activations (b, ...), and a suffix, activations -> embeddings (b, d).
 
-    Both share the backbone's parameters; ``shape`` is that of one image's activations.
+    Both share the backbone's parameters; ``shape`` is that of one image's activations: (n,) where the cut goes through
+    several ``tensors``, stored one behind the other.
     """
 
     prefix: nn.Module
     suffix: nn.Module
     shape: tuple[int, ...]
+    tensors: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class _Multiple:
 
 
 _Unknown = object()
+_Border = tuple[fx.Node, ...]
 
 
 class _Tracer(fx.Tracer):
@@ -84,7 +89,11 @@ class _Observer(fx.Interpreter):
 @dataclass(frozen=True)
 class _Shape:
     sizes: tuple[int, ...]
-    itemsize: int
+    dtype: torch.dtype
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.sizes)
 
 
 class Cutter:
@@ -111,7 +120,8 @@ class Cutter:
         """Split before the first use of a trained parameter, told by its name.
 
         Raises:
-            CutError: nothing is trained, no single tensor separates the two parts, or they do not reproduce the whole.
+            CutError: nothing is trained, no tensors of one row an image separate the two parts, or they do not
+                reproduce the whole.
         """
         border = self._border(is_trained)
         prefix = _prefix(self._traced, (border,))
@@ -121,7 +131,7 @@ class Cutter:
             whole, joined = self._backbone(self._images), suffix(prefix(self._images))
         if not torch.allclose(whole, joined, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
             raise CutError("the two parts of this cut do not reproduce the whole backbone.")
-        return SplitBackbone(prefix, suffix, tuple(stored.shape[1:]))
+        return SplitBackbone(prefix, suffix, tuple(stored.shape[1:]), len(border))
 
     def joint_prefix(self, tests: Sequence[Callable[[str], bool] | None]) -> nn.Module:
         """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.
@@ -135,9 +145,9 @@ class Cutter:
             if is_trained is not None:
                 self.split(is_trained)
         end = next(node for node in self._traced.graph.nodes if node.op == "output").args[0]
-        return _prefix(self._traced, tuple(end if test is None else self._border(test) for test in tests))
+        return _prefix(self._traced, tuple((end,) if test is None else self._border(test) for test in tests))
 
-    def _border(self, is_trained: Callable[[str], bool]) -> fx.Node:
+    def _border(self, is_trained: Callable[[str], bool]) -> _Border:
         trained = {id(value) for name, value in self._backbone.named_parameters() if is_trained(name)}
         if not trained:
             raise CutError("nothing is trained after this cut: use `pooled`.")
@@ -167,7 +177,7 @@ def _observe(traced: fx.GraphModule, images: Tensor) -> dict[fx.Node, Any]:
 
 def _describe(value: object) -> Any:
     if isinstance(value, Tensor):
-        return _Shape(tuple(value.shape), value.element_size())
+        return _Shape(tuple(value.shape), value.dtype)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return value
     if isinstance(value, tuple | list):
@@ -179,7 +189,7 @@ def _combine(two: Any, three: Any) -> Any:
     """Return what is known of a node for every batch size, from batches of two and of three images."""
     if isinstance(two, _Shape) and isinstance(three, _Shape):
         rows = two.sizes[:1] == (2,) and three.sizes[:1] == (3,) and two.sizes[1:] == three.sizes[1:]
-        return _Shape(two.sizes[1:], two.itemsize) if rows else _Unknown
+        return _Shape(two.sizes[1:], two.dtype) if rows else _Unknown
     if isinstance(two, tuple) and isinstance(three, tuple) and len(two) == len(three):
         parts = tuple(_combine(*pair) for pair in zip(two, three, strict=True))
         return _Unknown if any(part is _Unknown or isinstance(part, _Shape) for part in parts) else parts
@@ -216,15 +226,15 @@ def _parameter_ids(traced: fx.GraphModule, node: fx.Node) -> set[int]:
     return set()
 
 
-def _minimum_cut(traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: set[fx.Node], hot: set[fx.Node]) -> fx.Node:
-    """Return the one node whose value separates the images from the hot nodes at the least bytes."""
+def _minimum_cut(traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: set[fx.Node], hot: set[fx.Node]) -> _Border:
+    """Return the nodes whose tensors separate the images from the hot nodes at the least bytes."""
     flow = nx.DiGraph()
     for node in traced.graph.nodes:
         if node not in dependent or node in hot:
             continue
         value = values[node]
         if isinstance(value, _Shape):
-            flow.add_edge((node, "in"), (node, "out"), capacity=math.prod(value.sizes) * value.itemsize)
+            flow.add_edge((node, "in"), (node, "out"), capacity=value.length * value.dtype.itemsize)
         elif value is _Unknown:
             flow.add_edge((node, "in"), (node, "out"))
         if node.op == "placeholder" or _parameter_ids(traced, node):
@@ -238,31 +248,34 @@ def _minimum_cut(traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: 
     except nx.NetworkXUnbounded as error:
         raise CutError("no tensor with one row an image separates the frozen from the trained part.") from error
     border = [node for node in traced.graph.nodes if (node, "in") in before and (node, "out") in after]
-    tensors = [node for node in border if isinstance(values[node], _Shape)]
-    if len(tensors) != 1:
-        raise CutError(f"{len(tensors)} tensors would have to be stored for this cut.")
-    only: fx.Node = tensors[0]
-    return only
+    tensors = tuple(node for node in border if isinstance(values[node], _Shape))
+    if len({values[node].dtype for node in tensors}) != 1:
+        raise CutError("tensors of several kinds of numbers would have to be stored for this cut.")
+    return tensors
 
 
-def _prefix(traced: fx.GraphModule, borders: tuple[fx.Node, ...]) -> fx.GraphModule:
+def _prefix(traced: fx.GraphModule, borders: tuple[_Border, ...]) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in _ancestors_in_order(traced, borders):
+    for node in _ancestors_in_order(traced, [node for border in borders for node in border]):
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    outputs = tuple(copies[border] for border in borders)
+    rows = [tuple(copies[node] for node in border) for border in borders]
+    outputs = tuple(row[0] if len(row) == 1 else graph.call_function(_packed, row) for row in rows)
     graph.output(outputs if len(outputs) > 1 else outputs[0])
     return fx.GraphModule(traced, graph).eval()
 
 
-def _suffix(traced: fx.GraphModule, border: fx.Node, values: dict[fx.Node, Any], dependent: set[fx.Node]) -> fx.GraphModule:
+def _suffix(traced: fx.GraphModule, border: _Border, values: dict[fx.Node, Any], dependent: set[fx.Node]) -> fx.GraphModule:
     graph = fx.Graph()
     stored = graph.placeholder("stored")
-    copies: dict[fx.Node, Any] = {border: stored}
+    copies: dict[fx.Node, Any] = {border[0]: stored}
+    if len(border) > 1:
+        parts = graph.call_function(_unpacked, (stored, tuple(values[node].sizes for node in border)))
+        copies = {node: graph.call_function(operator.getitem, (parts, index)) for index, node in enumerate(border)}
 
     def known(node: fx.Node) -> bool:
         value = values[node]
-        return node is border or (node in dependent and value is not _Unknown and not isinstance(value, _Shape))
+        return node in border or (node in dependent and value is not _Unknown and not isinstance(value, _Shape))
 
     needed: set[fx.Node] = set()
     waiting = [node for node in traced.graph.nodes if node.op == "output"]
@@ -272,7 +285,7 @@ def _suffix(traced: fx.GraphModule, border: fx.Node, values: dict[fx.Node, Any],
             needed.add(node)
             waiting.extend([] if known(node) and node.op != "output" else node.all_input_nodes)
     for node in traced.graph.nodes:
-        if node is border or node not in needed:
+        if node in border or node not in needed:
             continue
         if node.op == "output":
             graph.output(fx.node.map_arg(node.args[0], copies.__getitem__))
@@ -293,6 +306,17 @@ def _constant(graph: fx.Graph, stored: fx.Node, value: Any) -> Any:
     return graph.call_function(_same, (value,))
 
 
+def _packed(*parts: Tensor) -> Tensor:
+    """Return tensors (b, ...) as one, (b, n)."""
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def _unpacked(stored: Tensor, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    """Return the tensors that were packed, each (b, *shape)."""
+    parts = torch.split(stored, [math.prod(shape) for shape in shapes], 1)
+    return tuple(part.reshape(-1, *shape).contiguous() for part, shape in zip(parts, shapes, strict=True))
+
+
 def _times(rows: int, factor: int) -> int:
     return rows * factor
 
@@ -305,7 +329,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _ancestors_in_order(traced: fx.GraphModule, ends: tuple[fx.Node, ...]) -> list[fx.Node]:
+def _ancestors_in_order(traced: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.Node]:
     needed: set[fx.Node] = set()
     waiting = list(ends)
     while waiting:

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from featcache.backbone import Backbone, _stages
+from featcache.backbone import Backbone, _stages, load_backbone
 from featcache.cut import split
 from featcache.errors import CutError, UsageError
 from featcache.specs import BackboneSpec, LoadedBackbone, Transform
@@ -32,6 +32,7 @@ FAMILIES: list[tuple[str, dict[str, Any], int]] = [
     ("pvt_v2_b0", {}, 64),
     ("levit_128s", {}, 224),
     ("mixer_s32_224", {}, 224),
+    ("efficientvim_m1", {}, 64),
 ]
 
 
@@ -87,6 +88,44 @@ def test_the_smallest_tensor_is_stored() -> None:
     parts = split(module.eval(), lambda name: name.startswith("3"), 8)
 
     assert parts.shape == (8, 1, 1)
+
+
+class _TwoScales(nn.Module):
+    """Two branches of different sizes that meet only at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 4, 2, stride=2)
+        self.coarse = nn.Conv2d(3, 6, 4, stride=4)
+        self.last_fine = nn.Conv2d(4, 5, 1)
+        self.last_coarse = nn.Conv2d(6, 5, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the embeddings (b, 5)."""
+        fine, coarse = self.last_fine(self.fine(images)), self.last_coarse(self.coarse(images).transpose(2, 3))
+        return fine.view(images.shape[0], 5, -1).mean(2) * coarse.mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_several_tensors_are_stored_as_one_row() -> None:
+    """Where branches cross the cut, a row holds them all, and gradients behind it are those of the whole backbone."""
+    module = _TwoScales().eval()
+    images = torch.rand(5, 3, 8, 8)
+
+    parts = split(module, lambda name: name.startswith("last"), 8)
+    with torch.inference_mode():
+        stored = parts.prefix(images)
+
+    assert parts.tensors == 2
+    assert parts.shape == (4 * 4 * 4 + 6 * 2 * 2,)
+    assert tuple(stored.shape) == (5, *parts.shape)
+    gradients = []
+    for part, given in ((parts.suffix, stored.clone()), (module, images)):
+        module.zero_grad()
+        part(given).pow(2).sum().backward()
+        gradients.append(
+            [parameter.grad.clone() for name, parameter in module.named_parameters() if name.startswith("last")]
+        )
+    torch.testing.assert_close(*gradients)
 
 
 class _Undecided(nn.Module):
@@ -153,3 +192,11 @@ def test_input_cut_equals_normalised_images() -> None:
 
     with torch.inference_mode():
         torch.testing.assert_close(backbone.suffix("input")(torch.from_numpy(pixels)), backbone.module(images))
+
+
+def test_several_tensors_make_no_layer_of_a_probe() -> None:
+    """Rows that hold a stage's branches are for the suffix: pooling them into one vector is refused."""
+    backbone = load_backbone(BackboneSpec("efficientvim_m1", random_init=0))
+
+    with pytest.raises(UsageError, match=r"stages\.0: several tensors"):
+        backbone.program(("stages.0+pooled",))
