@@ -76,9 +76,9 @@ def check(backbone: Any, cut: str) -> dict[str, Any]:
         parameter.requires_grad_(is_trained(parameter_name))
     found = []
     suffix = backbone.suffix(cut)
-    backbone.module.train()  # attention biases computed without gradients are kept until the mode changes
-    backbone.module.eval()
     for module, given in ((suffix, stored.clone()), (backbone.module, images)):
+        backbone.module.train()  # some attention keeps its biases, with their graph or without, until the mode changes
+        backbone.module.eval()
         (module(given).float() ** 2).mean().backward()
         found.append({key: value.grad for key, value in backbone.module.named_parameters() if value.grad is not None})
         backbone.module.zero_grad(set_to_none=True)

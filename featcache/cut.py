@@ -115,6 +115,7 @@ class Cutter:
         two, three = (_observe(self._traced, self._images[:count]) for count in (2, 3))
         self._values = {node: _combine(two[node], three[node]) for node in self._traced.graph.nodes}
         self._dependent = _descendants(node for node in self._traced.graph.nodes if node.op == "placeholder")
+        self._checked: set[_Border] = set()
 
     def split(self, is_trained: Callable[[str], bool]) -> SplitBackbone:
         """Split before the first use of a trained parameter, told by its name.
@@ -126,12 +127,15 @@ class Cutter:
         border = self._border(is_trained)
         prefix = _prefix(self._traced, (border,))
         suffix = _suffix(self._traced, border, self._values, self._dependent)
-        with torch.inference_mode():
-            stored = prefix(self._images[:1])
-            whole, joined = self._backbone(self._images), suffix(prefix(self._images))
-        if not torch.allclose(whole, joined, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
-            raise CutError("the two parts of this cut do not reproduce the whole backbone.")
-        return SplitBackbone(prefix, suffix, tuple(stored.shape[1:]), len(border))
+        if border not in self._checked:
+            with torch.inference_mode():
+                whole, joined = self._backbone(self._images), suffix(prefix(self._images))
+            if not torch.allclose(whole, joined, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
+                raise CutError("the two parts of this cut do not reproduce the whole backbone.")
+            self._checked.add(border)
+        shapes = [self._values[node] for node in border]
+        shape = shapes[0].sizes if len(border) == 1 else (sum(one.length for one in shapes),)
+        return SplitBackbone(prefix, suffix, shape, len(border))
 
     def joint_prefix(self, tests: Sequence[Callable[[str], bool] | None]) -> nn.Module:
         """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.
