@@ -50,6 +50,7 @@ from featcache.specs import (
 )
 
 BUNDLED = "mini"
+_LIGHT = 0.01  # of all parameters
 OWN_HEAD = "featcache_head."  # in the files of tuned networks that have no classifier of timm's
 
 
@@ -450,21 +451,50 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _stages(module: nn.Module) -> tuple[Stage, ...]:
-    matcher = getattr(module, "group_matcher", None)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    if matcher is None:
-        return (Stage("all", tuple(sizes), sum(sizes.values())),)
-    rules = matcher(coarse=True)
-    groups = group_parameters(module, rules, reverse=False)
-    ordered = [list(groups[index]) for index in sorted(groups)]
-    if len(ordered) > 1 and not any(_matched(rules, name) for name in ordered[-1]):
-        tail = ordered.pop()
-        ordered[-1].extend(tail)
-    ordered = [group for group in ordered if group]
+    rules = _rules(module)
+    if rules is None:
+        ordered = _children(module, sizes)
+    else:
+        groups = group_parameters(module, rules, reverse=False)
+        ordered = [list(groups[index]) for index in sorted(groups)]
+        if len(ordered) > 1 and not any(_matched(rules, name) for name in ordered[-1]):
+            tail = ordered.pop()
+            ordered[-1].extend(tail)
+        ordered = [group for group in ordered if group]
     return tuple(
         Stage(_stage_name(group, index, sizes), tuple(group), sum(sizes[name] for name in group))
         for index, group in enumerate(ordered)
     )
+
+
+def _rules(module: nn.Module) -> Any:
+    """Return timm's rules that order a backbone's parameters by depth; ``None`` where it has none."""
+    matcher = getattr(module, "group_matcher", None)
+    if matcher is None:
+        return None
+    try:
+        return matcher(coarse=True)
+    except AssertionError:  # some know single blocks only
+        return matcher(coarse=False)
+
+
+def _children(module: nn.Module, sizes: dict[str, int]) -> list[list[str]]:
+    """Group parameters by child, and by grandchild in lists, in order; a group of little weight joins the one before."""
+    found: dict[str, list[str]] = {}
+    for name in sizes:
+        parts = name.split(".")
+        is_list = len(parts) > 2 and isinstance(getattr(module, parts[0]), nn.Sequential | nn.ModuleList)
+        found.setdefault(".".join(parts[: 2 if is_list else 1]) if len(parts) > 1 else "", []).append(name)
+    own = found.pop("", [])
+    least = _LIGHT * sum(sizes.values())
+    groups: list[list[str]] = []
+    for group in found.values():
+        if groups and min(sum(sizes[name] for name in one) for one in (group, groups[-1])) < least:
+            groups[-1].extend(group)
+        else:
+            groups.append(group)
+    return [own + groups[0], *groups[1:]] if groups else [own]
 
 
 def _matched(rules: Any, name: str) -> bool:

@@ -161,6 +161,20 @@ def test_stage_names_are_the_architectures_own() -> None:
     assert any(name.startswith(("norm", "fc_norm")) for name in _stages(vit)[-1].parameters)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("pit_ti_224", ["stem", "transformers.0", "transformers.1", "transformers.2"]), ("rdnet_tiny", None)],
+)
+def test_backbones_without_coarse_groups_have_stages(name: str, expected: list[str] | None) -> None:
+    """Children, or blocks, stand in: each parameter is in one stage, and none of them is next to nothing."""
+    module = create(name, {})
+    stages = _stages(module)
+
+    assert len(stages) > 3
+    assert expected is None or [stage.name for stage in stages] == expected
+    assert sorted(name for stage in stages for name in stage.parameters) == sorted(dict(module.named_parameters()))
+
+
 def test_every_parameter_is_in_one_stage() -> None:
     """Stages divide the backbone."""
     module = create("mobilenetv3_small_050", {})
