@@ -100,7 +100,8 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = [
         "# Where backbones can be cut",
         "",
-        f"`python benchmarks/cut_survey.py`; timm {records[0]['version']}. Of {len(records)} modules, {len(whole)} are cut",
+        f"`python benchmarks/cut_survey.py`; timm {records[0]['version']}, which has {len(families())} modules of models.",
+        f"Of the {len(records)} tried so far, {len(whole)} are cut",
         f"({100 * len(whole) / len(records):.1f} %) exactly at every stage boundary of their smallest model;",
         f"of {len(boundaries)} boundaries, {exact}. kB are of",
         "one image in half precision, from the first boundary to the last.",
@@ -146,7 +147,7 @@ def main() -> None:
         print(json.dumps(record), flush=True)
         records.sort(key=lambda one: one["module"])
         path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
-    (HERE / "cut_survey.md").write_text(table(records))
+        (HERE / "cut_survey.md").write_text(table(records))
 
 
 if __name__ == "__main__":
