@@ -147,6 +147,7 @@ def main() -> None:
         print(json.dumps(record), flush=True)
         records.sort(key=lambda one: one["module"])
         path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    if records:
         (HERE / "cut_survey.md").write_text(table(records))
 
 
