@@ -25,7 +25,9 @@ from featcache.training.model import LinearHead, SuffixAndHead, predict, set_tra
 from featcache.training.optimising import rate
 from featcache.unfreeze import thaw
 
-PLAN = FineTunePlan(Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2)
+PLAN = FineTunePlan(
+    Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2, precision="float32"
+)
 
 
 class Prepared:
@@ -104,6 +106,36 @@ def test_a_step_from_the_cache_is_a_step_of_the_whole_model(prepared: Prepared) 
 
     for first, second in zip(cached.module.parameters(), whole.module.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_steps_go_almost_the_same_way(prepared: Prepared) -> None:
+    """Weights stay float32, and what is tested is computed in float32."""
+    stored = prepared.bench.extracted("layer3").store.reader()
+    runs = []
+    for precision in ("float32", "bfloat16"):
+        own = prepared.backbone.separate()
+        plan = replace(PLAN, lr=(1e-4,), head_lr=1e-4, precision=precision, refit=False)
+        runs.append(prepared.tune(own, own.suffix("layer3"), stored.take, plan))
+        assert {parameter.dtype for parameter in own.module.parameters()} == {torch.float32}
+    exact, half = ([epoch.train_loss for epoch in run.history[1:]] for run in runs)
+    assert half == pytest.approx(exact, rel=0.02)
+    assert half != exact
+    assert [run.precision for run in runs] == ["float32", "bfloat16"]
+
+
+def test_unless_told_steps_are_in_bfloat16_where_the_machine_multiplies_it(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units for bfloat16 are what pays; without them autocast is slower than float32."""
+    stored = prepared.bench.extracted("layer3").store.reader()
+
+    def precision() -> str:
+        own = prepared.backbone.separate()
+        return prepared.tune(own, own.suffix("layer3"), stored.take, replace(PLAN, precision=None, epochs=1)).precision
+
+    for has, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has}, raising=False)
+        assert precision() == expected
 
 
 def test_frozen_weights_and_batchnorm_statistics_stay(prepared: Prepared) -> None:

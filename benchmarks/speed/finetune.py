@@ -8,7 +8,8 @@ The backbones have random weights: speed does not depend on them. Writes finetun
 
 The plain loop is what people write: timm's model, all but the last stages without gradients, AdamW, batches of 32; the
 frozen part runs in every epoch, on decoded tensors that lie in memory or on JPEG files through ImageFolder and DataLoader
-(the better of 0 and 2 workers).
+(the better of 0 and 2 workers). Both sides are measured in float32 and under bfloat16 autocast, featcache's default where
+the machine multiplies bfloat16.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from featcache.plans import FineTunePlan, Unfreeze
 from featcache.progress import set_up_notes
 from featcache.runtimes import workers_here
 from featcache.sources import open_source
-from featcache.specs import BackboneSpec, TransformOverrides
+from featcache.specs import BackboneSpec, Precision, TransformOverrides
 from featcache.stages.finetune import open_up
 from featcache.training.loop import Epoch, Job, Trial
 from featcache.training.model import LinearHead, SuffixAndHead, Take
@@ -46,6 +48,9 @@ from featcache.unfreeze import depths, thaw
 
 HERE = Path(__file__).parent
 BATCH, CLASSES, ROUNDS, EPOCHS = 32, 10, 2, 10
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+# the plain loop's precision, and featcache's
+PAIRS = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))
 # backbone, what trains, images
 ROWS = (("resnet18", "last:1", 192), ("vit_small_patch16_224", "last:2", 192))
 
@@ -73,7 +78,8 @@ def copies(folder: Path, target: Path, count: int) -> Path:
 class Plain:
     """The plain loop over a folder."""
 
-    def __init__(self, name: str, folder: Path, trains: Callable[[str], bool]) -> None:
+    def __init__(self, name: str, folder: Path, trains: Callable[[str], bool], precision: Precision) -> None:
+        self._half = precision == "bfloat16"
         self.model = timm.create_model(name, num_classes=CLASSES)
         for parameter_name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trains(parameter_name) or parameter_name.startswith(("fc.", "head.")))
@@ -100,7 +106,8 @@ class Plain:
         start = time.perf_counter()
         self.model.train()
         for images, labels in batches:
-            loss = F.cross_entropy(self.model(images), labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._half):
+                loss = F.cross_entropy(self.model(images), labels)
             loss.backward()
             self.optimiser.step()
             self.optimiser.zero_grad()
@@ -110,9 +117,19 @@ class Plain:
 class Ours:
     """featcache's training loop on stored rows."""
 
-    def __init__(self, backbone: Backbone, wish: str, cut: str, take: Take, y: Any, epochs: int) -> None:
+    def __init__(
+        self, backbone: Backbone, wish: str, cut: str, take: Take, y: Any, epochs: int, precision: Precision
+    ) -> None:
         own = backbone.separate()
-        plan = FineTunePlan(Unfreeze.parse(wish), epochs=epochs, batch_size=BATCH, lr=(1e-4,), patience=epochs, refit=False)
+        plan = FineTunePlan(
+            Unfreeze.parse(wish),
+            epochs=epochs,
+            batch_size=BATCH,
+            lr=(1e-4,),
+            patience=epochs,
+            refit=False,
+            precision=precision,
+        )
         thawed = thaw(own.stages, plan.unfreeze, own.module)
         suffix = own.suffix(cut)
         width = _width(suffix, take)
@@ -149,23 +166,28 @@ def measure_epochs(flowers: Path, work: Path, only: str) -> Iterator[dict[str, A
         entry = bench.extracted(thawed.cut)
         extraction = time.perf_counter() - start
         features, reader = entry.store.labelled(), entry.store.reader()
-        plain = Plain(name, folder, {name for stage in thawed.stages for name in stage.parameters}.__contains__)
-        start = time.perf_counter()
-        images, labels = plain.decode()
-        decoding = time.perf_counter() - start
         in_memory = reader.take(np.arange(len(features.y)))
-        sides: dict[str, Callable[[], float]] = {
-            "tensors": lambda plain=plain, images=images, labels=labels: plain.from_tensors(images, labels),
-            "files0": lambda plain=plain: plain.from_files(0),
-            "files2": lambda plain=plain: plain.from_files(2),
-        }
-        for side, take in (("cached", reader.take), ("memory", in_memory.__getitem__)):
-            ours = Ours(backbone, wish, thawed.cut, take, features.y, 1)
-            sides[side] = lambda ours=ours: ours.epochs()[0]
+        sides: dict[str, Callable[[], float]] = {}
+        for precision in PRECISIONS:
+            trained = {name for stage in thawed.stages for name in stage.parameters}
+            plain = Plain(name, folder, trained.__contains__, precision)
+            start = time.perf_counter()
+            images, labels = plain.decode()
+            decoding = time.perf_counter() - start
+            sides |= {
+                f"tensors {precision}": partial(plain.from_tensors, images, labels),
+                f"files0 {precision}": partial(plain.from_files, 0),
+                f"files2 {precision}": partial(plain.from_files, 2),
+            }
+            for side, take in (("cached", reader.take), ("memory", in_memory.__getitem__)):
+                ours = Ours(backbone, wish, thawed.cut, take, features.y, 1, precision)
+                sides[f"{side} {precision}"] = lambda ours=ours: ours.epochs()[0]
         seconds = by_turns(sides)
-        start = time.perf_counter()
-        Ours(backbone, wish, thawed.cut, reader.take, features.y, EPOCHS).epochs()
-        ten = extraction + time.perf_counter() - start
+        ten = {}
+        for precision in PRECISIONS:
+            start = time.perf_counter()
+            Ours(backbone, wish, thawed.cut, reader.take, features.y, EPOCHS, precision).epochs()
+            ten[precision] = extraction + time.perf_counter() - start
         yield {
             "kind": "epochs",
             "row": f"{name}, {wish}",
@@ -185,13 +207,15 @@ def measure_pixels(flowers: Path, work: Path) -> Iterator[dict[str, Any]]:
     bench = Workbench(open_source(folder), BackboneSpec(name, random_init=0), Settings(work / "pixels.cache"))
     entry = bench.extracted("input")
     features, reader = entry.store.labelled(), entry.store.reader()
-    plain = Plain(name, folder, lambda _: True)
-    ours = Ours(bench.backbone, "all", "input", reader.take, features.y, 1)
-    sides = {
-        "files0": lambda: plain.from_files(0),
-        "files2": lambda: plain.from_files(2),
-        "cached": lambda: ours.epochs()[0],
-    }
+    sides: dict[str, Callable[[], float]] = {}
+    for precision in PRECISIONS:
+        plain = Plain(name, folder, lambda _: True, precision)
+        ours = Ours(bench.backbone, "all", "input", reader.take, features.y, 1, precision)
+        sides |= {
+            f"files0 {precision}": partial(plain.from_files, 0),
+            f"files2 {precision}": partial(plain.from_files, 2),
+            f"cached {precision}": lambda ours=ours: ours.epochs()[0],
+        }
     yield {"kind": "pixels", "row": f"{name}, all", "images": count, "seconds": by_turns(sides)}
 
 
@@ -236,10 +260,17 @@ def by_turns(sides: dict[str, Callable[[], float]]) -> dict[str, float]:
     return {name: statistics.median(several) for name, several in found.items()}
 
 
+def best_files(seconds: dict[str, float], precision: str) -> float:
+    """Return the plain loop's seconds from files, with or without worker processes."""
+    return min(seconds[f"files0 {precision}"], seconds[f"files2 {precision}"])
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """Return the records as Markdown."""
     heads = (
         "backbone, trained",
+        "plain loop in",
+        "featcache in",
         "plain, tensors",
         "plain, files",
         "featcache",
@@ -254,38 +285,42 @@ def table(records: list[dict[str, Any]]) -> str:
         "# Fine-tuning's speed",
         "",
         "`python benchmarks/speed/finetune.py`; seconds an epoch at 224 px, batches of 32; the plain loop runs the frozen",
-        f"part in every epoch. Ratios are of one run, side by side; absolute figures are those of {cores} shared cores.",
+        f"part in every epoch. Ratios are of one run, side by side; absolute figures are those of {cores} shared cores with",
+        "AMX, where featcache trains in bfloat16 unless it is told otherwise.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
     ]
     for record in (one for one in records if one["kind"] == "epochs"):
         seconds = record["seconds"]
-        files = min(seconds["files0"], seconds["files2"])
-        plain_tensors, plain_files = record["decoding"] + EPOCHS * seconds["tensors"], EPOCHS * files
-        cells = (
-            record["row"],
-            f"{seconds['tensors']:.2f}",
-            f"{files:.2f}",
-            f"{seconds['cached']:.2f}",
-            f"{seconds['memory']:.2f}",
-            f"{seconds['tensors'] / seconds['cached']:.2f}",
-            f"{files / seconds['cached']:.2f}",
-            f"{plain_tensors / record['ten_epochs']:.2f}",
-            f"{plain_files / record['ten_epochs']:.2f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        for theirs, own in PAIRS:
+            tensors, files = seconds[f"tensors {theirs}"], best_files(seconds, theirs)
+            cached, ten = seconds[f"cached {own}"], record["ten_epochs"][own]
+            cells = (
+                record["row"],
+                theirs,
+                own,
+                f"{tensors:.2f}",
+                f"{files:.2f}",
+                f"{cached:.2f}",
+                f"{seconds[f'memory {own}']:.2f}",
+                f"{tensors / cached:.2f}",
+                f"{files / cached:.2f}",
+                f"{(record['decoding'] + EPOCHS * tensors) / ten:.2f}",
+                f"{EPOCHS * files / ten:.2f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     for record in records:
         if record["kind"] == "pixels":
-            seconds = record["seconds"]
-            files = min(seconds["files0"], seconds["files2"])
             lines += [
                 "",
-                (
-                    f"{record['row']}: {files:.2f} s an epoch from files, {seconds['cached']:.2f} s from stored pixels: "
-                    f"{files / seconds['cached']:.2f}."
-                ),
+                "| backbone, trained | plain loop in | featcache in | plain, files | featcache, pixels | files over it |",
+                "|---|---|---|---|---|---|",
             ]
+            for theirs, own in PAIRS:
+                files, cached = best_files(record["seconds"], theirs), record["seconds"][f"cached {own}"]
+                numbers = f"{files:.2f} | {cached:.2f} | {files / cached:.2f}"
+                lines.append(f"| {record['row']} | {theirs} | {own} | {numbers} |")
         if record["kind"] == "sweep":
             apart = sum(record["apart"])
             lines += [

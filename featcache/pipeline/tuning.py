@@ -321,6 +321,7 @@ def _tune(
             "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
             "stages": [stage.name for stage in thawed.stages],
             "cka": round(tuned.similarity, 4),
+            "precision": tuned.precision,
             "refitted": tuned.refitted,
             "curve": [
                 [epoch.train_loss, epoch.train_accuracy, epoch.val.log_loss, epoch.val.accuracy, round(epoch.seconds, 3)]

@@ -20,6 +20,7 @@ from featcache.backbone import Backbone
 from featcache.metrics import Tested, cka, scores_on_test
 from featcache.plans import FineTunePlan
 from featcache.progress import progress
+from featcache.specs import Precision
 from featcache.splits import Split
 from featcache.training.keeping import Keeper
 from featcache.training.loop import Epoch, Job, Trained, Trial, epoch_of
@@ -43,6 +44,7 @@ class FineTuned:
         seconds: of all training.
         images_per_second: of the kept rate's.
         similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
+        precision: what training steps were computed in.
         refitted: whether the model has trained on validation images too; not where that left it worse on them.
         from_train: backbone and head as they were chosen, trained on ``train`` alone: where a deeper training may start.
     """
@@ -56,6 +58,7 @@ class FineTuned:
     seconds: float
     images_per_second: float
     similarity: float
+    precision: Precision
     refitted: bool
     from_train: tuple[dict[str, Tensor], LinearHead]
 
@@ -159,6 +162,7 @@ def finetune(
         seconds,
         best.images_per_second,
         cka(first, last),
+        job.precision,
         refitted,
         from_train,
     )

@@ -83,7 +83,7 @@ class Job:
         """What steps are computed in."""
         if self.plan.precision is not None:
             return self.plan.precision
-        return "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if _multiplies_bfloat16(self.device) else "float32"
 
     def validate(self, index: Index, model: SuffixAndHead | None = None) -> Scores:
         """Return a model's scores on some images, each process looking at its share of them."""
@@ -254,6 +254,14 @@ class Trial:
         gained = val.accuracy > self._accuracy or now < self._loss or self._val is None
         self._stale = 0 if gained else self._stale + 1
         self._accuracy, self._loss = max(self._accuracy, val.accuracy), min(self._loss, now)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has units for bfloat16: GPUs since Ampere, CPUs with AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    facts: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    return device.type == "cpu" and bool(facts.get("amx_bf16"))
 
 
 def epoch_of(facts: dict[str, Any]) -> Epoch:
