@@ -6,7 +6,6 @@ workers decode and copy, and take turns at the device.
 """
 
 import math
-import os
 import shutil
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from featcache.allocator import keep_freed_memory
 from featcache.errors import SetupError, UsageError
+from featcache.machine import cores
 from featcache.progress import logger
 from featcache.specs import Precision
 
@@ -66,9 +66,8 @@ class Chosen:
 
 def workers_here() -> Workers:
     """Return the workers for the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(cores, _MOST_WORKERS)
-    return Workers(count, cores // count)
+    count = min(cores(), _MOST_WORKERS)
+    return Workers(count, cores() // count)
 
 
 @contextmanager

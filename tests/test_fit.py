@@ -1,6 +1,7 @@
 """Heads: chosen on validation, refitted, tested once; saved with their hash."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,11 @@ from featcache import heads
 from featcache.errors import DataError, UsageError
 from featcache.heads import nonlinear
 from featcache.metrics import at_temperature, best_temperature
+from featcache.pipeline import jobs
+from featcache.pipeline.jobs import FitPlan, fit_heads
+from featcache.pipeline.workbench import Settings, Workbench
+from featcache.sources import open_source
+from featcache.specs import BackboneSpec
 from featcache.splits import Split, make_split
 from featcache.stages.controls import controls
 from featcache.stages.curves import learning_curve, shot_curve
@@ -229,3 +235,26 @@ def test_features_that_do_not_matter_are_left_out() -> None:
     assert len(used) == round(fitted.params["share"] * 100)
     assert {0, 1, 2, 3, 4, 5} & set(used.tolist())
     assert fitted.tested.scores.accuracy > 0.8
+
+
+def test_features_too_large_for_memory_are_read_from_disk(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The heads that can give the same answers; of ``all`` the others are left out, asked for by name they are refused."""
+    bench = Workbench(open_source(folder), tiny, settings)
+    here = fit_heads(bench, FitPlan(("ridge", "logistic"), controls=False)).heads
+    monkeypatch.setattr(jobs, "free_memory", lambda: 1000.0)
+
+    there = fit_heads(bench, FitPlan(("all",)))
+
+    assert [job.fitted.name for job in there.heads] == ["ridge", "logistic"]
+    assert there.controls == []
+    assert "without centroid, knn" in caplog.text
+    for one, other in zip(here, there.heads, strict=True):
+        assert one.record.params == other.record.params
+        assert one.record.test["accuracy"] == other.record.test["accuracy"]
+        assert one.record.val["accuracy"] == other.record.val["accuracy"]
+        first, second = (job.fitted.estimator[-1].coef_ for job in (one, other))
+        np.testing.assert_allclose(first, second, atol=2e-2 * np.abs(first).max())
+    with pytest.raises(UsageError, match="only --head ridge and logistic"):
+        fit_heads(bench, FitPlan(("knn",)))

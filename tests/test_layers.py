@@ -27,7 +27,7 @@ LAYERS = (
     ("metrics", "records", "solvers"),
     ("plans",),
     ("specs", "splits"),
-    ("allocator", "fingerprint", "progress"),
+    ("allocator", "fingerprint", "machine", "progress"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}

@@ -142,6 +142,28 @@ def test_rows_may_come_in_any_order() -> None:
     np.testing.assert_allclose(one.coefficients, other.coefficients, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_few_rows_of_many_features_converge_at_every_penalty(classes: int) -> None:
+    """Classes that a plane divides: where the penalty is weak, only few rows have any curvature left."""
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % classes
+    X = np.maximum(0, rng.normal(size=(120, 600)) + rng.normal(0, 0.5, (classes, 600))[y])
+    Cs = [float(C) for C in np.logspace(-6, 5, 12)]
+    scaled = StandardScaler().fit_transform(X)
+
+    (along,) = linear.solve(X, y, Cs)
+    ((cold,),) = linear.solve(X, y, [Cs[-1]])
+
+    assert all(one.converged for one in (*along, cold))
+    assert cold.objective == pytest.approx(along[-1].objective, rel=1e-4)
+    for C, found in zip(Cs, along, strict=True):
+        weights = found.coefficients * StandardScaler().fit(X).scale_
+        bias = found.intercept + found.coefficients @ X.mean(axis=0)
+        expected = LogisticRegression(C=C, tol=1e-8, max_iter=10_000, solver="newton-cg").fit(scaled, y)
+        best = objective(scaled, y, C, expected.coef_, expected.intercept_)
+        assert objective(scaled, y, C, weights, bias) <= best * (1 + 1e-5)
+
+
 def test_features_on_disk_give_the_same_answer(tmp_path: Any) -> None:
     """A memory map is read block by block, and no copy is kept."""
     X, y = data(3, count=5000, width=20)

@@ -1,6 +1,6 @@
 """The heads: scikit-learn estimators on embeddings, each with the search space that validation chooses from."""
 
-from featcache.heads.base import HeadFamily, Params, answers
+from featcache.heads.base import HeadFamily, Many, Params, answers, as_rows, some_of
 from featcache.heads.choosing import (
     ENSEMBLE,
     HEADS,
@@ -21,8 +21,10 @@ __all__ = [
     "NUMBER_HEADS",
     "Chosen",
     "HeadFamily",
+    "Many",
     "Params",
     "answers",
+    "as_rows",
     "choose",
     "in_order",
     "linear_estimator",
@@ -30,6 +32,7 @@ __all__ = [
     "over_views",
     "require_head",
     "require_params",
+    "some_of",
     "sweep_labels",
     "sweep_numbers",
     "train",

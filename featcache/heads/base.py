@@ -13,11 +13,23 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
+from featcache.solvers.scaled import Streamed
 from featcache.splits import Fold
 
 Params = dict[str, Any]
 X_ = NDArray[Any]
+Many = X_ | Streamed
 Y_ = NDArray[np.int64]
+
+
+def some_of(X: Many, rows: NDArray[np.int64]) -> Many:
+    """Return some rows of features, not in memory where the features are not."""
+    return X.only(rows) if isinstance(X, Streamed) else X[rows]
+
+
+def as_rows(X: Many) -> Many:
+    """Return features (n, ..., d) as heads take them: float32 rows (n * ..., d); streamed ones are rows already."""
+    return X if isinstance(X, Streamed) else np.ascontiguousarray(X.reshape(-1, X.shape[-1]), dtype=np.float32)
 
 
 def mask_of(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
@@ -36,8 +48,8 @@ class Attempt:
     converged: bool = True
 
 
-Sweep = Callable[[Sequence[Params], X_, Y_, Sequence[Fold], int], Iterator[Attempt]]
-Fit = Callable[[Params, X_, Y_, int], tuple[Pipeline, bool]]
+Sweep = Callable[[Sequence[Params], Any, Y_, Sequence[Fold], int], Iterator[Attempt]]
+Fit = Callable[[Params, Any, Y_, int], tuple[Pipeline, bool]]
 
 
 @dataclass(frozen=True)
@@ -50,12 +62,14 @@ class HeadFamily:
         fit: trains one, given features, classes and a seed; returns it with whether its optimiser converged.
         refine: which parameters of the grid are tried beside the best of those tried first.
         coarse: every how many of the grid's parameters are tried first.
+        streams: sweep and fit take ``Streamed`` features too.
     """
 
     grid: Callable[[int], list[Params]]
     sweep: Sweep
     fit: Fit
     coarse: int = 1
+    streams: bool = False
 
     def refine(self, grid: Sequence[Params], best: Params) -> list[Params]:
         """Return the grid's parameters between the best of the coarse ones and its neighbours."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from featcache.errors import UsageError
-from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params
+from featcache.heads.base import Y_, Attempt, HeadFamily, Many, Params
 from featcache.heads.linear import LOGISTIC, RIDGE, SELECTED, SVM
 from featcache.heads.neighbours import CENTROID, KNN
 from featcache.heads.nonlinear import BOOSTING, LDA, MLP, RBF
@@ -81,7 +81,7 @@ def in_order(names: Sequence[str]) -> list[str]:
 
 
 def choose(
-    name: str, X: X_, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequence[Params] | None = None, views: int = 1
+    name: str, X: Many, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequence[Params] | None = None, views: int = 1
 ) -> Chosen:
     """Fit a head on every fold's train with every candidate and return the one that does best on all their val together.
 
@@ -132,6 +132,6 @@ def over_views(answers: NDArray[Any], views: int) -> NDArray[Any]:
     return chosen
 
 
-def train(name: str, params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
+def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> tuple[Pipeline, bool]:
     """Fit a head; return it and whether its optimiser converged."""
     return HEADS[name].fit(params, X, y, seed)

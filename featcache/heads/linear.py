@@ -11,9 +11,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
 from sklearn.svm import LinearSVC
 
-from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, mask_of
+from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Many, Params, mask_of
 from featcache.solvers import linear, ridge
 from featcache.solvers.linear import Solution
+from featcache.solvers.scaled import Streamed
 from featcache.splits import Fold
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
@@ -49,17 +50,17 @@ def probabilities(solution: Solution, X: X_, classes: int) -> NDArray[np.float64
     return found
 
 
-def _sweep_logistic(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
-    classes = int(y.max()) + 1
-    found = linear.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)))
+def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+    classes, here = int(y.max()) + 1, not isinstance(X, Streamed)
+    found = linear.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)), in_memory=here)
     for number, params in enumerate(grid):
         solutions = [several[number] for several in found]
         answers = [probabilities(one, X[fold.val], classes) for one, fold in zip(solutions, folds, strict=True)]
         yield Attempt(params, np.concatenate(answers), all(one.converged for one in solutions))
 
 
-def _fit_logistic(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
-    ((solution,),) = linear.solve(X, y, [params["C"]])
+def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
+    ((solution,),) = linear.solve(X, y, [params["C"]], in_memory=not isinstance(X, Streamed))
     return make_pipeline(as_logistic(solution)), solution.converged
 
 
@@ -93,7 +94,7 @@ def _fit_svm(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
     return make_pipeline(Normalizer().fit(X), head), solution.converged
 
 
-def _sweep_ridge(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+def _sweep_ridge(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
     alphas, found = [params["alpha"] for params in grid], []
     for fold, mask in zip(folds, _masks(folds, len(y)), strict=True):
         classes = np.unique(y[fold.train])
@@ -103,7 +104,7 @@ def _sweep_ridge(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _:
         yield Attempt(params, np.concatenate([several[number] for several in found]))
 
 
-def _fit_ridge(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
+def _fit_ridge(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
     classes = np.unique(y)
     ((coefficients, intercept),) = ridge.solve(X, 2.0 * _signs(y, classes) - 1, [params["alpha"]])
     return make_pipeline(_ridge(classes, coefficients, intercept, X.shape[1], params["alpha"])), True
@@ -187,6 +188,6 @@ SELECTED = HeadFamily(
     _sweep_selected,
     _fit_selected,
 )
-LOGISTIC = HeadFamily(lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4)
+LOGISTIC = HeadFamily(lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4, streams=True)
 SVM = HeadFamily(lambda _: list(_COSTS), _sweep_svm, _fit_svm)
-RIDGE = HeadFamily(lambda _: list(ALPHAS), _sweep_ridge, _fit_ridge)
+RIDGE = HeadFamily(lambda _: list(ALPHAS), _sweep_ridge, _fit_ridge, streams=True)

@@ -1,5 +1,6 @@
 """Jobs: one command's work from a data set to run records, extracting first whatever is not in the cache."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 
 from featcache.cache import identify
 from featcache.errors import UsageError
+from featcache.machine import free_memory
 from featcache.metrics import confusion, gap, per_class
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record
+from featcache.solvers.scaled import Streamed
 from featcache.sources import read_column
 from featcache.specs import POOLED, Views
 from featcache.splits import Split, items_hash, make_free_split, make_split
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 PROBE = "logistic"
 _MOST_IN_A_MATRIX = 50
+_COPIES = 2.5  # of the features in float32, that the heads that take the most memory need
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path |
     if plan.views > 1 and (plan.target != "label" or plan.shots or plan.curve):
         raise UsageError("--views trains heads of one class an image; leave out --target, --shots and --curve.")
     done = bench.extracted("+".join(plan.layers) or POOLED, views=Views(plan.views))
-    features = done.store.features()
+    features, names = _features(done, plan, names)
     groups = _groups(bench, features, plan.group)
     if plan.target != "label":
         return HeadJobs(done, [], [], [], _fit_targets(bench, done, features, groups, plan, seed, records))
@@ -176,8 +180,32 @@ def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path |
         else:
             fitted = fit(features, split, name, seed=seed, grid=candidates, views=plan.views)
         jobs.append(_keep_head(bench, done, features, split, fitted, plan, seed, records))
-    found = _controls(bench, features, split, jobs, seed) if plan.controls else []
+    found = _controls(bench, features, split, jobs, seed) if plan.controls and not isinstance(features.X, Streamed) else []
     return HeadJobs(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
+
+
+def _features(done: Extracted, plan: FitPlan, names: list[str]) -> tuple[Features, list[str]]:
+    """Return the features, streamed where they are too large for memory, and the heads that can train on them.
+
+    Raises:
+        UsageError: a head was asked for that needs all of them in memory.
+    """
+    from featcache import heads
+
+    needed, free = _COPIES * 4 * math.prod(done.store.shape), free_memory()
+    if needed <= free:
+        return done.store.features(), names
+    can = [name for name, family in heads.HEADS.items() if family.streams]
+    room = f"the features need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+    able = [name for name in names if name in can]
+    if plan.target != "label" or plan.views > 1 or not able or ("all" not in plan.heads and able != names):
+        raise UsageError(
+            f"{room}: only --head {' and '.join(can)}, of one view and one class an image, read them from disk."
+        )
+    if able != names:
+        logger.warning("%s: without %s", room, ", ".join(name for name in names if name not in can))
+    logger.info("%s: they are read from disk in every pass", room)
+    return done.store.streamed(), able
 
 
 def _fit_targets(

@@ -6,7 +6,7 @@ covariance of the features, plus the penalty (the block structure of Böhning 19
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, eigh
 
+from featcache.machine import cores
+from featcache.solvers import newton
 from featcache.solvers.lbfgs import Descent, Precondition
 from featcache.solvers.passes import Loss, Passes
-from featcache.solvers.scaled import Floats, Rows, cores, products_on, scaled
+from featcache.solvers.scaled import Floats, Rows, Streamed, products_on, scaled
 
 TOLERANCE = 3e-5
 _LARGE, _SMALL_TOLERANCE = 5_000_000, 1e-7  # rows x features x outputs
@@ -26,6 +28,10 @@ _FEW = 4  # problems for which a factorisation each is cheaper than the axes of 
 _GAINED = 3  # tolerances that the last step may have gained: where it gained more, more is left than is estimated
 _REFRESH = 6  # evaluations after which the curvature is measured anew
 _NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
+_NO_CURVATURE = 1e-100
+_FLAT = 0.7  # rows a feature up to which the rows' own space is the smaller one to work in
+_AFFORDABLE = 2e10  # products for all second derivatives of a problem that has stalled
+_LEAD = 100.0  # the greatest C that is started from a constant model; and the step of what leads up to a greater one
 _WIDTH = 48  # columns from which on a product is efficient
 
 
@@ -52,7 +58,7 @@ class Solution:
 
 
 def solve(
-    X: Rows,
+    X: Rows | Streamed,
     y: NDArray[Any],
     Cs: Sequence[float],
     folds: Sequence[NDArray[np.bool_]] | None = None,
@@ -66,7 +72,7 @@ def solve(
     """Minimise scikit-learn's ``LogisticRegression`` objective for every C on every fold.
 
     Args:
-        X: features (n, d), finite; an array, or what is sliced by rows where it does not fit into memory.
+        X: features (n, d), finite; an array, or ``Streamed`` where they do not fit into memory.
         y: classes 0..k-1 (n,); labels (n, k) bool for the losses that take each label by itself.
         Cs: inverse penalties; solutions come in this order.
         folds: for each fold the rows that train, (n,) bool; all rows as one fold if left out.
@@ -85,6 +91,8 @@ def solve(
         ValueError: a fold trains on fewer than two classes.
     """
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
+    if in_memory and isinstance(X, np.ndarray) and max(map(np.count_nonzero, folds)) <= _FLAT * X.shape[1]:
+        return [_in_row_space(X[rows], y[rows], Cs, loss, standardise, tolerance, max_iterations) for rows in folds]
     with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:
         passes = Passes(features, y, loss)
         if tolerance is None:
@@ -94,6 +102,33 @@ def solve(
         found = solver.run([float(Cs[index]) for index in order])
     back = np.argsort(order)
     return [[solutions[index] for index in back] for solutions in found]
+
+
+def _in_row_space(
+    X: Rows,
+    y: NDArray[Any],
+    Cs: Sequence[float],
+    loss: Loss,
+    standardise: bool,  # noqa: FBT001
+    tolerance: float | None,
+    max_iterations: int,
+) -> list[Solution]:
+    """Solve in as many coordinates as there are rows: the weights are sums of rows (representer theorem: Kimeldorf 1971)."""
+    with scaled(X, [np.ones(len(y), dtype=bool)], standardise=standardise) as features:
+        (fold,) = features.folds
+    rows = (X.astype(np.float64) - fold.mean) / fold.scale
+    values, vectors = eigh(rows @ rows.T, driver="evd", overwrite_a=True, check_finite=False)
+    there = values > values.max() * len(y) * np.finfo(np.float64).eps
+    lengths, vectors = np.sqrt(values[there]), vectors[:, there]
+    ((*found,),) = solve(
+        vectors * lengths, y, Cs, loss=loss, standardise=False, tolerance=tolerance, max_iterations=max_iterations
+    )
+    axes = (vectors / lengths).T @ rows / fold.scale
+    back = []
+    for solution in found:
+        coefficients = solution.coefficients @ axes
+        back.append(replace(solution, coefficients=coefficients, intercept=solution.intercept - coefficients @ fold.mean))
+    return back
 
 
 @dataclass
@@ -142,7 +177,10 @@ class _Path:
                 kind: Any = np.float64 if self.double else np.float32
                 values, vectors = eigh(self.gram.astype(kind), driver="evd", check_finite=False)
             self.axes = np.maximum(values, 0).astype(np.float64), vectors.astype(np.float64)
-        number = len(self.folds)
+        number, lead = len(self.folds), [Cs[0]]
+        while lead[0] > _LEAD:
+            lead.insert(0, lead[0] / _LEAD)
+        Cs = [*lead[:-1], *Cs]
         found: list[list[Solution]] = [[] for _ in range(number)]
         points: list[list[Floats]] = [[] for _ in range(number)]
         together = max(1, _WIDTH // (number * self.outputs))
@@ -156,7 +194,7 @@ class _Path:
             for problem in group:
                 points[problem.fold] = [*points[problem.fold][-1:], problem.descent.point]
                 found[problem.fold].append(self._solution(problem))
-        return found
+        return [solutions[len(lead) - 1 :] for solutions in found]
 
     def _problem(self, fold: int, C: float, before: Sequence[float], points: Sequence[Floats]) -> _Problem:
         if not points:
@@ -186,6 +224,28 @@ class _Path:
                     )
             if all(problem.done for problem in problems):
                 break
+        for problem in problems:
+            if not problem.converged and self.softmax and self._second_order_cost(problem) <= _AFFORDABLE:
+                self._by_newton(problem)
+
+    def _second_order_cost(self, problem: _Problem) -> float:
+        """Return the products that all second derivatives take."""
+        coordinates = float(self.free[problem.fold].sum() * problem.descent.point.shape[1])
+        return self.folds[problem.fold].count * coordinates * coordinates
+
+    def _by_newton(self, problem: _Problem) -> None:
+        """Finish a small problem that has stalled."""
+        features, fold, descent = self.passes.features, self.folds[problem.fold], problem.descent
+        trains, free = features.trains[problem.fold], np.flatnonzero(self.free[problem.fold])
+        rows = features.block(slice(0, len(features.order)), np.float64)[trains]
+        rows = (rows * features.scale + features.mean - fold.mean) / fold.scale
+        y = np.searchsorted(free, self.passes.y[trains])
+        end = newton.minimise(rows, y, self._scale_of(problem), descent.point[free], self.tolerance)
+        point, gradient = descent.point.copy(), np.zeros_like(descent.point)
+        point[free], gradient[free] = end.point, end.gradient
+        descent.point, descent.value, descent.gradient, descent.decrement = point, end.value, gradient, end.decrement
+        descent.iterations += end.steps
+        problem.converged, problem.double = end.converged, True
 
     def _tell(self, problem: _Problem, trial: Floats, loss: float, by_weights: Floats, by_intercept: Floats) -> None:
         scale = self._scale_of(problem)
@@ -209,7 +269,7 @@ class _Path:
         else:
             spread, turn = curvature, None
         weight = self._scale_of(problem) * fold.count * np.maximum(spread, 0.0)
-        flat = weight <= 1e-9 * weight.max(initial=0.0)
+        flat = weight <= max(1e-9 * weight.max(initial=0.0), _NO_CURVATURE)
         by_intercept = np.where(flat, 0.0, 1 / np.where(flat, 1.0, weight))
         inside = (
             self._by_axes(weight) if self.axes is not None else self._by_factor(weight[~flat].mean() if any(~flat) else 0.0)

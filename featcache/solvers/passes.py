@@ -49,8 +49,8 @@ class Passes:
         self.features = features
         self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
         self._loss = loss
-        self._y = y[features.order]
-        self._signs = np.where(self._y.T, 1, -1).astype(np.float32) if loss != "softmax" else None
+        self.y = y[features.order]
+        self._signs = np.where(self.y.T, 1, -1).astype(np.float32) if loss != "softmax" else None
 
     def slopes(
         self,
@@ -112,7 +112,7 @@ class Passes:
             counts: Rows = np.stack([self.features.trains[fold_of[number]][block] for number in active]).astype(kind)
             with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
                 if self._signs is None:
-                    loss, found = _softmax(values, self._y[block], counts, whole=curvature and whole)
+                    loss, found = _softmax(values, self.y[block], counts, whole=curvature and whole)
                 else:
                     loss, found = _ONE_BY_ONE[self._loss](values, self._signs[:, block], counts[:, None])
             sums.loss[index] += loss
@@ -126,7 +126,7 @@ class Passes:
 def _products(weights: Rows, rows: Rows) -> Rows:
     """Return weights (m, d) times rows (r, d) as (m, r), in the order in which BLAS is the faster one."""
     if weights.dtype == np.float64 or len(weights) > _NARROW:
-        return weights @ rows.T  # type: ignore[no-any-return]
+        return weights @ rows.T
     return np.ascontiguousarray((rows @ weights.T).T)
 
 

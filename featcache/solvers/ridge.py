@@ -6,16 +6,22 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 
-from featcache.solvers.scaled import Floats, Rows, cores, products_on, scaled
+from featcache.machine import cores
+from featcache.solvers.scaled import Floats, Rows, Streamed, products_on, scaled
 
 
 def solve(
-    X: Rows, targets: Rows, alphas: Sequence[float], rows: NDArray[np.bool_] | None = None, *, standardise: bool = True
+    X: Rows | Streamed,
+    targets: Rows,
+    alphas: Sequence[float],
+    rows: NDArray[np.bool_] | None = None,
+    *,
+    standardise: bool = True,
 ) -> list[tuple[Floats, Floats]]:
     """Minimise |targets - X W' - b|^2 + alpha |W|^2, b not penalised, for every alpha.
 
     Args:
-        X: features (n, d), finite; an array, or what is sliced by rows where it does not fit into memory.
+        X: features (n, d), finite; an array, or ``Streamed`` where they do not fit into memory.
         targets: (n, t).
         alphas: penalties, positive.
         rows: which rows train (n,) bool; all if left out.

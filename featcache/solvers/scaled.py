@@ -1,6 +1,5 @@
 """Features by blocks of rows on all cores: centred, scaled, and rows of one fold beside each other."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -12,12 +11,43 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from featcache.machine import cores
+
 Rows = NDArray[Any]
 Floats = NDArray[np.float64]
+Index = NDArray[np.int64]
 Result = TypeVar("Result")
 
 _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a core's share of the caches
 _GRAM_ROWS = 8  # a feature: enough to learn the directions of a preconditioner from
+
+
+class Streamed:
+    """Rows (n, d) float32 that are too many for memory: they are read as they are asked for.
+
+    Args:
+        take: gives rows (k, d) of any float type by their positions (k,).
+        width: d.
+        rows: the positions that count as 0..n-1.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, take: Callable[[Index], Rows], width: int, rows: Index) -> None:
+        self._take, self._rows = take, rows
+        self.shape = (len(rows), width)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    def __getitem__(self, index: slice | Index) -> NDArray[np.float32]:
+        """Return some rows (k, d), in memory."""
+        return self._take(self._rows[index]).astype(np.float32, copy=False)
+
+    def only(self, index: Index) -> "Streamed":
+        """Return some rows, not read yet."""
+        return Streamed(self._take, self.shape[1], self._rows[index])
 
 
 @dataclass(frozen=True)
@@ -33,13 +63,15 @@ class Scaled:
     """Features (n, d) as (x - mean) / scale over the rows that any fold uses, the others left out.
 
     Args:
-        X: an array, or anything that is sliced by rows, such as a memory map; finite.
+        X: an array, or anything that is sliced by rows, as ``Streamed``; finite.
         rows: for each fold, which rows train (n,) bool; 62 folds at most.
         standardise: folds see (x - mean) / standard deviation over their own rows, else x - mean.
         in_memory: keep a float32 copy, sorted by fold; else rows are read anew in every pass, in their own order.
     """
 
-    def __init__(self, X: Rows, rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True) -> None:
+    def __init__(
+        self, X: "Rows | Streamed", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
+    ) -> None:
         groups = np.zeros(len(X), np.int64)
         for number, some in enumerate(rows):
             groups |= some.astype(np.int64) << number
@@ -187,11 +219,6 @@ def _spread(several: Sequence[_Moments]) -> tuple[int, Floats, Floats]:
     return count, mean, np.where(flat, 1.0, np.sqrt(variance))
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def products_on(count: int) -> AbstractContextManager[Any]:
     """Let matrix products use so many cores; finding the libraries takes longer than a small fit, and is done once."""
     return _libraries().limit(limits=count, user_api="blas")  # type: ignore[no-any-return]
@@ -203,7 +230,9 @@ def _libraries() -> ThreadpoolController:
 
 
 @contextmanager
-def scaled(X: Rows, rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True) -> Iterator[Scaled]:
+def scaled(
+    X: "Rows | Streamed", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
+) -> Iterator[Scaled]:
     """Yield scaled features; inside, matrix products use one core each, since blocks run side by side."""
     with products_on(1):
         features = Scaled(X, rows, standardise=standardise, in_memory=in_memory)

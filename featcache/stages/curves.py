@@ -99,13 +99,13 @@ def learning_curve(
 
 
 def _accuracy(features: Features, split: Split, head: str, seed: int, *, refit: bool = True) -> float:
-    X, y = np.ascontiguousarray(features.X, dtype=np.float32), features.y
+    X, y = heads.as_rows(features.X), features.y
     if any(len(fold.val) for fold in split.folds):
         params = heads.choose(head, X, y, split.folds, seed).params
     else:
         params = heads.HEADS[head].grid(len(split.train))[0]
     rows = split.train_val if refit else split.train
-    estimator, _ = heads.train(head, params, X[rows], y[rows], seed)
+    estimator, _ = heads.train(head, params, heads.some_of(X, rows), y[rows], seed)
     tested = scores_on_test(lambda index: heads.answers(estimator, X[index], len(features.classes)), y, split)
     return tested.scores.accuracy
 

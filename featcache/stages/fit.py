@@ -63,7 +63,7 @@ def fit(
     rows = _rows(split.train_val, views)
     started = time.monotonic()
     chosen = heads.choose(name, X, y, folds, seed, grid, views)
-    estimator, converged = heads.train(name, chosen.params, X[rows], y[rows], seed)
+    estimator, converged = heads.train(name, chosen.params, heads.some_of(X, rows), y[rows], seed)
     seconds = time.monotonic() - started
     notes = [] if converged else [f"{name}: the final fit did not converge"]
     if chosen.unconverged:
@@ -127,12 +127,12 @@ def _tested(
     return FittedHead(name, estimator, dict(params), val, tested, seconds, tuple(notes), answers, temperature)
 
 
-def _embeddings(features: Features, views: int) -> NDArray[np.float32]:
+def _embeddings(features: Features, views: int) -> heads.Many:
     """Return one row a view (n * views, d), the views of an image one after the other."""
     shape = features.X.shape
     if len(shape) != (2 if views == 1 else 3) or (views > 1 and shape[1] != views):
         raise DataError(f"heads train on embeddings (n, d), these features are {shape}: extract at the cut `pooled`.")
-    return np.ascontiguousarray(features.X.reshape(-1, shape[-1]), dtype=np.float32)
+    return heads.as_rows(features.X)
 
 
 def _rows(images: NDArray[np.int64], views: int) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_chunks, sha256_of_file
+from featcache.solvers.scaled import Streamed
 from featcache.specs import FeatureSpec
 from featcache.store import files
 from featcache.store.atomic import create_file, make_folder, replace_file_by, sweep
@@ -66,9 +67,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Features:
-    """The rows of a source's images, in its order: X (n, ...), y (n,) int64 indexing ``classes``."""
+    """The rows of a source's images, in its order: X (n, ...), y (n,) int64 indexing ``classes``.
 
-    X: Array
+    X is an array, but for ``Streamed`` where ``streamed`` gave them.
+    """
+
+    X: Any
     y: NDArray[np.int64]
     classes: tuple[str, ...]
     paths: Sequence[str]
@@ -287,6 +291,17 @@ class FeatureStore:
             return replace(labelled, X=files.read_features(self.path / TABLE))
         reader = self.reader()
         return replace(labelled, X=reader.take(np.arange(len(reader))))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (n, ...) that the listed images' rows have together."""
+        rows = files.map_features(self._part_path(self.manifest.parts[0])).shape[1:] if self.manifest.parts else ()
+        return self.manifest.listing.rows if self.manifest.listing else 0, *rows
+
+    def streamed(self) -> Features:
+        """Return the listed images' embeddings (n, d) as rows that are read when they are asked for."""
+        reader = self.reader()
+        return replace(self.labelled(), X=Streamed(reader.take, reader.shape[0], np.arange(len(reader))))
 
     def labelled(self) -> Features:
         """Return labels, paths and splits, with an empty X."""
