@@ -92,8 +92,8 @@ class FineTunePlan:
         ema: decay of the average of weights that is kept instead of the last ones; 0 for none.
         clip: greatest norm of the gradient; 0 for none.
         accumulate: batches a step.
-        precision: of the training steps; ``None``: bfloat16 on a GPU or a CPU (AMX) that has it, else float32. Weights
-            and the optimiser's state are float32 in any case, and so are validation and test.
+        precision: of the training steps; ``None``: bfloat16 on a GPU that has it, and on a CPU that has it (AMX) where it
+            is faster, else float32. Weights, the optimiser's state, validation and test are float32 in any case.
         refit: train once more on train and validation together, as long as the best trial did, as the probe is.
     """
 

@@ -20,9 +20,11 @@ from featcache.specs import BackboneSpec
 from featcache.splits import make_split
 from featcache.stages.finetune import FineTuned, finetune
 from featcache.store import Features
+from featcache.training import precision as choosing
 from featcache.training.keeping import save_checkpoint
 from featcache.training.model import LinearHead, SuffixAndHead, predict, set_training
 from featcache.training.optimising import rate
+from featcache.training.team import Team
 from featcache.unfreeze import thaw
 
 PLAN = FineTunePlan(
@@ -123,19 +125,34 @@ def test_half_precision_steps_go_almost_the_same_way(prepared: Prepared) -> None
     assert [run.precision for run in runs] == ["float32", "bfloat16"]
 
 
-def test_unless_told_steps_are_in_bfloat16_where_the_machine_multiplies_it(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("has", "seconds", "expected"),
+    [(True, (2.0, 1.0), "bfloat16"), (True, (1.1, 1.0), "float32"), (False, (2.0, 1.0), "float32")],
+)
+def test_unless_told_steps_are_in_bfloat16_where_that_pays(
+    prepared: Prepared,
+    monkeypatch: pytest.MonkeyPatch,
+    has: bool,
+    seconds: tuple[float, float],
+    expected: str,  # noqa: FBT001
 ) -> None:
-    """Units for bfloat16 are what pays; without them autocast is slower than float32."""
-    stored = prepared.bench.extracted("layer3").store.reader()
+    """The machine must multiply it, and be clearly faster so; asking changes neither weights nor statistics."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has}, raising=False)
+    own = prepared.backbone.separate()
+    rows = torch.from_numpy(prepared.bench.extracted("layer3").store.reader().take(np.arange(8)))
+    model = SuffixAndHead(own.suffix("layer3"), prepared.probe)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = choosing._step_seconds
 
-    def precision() -> str:
-        own = prepared.backbone.separate()
-        return prepared.tune(own, own.suffix("layer3"), stored.take, replace(PLAN, precision=None, epochs=1)).precision
+    def timed(model: SuffixAndHead, rows: torch.Tensor, precision: str) -> float:
+        assert run(model, rows, precision) > 0
+        return dict(zip(("float32", "bfloat16"), seconds, strict=True))[precision]
 
-    for has, expected in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has}, raising=False)
-        assert precision() == expected
+    monkeypatch.setattr(choosing, "_step_seconds", timed)
+
+    assert choosing.choose_precision(model, rows, Team()) == expected
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_frozen_weights_and_batchnorm_statistics_stay(prepared: Prepared) -> None:

@@ -56,7 +56,7 @@ _recipe = options.several(
     click.option(
         "--train-precision",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Of training steps; default: bfloat16 on a GPU or CPU (AMX) that has it, else float32.",
+        help="Of training steps; default: bfloat16 on a GPU or CPU (AMX) where it is faster, else float32.",
     ),
     click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Of the stored activations; default float16."),
     click.option("--refit/--no-refit", default=True, show_default=True, help="Train once more on train and val together."),

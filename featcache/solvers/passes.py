@@ -112,7 +112,8 @@ class Passes:
             counts: Rows = np.stack([self.features.trains[fold_of[number]][block] for number in active]).astype(kind)
             with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
                 if self._signs is None:
-                    loss, found = _softmax(values, self.y[block], counts, whole=curvature and whole)
+                    wish = ("whole" if whole else "diagonal") if curvature else "none"
+                    loss, found = _softmax(values, self.y[block], counts, wish)
                 else:
                     loss, found = _ONE_BY_ONE[self._loss](values, self._signs[:, block], counts[:, None])
             sums.loss[index] += loss
@@ -130,8 +131,11 @@ def _products(weights: Rows, rows: Rows) -> Rows:
     return np.ascontiguousarray((rows @ weights.T).T)
 
 
-def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, *, whole: bool) -> tuple[Floats, Floats]:
-    """Return the losses (p,) of outputs (p, k, r) and their curvature; the outputs become the losses' derivatives."""
+def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:
+    """Return the losses (p,) of outputs (p, k, r), and the "whole" curvature, its "diagonal" or "none" (0,).
+
+    The outputs become the losses' derivatives.
+    """
     every = np.arange(len(truth))
     outputs -= outputs.max(axis=1, keepdims=True)
     of_truth = outputs[:, truth, every]
@@ -139,11 +143,12 @@ def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, *, whole: bo
     total = outputs.sum(axis=1)
     spent = ((np.log(total) - of_truth) * counts).sum(axis=1, dtype=np.float64)
     outputs *= (counts / total)[:, None]
-    if whole:
+    found = np.zeros(0)
+    if curvature == "whole":
         found = -np.matmul(outputs, outputs.transpose(0, 2, 1)).astype(np.float64)
         diagonal = np.arange(outputs.shape[1])
         found[:, diagonal, diagonal] += outputs.sum(axis=2, dtype=np.float64)
-    else:
+    elif curvature == "diagonal":
         found = (outputs * (1 - outputs)).sum(axis=2, dtype=np.float64)
     outputs[:, truth, every] -= counts
     return spent, found

@@ -23,9 +23,10 @@ from featcache.progress import progress
 from featcache.specs import Precision
 from featcache.splits import Split
 from featcache.training.keeping import Keeper
-from featcache.training.loop import Epoch, Job, Trained, Trial, epoch_of
+from featcache.training.loop import Epoch, Job, Trained, Trial, epoch_of, to_device
 from featcache.training.lora import add_lora, merge_lora
 from featcache.training.model import LinearHead, SuffixAndHead, Take, embed, predict
+from featcache.training.precision import choose_precision
 from featcache.training.team import Team
 from featcache.unfreeze import Thawed
 
@@ -121,14 +122,18 @@ def finetune(
     keeper, team = keeper or Keeper(None), team or Team()
     model = SuffixAndHead(suffix, start).to(backbone.device)
     stages = open_up(backbone, model, thawed, seed)
-    job = Job(model, stages, take, y, plan, team, seed)
+    saved = keeper.load() or {"finished": [], "best": None, "trial": None, "precision": plan.precision}
+    if saved.get("precision") is None:
+        batch = to_device(take(split.train[: plan.batch_size] * plan.views), backbone.device)
+        saved["precision"] = choose_precision(model, batch, team)
+    job = Job(model, stages, take, y, plan, team, seed, saved["precision"])
     untouched = copy.deepcopy(model.state_dict())
     first = embed(model, take, split.val * plan.views, plan.batch_size)
     before = Epoch(0, None, job.validate(split.val), 0.0)
     trials = len(plan.lr) * len(split.train) + plan.refit * len(split.train_val)
     refitted = False
     with progress(plan.epochs * trials, f"finetune {plan.unfreeze.text}") as bar:
-        best, rates, saved = _best_rate(job, split, before, untouched, keeper, bar)
+        best, rates, saved = _best_rate(job, split, before, untouched, saved, keeper, bar)
         model.load_state_dict(best.state)
         number = best.best.number
         from_train = _as_it_is(backbone, model, thawed)
@@ -169,10 +174,15 @@ def finetune(
 
 
 def _best_rate(
-    job: Job, split: Split, before: Epoch, untouched: dict[str, Tensor], keeper: Keeper, bar: Any
+    job: Job,
+    split: Split,
+    before: Epoch,
+    untouched: dict[str, Tensor],
+    saved: dict[str, Any],
+    keeper: Keeper,
+    bar: Any,
 ) -> tuple[Trained, dict[float, float], dict[str, Any]]:
     """Return the best trial, the accuracy of each, and what is to be kept while the refit runs."""
-    saved = keeper.load() or {"finished": [], "best": None, "trial": None}
     rates: dict[float, float] = dict(saved["finished"])
     best = _trained(saved["best"]) if saved["best"] else None
     for number, lr in enumerate(job.plan.lr):
@@ -189,7 +199,7 @@ def _best_rate(
         if best is None or trained.best.val.rank < best.best.val.rank:
             best = trained
         finished = [*saved["finished"], (lr, trained.best.val.accuracy)]
-        saved = {"finished": finished, "best": _plain(best), "trial": None}
+        saved = saved | {"finished": finished, "best": _plain(best), "trial": None}
         keeper.save(saved)
     assert best is not None
     return best, rates, saved

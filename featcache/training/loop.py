@@ -22,10 +22,10 @@ from featcache.splits import Index
 from featcache.training.augmenting import flipped_and_shifted, mixed
 from featcache.training.model import SuffixAndHead, Take, chunks, predict, set_training
 from featcache.training.optimising import make_optimiser, parameter_groups, rate
+from featcache.training.precision import DTYPES
 from featcache.training.team import Team
 
 _SAVE_SECONDS = 60.0
-_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 State = dict[str, Any]
 
 
@@ -63,6 +63,7 @@ class Job:
         plan: how.
         team: the processes that share the work.
         seed: of the order of images, of views, mixing and dropout.
+        precision: what steps are computed in.
     """
 
     model: SuffixAndHead
@@ -72,18 +73,12 @@ class Job:
     plan: FineTunePlan
     team: Team
     seed: int
+    precision: Precision
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.head.weight.device
-
-    @property
-    def precision(self) -> Precision:
-        """What steps are computed in."""
-        if self.plan.precision is not None:
-            return self.plan.precision
-        return "bfloat16" if _multiplies_bfloat16(self.device) else "float32"
 
     def validate(self, index: Index, model: SuffixAndHead | None = None) -> Scores:
         """Return a model's scores on some images, each process looking at its share of them."""
@@ -207,13 +202,13 @@ class Trial:
 
     def _one_step(self, parts: Sequence[tuple[NDArray[Any], Index]], whole: int, number: int) -> NDArray[np.float64]:
         """Move the weights once; return the sums of losses and of right answers."""
-        job, plan, dtype = self._job, self._job.plan, _DTYPES[self._job.precision]
+        job, plan, dtype = self._job, self._job.plan, DTYPES[self._job.precision]
         sums = np.zeros(2)
         for place, (stored, images) in enumerate(parts):
             if not len(images):
                 continue
             rng = np.random.default_rng((job.seed, number, self._step, place, job.team.rank))
-            rows, y = _to_device(stored, job.device), torch.from_numpy(job.y[images]).to(job.device)
+            rows, y = to_device(stored, job.device), torch.from_numpy(job.y[images]).to(job.device)
             if plan.augment and rows.dtype == torch.uint8:
                 rows = flipped_and_shifted(rows, rng)
             others, share = y, 1.0
@@ -256,14 +251,6 @@ class Trial:
         self._accuracy, self._loss = max(self._accuracy, val.accuracy), min(self._loss, now)
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has units for bfloat16: GPUs since Ampere, CPUs with AMX."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    facts: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
-    return device.type == "cpu" and bool(facts.get("amx_bf16"))
-
-
 def epoch_of(facts: dict[str, Any]) -> Epoch:
     """Return an epoch from its fields as plain values."""
     val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts["val"].items()}
@@ -286,6 +273,7 @@ def _ahead(take: Take, several: Sequence[Index]) -> Iterator[NDArray[Any]]:
                 future.cancel()
 
 
-def _to_device(rows: NDArray[Any], device: torch.device) -> Tensor:
+def to_device(rows: NDArray[Any], device: torch.device) -> Tensor:
+    """Return stored rows on a device."""
     tensor = torch.from_numpy(rows)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
