@@ -126,6 +126,8 @@ class Passes:
 
 def _products(weights: Rows, rows: Rows) -> Rows:
     """Return weights (m, d) times rows (r, d) as (m, r), in the order in which BLAS is the faster one."""
+    if not weights.any():
+        return np.zeros((len(weights), len(rows)), weights.dtype)
     if weights.dtype == np.float64 or len(weights) > _NARROW:
         return weights @ rows.T
     return np.ascontiguousarray((rows @ weights.T).T)

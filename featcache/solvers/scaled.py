@@ -19,7 +19,7 @@ Index = NDArray[np.int64]
 Result = TypeVar("Result")
 
 _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a core's share of the caches
-_GRAM_ROWS = 8  # a feature: enough to learn the directions of a preconditioner from
+_GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
 
 
 class Streamed:
