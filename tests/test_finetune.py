@@ -132,9 +132,9 @@ def test_half_precision_steps_go_almost_the_same_way(prepared: Prepared) -> None
 def test_unless_told_steps_are_in_bfloat16_where_that_pays(
     prepared: Prepared,
     monkeypatch: pytest.MonkeyPatch,
-    has: bool,
+    has: bool,  # noqa: FBT001
     seconds: tuple[float, float],
-    expected: str,  # noqa: FBT001
+    expected: str,
 ) -> None:
     """The machine must multiply it, and be clearly faster so; asking changes neither weights nor statistics."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has}, raising=False)
