@@ -286,7 +286,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "`python benchmarks/speed/finetune.py`; seconds an epoch at 224 px, batches of 32; the plain loop runs the frozen",
         f"part in every epoch. Ratios are of one run, side by side; absolute figures are those of {cores} shared cores with",
-        "AMX, where featcache trains in bfloat16 unless it is told otherwise.",
+        "AMX, where featcache trains these backbones in bfloat16 unless it is told otherwise.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
