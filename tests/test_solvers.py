@@ -164,6 +164,17 @@ def test_few_rows_of_many_features_converge_at_every_penalty(classes: int) -> No
         assert objective(scaled, y, C, weights, bias) <= best * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_rows_that_are_all_the_same_teach_nothing(value: float) -> None:
+    """The intercepts alone answer, with the classes' shares."""
+    ((found,),) = linear.solve(np.full((30, 50), value, np.float32), np.arange(30) % 10 // 4, [1.0])
+
+    assert found.converged
+    assert not found.coefficients.any()
+    shares = np.exp(found.intercept) / np.exp(found.intercept).sum()
+    np.testing.assert_allclose(shares, [0.4, 0.4, 0.2], rtol=1e-3)
+
+
 def test_features_on_disk_give_the_same_answer(tmp_path: Any) -> None:
     """A memory map is read block by block, and no copy is kept."""
     X, y = data(3, count=5000, width=20)

@@ -118,12 +118,13 @@ def _in_row_space(
         (fold,) = features.folds
     rows = (X.astype(np.float64) - fold.mean) / fold.scale
     values, vectors = eigh(rows @ rows.T, driver="evd", overwrite_a=True, check_finite=False)
-    there = values > values.max() * len(y) * np.finfo(np.float64).eps
-    lengths, vectors = np.sqrt(values[there]), vectors[:, there]
+    there = values >= values[-1] * len(y) * np.finfo(np.float64).eps
+    lengths, vectors = np.sqrt(np.maximum(values[there], 0)), vectors[:, there]
     ((*found,),) = solve(
         vectors * lengths, y, Cs, loss=loss, standardise=False, tolerance=tolerance, max_iterations=max_iterations
     )
-    axes = (vectors / lengths).T @ rows / fold.scale
+    shorter = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)  # all 0 where rows are all the same
+    axes = (vectors * shorter).T @ rows / fold.scale
     back = []
     for solution in found:
         coefficients = solution.coefficients @ axes
