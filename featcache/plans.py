@@ -92,8 +92,8 @@ class FineTunePlan:
         ema: decay of the average of weights that is kept instead of the last ones; 0 for none.
         clip: greatest norm of the gradient; 0 for none.
         accumulate: batches a step.
-        precision: of the training steps; ``None``: bfloat16 on a GPU that has it, and on a CPU that has it (AMX) where it
-            is faster, else float32. Weights, the optimiser's state, validation and test are float32 in any case.
+        precision: of the training steps; ``None``: bfloat16 on a GPU that has it, else float32; "auto": bfloat16 also on a
+            CPU that has it (AMX) and is faster so. Weights, optimiser, validation and test are float32 in any case.
         refit: train once more on train and validation together, as long as the best trial did, as the probe is.
     """
 
@@ -117,7 +117,7 @@ class FineTunePlan:
     ema: float = 0.0
     clip: float = 0.0
     accumulate: int = 1
-    precision: Precision | None = None
+    precision: Precision | Literal["auto"] | None = None
     refit: bool = True
 
     def __post_init__(self) -> None:

@@ -129,7 +129,7 @@ def test_half_precision_steps_go_almost_the_same_way(prepared: Prepared) -> None
     ("has", "seconds", "expected"),
     [(True, (2.0, 1.0), "bfloat16"), (True, (1.1, 1.0), "float32"), (False, (2.0, 1.0), "float32")],
 )
-def test_unless_told_steps_are_in_bfloat16_where_that_pays(
+def test_if_asked_steps_are_in_bfloat16_where_that_pays(
     prepared: Prepared,
     monkeypatch: pytest.MonkeyPatch,
     has: bool,  # noqa: FBT001
@@ -150,7 +150,8 @@ def test_unless_told_steps_are_in_bfloat16_where_that_pays(
 
     monkeypatch.setattr(choosing, "_step_seconds", timed)
 
-    assert choosing.choose_precision(model, rows, Team()) == expected
+    assert choosing.choose_precision(model, rows, Team(), on_cpu=True) == expected
+    assert choosing.choose_precision(model, rows, Team(), on_cpu=False) == "float32"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -8,8 +8,7 @@ The backbones have random weights: speed does not depend on them. Writes finetun
 
 The plain loop is what people write: timm's model, all but the last stages without gradients, AdamW, batches of 32; the
 frozen part runs in every epoch, on decoded tensors that lie in memory or on JPEG files through ImageFolder and DataLoader
-(the better of 0 and 2 workers). Both sides are measured in float32 and under bfloat16 autocast, featcache's default where
-the machine multiplies bfloat16.
+(the better of 0 and 2 workers). Both sides are measured in float32 and under bfloat16 autocast.
 """
 
 import argparse
@@ -286,7 +285,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "`python benchmarks/speed/finetune.py`; seconds an epoch at 224 px, batches of 32; the plain loop runs the frozen",
         f"part in every epoch. Ratios are of one run, side by side; absolute figures are those of {cores} shared cores with",
-        "AMX, where featcache trains these backbones in bfloat16 unless it is told otherwise.",
+        "AMX: with `--train-precision auto` featcache trains these backbones in bfloat16.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",

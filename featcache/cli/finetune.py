@@ -55,8 +55,8 @@ _recipe = options.several(
     click.option("--train-batchnorm", is_flag=True, help="Let BatchNorm statistics of the trained part move."),
     click.option(
         "--train-precision",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Of training steps; default: bfloat16 on a GPU or CPU (AMX) where it is faster, else float32.",
+        type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+        help="Of training steps; default: bfloat16 on GPUs that have it, else float32; auto: on CPUs (AMX) too, if faster.",
     ),
     click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Of the stored activations; default float16."),
     click.option("--refit/--no-refit", default=True, show_default=True, help="Train once more on train and val together."),

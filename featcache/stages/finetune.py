@@ -123,9 +123,9 @@ def finetune(
     model = SuffixAndHead(suffix, start).to(backbone.device)
     stages = open_up(backbone, model, thawed, seed)
     saved = keeper.load() or {"finished": [], "best": None, "trial": None, "precision": plan.precision}
-    if saved.get("precision") is None:
+    if saved.get("precision") in {None, "auto"}:
         batch = to_device(take(split.train[: plan.batch_size] * plan.views), backbone.device)
-        saved["precision"] = choose_precision(model, batch, team)
+        saved["precision"] = choose_precision(model, batch, team, on_cpu=plan.precision == "auto")
     job = Job(model, stages, take, y, plan, team, seed, saved["precision"])
     untouched = copy.deepcopy(model.state_dict())
     first = embed(model, take, split.val * plan.views, plan.batch_size)

@@ -1,4 +1,4 @@
-"""What training steps are computed in, where nobody says: bfloat16 where the device has units for it and they pay."""
+"""What training steps are computed in, where no precision is named."""
 
 import time
 from typing import Any
@@ -17,8 +17,8 @@ _ROUNDS = 2
 _PAYS = 1.2  # times the speed of float32: what is faster by less may be so by chance
 
 
-def choose_precision(model: SuffixAndHead, rows: Tensor, team: Team) -> Precision:
-    """Return bfloat16 on GPUs that have it (since Ampere), and on CPUs that do (AMX) where a step is clearly faster in it.
+def choose_precision(model: SuffixAndHead, rows: Tensor, team: Team, *, on_cpu: bool) -> Precision:
+    """Return bfloat16 on GPUs that have it (since Ampere), and if asked on CPUs (AMX) where a step is clearly faster in it.
 
     Depthwise convolutions, for one, can be slower. All processes of a team come to the same choice.
 
@@ -26,11 +26,12 @@ def choose_precision(model: SuffixAndHead, rows: Tensor, team: Team) -> Precisio
         model: the one to train; neither weights nor statistics are changed.
         rows: a batch of stored rows on the model's device.
         team: the processes that share the work.
+        on_cpu: try it on CPUs too.
     """
     if rows.device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     facts: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
-    if rows.device.type != "cpu" or not facts.get("amx_bf16"):
+    if not on_cpu or rows.device.type != "cpu" or not facts.get("amx_bf16"):
         return "float32"
     set_training(model, train_batchnorm=False)
     rounds = [[_step_seconds(model, rows, precision) for precision in _CHOICE] for _ in range(1 + _ROUNDS)]
