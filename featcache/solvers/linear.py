@@ -114,7 +114,7 @@ def _in_row_space(
     max_iterations: int,
 ) -> list[Solution]:
     """Solve in as many coordinates as there are rows: the weights are sums of rows (representer theorem: Kimeldorf 1971)."""
-    with scaled(X, [np.ones(len(y), dtype=bool)], standardise=standardise) as features:
+    with scaled(X, [np.ones(len(y), dtype=bool)], standardise=standardise, in_memory=False) as features:
         (fold,) = features.folds
     rows = (X.astype(np.float64) - fold.mean) / fold.scale
     values, vectors = eigh(rows @ rows.T, driver="evd", overwrite_a=True, check_finite=False)
