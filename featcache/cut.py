@@ -19,6 +19,7 @@ from timm.layers import DropPath, get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
 from featcache.errors import CutError
+from featcache.narrowing import narrow
 
 _TOLERANCE = 1e-4
 
@@ -112,10 +113,19 @@ class Cutter:
         self._traced = _trace(backbone)
         device = next(backbone.parameters()).device
         self._images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
-        two, three = (_observe(self._traced, self._images[:count]) for count in (2, 3))
-        self._values = {node: _combine(two[node], three[node]) for node in self._traced.graph.nodes}
+        self._values = self._observed()
+        if narrow(self._traced, self._sizes, (DropPath,)):
+            self._values = self._observed()
         self._dependent = _descendants(node for node in self._traced.graph.nodes if node.op == "placeholder")
         self._checked: set[_Border] = set()
+
+    def _observed(self) -> dict[fx.Node, Any]:
+        two, three = (_observe(self._traced, self._images[:count]) for count in (2, 3))
+        return {node: _combine(two[node], three[node]) for node in self._traced.graph.nodes}
+
+    def _sizes(self, node: fx.Node) -> tuple[int, ...] | None:
+        value = self._values.get(node)
+        return value.sizes if isinstance(value, _Shape) else None
 
     def split(self, is_trained: Callable[[str], bool]) -> SplitBackbone:
         """Split before the first use of a trained parameter, told by its name.

@@ -24,7 +24,7 @@ LAYERS = (
     ("cache", "heads", "unfreeze", "bundle"),
     ("sources", "store", "backbone"),
     ("cut", "pools", "runtimes", "images"),
-    ("metrics", "records", "solvers"),
+    ("metrics", "narrowing", "records", "solvers"),
     ("plans",),
     ("specs", "splits"),
     ("allocator", "fingerprint", "machine", "progress"),
@@ -39,6 +39,7 @@ HOMES = {
     "torch": {
         "backbone",
         "cut",
+        "narrowing",
         "pools",
         "runtimes",
         "cluster",
