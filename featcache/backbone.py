@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from featcache.errors import DataError, SetupError, UsageError
+from featcache.errors import CutError, DataError, SetupError, UsageError
 
 try:
     import timm
@@ -102,8 +102,15 @@ class Backbone:
         The suffix of ``input`` takes pixels, uint8 (b, h, w, 3).
         """
         if cut == INPUT:
-            return nn.Sequential(Normalise(self.transform), self.whole)
+            return nn.Sequential(Normalise(self.transform), self._traced_whole())
         return self._cutter.split(self._trained_in_whole(cut)).suffix
+
+    def _traced_whole(self) -> nn.Module:
+        """Return what ``whole`` computes, traced where that can be."""
+        try:
+            return self._cutter.whole()
+        except CutError:
+            return self.whole
 
     @cached_property
     def _cutter(self) -> Cutter:
@@ -140,7 +147,10 @@ class Backbone:
         for name, test in zip(pooled, tests, strict=True):
             if name and test is not None and self._cutter.split(test).tensors > 1:
                 raise UsageError(f"--layers {name}: several tensors leave this stage, they make no one vector.")
-        body = self.whole if tests == [None] else self._cutter.joint_prefix(tests)
+        if tests == [None]:
+            body = self._traced_whole() if getattr(self.module, "global_pool", None) == "token" else self.whole
+        else:
+            body = self._cutter.joint_prefix(tests)
         return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
 
     def _test(self, cut: str, layer: str) -> Callable[[str], bool] | None:

@@ -138,14 +138,28 @@ class Cutter:
         prefix = _prefix(self._traced, (border,))
         suffix = _suffix(self._traced, border, self._values, self._dependent)
         if border not in self._checked:
-            with torch.inference_mode():
-                whole, joined = self._backbone(self._images), suffix(prefix(self._images))
-            if not torch.allclose(whole, joined, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
-                raise CutError("the two parts of this cut do not reproduce the whole backbone.")
+            self._check(lambda images: suffix(prefix(images)), "the two parts of this cut do")
             self._checked.add(border)
         shapes = [self._values[node] for node in border]
         shape = shapes[0].sizes if len(border) == 1 else (sum(one.length for one in shapes),)
         return SplitBackbone(prefix, suffix, shape, len(border))
+
+    def whole(self) -> nn.Module:
+        """Return the traced backbone, images (b, 3, h, w) -> embeddings (b, d), without what nobody looks at.
+
+        Raises:
+            CutError: it does not give what the backbone gives.
+        """
+        end = next(node for node in self._traced.graph.nodes if node.op == "output").args[0]
+        traced = _prefix(self._traced, ((end,),))
+        self._check(traced, "its trace does")
+        return traced
+
+    def _check(self, computed: Callable[[Tensor], Tensor], what: str) -> None:
+        with torch.inference_mode():
+            whole, got = self._backbone(self._images), computed(self._images)
+        if not torch.allclose(whole, got, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
+            raise CutError(f"{what} not reproduce the whole backbone.")
 
     def joint_prefix(self, tests: Sequence[Callable[[str], bool] | None]) -> nn.Module:
         """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.

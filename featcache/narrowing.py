@@ -21,7 +21,7 @@ _OF_TWO: tuple[Any, ...] = (operator.add, operator.mul, torch.add, torch.mul)
 
 
 def narrow(traced: fx.GraphModule, sizes: Sizes, also: tuple[type[nn.Module], ...] = ()) -> bool:
-    """Let a traced backbone compute only the first of tokens (b, n, c) where no other is used; tell if there is such a place.
+    """Let a traced backbone compute the first of tokens (b, n, c) alone where no other is used; tell if there are such places.
 
     Args:
         traced: is changed in place.
@@ -107,7 +107,12 @@ def _attention_behind(node: fx.Node) -> fx.Node | None:
     if node.op != "call_method" or node.target != "reshape" or len(node.args) != 4:
         return None
     turned = node.args[0]
-    if not isinstance(turned, fx.Node) or turned.op != "call_method" or turned.target != "transpose" or len(turned.users) > 1:
+    if (
+        not isinstance(turned, fx.Node)
+        or turned.op != "call_method"
+        or turned.target != "transpose"
+        or len(turned.users) > 1
+    ):
         return None
     attention = turned.args[0]
     if turned.args[1:] not in {(1, 2), (2, 1)} or not isinstance(attention, fx.Node) or len(attention.users) > 1:

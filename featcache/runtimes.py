@@ -40,6 +40,9 @@ _MOST_WORKERS = 16
 _PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}
 _TIMING_SECONDS = 0.4
 _FEW_BATCHES = 8
+_APART_BYTES = (
+    4 << 30
+)  # of weights, up to which each worker has an OpenVINO model of its own: it then runs on the worker's thread
 _NEEDS = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnxscript"), "compile": ()}
 
 
@@ -223,20 +226,28 @@ def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Run:
     with torch.inference_mode():
         traced = torch.jit.trace(program, torch.from_numpy(first[:1]), check_trace=False)  # type: ignore[no-untyped-call]
         model = openvino.convert_model(traced, input=[first.shape])
+    weights = sum(value.nbytes for value in (*program.parameters(), *program.buffers()))
+    apart = weights * workers.count <= _APART_BYTES
+    streams = 1 if apart else workers.count
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
-        "NUM_STREAMS": str(workers.count),
-        "INFERENCE_NUM_THREADS": str(workers.count * workers.threads),
+        "NUM_STREAMS": str(streams),
+        "INFERENCE_NUM_THREADS": str(streams * workers.threads),
         "ENABLE_CPU_PINNING": "NO",
     }
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
-    own = threading.local()
+    core = openvino.Core()
+    shared = None if apart else core.compile_model(model, "CPU", settings)
+    idle: list[Any] = []
 
     def run(pixels: Pixels) -> Outputs:
-        if not hasattr(own, "request"):
-            own.request = compiled.create_infer_request()
-        own.request.infer([pixels], share_inputs=True)
-        return tuple(output.data.copy() for output in own.request.output_tensors)
+        try:
+            request = idle.pop()
+        except IndexError:
+            request = (shared or core.compile_model(model, "CPU", settings)).create_infer_request()
+        request.infer([pixels], share_inputs=True)
+        outputs = tuple(output.data.copy() for output in request.output_tensors)
+        idle.append(request)
+        return outputs
 
     return run
 

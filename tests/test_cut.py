@@ -214,3 +214,48 @@ def test_several_tensors_make_no_layer_of_a_probe() -> None:
 
     with pytest.raises(UsageError, match=r"stages\.0: several tensors"):
         backbone.program(("stages.0+pooled",))
+
+
+def widths_in(part: nn.Module, given: Tensor, layer: nn.Module) -> list[int]:
+    """Return how many tokens a layer sees while a part of its network computes."""
+    seen: list[int] = []
+    hook = layer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    part(given)
+    hook.remove()
+    return seen
+
+
+def vit(**args: Any) -> nn.Module:
+    """Return a small transformer of 16 tokens of images and one of the class."""
+    return create("vit_tiny_patch16_224", {"img_size": 64, **args})
+
+
+def test_tokens_that_nobody_uses_are_not_computed() -> None:
+    """Behind the last attention a class token is alone; embeddings and all gradients are the whole network's."""
+    module = vit().requires_grad_(requires_grad=True)
+    images = torch.rand(5, 3, 64, 64)
+    behind = {name for name, _ in module.named_parameters() if name.startswith(("blocks.10", "blocks.11", "norm"))}
+
+    parts = split(module, behind.__contains__, 64)
+    with torch.no_grad():
+        stored = parts.prefix(images)
+
+    gradients = []
+    for part, given in ((parts.suffix, stored.clone()), (module, images)):
+        module.zero_grad()
+        part(given).pow(2).sum().backward()
+        gradients.append([parameter.grad.clone() for name, parameter in module.named_parameters() if name in behind])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert widths_in(parts.suffix, stored, module.blocks[10].mlp.fc1) == [17]
+    assert widths_in(parts.suffix, stored, module.blocks[11].attn.qkv) == [17]
+    assert widths_in(parts.suffix, stored, module.blocks[11].attn.proj) == [1]
+    assert widths_in(parts.suffix, stored, module.blocks[11].mlp.fc1) == [1]
+
+
+@pytest.mark.parametrize("args", [{"global_pool": "avg", "fc_norm": False}, {"proj_drop_rate": 0.1}])
+def test_tokens_that_are_used_are_computed(args: dict[str, Any]) -> None:
+    """The mean of all tokens needs all; where dropout draws a number for each, the draws stay as they are."""
+    module = vit(**args)
+    parts = split(module, lambda name: name.startswith("blocks.11"), 64)
+
+    assert widths_in(parts.suffix, torch.rand(2, *parts.shape), module.blocks[11].mlp.fc1) == [17]

@@ -20,9 +20,10 @@ from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
 from featcache.records import read_records
 from featcache.sources import open_source
-from featcache.specs import BackboneSpec
+from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.stages.finetune import finetune
 from featcache.training.augmenting import flipped_and_shifted, mixed
+from featcache.training.folding import ConvolutionAndNorm, fold_norms
 from featcache.training.keeping import Keeper
 from featcache.training.model import SuffixAndHead, set_training
 from featcache.unfreeze import depths, thaw
@@ -417,3 +418,33 @@ def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: floa
     now = score(prepared.features.y[val], predict(result.model, stored.take, val, 8))
     assert result.best == 0 or now.rank <= result.history[result.best].val.rank
     assert result.best > 0 or not result.refitted
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "test_resnet"])
+@pytest.mark.parametrize("train_batchnorm", [False, True])
+def test_folded_norms_change_nothing(name: str, train_batchnorm: bool) -> None:  # noqa: FBT001
+    """Joined with the convolution before it, BatchNorm gives the same embeddings, gradients and statistics."""
+    backbone = load_backbone(BackboneSpec(name, random_init=0, overrides=TransformOverrides(input_size=64)))
+    for module in backbone.module.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8))
+    found = []
+    for folds in (False, True):
+        own = backbone.separate()
+        suffix = own.suffix("input")
+        if folds:
+            fold_norms(suffix)
+        assert any(isinstance(module, ConvolutionAndNorm) for module in suffix.modules()) is folds
+        suffix.requires_grad_(requires_grad=True)
+        set_training(suffix, train_batchnorm=train_batchnorm)
+        embeddings = suffix(pixels)
+        embeddings.square().sum().backward()
+        state = dict(own.module.state_dict())
+        state |= {f"gradient of {tensor}": weight.grad for tensor, weight in own.module.named_parameters()}
+        found.append(state | {"embeddings": embeddings.detach()})
+
+    for what, value in found[0].items():
+        torch.testing.assert_close(found[1][what], value, rtol=1e-3, atol=1e-4 * max(1.0, float(value.abs().max())))

@@ -22,6 +22,7 @@ from featcache.plans import FineTunePlan
 from featcache.progress import progress
 from featcache.specs import Precision
 from featcache.splits import Split
+from featcache.training.folding import fold_norms
 from featcache.training.keeping import Keeper
 from featcache.training.loop import Epoch, Job, Trained, Trial, epoch_of, to_device
 from featcache.training.lora import add_lora, merge_lora
@@ -79,6 +80,7 @@ class FineTuned:
 
 
 _RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
+_LAYOUT = 2  # of a training's state: one of an older version is begun again
 
 
 def finetune(
@@ -122,7 +124,9 @@ def finetune(
     keeper, team = keeper or Keeper(None), team or Team()
     model = SuffixAndHead(suffix, start).to(backbone.device)
     stages = open_up(backbone, model, thawed, seed)
-    saved = keeper.load() or {"finished": [], "best": None, "trial": None, "precision": plan.precision}
+    saved = keeper.load() or {}
+    if saved.get("layout") != _LAYOUT:
+        saved = {"layout": _LAYOUT, "finished": [], "best": None, "trial": None, "precision": plan.precision}
     if saved.get("precision") in {None, "auto"}:
         batch = to_device(take(split.train[: plan.batch_size] * plan.views), backbone.device)
         saved["precision"] = choose_precision(model, batch, team, on_cpu=plan.precision == "auto")
@@ -229,6 +233,7 @@ def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Thawed, seed: int)
         stages = tuple(tuple(parameters) for parameters in by_stage.values())
     else:
         stages = tuple(tuple(named[name] for name in stage.parameters) for stage in thawed.stages)
+        fold_norms(model.suffix)
     for parameter in (*model.head.parameters(), *(parameter for stage in stages for parameter in stage)):
         parameter.requires_grad_(True)
     return stages
