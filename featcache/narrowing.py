@@ -21,7 +21,7 @@ _OF_TWO: tuple[Any, ...] = (operator.add, operator.mul, torch.add, torch.mul)
 
 
 def narrow(traced: fx.GraphModule, sizes: Sizes, also: tuple[type[nn.Module], ...] = ()) -> bool:
-    """Let a traced backbone compute the first of tokens (b, n, c) alone where no other is used; tell if there are such places.
+    """Let a traced backbone compute the first of tokens (b, n, c) alone where no other is used; tell if it is so anywhere.
 
     Args:
         traced: is changed in place.
