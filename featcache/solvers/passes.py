@@ -12,6 +12,8 @@ from featcache.solvers.scaled import Floats, Rows, Scaled
 Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 
 _NARROW = 128  # rows of weights
+_FEW_COLUMNS = 48  # outputs of all models, up to which a block's products are short
+_AS_THEY_LIE, _ROUND = 1_000_000, 32  # multiplications of a product that OpenBLAS does not rearrange operands for first
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
 
 
@@ -76,7 +78,8 @@ class Passes:
         shift = np.stack([(self.features.mean - fold.mean) / fold.scale for fold in folds])[:, None]
         flat: Rows = (weights * stretch).astype(kind)
         offset = (intercept + (weights * shift).sum(axis=2)).astype(kind)
-        first, *others = self.features.shared(lambda some: self._some(some, fold_of, flat, offset, kind, curvature))
+        blocks = self.features.blocks if offset.size > _FEW_COLUMNS or precise else self.features.long_blocks
+        first, *others = self.features.shared(lambda some: self._some(some, fold_of, flat, offset, kind, curvature), blocks)
         for other in others:
             first += other
         first.weights = first.weights * stretch + first.intercept[:, :, None] * shift
@@ -120,7 +123,7 @@ class Passes:
             if curvature:
                 sums.curvature[index] += found
             sums.intercept[index] += values.sum(axis=2, dtype=np.float64)
-            sums.weights[index] += (wide @ rows).reshape(len(active), outputs, width)
+            sums.weights[index] += _summed_products(wide, rows).reshape(len(active), outputs, width)
         return sums
 
 
@@ -130,7 +133,26 @@ def _products(weights: Rows, rows: Rows) -> Rows:
         return np.zeros((len(weights), len(rows)), weights.dtype)
     if weights.dtype == np.float64 or len(weights) > _NARROW:
         return weights @ rows.T
-    return np.ascontiguousarray((rows @ weights.T).T)
+    turned, out = np.ascontiguousarray(weights.T), np.empty((len(rows), len(weights)), weights.dtype)
+    for piece in _pieces(len(rows), weights.size):
+        np.matmul(rows[piece], turned, out=out[piece])
+    return np.ascontiguousarray(out.T)
+
+
+def _summed_products(values: Rows, rows: Rows) -> Rows:
+    """Return values (m, r) times rows (r, d), (m, d)."""
+    first, *others = _pieces(len(rows), len(values) * rows.shape[1])
+    total: Rows = values[:, first] @ rows[first]
+    for piece in others:
+        total += values[:, piece] @ rows[piece]
+    return total
+
+
+def _pieces(rows: int, cost: int) -> list[slice]:
+    """Return pieces of some rows whose products, ``cost`` operations a row, BLAS takes as they lie; one if there are none."""
+    step = _AS_THEY_LIE // cost // _ROUND * _ROUND
+    step = step if step else rows
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:

@@ -1,5 +1,6 @@
 """Features by blocks of rows on all cores: centred, scaled, and rows of one fold beside each other."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,7 @@ Index = NDArray[np.int64]
 Result = TypeVar("Result")
 
 _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a core's share of the caches
+_LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
 
 
@@ -78,8 +80,9 @@ class Scaled:
         self.order = np.argsort(groups, kind="stable")[np.count_nonzero(groups == 0) :] if in_memory else np.arange(len(X))
         self.trains = [(groups[self.order] >> number & 1).astype(bool) for number in range(len(rows))]
         self.width = X.shape[1]
-        step = max(64, _BLOCK_BYTES // (4 * max(1, self.width)))
-        self.blocks = [slice(start, min(start + step, len(self.order))) for start in range(0, len(self.order), step)]
+        self.blocks = _slices(len(self.order), max(64, _BLOCK_BYTES // (4 * max(1, self.width))))
+        wanted = math.ceil(4 * self.width * len(self.order) / _LONG_BLOCK_BYTES / cores()) * cores()
+        self.long_blocks = _slices(len(self.order), max(64, math.ceil(len(self.order) / max(1, wanted))))
         self._groups = groups[self.order]
         self._source = X
         self._moved = in_memory
@@ -94,13 +97,15 @@ class Scaled:
         self.count, mean, self.scale = _spread([moments[group] for group in moments if group])
         self.mean = mean.astype(np.float32).astype(np.float64) if self._single else mean  # what can be taken off exactly
         self._cached: Rows | None = None
-        if in_memory:
+        if not in_memory:
+            self.long_blocks = self.blocks
+        else:
             self._cached = cached = np.empty((len(self.order), self.width), np.float32)
 
             def keep(block: slice) -> None:
                 if self._single:
                     np.subtract(self._raw(block), self.mean.astype(np.float32), out=cached[block])
-                    np.divide(cached[block], self.scale.astype(np.float32), out=cached[block])
+                    np.multiply(cached[block], (1 / self.scale).astype(np.float32), out=cached[block])
                 else:
                     cached[block] = self._centred(block)
 
@@ -195,6 +200,10 @@ class Scaled:
             for group, moments in block:
                 gathered.setdefault(group, []).append(moments)
         return {group: _Moments.joined(several) for group, several in gathered.items()}
+
+
+def _slices(rows: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 class _Moments(NamedTuple):
