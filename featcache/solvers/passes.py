@@ -149,9 +149,9 @@ def _summed_products(values: Rows, rows: Rows) -> Rows:
 
 
 def _pieces(rows: int, cost: int) -> list[slice]:
-    """Return pieces of some rows whose products, ``cost`` operations a row, BLAS takes as they lie; one if there are none."""
+    """Return pieces of some rows whose products, ``cost`` operations a row, BLAS takes as they lie, else one piece."""
     step = _AS_THEY_LIE // cost // _ROUND * _ROUND
-    step = step if step else rows
+    step = step or rows
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -5,6 +5,7 @@ import math
 import mmap
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -286,10 +287,11 @@ class FeatureStore:
         Raises:
             StorageError: the entry is not complete, or a file in it is damaged.
         """
-        labelled = self.labelled()
         if self._table_is_current():
-            return replace(labelled, X=files.read_features(self.path / TABLE))
-        reader = self.reader()
+            with ThreadPoolExecutor(1) as beside:
+                rows = beside.submit(files.read_features, self.path / TABLE)
+                return replace(self.labelled(), X=rows.result())
+        labelled, reader = self.labelled(), self.reader()
         return replace(labelled, X=reader.take(np.arange(len(reader))))
 
     @property
