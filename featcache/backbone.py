@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
-from featcache.cut import Cutter
+from featcache.cut import Cutter, without_unused_tokens
 from featcache.fingerprint import sha256_of_chunks
 from featcache.pools import PooledFeatures, Pooling
 from featcache.runtimes import Eager
@@ -112,6 +112,15 @@ class Backbone:
         except CutError:
             return self.whole
 
+    def _lean_whole(self) -> nn.Module:
+        """Return what ``whole`` computes, and no tokens but the class token where it alone is used."""
+        if getattr(self.module, "global_pool", None) != "token":
+            return self.whole
+        try:
+            return without_unused_tokens(self.whole, self.transform.input_size)
+        except CutError:
+            return self.whole
+
     @cached_property
     def _cutter(self) -> Cutter:
         return Cutter(self.whole, self.transform.input_size)
@@ -147,10 +156,7 @@ class Backbone:
         for name, test in zip(pooled, tests, strict=True):
             if name and test is not None and self._cutter.split(test).tensors > 1:
                 raise UsageError(f"--layers {name}: several tensors leave this stage, they make no one vector.")
-        if tests == [None]:
-            body = self._traced_whole() if getattr(self.module, "global_pool", None) == "token" else self.whole
-        else:
-            body = self._cutter.joint_prefix(tests)
+        body = self._lean_whole() if tests == [None] else self._cutter.joint_prefix(tests)
         return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
 
     def _test(self, cut: str, layer: str) -> Callable[[str], bool] | None:

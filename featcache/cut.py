@@ -111,8 +111,7 @@ class Cutter:
     def __init__(self, backbone: nn.Module, image_size: int) -> None:
         self._backbone = backbone
         self._traced = _trace(backbone)
-        device = next(backbone.parameters()).device
-        self._images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+        self._images = _random_images(backbone, 3, image_size)
         self._values = self._observed()
         if narrow(self._traced, self._sizes, (DropPath,)):
             self._values = self._observed()
@@ -138,7 +137,7 @@ class Cutter:
         prefix = _prefix(self._traced, (border,))
         suffix = _suffix(self._traced, border, self._values, self._dependent)
         if border not in self._checked:
-            self._check(lambda images: suffix(prefix(images)), "the two parts of this cut do")
+            _check(self._backbone, lambda images: suffix(prefix(images)), self._images)
             self._checked.add(border)
         shapes = [self._values[node] for node in border]
         shape = shapes[0].sizes if len(border) == 1 else (sum(one.length for one in shapes),)
@@ -152,14 +151,8 @@ class Cutter:
         """
         end = next(node for node in self._traced.graph.nodes if node.op == "output").args[0]
         traced = _prefix(self._traced, ((end,),))
-        self._check(traced, "its trace does")
+        _check(self._backbone, traced, self._images)
         return traced
-
-    def _check(self, computed: Callable[[Tensor], Tensor], what: str) -> None:
-        with torch.inference_mode():
-            whole, got = self._backbone(self._images), computed(self._images)
-        if not torch.allclose(whole, got, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
-            raise CutError(f"{what} not reproduce the whole backbone.")
 
     def joint_prefix(self, tests: Sequence[Callable[[str], bool] | None]) -> nn.Module:
         """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.
@@ -186,6 +179,31 @@ class Cutter:
 def split(backbone: nn.Module, is_trained: Callable[[str], bool], image_size: int) -> SplitBackbone:
     """Split a backbone once: see Cutter."""
     return Cutter(backbone, image_size).split(is_trained)
+
+
+def without_unused_tokens(backbone: nn.Module, image_size: int) -> nn.Module:
+    """Return a backbone as it is traced, without the tokens that nobody looks at.
+
+    Raises:
+        CutError: it cannot be traced, or the trace does not reproduce it.
+    """
+    traced, images = _trace(backbone), _random_images(backbone, 2, image_size)
+    seen = _observe(traced, images)
+    narrow(traced, lambda node: seen[node].sizes[1:] if isinstance(seen.get(node), _Shape) else None, (DropPath,))
+    _check(backbone, traced, images)
+    return traced.eval()
+
+
+def _check(backbone: nn.Module, computed: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    with torch.inference_mode():
+        whole, got = backbone(images), computed(images)
+    if not torch.allclose(whole, got, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
+        raise CutError("what was traced does not reproduce the whole backbone.")
+
+
+def _random_images(backbone: nn.Module, count: int, size: int) -> Tensor:
+    device = next(backbone.parameters()).device
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _trace(backbone: nn.Module) -> fx.GraphModule:

@@ -236,14 +236,15 @@ def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Run:
         "ENABLE_CPU_PINNING": "NO",
     }
     core = openvino.Core()
-    shared = None if apart else core.compile_model(model, "CPU", settings)
-    idle: list[Any] = []
+    first_model = core.compile_model(model, "CPU", settings)
+    idle = [first_model.create_infer_request()]
 
     def run(pixels: Pixels) -> Outputs:
         try:
             request = idle.pop()
         except IndexError:
-            request = (shared or core.compile_model(model, "CPU", settings)).create_infer_request()
+            compiled = core.compile_model(model, "CPU", settings) if apart else first_model
+            request = compiled.create_infer_request()
         request.infer([pixels], share_inputs=True)
         outputs = tuple(output.data.copy() for output in request.output_tensors)
         idle.append(request)

@@ -155,3 +155,19 @@ def test_listing_and_sizes() -> None:
     assert resnet is not None
     assert resnet.width == 512
     assert resnet.gmacs == pytest.approx(1.82, abs=0.02)
+
+
+def test_a_class_token_is_alone_after_the_last_attention() -> None:
+    """What is extracted of a transformer is what timm gives, without the other tokens' last projections."""
+    backbone = load_backbone(BackboneSpec("test_vit", random_init=0))
+    size = backbone.transform.input_size
+    given = pixels(3, size)
+    seen: list[int] = []
+    hook = backbone.module.blocks[-1].mlp.fc1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    rows = backbone.runner("pooled")(given)
+    hook.remove()
+
+    with torch.inference_mode():
+        whole = backbone.suffix("input")[0](torch.from_numpy(given))
+        np.testing.assert_allclose(rows, backbone.module(whole).numpy(), rtol=1e-4, atol=1e-5)
+    assert seen[-1] == 1

@@ -155,9 +155,9 @@ class Scaled:
         return total / count * stretch[:, None] * stretch
 
     def sample(self, rows: int) -> list[slice]:
-        """Return every so many blocks, at least one a core, that have about as many rows as asked for."""
-        step = max(1, len(self.order) // max(1, rows))
-        return self.blocks[:: min(step, max(1, len(self.blocks) // cores()))]
+        """Return every so many blocks, at least one a core, that have about as many rows as asked for, or all rows."""
+        step = min(len(self.order) // max(1, rows), len(self.blocks) // cores())
+        return self.blocks[::step] if step > 1 else self.long_blocks
 
     def cross(self, targets: Floats) -> Floats:
         """Return the mean of x t' (d, t) over the rows in use, ``targets`` (n, t), in the same coordinates."""
