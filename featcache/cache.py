@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_file
 from featcache.progress import progress
-from featcache.sources import FileStat, Item, Source, location_hash
+from featcache.sources import FileStat, Source, location_hash
 from featcache.specs import INPUT, BackboneSpec, FeatureSpec, StoredDtype, Views
 from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen
 from featcache.store.atomic import create_file, make_folder, replace_file
@@ -187,7 +187,7 @@ class Sighted:
 
     def seen(self, source: Source, checked_ns: int) -> Seen:
         """Return what the store is to remember of the files."""
-        return Seen(tuple(source.items[index].path for index in self.index), self.sha256, self.stat, checked_ns)
+        return Seen(tuple(map(source.packed.path, self.index.tolist())), self.sha256, self.stat, checked_ns)
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,8 @@ def take_stock(
         where.update((path, (number, row)) for row, path in enumerate(seen.paths))
         recognised.update(row.tobytes() for row in seen.sha256)
 
+    if not remembered and not recognised:
+        return Stock(Sighted.of([]), np.array([index for index in range(len(source.items)) if among(index)], np.int64), ())
     known: list[tuple[int, bytes, FileStat | None]] = []
     unsure: list[tuple[int, FileStat | None]] = []
     unreachable: list[Quarantined] = []
@@ -252,7 +254,7 @@ def take_stock(
         try:
             stat = source.stat(item.path)
         except OSError as error:
-            unreachable.append(unreadable(item, error))
+            unreachable.append(unreadable(item.path, error))
             continue
         if (place := where.get(item.path)) is not None and stat:
             seen, row = remembered[place[0]], place[1]
@@ -281,7 +283,7 @@ def _hash_unsure(
             try:
                 digest = bytes.fromhex(sha256_of_bytes(source.read(item.path)))
             except OSError as error:
-                unreachable.append(unreadable(item, error))
+                unreachable.append(unreadable(item.path, error))
                 continue
             finally:
                 bar.update(1)
@@ -330,13 +332,12 @@ def make_listing(source: Source, known: Sighted, checked_ns: int) -> Listing:
     ordered = known.take(np.argsort(known.index, kind="stable"))
     classes = source.classes
     label_of = {name: index for index, name in enumerate(classes)}
-    labels, splits = np.empty(len(ordered), np.int64), np.empty(len(ordered), np.uint8)
-    for row, index in enumerate(ordered.index):
-        item = source.items[index]
-        labels[row], splits[row] = label_of[item.label], SPLITS.index(item.split)
+    of_label, of_split = source.packed.kinds(ordered.index)
+    labels = np.array([label_of[name] for name in source.packed.labels], np.int64)[of_label]
+    splits = np.array([SPLITS.index(name) for name in source.packed.splits], np.uint8)[of_split]
     return Listing(ordered.seen(source, checked_ns), labels, splits, classes)
 
 
-def unreadable(item: Item, error: OSError) -> Quarantined:
+def unreadable(path: str, error: OSError) -> Quarantined:
     """Return the place in quarantine of a file that could not be read."""
-    return Quarantined(item.path, "", f"cannot be read ({error.strerror or error})")
+    return Quarantined(path, "", f"cannot be read ({error.strerror or error})")

@@ -94,11 +94,10 @@ class Reader:
         return batch
 
     def _read(self, position: int, batch: Batch) -> None:
-        item = self._source.items[position]
-        digest = b""
+        path, digest = self._source.packed.path(position), b""
         try:
-            stat = self._source.stat(item.path)
-            content = self._source.read(item.path)
+            stat = self._source.stat(path)
+            content = self._source.read(path)
             digest = bytes.fromhex(sha256_of_bytes(content))
             with self._lock:
                 is_copy = digest in self._claimed
@@ -109,9 +108,9 @@ class Reader:
             batch.pixels.append(decode(content, self._transform, self._views))
             batch.fresh.append((position, digest, stat))
         except OSError as error:
-            batch.bad.append(unreadable(item, error))
+            batch.bad.append(unreadable(path, error))
         except UnreadableImage as error:
-            batch.bad.append(Quarantined(item.path, digest.hex(), str(error)))
+            batch.bad.append(Quarantined(path, digest.hex(), str(error)))
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from operator import eq
 from pathlib import Path
 from typing import Protocol, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featcache.errors import DataError
 from featcache.fingerprint import fingerprint
 
@@ -66,8 +69,21 @@ class Items(Sequence[Item]):
             return Items(self[number] for number in range(*index.indices(len(self))))
         number = range(len(self))[index]
         label, split = divmod(self._kinds[number], _MOST_SPLITS)
-        path = os.fsdecode(bytes(self._text[self._ends[number] : self._ends[number + 1]]))
-        return Item(path, self._label_names[label], self._split_names[split])
+        return Item(self.path(number), self._label_names[label], self._split_names[split])
+
+    def path(self, number: int) -> str:
+        """Return one image's path."""
+        return os.fsdecode(bytes(self._text[self._ends[number] : self._ends[number + 1]]))
+
+    def kinds(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return which of ``labels`` and which of ``splits`` some images have, each (n,)."""
+        kinds = np.frombuffer(self._kinds, np.int64)[numbers] if len(self) else np.empty(0, np.int64)
+        return kinds // _MOST_SPLITS, kinds % _MOST_SPLITS
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that occur, each once."""
+        return self._split_names
 
     def __eq__(self, other: object) -> bool:
         """Tell whether another sequence has the same images."""
@@ -164,8 +180,13 @@ class Source:
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names in order."""
-        labels = self.items.labels if isinstance(self.items, Items) else {item.label for item in self.items}
-        return tuple(sorted(labels, key=natural))
+        return tuple(sorted(self.packed.labels, key=natural))
+
+    @property
+    def packed(self) -> Items:
+        """The items, as they are kept."""
+        assert isinstance(self.items, Items)
+        return self.items
 
     def read(self, path: str) -> bytes:
         """Return an image's bytes.

@@ -129,8 +129,10 @@ class _Harvest:
     def _lacked(self, sighted: Sighted) -> Sighted:
         """Return the items that this entry, not only another of the run, had to look at."""
         lacked = self.sink.stock.to_read
-        found = np.searchsorted(lacked, sighted.index)
-        return sighted.take(np.append(lacked, -1)[found] == sighted.index)
+        if not len(lacked):
+            return Sighted.of([])
+        found = np.minimum(np.searchsorted(lacked, sighted.index), len(lacked) - 1)
+        return sighted.take(lacked[found] == sighted.index)
 
     def is_due(self, started: float) -> bool:
         """Tell whether to commit: parts grow with the run, from 2 s of work to 30 s."""

@@ -136,8 +136,9 @@ def frame_table(
         file.create_dataset("labels", data=listing.labels)
         _write_texts(file, "class_names", listing.classes)
         _write_texts(file, "paths", listing.seen.paths)
-        _write_texts(file, "splits", Column(listing.splits, split_name))
-        _write_texts(file, "item_sha256", Column(listing.seen.sha256, hex_of), "ascii")
+        _write_encoded(file, "splits", np.array(SPLITS, np.bytes_)[listing.splits])
+        digits = np.frombuffer(listing.seen.sha256.tobytes().hex().encode(), "S64")
+        _write_encoded(file, "item_sha256", digits, "ascii")
 
     return _around_rows(shape, dtype, fill)
 
@@ -158,13 +159,17 @@ def _around_rows(shape: tuple[int, ...], dtype: np.dtype[Any], fill: Callable[[h
     return file.content(0, rows_at), file.content(end, max(end, file.size))
 
 
-def _write_texts(file: h5py.File, name: str, texts: Sequence[str], encoding: str = "utf-8") -> None:
-    """Write texts at a fixed length, some at a time: as Python's objects they would take several times their room."""
-    width = max((len(_readable(text).encode()) for text in texts), default=0) or 1
-    dataset = file.create_dataset(name, (len(texts),), h5py.string_dtype(encoding, width))
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        piece = [_readable(text).encode() for text in texts[start : start + _TEXTS_AT_ONCE]]
-        dataset[start : start + len(piece)] = np.array(piece, dtype=dataset.dtype)
+def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
+    """Write texts at a fixed length, encoded some at a time: as Python objects they would take several times their room."""
+    pieces = [
+        np.array([_readable(text) for text in texts[start : start + _TEXTS_AT_ONCE]], np.bytes_)
+        for start in range(0, len(texts), _TEXTS_AT_ONCE)
+    ]
+    _write_encoded(file, name, np.concatenate(pieces) if pieces else np.empty(0, "S1"))
+
+
+def _write_encoded(file: h5py.File, name: str, texts: Array, encoding: str = "utf-8") -> None:
+    file.create_dataset(name, data=texts.view(h5py.string_dtype(encoding, texts.dtype.itemsize)))
 
 
 class _Sparse(io.RawIOBase):
@@ -344,5 +349,11 @@ def split_name(split: int) -> str:
     return SPLITS[split]
 
 
-def _readable(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def _readable(name: str) -> bytes:
+    """Return a name in UTF-8, bytes that are none spelt out."""
+    content = os.fsencode(name)
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return content.decode("utf-8", "backslashreplace").encode()
+    return content
