@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from featcache.runtimes import Eager, RuntimeName, Workers
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
-_SMALL_BATCH, _CPU_BATCH, _GPU_BATCH = 16, 64, 128
+_TINY_IMAGE = 32  # pixels; up to it what the interpreter does for a batch weighs as much as computing it
+_SMALL_BATCH, _CPU_BATCH, _TINY_BATCH, _GPU_BATCH = 16, 64, 256, 128
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,7 @@ class Workbench:
         size = self.settings.batch_size
         if size is None:
             on_gpu = "backbone" in self.__dict__ and self.backbone.device.type != "cpu"
-            size = _GPU_BATCH if on_gpu else _SMALL_BATCH if transform.input_size > _SMALL_IMAGE else _CPU_BATCH
+            size = _GPU_BATCH if on_gpu else _cpu_batch(transform.input_size)
         return Plan(transform, views, size, self.settings.max_bad, self.settings.part, lists=self.lists)
 
     def _feature_spec(self, request: caching.Request) -> FeatureSpec:
@@ -345,3 +346,10 @@ class Workbench:
         _ = self.backbone.whole  # an impossible pooling is refused before an entry is made
         backbone, precision = self.backbone.loaded, self.spec.precision
         return FeatureSpec(transform, backbone, request.cut, precision, request.dtype, views, seed)
+
+
+def _cpu_batch(pixels: int) -> int:
+    """Return how many images of so many pixels a side a worker takes at a time."""
+    if pixels <= _TINY_IMAGE:
+        return _TINY_BATCH
+    return _SMALL_BATCH if pixels > _SMALL_IMAGE else _CPU_BATCH
