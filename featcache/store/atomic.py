@@ -27,7 +27,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     replace_file_by(path, lambda file: _write_all(file, content))
 
 
-def replace_file_by(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def replace_file_by(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """As replace_file, the content written by a function, for what does not fit into memory.
 
     Raises:
@@ -91,7 +91,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _temporary(folder: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
+def _temporary(folder: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
     path = folder / f"{_TEMPORARY}{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with path.open("xb") as file:

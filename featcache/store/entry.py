@@ -336,16 +336,17 @@ class FeatureStore:
         before, after = files.frame_table(shape, dtype, full, self._table_attributes())
         step = max(1, _BLOCK_BYTES // max(1, self._row_bytes()))
 
-        def write(file: BinaryIO) -> None:
-            file.writelines(before)
+        def pieces() -> Iterator[memoryview]:
+            yield from before
             for start in range(0, len(reader), step):
                 rows = reader.take(np.arange(start, min(start + step, len(reader))))
-                file.write(np.ascontiguousarray(rows).data)
+                yield np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
                 reader.forget()
-            file.writelines(after)
+            yield from after
 
-        replace_file_by(path, write)
-        self._stamps.note(path, sha256_of_file(path))
+        digests: list[str] = []
+        replace_file_by(path, lambda file: digests.append(sha256_of_chunks(_written(file, pieces()))))
+        self._stamps.note(path, digests[0])
         return path
 
     @cached_property
@@ -508,3 +509,10 @@ def _parse_manifest(data: dict[str, Any]) -> Manifest:
         listing=FileRecord(**data["listing"]) if data["listing"] else None,
         seconds=float(data["seconds"]),
     )
+
+
+def _written(file: BinaryIO, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Write pieces as they are taken."""
+    for piece in pieces:
+        file.write(piece)
+        yield piece
