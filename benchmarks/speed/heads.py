@@ -25,7 +25,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from featcache import heads
 from featcache.solvers import linear
@@ -61,6 +61,12 @@ def objective(X: Any, y: Any, C: float, coefficients: Any, intercept: Any) -> fl
         truth = y[start : start + 4096]
         loss += float((np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(truth)), truth]).sum())
     return C * loss + float((np.asarray(coefficients, np.float64) ** 2).sum()) / 2
+
+
+def kernels() -> list[str]:
+    """Return which kernels of which BLAS compute here."""
+    found = (one for one in threadpool_info() if one["user_api"] == "blas")
+    return sorted({f"{one['internal_api']} {one.get('architecture', '')}".strip() for one in found})
 
 
 def seconds_of(act: Callable[[], Any]) -> tuple[float, Any]:
@@ -245,7 +251,7 @@ def main() -> None:
     for step in wanted:
         for record in steps[step]():
             kept = [old for old in kept if (old["kind"], old["rows"]) != (record["kind"], record["rows"])]
-            kept.append(record)
+            kept.append(record | {"kernels": kernels()})
             print(json.dumps(record, default=float), flush=True)
             path.write_text("".join(f"{json.dumps(one, default=float)}\n" for one in kept))
     (HERE / "heads.md").write_text(table(kept))
@@ -254,10 +260,11 @@ def main() -> None:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return the records as Markdown."""
+    used = sorted({kernel for record in records for kernel in record.get("kernels", ["not noted"])})
     lines = [
         "# Heads' speed",
         "",
-        f"`python benchmarks/speed/heads.py`; {CORES} shared cores, ratios of one run.",
+        f"`python benchmarks/speed/heads.py`; {CORES} shared cores, ratios of one run; BLAS kernels: {', '.join(used)}.",
         "",
     ]
     for record in records:
