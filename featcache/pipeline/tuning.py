@@ -394,9 +394,10 @@ def _save_head(
 def _remarks(tuned: "FineTuned", record: RunRecord, plan: FineTunePlan) -> tuple[str, ...]:
     """Return what a reader of the gap should know."""
     found = []
-    if record.gap is not None and record.gap["ci"][0] <= 0 <= record.gap["ci"][1]:
+    if record.gap is not None and record.probe is not None and record.gap["ci"][0] <= 0 <= record.gap["ci"][1]:
         found.append(
-            f"the gap of {record.gap['points']:+.1f} points is inside the noise of {record.split['test']} test images "
+            f"the gap of {record.gap['points']:+.1f} points to {record.probe['head']} is inside the noise of "
+            f"{record.split['test']} test images "
             f"(95 % interval {record.gap['ci'][0]:+.1f} to {record.gap['ci'][1]:+.1f})"
         )
     if plan.refit and tuned.best > 0 and not tuned.refitted:
