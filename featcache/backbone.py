@@ -106,16 +106,7 @@ class Backbone:
         return self._cutter.split(self._trained_in_whole(cut)).suffix
 
     def _traced_whole(self) -> nn.Module:
-        """Return what ``whole`` computes, traced where that can be."""
-        try:
-            return self._cutter.whole()
-        except CutError:
-            return self.whole
-
-    def _lean_whole(self) -> nn.Module:
-        """Return what ``whole`` computes, and no tokens but the class token where it alone is used."""
-        if getattr(self.module, "global_pool", None) != "token":
-            return self.whole
+        """Return what ``whole`` computes, traced where that can be, without tokens that nobody looks at."""
         try:
             return without_unused_tokens(self.whole, self.transform.input_size)
         except CutError:
@@ -156,7 +147,10 @@ class Backbone:
         for name, test in zip(pooled, tests, strict=True):
             if name and test is not None and self._cutter.split(test).tensors > 1:
                 raise UsageError(f"--layers {name}: several tensors leave this stage, they make no one vector.")
-        body = self._lean_whole() if tests == [None] else self._cutter.joint_prefix(tests)
+        if tests != [None]:
+            body = self._cutter.joint_prefix(tests)
+        else:  # a trace takes time, and gains where a class token is alone in the end
+            body = self._traced_whole() if getattr(self.module, "global_pool", None) == "token" else self.whole
         return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
 
     def _test(self, cut: str, layer: str) -> Callable[[str], bool] | None:

@@ -143,17 +143,6 @@ class Cutter:
         shape = shapes[0].sizes if len(border) == 1 else (sum(one.length for one in shapes),)
         return SplitBackbone(prefix, suffix, shape, len(border))
 
-    def whole(self) -> nn.Module:
-        """Return the traced backbone, images (b, 3, h, w) -> embeddings (b, d), without what nobody looks at.
-
-        Raises:
-            CutError: it does not give what the backbone gives.
-        """
-        end = next(node for node in self._traced.graph.nodes if node.op == "output").args[0]
-        traced = _prefix(self._traced, ((end,),))
-        _check(self._backbone, traced, self._images)
-        return traced
-
     def joint_prefix(self, tests: Sequence[Callable[[str], bool] | None]) -> nn.Module:
         """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.
 
