@@ -134,25 +134,30 @@ def _products(weights: Rows, rows: Rows) -> Rows:
     if weights.dtype == np.float64 or len(weights) > _NARROW:
         return weights @ rows.T
     turned, out = np.ascontiguousarray(weights.T), np.empty((len(rows), len(weights)), weights.dtype)
-    for piece in _pieces(len(rows), weights.size):
-        np.matmul(rows[piece], turned, out=out[piece])
+    pieces, step = _pieces(len(rows), weights.size)
+    whole = pieces * step
+    np.matmul(rows[:whole].reshape(pieces, step, -1), turned, out=out[:whole].reshape(pieces, step, -1))
+    np.matmul(rows[whole:], turned, out=out[whole:])
     return np.ascontiguousarray(out.T)
 
 
 def _summed_products(values: Rows, rows: Rows) -> Rows:
     """Return values (m, r) times rows (r, d), (m, d)."""
-    first, *others = _pieces(len(rows), len(values) * rows.shape[1])
-    total: Rows = values[:, first] @ rows[first]
-    for piece in others:
-        total += values[:, piece] @ rows[piece]
-    return total
+    pieces, step = _pieces(len(rows), len(values) * rows.shape[1])
+    whole = pieces * step
+    by_piece = values[:, :whole].reshape(len(values), pieces, step).transpose(1, 0, 2)
+    total: Rows = np.matmul(by_piece, rows[:whole].reshape(pieces, step, -1)).sum(axis=0)
+    return total + values[:, whole:] @ rows[whole:] if whole < len(rows) else total
 
 
-def _pieces(rows: int, cost: int) -> list[slice]:
-    """Return pieces of some rows whose products, ``cost`` operations a row, BLAS takes as they lie, else one piece."""
-    step = _AS_THEY_LIE // cost // _ROUND * _ROUND
-    step = step or rows
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def _pieces(rows: int, cost: int) -> tuple[int, int]:
+    """Return number and length of pieces whose products, ``cost`` operations a row, BLAS takes as they lie.
+
+    They go into one call, in which the interpreter is not waited for between them. A rest may be left over; where no piece
+    is small enough, all rows are one.
+    """
+    step = _AS_THEY_LIE // max(1, cost) // _ROUND * _ROUND
+    return (rows // step, step) if 0 < step < rows else (1, rows)
 
 
 def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:

@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 
 _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a core's share of the caches
 _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
+_NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
 
 
@@ -123,7 +124,8 @@ class Scaled:
         """Call a function once a core with its share of the blocks, all of them if left out."""
         blocks = self.blocks if blocks is None else blocks
         count = min(cores(), len(blocks))
-        return list(self._workers.map(act, [blocks[number::count] for number in range(count)]))
+        others = [self._workers.submit(act, blocks[number::count]) for number in range(1, count)]
+        return [act(blocks[::count]), *(other.result() for other in others)]
 
     def block(self, block: slice, kind: type = np.float32) -> Rows:
         """Return some rows (b, d), centred and scaled."""
@@ -187,12 +189,7 @@ class Scaled:
             found = []
             for group in np.unique(groups):
                 same = groups == group
-                some = rows if same.all() else rows[same]
-                mean = some.mean(axis=0, dtype=np.float64)
-                near = mean.astype(some.dtype)
-                away = some - near
-                squares = np.einsum("ij,ij->j", away, away).astype(np.float64) - len(some) * (mean - near) ** 2
-                found.append((int(group), _Moments(len(some), mean, np.maximum(squares, 0))))
+                found.append((int(group), _Moments.of(rows if same.all() else rows[same])))
             return found
 
         gathered: dict[int, list[_Moments]] = {}
@@ -210,6 +207,15 @@ class _Moments(NamedTuple):
     rows: int
     mean: Floats
     squares: Floats
+
+    @classmethod
+    def of(cls, rows: Rows) -> "_Moments":
+        """Measure rows as they lie from the mean of the first of them: a constant feature is exactly 0 from there."""
+        near = rows[:_NEAR].mean(axis=0, dtype=np.float64).astype(rows.dtype)
+        away = rows - near
+        further = (np.ones(len(rows), rows.dtype) @ away).astype(np.float64) / len(rows)
+        squares = np.einsum("ij,ij->j", away, away).astype(np.float64) - len(rows) * further**2
+        return cls(len(rows), near + further, np.maximum(squares, 0))
 
     @classmethod
     def joined(cls, several: "Sequence[_Moments]") -> "_Moments":
