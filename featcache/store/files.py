@@ -58,6 +58,11 @@ class Column(Sequence[str]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def encoded(self, start: int, end: int) -> Array | None:
+        """Return some texts as the bytes (k,) that they are kept as, ``None`` where those are not all ASCII."""
+        some = self._values[start:end]
+        return some if some.dtype.kind == "S" and some.tobytes().isascii() else None
+
     def __repr__(self) -> str:
         return f"Column({', '.join(map(repr, self[:3]))}{', ...' if len(self) > 3 else ''})"
 
@@ -161,10 +166,13 @@ def _around_rows(shape: tuple[int, ...], dtype: np.dtype[Any], fill: Callable[[h
 
 def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
     """Write texts at a fixed length, encoded some at a time: as Python objects they would take several times their room."""
-    pieces = [
-        np.array([_readable(text) for text in texts[start : start + _TEXTS_AT_ONCE]], np.bytes_)
-        for start in range(0, len(texts), _TEXTS_AT_ONCE)
-    ]
+
+    def piece(start: int) -> Array:
+        end = start + _TEXTS_AT_ONCE
+        kept = texts.encoded(start, end) if isinstance(texts, Column) else None
+        return kept if kept is not None else np.array([_readable(text) for text in texts[start:end]], np.bytes_)
+
+    pieces = [piece(start) for start in range(0, len(texts), _TEXTS_AT_ONCE)]
     _write_encoded(file, name, np.concatenate(pieces) if pieces else np.empty(0, "S1"))
 
 
