@@ -24,7 +24,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,12 @@ def script(code: str, *arguments: object) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def alone(act: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function in a process of its own, as the scripts have one."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(act, *arguments).result()
+
+
 def measure_rows(data: dict[str, list[Path]], work: Path, only: str) -> Iterator[dict[str, Any]]:
     """Yield one record a row."""
     for name, backbone, size, images, plain_count in ROWS:
@@ -259,8 +267,8 @@ def measure_rows(data: dict[str, list[Path]], work: Path, only: str) -> Iterator
         medium = multiply(data[images], work / "medium", max(plain_count, count // 12))
         record: dict[str, Any] = {"kind": "row", "row": name, "images": count}
         record["plain"] = {workers: script(PLAIN, few, backbone, size, workers, work / "rows.pt") for workers in (0, 1, 2)}
-        record["torch"] = extract(medium, spec, "torch")
-        record["featcache"] = extract(many, spec, "auto")
+        record["torch"] = alone(extract, medium, spec, "torch")
+        record["featcache"] = alone(extract, many, spec, "auto")
         after = floor(some, spec)
         record["floor"] = {key: (value + after[key]) / 2 for key, value in before.items()}
         if backbone.startswith("mobilenetv3") and images == "flowers":
