@@ -5,6 +5,7 @@ depend on its images alone, so that a unit of work that was lost is simply done 
 that all nodes share, and so must the images.
 """
 
+import os
 import pickle
 import time
 from collections.abc import Generator, Sequence
@@ -76,6 +77,7 @@ def run(source: Source, positions: Sequence[int], done: set[bytes], recipe: Reci
         raise UsageError(f"{source.location}: --engine ray cannot send it to other nodes. Use files or shards.") from error
     started_here = not ray.is_initialized()
     if started_here:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         yield from _run(ray, source, positions, done, recipe)

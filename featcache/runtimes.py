@@ -7,6 +7,7 @@ workers decode and copy, and take turns at the device.
 
 import math
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -227,6 +228,7 @@ def _build(name: str, program: nn.Module, first: Pixels, workers: Workers) -> Ru
 
 
 def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Run:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report every conversion
     import openvino
 
     with torch.inference_mode():

@@ -1,6 +1,9 @@
 """Runtimes give what PyTorch gives, or are not used; pools, layers, several cuts and views in one pass."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +64,26 @@ def test_every_runtime_agrees_with_torch(name: runtimes.RuntimeName, spec: Backb
     for got, expected in zip(runtime.run(other), Eager(backbone.program(cuts), CPU, "float32")(other), strict=True):
         assert got.shape == expected.shape
         np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_openvino_reports_nothing_to_its_makers(tmp_path: Path) -> None:
+    """By itself it would send what it converts, and keep a number for the user in their home."""
+    if not runtimes.is_installed("openvino"):
+        pytest.skip("openvino is not installed")
+    code = (
+        "import sys, numpy as np, torch\n"
+        "from featcache.runtimes import Workers, _openvino\n"
+        "model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))\n"
+        "_openvino(model, np.zeros((1, 3, 2, 2), np.float32), Workers(1, 1))\n"
+        "assert sys.modules['openvino_telemetry'] is None"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_auto_compiles_only_what_pays() -> None:
