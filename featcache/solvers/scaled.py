@@ -86,7 +86,7 @@ class Scaled:
         self.long_blocks = _slices(len(self.order), max(64, math.ceil(len(self.order) / max(1, wanted))))
         self._groups = groups[self.order]
         self._source = X
-        self._moved = in_memory
+        self._moved = bool((self.order != np.arange(len(self.order))).any())
         self._standardise = standardise
         self._workers = ThreadPoolExecutor(cores())
         self._single = getattr(X, "dtype", None) == np.float32
