@@ -161,13 +161,13 @@ def _pieces(rows: int, cost: int) -> tuple[int, int]:
 
 
 def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:
-    """Return the losses (p,) of outputs (p, k, r), and the "whole" curvature, its "diagonal" or "none" (0,).
+    """Return the losses (p,) of outputs (p, k, r), C-contiguous, and the "whole" curvature, its "diagonal" or "none" (0,).
 
     The outputs become the losses' derivatives.
     """
-    every = np.arange(len(truth))
+    flat, true = outputs.reshape(len(outputs), -1), truth * len(truth) + np.arange(len(truth))
     outputs -= outputs.max(axis=1, keepdims=True)
-    of_truth = outputs[:, truth, every]
+    of_truth = np.take(flat, true, axis=1)
     np.exp(outputs, out=outputs)
     total = outputs.sum(axis=1)
     spent = ((np.log(total) - of_truth) * counts).sum(axis=1, dtype=np.float64)
@@ -179,7 +179,7 @@ def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, curvature: s
         found[:, diagonal, diagonal] += outputs.sum(axis=2, dtype=np.float64)
     elif curvature == "diagonal":
         found = (outputs * (1 - outputs)).sum(axis=2, dtype=np.float64)
-    outputs[:, truth, every] -= counts
+    flat[:, true] = np.take(flat, true, axis=1) - counts
     return spent, found
 
 
