@@ -136,7 +136,8 @@ def _products(weights: Rows, rows: Rows) -> Rows:
     turned, out = np.ascontiguousarray(weights.T), np.empty((len(rows), len(weights)), weights.dtype)
     pieces, step = _pieces(len(rows), weights.size)
     whole = pieces * step
-    np.matmul(rows[:whole].reshape(pieces, step, -1), turned, out=out[:whole].reshape(pieces, step, -1))
+    by_piece = rows[:whole].reshape(pieces, step, rows.shape[1])
+    np.matmul(by_piece, turned, out=out[:whole].reshape(pieces, step, len(weights)))
     np.matmul(rows[whole:], turned, out=out[whole:])
     return np.ascontiguousarray(out.T)
 
@@ -146,7 +147,7 @@ def _summed_products(values: Rows, rows: Rows) -> Rows:
     pieces, step = _pieces(len(rows), len(values) * rows.shape[1])
     whole = pieces * step
     by_piece = values[:, :whole].reshape(len(values), pieces, step).transpose(1, 0, 2)
-    total: Rows = np.matmul(by_piece, rows[:whole].reshape(pieces, step, -1)).sum(axis=0)
+    total: Rows = np.matmul(by_piece, rows[:whole].reshape(pieces, step, rows.shape[1])).sum(axis=0)
     return total + values[:, whole:] @ rows[whole:] if whole < len(rows) else total
 
 
