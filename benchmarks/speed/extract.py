@@ -426,7 +426,10 @@ def sentences(record: dict[str, Any]) -> list[str]:
     """Return what a record says beside the table."""
     kind = record["kind"]
     if "embetter" in record:
-        return [f"Over embetter on {record['row']}: {record['featcache']['rate'] / record['embetter']:.1f}."]
+        over, most = (record[name]["rate"] / record["embetter"] for name in ("featcache", "floor"))
+        return [
+            f"Over embetter on {record['row']}: {over:.1f}; the floor is {most:.1f} times its speed, and no more is possible."
+        ]
     if kind == "again":
         first, unchanged, more = record["first"], record["unchanged"], record["one_percent"]
         return [
