@@ -428,7 +428,7 @@ def sentences(record: dict[str, Any]) -> list[str]:
     if "embetter" in record:
         over, most = (record[name]["rate"] / record["embetter"] for name in ("featcache", "floor"))
         return [
-            f"Over embetter on {record['row']}: {over:.1f}; the floor is {most:.1f} times its speed, and no more is possible."
+            f"Over embetter on {record['row']}: {over:.1f}; the floor is {most:.1f} times its speed, and the most possible."
         ]
     if kind == "again":
         first, unchanged, more = record["first"], record["unchanged"], record["one_percent"]
