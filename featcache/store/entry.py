@@ -341,8 +341,7 @@ class FeatureStore:
         def pieces() -> Iterator[memoryview]:
             yield from before
             for start in range(0, len(reader), step):
-                rows = reader.take(np.arange(start, min(start + step, len(reader))))
-                yield np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+                yield files.bytes_of(reader.take(np.arange(start, min(start + step, len(reader)))))
                 reader.forget()
             yield from after
 

@@ -113,7 +113,12 @@ def part_chunks(part: Part) -> Chunks:
             _write_seen(file.create_group("copies"), part.copies)
 
     before, after = _around_rows((len(part.seen.paths), *first.shape[1:]), first.dtype, fill)
-    return [*before, *(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data for piece in part.features), *after]
+    return [*before, *map(bytes_of, part.features), *after]
+
+
+def bytes_of(rows: Array) -> memoryview:
+    """Return rows as the bytes that they are stored as, copied only where they do not lie side by side."""
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 
 def encode_listing(listing: Listing) -> memoryview:
