@@ -423,7 +423,11 @@ def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: floa
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "test_resnet"])
 @pytest.mark.parametrize("train_batchnorm", [False, True])
 def test_folded_norms_change_nothing(name: str, train_batchnorm: bool) -> None:  # noqa: FBT001
-    """Joined with the convolution before it, BatchNorm gives the same embeddings, gradients and statistics."""
+    """Joined with the convolution before it, BatchNorm gives the same embeddings, gradients and statistics.
+
+    In float64, since a ReLU that rounding moves over its kink changes gradients by far more than rounding.
+    """
+    torch.manual_seed(0)
     backbone = load_backbone(BackboneSpec(name, random_init=0, overrides=TransformOverrides(input_size=64)))
     for module in backbone.module.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -434,7 +438,7 @@ def test_folded_norms_change_nothing(name: str, train_batchnorm: bool) -> None: 
     found = []
     for folds in (False, True):
         own = backbone.separate()
-        suffix = own.suffix("input")
+        suffix = own.suffix("input").double()
         if folds:
             fold_norms(suffix)
         assert any(isinstance(module, ConvolutionAndNorm) for module in suffix.modules()) is folds
@@ -447,4 +451,4 @@ def test_folded_norms_change_nothing(name: str, train_batchnorm: bool) -> None: 
         found.append(state | {"embeddings": embeddings.detach()})
 
     for what, value in found[0].items():
-        torch.testing.assert_close(found[1][what], value, rtol=1e-3, atol=1e-4 * max(1.0, float(value.abs().max())))
+        torch.testing.assert_close(found[1][what], value, rtol=1e-9, atol=1e-9 * max(1.0, float(value.abs().max())))
