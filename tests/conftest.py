@@ -4,11 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support import Outcome, draw_folder
 
 from featcache.cli import main
 from featcache.pipeline.workbench import Settings
 from featcache.specs import BackboneSpec, TransformOverrides
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Let what is drawn be the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -162,6 +162,23 @@ def test_interrupted(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "goes on from there" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("asked", "spins"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_sleep_soon(
+    run: Run, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], spins: str | None
+) -> None:
+    """So that another process gets their cores; what a user has set stays."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+
+    run("backbones", "resnet10t")
+
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 def test_quiet_says_nothing(run: Run, folder: Path) -> None:
     """With --quiet stderr stays empty."""
     (folder / "yellow").mkdir()

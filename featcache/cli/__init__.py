@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "Check the environment and say the exact repair.",
 }
 INTERRUPTED = 130
+_SPINS = "2000"  # how often PyTorch's waiting threads look before they sleep (libgomp's default: some 300,000 times)
 
 
 class LazyGroup(click.Group):
@@ -60,11 +61,14 @@ def cli(quiet: bool, verbose: bool) -> None:  # noqa: FBT001 - click calls it by
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with 0 ok, 2 usage, 3 data, 4 disk, 5 environment or 130 interrupted."""
+    import os
     import signal
 
     from featcache.errors import FeatcacheError
 
     signal.signal(signal.SIGTERM, _interrupt)
+    if "OMP_WAIT_POLICY" not in os.environ:  # no slower alone; beside another process no longer many times slower
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     try:
         code = cli.main(args=arguments, prog_name="featcache", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
