@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 from scipy.special import softmax
+from sklearn.preprocessing import normalize
 
 from featcache import heads
 from featcache.errors import DataError, UsageError
@@ -111,7 +113,41 @@ def test_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("did not converge" in note for note in notes)
 
 
-@pytest.mark.parametrize("name", ["logistic", "ridge", "svm", "selected", "knn", "rbf"])
+def test_trees_do_not_converge_and_nothing_is_said() -> None:
+    """They are as many as asked: nothing stopped early."""
+    features = blobs(3)
+
+    assert not fit(features, split_of(features), "boosting").notes
+
+
+@pytest.mark.parametrize("name", list(heads.HEADS))
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_likeliest_class_is_the_answer(name: str, classes: int) -> None:
+    """What is scored is what the estimator predicts, of classes that scatter differently and are not equally many too."""
+    features = blobs(classes, spread=4)
+    features.X[features.y == 0] *= np.linspace(0.2, 3, 6, dtype=np.float32)
+    some = np.arange(10, len(features.y))
+
+    estimator, _ = heads.train(name, heads.HEADS[name].grid(90)[0], features.X[some], features.y[some], 0)
+
+    answers = heads.answers(estimator, features.X, classes)
+    expected = estimator.predict(features.X)
+    np.testing.assert_array_equal(answers.argmax(axis=1) if answers.ndim == 2 else answers, expected)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_nearest_mean_answers(classes: int) -> None:
+    """As scikit-learn's own rule, on the unit sphere; one image a class is enough."""
+    features = blobs(classes, spread=4)
+    for some in (slice(None), slice(None, None, 40)):
+        estimator, _ = heads.train("centroid", {}, features.X[some], features.y[some], 0)
+        unit = normalize(features.X)
+        means = np.stack([unit[some][features.y[some] == one].mean(axis=0) for one in range(classes)])
+        np.testing.assert_array_equal(estimator.predict(features.X), cdist(unit, means).argmin(axis=1))
+        assert np.isfinite(estimator.predict_proba(features.X)).all()
+
+
+@pytest.mark.parametrize("name", ["centroid", "logistic", "ridge", "svm", "selected", "knn", "rbf"])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_what_is_swept_together_is_what_is_trained_alone(name: str, classes: int) -> None:
     """Validation answers of a sweep are those of the estimator that the same parameters give, trained on the same rows."""

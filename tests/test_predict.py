@@ -74,7 +74,7 @@ def test_a_path_that_is_not_there(run: Run, fit: Callable[[str], Path]) -> None:
     assert "nowhere.png" in done.err
 
 
-@pytest.mark.parametrize("name", ["logistic", "ridge", "svm", "lda", "knn", "mlp", "rbf", "ensemble"])
+@pytest.mark.parametrize("name", ["centroid", "logistic", "ridge", "svm", "lda", "knn", "mlp", "rbf", "ensemble"])
 def test_an_exported_model_says_the_same(
     name: str, run: Run, fit: Callable[[str], Path], folder: Path, tmp_path: Path
 ) -> None:

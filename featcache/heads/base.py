@@ -10,6 +10,7 @@ import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
@@ -122,7 +123,6 @@ def plain(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Sweep, Fit]
 
 
 def _converged(head: Pipeline) -> bool:
+    """Tell whether a network's optimiser ended by itself; other models here do not iterate towards an optimum."""
     model = head[-1]
-    taken = getattr(model, "n_iter_", None)
-    allowed = getattr(model, "max_iter", None)
-    return taken is None or allowed is None or int(np.max(taken)) < allowed
+    return not isinstance(model, MLPClassifier) or model.n_iter_ < model.max_iter

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
-from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, normalize
 
-from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, plain
+from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, answers
+from featcache.heads.linear import linear_estimator
 from featcache.splits import Fold
 
 TEMPERATURE = 0.07  # a neighbour weighs exp(cosine / T) (Wu et al. 2018; Caron et al. 2021, DINO, appendix F.1)
@@ -58,5 +59,25 @@ def _fit(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
     return make_pipeline(Normalizer(), head).fit(X, y), True
 
 
+def _sweep_centroid(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Attempt]:
+    classes, found = int(y.max()) + 1, []
+    for fold in folds:
+        head, _ = _fit_centroid({}, X[fold.train], y[fold.train], seed)
+        found.append(answers(head, X[fold.val], classes))
+    yield from (Attempt(params, np.concatenate(found)) for params in grid)
+
+
+def _fit_centroid(_: Params, X: X_, y: Y_, __: int) -> tuple[Pipeline, bool]:
+    """A softmax over squared distances is linear (Snell et al. 2017, section 2.4): the nearest mean is the likeliest class.
+
+    Not scikit-learn's NearestCentroid, whose probabilities are of another rule than its answers.
+    """
+    unit, classes = normalize(X), np.unique(y)
+    means = np.stack([unit[y == one].mean(axis=0, dtype=np.float64) for one in classes])
+    head = linear_estimator(means / TEMPERATURE, -(means**2).sum(axis=1) / (2 * TEMPERATURE))[-1]
+    head.classes_ = classes
+    return make_pipeline(Normalizer().fit(X), head), True
+
+
 KNN = HeadFamily(_grid, _sweep, _fit)
-CENTROID = HeadFamily(lambda _: [{}], *plain(lambda *_: make_pipeline(Normalizer(), NearestCentroid())))
+CENTROID = HeadFamily(lambda _: [{}], _sweep_centroid, _fit_centroid)
