@@ -33,7 +33,7 @@ from featcache.store.atomic import replace_file
 
 AGREEMENT = 1e-4
 _CHECKED = 16
-_EXPORTABLE = "logistic, ridge, svm, lda, knn, rbf, mlp, or an ensemble of them"
+_EXPORTABLE = "any but boosting (an ensemble without it too)"
 
 
 @dataclass(frozen=True)
