@@ -21,7 +21,7 @@ from featcache.plans import FineTunePlan, Unfreeze
 from featcache.records import read_records
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec, TransformOverrides
-from featcache.stages.finetune import finetune
+from featcache.stages.finetune import FineTuned, finetune
 from featcache.training.augmenting import flipped_and_shifted, mixed
 from featcache.training.folding import ConvolutionAndNorm, fold_norms
 from featcache.training.keeping import Keeper
@@ -330,6 +330,50 @@ def test_a_sweep_goes_from_the_last_stage_to_all(
             assert after.tuned.rates.keys() == {before.tuned.lr}
             assert after.record.val["accuracy"] >= before.record.val["accuracy"]
     assert len(read_records([tmp_path / "records.jsonl"])) == len(best) == len(set(read_cells(tmp_path / "records.jsonl")))
+
+
+def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is the one that was finished before it, trained on train and validation, image by image."""
+    wreck = replace(PLAN, epochs=1, lr=(1e20,))
+
+    def wrecked(*arguments: Any, **named: Any) -> FineTuned:
+        *others, plan, thawed = arguments
+        return finetune(*others, plan if named["shallower"] is None else wreck, thawed, **named)
+
+    monkeypatch.setattr("featcache.stages.finetune.finetune", wrecked)
+    first, *deeper = sweep_job(
+        Workbench(open_source(folder), tiny, settings), replace(PLAN, epochs=5, lr=(1e-3,), label_smoothing=0.0)
+    ).jobs
+
+    assert first.tuned.best > 0
+    assert first.tuned.refitted
+    for job in deeper:
+        assert job.tuned.best == 0
+        assert not job.tuned.refitted
+        assert job.record.right == first.record.right
+        assert job.record.test["log_loss"] == pytest.approx(first.record.test["log_loss"], rel=1e-2)
+
+
+def test_a_rate_that_diverges_is_left(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
+    """Its losses are no numbers: the other rates go on, and where none is left, the probe is the answer."""
+    plan = replace(PLAN, epochs=3, label_smoothing=0.0)
+    alone, both, none = (tuned(prepared, replace(plan, lr=lr)) for lr in ((1e-2,), (1e20, 1e-2), (1e20,)))
+
+    assert "at rate 1e+20 training diverged in epoch 1" in caplog.text
+    for name, value in alone.items():
+        torch.testing.assert_close(both[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(none["head.weight"], torch.from_numpy(prepared.probe.weights).float())
+
+
+def test_a_picture_is_drawn_where_every_rate_diverged(run: Run, folder: Path, tmp_path: Path) -> None:
+    """There is one epoch then, the start."""
+    done = run("finetune", folder, *TINY, "--epochs", "1", "--lr", "1e20", "--plot", tmp_path / "curve.png")
+
+    assert done.code == 0, done.err
+    assert "training diverged" in done.err
+    assert (tmp_path / "curve.png").exists()
 
 
 def read_cells(path: Path) -> list[str]:

@@ -274,11 +274,11 @@ def _tune(
     split = make_split(features.y, features.splits, features.classes, seed)
     start, probe = ground.linear_probes(features, split)
     own = _trainable(bench, plan)
-    method, asked = plan.unfreeze.text, plan
+    method, asked, shallower = plan.unfreeze.text, plan, None
     if after is not None:
         weights, start = after.tuned.from_train
         own.module.load_state_dict(weights)
-        probe, method = start, f"{method} after {after.record.method}"
+        shallower, method = after.tuned.finished, f"{method} after {after.record.method}"
     cell = cell_of(bench.spec, features, method, asked, seed)
     name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:8]}"
     folder, team = at_cut.store.path / "tuned", ground.team
@@ -293,6 +293,7 @@ def _tune(
         thawed,
         start=start,
         probe=probe,
+        shallower=shallower,
         seed=seed,
         keeper=keeper,
         team=team,

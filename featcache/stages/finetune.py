@@ -6,6 +6,7 @@ same training runs once more on train and validation together, as the probe was 
 appendix D, do for fine-tuning).
 """
 
+import contextlib
 import copy
 import time
 from dataclasses import asdict, dataclass
@@ -24,12 +25,14 @@ from featcache.specs import Precision
 from featcache.splits import Split
 from featcache.training.folding import fold_norms
 from featcache.training.keeping import Keeper
-from featcache.training.loop import Epoch, Job, Trained, Trial, epoch_of, to_device
+from featcache.training.loop import DivergedError, Epoch, Job, Trained, Trial, epoch_of, to_device
 from featcache.training.lora import add_lora, merge_lora
 from featcache.training.model import LinearHead, SuffixAndHead, Take, embed, predict
 from featcache.training.precision import choose_precision
 from featcache.training.team import Team
 from featcache.unfreeze import Thawed
+
+Whole = tuple[dict[str, Tensor], LinearHead]  # a backbone's weights and a head
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class FineTuned:
         precision: what training steps were computed in.
         refitted: whether the model has trained on validation images too; not where that left it worse on them.
         from_train: backbone and head as they were chosen, trained on ``train`` alone: where a deeper training may start.
+        finished: backbone and head as they were tested: what a deeper training answers with that gains nothing.
     """
 
     model: SuffixAndHead
@@ -62,7 +66,8 @@ class FineTuned:
     similarity: float
     precision: Precision
     refitted: bool
-    from_train: tuple[dict[str, Tensor], LinearHead]
+    from_train: Whole
+    finished: Whole
 
     @property
     def overfits(self) -> str:
@@ -94,6 +99,7 @@ def finetune(
     *,
     start: LinearHead,
     probe: LinearHead,
+    shallower: Whole | None = None,
     seed: int = 0,
     keeper: Keeper | None = None,
     team: Team | None = None,
@@ -111,6 +117,7 @@ def finetune(
         start: the probe fitted on ``train`` alone: where training starts, so that ``val`` judges it fairly.
         probe: the probe refitted on train and val: what epoch 0 answers with, where it stays the best, and where the
             refit starts.
+        shallower: the finished model that takes the probe's place, where its training on ``train`` was the start.
         seed: of the order of images and of dropout.
         keeper: where the state is kept, so that a killed training goes on.
         team: the processes that share the work.
@@ -141,17 +148,19 @@ def finetune(
         model.load_state_dict(best.state)
         number = best.best.number
         from_train = _as_it_is(backbone, model, thawed)
-        if number == 0:
-            model.set_head(probe)
-        elif plan.refit:
+        if number == 0 or plan.refit:
             model.load_state_dict(untouched)
-            model.set_head(probe)
+            if shallower is not None:
+                backbone.module.load_state_dict(shallower[0])
+            model.set_head(probe if shallower is None else shallower[1])
+        if number > 0 and plan.refit:
             trial = Trial(job, best.lr, split.train_val, None, before, until=number)
             if saved["trial"] is not None:
                 trial.resume(saved["trial"])
             again = trial.run(bar, lambda state: keeper.save(saved | {"trial": state}))
             model.load_state_dict(again.state)
-            refitted = job.validate(split.val).rank <= best.best.val.rank  # it has seen these images: worse is broken
+            with contextlib.suppress(DivergedError):  # it has seen these images: worse is broken
+                refitted = not again.diverged and job.validate(split.val).rank <= best.best.val.rank
             if not refitted:
                 model.load_state_dict(best.state)
         bar.update(bar.total - bar.n)
@@ -174,6 +183,7 @@ def finetune(
         job.precision,
         refitted,
         from_train,
+        _as_it_is(backbone, model, thawed),
     )
 
 
@@ -239,8 +249,8 @@ def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Thawed, seed: int)
     return stages
 
 
-def _as_it_is(backbone: Backbone, model: SuffixAndHead, thawed: Thawed) -> tuple[dict[str, Tensor], LinearHead]:
-    """Return the backbone's weights and the head; low-rank updates are no part of the weights yet."""
+def _as_it_is(backbone: Backbone, model: SuffixAndHead, thawed: Thawed) -> Whole:
+    """Return the backbone's weights and the head; low-rank updates, which no other depth starts from, are left out."""
     if thawed.wish.what == "lora":
         return {}, model.linear_head()
     return copy.deepcopy(backbone.module.state_dict()), model.linear_head()

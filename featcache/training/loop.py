@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featcache.metrics import Scores, score
 from featcache.plans import FineTunePlan
+from featcache.progress import logger
 from featcache.specs import Precision
 from featcache.splits import Index
 from featcache.training.augmenting import flipped_and_shifted, mixed
@@ -42,13 +43,18 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one rate came to: its best epoch and the weights then."""
+    """What one rate came to: its best epoch and the weights then, and whether a later one ended in no numbers at all."""
 
     lr: float
     history: tuple[Epoch, ...]
     best: Epoch
     state: dict[str, Tensor]
     images_per_second: float
+    diverged: bool = False
+
+
+class DivergedError(ArithmeticError):
+    """Losses or answers are no numbers any more."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,20 @@ class Job:
         return self.model.head.weight.device
 
     def validate(self, index: Index, model: SuffixAndHead | None = None) -> Scores:
-        """Return a model's scores on some images, each process looking at its share of them."""
+        """Return a model's scores on some images, each process looking at its share of them.
+
+        Raises:
+            DivergedError: it answers with no numbers.
+        """
         model, everything = model or self.model, np.arange(len(index))
         mine = self.team.share(everything)
         answers = np.zeros((len(index), model.head.out_features))
         if len(mine):
             answers[mine] = predict(model, self.take, index[mine] * self.plan.views, self.plan.batch_size)
-        return score(self.y[index], self.team.total(answers, self.device))
+        answers = self.team.total(answers, self.device)
+        if not np.isfinite(answers).all():
+            raise DivergedError
+        return score(self.y[index], answers)
 
 
 class Trial:
@@ -123,15 +136,20 @@ class Trial:
 
     def run(self, bar: Any, keep: Callable[[State], None]) -> Trained:
         """Train to the end; ``keep`` is given the state now and then, and after every epoch."""
-        plan, images = self._job.plan, len(self._train)
+        plan, images, diverged = self._job.plan, len(self._train), False
         while len(self._history) <= self._until and self._stale < plan.patience:
-            self._epoch(bar, keep)
+            try:
+                self._epoch(bar, keep)
+            except DivergedError:
+                logger.warning("at rate %g training diverged in epoch %d: it is too high", self._lr, len(self._history))
+                diverged = True
+                break
             keep(self.state())
             bar.set_postfix_str(f"lr {self._lr:g}, val {100 * self._history[-1].val.accuracy:.1f} %")
-        bar.update((self._until + 1 - len(self._history)) * images)
+        bar.update((self._until + 1 - len(self._history) - diverged) * images)
         seconds = sum(epoch.seconds for epoch in self._history[1:])
         speed = (len(self._history) - 1) * images / seconds if seconds else 0.0
-        return Trained(self._lr, tuple(self._history), self._best, self._state, speed)
+        return Trained(self._lr, tuple(self._history), self._best, self._state, speed, diverged)
 
     def state(self) -> State:
         """Return everything that decides how training goes on; it shares its tensors, and is to be written at once."""
@@ -239,6 +257,8 @@ class Trial:
 
     def _judge(self, number: int, loss: float, right: float, seconds: float) -> None:
         """Validate, and keep the weights where they are the best so far."""
+        if not math.isfinite(loss):
+            raise DivergedError
         model: SuffixAndHead = self._average.module if self._average else self._job.model  # type: ignore[assignment]
         val = self._job.validate(self._val, model) if self._val is not None else self._history[0].val
         epoch = Epoch(number, loss, val, seconds, right)
