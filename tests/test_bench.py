@@ -37,8 +37,11 @@ def pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_only_missing_cells_run(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
-    """A second run computes nothing; one more head costs only that head."""
+def test_only_missing_cells_run(
+    pipeline: Path, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second run computes nothing; one more head costs only that head, and how far the grid has come is said."""
+    caplog.set_level("INFO")
     first = run_bench(load_grid(pipeline), settings, tmp_path / "out")
     second = run_bench(load_grid(pipeline), settings, tmp_path / "out")
     pipeline.write_text(GRID.replace('"ridge", ', '"ridge", "knn", '))
@@ -49,6 +52,7 @@ def test_only_missing_cells_run(pipeline: Path, settings: Settings, tmp_path: Pa
     assert first.records == second.records
     assert len(third.records) == 8
     assert [result.failures for result in (first, second, third)] == [(), (), ()]
+    assert [line for line in caplog.messages if " of 8: " in line] == [f"{n} of 8: images knn, seed {n - 3}" for n in (3, 4)]
 
 
 def test_the_table_has_a_row_an_experiment(pipeline: Path, settings: Settings, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class _Runner:
         self.grid = grid
         self.settings = settings
         self.path = path
+        self.total = len(grid.data) * len(grid.backbones) * (len(grid.heads) + len(grid.plans)) * len(grid.seeds)
         self.there = {record.cell for record in read_records([path])}
         self.cells: list[str] = []
         self.failures: list[str] = []
@@ -88,18 +89,18 @@ class _Runner:
         for head in self.grid.heads:
             for seed in self.grid.seeds:
                 cell = cell_of(spec, features, head, None, seed)
-                self._cell(cell, f"{bench.source.name} {head}", partial(self._fit, bench, head, seed))
+                self._cell(cell, f"{bench.source.name} {head}, seed {seed}", partial(self._fit, bench, head, seed))
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
                 cell = cell_of(spec, features, plan.unfreeze.text, plan, seed)
-                what = f"{bench.source.name} {plan.unfreeze.text}"
+                what = f"{bench.source.name} {plan.unfreeze.text}, seed {seed}"
                 self._cell(cell, what, partial(self._tune, bench, plan, seed))
 
     def _cell(self, cell: str, what: str, act: Callable[[], None]) -> None:
         self.cells.append(cell)
         if cell in self.there:
             return
-        logger.info("%s", what)
+        logger.info("%d of %d: %s", len(self.cells), self.total, what)
         self.guarded(what, act)
         self.computed_cells += 1
 

@@ -341,7 +341,7 @@ def _tune(
         record = replace(record, gap=asdict(gap(tuned.tested.right, unbits(best_probe.right), seed)))
     record = replace(record, notes=(*notes, *_remarks(tuned, record, plan)))
     for note in record.notes[len(notes) :]:
-        logger.warning(note)
+        logger.warning("%s: %s", method, note)
     head = _save_head(bench, at_cut, features, tuned, checkpoint, plan)
     if records and team.rank == 0:
         append_record(records, record)
