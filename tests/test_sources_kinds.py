@@ -3,10 +3,13 @@
 import io
 import json
 import pickle
+import socket
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -279,13 +282,33 @@ def test_hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         columns = {"image": structs, "label": [0, 1] * (len(structs) // 2)}
         write_parquet(tmp_path / "pets" / f"{split}-0.parquet", columns, {b"huggingface": json.dumps(names).encode()})
 
-    source = open_source(f"hf:{tmp_path / 'pets'}", download=True)
+    source = open_source(f"hf:{tmp_path / 'pets'}")
 
     assert sorted(described(source)) == sorted(EXPECTED)
     pixels = {source.read(item.path) for item in source.items}
     assert pixels == {encode(one) for one in arrays()}
     with pytest.raises(DataError, match="cannot be loaded"):
         open_source(f"hf:{tmp_path / 'absent'}")
+
+
+def test_the_hub_is_not_asked_unless_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --download there is no request at all, with it there are some."""
+    pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def refuse(*where: Any, **_: Any) -> None:
+        asked.append(where)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+    with pytest.raises(DataError, match=r"hf:nobody/nothing: cannot be loaded .*--download lets it be fetched"):
+        open_source("hf:nobody/nothing")
+    assert not asked
+    with pytest.raises(DataError, match="hf:nobody/nothing: cannot be loaded"):
+        open_source("hf:nobody/nothing", download=True)
+    assert asked
 
 
 def test_a_missing_library_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

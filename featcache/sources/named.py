@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,9 @@ def open_hub(name: str, *, download: bool) -> Source:
         import datasets
     except ImportError:
         raise SetupError(f"hf:{name} needs the datasets library: `pip install 'featcache[hf]'`.") from None
-    local = datasets.DownloadConfig(local_files_only=not download)
     try:
-        loaded = datasets.load_dataset(name, download_config=local)
+        with _no_requests_but(download=download):
+            loaded = datasets.load_dataset(name)
     except Exception as error:  # the library's loaders raise anything
         lines = str(error).strip().splitlines()
         hint = "" if download else " --download lets it be fetched."
@@ -88,6 +89,25 @@ def open_hub(name: str, *, download: bool) -> Source:
         raise DataError(f"hf:{name}: it has none of the splits train, validation, test.")
     stem = Path(name).name if os.path.isdir(name) else name  # noqa: PTH112 - a name of the hub is no path
     return _joined(safe_name(stem), f"hf:{name}", splits if len(splits) > 1 else [""], parts)
+
+
+@contextmanager
+def _no_requests_but(*, download: bool) -> Iterator[None]:
+    """Let the hub's libraries fetch what was asked for, or nothing at all; they report no load in either case."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    switches = {(config, "HF_UPDATE_DOWNLOAD_COUNTS"): False}
+    if not download:
+        switches |= {(config, "HF_HUB_OFFLINE"): True, (constants, "HF_HUB_OFFLINE"): True}
+    before = {place: getattr(*place) for place in switches}
+    try:
+        for place, value in switches.items():
+            setattr(*place, value)
+        yield
+    finally:
+        for place, value in before.items():
+            setattr(*place, value)
 
 
 def _torchvision_splits(parameters: Any) -> Iterator[tuple[str, dict[str, Any]]]:
