@@ -106,6 +106,7 @@ class _Harvest:
     waiting: list[tuple[Sighted, NDArray[Any]]] = field(default_factory=list)
     part_started: float = field(default_factory=time.monotonic)
     computed: int = 0
+    joined: int = 0
 
     def take(self, batch: Batch, rows: NDArray[Any], source: Source) -> None:
         """Sort a batch into rows, known images and bad ones."""
@@ -170,7 +171,9 @@ class _Harvest:
             self.sink.store.commit(parts=[record], quarantined=bad, seconds=seconds)
             self.computed += len(sighted)
             self.copies = []
-        self.waiting, self.part_started = [], time.monotonic()
+        # many small arrays, kept between large ones that come and go, would keep the heap from shrinking
+        self.known[self.joined :] = [Sighted.joined(self.known[self.joined :])]
+        self.waiting, self.part_started, self.joined = [], time.monotonic(), len(self.known)
 
 
 def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan) -> list[ExtractReport]:
