@@ -33,7 +33,7 @@ from featcache.store.atomic import replace_file
 
 AGREEMENT = 1e-4
 _CHECKED = 16
-_EXPORTABLE = "any but boosting (an ensemble without it too)"
+_EXPORTABLE = "centroid, ridge, knn, logistic, svm, selected, lda, rbf, mlp, or an ensemble of them"
 
 
 @dataclass(frozen=True)
