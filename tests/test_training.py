@@ -471,7 +471,6 @@ def test_folded_norms_change_nothing(name: str, train_batchnorm: bool) -> None: 
 
     In float64, since a ReLU that rounding moves over its kink changes gradients by far more than rounding.
     """
-    torch.manual_seed(0)
     backbone = load_backbone(BackboneSpec(name, random_init=0, overrides=TransformOverrides(input_size=64)))
     for module in backbone.module.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,5 +1,6 @@
 """The command line: one module a command, imported when it is called; errors become one line and an exit code."""
 
+import os
 import sys
 from typing import Any
 
@@ -61,7 +62,6 @@ def cli(quiet: bool, verbose: bool) -> None:  # noqa: FBT001 - click calls it by
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with 0 ok, 2 usage, 3 data, 4 disk, 5 environment or 130 interrupted."""
-    import os
     import signal
 
     from featcache.errors import FeatcacheError

@@ -52,7 +52,8 @@ class FineTuned:
         precision: what training steps were computed in.
         refitted: whether the model has trained on validation images too; not where that left it worse on them.
         from_train: backbone and head as they were chosen, trained on ``train`` alone: where a deeper training may start.
-        finished: backbone and head as they were tested: what a deeper training answers with that gains nothing.
+        finished: backbone, not copied, and head as they were tested: what a deeper training answers with that gains
+            nothing.
     """
 
     model: SuffixAndHead
@@ -183,7 +184,7 @@ def finetune(
         job.precision,
         refitted,
         from_train,
-        _as_it_is(backbone, model, thawed),
+        (backbone.module.state_dict(), model.linear_head()),
     )
 
 
@@ -250,7 +251,7 @@ def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Thawed, seed: int)
 
 
 def _as_it_is(backbone: Backbone, model: SuffixAndHead, thawed: Thawed) -> Whole:
-    """Return the backbone's weights and the head; low-rank updates, which no other depth starts from, are left out."""
+    """Return the backbone's weights and the head; low-rank updates are no part of the weights yet."""
     if thawed.wish.what == "lora":
         return {}, model.linear_head()
     return copy.deepcopy(backbone.module.state_dict()), model.linear_head()
