@@ -177,8 +177,8 @@ class Sighted:
         """Return the number of items."""
         return len(self.index)
 
-    def take(self, which: NDArray[Any]) -> "Sighted":
-        """Return some of them, by positions or by a mask."""
+    def take(self, which: NDArray[Any] | slice) -> "Sighted":
+        """Return some of them, by positions, a mask or a slice."""
         return Sighted(self.index[which], self.sha256[which], self.stat[which])
 
     def digests(self) -> list[bytes]:
@@ -188,6 +188,33 @@ class Sighted:
     def seen(self, source: Source, checked_ns: int) -> Seen:
         """Return what the store is to remember of the files."""
         return Seen(tuple(map(source.packed.path, self.index.tolist())), self.sha256, self.stat, checked_ns)
+
+
+class Sightings:
+    """Items that a run comes to know, ``most`` of them at most.
+
+    Their room is taken before the run begins: what lasts, put down between arrays that come and go with every batch, would
+    keep their places from being used again.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._room = Sighted(np.empty(most, np.int64), np.empty((most, 32), np.uint8), np.empty((most, 3), np.int64))
+        self._count = 0
+
+    def add(self, sighted: Sighted) -> None:
+        """Put down some more."""
+        place = slice(self._count, self._count + len(sighted))
+        self._room.index[place], self._room.sha256[place], self._room.stat[place] = (
+            sighted.index,
+            sighted.sha256,
+            sighted.stat,
+        )
+        self._count = place.stop
+
+    @property
+    def sighted(self) -> Sighted:
+        """All of them, not copied."""
+        return self._room.take(slice(self._count))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import Sighted, unreadable
-from featcache.fingerprint import sha256_of_bytes
+from featcache.fingerprint import Digests, sha256_of_bytes
 from featcache.images import UnreadableImage, decode
 from featcache.sources import FileStat, Source
 from featcache.specs import INPUT, StoredDtype, Transform, Views
@@ -64,13 +64,18 @@ class Reader:
     """
 
     def __init__(
-        self, source: Source, positions: Iterable[int], transform: Transform, views: Views, done: Collection[bytes]
+        self,
+        source: Source,
+        positions: Sequence[int] | NDArray[np.int64],
+        transform: Transform,
+        views: Views,
+        done: Collection[bytes],
     ) -> None:
         self._source = source
         self._feed = iter(positions)
         self._transform = transform
         self._views = views
-        self._claimed = set(done)
+        self._claimed = Digests(len(done) + len(positions), done)
         self._lock = threading.Lock()
         self._one_at_a_time = threading.Lock()
         self._small = False
@@ -100,9 +105,8 @@ class Reader:
             content = self._source.read(path)
             digest = bytes.fromhex(sha256_of_bytes(content))
             with self._lock:
-                is_copy = digest in self._claimed
-                self._claimed.add(digest)
-            if is_copy:
+                is_new = self._claimed.add(digest)
+            if not is_new:
                 batch.copies.append((position, digest, stat))
                 return
             batch.pixels.append(decode(content, self._transform, self._views))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import cluster
-from featcache.cache import Hit, Sighted, Stock, make_listing, take_stock, with_content
+from featcache.cache import Hit, Sighted, Sightings, Stock, make_listing, take_stock, with_content
 from featcache.cache import plan as decide
 from featcache.cluster import Recipe, Written
 from featcache.errors import DataError, StorageError
@@ -100,20 +100,22 @@ class _Harvest:
 
     sink: Sink
     there: set[bytes]
-    known: list[Sighted] = field(default_factory=list)
+    known: Sightings = field(init=False)
     quarantined: list[Quarantined] = field(default_factory=list)
     copies: list[Sighted] = field(default_factory=list)
     waiting: list[tuple[Sighted, NDArray[Any]]] = field(default_factory=list)
     part_started: float = field(default_factory=time.monotonic)
     computed: int = 0
-    joined: int = 0
+
+    def __post_init__(self) -> None:
+        self.known = Sightings(len(self.sink.stock.to_read))
 
     def take(self, batch: Batch, rows: NDArray[Any], source: Source) -> None:
         """Sort a batch into rows, known images and bad ones."""
         self.quarantined += batch.bad
         if batch.copies:
             copies = self._lacked(Sighted.of(batch.copies))
-            self.known.append(copies)
+            self.known.add(copies)
             self.copies.append(copies)
         if not batch.fresh:
             return
@@ -122,7 +124,7 @@ class _Harvest:
         unusable = not_finite(source, sighted.take(~finite), self.sink.dtype)
         say_left_out(unusable)
         self.quarantined += unusable
-        self.known.append(self._lacked(sighted.take(finite)))
+        self.known.add(self._lacked(sighted.take(finite)))
         new = finite & ~with_content(sighted, self.there)
         if new.any():
             self.waiting.append((sighted.take(new), rows[new]))
@@ -150,7 +152,8 @@ class _Harvest:
         bad, record = written.bad[number], written.parts[number]
         say_left_out(bad)
         self.quarantined += bad
-        self.known += [self._lacked(written.good[number]), self._lacked(written.copies)]
+        for seen in (written.good[number], written.copies):
+            self.known.add(self._lacked(seen))
         parts = [record] if record else []
         self.sink.store.commit(parts=parts, quarantined=[one for one in bad if one.sha256], seconds=written.seconds)
         self.computed += len(written.good[number])
@@ -171,9 +174,7 @@ class _Harvest:
             self.sink.store.commit(parts=[record], quarantined=bad, seconds=seconds)
             self.computed += len(sighted)
             self.copies = []
-        # many small arrays, kept between large ones that come and go, would keep the heap from shrinking
-        self.known[self.joined :] = [Sighted.joined(self.known[self.joined :])]
-        self.waiting, self.part_started, self.joined = [], time.monotonic(), len(self.known)
+        self.waiting, self.part_started = [], time.monotonic()
 
 
 def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan) -> list[ExtractReport]:
@@ -292,7 +293,7 @@ def _sort_in(batch: Batch, harvests: Sequence[_Harvest], source: Source) -> None
 def _finish(source: Source, harvest: _Harvest, plan: Plan, started: float, ready: Ready) -> ExtractReport:
     """List the images as they are now; of several parts, the one that comes last does it."""
     store, stock = harvest.sink.store, harvest.sink.stock
-    known, quarantined, left = Sighted.joined([stock.known, *harvest.known]), harvest.quarantined, 0
+    known, quarantined, left = Sighted.joined([stock.known, harvest.known.sighted]), harvest.quarantined, 0
     if plan.part is not None:
         store.refresh()
         stock = take_stock(source, store, hashes_new=False)
