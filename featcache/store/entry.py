@@ -355,10 +355,11 @@ class FeatureStore:
         return Stamps(self.path / "checked.json")
 
     def _table_attributes(self) -> dict[str, str]:
+        """Return what a table of the newest listing says of itself: the same wherever and whenever it is made."""
         listing = self.manifest.listing
         return {
             "featcache_key": self.key,
-            "featcache_listing": listing.sha256 if listing else "",
+            "featcache_listing": (files.listing_content(self._checked(listing)) or listing.sha256) if listing else "",
             "featcache_spec": canonical(self.spec),
         }
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import StorageError
+from featcache.fingerprint import sha256_of_chunks
 from featcache.machine import cores
 
 Array = NDArray[Any]
@@ -122,13 +123,17 @@ def bytes_of(rows: Array) -> memoryview:
 
 
 def encode_listing(listing: Listing) -> memoryview:
-    """Return a listing as the bytes of an HDF5 file."""
+    """Return a listing as the bytes of an HDF5 file; its attribute ``content`` is the hash of all but the files' times."""
 
     def fill(file: h5py.File) -> None:
         _write_seen(file, listing.seen)
         file.create_dataset("label", data=listing.labels)
         file.create_dataset("split", data=listing.splits)
         file.create_dataset("classes", data=_names(listing.classes))
+        columns = (file[name][:] for name in ("path", "sha256", "label", "split", "classes"))
+        file.attrs["content"] = sha256_of_chunks(
+            chunk for column in columns for chunk in (f"{column.dtype}{column.shape}".encode(), bytes_of(column))
+        )
 
     return _in_memory(fill)
 
@@ -160,6 +165,7 @@ def _around_rows(shape: tuple[int, ...], dtype: np.dtype[Any], fill: Callable[[h
         how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         how.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         how.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        how.set_obj_track_times(False)  # the same content is the same file, whenever it is written
         space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype, logical=True)
         rows_at = h5py.h5d.create(hdf.id, b"features", kind, space, how).get_offset()
         fill(hdf)
@@ -264,6 +270,12 @@ def read_listing(path: Path) -> Listing:
     with _open(path) as file:
         classes = tuple(os.fsdecode(bytes(name)) for name in file["classes"][:])
         return Listing(_read_seen(file), file["label"][:], file["split"][:], classes)
+
+
+def listing_content(path: Path) -> str:
+    """Return the hash of what a listing says apart from the files' times, "" where it was written without."""
+    with _open(path) as file:
+        return str(file.attrs.get("content", ""))
 
 
 def map_features(path: Path) -> Array:
