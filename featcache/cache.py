@@ -201,6 +201,14 @@ class Sightings:
         self._room = Sighted(np.empty(most, np.int64), np.empty((most, 32), np.uint8), np.empty((most, 3), np.int64))
         self._count = 0
 
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return self._count
+
+    def clear(self) -> None:
+        """Forget them; their room is used again."""
+        self._count = 0
+
     def add(self, sighted: Sighted) -> None:
         """Put down some more."""
         place = slice(self._count, self._count + len(sighted))

@@ -94,16 +94,55 @@ class ExtractReport:
         return self.rows - self.computed
 
 
+class _Waiting:
+    """Rows that are not yet in a part, in room that every part uses again; see ``Sightings``."""
+
+    def __init__(self, like: NDArray[Any], batch_size: int) -> None:
+        self._full = max(1, min(PART_ROWS, PART_BYTES // max(1, like[:1].nbytes)))
+        most = self._full + batch_size
+        self._rows = np.empty((most, *like.shape[1:]), like.dtype)
+        self._sightings = Sightings(most)
+        self._batches: list[slice] = []
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._batches[-1].stop if self._batches else 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether they make a part."""
+        return len(self) >= self._full
+
+    def add(self, sighted: Sighted, rows: NDArray[Any]) -> None:
+        """Put down a batch's rows."""
+        place = slice(len(self), len(self) + len(rows))
+        self._rows[place] = rows
+        self._sightings.add(sighted)
+        self._batches.append(place)
+
+    def in_order(self) -> tuple[Sighted, list[NDArray[Any]]]:
+        """Return the images and their rows, batch by batch in the source's order."""
+        sighted = self._sightings.sighted
+        ordered = sorted(self._batches, key=lambda place: int(sighted.index[place.start]))
+        return Sighted.joined([sighted.take(place) for place in ordered]), [self._rows[place] for place in ordered]
+
+    def clear(self) -> None:
+        """Let the room be used again."""
+        self._sightings.clear()
+        self._batches = []
+
+
 @dataclass
 class _Harvest:
     """What a run has learned for one entry, and the rows that are not yet in a part."""
 
     sink: Sink
     there: set[bytes]
+    batch_size: int
     known: Sightings = field(init=False)
     quarantined: list[Quarantined] = field(default_factory=list)
     copies: list[Sighted] = field(default_factory=list)
-    waiting: list[tuple[Sighted, NDArray[Any]]] = field(default_factory=list)
+    waiting: _Waiting | None = None
     part_started: float = field(default_factory=time.monotonic)
     computed: int = 0
 
@@ -127,7 +166,9 @@ class _Harvest:
         self.known.add(self._lacked(sighted.take(finite)))
         new = finite & ~with_content(sighted, self.there)
         if new.any():
-            self.waiting.append((sighted.take(new), rows[new]))
+            if self.waiting is None:
+                self.waiting = _Waiting(rows, self.batch_size)
+            self.waiting.add(sighted.take(new), rows[new])
 
     def _lacked(self, sighted: Sighted) -> Sighted:
         """Return the items that this entry, not only another of the run, had to look at."""
@@ -143,9 +184,7 @@ class _Harvest:
             return False
         now = time.monotonic()
         patience = min(MAX_PART_SECONDS, max(MIN_PART_SECONDS, (now - started) / 10))
-        count = sum(len(rows) for _, rows in self.waiting)
-        size = count * self.waiting[0][1][:1].nbytes
-        return count >= PART_ROWS or size >= PART_BYTES or now - self.part_started >= patience
+        return self.waiting.is_full or now - self.part_started >= patience
 
     def adopt(self, written: Written, number: int) -> None:
         """Make a part count that a worker has written, as the ``number``-th entry of the run."""
@@ -162,9 +201,8 @@ class _Harvest:
         """Make the waiting rows count."""
         copies = Sighted.joined(self.copies)
         if self.waiting or len(copies):
-            self.waiting.sort(key=lambda one: int(one[0].index[0]))
-            sighted = Sighted.joined([one for one, _ in self.waiting])
-            features = [rows for _, rows in self.waiting] or [np.empty((0, *self.sink.row), self.sink.dtype)]
+            nothing = Sighted.of([]), [np.empty((0, *self.sink.row), self.sink.dtype)]
+            sighted, features = self.waiting.in_order() if self.waiting else nothing
             now = now_ns()
             also = copies.seen(source, now) if len(copies) else None
             part = Part(features, sighted.seen(source, now), also)
@@ -174,7 +212,9 @@ class _Harvest:
             self.sink.store.commit(parts=[record], quarantined=bad, seconds=seconds)
             self.computed += len(sighted)
             self.copies = []
-        self.waiting, self.part_started = [], time.monotonic()
+        if self.waiting:
+            self.waiting.clear()
+        self.part_started = time.monotonic()
 
 
 def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan) -> list[ExtractReport]:
@@ -193,7 +233,7 @@ def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan)
         StorageError: the disk failed, or will not hold the rows.
     """
     started = time.monotonic()
-    harvests = [_Harvest(sink, sink.store.digests()) for sink in sinks]
+    harvests = [_Harvest(sink, sink.store.digests(), plan.batch_size) for sink in sinks]
     wanted = np.unique(np.concatenate([np.empty(0, np.int64), *(sink.stock.to_read for sink in sinks)]))
     check_room(sinks, len(wanted), plan.views.count)
     ready = Ready(lambda pixels: (pixels,))
