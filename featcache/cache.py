@@ -201,10 +201,6 @@ class Sightings:
         self._room = Sighted(np.empty(most, np.int64), np.empty((most, 32), np.uint8), np.empty((most, 3), np.int64))
         self._count = 0
 
-    def __len__(self) -> int:
-        """Return the number of items."""
-        return self._count
-
     def clear(self) -> None:
         """Forget them; their room is used again."""
         self._count = 0
@@ -212,11 +208,9 @@ class Sightings:
     def add(self, sighted: Sighted) -> None:
         """Put down some more."""
         place = slice(self._count, self._count + len(sighted))
-        self._room.index[place], self._room.sha256[place], self._room.stat[place] = (
-            sighted.index,
-            sighted.sha256,
-            sighted.stat,
-        )
+        self._room.index[place] = sighted.index
+        self._room.sha256[place] = sighted.sha256
+        self._room.stat[place] = sighted.stat
         self._count = place.stop
 
     @property

@@ -168,7 +168,8 @@ class _Harvest:
         if new.any():
             if self.waiting is None:
                 self.waiting = _Waiting(rows, self.batch_size)
-            self.waiting.add(sighted.take(new), rows[new])
+            which = slice(None) if new.all() else new  # most often all: no copy but the one into the room
+            self.waiting.add(sighted.take(which), rows[which])
 
     def _lacked(self, sighted: Sighted) -> Sighted:
         """Return the items that this entry, not only another of the run, had to look at."""
