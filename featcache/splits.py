@@ -30,13 +30,16 @@ class Fold:
 class Split:
     """Positions of the images of each part. ``test`` is read by ``metrics.scores_on_test`` alone.
 
-    ``cross`` are folds of train and val together, where candidates are to be chosen by cross-validation.
+    ``cross`` are folds of train and val together, where candidates are to be chosen by cross-validation. ``groups`` (n,)
+    numbers what each image of the data set belongs to, such as a patient, where that was asked for: images of one group
+    are no independent evidence, so that intervals resample groups.
     """
 
     train: Index
     val: Index
     test: Index
     cross: tuple[Fold, ...] = ()
+    groups: Index | None = None
 
     @property
     def folds(self) -> tuple[Fold, ...]:
@@ -145,7 +148,8 @@ def _make_grouped(
         if torn := sorted(set(map(str, groups[one])) & set(map(str, groups[other]))):
             raise DataError(f"group {torn[0]!r} is in {what} ({len(torn)} such groups): give each group one split.")
     _require_trained(y, classes, train, test)
-    return _crossed(split, y, folds or 0, seed, groups)
+    numbers = np.unique(groups.astype(str), return_inverse=True)[1].astype(np.int64)
+    return _crossed(replace(split, groups=numbers), y, folds or 0, seed, groups)
 
 
 def _draw_groups(pool: Index, y: NDArray[np.int64], groups: NDArray[Any], seed: int) -> tuple[Index, Index]:
