@@ -1,8 +1,14 @@
-"""Writes that are whole or absent: a temporary file beside the target, flushed to disk, then renamed or linked."""
+"""Writes that are whole or absent: a temporary file beside the target, flushed to disk, then renamed or linked.
+
+A temporary file is locked as long as its writer lives; every write first removes those in its folder that nobody holds.
+"""
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import os
+import re
 import secrets
 import socket
 import time
@@ -13,9 +19,11 @@ from typing import BinaryIO
 
 from featcache.errors import StorageError
 
-_TEMPORARY = ".tmp-"
+_TEMPORARY = re.compile(r"\.tmp-(?P<host>\w*)-(?P<process>\d{1,18})-[0-9a-f]{8}")
 _ABANDONED_SECONDS = 24 * 3600
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
+_NOT_KNOWN = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
@@ -51,23 +59,30 @@ def create_file(path: Path, content: bytes, mode: int | None = None) -> bool:
         _write_all(file, content)
 
     with _storage_errors(path), _temporary(path.parent, write) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644 if mode is None else mode)
-            except FileExistsError:
-                return False
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync_folder(path.parent)
-        return True
+        made = _take_name(temporary, path)
+        if made:
+            _sync_folder(path.parent)
+        return made
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, where it is there.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with _storage_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, name: str) -> None:
+    """Give a file another name in its folder.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
+    with _storage_errors(path):
+        path.replace(path.with_name(name))
 
 
 def make_folder(path: Path) -> None:
@@ -80,28 +95,114 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Tell whether a file has the name of a temporary one."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def sweep(folder: Path) -> None:
-    """Remove temporary files that a killed process left more than a day ago, or on this machine and is gone."""
-    with contextlib.suppress(OSError):
-        for path in folder.glob(f"{_TEMPORARY}*"):
-            host, _, rest = path.name.removeprefix(_TEMPORARY).rpartition("-")[0].rpartition("-")
-            gone = host == _host() and rest.isdigit() and not _alive(int(rest))
-            if gone or time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink(missing_ok=True)
+    """Remove temporary files whose writer is gone; of another machine's those older than a day."""
+    with contextlib.suppress(OSError), os.scandir(folder) as inside:
+        for entry in inside:
+            named = _TEMPORARY.fullmatch(entry.name)
+            if named and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    _remove_abandoned(Path(entry.path), named["host"], int(named["process"]))
+
+
+def _remove_abandoned(path: Path, host: str, process: int) -> None:
+    """Remove a temporary file that nobody writes any more.
+
+    The lock decides: a process of another container, alive under a number that means nothing here, holds it. A lock may be
+    known to one machine only, so that the word of the lock is taken for this machine's files alone.
+    """
+    old = time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+    if not old and (host != _host() or _alive(process)):
+        return
+    with path.open("r+b") as file:
+        free = _lock(file.fileno())
+        if free or (free is None and old):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _temporary(folder: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
-    path = folder / f"{_TEMPORARY}{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    sweep(folder)
+    path, file = _new_temporary(folder)
     try:
-        with path.open("xb") as file:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        yield path
+            yield path  # still open: closing it gives the lock back
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _new_temporary(folder: Path) -> tuple[Path, BinaryIO]:
+    """Make a temporary file and lock it; another one where it was swept between the two."""
+    while True:
+        path = folder / f".tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+        file = path.open("xb")
+        if _lock(file.fileno()) is not False and path.exists():
+            return path, file
+        file.close()
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file; ``False`` where somebody else holds it, ``None`` where the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _take_name(temporary: Path, path: Path) -> bool:
+    """Give a whole file its name unless that is taken, and tell whether it was free. There is no moment of half a file."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    else:
+        return True
+    renamed = _rename_to_free(temporary, path)  # exFAT and SMB know no links
+    return _rename_in_turn(temporary, path) if renamed is None else renamed
+
+
+def _rename_to_free(old: Path, new: Path) -> bool | None:
+    """Rename unless the new name is taken: Linux's renameat2; ``None`` where system or file system do not know it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return None
+    if call(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number == errno.EEXIST:
+        return False
+    if number in _NOT_KNOWN:
+        return None
+    raise OSError(number, os.strerror(number), str(new))
+
+
+def _rename_in_turn(old: Path, new: Path) -> bool:
+    """Rename unless the new name is taken, one process at a time: each locks the folder, where it can be locked."""
+    folder = os.open(new.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if os.path.lexists(new):
+            return False
+        old.rename(new)
+        return True
+    finally:
+        os.close(folder)
 
 
 def _write_all(file: BinaryIO, content: bytes | memoryview) -> None:
@@ -135,7 +236,7 @@ def _host() -> str:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True
