@@ -1,5 +1,8 @@
 """Run records: no number leaves a stage outside one."""
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -7,12 +10,14 @@ import resource
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from featcache.errors import DataError, StorageError
+from featcache.progress import logger
 
 SCHEMA_VERSION = 1
 
@@ -84,46 +89,145 @@ def environment() -> dict[str, Any]:
 
 
 def append_record(path: Path, record: RunRecord) -> None:
-    """Add a record to a JSONL file in one write, so that writers do not tear each other's lines.
+    """Add a record to a JSONL file, as one whole line with a checksum of its own, whatever stands before it.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    line = json.dumps(asdict(record), sort_keys=True) + "\n"
+    line = _line(record)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            with contextlib.suppress(OSError):  # some network file systems have no locks: a write is whole there as a rule
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # falls with the descriptor, of a killed process too
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a killed process's half line ends here
+                line = b"\n" + line
+            while line:  # on a full disk a write takes less than it is given, without an error
+                line = line[os.write(descriptor, line) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        if not size:
+            _sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: the record cannot be written ({error.strerror}).") from error
 
 
-def read_records(paths: Iterable[Path]) -> list[RunRecord]:
-    """Read records, a torn last line left out.
+def read_records(paths: Iterable[Path], *, warn: bool = True) -> list[RunRecord]:
+    """Read records; a line that is none, or whose checksum says that it was changed, is left out with a warning.
+
+    Args:
+        paths: of JSONL files; one that is not there holds none.
+        warn: name what is left out.
 
     Raises:
-        DataError: a line is no record of this version.
+        StorageError: a file cannot be read.
     """
     records = []
     for path in paths:
         if not path.exists():
             continue
-        lines = path.read_text().splitlines()
-        for number, line in enumerate(lines, start=1):
+        if not path.is_file():
+            raise StorageError(f"{path}: is no file. Move it away, or write the records elsewhere.")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StorageError(f"{path}: the records cannot be read ({error.strerror}).") from error
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
             try:
-                data = json.loads(line)
-                if data["schema_version"] != SCHEMA_VERSION:
-                    raise DataError(f"{path}, line {number}: a record of version {data['schema_version']}.")
-                records.append(RunRecord(**(data | {"notes": tuple(data["notes"])})))
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):
-                    continue
-                raise DataError(f"{path}, line {number}: not a run record ({error}).") from error
+                records.append(_record(line))
+            except (DataError, ValueError, RecursionError) as error:
+                if warn:
+                    logger.warning("%s, line %d: left out, not a run record (%s)", path, number, error)
     return records
+
+
+def _line(record: RunRecord) -> bytes:
+    text = json.dumps(json.loads(json.dumps(asdict(record))), sort_keys=True)  # keys are texts before they are sorted
+    return f'{{"checksum": "{_checksum(text)}", {text[1:]}\n'.encode()
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _record(line: bytes) -> RunRecord:
+    """Return the record of a line; those of before have no checksum.
+
+    Raises:
+        DataError, ValueError: it is none of this version, or was changed since it was written.
+    """
+    data = json.loads(line.decode())
+    if not isinstance(data, dict):
+        raise DataError("no JSON object")
+    if (version := data.get("schema_version")) != SCHEMA_VERSION:
+        raise DataError(f"of version {version!r:.40}, this featcache reads {SCHEMA_VERSION}")
+    checksum = data.pop("checksum", None)
+    if checksum is not None and checksum != _checksum(json.dumps(data, sort_keys=True)):
+        raise DataError("it was changed since it was written: its checksum is another")
+    _check_fields(data)
+    return RunRecord(**(data | {"notes": tuple(data.get("notes", ()))}))
+
+
+def _check_fields(data: dict[str, Any]) -> None:
+    """Refuse what tables could not be made from.
+
+    Raises:
+        DataError: a field is missing, unknown, or of another kind.
+    """
+    for one in fields(RunRecord):
+        if one.name not in data:
+            if one.default is MISSING and one.default_factory is MISSING:
+                raise DataError(f"{one.name} is missing")
+            continue
+        if not isinstance(data[one.name], _KINDS[one.name]) or isinstance(data[one.name], bool):
+            raise DataError(f"{one.name} is {type(data[one.name]).__name__}")
+    if unknown := sorted(set(data) - set(_KINDS)):
+        raise DataError(f"{unknown[0][:40]!r} is no field of it")
+    if data["kind"] in {"fit", "finetune"}:
+        _check_cells(data)
+
+
+def _check_cells(data: dict[str, Any]) -> None:
+    """Refuse a record that lacks what stands in a table's row.
+
+    Raises:
+        DataError: a number is missing, or none.
+    """
+    phase = "fit" if data["kind"] == "fit" else "train"
+    needed = [(data[name], "accuracy") for name in ("val", "test")] + [(data["seconds"], one) for one in ("extract", phase)]
+    for of, name in needed:
+        if not isinstance(of.get(name), float | int):
+            raise DataError(f"{name} is missing")
+    if not isinstance(interval := data["test"].get("accuracy_ci"), list) or len(interval) != 2:
+        raise DataError("accuracy_ci is missing")
+    if "backbone" not in data["request"]:
+        raise DataError("its backbone is missing")
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """Return the classes of JSON's values for a field's type."""
+    if isinstance(hint, types.UnionType):
+        return tuple(kind for part in get_args(hint) for kind in _kinds(part))
+    kind = get_origin(hint) or hint
+    return {float: (float, int), tuple: (list,)}.get(kind, (kind,))
+
+
+_KINDS = {name: _kinds(hint) for name, hint in get_type_hints(RunRecord).items()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new file's name last; some file systems cannot be asked to, and the record itself is safe there."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _peak_memory_mb() -> float:

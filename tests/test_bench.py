@@ -1,10 +1,11 @@
 """The grid: missing cells only, failures do not stop the others, tables come from records."""
 
+import resource
 from pathlib import Path
 
 import pytest
 
-from featcache.errors import UsageError
+from featcache.errors import StorageError, UsageError
 from featcache.pipeline import bench
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
@@ -96,6 +97,39 @@ def test_a_failing_cell_does_not_stop_the_others(pipeline: Path, settings: Setti
     assert len(result.failures) == 3
     assert any("absent" in failure for failure in result.failures)
     assert any("last:9" in failure for failure in result.failures)
+
+
+def test_a_disk_that_fails_ends_the_run(
+    pipeline: Path, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing can be kept, no further cell is computed, and the error is the disk's; then the run goes on."""
+    caplog.set_level("INFO")
+    run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    caplog.clear()
+    pipeline.write_text(GRID.replace('"ridge", ', '"ridge", "knn", "centroid", '))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert len([line for line in caplog.messages if " of 10: " in line]) == 1
+    assert run_bench(load_grid(pipeline), settings, tmp_path / "out").computed_cells == 4
+
+
+def test_a_broken_record_costs_its_cell_only(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """A half line, and bytes that are no text: the grid goes on, and runs what they stood for again."""
+    result = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    path = Path(result.paths["records"])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:1], lines[1][:300], b"\xff\n", *lines[2:], lines[0][:300]]))
+
+    again = [run_bench(load_grid(pipeline), settings, tmp_path / "out") for _ in range(2)]
+
+    assert [one.computed_cells for one in again] == [1, 0]
+    assert [len(one.records) for one in again] == [6, 6]
 
 
 def test_changed_data_runs_again(pipeline: Path, settings: Settings, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from featcache import report
-from featcache.errors import FeatcacheError
+from featcache.errors import FeatcacheError, StorageError
 from featcache.pipeline.grid import DataEntry, Grid
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.recording import cell_of
@@ -17,7 +17,7 @@ from featcache.progress import logger
 from featcache.records import RunRecord, read_records
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec
-from featcache.store.atomic import make_folder, replace_file
+from featcache.store.atomic import make_folder, replace_file, sweep
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,18 @@ class BenchResult:
 
 
 def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:
-    """Run what is missing of a grid; a cell that fails is reported and the others go on.
+    """Run what is missing of a grid; a cell that fails is reported and the others go on, but where the disk fails.
 
     Args:
         grid: what to run.
         settings: how to run it.
         out: the folder for NAME.jsonl (records), NAME.md and NAME.csv (tables).
+
+    Raises:
+        StorageError: the disk failed: nothing more could be kept.
     """
     make_folder(out)
+    sweep(out)
     runner = _Runner(grid, settings, out / f"{grid.name}.jsonl")
     try:
         for data in grid.data:
@@ -52,7 +56,7 @@ def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:
 
 def _write_tables(runner: "_Runner", out: Path) -> BenchResult:
     """Render the records that there are, after an interrupt too."""
-    latest = {record.cell: record for record in read_records([runner.path])}
+    latest = {record.cell: record for record in read_records([runner.path], warn=False)}
     records = tuple(latest[cell] for cell in runner.cells if cell in latest)
     paths = {"records": str(runner.path)}
     for suffix, text in (("md", report.markdown(records) + "\n"), ("csv", report.to_csv(records))):
@@ -78,6 +82,8 @@ class _Runner:
         try:
             act()
         except FeatcacheError as error:
+            if isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
+                raise  # a disk that is full or fails takes no other cell's record either
             logger.error("%s: %s", what, error)
             self.failures.append(f"{what}: {error}")
 
