@@ -4,6 +4,7 @@
 
 Each model has random weights and runs in a process of its own. At every boundary the two parts must reproduce the whole
 (float32, a batch other than the traced ones), and the gradients from stored activations must be those of the whole model.
+Frozen parameters behind the boundary are counted: those of layers that could have been done before it must be none.
 Writes cut_survey.jsonl and cut_survey.md beside this file; what is there is not tried again.
 """
 
@@ -66,7 +67,7 @@ def survey(module: str, names: list[str]) -> dict[str, Any]:
 
 
 def check(backbone: Any, cut: str) -> dict[str, Any]:
-    """Return the kilobytes an image at a cut and how far gradients from there are from the whole model's."""
+    """Return the kilobytes an image at a cut, what is frozen behind it, and how far gradients are from the whole model's."""
     size = backbone.transform.input_size
     images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -76,6 +77,8 @@ def check(backbone: Any, cut: str) -> dict[str, Any]:
         parameter.requires_grad_(is_trained(parameter_name))
     found = []
     suffix = backbone.suffix(cut)
+    trained = {id(value) for key, value in backbone.module.named_parameters() if is_trained(key)}
+    frozen = sum(id(value) not in trained for value in suffix.parameters())
     for module, given in ((suffix, stored.clone()), (backbone.module, images)):
         backbone.module.train()  # some attention keeps its biases, with their graph or without, until the mode changes
         backbone.module.eval()
@@ -89,7 +92,7 @@ def check(backbone: Any, cut: str) -> dict[str, Any]:
     apart = max(float((one[key] - other[key]).abs().max()) for key in other) / max(scale, 1e-12)
     if apart > _CLOSE:
         raise CutError(f"gradients differ by {apart:.1g} of the greatest.")
-    return {"half_kb": round(stored[0].numel() * 2 / 1000, 1), "gradient_difference": apart}
+    return {"half_kb": round(stored[0].numel() * 2 / 1000, 1), "frozen": frozen, "gradient_difference": apart}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -97,24 +100,27 @@ def table(records: list[dict[str, Any]]) -> str:
     whole = [record for record in records if cuts_everywhere(record)]
     boundaries = [one for record in records for one in record.get("boundaries", {}).values()]
     exact = sum("error" not in one for one in boundaries)
+    frozen = sum(one.get("frozen", 0) for one in boundaries)
     lines = [
         "# Where backbones can be cut",
         "",
         f"`python benchmarks/cut_survey.py`; timm {records[0]['version']}, which has {len(families())} modules of models.",
         f"Of the {len(records)} tried so far, {len(whole)} are cut",
         f"({100 * len(whole) / len(records):.1f} %) exactly at every stage boundary of their smallest model;",
-        f"of {len(boundaries)} boundaries, {exact}. kB are of",
-        "one image in half precision, from the first boundary to the last.",
+        f"of {len(boundaries)} boundaries, {exact}. Frozen tensors (parameters) behind all of these: {frozen}.",
+        "kB are of one image in half precision, from the first boundary to the last.",
         "",
-        "| module | smallest model | boundaries | kB an image | what failed |",
-        "|---|---|---|---|---|",
+        "| module | smallest model | boundaries | frozen behind | kB an image | what failed |",
+        "|---|---|---|---|---|---|",
     ]
     for record in records:
         found = record.get("boundaries", {})
         errors = {one["error"] for one in (*found.values(), record) if "error" in one}
         sizes = " ".join(f"{one['half_kb']:.0f}" for one in found.values() if "error" not in one)
         count = f"{sum('error' not in one for one in found.values())} of {len(found)}"
-        lines.append(f"| {record['module']} | {record['model']} | {count} | {sizes} | {'; '.join(sorted(errors))} |")
+        behind = sum(one.get("frozen", 0) for one in found.values())
+        what = "; ".join(sorted(errors))
+        lines.append(f"| {record['module']} | {record['model']} | {count} | {behind} | {sizes} | {what} |")
     return "\n".join(lines) + "\n"
 
 

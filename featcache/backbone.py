@@ -38,9 +38,11 @@ from featcache.fingerprint import sha256_of_chunks
 from featcache.pools import PooledFeatures, Pooling
 from featcache.runtimes import Eager
 from featcache.specs import (
+    FORMAT_VERSION,
     INPUT,
     INTERPOLATIONS,
     POOLED,
+    REVISED,
     BackboneSpec,
     LoadedBackbone,
     Pool,
@@ -152,6 +154,17 @@ class Backbone:
         else:  # a trace takes time, and gains where a class token is alone in the end
             body = self._traced_whole() if getattr(self.module, "global_pool", None) == "token" else self.whole
         return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
+
+    def format_version(self, cut: str) -> int:
+        """Return which version of the format a cut's rows have: entries of another version are not taken for them.
+
+        Raises:
+            UsageError: there is no such stage.
+            CutError: the backbone cannot be cut there.
+        """
+        if cut in {POOLED, INPUT}:
+            return FORMAT_VERSION
+        return REVISED if self._cutter.has_moved(self._trained_in_whole(cut)) else FORMAT_VERSION
 
     def _test(self, cut: str, layer: str) -> Callable[[str], bool] | None:
         """Return what tells the parameters behind a layer; ``None`` for the whole backbone, and for its last layer."""

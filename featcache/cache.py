@@ -15,7 +15,7 @@ from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_file
 from featcache.progress import progress
 from featcache.sources import FileStat, Source, location_hash
-from featcache.specs import INPUT, BackboneSpec, FeatureSpec, StoredDtype, Views
+from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
 from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen
 from featcache.store.atomic import create_file, make_folder, replace_file
 
@@ -86,7 +86,9 @@ class Request:
 
         import featcache
 
-        versions = {"timm": version("timm"), "featcache": featcache.__version__}
+        versions: dict[str, Any] = {"timm": version("timm"), "featcache": featcache.__version__}
+        if self.cut not in {POOLED, INPUT} or self.backbone.pool != "default":
+            versions["format"] = REVISED  # what version 1 remembered may lead to rows of another tensor
         return identify(self.backbone) | versions | {"cut": self.cut, "dtype": self.dtype, **asdict(self.views)}
 
 

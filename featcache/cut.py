@@ -1,10 +1,10 @@
 """Split a backbone where its frozen part ends, so that the frozen part's output can be stored.
 
 The traced graph's *hot* nodes use a trained parameter or follow from one. The cut is the minimum vertex cut, in stored
-bytes an image, between the images and the hot nodes, where only operations without parameters may be done again
-after it (max-flow min-cut: Ford and Fulkerson 1956). Where several tensors cross, such as the branches of a backbone
-that works at two scales, they are stored as one row. What crosses as an integer (heights, batch sizes) is no tensor to
-store: it becomes a constant, or a multiple of the batch size.
+bytes an image, between the images and the hot nodes, where only operations without parameters, their own or handed to
+them, may be done again after it (max-flow min-cut: Ford and Fulkerson 1956). Where several tensors cross, such as the
+branches of a backbone that works at two scales, they are stored as one row. What crosses as an integer (heights, batch
+sizes) is no tensor to store: it becomes a constant, or a multiple of the batch size.
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from featcache.errors import CutError
 from featcache.narrowing import narrow
+from featcache.pools import Pooling
 
 _TOLERANCE = 1e-4
 
@@ -29,13 +30,15 @@ class SplitBackbone:
     """A frozen prefix, images (b, 3, h, w) -> activations (b, ...), and a suffix, activations -> embeddings (b, d).
 
     Both share the backbone's parameters; ``shape`` is that of one image's activations: (n,) where the cut goes through
-    several ``tensors``, stored one behind the other.
+    several ``tensors``, stored one behind the other. ``frozen`` names the parameters in the suffix that do not train: the
+    layers that do train read them as well, such as a table of positions that all blocks share.
     """
 
     prefix: nn.Module
     suffix: nn.Module
     shape: tuple[int, ...]
     tensors: int = 1
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._leaves = (DropPath, *get_notrace_modules())
+        self._leaves = (DropPath, Pooling, *get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called as a whole."""
@@ -116,6 +119,8 @@ class Cutter:
         if narrow(self._traced, self._sizes, (DropPath,)):
             self._values = self._observed()
         self._dependent = _descendants(node for node in self._traced.graph.nodes if node.op == "placeholder")
+        self._held = {node: _parameter_ids(self._traced, node) for node in self._traced.graph.nodes}
+        self._read = _with_handed_over(self._traced, self._held, self._dependent)
         self._checked: set[_Border] = set()
 
     def _observed(self) -> dict[fx.Node, Any]:
@@ -133,15 +138,30 @@ class Cutter:
             CutError: nothing is trained, no tensors of one row an image separate the two parts, or they do not
                 reproduce the whole.
         """
-        border = self._border(is_trained)
+        trained = self._trained(is_trained)
+        hot = self._hot(trained)
+        border = _minimum_cut(self._traced, self._values, self._dependent, hot, self._read)
         prefix = _prefix(self._traced, (border,))
         suffix = _suffix(self._traced, border, self._values, self._dependent)
+        frozen = self._frozen(suffix, trained, hot)
         if border not in self._checked:
             _check(self._backbone, lambda images: suffix(prefix(images)), self._images)
             self._checked.add(border)
         shapes = [self._values[node] for node in border]
         shape = shapes[0].sizes if len(border) == 1 else (sum(one.length for one in shapes),)
-        return SplitBackbone(prefix, suffix, shape, len(border))
+        return SplitBackbone(prefix, suffix, shape, len(border), frozen)
+
+    def has_moved(self, is_trained: Callable[[str], bool]) -> bool:
+        """Tell whether this cut stores other tensors than version 1 of the format did.
+
+        That took a function for free of parameters whose weight is handed to it, such as a convolution of standardised
+        weights, and could cut before layers that are frozen.
+        """
+        hot = self._hot(self._trained(is_trained))
+        now, then = (
+            _minimum_cut(self._traced, self._values, self._dependent, hot, read) for read in (self._read, self._held)
+        )
+        return now != then
 
     def joint_prefix(self, tests: Sequence[Callable[[str], bool] | None]) -> nn.Module:
         """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.
@@ -158,11 +178,30 @@ class Cutter:
         return _prefix(self._traced, tuple((end,) if test is None else self._border(test) for test in tests))
 
     def _border(self, is_trained: Callable[[str], bool]) -> _Border:
+        hot = self._hot(self._trained(is_trained))
+        return _minimum_cut(self._traced, self._values, self._dependent, hot, self._read)
+
+    def _trained(self, is_trained: Callable[[str], bool]) -> set[int]:
         trained = {id(value) for name, value in self._backbone.named_parameters() if is_trained(name)}
         if not trained:
             raise CutError("nothing is trained after this cut: use `pooled`.")
-        hot = _descendants(node for node in self._traced.graph.nodes if _parameter_ids(self._traced, node) & trained)
-        return _minimum_cut(self._traced, self._values, self._dependent, hot)
+        return trained
+
+    def _hot(self, trained: set[int]) -> set[fx.Node]:
+        return _descendants(node for node, held in self._held.items() if held & trained)
+
+    def _frozen(self, suffix: nn.Module, trained: set[int], hot: set[fx.Node]) -> tuple[str, ...]:
+        """Return the names of the parameters behind a cut that do not train.
+
+        Raises:
+            CutError: one of them belongs to a layer that could have been done before the cut.
+        """
+        names = {id(value): name for name, value in self._backbone.named_parameters()}
+        held = {id(value) for value in suffix.parameters()} - trained
+        shared = {one for node in hot & self._dependent for one in self._read[node]}
+        if again := sorted(names.get(one, "?") for one in held - shared):
+            raise CutError(f"{len(again)} frozen parameters ({again[0]}, ...) would lie behind this cut.")
+        return tuple(sorted(names.get(one, "?") for one in held))
 
 
 def split(backbone: nn.Module, is_trained: Callable[[str], bool], image_size: int) -> SplitBackbone:
@@ -186,6 +225,8 @@ def without_unused_tokens(backbone: nn.Module, image_size: int) -> nn.Module:
 def _check(backbone: nn.Module, computed: Callable[[Tensor], Tensor], images: Tensor) -> None:
     with torch.inference_mode():
         whole, got = backbone(images), computed(images)
+    if not whole.isfinite().all():
+        raise CutError("this backbone answers a random image with NaN or infinity.")
     if not torch.allclose(whole, got, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
         raise CutError("what was traced does not reproduce the whole backbone.")
 
@@ -248,8 +289,21 @@ def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+_Reads = dict[fx.Node, set[int]]
+
+
+def _with_handed_over(traced: fx.GraphModule, held: _Reads, dependent: set[fx.Node]) -> _Reads:
+    """Return the parameters that each node reads, those too that are handed to it by nodes that no image has a part in."""
+    parameters = {id(value) for value in traced.parameters()}  # a buffer, such as a mask, costs nothing to apply again
+    reads: _Reads = {}
+    for node in traced.graph.nodes:
+        handed = (reads[given] & parameters for given in node.all_input_nodes if given not in dependent)
+        reads[node] = held[node].union(*handed)
+    return reads
+
+
 def _parameter_ids(traced: fx.GraphModule, node: fx.Node) -> set[int]:
-    """Return the identities of the parameters and buffers that a node itself reads."""
+    """Return the identities of the parameters and buffers that a node holds: a module's, or the one it is."""
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
         return {id(value) for value in (*module.parameters(), *module.buffers())}
@@ -261,7 +315,9 @@ def _parameter_ids(traced: fx.GraphModule, node: fx.Node) -> set[int]:
     return set()
 
 
-def _minimum_cut(traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: set[fx.Node], hot: set[fx.Node]) -> _Border:
+def _minimum_cut(
+    traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: set[fx.Node], hot: set[fx.Node], reads: _Reads
+) -> _Border:
     """Return the nodes whose tensors separate the images from the hot nodes at the least bytes."""
     flow = nx.DiGraph()
     for node in traced.graph.nodes:
@@ -272,7 +328,7 @@ def _minimum_cut(traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: 
             flow.add_edge((node, "in"), (node, "out"), capacity=value.length * value.dtype.itemsize)
         elif value is _Unknown:
             flow.add_edge((node, "in"), (node, "out"))
-        if node.op == "placeholder" or _parameter_ids(traced, node):
+        if node.op == "placeholder" or reads[node]:
             flow.add_edge("images", (node, "in"))
         for user in node.users:
             flow.add_edge((node, "out"), "hot" if user in hot else (user, "in"))

@@ -9,6 +9,7 @@ from featcache.errors import UsageError
 from featcache.fingerprint import fingerprint
 
 FORMAT_VERSION = 1
+REVISED = 2  # the version of rows that version 1 held otherwise: of another tensor, or pooled over other axes
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos")

@@ -183,6 +183,8 @@ class Workbench:
         opened = [self._open(request) for request in requests]
         done = {number: hit for number, (store, stock) in enumerate(opened) if (hit := self._hit(store, stock))}
         left = [number for number in range(len(requests)) if number not in done]
+        for number in done:  # an entry that was found by its key is found by the flags from now on
+            opened[number][0].remember_request(requests[number].described())
         if left:
             sinks, prepare = self._sinks([(requests[number].cut, *opened[number]) for number in left])
             with self.threads():
@@ -345,7 +347,8 @@ class Workbench:
                 self.backbone.trained_after(layer)
         _ = self.backbone.whole  # an impossible pooling is refused before an entry is made
         backbone, precision = self.backbone.loaded, self.spec.precision
-        return FeatureSpec(transform, backbone, request.cut, precision, request.dtype, views, seed)
+        version = self.backbone.format_version(request.cut)
+        return FeatureSpec(transform, backbone, request.cut, precision, request.dtype, views, seed, version)
 
 
 def _cpu_batch(pixels: int) -> int:
