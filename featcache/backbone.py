@@ -164,7 +164,9 @@ class Backbone:
         """
         if cut in {POOLED, INPUT}:
             return FORMAT_VERSION
-        return REVISED if self._cutter.has_moved(self._trained_in_whole(cut)) else FORMAT_VERSION
+        tests = [self._test(cut, layer) for layer in layers_of(cut)]
+        moved = any(self._cutter.has_moved(test) for test in tests if test is not None)
+        return REVISED if moved else FORMAT_VERSION
 
     def _test(self, cut: str, layer: str) -> Callable[[str], bool] | None:
         """Return what tells the parameters behind a layer; ``None`` for the whole backbone, and for its last layer."""

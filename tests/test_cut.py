@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featcache.backbone import Backbone, _stages, load_backbone
-from featcache.cut import split
+from featcache.cut import Cutter, split
 from featcache.errors import CutError, UsageError
-from featcache.specs import BackboneSpec, LoadedBackbone, Transform
+from featcache.specs import BackboneSpec, LoadedBackbone, Pool, Transform, TransformOverrides
 
 FAMILIES: list[tuple[str, dict[str, Any], int]] = [
     ("resnet10t", {}, 64),
@@ -259,3 +260,81 @@ def test_tokens_that_are_used_are_computed(args: dict[str, Any]) -> None:
     parts = split(module, lambda name: name.startswith("blocks.11"), 64)
 
     assert widths_in(parts.suffix, torch.rand(2, *parts.shape), module.blocks[11].mlp.fc1) == [17]
+
+
+@pytest.mark.parametrize(("name", "boundary", "shape"), [("test_nfnet", 0, (128, 20, 20)), ("test_vit", 0, (26, 64))])
+def test_a_weight_that_is_handed_to_a_function_is_the_functions(name: str, boundary: int, shape: tuple[int, ...]) -> None:
+    """No frozen parameter lies behind a cut: standardised convolutions and added positions are done before it."""
+    module = create(name, {"img_size": 80} if name == "test_vit" else {})
+    stages = _stages(module)
+    behind = {parameter for stage in stages[boundary + 1 :] for parameter in stage.parameters}
+
+    parts = split(module, behind.__contains__, 80)
+
+    trained = {id(parameter) for parameter_name, parameter in module.named_parameters() if parameter_name in behind}
+    assert {id(parameter) for parameter in parts.suffix.parameters()} <= trained
+    assert parts.frozen == ()
+    assert parts.shape == shape
+
+
+class _Handed(nn.Module):
+    """A network whose layers' weights are handed to functions, plain and standardised, and that grows in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4, 3, 1, 1))
+        self.second = nn.Parameter(torch.randn(5, 4))
+        self.shared = nn.Parameter(torch.randn(5))
+        self.last = nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the embeddings (b, 2)."""
+        weight = (self.first - self.first.mean()) / self.first.std()
+        hidden = F.linear(F.conv2d(images, weight).flatten(2).transpose(1, 2), self.second)
+        return F.linear(hidden + self.shared, self.last * self.shared).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("trained", "shape", "frozen"),
+    [({"last"}, (16, 5), ("shared",)), ({"shared", "last"}, (16, 5), ()), ({"second", "shared", "last"}, (4, 16), ())],
+)
+def test_functions_without_modules_are_cut_where_their_weights_begin(
+    trained: set[str], shape: tuple[int, ...], frozen: tuple[str, ...]
+) -> None:
+    """The cut lies behind the last frozen function; what a trained function reads besides is named."""
+    parts = split(_Handed().eval(), trained.__contains__, 4)
+
+    assert sorted(parts.shape) == sorted(shape)
+    assert parts.frozen == frozen
+
+
+def test_a_cut_that_moved_is_told() -> None:
+    """Where an earlier version stored pixels the cut says so, and where it did not it does not."""
+    standardised, plain = create("test_nfnet", {}), create("test_resnet", {})
+
+    assert Cutter(standardised, 64).has_moved(lambda name: not name.startswith("stem"))
+    assert not Cutter(standardised, 64).has_moved(lambda name: name.startswith("stages.3"))
+    assert not Cutter(plain, 64).has_moved(lambda name: name.startswith("layer2"))
+
+
+def test_a_backbone_that_answers_with_no_numbers_says_so() -> None:
+    """Weights that hold NaN are an error of the backbone, not of its trace."""
+    module = create("test_resnet", {})
+    module.conv1[0].weight.data[0, 0, 0, 0] = torch.nan
+
+    with pytest.raises(CutError, match="NaN or infinity"):
+        split(module, lambda name: name.startswith("layer4"), 32)
+
+
+@pytest.mark.parametrize("kind", ["avg", "max", "gem"])
+def test_another_pooling_can_be_cut(kind: Pool) -> None:
+    """A backbone whose last activations are pooled otherwise is split, and its layers are read, as any other."""
+    backbone = load_backbone(
+        BackboneSpec("test_resnet", random_init=0, pool=kind, overrides=TransformOverrides(input_size=32))
+    )
+    images = torch.rand(3, 3, 32, 32)
+
+    with torch.inference_mode():
+        stored = backbone.prefix("layer2")(images)
+        torch.testing.assert_close(backbone.suffix("layer2")(stored), backbone.whole(images), rtol=1e-5, atol=1e-6)
+    assert stored.shape[2:] == (4, 4)
