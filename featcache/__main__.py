@@ -1,5 +1,28 @@
-"""``python -m featcache``."""
+"""``python -m featcache`` and the installed command: signals are caught before anything that takes time is imported."""
 
-from featcache.cli import main
+import signal
+import sys
+from typing import Any
 
-main()
+INTERRUPTED = 130
+
+
+def interrupt(_signal: int, _frame: Any) -> None:
+    """Treat SIGTERM as Ctrl-C, which every stage knows how to end on."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        from featcache.cli import main as run
+
+        run()
+    except KeyboardInterrupt:  # while modules were imported: the command line itself answers later ones
+        sys.stderr.write("interrupted: nothing had begun.\n")
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

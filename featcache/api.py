@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featcache.cache import default_cache
+from featcache.checked import check_seed, check_value
+from featcache.errors import UsageError
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan, HeadJobs, fit_heads
@@ -91,7 +93,16 @@ def estimate(
 
 
 def _targets(cuts: Sequence[str], dtype: StoredDtype | None) -> list[Target]:
-    return [Target(cut, None if cut == INPUT else dtype) for cut in dict.fromkeys(cuts)]
+    names = _names(cuts, "cuts")
+    return [Target(cut, None if cut == INPUT else dtype) for cut in dict.fromkeys(names)]
+
+
+def _names(given: Sequence[str], what: str) -> tuple[str, ...]:
+    """Return some names as a tuple; one text is no list of them, though Python would take it for its letters."""
+    names: tuple[str, ...] = check_value(given, tuple[str, ...], what)
+    if not names:
+        raise UsageError(f"{what}: at least one is needed.")
+    return names
 
 
 def fit(
@@ -116,8 +127,9 @@ def fit(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
+    seed, plan = check_seed(seed), check_value(plan or FitPlan(), FitPlan, "plan")
     bench = _workbench(data, backbone, name, settings)
-    return fit_heads(bench, plan or FitPlan(), seed=seed, records=bench.settings.cache / RECORDS)
+    return fit_heads(bench, plan, seed=seed, records=bench.settings.cache / RECORDS)
 
 
 def predict(
@@ -196,8 +208,9 @@ def finetune(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
+    plan = check_value(plan or FineTunePlan(Unfreeze.parse(unfreeze)), FineTunePlan, "plan")
+    seed, probes = check_seed(seed), _names(probes, "probes")
     bench = _workbench(data, backbone, name, settings)
-    plan = plan or FineTunePlan(Unfreeze.parse(unfreeze))
     return finetune_job(bench, plan, probes=probes, seed=seed, records=bench.settings.cache / RECORDS)
 
 
@@ -216,8 +229,9 @@ def sweep(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
+    plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")
+    seed, probes = check_seed(seed), _names(probes, "probes")
     bench = _workbench(data, backbone, name, settings)
-    plan = plan or FineTunePlan(Unfreeze.parse("all"))
     return sweep_job(bench, plan, probes=probes, seed=seed, records=bench.settings.cache / RECORDS)
 
 
@@ -240,6 +254,8 @@ def default_out() -> Path:
 def _workbench(
     data: str | Path | Source, backbone: str | BackboneSpec, name: str | None, settings: Settings | None
 ) -> Workbench:
-    spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
-    source = data if isinstance(data, Source) else open_source(data, name)
-    return Workbench(source, spec, settings or Settings(default_cache(), rebind=name is not None))
+    spec = BackboneSpec(backbone) if isinstance(backbone, str) else check_value(backbone, BackboneSpec, "backbone")
+    settings = check_value(settings or Settings(default_cache(), rebind=name is not None), Settings, "settings")
+    name = check_value(name, str | None, "name")
+    source = data if isinstance(data, Source) else open_source(check_value(data, str | Path, "data"), name)
+    return Workbench(source, spec, settings)

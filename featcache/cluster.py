@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,8 @@ from featcache.errors import SetupError, UsageError
 from featcache.flow import Batch, Reader, beside_pixels, compute, in_dtype, not_finite, sample
 from featcache.progress import logger
 from featcache.sources import Source
-from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, StoredDtype, Transform, Views
+from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Transform, Views
 from featcache.store import FeatureStore, FileRecord, Part, Quarantined
-
-if TYPE_CHECKING:
-    from featcache.runtimes import RuntimeName
 
 UNIT = 1024
 _RETRIES = 3
@@ -44,7 +41,7 @@ class Recipe:
     views: Views
     batch_size: int
     device: str | None
-    runtime: "RuntimeName"
+    runtime: RuntimeName
     actors: int | None
 
 

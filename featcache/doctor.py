@@ -61,7 +61,8 @@ def _device() -> Finding:
 
 def _runtimes() -> Finding:
     try:
-        from featcache.runtimes import RUNTIMES, is_installed
+        from featcache.runtimes import is_installed
+        from featcache.specs import RUNTIMES
 
         found = [name for name in RUNTIMES if name not in {"auto", "torch"} and is_installed(name)]
     except Exception as error:  # noqa: BLE001 - as above

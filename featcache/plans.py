@@ -4,9 +4,14 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from featcache.checked import check_fields, check_value
 from featcache.errors import UsageError
 from featcache.specs import Precision, StoredDtype
 
+HEAD_NAMES = (
+    *("centroid", "ridge", "knn", "logistic", "svm", "selected", "lda", "rbf", "mlp", "boosting", "ensemble"),
+    "all",
+)
 RATES = (1e-4, 5e-4, 2.5e-3)
 Optimiser = Literal["adamw", "adam", "sgd"]
 OPTIMISERS: tuple[Optimiser, ...] = ("adamw", "adam", "sgd")
@@ -36,6 +41,7 @@ class Unfreeze:
         Raises:
             UsageError: the text is none of them.
         """
+        text = check_value(text, str, "unfreeze")
         part = re.fullmatch(rf"(?:(norm|bias)|lora:([1-9]\d*))(?::({_STAGES}))?", text)
         if part is None:
             return cls(text, *_stages(text, text))
@@ -122,12 +128,11 @@ class FineTunePlan:
 
     def __post_init__(self) -> None:
         """Refuse values that train nothing."""
+        check_fields(self)
         if min(self.epochs, self.batch_size, self.patience, self.views, self.accumulate) < 1:
             raise UsageError("--epochs, --train-batch, --patience, --views and --accumulate: at least 1 is needed.")
         if not self.lr or min(*self.lr, self.head_lr) <= 0:
             raise UsageError("--lr and --head-lr: a rate above 0 is needed.")
-        if self.optimiser not in OPTIMISERS:
-            raise UsageError(f"--optimiser is one of {', '.join(OPTIMISERS)}.")
         if not (0 <= self.ema < 1 and 0 <= self.drop_path < 1 and 0 <= self.label_smoothing < 1):
             raise UsageError("--ema, --drop-path and --label-smoothing: from 0 up to, but not, 1.")
         if min(self.mixup, self.clip, self.weight_decay, self.warmup, self.layer_decay) < 0:

@@ -11,11 +11,24 @@ logger = logging.getLogger("featcache")
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 
+class Printable(logging.Formatter):
+    """Notes as a terminal may show them: names of files and messages of other libraries can hold escape sequences."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's text with control characters spelt out."""
+        return printable(super().format(record))
+
+
+def printable(text: str) -> str:
+    """Return a text with whatever moves a cursor, recolours or forges a line spelt out: escapes, ends of lines."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+
+
 def set_up_notes(*, quiet: bool = False, verbose: bool = False) -> None:
     """Send notes to stderr, for the command line: errors only, the usual ones, or all."""
     _silent.set(quiet)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(Printable("%(message)s"))
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,11 @@ from featcache.allocator import keep_freed_memory
 from featcache.errors import SetupError, UsageError
 from featcache.machine import cores
 from featcache.progress import logger
-from featcache.specs import Precision
+from featcache.specs import Precision, RuntimeName
 
 Pixels = NDArray[np.uint8]
 Outputs = tuple[NDArray[Any], ...]
 Run = Callable[[Pixels], Outputs]
-RuntimeName = Literal["auto", "torch", "compile", "openvino", "onnx"]
-RUNTIMES: tuple[RuntimeName, ...] = ("auto", "torch", "compile", "openvino", "onnx")
 
 AGREEMENT = 1e-3
 _MOST_WORKERS = 16

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from featcache.checked import MAX_SEED, check_fields
 from featcache.errors import UsageError
 from featcache.fingerprint import fingerprint
 
@@ -18,8 +19,13 @@ StoredDtype = Literal["float32", "float16", "uint8"]
 Decoder = Literal["pillow-scaled", "pillow"]
 Pool = Literal["default", "avg", "max", "cls", "avg+cls", "gem"]
 POOLS: tuple[Pool, ...] = ("default", "avg", "max", "cls", "avg+cls", "gem")
+RuntimeName = Literal["auto", "torch", "compile", "openvino", "onnx"]
+RUNTIMES: tuple[RuntimeName, ...] = ("auto", "torch", "compile", "openvino", "onnx")
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
+
+_MAX_INPUT = 4096  # pixels a side: one float32 image of this size takes 200 MB before the backbone has done anything
+_MAX_VIEWS = 1000
 
 POOLED = "pooled"
 INPUT = "input"
@@ -50,8 +56,8 @@ class Transform:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be carried out."""
-        if self.input_size < 1:
-            raise UsageError(f"--input-size {self.input_size}: at least 1 pixel is needed.")
+        check_fields(self)
+        check_input_size(self.input_size)
         if not 0 < self.crop_pct <= 1:
             raise UsageError(f"--crop-pct {self.crop_pct}: a number above 0 and up to 1 is needed.")
         if self.std is not None and min(self.std) <= 0:
@@ -72,6 +78,11 @@ class TransformOverrides:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     decoder: Decoder | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no transform can have."""
+        check_fields(self)
+        Transform(**self.given())  # bounds them
 
     def given(self) -> dict[str, Any]:
         """Return the fields that are set."""
@@ -96,12 +107,13 @@ class BackboneSpec:
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
-        if not self.name:
+        check_fields(self)
+        if not self.name or not self.name.isprintable():
             raise UsageError("--backbone: a name is needed, such as `mini` or `resnet18`.")
         if self.weights is not None and self.random_init is not None:
             raise UsageError("--weights and --random-init exclude each other: keep one.")
-        if self.pool not in POOLS or self.precision not in PRECISIONS:
-            raise UsageError(f"--pool is one of {', '.join(POOLS)}, --precision one of {', '.join(PRECISIONS)}.")
+        if self.random_init is not None and not 0 <= self.random_init <= MAX_SEED:
+            raise UsageError(f"--random-init {self.random_init}: a seed from 0 to {MAX_SEED} is needed.")
 
     @property
     def label(self) -> str:
@@ -133,9 +145,10 @@ class Views:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse no views."""
-        if self.count < 1 or self.seed < 0:
-            raise UsageError("--views: at least 1 is needed, and --views-seed is 0 or more.")
+        """Refuse no views, and more than anybody could store."""
+        check_fields(self)
+        if not (1 <= self.count <= _MAX_VIEWS and 0 <= self.seed <= MAX_SEED):
+            raise UsageError(f"--views: 1 to {_MAX_VIEWS} are possible, and --views-seed goes from 0 to {MAX_SEED}.")
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,7 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         """Refuse a dtype that the cut cannot have."""
+        check_fields(self)
         if (self.cut == INPUT) != (self.dtype == "uint8"):
             raise UsageError(f"--dtype {self.dtype}: `input` is stored as uint8, every other cut as a float.")
 
@@ -163,6 +177,16 @@ class FeatureSpec:
     def key(self) -> str:
         """The cache key, 64 hexadecimal digits."""
         return fingerprint(self)
+
+
+def check_input_size(pixels: int) -> None:
+    """Refuse a side that no backbone was made for.
+
+    Raises:
+        UsageError: it is below 1 or above 4,096 pixels.
+    """
+    if not 1 <= pixels <= _MAX_INPUT:
+        raise UsageError(f"--input-size {pixels}: 1 to {_MAX_INPUT} pixels are possible.")
 
 
 def layers_of(cut: str) -> tuple[str, ...]:
@@ -203,5 +227,13 @@ def parse_model_args(pairs: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
 
 
 def freeze_args(args: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return keyword arguments as a sorted tuple of pairs, lists as tuples."""
+    """Return keyword arguments as a sorted tuple of pairs, lists as tuples.
+
+    Raises:
+        UsageError: a value is no text, number, truth value or list of them: nothing else has one form in a cache key.
+    """
+    for key, value in args.items():
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if not isinstance(each, str | int | float | bool | None) or each != each:  # noqa: PLR0124 - NaN
+                raise UsageError(f"model_args: {key}: {each!r:.60}: a text, a number, a truth value or a list is needed.")
     return tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in args.items()))

@@ -27,7 +27,7 @@ LAYERS = (
     ("metrics", "narrowing", "pools", "records", "solvers"),
     ("plans",),
     ("specs", "splits"),
-    ("allocator", "fingerprint", "machine", "progress"),
+    ("allocator", "checked", "fingerprint", "machine", "progress"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}

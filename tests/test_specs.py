@@ -18,7 +18,7 @@ OTHER: dict[str, Any] = {
     "interpolation": "bilinear",
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
-    "decoder": "other",
+    "decoder": "pillow",
     "antialias": False,
     "exif": "apply",
     "alpha": "white",

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from typing import Any
 
 import click
 
@@ -20,7 +19,6 @@ COMMANDS = {
     "backbones": "List the backbones that timm knows.",
     "doctor": "Check the environment and say the exact repair.",
 }
-INTERRUPTED = 130
 _SPINS = "2000"  # how often PyTorch's waiting threads look before they sleep (libgomp's default: some 300,000 times)
 
 
@@ -64,30 +62,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with 0 ok, 2 usage, 3 data, 4 disk, 5 environment or 130 interrupted."""
     import signal
 
-    from featcache.errors import FeatcacheError
+    from featcache.__main__ import interrupt
+    from featcache.cli.border import ended_by, take_any_name
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     if "OMP_WAIT_POLICY" not in os.environ:  # no slower alone; beside another process no longer many times slower
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    take_any_name()
     try:
         code = cli.main(args=arguments, prog_name="featcache", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except FeatcacheError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: what was computed is kept, the same command goes on from there.", err=True)
-        sys.exit(INTERRUPTED)
-    except OSError as error:
-        click.echo(f"error: {error.filename or 'disk'}: {error.strerror or error}", err=True)
-        sys.exit(4)
-
-
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
+        sys.stdout.flush()  # here, where a closed pipe is still caught, and not as Python ends
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last border
+        code = ended_by(error)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--views", type=click.IntRange(min=1), default=1, show_default=True, help="Of each image: the usual one, augmentations."
 )
-@click.option("--views-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the augmentations.")
+@click.option("--views-seed", type=options.SEED, default=0, show_default=True, help="Of the augmentations.")
 @click.option("--part", type=options.Part(), help="Compute this share only, such as 2/4; several processes fill one entry.")
 @click.option(
     "--engine",

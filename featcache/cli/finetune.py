@@ -27,19 +27,25 @@ _recipe = options.several(
         "--lr",
         "--lr-sweep",
         multiple=True,
-        type=float,
+        type=options.NUMBER,
         default=RATES,
         show_default=True,
         help="Of the last stage; the best on validation is kept; may be repeated.",
     ),
-    click.option("--head-lr", type=float, default=1e-3, show_default=True, help="Of the head."),
+    click.option("--head-lr", type=options.NUMBER, default=1e-3, show_default=True, help="Of the head."),
     click.option(
-        "--layer-decay", type=float, default=0.75, show_default=True, help="Factor from each stage to the one before."
+        "--layer-decay",
+        type=options.NUMBER,
+        default=0.75,
+        show_default=True,
+        help="Factor from each stage to the one before.",
     ),
     click.option("--optimiser", type=click.Choice(OPTIMISERS), default="adamw", show_default=True, help="What steps."),
-    click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Of matrices."),
-    click.option("--warmup", type=float, default=0.1, show_default=True, help="Share of steps in which rates rise."),
-    click.option("--label-smoothing", type=float, default=0.1, show_default=True, help="Of the training loss."),
+    click.option("--weight-decay", type=options.NUMBER, default=0.05, show_default=True, help="Of matrices."),
+    click.option(
+        "--warmup", type=options.NUMBER, default=0.1, show_default=True, help="Share of steps in which rates rise."
+    ),
+    click.option("--label-smoothing", type=options.NUMBER, default=0.1, show_default=True, help="Of the training loss."),
     click.option(
         "--views",
         type=click.IntRange(min=1),
@@ -48,10 +54,12 @@ _recipe = options.several(
         help="Stored augmentations an image, view 0 the plain one; every epoch draws one.",
     ),
     click.option("--augment", is_flag=True, help="Flip and shift pixels as they are read (--unfreeze all)."),
-    click.option("--mixup", type=float, default=0.0, show_default=True, help="Alpha of mixing pairs; 0: none."),
-    click.option("--drop-path", type=float, default=0.0, show_default=True, help="Of the last residual branch."),
-    click.option("--ema", type=float, default=0.0, show_default=True, help="Decay of averaged weights; 0: none."),
-    click.option("--clip", type=float, default=0.0, show_default=True, help="Greatest norm of the gradient; 0: none."),
+    click.option("--mixup", type=options.NUMBER, default=0.0, show_default=True, help="Alpha of mixing pairs; 0: none."),
+    click.option("--drop-path", type=options.NUMBER, default=0.0, show_default=True, help="Of the last residual branch."),
+    click.option("--ema", type=options.NUMBER, default=0.0, show_default=True, help="Decay of averaged weights; 0: none."),
+    click.option(
+        "--clip", type=options.NUMBER, default=0.0, show_default=True, help="Greatest norm of the gradient; 0: none."
+    ),
     click.option("--train-batchnorm", is_flag=True, help="Let BatchNorm statistics of the trained part move."),
     click.option(
         "--train-precision",
@@ -80,7 +88,7 @@ _recipe = options.several(
     help="Room for stored activations, such as 20GB; beyond it they are computed in every epoch.",
 )
 @click.option("--probe", "probes", multiple=True, default=["logistic"], show_default=True, help="Heads the gap is taken to.")
-@click.option("--price", type=float, help="Of an hour on this machine, to tell the costs in money.")
+@click.option("--price", type=options.NUMBER, help="Of an hour on this machine, to tell the costs in money.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A picture of the curves: .png, .svg, .pdf.")
 @options.seed_option
 @options.run_options

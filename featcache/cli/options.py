@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from featcache.checked import MAX_SEED
+
 if TYPE_CHECKING:
     from featcache.pipeline.workbench import Settings
     from featcache.sources import Source
     from featcache.specs import BackboneSpec
 
+SEED = click.IntRange(0, MAX_SEED)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -26,6 +30,34 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
+def finite(text: Any) -> float:
+    """Return a number that can be computed with.
+
+    Raises:
+        ValueError: the text is no number, NaN or infinite.
+    """
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """A number that is neither NaN nor infinite."""
+
+    name = "NUMBER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        try:
+            return finite(value)
+        except ValueError:
+            self.fail(f"{value!r}: a number is needed.", param, ctx)
+
+
+NUMBER = Number()
+
+
 class Three(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
     """Three numbers with commas between, one a colour channel."""
 
@@ -36,7 +68,7 @@ class Three(click.ParamType):  # type: ignore[type-arg]  # generic in newer clic
         if isinstance(value, tuple):
             return value
         try:
-            numbers = tuple(float(part) for part in str(value).split(","))
+            numbers = tuple(finite(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r}: write numbers, such as 0.5,0.5,0.5.", param, ctx)
         if len(numbers) == 1:
@@ -56,7 +88,7 @@ class Percent(click.ParamType):  # type: ignore[type-arg]  # as above
         if isinstance(value, float):
             return value
         try:
-            share = float(str(value).removesuffix("%")) / 100
+            share = finite(str(value).removesuffix("%")) / 100
         except ValueError:
             self.fail(f"{value!r}: write a percentage, such as 1%.", param, ctx)
         if not 0 <= share <= 1:
@@ -74,7 +106,8 @@ class Part(click.ParamType):  # type: ignore[type-arg]  # as above
         if isinstance(value, tuple):
             return value
         first, slash, second = str(value).partition("/")
-        if not (slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
+        numbers = first.isdecimal() and second.isdecimal() and max(len(first), len(second)) < 10
+        if not (slash and numbers and 1 <= int(first) <= int(second)):
             self.fail(f"{value!r}: write I/N, such as 2/4 for the second of four parts.", param, ctx)
         return int(first), int(second)
 
@@ -90,7 +123,9 @@ class Grid(click.ParamType):  # type: ignore[type-arg]  # as above
             return value
         name, equals, rest = str(value).partition("=")
         try:
-            values = tuple(int(part) if part.strip().isdigit() and name == "k" else float(part) for part in rest.split(","))
+            values = tuple(
+                int(part) if part.strip().isdecimal() and name == "k" else finite(part) for part in rest.split(",")
+            )
         except ValueError:
             values = ()
         if not (name and equals and values):
@@ -108,7 +143,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # as above
         if isinstance(value, tuple):
             return value
         parts = str(value).split(",")
-        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        if not all(part.strip().isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
             self.fail(f"{value!r}: write whole numbers above 0, such as 1,2,4.", param, ctx)
         return tuple(int(part) for part in parts)
 
@@ -133,10 +168,10 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
         if isinstance(value, float):
             return value
         text = str(value).strip()
-        try:
-            return float(text.rstrip("smh")) * {"m": 60.0, "h": 3600.0}.get(text[-1:], 1.0)
-        except ValueError:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text, re.ASCII)
+        if found is None:
             self.fail(f"{value!r}: write a time, such as 60s or 5m.", param, ctx)
+        return float(found[1]) * {"m": 60.0, "h": 3600.0}.get(found[2], 1.0)
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]  # as above
@@ -148,7 +183,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # as above
         """Return bytes."""
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(value).strip().lower())
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)b?", str(value).strip().lower(), re.ASCII)
         if found is None:
             self.fail(f"{value!r}: write a size, such as 500MB or 20GB.", param, ctx)
         return int(float(found[1]) * 1000 ** ("kmgt".index(found[2]) + 1 if found[2] else 0))
@@ -174,16 +209,14 @@ notes_options = several(
 )
 data_argument = click.argument("data")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-seed_option = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn splits, heads, training."
-)
+seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Of drawn splits, heads, training.")
 backbone_options = several(
     click.option("-b", "--backbone", default="mini", show_default=True, help="`mini` (bundled) or a timm name."),
     click.option("--weights", type=click.Path(path_type=Path), help="A checkpoint: .safetensors or a plain .pth state."),
-    click.option("--random-init", type=click.IntRange(min=0), metavar="SEED", help="Random weights: nothing is pretrained."),
+    click.option("--random-init", type=SEED, metavar="SEED", help="Random weights: nothing is pretrained."),
     click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Passed to timm; may be repeated."),
     click.option("--input-size", type=click.IntRange(min=1), help="Pixels; default: the backbone's own."),
-    click.option("--crop-pct", type=float, help="Share of the scaled short side that is kept."),
+    click.option("--crop-pct", type=Number(), help="Share of the scaled short side that is kept."),
     click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]), help="Resampling."),
     click.option("--mean", type=Three(), help="Subtracted from pixels in 0..1."),
     click.option("--std", type=Three(), help="Divides what is left."),

@@ -7,11 +7,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from featcache.checked import check_seed, check_value
 from featcache.errors import UsageError
-from featcache.plans import FineTunePlan, Unfreeze
+from featcache.plans import HEAD_NAMES, FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec, TransformOverrides, freeze_args
 
 _OVERRIDES = tuple(field.name for field in fields(TransformOverrides))
+_MOST_BYTES = 10_000_000
+_KINDS: dict[type, str] = {dict: "table", str: "text"}
 _PLAN_KEYS = tuple(field.name for field in fields(FineTunePlan) if field.name != "unfreeze")
 
 
@@ -42,10 +45,12 @@ def load_grid(path: Path) -> Grid:
         UsageError: the file is absent, not TOML, has an unknown key, or names an unset variable.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(_text(path))
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such pipeline file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:  # TOML's and UTF-8's own errors are ValueErrors
         raise UsageError(f"{path}: not TOML ({error}).") from error
     try:
         return _grid(table, path)
@@ -53,35 +58,61 @@ def load_grid(path: Path) -> Grid:
         raise UsageError(f"{path}: {error}") from error
 
 
+def _text(path: Path) -> str:
+    """Return a small regular file's text: a pipe would be waited for, a device read for ever."""
+    size = path.stat().st_size
+    if not path.is_file() or size > _MOST_BYTES:
+        raise UsageError(f"{path}: a TOML file of at most {_MOST_BYTES} bytes is needed.")
+    return path.read_text(encoding="utf-8")
+
+
 def _grid(table: dict[str, Any], path: Path) -> Grid:
     _only(table, {"name", "seeds", "heads", "unfreeze", "dataset", "backbone", "finetune"}, "the file")
     settings = _typed(table, "finetune", dict, {})
     _only(settings, set(_PLAN_KEYS), "[finetune]")
-    if "lr" in settings:
-        settings["lr"] = tuple(settings["lr"]) if isinstance(settings["lr"], list) else (settings["lr"],)
-    try:
-        base = FineTunePlan(Unfreeze.parse("all"), **settings)
-    except TypeError as error:
-        raise UsageError(f"[finetune]: a value of the wrong kind ({error}).") from error
+    if "lr" in settings and not isinstance(settings["lr"], list):
+        settings = settings | {"lr": [settings["lr"]]}
+    base = FineTunePlan(Unfreeze.parse("all"), **settings)
     plans = tuple(replace(base, unfreeze=Unfreeze.parse(text)) for text in _strings(table, "unfreeze"))
-    data = tuple(_data(entry) for entry in _typed(table, "dataset", list, []))
-    backbones = tuple(_backbone(entry) for entry in _typed(table, "backbone", list, [{"name": "mini"}]))
+    data = tuple(_data(entry) for entry in _tables(table, "dataset", []))
+    backbones = tuple(_backbone(entry) for entry in _tables(table, "backbone", [{"name": "mini"}]))
     heads = _strings(table, "heads")
+    if unknown := [head for head in heads if head not in HEAD_NAMES]:
+        raise UsageError(f"heads: {unknown[0]!r}: choose from {', '.join(HEAD_NAMES)}.")
     if not data:
         raise UsageError("at least one [[dataset]] is needed.")
     if not heads and not plans:
         raise UsageError('nothing to run: give heads = ["logistic"] or unfreeze = ["last:1"].')
     seeds = _typed(table, "seeds", list, [0])
-    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise UsageError("seeds: a list of whole numbers from 0 is needed.")
-    return Grid(_typed(table, "name", str, path.stem), data, backbones, heads, plans, tuple(seeds))
+    if not seeds:
+        raise UsageError("seeds: at least one whole number from 0 is needed.")
+    name = _file_name(_typed(table, "name", str, path.stem))
+    return Grid(name, data, backbones, heads, plans, tuple(dict.fromkeys(check_seed(seed, "seeds") for seed in seeds)))
+
+
+def _file_name(name: str) -> str:
+    """Return a name that stands for a file in ``--out`` and nowhere else: a pipeline may come from a stranger.
+
+    Raises:
+        UsageError: it holds a separator or what no file's name should.
+    """
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", name):
+        raise UsageError(f"name: {name[:60]!r}: letters, digits, spaces and . _ + - are possible, up to 100 of them.")
+    return name
+
+
+def _tables(table: dict[str, Any], key: str, default: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = _typed(table, key, list, default)
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise UsageError(f"{key}: write [[{key}]] and its keys below.")
+    return entries
 
 
 def _data(entry: dict[str, Any]) -> DataEntry:
     _only(entry, {"data", "name"}, "[[dataset]]")
     if "data" not in entry:
         raise UsageError("[[dataset]]: data = PATH is needed.")
-    return DataEntry(_expand(_typed(entry, "data", str, "")), entry.get("name"))
+    return DataEntry(_expand(_typed(entry, "data", str, "")), check_value(entry.get("name"), str | None, "[[dataset]] name"))
 
 
 def _backbone(entry: dict[str, Any]) -> BackboneSpec:
@@ -89,7 +120,7 @@ def _backbone(entry: dict[str, Any]) -> BackboneSpec:
     overrides: dict[str, Any] = {
         key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in _OVERRIDES if key in entry
     }
-    weights = entry.get("weights")
+    weights = check_value(entry.get("weights"), str | None, "[[backbone]] weights")
     return BackboneSpec(
         name=_typed(entry, "name", str, "mini"),
         weights=_expand(weights) if weights is not None else None,
@@ -110,13 +141,13 @@ def _strings(table: dict[str, Any], key: str) -> tuple[str, ...]:
     values = _typed(table, key, list, [])
     if not all(isinstance(value, str) for value in values):
         raise UsageError(f"{key}: a list of strings is needed.")
-    return tuple(values)
+    return tuple(dict.fromkeys(values))
 
 
 def _typed(table: dict[str, Any], key: str, kind: type, default: Any) -> Any:
     value = table.get(key, default)
     if not isinstance(value, kind):
-        raise UsageError(f"{key}: a {kind.__name__} is needed, not {value!r}.")
+        raise UsageError(f"{key}: a {_KINDS.get(kind, kind.__name__)} is needed, not {value!r:.60}.")
     return value
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import identify
+from featcache.checked import check_fields
 from featcache.errors import UsageError
 from featcache.machine import free_memory
 from featcache.metrics import confusion, gap, per_class
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from featcache.stages.targets import FittedTarget
 
 PROBE = "logistic"
+_MOST_SHOTS = 1_000_000
 _MOST_IN_A_MATRIX = 50
 _COPIES = 2.5  # of the features in float32, that the heads that take the most memory need
 
@@ -85,7 +87,7 @@ class FitPlan:
     heads: tuple[str, ...] = (PROBE,)
     layers: tuple[str, ...] = ()
     views: int = 1
-    grid: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    grid: tuple[tuple[str, tuple[int | float, ...]], ...] = ()
     folds: int | None = None
     budget: float | None = None
     target: Literal["label", "labels", "number"] = "label"
@@ -94,6 +96,21 @@ class FitPlan:
     curve: bool = False
     controls: bool = True
     format: Literal["joblib", "skops"] = "joblib"
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong kind, and those that nothing could be trained with."""
+        check_fields(self)
+        if not self.heads:
+            raise UsageError("heads: at least one is needed, such as logistic.")
+        if self.folds is not None and self.folds < 0:
+            raise UsageError(f"folds {self.folds}: 0 or more is needed.")
+        if self.budget is not None and self.budget < 0:
+            raise UsageError(f"budget {self.budget:g}: seconds from 0 are needed.")
+        if not all(1 <= shots <= _MOST_SHOTS for shots in self.shots):
+            raise UsageError(f"shots {self.shots}: whole numbers from 1 to {_MOST_SHOTS} are needed.")
+        if not all(values for _, values in self.grid):
+            raise UsageError("grid: at least one value a parameter is needed.")
+        Views(self.views)
 
     def candidates(self) -> list[dict[str, Any]] | None:
         """Return all combinations of the grid's values, ``None`` where there is no grid."""

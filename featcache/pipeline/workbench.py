@@ -11,6 +11,7 @@ import numpy as np
 
 from featcache import cache as caching
 from featcache.cache import Sighted
+from featcache.checked import check_fields
 from featcache.cluster import Recipe
 from featcache.errors import UsageError
 from featcache.flow import Pixels, beside_pixels
@@ -21,6 +22,7 @@ from featcache.specs import (
     POOLED,
     BackboneSpec,
     FeatureSpec,
+    RuntimeName,
     StoredDtype,
     Transform,
     TransformOverrides,
@@ -33,10 +35,11 @@ from featcache.store import TABLE, FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
-    from featcache.runtimes import Eager, RuntimeName, Workers
+    from featcache.runtimes import Eager, Workers
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
 _TINY_IMAGE = 32  # pixels; up to it what the interpreter does for a batch weighs as much as computing it
+_MOST_IN_A_BATCH, _MOST_WORKERS = 65_536, 1024
 _SMALL_BATCH, _CPU_BATCH, _TINY_BATCH, _GPU_BATCH = 16, 64, 256, 128
 
 
@@ -53,11 +56,25 @@ class Settings:
     device: str | None = None
     max_bad: float = 0.01
     rebind: bool = False
-    runtime: "RuntimeName" = "auto"
+    runtime: RuntimeName = "auto"
     part: tuple[int, int] | None = None
     engine: Literal["local", "ray"] = "local"
     workers: int | None = None
     budget: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing could run with."""
+        check_fields(self)
+        for name, most in (("batch_size", _MOST_IN_A_BATCH), ("workers", _MOST_WORKERS)):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise UsageError(f"{name.replace('_', ' ')} {value}: 1 to {most} are possible.")
+        if not 0 <= self.max_bad <= 1:
+            raise UsageError(f"max_bad {self.max_bad}: a share from 0 to 1 is needed.")
+        if self.budget is not None and self.budget < 0:
+            raise UsageError(f"budget {self.budget}: a number of bytes from 0 is needed.")
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise UsageError(f"part {self.part}: (i, n) with i from 1 to n is needed.")
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,10 @@ class Target:
 
     cut: str = POOLED
     dtype: StoredDtype | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no cut's name and no dtype."""
+        check_fields(self)
 
 
 @dataclass(frozen=True)
