@@ -116,7 +116,7 @@ def _fit_number(given: Any, wanted: type) -> Any:
         number = given.__index__() if wanted is int else float(given)
     except (OverflowError, TypeError, ValueError):
         return _MISFIT
-    if not math.isfinite(number) or (wanted is int and abs(number) > _MAX_INT):
+    if abs(number) > _MAX_INT if wanted is int else not math.isfinite(number):
         return _MISFIT
     return given if type(given) is wanted else number
 

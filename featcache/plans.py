@@ -6,7 +6,7 @@ from typing import Literal
 
 from featcache.checked import check_fields, check_value
 from featcache.errors import UsageError
-from featcache.specs import Precision, StoredDtype
+from featcache.specs import Precision, StoredDtype, Views
 
 HEAD_NAMES = (
     *("centroid", "ridge", "knn", "logistic", "svm", "selected", "lda", "rbf", "mlp", "boosting", "ensemble"),
@@ -131,6 +131,7 @@ class FineTunePlan:
         check_fields(self)
         if min(self.epochs, self.batch_size, self.patience, self.views, self.accumulate) < 1:
             raise UsageError("--epochs, --train-batch, --patience, --views and --accumulate: at least 1 is needed.")
+        Views(self.views)
         if not self.lr or min(*self.lr, self.head_lr) <= 0:
             raise UsageError("--lr and --head-lr: a rate above 0 is needed.")
         if not (0 <= self.ema < 1 and 0 <= self.drop_path < 1 and 0 <= self.label_smoothing < 1):

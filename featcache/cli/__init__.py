@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -38,6 +39,18 @@ class LazyGroup(click.Group):
         command = getattr(import_module(f"featcache.cli.{cmd_name}"), "command")  # noqa: B009 - not typed
         return command if isinstance(command, click.Command) else None
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a reader who has seen enough ends it without an error (click itself would end it with 1)."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a closed pipe is still caught, and not as Python ends
+        except BrokenPipeError:
+            from featcache.cli.border import discard_output
+
+            discard_output()
+            return 0
+        return result
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands from the table, without importing them."""
         with formatter.section("Commands"):
@@ -71,7 +84,6 @@ def main(arguments: list[str] | None = None) -> None:
     take_any_name()
     try:
         code = cli.main(args=arguments, prog_name="featcache", standalone_mode=False)
-        sys.stdout.flush()  # here, where a closed pipe is still caught, and not as Python ends
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last border
         code = ended_by(error)
     sys.exit(code if isinstance(code, int) else 0)

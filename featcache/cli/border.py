@@ -26,9 +26,6 @@ def ended_by(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         click.echo("interrupted: what was computed is kept, the same command goes on from there.", err=True)
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError):
-        _discard_output()
-        return 0
     if isinstance(error, click.ClickException):
         shown = io.StringIO()
         error.show(shown)
@@ -54,8 +51,8 @@ def _failed(error: BaseException) -> int:
     return code
 
 
-def _discard_output() -> None:
-    """Let Python's last flush go nowhere: whoever read our output has gone."""
+def discard_output() -> None:
+    """Let Python's last flush go nowhere, where whoever read our output has gone: no error of ours."""
     with contextlib.suppress(OSError, ValueError):  # where output is no file there is nothing to turn away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
