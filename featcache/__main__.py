@@ -2,14 +2,8 @@
 
 import signal
 import sys
-from typing import Any
 
-INTERRUPTED = 130
-
-
-def interrupt(_signal: int, _frame: Any) -> None:
-    """Treat SIGTERM as Ctrl-C, which every stage knows how to end on."""
-    raise KeyboardInterrupt
+from featcache.errors import INTERRUPTED, interrupt
 
 
 def main() -> None:

@@ -1,5 +1,14 @@
 """Errors that a user can act on: one type a remedy, each with the exit code of the command line."""
 
+from typing import Any
+
+INTERRUPTED = 130  # exit code
+
+
+def interrupt(_signal: int, _frame: Any) -> None:
+    """Treat SIGTERM as Ctrl-C, which every stage knows how to end on: a signal's handler."""
+    raise KeyboardInterrupt
+
 
 class FeatcacheError(Exception):
     """Base of every error that featcache raises on purpose; its text says what, where and what to do next."""

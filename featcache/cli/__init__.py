@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with 0 ok, 2 usage, 3 data, 4 disk, 5 environment or 130 interrupted."""
     import signal
 
-    from featcache.__main__ import interrupt
     from featcache.cli.border import ended_by, take_any_name
+    from featcache.errors import interrupt
 
     signal.signal(signal.SIGTERM, interrupt)
     if "OMP_WAIT_POLICY" not in os.environ:  # no slower alone; beside another process no longer many times slower

@@ -9,14 +9,14 @@ import traceback
 
 import click
 
-from featcache.errors import FeatcacheError
+from featcache.errors import INTERRUPTED, FeatcacheError
 from featcache.progress import printable
 
 _FAULT = (
     "This is a fault of featcache. What was computed is kept; with FEATCACHE_TRACEBACK=1 it says where it happened, for a "
     "report."
 )
-UNEXPECTED, DISK, SETUP, INTERRUPTED = 1, 4, 5, 130
+UNEXPECTED, DISK, SETUP = 1, 4, 5
 
 
 def ended_by(error: BaseException) -> int:
