@@ -73,7 +73,7 @@ def killed_before(call_number: int, act: Callable[[], object], monkeypatch: pyte
 def test_a_new_file_is_whole_or_absent_wherever_its_writer_dies(
     tmp_path: Path, world: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before whichever call it is killed, the name stands for all of the content or for nothing, and the next one can go on."""
+    """Before whichever call it is killed, the name stands for all of the content or for nothing, and the next goes on."""
     if world != "links":
         monkeypatch.setattr(atomic.os, "link", refuse(errno.EPERM))
     if world.endswith("renameat2"):
@@ -87,7 +87,7 @@ def test_a_new_file_is_whole_or_absent_wherever_its_writer_dies(
         assert not path.exists() or path.read_bytes() == b"content" * 1000
         create_file(path, b"content" * 1000)
         assert path.read_bytes() == b"content" * 1000
-        assert os.listdir(path.parent) == ["file"]
+        assert [each.name for each in path.parent.iterdir()] == ["file"]
         number += 1
     assert number > 3
 
@@ -103,7 +103,7 @@ def test_a_name_is_given_once(tmp_path: Path, world: str, monkeypatch: pytest.Mo
     assert create_file(tmp_path / "file", b"first")
     assert not create_file(tmp_path / "file", b"second")
     assert (tmp_path / "file").read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_renameat2_cannot_do_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_what_renameat2_cannot_do_is_an_error(tmp_path: Path, monkeypatch: pytes
 
     with pytest.raises(StorageError, match="cannot be written"):
         create_file(tmp_path / long, b"content")
-    assert os.listdir(tmp_path) == []
+    assert [each.name for each in tmp_path.iterdir()] == []
 
 
 def test_a_dead_writers_file_is_removed_by_the_next_write(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_dead_writers_file_is_removed_by_the_next_write(tmp_path: Path) -> Non
 
     replace_file(tmp_path / "other", b"")
 
-    assert os.listdir(tmp_path) == ["other"]
+    assert [each.name for each in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_living_writers_file_stays(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_our_own_files_are_locked_while_they_are_written(tmp_path: Path) -> None
     """A sweep in the middle of a write finds the file held, though no process of its number lives here."""
     seen = []
 
-    def look(file: object) -> None:
+    def look(_file: object) -> None:
         (temporary,) = tmp_path.iterdir()
         renamed = temporary.rename(tmp_path / temporary_name(a_dead_process()))
         sweep(tmp_path)
@@ -153,7 +153,7 @@ def test_our_own_files_are_locked_while_they_are_written(tmp_path: Path) -> None
     atomic.replace_file_by(tmp_path / "file", look)
 
     assert seen == [True]
-    assert os.listdir(tmp_path) == ["file"]
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_swept_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,4 +206,4 @@ def test_a_process_number_of_any_size_is_no_error(tmp_path: Path) -> None:
 
     sweep(tmp_path)
 
-    assert os.listdir(tmp_path) == []
+    assert [each.name for each in tmp_path.iterdir()] == []
