@@ -136,5 +136,7 @@ class FineTunePlan:
             raise UsageError("--lr and --head-lr: a rate above 0 is needed.")
         if not (0 <= self.ema < 1 and 0 <= self.drop_path < 1 and 0 <= self.label_smoothing < 1):
             raise UsageError("--ema, --drop-path and --label-smoothing: from 0 up to, but not, 1.")
+        if self.warmup > 1:
+            raise UsageError(f"--warmup {self.warmup:g}: a share of all steps, from 0 to 1, is needed.")
         if min(self.mixup, self.clip, self.weight_decay, self.warmup, self.layer_decay) < 0:
             raise UsageError("--mixup, --clip, --weight-decay, --warmup and --layer-decay: 0 or more is needed.")

@@ -11,6 +11,7 @@ from support import Outcome
 
 from featcache.cli import main
 from featcache.cli.border import ended_by
+from featcache.cli.predict import _columns
 from featcache.errors import DataError
 from featcache.progress import printable
 
@@ -124,3 +125,9 @@ def test_main_leaves_unforeseen_errors_in_one_line(
         main(["store", "ls"])
     assert ended.value.code == 1
     assert "unexpected LookupError: nobody thought of it" in capsys.readouterr().err
+
+
+def test_a_class_called_like_a_column_keeps_its_own() -> None:
+    """Probabilities of classes named ``path`` or ``reason`` stand in columns that nothing else is called."""
+    assert _columns(("cat", "dog")) == ["cat", "dog"]
+    assert _columns(("path", "reason")) == ["p(path)", "p(reason)"]

@@ -59,6 +59,7 @@ ODD: tuple[tuple[type, dict[str, Any]], ...] = (
     (FineTunePlan, {"ema": 1}),
     (FineTunePlan, {"clip": -1.0}),
     (FineTunePlan, {"views": 0}),
+    (FineTunePlan, {"warmup": 2}),
     (FitPlan, {"target": "lables"}),
     (FitPlan, {"views": 0}),
     (FitPlan, {"folds": -3}),

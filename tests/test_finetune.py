@@ -12,6 +12,7 @@ from torch import nn
 from featcache import heads
 from featcache.backbone import Backbone, Stage, load_backbone
 from featcache.errors import UsageError
+from featcache.pipeline import tuning
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
@@ -304,3 +305,16 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
     assert factors[10] == pytest.approx(1.0)
     assert max(factors) == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_no_stochastic_depth_means_none(folder: Path, settings: Settings) -> None:
+    """A model that brings a rate of its own trains without it where the plan says none, as its record does."""
+    own = BackboneSpec("test_vit", random_init=0, model_args=(("drop_path_rate", 0.5),))
+    bench = Workbench(open_source(folder), own, settings)
+    rates = [module.drop_prob for module in bench.backbone.module.modules() if type(module).__name__ == "DropPath"]
+
+    backbone = tuning._trainable(bench, PLAN)
+
+    assert max(rates) == 0.5
+    assert not any(module.drop_prob for module in backbone.module.modules() if type(module).__name__ == "DropPath")
+    assert max(module.drop_prob for module in bench.backbone.module.modules() if type(module).__name__ == "DropPath") == 0.5

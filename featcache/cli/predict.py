@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +51,22 @@ def _write(file: Any, bundle: "Bundle", found: "Iterator[Prediction]", *, as_jso
             said = {"path": one.path, "label": one.label, "probabilities": known, "reason": one.reason}
             file.write(json.dumps({"schema_version": SCHEMA_VERSION, **said}) + "\n")
         return
+    from featcache.progress import printable
     from featcache.report import inert
 
     writer = csv.writer(file, lineterminator="\n")
     knows = hasattr(bundle.estimator, "predict_proba")
-    writer.writerow(["path", "label", *(map(inert, bundle.classes) if knows else ()), "reason"])
+    shown = printable if file.isatty() else str  # a terminal obeys what stands in a file's name; a file keeps it
+    writer.writerow(["path", "label", *(map(inert, _columns(bundle.classes)) if knows else ()), "reason"])
     for one in found:
         numbers = (
             [f"{value:.6g}" for value in one.probabilities] if one.probabilities is not None else [""] * len(bundle.classes)
         )
-        writer.writerow([inert(one.path), inert(one.label or ""), *(numbers if knows else ()), inert(one.reason or "")])
+        path, label, reason = (shown(inert(text or "")) for text in (one.path, one.label, one.reason))
+        writer.writerow([path, label, *(numbers if knows else ()), reason])
+
+
+def _columns(classes: Sequence[str]) -> list[str]:
+    """Return what the columns of probabilities are called: classes' names, marked where one is a column's name already."""
+    clash = not {"path", "label", "reason"}.isdisjoint(classes)
+    return [f"p({name})" if clash else name for name in classes]

@@ -364,7 +364,11 @@ def _rows(features: Features, at_cut: Extracted, views: int) -> "tuple[Features,
 def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
     """Return a copy of the backbone that may be changed, with the plan's stochastic depth."""
     if not plan.drop_path:
-        return bench.backbone.separate()
+        backbone = bench.backbone.separate()
+        for module in backbone.module.modules():
+            if type(module).__name__ == "DropPath":  # some models bring a rate of their own: the plan says none
+                module.drop_prob = 0.0
+        return backbone
     from featcache.backbone import load_backbone
 
     spec = replace(bench.spec, model_args=(*bench.spec.model_args, ("drop_path_rate", plan.drop_path)))
