@@ -367,7 +367,7 @@ def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
         backbone = bench.backbone.separate()
         for module in backbone.module.modules():
             if type(module).__name__ == "DropPath":  # some models bring a rate of their own: the plan says none
-                module.drop_prob = 0.0
+                setattr(module, "drop_prob", 0.0)  # noqa: B010 - its type does not know it
         return backbone
     from featcache.backbone import load_backbone
 
