@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from featcache.cache import default_cache
 from featcache.checked import check_seed, check_value
-from featcache.errors import UsageError
+from featcache.errors import DataError, UsageError
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan, HeadJobs, fit_heads
@@ -186,7 +186,10 @@ def export(
     from featcache.pipeline.exporting import export as write
 
     bundle = load(Path(head), trust=trust)
-    images = check if isinstance(check, Source) else open_source(check or bundle.card["data"])
+    where = check or bundle.card.get("data")
+    if where is None:
+        raise DataError(f"{head}: its card does not say on which images it was trained: give some to compare on (--check).")
+    images = where if isinstance(where, Source) else open_source(where)
     return write(bundle, Path(path), images, settings or Settings(default_cache()), weights=weights)
 
 

@@ -1,21 +1,24 @@
 """Trained heads as files: joblib or skops, with a card beside them, and nothing foreign is executed unasked."""
 
-import hmac
 import io
 import json
-import secrets
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from featcache.errors import DataError, SetupError, UsageError
+from featcache.cards import parse_card
+from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_bytes
-from featcache.store.atomic import create_file, make_folder, replace_file
+from featcache.progress import logger
+from featcache.signing import is_signed, sign
+from featcache.store.atomic import make_folder, remove_file, replace_file
 
 Format = Literal["joblib", "skops"]
 _SUFFIX: dict[Format, str] = {"joblib": ".joblib", "skops": ".skops"}
+_CARD = b"featcache: card of a head\n"  # what a signature is for; it covers the file by the hash in the card
 # what scikit-learn's own heads hold beside what skops trusts by itself
 _TRUSTED = frozenset(
     {
@@ -49,16 +52,24 @@ class Bundle:
 
 
 def save(estimator: Any, card: Mapping[str, Any], path: Path, how: Format = "joblib") -> Path:
-    """Write a head, and beside it a JSON card with its hash and scikit-learn's version; return the head's path.
+    """Write a head, and beside it a signed JSON card with its hash and scikit-learn's version; return the head's path.
+
+    Killed at any point it leaves the head of before with its card, or the new one with its own.
+
+    Args:
+        estimator: the fitted head.
+        card: what is said of it.
+        path: of the head, without the format's suffix.
+        how: the format.
 
     Raises:
-        SetupError: skops is not installed.
+        SetupError: skops is not installed, or the secret is not the user's own.
         StorageError: the disk failed.
     """
     import joblib
     import sklearn
 
-    path = path.with_suffix(_SUFFIX[how])
+    path = head_path(path, how)
     if how == "skops":
         content = _skops().dumps(estimator)
     else:
@@ -66,56 +77,135 @@ def save(estimator: Any, card: Mapping[str, Any], path: Path, how: Format = "job
         joblib.dump(estimator, buffer)
         content = buffer.getvalue()
     facts = {"sha256": sha256_of_bytes(content), "scikit_learn": sklearn.__version__, "format": how}
-    full = {**facts, "signature": _signature(content), **card}
+    full = json.loads(json.dumps({**card, **facts}))  # as it will be read
+    text = json.dumps({"signature": sign(_CARD, _signed_text(full)), **full}, indent=1).encode()
     make_folder(path.parent)
+    # the old head's card stays until the new head is there, whose own card waits beside it
+    replace_file(_waiting_card(path), text)
     replace_file(path, content)
-    replace_file(path.with_suffix(".json"), json.dumps(full, indent=1).encode())
+    replace_file(_card(path), text)
+    remove_file(_waiting_card(path))
     return path
+
+
+def head_path(path: Path, how: Format = "joblib") -> Path:
+    """Return the path of a head's file; what is behind a dot of its name is no suffix (``blocks.6``, ``10.5%``)."""
+    return path.with_name(f"{path.name}{_SUFFIX[how]}")
 
 
 def load(path: Path, *, trust: bool = False) -> Bundle:
     """Read a head. A joblib file can run any code: one that this user did not write must be trusted expressly.
 
+    So must one whose card was changed: class names, backbone, cut and weights are believed as the card says them. A head
+    of an earlier version, whose signature does not cover the card, is loaded with a warning.
+
     Args:
         path: of the head; its card lies beside it.
-        trust: run what a joblib file holds wherever it comes from.
+        trust: run what a joblib file holds, and believe its card, wherever they come from.
 
     Raises:
         DataError: there is no such file, it is not the one that its card describes, or it is from another scikit-learn.
         UsageError: it is foreign, and not trusted.
+        SetupError: the secret is not the user's own.
     """
     import sklearn
 
-    card_path = path.with_suffix(".json")
-    try:
-        content, card = path.read_bytes(), json.loads(card_path.read_text())
-    except OSError as error:
-        raise DataError(
-            f"{error.filename}: cannot be read ({error.strerror}): give a head that `featcache fit` wrote."
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{card_path}: not a head's card ({error}).") from error
-    if not isinstance(card, dict) or not {"sha256", "scikit_learn", "classes"} <= set(card):
-        raise DataError(f"{card_path}: not a head's card.")
-    if card["sha256"] != sha256_of_bytes(content):
-        raise DataError(f"{path}: is not the file that {card_path.name} describes (another SHA-256).")
+    content = _read(path, "give a head that `featcache fit` wrote")
+    card = _card_of(path, sha256_of_bytes(content))
     if card["scikit_learn"] != sklearn.__version__:
         raise DataError(
             f"{path}: was made with scikit-learn {card['scikit_learn']}, this is {sklearn.__version__}: fit again, or "
             f"`pip install scikit-learn=={card['scikit_learn']}`."
         )
-    if card.get("format") == "skops":
-        return Bundle(_load_skops(content, path, trust=trust), card, path)
-    if not trust and not hmac.compare_digest(str(card.get("signature")), _signature(content)):
-        raise UsageError(
-            f"{path}: was not written by you on this machine, and a joblib file can run any code. If you know who made it, "
-            "say --trust."
+    is_skops = card.get("format") == "skops"
+    if is_skops and not zipfile.is_zipfile(io.BytesIO(content)):
+        raise DataError(f"{path}: not a skops file.")
+    if not trust:
+        _require_own(path, content, card)
+    try:
+        estimator = _load_skops(content, path, trust=trust) if is_skops else _load_joblib(content)
+    except FeatcacheError:
+        raise
+    except Exception as error:  # a damaged or foreign file fails in any way
+        raise DataError(f"{path}: cannot be loaded ({error!r:.200}): fit again.") from error
+    _check_estimator(path, estimator, card)
+    return Bundle(estimator, card, path)
+
+
+def _card(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _waiting_card(path: Path) -> Path:
+    return path.with_name(f"{path.name}.next.json")
+
+
+def _card_of(path: Path, sha256: str) -> dict[str, Any]:
+    """Return the card that describes a file.
+
+    Raises:
+        DataError: there is none, or what lies there is no card.
+    """
+    places = [_card(path), _waiting_card(path)]
+    if path.suffix in _SUFFIX.values():
+        places.append(path.with_name(path.name.removesuffix(path.suffix) + ".json"))  # of earlier versions
+    there = [place for place in places if place.exists()]
+    problems = []
+    for place in there:
+        try:
+            card = parse_card(_read(place, "fit again"))
+        except DataError as error:
+            problems.append(f"{place}: not a head's card ({error}).")
+            continue
+        if card["sha256"] == sha256:
+            return card
+        problems.append(f"{path}: is not the file that {place.name} describes (another SHA-256).")
+    raise DataError(problems[0] if problems else f"{_card(path)}: the head's card is not there: fit again.")
+
+
+def _read(path: Path, advice: str) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device would not end
+            raise DataError(f"{path}: is no file: {advice}.")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): {advice}.") from error
+
+
+def _require_own(path: Path, content: bytes, card: Mapping[str, Any]) -> None:
+    """Refuse a head that this user did not write.
+
+    Raises:
+        UsageError: so it is.
+    """
+    signature = card.get("signature", "")
+    if is_signed(signature, _CARD, _signed_text(card)):
+        return
+    if is_signed(signature, b"", content):
+        logger.warning(
+            "%s: its signature is of an earlier version and does not cover its card (class names, backbone, cut): fit again "
+            "to sign both",
+            path,
         )
+        return
+    raise UsageError(
+        f"{path}: it, or its card, was not written by you on this machine, or was changed since. A joblib file can run any "
+        "code, and a card names classes and weights. If you know who made them, say --trust."
+    )
+
+
+def _signed_text(card: Mapping[str, Any]) -> bytes:
+    """Return the one text of a card without its signature; it holds the file's hash."""
+    body = {name: value for name, value in card.items() if name != "signature"}
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _load_joblib(content: bytes) -> Any:
     import joblib
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return Bundle(joblib.load(io.BytesIO(content)), card, path)
+        return joblib.load(io.BytesIO(content))
 
 
 def _load_skops(content: bytes, path: Path, *, trust: bool) -> Any:
@@ -129,19 +219,18 @@ def _load_skops(content: bytes, path: Path, *, trust: bool) -> Any:
     return skops.loads(content, trusted=unknown)
 
 
-def _signature(content: bytes) -> str:
-    """Return what only this user's processes on this machine can know of some bytes."""
-    return hmac.new(_secret(), content, "sha256").hexdigest()
+def _check_estimator(path: Path, estimator: Any, card: Mapping[str, Any]) -> None:
+    """Refuse what answers with no classes of the card's.
 
-
-def _secret() -> bytes:
-    from platformdirs import user_data_path
-
-    path = user_data_path("featcache") / "secret"
-    if not path.exists():
-        make_folder(path.parent)
-        create_file(path, secrets.token_bytes(32), mode=0o600)
-    return path.read_bytes()
+    Raises:
+        DataError: so it is.
+    """
+    if not callable(getattr(estimator, "predict", None)):
+        raise DataError(f"{path}: holds a {type(estimator).__name__}, no head.")
+    if card.get("target", "label") == "label" and hasattr(estimator, "classes_"):
+        known = list(estimator.classes_)
+        if known and not 0 <= min(known) <= max(known) < len(card["classes"]):
+            raise DataError(f"{path}: knows classes up to number {max(known)}, its card names {len(card['classes'])}.")
 
 
 def _skops() -> Any:

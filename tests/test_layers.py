@@ -22,6 +22,7 @@ LAYERS = (
     ("cluster",),
     ("flow", "training"),
     ("cache", "heads", "unfreeze", "bundle"),
+    ("cards", "signing"),
     ("sources", "store", "backbone"),
     ("cut", "runtimes", "images"),
     ("metrics", "narrowing", "pools", "records", "solvers"),

@@ -17,7 +17,7 @@ from featcache.progress import logger
 from featcache.records import RunRecord, read_records
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec
-from featcache.store.atomic import make_folder, replace_file, sweep
+from featcache.store.atomic import make_folder, replace_file
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:
         StorageError: the disk failed: nothing more could be kept.
     """
     make_folder(out)
-    sweep(out)
     runner = _Runner(grid, settings, out / f"{grid.name}.jsonl")
     try:
         for data in grid.data:

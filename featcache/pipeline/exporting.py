@@ -99,7 +99,7 @@ def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, wei
             verbose=False,
         )
         proto = onnx.load(str(draft))
-    facts = {"classes": list(bundle.classes), "transform": asdict(transform), "head": bundle.card["head"]}
+    facts = {"classes": list(bundle.classes), "transform": asdict(transform), "head": bundle.card.get("head", "")}
     for name, value in facts.items():
         proto.metadata_props.add(key=name, value=json.dumps(value))
     content = proto.SerializeToString()

@@ -66,12 +66,16 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
     overrides: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in facts["overrides"].items()
     }
+    try:
+        given = TransformOverrides(**overrides)
+    except TypeError as error:
+        raise DataError(f"the head's card names what no transform has ({error}).") from error
     return BackboneSpec(
         facts["name"],
         path,
         facts["random_init"],
         freeze_args(dict(facts["model_args"])),
-        TransformOverrides(**overrides),
+        given,
         facts.get("pool", "default"),
         facts.get("precision", "float32"),
     )

@@ -393,7 +393,9 @@ def _save_head(
         "params": {"lr": tuned.lr, "epoch": tuned.best},
         "test": asdict(tuned.tested.scores),
     }
-    return bundle.save(linear_estimator(head.weights, head.bias), card, checkpoint.with_suffix(""))
+    return bundle.save(
+        linear_estimator(head.weights, head.bias), card, checkpoint.with_name(checkpoint.name.removesuffix(".safetensors"))
+    )
 
 
 def _remarks(tuned: "FineTuned", record: RunRecord, plan: FineTunePlan) -> tuple[str, ...]:
