@@ -13,18 +13,23 @@ from test_finetune import PLAN, Prepared
 from torch import Tensor, nn
 
 from featcache.backbone import load_backbone
+from featcache.bundle import load as load_bundle
 from featcache.errors import StorageError, UsageError
 from featcache.metrics import cka
+from featcache.pipeline import tuning
+from featcache.pipeline.bench import run_bench
+from featcache.pipeline.grid import load_grid
 from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
-from featcache.records import read_records
+from featcache.records import RunRecord, read_records
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.stages.finetune import FineTuned, finetune
 from featcache.training.augmenting import flipped_and_shifted, mixed
 from featcache.training.folding import ConvolutionAndNorm, fold_norms
 from featcache.training.keeping import Keeper
+from featcache.training.loop import Trial
 from featcache.training.model import SuffixAndHead, set_training
 from featcache.unfreeze import depths, thaw
 
@@ -162,15 +167,165 @@ def test_a_broken_training_goes_on_exactly(
         pytest.fail("it does not come to an end")
 
     assert not moved(expected, got)
-    assert not (tmp_path / "state").exists()
+    trained = epochs_of(monkeypatch)
+    assert not moved(expected, tuned(prepared, plan, keeper))
+    assert trained == []
+    keeper.clear()
+    assert not list(tmp_path.glob("state*"))
 
 
-def test_a_damaged_state_is_left_aside(prepared: Prepared, tmp_path: Path) -> None:
+def epochs_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that gets the rate of every epoch that is trained from now on."""
+    trained: list[float] = []
+    epoch = Trial._epoch
+
+    def counted(trial: Trial, *arguments: Any) -> None:
+        epoch(trial, *arguments)
+        trained.append(trial._lr)
+
+    monkeypatch.setattr(Trial, "_epoch", counted)
+    return trained
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    """Return bytes of which one is another."""
+    place %= len(content)
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: b"",
+        lambda _: b"not a state",
+        lambda content: content[:-1],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-64],
+        *(lambda content, place=place: flipped(content, place) for place in (0, 1000, 20_000, -65, -64, -1)),
+        lambda content: content + b"0",
+        lambda content: content[:-1] + b"\xff",
+    ],
+)
+def test_a_damaged_state_is_left_aside(
+    prepared: Prepared, tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
     """Training begins again, and says so."""
-    (tmp_path / "state").write_bytes(b"not a state")
-    plan = replace(PLAN, epochs=1)
+    plan, keeper = replace(PLAN, epochs=1, refit=False), Keeper(tmp_path / "state")
+    expected = tuned(prepared, plan, keeper)
+    (tmp_path / "state").write_bytes(damage((tmp_path / "state").read_bytes()))
 
-    assert not moved(tuned(prepared, plan), tuned(prepared, plan, Keeper(tmp_path / "state")))
+    assert not moved(expected, tuned(prepared, plan, keeper))
+    assert f"{tmp_path / 'state'}: " in caplog.text
+    assert "training begins again" in caplog.text
+
+
+def test_another_users_state_is_left_aside(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole as it is, training does not go on from it."""
+    plan, keeper = replace(PLAN, epochs=1, refit=False), Keeper(tmp_path / "state")
+    tuned(prepared, plan, keeper)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "elsewhere"))
+
+    trained = epochs_of(monkeypatch)
+    tuned(prepared, plan, keeper)
+
+    assert len(trained) == 1
+    assert "was not written by you" in caplog.text
+
+
+@pytest.mark.parametrize("step", ["save_checkpoint", "_save_head", "append_record", "clear"])
+def test_a_training_that_has_ended_is_not_lost(
+    folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Killed at the checkpoint, the head, the record or after it: nothing is trained again, and one record stands."""
+    records, bench = tmp_path / "runs.jsonl", Workbench(open_source(folder), tiny, settings)
+    plan = replace(PLAN, lr=(1e-3, 1e-2))
+    places = {"save_checkpoint": "featcache.training.keeping.", "clear": "featcache.training.keeping.Keeper."}
+
+    def killed(*_: object, **__: object) -> None:
+        raise KilledError
+
+    trained = epochs_of(monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(places.get(step, "featcache.pipeline.tuning.") + step, killed)
+        with pytest.raises(KilledError):
+            finetune_job(bench, plan, records=records)
+    assert trained
+    trained.clear()
+    job = finetune_job(bench, plan, records=records)
+
+    assert trained == []
+    assert read_cells(records) == [job.record.cell]
+    assert {path.name.removeprefix(job.checkpoint.stem) for path in job.checkpoint.parent.iterdir()} == {
+        ".safetensors",
+        ".joblib",
+        ".joblib.json",
+    }
+
+
+def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
+    folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the second depth's record, the first two are not trained again, and each depth has one record."""
+    records, bench = tmp_path / "runs.jsonl", Workbench(open_source(folder), tiny, settings)
+    plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
+    append = tuning.append_record
+
+    def killed(path: Path, record: RunRecord) -> None:
+        if read_cells(path):
+            raise KilledError
+        append(path, record)
+
+    trained = epochs_of(monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "append_record", killed)
+        with pytest.raises(KilledError):
+            sweep_job(bench, plan, records=records)
+    assert len(trained) == 2
+    jobs = sweep_job(bench, plan, records=records).jobs
+
+    assert len(trained) == len(jobs) > 2
+    assert read_cells(records) == [job.record.cell for job in jobs]
+    assert not list(settings.cache.rglob("*.unfinished"))
+
+
+def test_a_grid_clears_what_a_killed_run_left(
+    folder: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between a cell's record and the end of its state: the next run computes nothing, and the state is gone."""
+    (tmp_path / "grid.toml").write_text(
+        f'unfreeze = ["last:1"]\n[[dataset]]\ndata = "{folder}"\n[[backbone]]\nname = "test_resnet"\nrandom_init = 0\n'
+        "input_size = 32\n[finetune]\nepochs = 1\nlr = 1e-3\n"
+    )
+    grid = load_grid(tmp_path / "grid.toml")
+
+    def killed(_: Keeper) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Keeper, "clear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_bench(grid, settings, tmp_path / "out")
+    assert list(settings.cache.rglob("*.unfinished"))
+
+    assert run_bench(grid, settings, tmp_path / "out").computed_cells == 0
+    assert not list(settings.cache.rglob("*.unfinished"))
+
+
+def test_stages_with_dots_and_seeds_have_files_of_their_own(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """Every head answers with its own card and weights, however alike what was asked for is spelt."""
+    bench = Workbench(open_source(folder), tiny, settings)
+    plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
+    asked = [("10.5%", 0), ("10.3%", 0), ("10.5%", 1), ("norm:last:1", 0)]
+    jobs = [finetune_job(bench, replace(plan, unfreeze=Unfreeze.parse(text)), seed=seed) for text, seed in asked]
+
+    assert len({job.bundle for job in jobs}) == len({job.checkpoint for job in jobs}) == len(asked)
+    for (text, _), job in zip(asked, jobs, strict=True):
+        loaded = load_bundle(job.bundle)
+        assert loaded.card["head"] == text
+        assert loaded.card["weights"] == str(job.checkpoint)
+        assert loaded.card["test"]["accuracy"] == job.record.test["accuracy"]
 
 
 def test_accumulated_batches_are_one_step(prepared: Prepared) -> None:
@@ -417,13 +572,27 @@ def test_a_picture_of_the_curves(run: Run, folder: Path, tmp_path: Path) -> None
 
 
 def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
-    """Started by torchrun, each takes half of every batch; the weights are those of one process."""
+    """Started by torchrun, each takes half of every batch; the weights are those of one process, and one alone writes."""
     import subprocess
     import sys
 
+    script = tmp_path / "noted.py"  # the command line, each process noting which files it opens to write, renames, links
+    script.write_text(
+        "import os, sys\n"
+        "note = open(sys.argv.pop(1) + '.' + os.environ.get('RANK', '0'), 'w', buffering=1)\n"
+        "def look(event, found):\n"
+        "    if event == 'open' and isinstance(found[0], str) and found[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):\n"
+        "        note.write(f'{found[0]}\\n')\n"
+        "    elif event in {'os.rename', 'os.link', 'os.remove'}:\n"
+        "        note.write(f'{found[0]}\\n')\n"
+        "sys.addaudithook(look)\n"
+        "from featcache.cli import main\n"
+        "main()\n"
+    )
+
     def train(cache: Path, *launcher: str) -> Path:
-        command = (*launcher, "-m", "featcache", "finetune", str(folder), *TINY, "--epochs", "2", "--lr", "1e-2", "--json")
-        options = ("--dtype", "float32", "--runtime", "torch", "--cache", str(cache))
+        command = (*launcher, str(script), str(cache), "finetune", str(folder), *TINY, "--epochs", "2", "--lr", "1e-2")
+        options = ("--dtype", "float32", "--runtime", "torch", "--cache", str(cache), "--json")
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return next(cache.glob("*/*/tuned/*.safetensors"))
@@ -432,9 +601,16 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
 
     one = load_file(train(tmp_path / "one", sys.executable))
     two = load_file(train(tmp_path / "two", sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    first, second = (
+        {line for line in Path(f"{tmp_path / 'two'}.{rank}").read_text().splitlines() if str(tmp_path / "two") in line}
+        for rank in (0, 1)
+    )
 
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    assert any("tuned" in line for line in first)
+    assert any("runs.jsonl" in line for line in first)
+    assert second == set()
 
 
 def test_similarity_of_embeddings() -> None:

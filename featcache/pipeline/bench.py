@@ -10,7 +10,7 @@ from featcache.errors import FeatcacheError, StorageError
 from featcache.pipeline.grid import DataEntry, Grid
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.recording import cell_of
-from featcache.pipeline.tuning import finetune_job
+from featcache.pipeline.tuning import finetune_job, forget_state
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
@@ -98,6 +98,8 @@ class _Runner:
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
                 cell = cell_of(spec, features, plan.unfreeze.text, plan, seed)
+                if cell in self.there:
+                    forget_state(bench.folder, cell)
                 what = f"{bench.source.name} {plan.unfreeze.text}, seed {seed}"
                 self._cell(cell, what, partial(self._tune, bench, plan, seed))
 

@@ -160,8 +160,10 @@ class HeadJobs:
         }
 
 
-def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path | None = None) -> HeadJobs:
+def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path | None = None, keep: bool = True) -> HeadJobs:
     """Extract embeddings if needed and train heads on them; records are appended to a JSONL file.
+
+    ``keep`` writes the heads' files: of several processes that train together one does.
 
     Raises:
         UsageError: a head is unknown; nothing has been computed then.
@@ -196,7 +198,7 @@ def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path |
             fitted = ensemble(features, split, [job.fitted for job in jobs], plan.views)
         else:
             fitted = fit(features, split, name, seed=seed, grid=candidates, views=plan.views)
-        jobs.append(_keep_head(bench, done, features, split, fitted, plan, seed, records))
+        jobs.append(_keep_head(bench, done, features, split, fitted, plan, seed, records, keep=keep))
     found = _controls(bench, features, split, jobs, seed) if plan.controls and not isinstance(features.X, Streamed) else []
     return HeadJobs(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
 
@@ -348,6 +350,8 @@ def _keep_head(
     plan: FitPlan,
     seed: int,
     records: Path | None,
+    *,
+    keep: bool,
 ) -> HeadJob:
     from featcache import bundle
 
@@ -364,7 +368,7 @@ def _keep_head(
         "test": asdict(fitted.tested.scores),
     }
     path = done.store.path / "heads" / f"{fitted.name}-seed{seed}-{cell[:8]}"
-    path = bundle.save(fitted.estimator, card, path, plan.format)
+    path = bundle.save(fitted.estimator, card, path, plan.format) if keep else bundle.head_path(path, plan.format)
     record = new_record(
         bench,
         done,

@@ -11,36 +11,44 @@ import numpy as np
 from featcache import bundle
 from featcache.cache import identify
 from featcache.errors import CutError, StorageError, UsageError
+from featcache.fingerprint import canonical
 from featcache.metrics import gap
 from featcache.pipeline.jobs import PROBE, FitPlan, HeadJob, card_of, fit_heads
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
 from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
-from featcache.records import RunRecord, append_record
+from featcache.records import RunRecord, append_record, read_records
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
 from featcache.splits import Split, make_split
 from featcache.store import Features
+from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
     from featcache.stages.finetune import FineTuned
+    from featcache.training.keeping import Keeper
     from featcache.training.model import LinearHead, Take
     from featcache.unfreeze import Thawed
 
 _DRIFTED = 0.5
 _USABLE = 0.9  # of a disk's free room
+_IN_NAMES = 8  # digits of an experiment's name that its files' names have
 
 
 @dataclass(frozen=True)
 class TuneJob:
-    """A fine-tuned backbone with its record; ``bundle`` is its head, for predicting and exporting."""
+    """A fine-tuned backbone with its record; ``bundle`` is its head, for predicting and exporting.
+
+    ``keeper`` has the finished training's state until it is cleared.
+    """
 
     tuned: "FineTuned"
     record: RunRecord
     checkpoint: Path
     bundle: Path
     computed_images: int
+    keeper: "Keeper"
 
     @property
     def jobs(self) -> "tuple[TuneJob, ...]":
@@ -91,7 +99,9 @@ def finetune_job(
     ground = _Ground(bench, tuple(dict.fromkeys((PROBE, *probes))), seed)
     thawed = ground.thawed(plan)
     ground.extract([thawed], plan)
-    return _tune(ground, plan, thawed, records)
+    job = _tune(ground, plan, thawed, records)
+    job.keeper.clear()
+    return job
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,8 @@ def sweep_job(
         job = _tune(ground, replace(one, lr=rates), behind, records, after=gained)
         jobs.append(job)
         gained = job if job.tuned.best > 0 else gained
+    for job in jobs:  # not before: a sweep that is killed finds the depths that it has trained
+        job.keeper.clear()
     return SweepJob(tuple(jobs))
 
 
@@ -184,7 +196,7 @@ class _Ground:
     @cached_property
     def probes(self) -> list[HeadJob]:
         """The fitted heads."""
-        return fit_heads(self.bench, FitPlan(self._heads, controls=False), seed=self.seed).heads
+        return fit_heads(self.bench, FitPlan(self._heads, controls=False), seed=self.seed, keep=self.team.rank == 0).heads
 
     @property
     def best_probe(self) -> RunRecord:
@@ -280,7 +292,7 @@ def _tune(
         own.module.load_state_dict(weights)
         shallower, method = after.tuned.finished, f"{method} after {after.record.method}"
     cell = cell_of(bench.spec, features, method, asked, seed)
-    name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:8]}"
+    name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:_IN_NAMES]}"
     folder, team = at_cut.store.path / "tuned", ground.team
     keeper = Keeper(folder / f"{name}.unfinished", writes=team.rank == 0)
     tuned = finetune(
@@ -304,7 +316,7 @@ def _tune(
         "transform": asdict(own.transform),
         "unfreeze": plan.unfreeze.text,
     }
-    checkpoint = save_checkpoint(own.module, tuned.model, folder / f"{name}.safetensors", facts)
+    checkpoint = folder / f"{name}.safetensors"
     best_probe = ground.best_probe
     record = new_record(
         bench,
@@ -342,10 +354,33 @@ def _tune(
     record = replace(record, notes=(*notes, *_remarks(tuned, record, plan)))
     for note in record.notes[len(notes) :]:
         logger.warning("%s: %s", method, note)
-    head = _save_head(bench, at_cut, features, tuned, checkpoint, plan)
-    if records and team.rank == 0:
-        append_record(records, record)
-    return TuneJob(tuned, record, checkpoint, head, at_cut.report.computed)
+    with team.one_first():
+        if team.rank == 0:  # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
+            save_checkpoint(own.module, tuned.model, checkpoint, facts)
+            _save_head(bench, at_cut, features, tuned, checkpoint, plan)
+            if records and not _is_recorded(record, records):
+                append_record(records, record)
+    head = bundle.head_path(folder / name)
+    return TuneJob(tuned, record, checkpoint, head, at_cut.report.computed, keeper)
+
+
+def _is_recorded(record: RunRecord, records: Path) -> bool:
+    """Tell whether a file has this very training, to its epochs' seconds: it was killed once that was written."""
+
+    def facts(one: RunRecord) -> str:
+        return canonical([one.cell, one.params, one.right])
+
+    return any(facts(one) == facts(record) for one in read_records([records], warn=False))
+
+
+def forget_state(folder: Path, cell: str) -> None:
+    """Remove what a training has left in a data set's folder that was killed after its record was written.
+
+    Raises:
+        StorageError: the disk failed.
+    """
+    for path in folder.glob(f"*/tuned/*-{cell[:_IN_NAMES]}.unfinished"):
+        remove_file(path)
 
 
 def _rows(features: Features, at_cut: Extracted, views: int) -> "tuple[Features, Take]":
@@ -377,7 +412,7 @@ def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
 
 def _save_head(
     bench: Workbench, at_cut: Extracted, features: Features, tuned: "FineTuned", checkpoint: Path, plan: FineTunePlan
-) -> Path:
+) -> None:
     """Write the tuned network's head beside it: with the checkpoint as its backbone it predicts and exports as any other."""
     from featcache.heads import linear_estimator
 
@@ -393,7 +428,7 @@ def _save_head(
         "params": {"lr": tuned.lr, "epoch": tuned.best},
         "test": asdict(tuned.tested.scores),
     }
-    return bundle.save(
+    bundle.save(
         linear_estimator(head.weights, head.bias), card, checkpoint.with_name(checkpoint.name.removesuffix(".safetensors"))
     )
 

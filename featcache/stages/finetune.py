@@ -120,7 +120,8 @@ def finetune(
             refit starts.
         shallower: the finished model that takes the probe's place, where its training on ``train`` was the start.
         seed: of the order of images and of dropout.
-        keeper: where the state is kept, so that a killed training goes on.
+        keeper: where the state is kept, so that a killed training goes on; it is the caller's to clear, once what came
+            out is on the disk: until then a training that has ended is found here as well.
         team: the processes that share the work.
 
     Raises:
@@ -133,6 +134,8 @@ def finetune(
     model = SuffixAndHead(suffix, start).to(backbone.device)
     stages = open_up(backbone, model, thawed, seed)
     saved = keeper.load() or {}
+    if not team.agrees(bool(saved), backbone.device):  # all of them go on from there, or all begin
+        saved = {}
     if saved.get("layout") != _LAYOUT:
         saved = {"layout": _LAYOUT, "finished": [], "best": None, "trial": None, "precision": plan.precision}
     if saved.get("precision") in {None, "auto"}:
@@ -170,7 +173,6 @@ def finetune(
     seconds = time.monotonic() - started
     last = embed(model, take, split.val * plan.views, plan.batch_size)
     tested = scores_on_test(lambda index: predict(model, take, index * plan.views, plan.batch_size), y, split)
-    keeper.clear()
     return FineTuned(
         model,
         best.history,

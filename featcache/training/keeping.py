@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from featcache.backbone import OWN_HEAD
+from featcache.errors import FeatcacheError
 from featcache.progress import logger
-from featcache.store.atomic import make_folder, replace_file
+from featcache.signing import is_signed, sign
+from featcache.store.atomic import make_folder, remove_file, replace_file, replace_file_by
 from featcache.training.model import SuffixAndHead
+
+_STATE = b"featcache: state of a training\n"  # what a signature is for
+_SIGNATURE = 64  # hexadecimal digits
 
 
 class Keeper:
@@ -24,15 +30,24 @@ class Keeper:
         self._writes = writes
 
     def load(self) -> dict[str, Any] | None:
-        """Return the state that was kept last, ``None`` where there is none or it cannot be read."""
+        """Return the state that was kept last, ``None`` where there is none or it is not whole and this user's own.
+
+        Raises:
+            SetupError: the secret that states are signed with is not the user's own.
+        """
         if self._path is None or not self._path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
+            why = "" if _is_own(self._path) else "was changed, or was not written by you on this machine"
+            state = None if why else torch.load(self._path, map_location="cpu", weights_only=True)
+        except FeatcacheError:
+            raise
         except Exception as error:  # noqa: BLE001 - a damaged file fails in any way
-            logger.warning("%s: cannot be read (%s): training begins again", self._path, type(error).__name__)
+            why = f"cannot be read ({type(error).__name__})"
+        if why:
+            logger.warning("%s: %s: training begins again", self._path, why)
             return None
-        return state
+        return state if isinstance(state, dict) else None
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace what was kept.
@@ -42,15 +57,30 @@ class Keeper:
         """
         if self._path is None or not self._writes:
             return
-        content = io.BytesIO()
-        torch.save(state, content)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        # behind the content, where PyTorch looks past it: a state of wrong kinds or shapes would fail anywhere in training
+        signature = sign(_STATE, content).encode()
         make_folder(self._path.parent)
-        replace_file(self._path, content.getbuffer())
+        replace_file_by(self._path, lambda file: file.writelines((content, signature)))
 
     def clear(self) -> None:
-        """Forget what was kept."""
+        """Forget what was kept: once checkpoint, head and record are on the disk, and not before.
+
+        Raises:
+            StorageError: the disk failed.
+        """
         if self._path is not None and self._writes:
-            self._path.unlink(missing_ok=True)
+            remove_file(self._path)
+
+
+def _is_own(path: Path) -> bool:
+    """Tell whether a state's file ends in this user's signature of what stands before it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        signature = content[-_SIGNATURE:].decode("ascii")
+        with memoryview(content) as whole, whole[:-_SIGNATURE] as signed:
+            return is_signed(signature, _STATE, signed)
 
 
 def save_checkpoint(module: nn.Module, model: SuffixAndHead, path: Path, facts: dict[str, Any]) -> Path:

@@ -49,6 +49,10 @@ class Team:
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
 
+    def agrees(self, each: bool, device: torch.device) -> bool:  # noqa: FBT001 - what is voted on
+        """Tell whether all processes say yes."""
+        return bool(self.total(np.array([float(each)]), device)[0] == self.size)
+
     @contextmanager
     def one_first(self) -> Iterator[None]:
         """Let the first process go through the block before the others: they find what it has put into the cache."""
