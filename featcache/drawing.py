@@ -72,8 +72,8 @@ def draw(records: Sequence[RunRecord], path: Path) -> Path:
 
 
 def _point(axes: Any, seconds: float, test: dict[str, Any], name: str, colour: str) -> None:
-    accuracy, (low, high) = 100 * test["accuracy"], test["accuracy_ci"]
-    spread = [[accuracy - 100 * low], [100 * high - accuracy]]
+    accuracy, interval = 100 * test["accuracy"], test["accuracy_ci"]
+    spread = [[accuracy - 100 * interval[0]], [100 * interval[1] - accuracy]] if interval else None
     axes.errorbar(max(seconds, 1e-3), accuracy, yerr=spread, fmt="o", color=colour, label=name, capsize=3)
 
 

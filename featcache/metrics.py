@@ -8,28 +8,32 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache import intervals
+from featcache.errors import DataError
+from featcache.intervals import Groups, Interval
 from featcache.splits import Index, Split
 
 Probabilities = NDArray[np.float64]
 Answers = TypeVar("Answers")
 Judged = TypeVar("Judged")
-BOOTSTRAPS = 2000
-_FEW_BOOTSTRAPS = 200
 ECE_BINS = 15
-_TINY = np.finfo(np.float64).tiny
-_Z95 = 1.959963984540054
+SIGNIFICANT = 0.05
+_LEAST = np.finfo(np.float64).eps  # a probability of none costs -log of this, as in scikit-learn's log-loss
+_NONE = 1e-30  # below it a probability counts as none when it is scaled: float32, as exported models compute, still holds it
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How well some predictions fit; ``accuracy_ci`` is Wilson's 95 % interval (Wilson 1927).
+    """How well some predictions fit.
 
+    Balanced accuracy and macro F1 are means over the classes that the images have (scikit-learn's with ``labels`` those).
     ``ece`` is the expected calibration error, ``ece_scaled`` the same after scaling by ``temperature``; ``top5`` is there
-    for more than five classes, ``auroc`` for two. The other intervals are bootstrapped, on the test split only.
+    for more than five classes, ``auroc`` for two. The 95 % intervals are there for the test split only, where the data are
+    enough to tell (``intervals``).
     """
 
     accuracy: float
-    accuracy_ci: tuple[float, float]
+    accuracy_ci: Interval | None
     balanced_accuracy: float
     macro_f1: float
     log_loss: float | None
@@ -38,13 +42,13 @@ class Scores:
     auroc: float | None = None
     ece_scaled: float | None = None
     temperature: float | None = None
-    balanced_accuracy_ci: tuple[float, float] | None = None
-    macro_f1_ci: tuple[float, float] | None = None
+    balanced_accuracy_ci: Interval | None = None
+    macro_f1_ci: Interval | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What the smaller of is better: by accuracy, then by log-loss."""
-        return (-self.accuracy, self.log_loss if self.log_loss is not None else 0.0)
+        """What the smaller of is better: by accuracy, then by log-loss; one without probabilities has none to show."""
+        return (-self.accuracy, self.log_loss if self.log_loss is not None else math.inf)
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,11 @@ class LabelScores:
     """How well several labels an image are told: probabilities against which labels there are.
 
     ``mean_average_precision`` is the mean over labels that occur; F1 and exact matches are at a probability of one half.
-    Its interval is bootstrapped over images.
+    The interval is there for the test split only.
     """
 
     mean_average_precision: float
-    mean_average_precision_ci: tuple[float, float]
+    mean_average_precision_ci: Interval | None
     micro_f1: float
     macro_f1: float
     exact_match: float
@@ -73,21 +77,29 @@ class LabelScores:
 
 @dataclass(frozen=True)
 class NumberScores:
-    """How well numbers are told: R2 and mean absolute error with bootstrapped 95 % intervals."""
+    """How well numbers are told: R2 and mean absolute error; 95 % intervals on the test split only."""
 
     r2: float
-    r2_ci: tuple[float, float]
+    r2_ci: Interval | None
     mae: float
-    mae_ci: tuple[float, float]
+    mae_ci: Interval | None
 
 
 @dataclass(frozen=True)
 class Gap:
-    """The difference between two models on the same images, in points of accuracy: 95 % interval, McNemar's p."""
+    """The difference between two models on the same images, in points of accuracy: 95 % interval, exact p.
+
+    The interval includes 0 wherever p is 0.05 or more. ``None``: there are too few groups to tell.
+    """
 
     points: float
-    ci: tuple[float, float]
+    ci: Interval | None
     p_value: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the two may be equally good: the interval includes 0, or there is none."""
+        return self.ci is None or self.ci[0] <= 0 <= self.ci[1]
 
 
 def on_test(
@@ -110,38 +122,91 @@ def scores_on_test(
     split: Split,
     temperature: float | None = None,
 ) -> Tested:
-    """Score a classifier on the test split.
+    """Score a classifier on the test split, with intervals that respect the split's groups.
 
     Args:
         predict: gives for positions (k,) the probabilities (k, classes), or the classes (k,) where there are none.
-        y: the classes of all images (n,).
+        y: the classes of all images (n,); of those that ``test`` has too few images of, balanced accuracy and macro F1 get
+            no interval.
         split: whose ``test`` is read.
         temperature: found on validation.
+
+    Raises:
+        DataError: an answer is NaN or infinite.
     """
 
     def judge(truth: NDArray[Any], answer: Probabilities | NDArray[np.int64]) -> Tested:
-        predicted: Any = answer.argmax(axis=1) if answer.ndim == 2 else answer
-        balanced, f1 = _bootstrapped(truth, predicted)
-        scores = replace(score(truth, answer, temperature), balanced_accuracy_ci=balanced, macro_f1_ci=f1)
-        return Tested(scores, predicted == truth, predicted.astype(np.int64))
+        predicted: Any = (answer.argmax(axis=1) if answer.ndim == 2 else answer).astype(np.int64)
+        right, classes, groups = predicted == truth, np.unique(y), split.test_groups
+        scores = replace(
+            score(truth, answer, temperature),
+            accuracy_ci=intervals.of_accuracy(right, groups),
+            balanced_accuracy_ci=intervals.of_recalls(truth, predicted, classes, groups),
+            macro_f1_ci=intervals.of_f1s(truth, predicted, classes, groups),
+        )
+        return Tested(scores, right, predicted)
 
     return on_test(predict, y, split, judge)
 
 
-def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], temperature: float | None = None) -> Scores:
-    """Return the scores of probabilities (n, classes) or of predicted classes (n,) against the truth (n,).
+def labels_on_test(predict: Callable[[Index], NDArray[Any]], truth: NDArray[np.bool_], split: Split) -> LabelScores:
+    """Score heads of several labels on the test split.
 
-    ``temperature`` is one found on validation, for the calibration error after scaling.
+    Args:
+        predict: gives for positions (k,) the probabilities (k, labels).
+        truth: the labels of all images (n, labels).
+        split: whose ``test`` is read.
+    """
+
+    def judge(truth: NDArray[Any], answer: NDArray[Any]) -> LabelScores:
+        interval = intervals.of_precisions(truth, answer, split.test_groups)
+        return replace(label_scores(truth, answer), mean_average_precision_ci=interval)
+
+    return on_test(predict, truth, split, judge)
+
+
+def numbers_on_test(predict: Callable[[Index], NDArray[Any]], truth: NDArray[np.float64], split: Split) -> NumberScores:
+    """Score a regression on the test split.
+
+    Args:
+        predict: gives for positions (k,) the numbers (k,).
+        truth: the numbers of all images (n,).
+        split: whose ``test`` is read.
+    """
+
+    def judge(truth: NDArray[Any], answer: NDArray[Any]) -> NumberScores:
+        r2, mae = intervals.of_errors(truth, truth - answer, split.test_groups) or (None, None)
+        return replace(number_scores(truth, answer), r2_ci=r2, mae_ci=mae)
+
+    return on_test(predict, truth, split, judge)
+
+
+def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], temperature: float | None = None) -> Scores:
+    """Return the scores, without intervals, of probabilities (n, classes) or of predicted classes (n,).
+
+    Args:
+        truth: classes (n,).
+        answer: as above.
+        temperature: one found on validation, for the calibration error after scaling.
+
+    Raises:
+        DataError: an answer is NaN or infinite.
     """
     from sklearn.metrics import f1_score, recall_score
 
+    if not np.isfinite(answer).all():
+        wrong = int((~np.isfinite(answer)).reshape(len(answer), -1).any(axis=1).sum())
+        raise DataError(
+            f"the answers for {wrong} of {len(answer)} images are NaN or infinite: look for extreme values in the features, "
+            "or use another head."
+        )
     known = answer.ndim == 2
     predicted = answer.argmax(axis=1) if known else answer
     right = predicted == truth
     present = np.unique(truth)
     return Scores(
         accuracy=float(right.mean()),
-        accuracy_ci=wilson(int(right.sum()), len(right)),
+        accuracy_ci=None,
         balanced_accuracy=float(recall_score(truth, predicted, labels=present, average="macro", zero_division=0)),
         macro_f1=float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0)),
         log_loss=_log_loss(truth, answer) if known else None,
@@ -153,50 +218,63 @@ def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], t
     )
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a proportion (Wilson 1927)."""
-    if trials == 0:
-        return (0.0, 1.0)
-    share = successes / trials
-    spread = _Z95 * math.sqrt(share * (1 - share) / trials + _Z95**2 / (4 * trials**2))
-    centre, scale = share + _Z95**2 / (2 * trials), 1 + _Z95**2 / trials
-    return (max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
-
-
-def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], seed: int = 0) -> Gap:
+def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], *, groups: Groups = None) -> Gap:
     """Return how much better ``tuned`` (n,) is than ``probe`` (n,), right or wrong on the same n images.
 
-    The interval is a paired percentile bootstrap over images (Efron and Tibshirani 1993, chapter 13); p is McNemar's
-    exact test on the images where only one is right (McNemar 1947).
+    The interval is Bonett and Price's (2012), p McNemar's exact one (1947); with groups both respect them
+    (``intervals.of_difference``, ``intervals.sign_flip``). p decides where they disagree about 0: the interval is then
+    widened to it.
+
+    Args:
+        tuned: whether it was right (n,).
+        probe: whether it was right (n,).
+        groups: the number of each image's group (n,).
     """
-    from scipy.stats import binomtest
+    difference = tuned.astype(np.int64) - probe.astype(np.int64)
+    interval, p_value = intervals.of_difference(difference, groups), intervals.sign_flip(difference, groups)
+    if interval is not None:
+        low, high = interval
+        if p_value >= SIGNIFICANT:
+            low, high = min(low, 0.0), max(high, 0.0)
+        interval = (100 * low, 100 * high)
+    return Gap(100 * float(difference.mean()), interval, p_value)
 
-    difference = tuned.astype(np.int8) - probe.astype(np.int8)
-    better, worse, equal = int((difference > 0).sum()), int((difference < 0).sum()), int((difference == 0).sum())
-    total = len(difference)
-    draws = np.random.default_rng(seed).multinomial(total, np.array([better, worse, equal]) / total, size=BOOTSTRAPS)
-    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / total * 100, [2.5, 97.5])
-    p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-    return Gap(100 * float(difference.mean()), (float(low), float(high)), p_value)
 
+def best_temperature(truth: NDArray[np.int64], probabilities: Probabilities) -> float | None:
+    """Return the temperature of least log-loss on validation answers (n, classes) (Guo et al. 2017, section 4.2).
 
-def best_temperature(truth: NDArray[np.int64], probabilities: Probabilities) -> float:
-    """Return the temperature of least log-loss on validation answers (n, classes) (Guo et al. 2017, section 4.2)."""
+    Images whose class has no probability at all say nothing about it; ``None`` where no others are left.
+    """
     from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
 
+    logits = _logits(probabilities)
+    picked = logits[np.arange(len(truth)), truth]
+    some = np.isfinite(picked)
+    if not some.any():
+        return None
+    logits, picked = logits[some], picked[some]
     found = minimize_scalar(
-        lambda log: _log_loss(truth, at_temperature(probabilities, float(np.exp(log)))), bounds=(-3, 3), method="bounded"
+        lambda log: float((logsumexp(logits * np.exp(-log), axis=1) - picked * np.exp(-log)).mean()),
+        bounds=(-3, 3),
+        method="bounded",
     )
     return float(np.exp(found.x))
 
 
 def at_temperature(probabilities: NDArray[Any], temperature: float) -> Probabilities:
-    """Return probabilities (n, classes) with their logits divided by a temperature."""
-    logits = np.log(np.clip(probabilities, _TINY, None)) / temperature
+    """Return probabilities (n, classes) with their logits divided by a temperature; one of none stays none."""
+    logits = _logits(probabilities) / temperature
     logits -= logits.max(axis=1, keepdims=True)
     scaled: Probabilities = np.exp(logits)
     scaled /= scaled.sum(axis=1, keepdims=True)
     return scaled
+
+
+def _logits(probabilities: NDArray[Any]) -> NDArray[np.float64]:
+    """Return logarithms of probabilities (n, classes), minus infinity of those too small to be scaled."""
+    there = probabilities > _NONE
+    return np.where(there, np.log(np.where(there, probabilities, 1.0)), -np.inf)
 
 
 def cka(X: NDArray[Any], Y: NDArray[Any]) -> float:
@@ -231,37 +309,16 @@ def per_class(matrix: NDArray[np.int64], names: Sequence[str]) -> list[dict[str,
     ]
 
 
-def _bootstrapped(
-    truth: NDArray[np.int64], predicted: NDArray[np.int64], seed: int = 0
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return 95 % percentile intervals of balanced accuracy and macro F1 over the classes that there are.
-
-    Resampling images is drawing the cells of their confusion matrix (Efron and Tibshirani 1993, chapter 13).
-    """
-    classes = np.unique(truth)
-    pairs, counts = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(truth), counts / len(truth), size=BOOTSTRAPS // 2)
-    have = draws @ (pairs[0][:, None] == classes)
-    said = draws @ (pairs[1][:, None] == classes)
-    hit = draws @ ((pairs[0] == pairs[1])[:, None] & (pairs[0][:, None] == classes))
-    there = have > 0
-    recall = np.where(there, hit / np.maximum(have, 1), 0).sum(axis=1) / there.sum(axis=1)
-    f1 = np.where(there, 2 * hit / np.maximum(have + said, 1), 0).sum(axis=1) / there.sum(axis=1)
-    low, high = np.percentile(np.stack([recall, f1]), [2.5, 97.5], axis=1)
-    return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
-
-
 def label_scores(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> LabelScores:
-    """Return the scores of probabilities (n, k) against labels (n, k)."""
+    """Return the scores, without an interval, of probabilities (n, k) against labels (n, k)."""
     from sklearn.metrics import f1_score
 
     answered = probabilities >= 0.5
-    rng = np.random.default_rng(0)
-    draws = [rng.integers(0, len(truth), len(truth)) for _ in range(_FEW_BOOTSTRAPS)]
-    low, high = np.percentile([_mean_precision(truth[draw], probabilities[draw]) for draw in draws], [2.5, 97.5])
+    there = np.flatnonzero(truth.any(axis=0))
+    precisions = [intervals.average_precision(truth[:, one], probabilities[:, one]) for one in there]
     return LabelScores(
-        _mean_precision(truth, probabilities),
-        (float(low), float(high)),
+        float(np.mean(precisions)) if precisions else 0.0,
+        None,
         float(f1_score(truth, answered, average="micro", zero_division=0)),
         float(f1_score(truth, answered, average="macro", zero_division=0)),
         float((answered == truth).all(axis=1).mean()),
@@ -269,24 +326,13 @@ def label_scores(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> Label
 
 
 def number_scores(truth: NDArray[np.float64], answers: NDArray[Any]) -> NumberScores:
-    """Return the scores of numbers (n,) against the true ones (n,)."""
-    wrong = truth - answers
-    drawn = np.random.default_rng(0).integers(0, len(truth), (BOOTSTRAPS // 2, len(truth)))
-    spread = np.maximum(truth[drawn].var(axis=1), _TINY)
-    r2 = 1 - (wrong[drawn] ** 2).mean(axis=1) / spread
-    low, high = np.percentile(np.stack([r2, np.abs(wrong)[drawn].mean(axis=1)]), [2.5, 97.5], axis=1)
-    whole = 1 - float((wrong**2).mean()) / max(float(truth.var()), _TINY)
-    return NumberScores(whole, (float(low[0]), float(high[0])), float(np.abs(wrong).mean()), (float(low[1]), float(high[1])))
+    """Return the scores, without intervals, of numbers (n,) against the true ones (n,).
 
+    R2 where all true numbers are the same is 1 if all answers are right, else 0, as in scikit-learn.
+    """
+    from sklearn.metrics import r2_score
 
-def _mean_precision(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> float:
-    """Return the mean over labels of average precision: precision at each true image, by falling probability."""
-    order = np.argsort(-probabilities, axis=0, kind="stable")
-    hits = np.take_along_axis(truth, order, axis=0)
-    precision = hits.cumsum(axis=0) / np.arange(1, len(truth) + 1)[:, None]
-    count = hits.sum(axis=0)
-    there = count > 0
-    return float(((precision * hits).sum(axis=0)[there] / count[there]).mean()) if there.any() else 0.0
+    return NumberScores(float(r2_score(truth, answers)), None, float(np.abs(truth - answers).mean()), None)
 
 
 def _scaled_error(truth: NDArray[np.int64], probabilities: NDArray[Any], temperature: float) -> float:
@@ -295,8 +341,10 @@ def _scaled_error(truth: NDArray[np.int64], probabilities: NDArray[Any], tempera
 
 
 def _top(truth: NDArray[np.int64], probabilities: NDArray[Any], count: int) -> float:
-    best = np.argpartition(-probabilities, count - 1, axis=1)[:, :count]
-    return float((best == truth[:, None]).any(axis=1).mean())
+    """Return how often the true class is among so many likeliest, equal ones in random order: no class's number decides."""
+    own = probabilities[np.arange(len(truth)), truth][:, None]
+    above, equal = (probabilities > own).sum(axis=1), (probabilities == own).sum(axis=1)
+    return float(np.clip((count - above) / equal, 0, 1).mean())
 
 
 def _auroc(truth: NDArray[np.int64], score_of_second: NDArray[Any]) -> float | None:
@@ -307,12 +355,12 @@ def _auroc(truth: NDArray[np.int64], score_of_second: NDArray[Any]) -> float | N
 
 def _log_loss(truth: NDArray[np.int64], probabilities: NDArray[Any]) -> float:
     picked = probabilities[np.arange(len(truth)), truth]
-    return float(-np.log(np.clip(picked, _TINY, None)).mean())
+    return float(-np.log(np.clip(picked, _LEAST, None)).mean())
 
 
 def _calibration_error(right: NDArray[np.bool_], confidence: NDArray[Any]) -> float:
-    """Return the expected calibration error over 15 equal bins (Guo et al. 2017, section 2)."""
-    bins = np.minimum((confidence * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+    """Return the expected calibration error over 15 equal bins, each with its upper end (Guo et al. 2017, section 2)."""
+    bins = np.ceil(confidence * ECE_BINS).astype(np.int64)
     total = 0.0
     for number in np.unique(bins):
         inside = bins == number

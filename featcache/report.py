@@ -100,8 +100,8 @@ def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
     first = group.first
     accuracies = [100 * record.test["accuracy"] for record in group.records]
     if len(accuracies) == 1:
-        low, high = first.test["accuracy_ci"]
-        spread = f"{100 * low:.1f} to {100 * high:.1f}"
+        interval = first.test["accuracy_ci"]
+        spread = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "-"
     else:
         spread = f"± {statistics.stdev(accuracies):.2f} ({len(accuracies)} seeds)"
     points, gap_spread, p_value = _gap_cells(group, records)
@@ -127,12 +127,13 @@ def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, s
     for record in group.records:
         probe = _best_probe(record, records)
         if probe is not None and probe.cell != record.cell:
-            compared.append(gap(_right(record), _right(probe), record.seed))
+            compared.append(gap(_right(record), _right(probe)))
     if not compared:
         return ("-", "-", "-")
     if len(compared) == 1:
         only = compared[0]
-        return (f"{only.points:+.1f}", f"{only.ci[0]:+.1f} to {only.ci[1]:+.1f}", f"{only.p_value:.2g}")
+        spread = f"{only.ci[0]:+.1f} to {only.ci[1]:+.1f}" if only.ci else "-"
+        return (f"{only.points:+.1f}", spread, f"{only.p_value:.2g}")
     points = [one.points for one in compared]
     return (f"{statistics.mean(points):+.1f}", f"± {statistics.stdev(points):.2f}", "-")
 

@@ -51,6 +51,11 @@ class Split:
         """The positions of train and val together, in order."""
         return np.sort(np.concatenate([self.train, self.val]))
 
+    @property
+    def test_groups(self) -> Index | None:
+        """The group of each test image (t,), where there are groups."""
+        return None if self.groups is None else self.groups[self.test]
+
     def sizes(self) -> dict[str, int]:
         """Return the number of images of each part."""
         return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}

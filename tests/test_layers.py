@@ -27,7 +27,7 @@ LAYERS = (
     ("cut", "runtimes", "images"),
     ("metrics", "narrowing", "pools", "records", "solvers"),
     ("plans",),
-    ("specs", "splits"),
+    ("intervals", "specs", "splits"),
     ("allocator", "checked", "fingerprint", "machine", "progress"),
     ("errors",),
 )

@@ -130,10 +130,12 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
         )
         gap = record.gap
         if gap is not None:
-            click.echo(
-                f"  gap {gap['points']:+.1f} points (95 % interval {gap['ci'][0]:+.1f} to {gap['ci'][1]:+.1f}, "
-                f"p = {gap['p_value']:.2g}){_worth(record)}"
+            interval = (
+                f"95 % interval {gap['ci'][0]:+.1f} to {gap['ci'][1]:+.1f}"
+                if gap["ci"]
+                else "too few groups for an interval"
             )
+            click.echo(f"  gap {gap['points']:+.1f} points ({interval}, p = {gap['p_value']:.2g}){_worth(record)}")
         if price:
             money = _money(record, price)
             click.echo(f"  price {money['tuned']:.4f}, of the probe {money['probe']:.4f}")

@@ -324,5 +324,7 @@ def emit(value: dict[str, Any]) -> None:
 
 def percent(test: dict[str, Any]) -> str:
     """Return an accuracy with its interval, in words."""
+    if not test["accuracy_ci"]:
+        return f"{100 * test['accuracy']:.1f} % (too few groups for an interval)"
     low, high = test["accuracy_ci"]
     return f"{100 * test['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})"

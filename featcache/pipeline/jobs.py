@@ -329,8 +329,8 @@ def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence
     found = controls(take(np.arange(len(features.y))), features.y, split, seed)
     best_head = min(jobs, key=lambda job: job.fitted.val.rank)
     best = max(found, key=lambda control: control.tested.scores.accuracy)
-    between = gap(best_head.fitted.tested.right, best.tested.right, seed)
-    if between.ci[0] <= 0:
+    between = gap(best_head.fitted.tested.right, best.tested.right, groups=split.test_groups)
+    if between.is_noise or between.points < 0:
         logger.warning(
             "%s reaches %.1f %% without a backbone, %s %.1f %%: this data set may not need one",
             best.name,

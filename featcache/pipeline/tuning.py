@@ -12,7 +12,7 @@ from featcache import bundle
 from featcache.cache import identify
 from featcache.errors import CutError, StorageError, UsageError
 from featcache.fingerprint import canonical
-from featcache.metrics import gap
+from featcache.metrics import Gap, gap
 from featcache.pipeline.jobs import PROBE, FitPlan, HeadJob, card_of, fit_heads
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
 from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
@@ -350,7 +350,7 @@ def _tune(
         artefact=checkpoint.relative_to(bench.settings.cache).as_posix(),
     )
     if record.test_items == best_probe.test_items:
-        record = replace(record, gap=asdict(gap(tuned.tested.right, unbits(best_probe.right), seed)))
+        record = replace(record, gap=asdict(gap(tuned.tested.right, unbits(best_probe.right), groups=split.test_groups)))
     record = replace(record, notes=(*notes, *_remarks(tuned, record, plan)))
     for note in record.notes[len(notes) :]:
         logger.warning("%s: %s", method, note)
@@ -436,11 +436,11 @@ def _save_head(
 def _remarks(tuned: "FineTuned", record: RunRecord, plan: FineTunePlan) -> tuple[str, ...]:
     """Return what a reader of the gap should know."""
     found = []
-    if record.gap is not None and record.probe is not None and record.gap["ci"][0] <= 0 <= record.gap["ci"][1]:
+    if record.gap is not None and record.probe is not None and (between := Gap(**record.gap)).is_noise:
+        interval = f"95 % interval {between.ci[0]:+.1f} to {between.ci[1]:+.1f}" if between.ci else "too few groups to tell"
         found.append(
-            f"the gap of {record.gap['points']:+.1f} points to {record.probe['head']} is inside the noise of "
-            f"{record.split['test']} test images "
-            f"(95 % interval {record.gap['ci'][0]:+.1f} to {record.gap['ci'][1]:+.1f})"
+            f"the gap of {between.points:+.1f} points to {record.probe['head']} is inside the noise of "
+            f"{record.split['test']} test images ({interval})"
         )
     if plan.refit and tuned.best > 0 and not tuned.refitted:
         found.append("trained again on train and validation it was worse on the latter: the one trained on train is kept")

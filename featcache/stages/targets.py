@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from featcache import heads
 from featcache.errors import DataError
-from featcache.metrics import LabelScores, NumberScores, label_scores, number_scores, on_test
+from featcache.metrics import LabelScores, NumberScores, label_scores, labels_on_test, number_scores, numbers_on_test
 from featcache.splits import Split
 from featcache.store import Features
 
@@ -89,7 +89,7 @@ def fit_labels(features: Features, split: Split, grid: Sequence[dict[str, Any]] 
     val, params = max(scored, key=lambda one: (one[0].mean_average_precision, -one[1]["C"]))
     estimator = heads.train_labels(params, X[split.train_val], Y[split.train_val])
     seconds = time.monotonic() - started
-    test = on_test(lambda index: estimator.predict_proba(X[index]), Y, split, label_scores)
+    test = labels_on_test(lambda index: estimator.predict_proba(X[index]), Y, split)
     return FittedTarget("labels", "logistic", estimator, params, names, val, test, seconds)
 
 
@@ -109,5 +109,5 @@ def fit_number(features: Features, split: Split, head: str, grid: Sequence[dict[
     val, params = max(scored, key=lambda one: one[0].r2)
     estimator = heads.train_number(head, params, X[split.train_val], y[split.train_val])
     seconds = time.monotonic() - started
-    test = on_test(lambda index: estimator.predict(X[index]), y, split, number_scores)
+    test = numbers_on_test(lambda index: estimator.predict(X[index]), y, split)
     return FittedTarget("number", head, estimator, params, (), val, test, seconds)

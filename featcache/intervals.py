@@ -1,0 +1,290 @@
+"""95 % intervals of scores, of images that are independent and of images that come in groups, such as patients.
+
+Images of one group are no independent evidence. Where groups are given, an interval's width comes from the spread between
+groups, and its quantile from Student's t with as many degrees of freedom as the groups' sizes leave. ``None`` stands for
+an interval that the data are too few for.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Interval = tuple[float, float]
+Groups = NDArray[np.int64] | None
+Z95 = 1.959963984540054
+FEWEST_GROUPS = 6
+FEWEST_OF_A_CLASS = 5
+FEWEST_NUMBERS = 30
+FEWEST_OF_A_LABEL = 10
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """Which group each image is in, from 0 (n,), the groups' sizes, and Student's quantile."""
+
+    numbers: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    quantile: float
+
+    def variance(self, influence: NDArray[np.float64]) -> float:
+        """Return the variance of a sum (n,) between groups, a group's own pull on the mean undone (as the jackknife)."""
+        pulled = np.bincount(self.numbers, weights=influence) / (1 - self.sizes / self.sizes.sum())
+        count = len(self.sizes)
+        return float((pulled**2).sum()) * (count - 1) / count
+
+
+def wilson(successes: float, trials: float, quantile: float = Z95) -> Interval:
+    """Return the 95 % interval of a proportion (Wilson 1927), of effective numbers too; (0, 1) of no trial."""
+    if trials <= 0:
+        return (0.0, 1.0)
+    low, high = _wilsons(np.array([successes], np.float64), np.array([trials], np.float64), quantile)
+    return (float(low[0]), float(high[0]))
+
+
+def of_accuracy(right: NDArray[np.bool_], groups: Groups = None) -> Interval | None:
+    """Return the interval of an accuracy: Wilson's, with groups of an effective number of images (Kish 1965, section 8.2).
+
+    Args:
+        right: whether each image was answered rightly (n,).
+        groups: the number of each image's group (n,).
+    """
+    design = _design(right - right.mean(), groups)
+    if design is None:
+        return None
+    effect, quantile = design
+    return wilson(right.sum() / effect, len(right) / effect, quantile)
+
+
+def of_recalls(
+    truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: NDArray[np.int64], groups: Groups = None
+) -> Interval | None:
+    """Return the interval of balanced accuracy: the classes' Wilson intervals put together (MOVER: Zou and Donner 2008).
+
+    Args:
+        truth: classes (n,), all among ``classes``.
+        predicted: classes (n,).
+        classes: those that the score is of (k,), sorted; with too few images of one of them there is no interval.
+        groups: the number of each image's group (n,).
+    """
+    have, hit, _ = _counts(truth, predicted, classes)
+    if have.min() < FEWEST_OF_A_CLASS:
+        return None
+    place = np.searchsorted(classes, truth)
+    design = _design(((truth == predicted) - (hit / have)[place]) / have[place], groups)
+    if design is None or have.min() / design[0] < FEWEST_OF_A_CLASS:
+        return None
+    effect, quantile = design
+    return _mover(hit / have, *_wilsons(hit / effect, have / effect, quantile), 1.0)
+
+
+def of_f1s(
+    truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: NDArray[np.int64], groups: Groups = None
+) -> Interval | None:
+    """Return the interval of macro F1.
+
+    F1 is 2 J / (1 + J), where J, Jaccard's index, is the share of right ones among the images that are of a class or were
+    taken for it: a proportion, with Wilson's interval. The classes' intervals are put together by MOVER (Zou and Donner
+    2008). They vary together, since an error counts in two classes, but in no more: the product of two classes' distances
+    is at most the mean of their squares, so that twice the sum of squares is enough.
+
+    Args:
+        truth: classes (n,), all among ``classes``.
+        predicted: classes (n,).
+        classes: those that the score is of (k,), sorted; with too few images of one of them there is no interval.
+        groups: the number of each image's group (n,).
+    """
+    have, hit, said = _counts(truth, predicted, classes)
+    if have.min() < FEWEST_OF_A_CLASS:
+        return None
+    f1 = 2 * hit / (have + said)
+    own, taken = (np.searchsorted(classes, some).clip(max=len(classes) - 1) for some in (truth, predicted))
+    share, known = 1 / (have + said), np.isin(predicted, classes)
+    influence = 2 * share[own] * (truth == predicted) - (f1 * share)[own] - known * (f1 * share)[taken]
+    design = _design(influence, groups)
+    if design is None or have.min() / design[0] < FEWEST_OF_A_CLASS:
+        return None
+    effect, quantile = design
+    low, high = _wilsons(hit / effect, (have + said - hit) / effect, quantile)
+    return _mover(f1, 2 * low / (1 + low), 2 * high / (1 + high), 2.0)
+
+
+def of_difference(difference: NDArray[np.integer[Any]], groups: Groups = None) -> Interval | None:
+    """Return the interval of a mean difference of paired answers, each -1, 0 or 1 (n,).
+
+    Bonett and Price (2012): Wald's interval after adding one image to each kind of disagreement. With groups, what is
+    added are two groups that disagree as much as those that do.
+    """
+    n = len(difference)
+    if groups is None:
+        mean, square = float(difference.sum()) / (n + 2), (float(np.abs(difference).sum()) + 2) / (n + 2)
+        spread = Z95 * math.sqrt((square - mean**2) / (n + 2))
+        return (max(-1.0, mean - spread), min(1.0, mean + spread))
+    grouped = _grouped(groups)
+    if grouped is None:
+        return None
+    mean = float(difference.mean())
+    sums = np.bincount(grouped.numbers, weights=difference)
+    added = max(1.0, float((sums[sums != 0] ** 2).mean())) if sums.any() else float(grouped.sizes.mean())
+    spread = grouped.quantile * math.sqrt(grouped.variance(np.asarray(difference - mean, np.float64)) + 2 * added) / n
+    return (max(-1.0, mean - spread), min(1.0, mean + spread))
+
+
+def sign_flip(difference: NDArray[np.integer[Any]], groups: Groups = None) -> float:
+    """Return the exact two-sided p of no difference (n,), each -1, 0 or 1: any group's sum may as well be its negative.
+
+    Where every image is its own group this is McNemar's exact test (McNemar 1947). The distribution of the sum is made
+    group by group, nothing is drawn.
+    """
+    from scipy.signal import fftconvolve
+    from scipy.stats import binom
+
+    sums = difference.astype(np.int64)
+    if groups is not None:
+        sums = np.rint(np.bincount(np.unique(groups, return_inverse=True)[1], weights=difference)).astype(np.int64)
+    chance = np.ones(1)  # of the values -most, -most + 2, ..., most
+    for size, count in zip(*np.unique(np.abs(sums[sums != 0]), return_counts=True), strict=True):
+        added = np.zeros(size * count + 1)
+        added[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chance = np.convolve(chance, added) if min(len(chance), len(added)) < 100 else fftconvolve(chance, added)
+    values = 2 * np.arange(len(chance)) - (len(chance) - 1)
+    return min(1.0, max(0.0, float(chance[np.abs(values) >= abs(int(sums.sum()))].sum())))
+
+
+def _counts(
+    truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return how many images are of each class (k,), how many of them were taken for it, and how many at all."""
+    most = int(max(classes.max(), predicted.max(initial=0), truth.max(initial=0))) + 1
+    have, hit, said = (np.bincount(some, minlength=most)[classes] for some in (truth, truth[truth == predicted], predicted))
+    return have, hit, said
+
+
+def _wilsons(
+    successes: NDArray[np.float64], trials: NDArray[np.float64], quantile: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    share = successes / trials
+    spread = quantile * np.sqrt(share * (1 - share) / trials + quantile**2 / (4 * trials**2))
+    centre, scale = share + quantile**2 / (2 * trials), 1 + quantile**2 / trials
+    return np.maximum(0.0, (centre - spread) / scale), np.minimum(1.0, (centre + spread) / scale)
+
+
+def _mover(values: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64], together: float) -> Interval:
+    """Return the interval of a mean of values (k,) from their intervals; ``together`` multiplies squared distances."""
+    mean, factor = float(values.mean()), math.sqrt(together) / len(values)
+    below, above = factor * float(np.linalg.norm(values - low)), factor * float(np.linalg.norm(high - values))
+    return (max(0.0, mean - below), min(1.0, mean + above))
+
+
+def _grouped(groups: NDArray[np.int64]) -> _Grouped | None:
+    """Return groups as numbers from 0, ``None`` where there are too few: a large one makes the others count less."""
+    from scipy.stats import t
+
+    numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
+    effective = float(sizes.sum()) ** 2 / float((sizes.astype(np.float64) ** 2).sum()) if len(sizes) else 0.0
+    if effective < FEWEST_GROUPS:
+        return None
+    return _Grouped(numbers, sizes, float(t.ppf(0.975, effective - 1)))
+
+
+def _design(influence: NDArray[np.float64], groups: Groups) -> tuple[float, float] | None:
+    """Return how many images of a group tell as much as one independent image, at least 1, and the quantile.
+
+    Args:
+        influence: how much each image moves the score (n,).
+        groups: the number of each image's group (n,).
+    """
+    if not len(influence):
+        return None
+    if groups is None:
+        return 1.0, Z95
+    grouped = _grouped(groups)
+    if grouped is None:
+        return None
+    # Errors too few to show how they gather in groups are joined by some of one group, so many that the simulations in
+    # benchmarks/coverage.py hold: the root of a group's size is too little, half of it makes intervals needlessly wide.
+    gathered, unit = (len(groups) / len(grouped.sizes)) ** (2 / 3), float((influence**2).max()) or 1.0
+    clustered, alone = grouped.variance(influence), float((influence**2).sum())
+    return max(1.0, (clustered + gathered**2 * unit) / (alone + gathered * unit)), grouped.quantile
+
+
+def of_errors(
+    truth: NDArray[np.float64], wrong: NDArray[np.float64], groups: Groups = None
+) -> tuple[Interval, Interval] | None:
+    """Return the intervals of R2 and of the mean absolute error of numbers (n,) that are wrong by so much (n,).
+
+    On logarithms of 1 - R2 and of the error, the variance by the jackknife, which leaves out an image or a group (Efron and
+    Tibshirani 1993, chapter 11), with Student's quantile. There are none where nothing varies, or of too few images.
+    """
+    grouped = _grouped(np.arange(len(truth)) if groups is None else groups)
+    if grouped is None or len(truth) < FEWEST_NUMBERS or truth.min() == truth.max() or not wrong.any():
+        return None
+    centred = truth - truth.mean()  # against cancellation in the sums of squares
+    each = (wrong**2, np.abs(wrong), centred, centred**2, np.ones(len(wrong)))
+    squares, absolute, values, seconds, count = (np.bincount(grouped.numbers, weights=some) for some in each)
+    rest = [some.sum() - some for some in (squares, absolute, values, seconds, count)]
+    spread = rest[3] - rest[2] ** 2 / rest[4]
+    if min(rest[0].min(), rest[1].min(), spread.min()) <= 0:
+        return None
+    unexplained = _jackknifed(np.log(rest[0]) - np.log(spread), math.log(squares.sum() / seconds.sum()), grouped.quantile)
+    error = _jackknifed(np.log(rest[1] / rest[4]), math.log(absolute.mean() / count.mean()), grouped.quantile)
+    return (1 - math.exp(unexplained[1]), 1 - math.exp(unexplained[0])), (math.exp(error[0]), math.exp(error[1]))
+
+
+def _jackknifed(left_out: NDArray[np.float64], value: float, quantile: float) -> Interval:
+    """Return value +- quantile x jackknife's error, moved by the skewness of what each one pulls (Johnson 1978)."""
+    pull, count = left_out.mean() - left_out, len(left_out)
+    error = math.sqrt((count - 1) / count * float((pull**2).sum()))
+    # where a few pull far more than the others the error is told too small: what Johnson (1978) moves is added to both sides
+    skewness = abs(float((pull**3).sum())) / max(float((pull**2).sum()) ** 1.5, np.finfo(np.float64).tiny)
+    spread = error * (quantile + skewness * (1 + 2 * quantile**2) / 6)
+    return (value - spread, value + spread)
+
+
+def of_precisions(truth: NDArray[np.bool_], probabilities: NDArray[Any], groups: Groups = None) -> Interval | None:
+    """Return the interval of mean average precision over labels (n, k), on logits (Boyd, Eng and Page 2013, section 3).
+
+    Its variance is that of what each image adds to the mean: to the precision at its own place, if it has the label, and at
+    those of all images with the label below it. There is none where a label has, or lacks, too few images.
+    """
+    count = truth.sum(axis=0)
+    if not truth.size or min(count.min(), (len(truth) - count).min()) < FEWEST_OF_A_LABEL:
+        return None
+    labels = [_precision_influence(truth[:, one], probabilities[:, one]) for one in range(truth.shape[1])]
+    mean = float(np.mean([value for value, _ in labels]))
+    influence = np.mean([one for _, one in labels], axis=0)
+    if groups is None:
+        variance, quantile = float((influence**2).sum()), Z95
+    else:
+        grouped = _grouped(groups)
+        if grouped is None:
+            return None
+        variance, quantile = grouped.variance(influence), grouped.quantile
+    if not 0 < mean < 1:
+        return None
+    middle, spread = math.log(mean / (1 - mean)), quantile * math.sqrt(variance) / (mean * (1 - mean))
+    return (1 / (1 + math.exp(spread - middle)), 1 / (1 + math.exp(-spread - middle)))
+
+
+def average_precision(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> float:
+    """Return the mean precision at the images (n,) that have a label, one threshold for each distinct probability."""
+    return _precision_influence(truth, probabilities)[0]
+
+
+def _precision_influence(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:
+    """Return average precision and what each image (n,) adds to it."""
+    order = np.argsort(-probabilities, kind="stable")
+    hits, falling = truth[order], probabilities[order]
+    ends = np.append(np.flatnonzero(falling[1:] != falling[:-1]), len(order) - 1)  # the last image of each threshold
+    tie = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))
+    precision = hits.cumsum()[ends] / (ends + 1)
+    at_tie, positives = np.bincount(tie, weights=hits, minlength=len(ends)), int(hits.sum())
+    value = float(at_tie @ precision) / positives
+    below = np.cumsum((at_tie / (ends + 1))[::-1])[::-1]
+    below_weighted = np.cumsum((at_tie * precision / (ends + 1))[::-1])[::-1]
+    moved = (hits * (precision[tie] - value) + hits * below[tie] - below_weighted[tie]) / positives
+    influence = np.empty(len(order))
+    influence[order] = moved
+    return value, influence
