@@ -132,6 +132,29 @@ def load(path: Path, *, trust: bool = False) -> Bundle:
     return Bundle(estimator, card, path)
 
 
+def problem_of(path: Path) -> str:
+    """Return what is wrong with a head's file or its card, "" where both are as this user wrote them; nothing is run."""
+    try:
+        content = _read(path, "fit again")
+        _require_own(path, content, _card_of(path, sha256_of_bytes(content)))
+    except FeatcacheError as error:
+        return str(error)
+    return ""
+
+
+def recorded_weights(path: Path) -> str:
+    """Return the hash of the weights that a head's card names, "" where there is no head or its backbone has another origin.
+
+    Raises:
+        DataError: its card is damaged.
+    """
+    if not path.exists():
+        return ""
+    card = _card_of(path, sha256_of_bytes(_read(path, "fit again")))
+    weights = card["backbone"].get("weights") if isinstance(card.get("backbone"), dict) else ""
+    return weights if isinstance(weights, str) and weights.startswith("sha256:") else ""
+
+
 def _card(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 

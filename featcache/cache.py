@@ -3,8 +3,9 @@
 import json
 import os
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_file
 from featcache.progress import progress
 from featcache.sources import FileStat, Source, location_hash
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
-from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen
-from featcache.store.atomic import create_file, make_folder, replace_file
+from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen, now_ns
+from featcache.store.atomic import create_file, make_folder, replace_file, sweep
+from featcache.store.notes import read_note, sealed, unsealed
 
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
+_SIGNS = 4  # size, mtime, inode, ctime
 
 
 def default_cache() -> Path:
@@ -44,19 +47,38 @@ def dataset_folder(cache: Path, source: Source, *, rebind: bool = False) -> Path
     for name in (source.name, f"{source.name}-{location_hash(source.location)}"):
         folder = cache / name
         make_folder(folder)
-        note, content = folder / "source.json", json.dumps({"location": source.location}).encode()
+        note = folder / "source.json"
+        content = json.dumps(sealed({"location": source.location}, name)).encode()
         if not note.exists() and create_file(note, content):
             return folder
         try:
-            bound = json.loads(note.read_text())["location"]
-        except (OSError, ValueError, KeyError) as error:
-            raise StorageError(f"{note}: damaged ({error}). Delete it and run again.") from error
+            bound = bound_location(note)
+        except StorageError:
+            if not rebind:
+                raise
+            bound = ""
         if bound == source.location:
+            sweep(folder)
             return folder
         if rebind:
             replace_file(note, content)
             return folder
     return folder
+
+
+def bound_location(note: Path) -> str:
+    """Return the location that a data set's folder is bound to by its ``source.json``.
+
+    Raises:
+        StorageError: it is not what was written there.
+    """
+    try:
+        location = unsealed(read_note(note), note.parent.name).get("location")
+        if not isinstance(location, str):
+            raise ValueError("no location")  # noqa: TRY004 - of the file's content, not of an argument
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{note}: damaged ({error}). Delete it and run again, or bind the folder with --name.") from error
+    return location
 
 
 def entry_path(folder: Path, label: str, spec: FeatureSpec) -> Path:
@@ -65,10 +87,10 @@ def entry_path(folder: Path, label: str, spec: FeatureSpec) -> Path:
     return folder / f"{stem}-{spec.key[:8]}"
 
 
-def entries(cache: Path) -> Iterator[FeatureStore]:
-    """Yield every entry of a cache, in order of path."""
-    for path in sorted(cache.glob("*/*/spec.json")):
-        yield FeatureStore.open(path.parent)
+def entry_folders(cache: Path) -> list[Path]:
+    """Return the folders of a cache's entries, whole or not, in order."""
+    signs = ("spec.json", "manifest-*.json", "parts")
+    return sorted({found.parent for sign in signs for found in cache.glob(f"*/*/{sign}")})
 
 
 @dataclass(frozen=True)
@@ -150,8 +172,8 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 class Sighted:
     """Items of a source whose bytes are known, as columns of n rows.
 
-    ``index`` int64 (n,) are positions in ``source.items``, ``sha256`` is uint8 (n, 32), ``stat`` int64 (n, 3) is the
-    file's size in bytes, mtime in ns and inode, -1 where there is no file.
+    ``index`` int64 (n,) are positions in ``source.items``, ``sha256`` is uint8 (n, 32), ``stat`` int64 (n, 4) is the
+    file's size in bytes, mtime in ns, inode and ctime in ns, -1 where there is no file or its times say nothing yet.
     """
 
     index: NDArray[np.int64]
@@ -161,11 +183,11 @@ class Sighted:
     @classmethod
     def of(cls, rows: Sequence[tuple[int, bytes, FileStat | None]]) -> "Sighted":
         """Gather single items."""
-        stats = [(stat.size, stat.mtime_ns, stat.inode) if stat else (-1, -1, -1) for _, _, stat in rows]
+        stats = [(stat.size, stat.mtime_ns, stat.inode, stat.ctime_ns) if stat else (-1,) * _SIGNS for _, _, stat in rows]
         return cls(
             np.array([index for index, _, _ in rows], dtype=np.int64),
             np.frombuffer(b"".join(digest for _, digest, _ in rows), dtype=np.uint8).reshape(-1, 32),
-            np.array(stats, dtype=np.int64).reshape(-1, 3),
+            np.array(stats, dtype=np.int64).reshape(-1, _SIGNS),
         )
 
     @classmethod
@@ -200,7 +222,7 @@ class Sightings:
     """
 
     def __init__(self, most: int) -> None:
-        self._room = Sighted(np.empty(most, np.int64), np.empty((most, 32), np.uint8), np.empty((most, 3), np.int64))
+        self._room = Sighted(np.empty(most, np.int64), np.empty((most, 32), np.uint8), np.empty((most, _SIGNS), np.int64))
         self._count = 0
 
     def clear(self) -> None:
@@ -226,12 +248,14 @@ class Stock:
     """A source compared with an entry.
 
     ``known`` have a row or a place in quarantine; ``to_read`` int64 (m,) are the positions of those that are new, changed,
-    or not looked at; ``unreachable`` could not even be opened.
+    or not looked at; ``unreachable`` could not even be opened. ``renewed`` are known by their bytes alone, and have signs
+    now that a listing can remember them by.
     """
 
     known: Sighted
     to_read: NDArray[np.int64]
     unreachable: tuple[Quarantined, ...]
+    renewed: int = 0
 
 
 @dataclass(frozen=True)
@@ -266,11 +290,13 @@ def take_stock(
     be read, whatever its content: who computes one share of many must not read the others'.
     """
     where: dict[str, tuple[int, int]] = {}
-    remembered = list(store.seen()) if store else []
+    remembered: list[Seen] = []
     recognised = {bytes.fromhex(item.sha256) for item in store.manifest.quarantined if item.sha256} if store else set()
-    for number, seen in enumerate(remembered):
+    for number, (seen, have_rows) in enumerate(store.seen() if store else ()):
+        remembered.append(seen)
         where.update((path, (number, row)) for row, path in enumerate(seen.paths))
-        recognised.update(row.tobytes() for row in seen.sha256)
+        if have_rows:  # a copy's or a listing's word is none: the row may have been lost before it was written
+            recognised.update(row.tobytes() for row in seen.sha256)
 
     if not remembered and not recognised:
         return Stock(Sighted.of([]), np.array([index for index in range(len(source.items)) if among(index)], np.int64), ())
@@ -289,15 +315,36 @@ def take_stock(
             continue
         if (place := where.get(item.path)) is not None and stat:
             seen, row = remembered[place[0]], place[1]
-            if FileStat(*seen.stat[row].tolist()) == stat and stat.mtime_ns < seen.checked_ns - _RACY_NS:
-                known.append((index, seen.sha256[row].tobytes(), stat))
+            digest = seen.sha256[row].tobytes()
+            if digest in recognised and _is_as_seen(seen, row, stat):
+                known.append((index, digest, stat))
                 continue
         if recognised and (hashes_new or item.path in paths):
             unsure.append((index, stat))
         else:
             to_read.append(index)
+    believed = len(known)
     to_read.extend(_hash_unsure(source, recognised, known, unsure, unreachable))
-    return Stock(Sighted.of(known), np.sort(np.array(to_read, dtype=np.int64)), tuple(unreachable))
+    renewed = sum(stat is not None for _, _, stat in known[believed:])
+    return Stock(Sighted.of(known), np.sort(np.array(to_read, dtype=np.int64)), tuple(unreachable), renewed)
+
+
+def settled(stat: FileStat | None) -> FileStat | None:
+    """Return what a file that is about to be hashed will be recognised by, ``None`` where it is too young for that.
+
+    A second write within the grain of the file system's clock would leave the same times: exFAT's is two seconds.
+    """
+    if stat is None or max(stat.mtime_ns, stat.ctime_ns) >= now_ns() - _RACY_NS:
+        return None
+    return stat
+
+
+def _is_as_seen(seen: Seen, row: int, stat: FileStat) -> bool:
+    """Tell whether a file has the signs that it had when it was hashed; listings from before ctime was kept have three."""
+    then = FileStat(*seen.stat[row].tolist())
+    if then.ctime_ns < 0:
+        stat = replace(stat, ctime_ns=-1)
+    return then == stat and max(stat.mtime_ns, stat.ctime_ns) < seen.checked_ns - _RACY_NS
 
 
 def _hash_unsure(
@@ -310,7 +357,7 @@ def _hash_unsure(
     to_read: list[int] = []
     with progress(len(unsure), "looking at changed files") as bar:
         for index, stat in unsure:
-            item = source.items[index]
+            item, stat = source.items[index], settled(stat)  # noqa: PLW2901 - what is kept of it
             try:
                 digest = bytes.fromhex(sha256_of_bytes(source.read(item.path)))
             except OSError as error:
@@ -367,6 +414,22 @@ def make_listing(source: Source, known: Sighted, checked_ns: int) -> Listing:
     labels = np.array([label_of[name] for name in source.packed.labels], np.int64)[of_label]
     splits = np.array([SPLITS.index(name) for name in source.packed.splits], np.uint8)[of_split]
     return Listing(ordered.seen(source, checked_ns), labels, splits, classes)
+
+
+def renew(source: Source, store: FeatureStore, stock: Stock) -> None:
+    """Let an entry that answers as it is remember files by their present signs, where it had to hash them again.
+
+    Else every later run would hash them too. A cache that cannot be written is only slower.
+    """
+    if not stock.renewed:
+        return
+    before = store.manifest
+    store.refresh()
+    if store.manifest.number == before.number:  # what another process has listed meanwhile is newer than this
+        bad = {bytes.fromhex(item.sha256) for item in before.quarantined if item.sha256}
+        known = stock.known.take(~with_content(stock.known, bad))
+        with suppress(StorageError):
+            store.commit(quarantined=before.quarantined, listing=make_listing(source, known, now_ns()))
 
 
 def unreadable(path: str, error: OSError) -> Quarantined:

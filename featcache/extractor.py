@@ -168,7 +168,7 @@ class _Contents:
         if path.startswith("image "):
             return None
         found = Path(path).stat()
-        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino)
+        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
 
 
 def _one_column(X: Any) -> list[Any]:

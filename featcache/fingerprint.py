@@ -39,6 +39,15 @@ class Digests:
                 return True
             place = (place + 1) % self._slots
 
+    def __contains__(self, digest: bytes) -> bool:
+        """Tell whether a value (32 bytes) is there."""
+        place = int.from_bytes(digest[:8], "little") % self._slots
+        while (held := self._table[_DIGEST * place : _DIGEST * place + _DIGEST]) != _FREE:
+            if held == digest:
+                return True
+            place = (place + 1) % self._slots
+        return False
+
 
 def canonical(value: object) -> str:
     """Return the one JSON text of a value: keys sorted, no spaces, dataclasses as objects.

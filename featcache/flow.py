@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import Sighted, unreadable
+from featcache.cache import Sighted, settled, unreadable
 from featcache.fingerprint import Digests, sha256_of_bytes
 from featcache.images import UnreadableImage, decode
 from featcache.sources import FileStat, Source
@@ -101,7 +101,7 @@ class Reader:
     def _read(self, position: int, batch: Batch) -> None:
         path, digest = self._source.packed.path(position), b""
         try:
-            stat = self._source.stat(path)
+            stat = settled(self._source.stat(path))
             content = self._source.read(path)
             digest = bytes.fromhex(sha256_of_bytes(content))
             with self._lock:

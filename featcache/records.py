@@ -136,14 +136,32 @@ def read_records(paths: Iterable[Path], *, warn: bool = True) -> list[RunRecord]
         except OSError as error:
             raise StorageError(f"{path}: the records cannot be read ({error.strerror}).") from error
         for number, line in enumerate(content.split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                records.append(_record(line))
-            except (DataError, ValueError, RecursionError) as error:
-                if warn:
-                    logger.warning("%s, line %d: left out, not a run record (%s)", path, number, error)
+            record = _read(line)
+            if isinstance(record, RunRecord):
+                records.append(record)
+            elif record is not None and warn:
+                logger.warning("%s, line %d: left out, not a run record (%s)", path, number, record)
     return records
+
+
+def broken_lines(path: Path) -> list[str]:
+    """Return what is wrong with a file of records, one line each."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        return [f"{path}: cannot be read ({error.strerror})"]
+    read = ((number, _read(line)) for number, line in enumerate(lines, start=1))
+    return [f"{path}, line {number}: not a run record ({error})" for number, error in read if isinstance(error, Exception)]
+
+
+def _read(line: bytes) -> RunRecord | Exception | None:
+    """Return a line's record, why it holds none, or nothing where it is empty."""
+    if not line.strip():
+        return None
+    try:
+        return _record(line)
+    except (DataError, ValueError, RecursionError) as error:
+        return error
 
 
 def _line(record: RunRecord) -> bytes:

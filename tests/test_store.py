@@ -22,7 +22,7 @@ def seen(first: int, count: int) -> Seen:
     """Return files ``first`` to ``first + count``, each with a hash of its own."""
     digests = np.zeros((count, 32), np.uint8)
     digests[:, 0] = np.arange(first, first + count)
-    return Seen(tuple(f"{index}.png" for index in range(first, first + count)), digests, np.zeros((count, 3), np.int64), 1)
+    return Seen(tuple(f"{index}.png" for index in range(first, first + count)), digests, np.zeros((count, 4), np.int64), 1)
 
 
 def part(first: int, count: int = 4) -> Part:
@@ -234,7 +234,7 @@ def test_a_failing_disk_at_any_call_loses_nothing(tmp_path: Path, error: int, mo
 def test_names_that_are_not_unicode_survive(store: FeatureStore) -> None:
     """A file name of any bytes comes back as it was."""
     name = os.fsdecode(b"bad\xff.png")
-    files = Seen((name,), np.zeros((1, 32), np.uint8), np.zeros((1, 3), np.int64), 1)
+    files = Seen((name,), np.zeros((1, 32), np.uint8), np.zeros((1, 4), np.int64), 1)
     rows = Part([np.zeros((1, 3), np.float32)], files)
 
     store.commit(parts=[store.add_part(rows)], listing=Listing(files, np.zeros(1, np.int64), np.zeros(1, np.uint8), ("a",)))

@@ -20,9 +20,9 @@ def command(pattern: str, sizes: bool, cache: Path | None, as_json: bool) -> Non
     Up to 20 matches, sizes are shown as well.
     """
     from featcache.backbone import list_backbones, model_size
-    from featcache.cache import default_cache, entries
+    from featcache.cache import default_cache, entry_folders
 
-    cached = {store.path.name.split(".")[0] for store in entries(cache or default_cache())}
+    cached = {folder.name.split(".")[0] for folder in entry_folders(cache or default_cache())}
     found = list(list_backbones(pattern))
     few = 20
     rows = []

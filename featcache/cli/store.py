@@ -23,18 +23,30 @@ def command() -> None:
 @options.json_option
 def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """List the entries with their rows and sizes."""
-    from featcache.cache import default_cache, entries
+    from featcache.cache import default_cache, entry_folders
+    from featcache.errors import StorageError
+    from featcache.progress import printable
+    from featcache.store import FeatureStore
 
     where = cache or default_cache()
-    found = [_facts(store) for store in entries(where)]
+    found, broken = [], []
+    for folder in entry_folders(where):
+        try:
+            found.append(_facts(FeatureStore.open(folder)))
+        except StorageError as error:
+            broken.append(str(error))
     if as_json:
-        options.emit({"cache": str(where), "entries": found})
-        return
-    for facts in found:
-        state = "" if facts["complete"] else "  not complete"
-        click.echo(f"{facts['rows']:>9} rows {facts['bytes'] / 1e6:>9.1f} MB  {facts['entry']}{state}")
-    if not found:
-        click.echo(f"nothing in {where}")
+        options.emit({"cache": str(where), "entries": found, "broken": broken})
+    else:
+        for facts in found:
+            state = "" if facts["complete"] else "  not complete"
+            click.echo(f"{facts['rows']:>9} rows {facts['bytes'] / 1e6:>9.1f} MB  {facts['entry']}{state}")
+        for problem in broken:
+            click.echo(f"   broken: {printable(problem)}")
+        if not found and not broken:
+            click.echo(f"nothing in {where}")
+    if broken:
+        click.get_current_context().exit(DAMAGED)
 
 
 @command.command()
@@ -64,19 +76,18 @@ def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
 @cache_option
 @options.json_option
 def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
-    """Check every byte of ENTRIES (default: all) against its hash; ends with 4 where one is damaged."""
+    """Check every byte of ENTRIES (default: the whole cache) against its hash; ends with 4 where one is damaged."""
     from featcache.cache import default_cache
-    from featcache.cache import entries as all_entries
-    from featcache.store import FeatureStore
+    from featcache.pipeline.verifying import verify as look
+    from featcache.progress import printable
 
-    stores = [FeatureStore.open(path) for path in entries] or list(all_entries(cache or default_cache()))
-    problems = [problem for store in stores for problem in store.verify()]
+    checked, problems = look(cache or default_cache(), entries)
     if as_json:
-        options.emit({"checked": len(stores), "problems": problems})
+        options.emit({"checked": checked, "problems": problems})
     else:
         for problem in problems:
-            click.echo(problem)
-        click.echo(f"{len(stores)} entries checked, {len(problems)} problems")
+            click.echo(printable(problem))
+        click.echo(f"{checked} entries checked, {len(problems)} problems")
     if problems:
         click.get_current_context().exit(DAMAGED)
 

@@ -42,7 +42,7 @@ class _Anywhere:
 
     def stat(self, path: str) -> FileStat:
         found = os.stat(path)  # noqa: PTH116 - as sources do
-        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino)
+        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
 
 
 def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpec:

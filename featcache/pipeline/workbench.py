@@ -1,7 +1,7 @@
 """A source and a backbone side by side: obtain the entry of a cut, computing only what it lacks."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from featcache import cache as caching
 from featcache.cache import Sighted
 from featcache.checked import check_fields
 from featcache.cluster import Recipe
-from featcache.errors import UsageError
+from featcache.errors import StorageError, UsageError
 from featcache.flow import Pixels, beside_pixels
 from featcache.progress import logger
 from featcache.sources import Source
@@ -31,7 +31,7 @@ from featcache.specs import (
     stored_dtype,
 )
 from featcache.stages.extract import ExtractReport, Plan, Prepare, Ready, Sink, extract, is_mine, measure
-from featcache.store import TABLE, FeatureStore
+from featcache.store import FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
@@ -203,15 +203,15 @@ class Workbench:
         requests = [caching.Request(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
         opened = [self._open(request) for request in requests]
         done = {number: hit for number, (store, stock) in enumerate(opened) if (hit := self._hit(store, stock))}
+        for number in done:
+            self._remember(opened[number][0], requests[number])
         left = [number for number in range(len(requests)) if number not in done]
-        for number in done:  # an entry that was found by its key is found by the flags from now on
-            opened[number][0].remember_request(requests[number].described())
         if left:
             sinks, prepare = self._sinks([(requests[number].cut, *opened[number]) for number in left])
             with self.threads():
                 reports = self._run(sinks, prepare, views)
             for number, report in zip(left, reports, strict=True):
-                opened[number][0].remember_request(requests[number].described())
+                self._remember(opened[number][0], requests[number])
                 done[number] = report
         return [
             Extracted(opened[number][0], done[number], self.spec.label, requests[number].cut)
@@ -260,10 +260,16 @@ class Workbench:
     def _hit(self, store: FeatureStore, stock: caching.Stock) -> ExtractReport | None:
         if self.settings.part is not None or not isinstance(caching.plan(self.source, store, stock), caching.Hit):
             return None
-        if not (store.path / TABLE).exists():
-            store.write_table()
+        store.tidy()
+        caching.renew(self.source, store, stock)
+        store.write_table()
         unusable = [item for item in store.manifest.quarantined if item.sha256]
         return ExtractReport(len(stock.known) - len(unusable), 0, (*unusable, *stock.unreachable), 0.0, known=stock.known)
+
+    def _remember(self, store: FeatureStore, request: caching.Request) -> None:
+        """Let the same flags lead here without a backbone from now on, also where it was the key that led here."""
+        with suppress(StorageError):  # a cache that cannot be written answers all the same
+            store.remember_request(request.described())
 
     def _sinks(self, opened: Sequence[tuple[str, FeatureStore, caching.Stock]]) -> tuple[list[Sink], Prepare]:
         """Return the entries to fill, and what makes the backbone ready: not even loaded where nothing is computed."""

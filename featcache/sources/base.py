@@ -94,11 +94,15 @@ class Items(Sequence[Item]):
 
 @dataclass(frozen=True, slots=True)
 class FileStat:
-    """What tells cheaply that an image has not changed since it was hashed: of a file, or of what holds it."""
+    """What tells cheaply that an image has not changed since it was hashed: of a file, or of what holds it.
+
+    ``ctime_ns`` changes where a file is written over and its mtime put back; -1 where it is not known.
+    """
 
     size: int
     mtime_ns: int
     inode: int
+    ctime_ns: int = -1
 
 
 class Contents(Protocol):
@@ -125,7 +129,7 @@ class Files:
     def stat(self, path: str) -> FileStat:
         """Return a file's size, time and inode."""
         found = os.stat(os.path.join(self.root, path))  # noqa: PTH116, PTH118 - as above
-        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino)
+        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Numbered:
         if self.holder is None:
             return None
         found = self.holder.stat()
-        return FileStat(found.st_size, found.st_mtime_ns, self.numbers[path])
+        return FileStat(found.st_size, found.st_mtime_ns, self.numbers[path], found.st_ctime_ns)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class Members:
     def stat(self, path: str) -> FileStat:
         """Return the image's size and offset and the archive's time."""
         archive, offset, size = self.places[path]
-        return FileStat(size, archive.stat().st_mtime_ns, offset)
+        found = archive.stat()
+        return FileStat(size, found.st_mtime_ns, offset, found.st_ctime_ns)
 
 
 def open_shards(pattern: str) -> Source:

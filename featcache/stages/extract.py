@@ -17,6 +17,7 @@ from featcache.cache import Hit, Sighted, Sightings, Stock, make_listing, take_s
 from featcache.cache import plan as decide
 from featcache.cluster import Recipe, Written
 from featcache.errors import DataError, StorageError
+from featcache.fingerprint import Digests
 from featcache.flow import Batch, Compute, Pixels, Reader, compute, in_dtype, not_finite, reading_ahead, run_batches, sample
 from featcache.progress import logger, progress
 from featcache.sources import Source
@@ -142,12 +143,14 @@ class _Harvest:
     known: Sightings = field(init=False)
     quarantined: list[Quarantined] = field(default_factory=list)
     copies: list[Sighted] = field(default_factory=list)
+    have: Digests = field(init=False)
     waiting: _Waiting | None = None
     part_started: float = field(default_factory=time.monotonic)
     computed: int = 0
 
     def __post_init__(self) -> None:
         self.known = Sightings(len(self.sink.stock.to_read))
+        self.have = Digests(len(self.there) + len(self.sink.stock.to_read), self.there)
 
     def take(self, batch: Batch, rows: NDArray[Any], source: Source) -> None:
         """Sort a batch into rows, known images and bad ones."""
@@ -170,6 +173,20 @@ class _Harvest:
                 self.waiting = _Waiting(rows, self.batch_size)
             which = slice(None) if new.all() else new  # most often all: no copy but the one into the room
             self.waiting.add(sighted.take(which), rows[which])
+
+    def _settled_copies(self) -> tuple[Sighted, Sighted]:
+        """Return the copies that have their row by now, or their place in quarantine, and the others.
+
+        A copy can come before its original, which another worker still computes: were it written down at once, and the
+        original lost to an interrupt, every later run would look for a row that nobody computes.
+        """
+        copies = Sighted.joined(self.copies)
+        if not len(copies):
+            return copies, copies
+        several = (*self.sink.store.manifest.quarantined, *self.quarantined)
+        bad = {bytes.fromhex(one.sha256) for one in several if one.sha256}
+        settled = np.array([digest in self.have or digest in bad for digest in copies.digests()], dtype=bool)
+        return copies.take(settled), copies.take(~settled)
 
     def _lacked(self, sighted: Sighted) -> Sighted:
         """Return the items that this entry, not only another of the run, had to look at."""
@@ -200,10 +217,12 @@ class _Harvest:
 
     def commit(self, source: Source, runtime: str) -> None:
         """Make the waiting rows count."""
-        copies = Sighted.joined(self.copies)
-        if self.waiting or len(copies):
-            nothing = Sighted.of([]), [np.empty((0, *self.sink.row), self.sink.dtype)]
-            sighted, features = self.waiting.in_order() if self.waiting else nothing
+        nothing = Sighted.of([]), [np.empty((0, *self.sink.row), self.sink.dtype)]
+        sighted, features = self.waiting.in_order() if self.waiting else nothing
+        for digest in sighted.digests():
+            self.have.add(digest)
+        copies, early = self._settled_copies()
+        if len(sighted) or len(copies):
             now = now_ns()
             also = copies.seen(source, now) if len(copies) else None
             part = Part(features, sighted.seen(source, now), also)
@@ -212,7 +231,7 @@ class _Harvest:
             bad = [bad for bad in self.quarantined if bad.sha256]
             self.sink.store.commit(parts=[record], quarantined=bad, seconds=seconds)
             self.computed += len(sighted)
-            self.copies = []
+            self.copies = [early]
         if self.waiting:
             self.waiting.clear()
         self.part_started = time.monotonic()
@@ -350,7 +369,11 @@ def _finish(source: Source, harvest: _Harvest, plan: Plan, started: float, ready
         for index, digest in zip(bad.index, bad.digests(), strict=True)
         if source.items[index].path not in paths
     ]
-    known, all_bad = known.take(~is_bad), (*quarantined, *stock.unreachable)
+    early = Sighted.joined(harvest.copies).index if plan.part is None else ()
+    orphaned = np.isin(known.index, early)
+    reason = "a copy of an image that could not be read"
+    quarantined += [Quarantined(source.items[index].path, "", reason) for index in known.index[orphaned]]
+    known, all_bad = known.take(~is_bad & ~orphaned), (*quarantined, *stock.unreachable)
     if not plan.lists:
         store.commit(quarantined=[bad for bad in all_bad if bad.sha256])
     elif not left and not isinstance(decide(source, store, stock), Hit):

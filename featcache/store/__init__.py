@@ -1,16 +1,8 @@
 """The store: entries of immutable parts on disk (the only place that knows HDF5)."""
 
-from featcache.store.entry import (
-    TABLE,
-    Features,
-    FeatureStore,
-    FileRecord,
-    Manifest,
-    Quarantined,
-    RowReader,
-    now_ns,
-)
+from featcache.store.entry import TABLE, Features, FeatureStore, RowReader, now_ns
 from featcache.store.files import SPLITS, Listing, Part, Seen
+from featcache.store.manifests import FileRecord, Manifest, Quarantined
 
 __all__ = [
     "SPLITS",

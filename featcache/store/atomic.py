@@ -75,16 +75,6 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path, name: str) -> None:
-    """Give a file another name in its folder.
-
-    Raises:
-        StorageError: it cannot be renamed.
-    """
-    with _storage_errors(path):
-        path.replace(path.with_name(name))
-
-
 def make_folder(path: Path) -> None:
     """Create a folder and its parents.
 

@@ -1,8 +1,10 @@
 """One entry of the cache: immutable content-named parts and the manifests that list them."""
 
+import contextlib
 import json
 import math
 import mmap
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,55 +17,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import StorageError
-from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_chunks, sha256_of_file
+from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
+from featcache.progress import logger
 from featcache.solvers.scaled import Streamed
 from featcache.specs import FeatureSpec
-from featcache.store import files
-from featcache.store.atomic import create_file, make_folder, replace_file_by, sweep
+from featcache.store import files, manifests, requests
+from featcache.store.atomic import (
+    create_file,
+    is_temporary,
+    make_folder,
+    remove_file,
+    replace_file,
+    replace_file_by,
+    sweep,
+)
 from featcache.store.files import Array, Listing, Part, Seen
-from featcache.store.stamps import Stamps
+from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, Manifest, Quarantined
+from featcache.store.notes import parse, read_plain
+from featcache.store.stamps import Signs, Stamps, signs
+from featcache.store.verifying import OTHER_BYTES, Inspection
 
 TABLE = "features.h5"
 TABLE_LIMIT = 2 << 30
+_FOLDERS = ("", "parts", "requests", "heads", "tuned")
+_NAMED_BY_KEY = re.compile(r".*-([0-9a-f]{8})")
 _BLOCK_BYTES = 2 << 20
 _KEPT_MANIFESTS = 20
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A content-named file that a manifest lists; ``runtime`` is what computed its rows."""
-
-    name: str
-    sha256: str
-    bytes: int
-    rows: int
-    runtime: str = ""
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """An image that gave no row, and why; ``sha256`` is empty where it could not even be read."""
-
-    path: str
-    sha256: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """One version of an entry: what it holds, what computing that took, and the hash of the version before."""
-
-    number: int = 0
-    previous: str = ""
-    parts: tuple[FileRecord, ...] = ()
-    quarantined: tuple[Quarantined, ...] = ()
-    listing: FileRecord | None = None
-    seconds: float = 0.0
-
-    @property
-    def rows(self) -> int:
-        """Number of stored rows, those of removed images included."""
-        return sum(part.rows for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -132,17 +111,23 @@ class FeatureStore:
         Raises:
             StorageError: the folder cannot be written, or holds another entry or foreign files.
         """
-        if not (path / "spec.json").exists():
+        note, content = path / "spec.json", json.dumps(asdict(spec) | {"key": spec.key}, indent=1).encode()
+        if not note.exists():
             if path.exists() and any(_foreign(inside) for inside in path.iterdir()):
                 raise StorageError(f"{path}: not an entry of featcache and not empty. Move it away, or use another --cache.")
             make_folder(path / "parts")
             make_folder(path / "requests")
-            create_file(path / "spec.json", json.dumps(asdict(spec) | {"key": spec.key}, indent=1).encode())
-        store = cls.open(path)
+            create_file(note, content)
+        try:
+            store = cls.open(path)
+        except StorageError:
+            if manifests.numbers_in(path):
+                raise
+            replace_file(note, content)  # torn when the entry was begun: nothing of it counts yet
+            store = cls.open(path)
         if store.key != spec.key:
             raise StorageError(f"{path}: holds features under another key. Move it away, or use another --cache.")
-        sweep(path / "parts")
-        sweep(path)
+        store.tidy()
         return store
 
     @classmethod
@@ -150,16 +135,29 @@ class FeatureStore:
         """Open an entry that is there.
 
         Raises:
-            StorageError: there is none, or it was not written by featcache.
+            StorageError: there is none, or what it says of itself is not what featcache wrote there.
         """
         path = Path(path)
         try:
-            text = (path / "spec.json").read_text()
-            if "key" not in json.loads(text):
-                raise KeyError("key")
+            text = read_plain(path / "spec.json")
+            spec = parse(text)
+            key = spec.pop("key")
         except (OSError, ValueError, KeyError) as error:
             raise StorageError(f"{path}: not an entry of featcache ({error}).") from error
-        return cls(path, text)
+        named = _NAMED_BY_KEY.fullmatch(path.resolve().name)
+        if fingerprint(spec) != key or (named and named[1] != key[: len(named[1])]):
+            raise StorageError(
+                f"{path / 'spec.json'}: damaged, it is not what the entry's key was made of. Delete the entry {path} and "
+                "extract again."
+            )
+        if not _is_spec(spec):
+            raise StorageError(f"{path / 'spec.json'}: not of this version of featcache. Move {path} away.")
+        return cls(path, text.decode())
+
+    def tidy(self) -> None:
+        """Remove what killed writers left; a cache that cannot be written stays as it is."""
+        for folder in _FOLDERS:
+            sweep(self.path / folder)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -185,7 +183,7 @@ class FeatureStore:
 
     def add_part(self, part: Part, runtime: str = "") -> FileRecord:
         """Write a part to disk; it counts once a commit lists it."""
-        return replace(self._add_file(files.part_chunks(part), ".h5", len(part.seen.paths)), runtime=runtime)
+        return replace(self._add_file(files.part_chunks(part), PART_SUFFIX, len(part.seen.paths)), runtime=runtime)
 
     def commit(
         self,
@@ -200,22 +198,24 @@ class FeatureStore:
         ``seconds`` are added to what the entry's rows have cost. A commit that another process forestalled is merged
         with that one's and tried again.
         """
-        listed = self._add_file([files.encode_listing(listing)], ".items.h5", len(listing.labels)) if listing else None
+        self._stamps.settle()
+        content = [files.encode_listing(listing)] if listing else []
+        listed = self._add_file(content, LISTING_SUFFIX, len(listing.labels)) if listing else None
         while True:
             base = self._newest()
             merged = replace(
                 base,
                 number=base.number + 1,
-                previous=_hash(base),
-                parts=_union(base.parts, parts),
-                quarantined=_merge_quarantine(base.quarantined, quarantined, listing),
+                previous=manifests.hash_of(base),
+                parts=manifests.union(base.parts, parts),
+                quarantined=manifests.merge_quarantine(base.quarantined, quarantined, listing),
                 listing=listed or base.listing,
                 seconds=round(base.seconds + seconds, 3),
             )
             if replace(merged, number=0, previous="") == replace(base, number=0, previous="") and base.number:
                 self._manifest = base
                 return base
-            made = create_file(self._manifest_path(merged.number), json.dumps(asdict(merged)).encode())
+            made = create_file(self._manifest_path(merged.number), manifests.encode(merged, self.key))
             if made and self._is_in_the_chain(merged):
                 self._manifest = merged
                 self._prune(merged.number)
@@ -223,7 +223,7 @@ class FeatureStore:
 
     def digests(self) -> set[bytes]:
         """Return the SHA-256 of every image that has a row."""
-        return {row.tobytes() for record in self.manifest.parts for row in self._seen(record).sha256}
+        return {row.tobytes() for seen in self._rows_seen() for row in seen.sha256}
 
     def locate(self, sha256: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Return where images' rows are, by the SHA-256 of their bytes (n, 32): number of the part, row in it (n, 2).
@@ -231,7 +231,7 @@ class FeatureStore:
         Raises:
             StorageError: an image has no row.
         """
-        seen = [self._seen(record).sha256 for record in self.manifest.parts]
+        seen = [one.sha256 for one in self._rows_seen()]
         sizes = np.array([len(one) for one in seen], dtype=np.int64)
         have = _as_keys(np.concatenate([np.empty((0, 32), np.uint8), *seen]))
         order = np.argsort(have, kind="stable")
@@ -240,7 +240,7 @@ class FeatureStore:
         found = np.empty(len(wanted), np.int64)
         found[ascending] = np.searchsorted(have, wanted[ascending])
         if len(wanted) and (not len(have) or (have[np.minimum(found, len(have) - 1)] != wanted).any()):
-            raise StorageError(f"{self.path}: an image of its listing has no row. Delete the entry and extract again.")
+            raise StorageError(f"{self.path}: an image of its listing has no row. Run the same `featcache extract` again.")
         rows = order[found] if len(wanted) else np.empty(0, np.int64)
         ends = np.cumsum(sizes)
         parts = np.searchsorted(ends, rows, side="right")
@@ -251,14 +251,14 @@ class FeatureStore:
         reader = self._reader_of(sha256)
         return reader.take(np.arange(len(reader)))
 
-    def seen(self) -> Iterator[Seen]:
-        """Yield what is remembered of files, oldest first."""
-        for record in self.manifest.parts:
-            yield self._seen(record)
+    def seen(self) -> Iterator[tuple[Seen, bool]]:
+        """Yield what is remembered of files, oldest first, and whether it is by their rows."""
+        for record, rows in zip(self.manifest.parts, self._rows_seen(), strict=True):
+            yield rows, True
             if (copies := files.read_copies(self._part_path(record))) is not None:
-                yield copies
+                yield copies, False
         if self.manifest.listing is not None:
-            yield self.listing().seen
+            yield self.listing().seen, False
 
     def listing(self) -> Listing:
         """Return the images as last seen.
@@ -268,20 +268,37 @@ class FeatureStore:
         """
         if self.manifest.listing is None:
             raise StorageError(f"{self.path}: not complete. Run the same `featcache extract` again to resume.")
-        return files.read_listing(self._checked(self.manifest.listing))
+        listing = files.read_listing(self._checked(self.manifest.listing))
+        if len(listing.labels) != self.manifest.listing.rows:
+            raise StorageError(f"{self._part_path(self.manifest.listing)}: not what its manifest says. {self._remedy}")
+        return listing
 
     def reader(self) -> RowReader:
         """Return a reader of the listed images' rows, from files whose hashes are right."""
-        listing = self.listing()
-        if self._table_is_current():
-            mapped, rows = files.map_features(self.path / TABLE), np.arange(len(listing.labels))
-            return RowReader((mapped,), np.zeros_like(rows), rows, mapped.shape[1:])
+        listing, path = self.listing(), self.path / TABLE
+        if current := self._current_table():
+            mapped, rows = self._map(path, len(listing.labels)), np.arange(len(listing.labels))
+            if self._still(path, current):
+                return RowReader((mapped,), np.zeros_like(rows), rows, mapped.shape[1:])
         return self._reader_of(listing.seen.sha256)
 
     def _reader_of(self, sha256: NDArray[np.uint8]) -> RowReader:
-        maps = tuple(files.map_features(self._checked(record)) for record in self.manifest.parts)
+        parts = self.manifest.parts
+        maps = tuple(self._map(path, record.rows) for path, record in zip(self._paths(parts), parts, strict=True))
+        if len({one.shape[1:] for one in maps}) > 1:
+            raise StorageError(f"{self.path}: rows of several shapes. {self._remedy}")
         where = self.locate(sha256)
         return RowReader(maps, where[:, 0], where[:, 1], maps[0].shape[1:] if maps else ())
+
+    def _map(self, path: Path, rows: int) -> Array:
+        mapped = files.map_features(path)
+        if len(mapped) != rows or mapped.dtype != np.dtype(self.spec["dtype"]):
+            raise StorageError(f"{path}: {len(mapped)} rows of {mapped.dtype} are not what was asked for. {self._remedy}")
+        return mapped
+
+    @property
+    def _remedy(self) -> str:
+        return f"Delete the entry {self.path} and extract again."
 
     def features(self) -> Features:
         """Return the listed images' rows in memory.
@@ -289,18 +306,22 @@ class FeatureStore:
         Raises:
             StorageError: the entry is not complete, or a file in it is damaged.
         """
-        if self._table_is_current():
+        path = self.path / TABLE
+        if current := self._current_table():
             with ThreadPoolExecutor(1) as beside:
-                rows = beside.submit(files.read_features, self.path / TABLE)
-                return replace(self.labelled(), X=rows.result())
-        labelled, reader = self.labelled(), self.reader()
+                rows = beside.submit(files.read_features, path)
+                labelled = self.labelled()
+            if self._still(path, current):
+                self._map(path, len(labelled.y))
+                return replace(labelled, X=rows.result())
+        labelled = self.labelled()
+        reader = self.reader()
         return replace(labelled, X=reader.take(np.arange(len(reader))))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape (n, ...) that the listed images' rows have together."""
-        rows = files.map_features(self._part_path(self.manifest.parts[0])).shape[1:] if self.manifest.parts else ()
-        return self.manifest.listing.rows if self.manifest.listing else 0, *rows
+        return self.manifest.listing.rows if self.manifest.listing else 0, *self._row_shape()
 
     def streamed(self) -> Features:
         """Return the listed images' embeddings (n, d) as rows that are read when they are asked for."""
@@ -326,33 +347,42 @@ class FeatureStore:
             StorageError: a file of that name is there which featcache did not write.
         """
         path, listing = self.path / TABLE, self.manifest.listing
-        if path.exists() and files.table_attributes(path) is None:
-            raise StorageError(f"{path}: was not written by featcache. Move it away and run again.")
-        if self._table_is_current():
+        if self._current_table():
             return path
+        self._make_way(path)
         if not listing or not self.manifest.parts or self._row_bytes() * listing.rows > limit:
             return None
+        digests: list[str] = []
+        replace_file_by(path, lambda file: digests.append(sha256_of_chunks(_written(file, self._table_pieces()))))
+        self._stamps.note(path, digests[0])
+        return path
+
+    def _table_pieces(self) -> Iterator[memoryview]:
+        """Yield the bytes of ``features.h5`` as the parts and the listing have them, rows block by block."""
         full = self.listing()
         reader = self._reader_of(full.seen.sha256)
         shape, dtype = (len(reader), *reader.shape), reader.maps[0].dtype
         before, after = files.frame_table(shape, dtype, full, self._table_attributes())
         step = max(1, _BLOCK_BYTES // max(1, self._row_bytes()))
+        yield from before
+        for start in range(0, len(reader), step):
+            yield files.bytes_of(reader.take(np.arange(start, min(start + step, len(reader)))))
+            reader.forget()
+        yield from after
 
-        def pieces() -> Iterator[memoryview]:
-            yield from before
-            for start in range(0, len(reader), step):
-                yield files.bytes_of(reader.take(np.arange(start, min(start + step, len(reader)))))
-                reader.forget()
-            yield from after
-
-        digests: list[str] = []
-        replace_file_by(path, lambda file: digests.append(sha256_of_chunks(_written(file, pieces()))))
-        self._stamps.note(path, digests[0])
-        return path
+    def _make_way(self, path: Path) -> None:
+        """Look at what stands where ``features.h5`` goes: ours is written over, another's is not."""
+        if not path.exists():
+            return
+        attributes, noted = files.table_attributes(path), self._stamps.sha256(TABLE)
+        if attributes is None and (not noted or files.is_foreign(path)):
+            raise StorageError(f"{path}: was not written by featcache. Move it away and run again.")
+        if attributes is None or (noted and attributes == self._table_attributes()):
+            logger.warning("%s: was changed or damaged, it is written again", path)
 
     @cached_property
     def _stamps(self) -> Stamps:
-        return Stamps(self.path / "checked.json")
+        return Stamps(self.path / "checked.json", self.key)
 
     def _table_attributes(self) -> dict[str, str]:
         """Return what a table of the newest listing says of itself: the same wherever and whenever it is made."""
@@ -363,49 +393,96 @@ class FeatureStore:
             "featcache_spec": canonical(self.spec),
         }
 
-    def _table_is_current(self) -> bool:
-        """Tell whether ``features.h5`` is there, whole, and of the newest listing."""
-        path = self.path / TABLE
-        noted = self._stamps.sha256(TABLE)
-        if not noted or not path.exists() or files.table_attributes(path) != self._table_attributes():
+    def _current_table(self) -> Signs | None:
+        """Return the signs of ``features.h5`` where it is there, whole, and of the newest listing."""
+        path, noted = self.path / TABLE, self._stamps.sha256(TABLE)
+        try:
+            before = signs(path)
+        except OSError:
+            return None
+        if not noted or files.table_attributes(path) != self._table_attributes():
+            return None
+        return before if self._stamps.is_whole(path, noted) and self._still(path, before) else None
+
+    def _still(self, path: Path, before: Signs) -> bool:
+        """Tell whether a path leads to the file that it led to before: another process may have put a newer one there."""
+        try:
+            return signs(path) == before
+        except OSError:
             return False
-        return self._stamps.is_whole(path, noted)
 
     def verify(self) -> list[str]:
-        """Return what is wrong with the entry's files, one line each; hashes every byte."""
-        records = [*self.manifest.parts, *([self.manifest.listing] if self.manifest.listing else [])]
-        problems = [problem for record in records if (problem := self._problem(record))]
-        table = self.path / TABLE
-        if table.exists() and files.table_attributes(table) is None:
-            problems.append(f"{table}: was not written by featcache")
-        return problems
+        """Return what is wrong with the entry's files, one line each; reads every byte of them."""
+        inspection = Inspection(self.path, self.key)
+        inspection.notes()
+        self._manifest = inspection.manifests() or Manifest()
+        inspection.parts(self._manifest)
+        if (self.path / TABLE).exists() and (problem := self._table_problem()):
+            inspection.problems.append(f"{self.path / TABLE}: {problem}")
+        return inspection.problems
+
+    def _table_problem(self) -> str:
+        """Return what is wrong with ``features.h5``; one of which nothing was noted must say what the parts say."""
+        path, noted = self.path / TABLE, Stamps(self.path / "checked.json", self.key).sha256(TABLE)
+        attributes = files.table_attributes(path)
+        if attributes is None and not noted:
+            return "was not written by featcache"
+        sha256 = sha256_of_file(path) if path.is_file() else ""
+        if noted and sha256 == noted:
+            return ""
+        try:
+            # its writer may have been killed before it noted the hash, and HDF5 of another version spells the same otherwise
+            if attributes == self._table_attributes() and (
+                sha256_of_chunks(self._table_pieces()) == sha256 or (not noted and self._says_the_same(path))
+            ):
+                return ""
+        except StorageError as error:
+            return f"cannot be compared with the parts: {error}"
+        return f"{OTHER_BYTES}; the next `featcache extract` writes it again"
+
+    def _says_the_same(self, path: Path) -> bool:
+        listing = self.listing()
+        reader = self._reader_of(listing.seen.sha256)
+        return files.same_table(path, listing, lambda start, end: reader.take(np.arange(start, end)))
 
     def remember_request(self, request: dict[str, Any]) -> None:
         """Keep the flags that led here, so that they are recognised without loading a backbone."""
-        text = json.dumps(request, sort_keys=True, indent=1).encode()
-        path = self.path / "requests" / f"{sha256_of_bytes(text)[:16]}.json"
+        name, content = requests.encode(request, self.key)
+        path = self.path / "requests" / name
+        for other in path.parent.glob("*.json"):
+            if self._request_in(other) is None:
+                remove_file(other)
         if not path.exists():
             make_folder(path.parent)
-            create_file(path, text)
+            create_file(path, content)
 
     def requests(self) -> Iterator[dict[str, Any]]:
-        """Yield the flags that led here."""
+        """Yield the flags that led here; a file whose name is not its content's hash says nothing."""
         for path in sorted((self.path / "requests").glob("*.json")):
-            try:
-                yield json.loads(path.read_text())
-            except (OSError, ValueError):
-                continue
+            if (request := self._request_in(path)) is not None:
+                yield request
+
+    def _request_in(self, path: Path) -> dict[str, Any] | None:
+        try:
+            return requests.read(path, self.key)
+        except (OSError, ValueError):
+            return None
 
     def _add_file(self, chunks: Sequence[memoryview], suffix: str, rows: int) -> FileRecord:
         digest = sha256_of_chunks(chunks)
-        record = FileRecord(f"{digest[:16]}{suffix}", digest, sum(map(len, chunks)), rows)
-        replace_file_by(self._part_path(record), lambda file: file.writelines(chunks))
+        record = FileRecord(manifests.name_of(digest, suffix), digest, sum(map(len, chunks)), rows)
+        path = self._part_path(record)
+        replace_file_by(path, lambda file: file.writelines(chunks))
         self._just_written.add(record)
+        with contextlib.suppress(OSError):
+            self._stamps.wrote(path, digest)
         return record
 
+    def _row_shape(self) -> tuple[int, ...]:
+        return files.map_features(self._checked(self.manifest.parts[0])).shape[1:] if self.manifest.parts else ()
+
     def _row_bytes(self) -> int:
-        rows = files.map_features(self._part_path(self.manifest.parts[0]))
-        return math.prod(rows.shape[1:]) * rows.dtype.itemsize
+        return int(math.prod(self._row_shape()) * np.dtype(self.spec["dtype"]).itemsize)
 
     def _part_path(self, record: FileRecord) -> Path:
         return self.path / "parts" / record.name
@@ -413,64 +490,80 @@ class FeatureStore:
     def _manifest_path(self, number: int) -> Path:
         return self.path / f"manifest-{number}.json"
 
-    def _numbers(self) -> list[int]:
-        found = (path.stem.removeprefix("manifest-") for path in self.path.glob("manifest-*.json"))
-        return sorted((int(number) for number in found if number.isdigit()), reverse=True)
-
     def _newest(self) -> Manifest:
-        while numbers := self._numbers():
+        missing = 0
+        while numbers := manifests.numbers_in(self.path):
             try:
                 return self._read_manifest(numbers[0])
-            except FileNotFoundError:
-                continue  # overtaken and pruned since it was listed: look again
+            except FileNotFoundError as error:
+                if missing == numbers[0]:
+                    raise StorageError(f"{self._manifest_path(missing)}: leads nowhere. Delete it.") from error
+                missing = numbers[0]  # overtaken and pruned since it was listed: look again
         return Manifest()
 
     def _read_manifest(self, number: int) -> Manifest:
         path = self._manifest_path(number)
         try:
-            return _parse_manifest(json.loads(path.read_text()))
+            return manifests.read(path, self.key)
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise StorageError(f"{path}: damaged ({error}). Delete it to fall back to the version before.") from error
 
     def _is_in_the_chain(self, manifest: Manifest) -> bool:
         """Tell whether a manifest just made counts: a number that was pruned can be taken again, by one who slept."""
-        if self._numbers()[0] == manifest.number:
+        if manifests.numbers_in(self.path)[0] == manifest.number:
             return True
         try:
-            return self._read_manifest(manifest.number + 1).previous == _hash(manifest)
+            return self._read_manifest(manifest.number + 1).previous == manifests.hash_of(manifest)
         except FileNotFoundError:
             return False
 
     def _prune(self, newest: int) -> None:
-        for number in self._numbers():
+        for number in manifests.numbers_in(self.path):
             if number <= newest - _KEPT_MANIFESTS:
-                self._manifest_path(number).unlink(missing_ok=True)
-
-    def _problem(self, record: FileRecord) -> str:
-        path = self._part_path(record)
-        if not path.exists():
-            return f"{path}: missing"
-        if path.stat().st_size != record.bytes or sha256_of_file(path) != record.sha256:
-            return f"{path}: its bytes are not what featcache wrote"
-        return ""
+                remove_file(self._manifest_path(number))
 
     def _checked(self, record: FileRecord) -> Path:
-        path = self._part_path(record)
-        if record in self._just_written and path.exists():
-            return path
-        if not path.exists() or not self._stamps.is_whole(path, record.sha256):
-            raise StorageError(f"{self._problem(record)}. Delete the entry {self.path} and extract again.")
-        return path
+        return self._paths([record])[0]
 
-    def _seen(self, record: FileRecord) -> Seen:
-        return files.read_seen(self._part_path(record))
+    def _paths(self, records: Sequence[FileRecord]) -> list[Path]:
+        """Return where listed files lie, each of them whole.
+
+        Raises:
+            StorageError: one is missing, or its bytes are not what was written.
+        """
+        paths = [self._part_path(record) for record in records]
+        fresh = [record in self._just_written and path.is_file() for record, path in zip(records, paths, strict=True)]
+        doubtful = [(path, record.sha256) for path, record, known in zip(paths, records, fresh, strict=True) if not known]
+        for (path, _), whole in zip(doubtful, self._stamps.are_whole(doubtful), strict=True):
+            if not whole:
+                why = "its bytes are not what featcache wrote" if path.exists() else "missing"
+                raise StorageError(f"{path}: {why}. {self._remedy}")
+        return paths
+
+    def _rows_seen(self) -> list[Seen]:
+        """Return which images' rows each part holds, in order."""
+        parts = self.manifest.parts
+        seen = [files.read_seen(path) for path in self._paths(parts)]
+        for record, one in zip(parts, seen, strict=True):
+            if len(one.paths) != record.rows:
+                raise StorageError(f"{self._part_path(record)}: not what its manifest says. {self._remedy}")
+        return seen
 
 
 def _foreign(path: Path) -> bool:
     """Tell whether a path in an entry without spec.json is nothing that a killed start would leave."""
-    return path.name not in {"parts", "requests", "spec.json"} and not path.name.startswith(".tmp-")
+    return path.name not in {"parts", "requests", "spec.json"} and not is_temporary(path)
+
+
+def _is_spec(spec: dict[str, Any]) -> bool:
+    """Tell whether a spec that fits its key has the kinds of values that are relied upon."""
+    return (
+        isinstance(spec.get("transform"), dict)
+        and isinstance(spec.get("cut"), str)
+        and spec.get("dtype") in {"float32", "float16", "uint8"}
+    )
 
 
 def now_ns() -> int:
@@ -481,36 +574,6 @@ def now_ns() -> int:
 def _as_keys(sha256: NDArray[np.uint8]) -> NDArray[Any]:
     """Return hashes (n, 32) as n comparable values."""
     return np.ascontiguousarray(sha256).view("S32").reshape(-1)
-
-
-def _hash(manifest: Manifest) -> str:
-    return sha256_of_bytes(canonical(manifest).encode())
-
-
-def _union(old: tuple[FileRecord, ...], new: Sequence[FileRecord]) -> tuple[FileRecord, ...]:
-    names = {record.name for record in old}
-    return (*old, *(record for record in new if record.name not in names))
-
-
-def _merge_quarantine(
-    old: tuple[Quarantined, ...], new: Sequence[Quarantined], listing: Listing | None
-) -> tuple[Quarantined, ...]:
-    """Return the quarantine list, newest word on each path; a listing settles it: what it does not name is stale."""
-    if listing is not None:
-        return tuple(sorted(new, key=lambda item: item.path))
-    by_path = {item.path: item for item in (*old, *new)}
-    return tuple(by_path[path] for path in sorted(by_path))
-
-
-def _parse_manifest(data: dict[str, Any]) -> Manifest:
-    return Manifest(
-        number=int(data["number"]),
-        previous=str(data["previous"]),
-        parts=tuple(FileRecord(**part) for part in data["parts"]),
-        quarantined=tuple(Quarantined(**item) for item in data["quarantined"]),
-        listing=FileRecord(**data["listing"]) if data["listing"] else None,
-        seconds=float(data["seconds"]),
-    )
 
 
 def _written(file: BinaryIO, pieces: Iterator[memoryview]) -> Iterator[memoryview]:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +24,9 @@ from featcache.machine import cores
 Array = NDArray[Any]
 Chunks = list[memoryview]
 SPLITS = ("", "train", "val", "test")
+_STORED = tuple(map(np.dtype, ("float32", "float16", "uint8")))
+_DIGEST_BYTES = 32
+_FIRST_SIGNS = 3  # size, mtime, inode
 _PIECE_BYTES = 16 << 20
 _TEXTS_AT_ONCE = 8192
 
@@ -72,8 +76,8 @@ class Column(Sequence[str]):
 class Seen:
     """Which bytes stood at some paths, and by what sign to recognise them: n rows.
 
-    ``sha256`` is uint8 (n, 32); ``stat`` is int64 (n, 3): size in bytes, mtime in ns, inode (-1 where unknown);
-    ``checked_ns`` is when the bytes were hashed.
+    ``sha256`` is uint8 (n, 32); ``stat`` is int64 (n, 4): size in bytes, mtime in ns, inode, ctime in ns (-1 where
+    unknown); ``checked_ns`` is a time before which none of the bytes were hashed.
     """
 
     paths: Sequence[str]
@@ -254,41 +258,92 @@ class _Sparse(io.RawIOBase):
 
 
 def read_seen(path: Path) -> Seen:
-    """Read what a part or a listing was made from."""
-    with _open(path) as file:
+    """Read what a part or a listing was made from.
+
+    Raises:
+        StorageError: the file is not as featcache writes it.
+    """
+    with _reading(path) as file:
         return _read_seen(file)
 
 
 def read_copies(path: Path) -> Seen | None:
-    """Read which further files a part knows the content of."""
-    with _open(path) as file:
-        return _read_seen(file["copies"]) if "copies" in file else None
+    """Read which further files a part knows the content of.
+
+    Raises:
+        StorageError: the file is not as featcache writes it.
+    """
+    with _reading(path) as file:
+        return _read_seen(_member(file, "copies", h5py.Group)) if "copies" in file else None
 
 
 def read_listing(path: Path) -> Listing:
-    """Read a listing."""
-    with _open(path) as file:
-        classes = tuple(os.fsdecode(bytes(name)) for name in file["classes"][:])
-        return Listing(_read_seen(file), file["label"][:], file["split"][:], classes)
+    """Read a listing.
+
+    Raises:
+        StorageError: the file is not as featcache writes it.
+    """
+    with _reading(path) as file:
+        names = _column(file, "classes", "S")
+        seen = _read_seen(file)
+        labels = _column(file, "label", np.int64, rows=len(seen.paths))
+        splits = _column(file, "split", np.uint8, rows=len(seen.paths))
+        if len(labels) and not (0 <= labels.min() <= labels.max() < len(names) and splits.max() < len(SPLITS)):
+            raise ValueError("a label or a split that it does not name")
+        return Listing(seen, labels, splits, tuple(os.fsdecode(bytes(name)) for name in names))
 
 
 def listing_content(path: Path) -> str:
-    """Return the hash of what a listing says apart from the files' times, "" where it was written without."""
-    with _open(path) as file:
+    """Return the hash of what a listing says apart from the files' times, "" where it was written without.
+
+    Raises:
+        StorageError: the file is not as featcache writes it.
+    """
+    with _reading(path) as file:
         return str(file.attrs.get("content", ""))
 
 
 def map_features(path: Path) -> Array:
-    """Return the features (n, ...) of a part or of a ``features.h5`` as a read-only memory map."""
-    with _open(path) as file:
-        dataset = file["features"]
-        if not dataset.size:
-            return np.empty(dataset.shape, dataset.dtype)
-        offset = dataset.id.get_offset()
-        if offset is None or dataset.external or dataset.is_virtual:
-            raise StorageError(f"{path}: not a part that featcache wrote.")
-        shape, dtype = dataset.shape, dataset.dtype
+    """Return the features (n, ...) of a part or of a ``features.h5`` as a read-only memory map.
+
+    Raises:
+        StorageError: the file is not as featcache writes it.
+    """
+    with _reading(path) as file:
+        dataset = _plain(file, "features")
+        shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
+        if dtype not in _STORED or not shape:
+            raise ValueError(f"features of {dtype}, {shape}")
+    if not math.prod(shape):
+        return np.empty(shape, dtype)
     return np.memmap(path, mode="r", dtype=dtype, shape=shape, offset=offset)
+
+
+def same_table(path: Path, listing: Listing, rows: Callable[[int, int], Array]) -> bool:
+    """Tell whether a ``features.h5`` says what a listing and its rows (from, to) say, however it spells it.
+
+    Raises:
+        StorageError: the file is not as featcache writes it.
+    """
+    with _reading(path) as file:
+        expected = {
+            "class_names": [_readable(name) for name in listing.classes],
+            "paths": [_readable(name) for name in listing.seen.paths],
+            "splits": [SPLITS[split].encode() for split in listing.splits],
+            "item_sha256": [hex_of(digest).encode() for digest in listing.seen.sha256],
+        }
+        if set(file) != {"features", "labels", *expected}:
+            return False
+        if any(_column(file, name, "S").tolist() != values for name, values in expected.items()):
+            return False
+        if not np.array_equal(_column(file, "labels", np.int64), listing.labels):
+            return False
+    table = map_features(path)
+    step = max(1, _PIECE_BYTES // max(1, table[:1].nbytes))
+    pieces = ((start, min(start + step, len(table))) for start in range(0, len(table), step))
+    return len(table) == len(listing.labels) and all(
+        bytes_of(table[start:end]) == bytes_of(rows(start, end)) for start, end in pieces
+    )
 
 
 def read_features(path: Path) -> Array:
@@ -319,11 +374,22 @@ def read_features(path: Path) -> Array:
 def table_attributes(path: Path) -> dict[str, str] | None:
     """Return the attributes of a ``features.h5``, ``None`` where the file is not one of featcache's."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with _reading(path) as file:
             found = {str(name): str(value) for name, value in file.attrs.items()}
-    except OSError:
+    except StorageError:
         return None
     return found if "featcache_key" in found else None
+
+
+def is_foreign(path: Path) -> bool:
+    """Tell whether a file is sound HDF5, and none that featcache writes."""
+    if not path.is_file() or not h5py.is_hdf5(path):
+        return False
+    try:
+        with _reading(path) as file:
+            return "featcache_key" not in file.attrs and "checked_ns" not in file.attrs
+    except StorageError:
+        return False
 
 
 def _in_memory(fill: Callable[[h5py.File], None]) -> memoryview:
@@ -333,26 +399,80 @@ def _in_memory(fill: Callable[[h5py.File], None]) -> memoryview:
     return content.getbuffer()
 
 
-def _open(path: Path) -> h5py.File:
+@contextmanager
+def _reading(path: Path) -> Iterator[h5py.File]:
+    """Open a file of an entry; whatever goes wrong with its content is one error."""
     try:
-        return h5py.File(path, "r", locking=False)  # files never change once they are there
-    except OSError as error:
-        raise StorageError(f"{path}: not a readable HDF5 file. `featcache store verify` says what is damaged.") from error
+        if not path.is_file():  # a pipe would wait for its writer
+            raise ValueError("no such file")
+        with h5py.File(path, "r", locking=False) as file:  # files never change once they are there
+            yield file
+    except StorageError:
+        raise
+    except Exception as error:  # h5py has an exception for every way that a file can be odd
+        why = str(error) or type(error).__name__
+        raise StorageError(
+            f"{path}: not as featcache writes it ({why}). `featcache store verify` says what is damaged."
+        ) from error
+
+
+def _member(group: h5py.Group, name: str, kind: type) -> Any:
+    """Return a member of a group that is really in it: a link may lead into any file of the user's."""
+    if name not in group or group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        raise ValueError(f"no {name}")
+    found = group[name]
+    if not isinstance(found, kind):
+        raise ValueError(f"{name} is another kind of thing")  # noqa: TRY004 - of the file's content, not of an argument
+    return found
+
+
+def _plain(group: h5py.Group, name: str) -> Any:
+    """Return a data set whose bytes all lie in this very file, one behind the other, as many as it says."""
+    dataset = _member(group, name, h5py.Dataset)
+    made = dataset.id.get_create_plist()
+    if made.get_layout() != h5py.h5d.CONTIGUOUS or made.get_external_count() or dataset.shape is None:
+        raise ValueError(f"{name} is not kept in one piece")
+    size = math.prod(dataset.shape) * dataset.dtype.itemsize
+    offset = dataset.id.get_offset()
+    if size and (offset is None or offset + size > os.stat(group.file.filename).st_size):  # noqa: PTH116 - a text
+        raise ValueError(f"{name} is larger than the file")
+    return dataset
+
+
+def _column(group: h5py.Group, name: str, kind: Any, *, rows: int | None = None, width: int | None = None) -> Array:
+    """Return a column (n,) or (n, ``width``) of one dtype, or of bytes where ``kind`` is "S".
+
+    Raises:
+        ValueError: it is another, or has not so many ``rows``.
+    """
+    dataset = _plain(group, name)
+    shape, dtype = dataset.shape, dataset.dtype
+    is_kind = dtype.kind == "S" if kind == "S" else dtype == np.dtype(kind)
+    fits = shape[:1] == (rows,) if rows is not None else len(shape) > 0
+    if not is_kind or not fits or shape[1:] != (() if width is None else (width,)):
+        raise ValueError(f"{name} of {dtype}, {shape}")
+    values: Array = dataset[:]
+    return values
 
 
 def _write_seen(file: h5py.Group, seen: Seen) -> None:
     file.attrs["checked_ns"] = seen.checked_ns
     file.create_dataset("path", data=_names(seen.paths))
     file.create_dataset("sha256", data=seen.sha256)
-    file.create_dataset("stat", data=seen.stat)
+    file.create_dataset("stat", data=seen.stat[:, :_FIRST_SIGNS])
+    file.create_dataset("ctime", data=seen.stat[:, _FIRST_SIGNS])  # beside it, as files without are read too
 
 
 def _read_seen(file: h5py.Group) -> Seen:
-    try:
-        paths = Column(file["path"][:], _decode_name)
-        return Seen(paths, file["sha256"][:], file["stat"][:], int(file.attrs["checked_ns"]))
-    except KeyError as error:
-        raise StorageError(f"{file.file.filename}: not a file that featcache wrote ({error}).") from error
+    names = _column(file, "path", "S")
+    sha256 = _column(file, "sha256", np.uint8, rows=len(names), width=_DIGEST_BYTES)
+    stat = _column(file, "stat", np.int64, rows=len(names), width=_FIRST_SIGNS)
+    unknown = np.full(len(names), -1)
+    changed = _column(file, "ctime", np.int64, rows=len(names)) if "ctime" in file else unknown
+    checked = file.attrs.get("checked_ns")
+    if not isinstance(checked, np.integer):
+        raise ValueError("checked_ns")  # noqa: TRY004 - of the file's content, not of an argument
+    return Seen(Column(names, _decode_name), sha256, np.column_stack([stat, changed]), int(checked))
 
 
 def _names(names: Sequence[str]) -> Array:

@@ -3,24 +3,31 @@
 import contextlib
 import json
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from featcache.errors import StorageError
 from featcache.fingerprint import sha256_of_file
+from featcache.machine import cores
 from featcache.store.atomic import replace_file
+from featcache.store.notes import read_note, sealed, unsealed
 
+Signs = tuple[int, int, int, int]
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
 
 
 class Stamps:
-    """A note beside an entry's files: SHA-256, and the size, times and inode that they had when it was taken."""
+    """A note beside an entry's files: SHA-256, and the size, times and inode that they had when it was taken.
 
-    def __init__(self, path: Path) -> None:
+    It is only a shortcut: one that is damaged, or from another entry than that of ``key``, is as good as none.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
         self._path = path
-        try:
-            self._noted: dict[str, list[str | int]] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            self._noted = {}
+        self._key = key
+        self._noted = self._read()
+        self._written: dict[str, tuple[Path, str, Signs]] = {}
 
     def sha256(self, name: str) -> str:
         """Return what was noted of a file, "" where nothing was."""
@@ -28,26 +35,89 @@ class Stamps:
 
     def note(self, file: Path, sha256: str) -> None:
         """Remember that a file was whole just now; a cache that cannot be written is only slower."""
-        self._noted[file.name] = [sha256, *_signs(file), time.time_ns()]
-        with contextlib.suppress(StorageError):
-            replace_file(self._path, json.dumps(self._noted).encode())
+        self._keep({file.name: [sha256, *signs(file), time.time_ns()]})
+
+    def wrote(self, file: Path, sha256: str) -> None:
+        """Remember that this process has just written a file; it is noted once its times are old enough to be believed."""
+        self._written[file.name] = (file, sha256, signs(file))
+
+    def settle(self) -> None:
+        """Note those files written here that are unchanged, and old enough."""
+        now = time.time_ns()
+        aged: dict[str, list[str | int]] = {}
+        for name, (file, sha256, then) in list(self._written.items()):
+            if now - max(then[1:3]) > _RACY_NS:
+                del self._written[name]
+                with contextlib.suppress(OSError):
+                    if signs(file) == then:
+                        aged[name] = [sha256, *then, now]
+        if aged:
+            self._keep(aged)
 
     def is_whole(self, file: Path, sha256: str) -> bool:
-        """Tell whether a file's bytes are those of a hash, by its signs where they can be believed.
+        """Tell whether a file's bytes are those of a hash, by its signs where they can be believed."""
+        return self.are_whole([(file, sha256)])[0]
 
-        Raises:
-            OSError: the file cannot be read.
-        """
-        signs = _signs(file)
+    def are_whole(self, files: Sequence[tuple[Path, str]]) -> list[bool]:
+        """Tell of several files, hashed by all cores; one that cannot be read is not whole."""
+        doubtful = {(file, sha256) for file, sha256 in files if not self._is_believed(file, sha256)}
+        if not doubtful:
+            return [True] * len(files)
+        now = time.time_ns()  # before, not after: what changes while it is hashed is younger than this
+        before = {file: signs(file) for file, _ in doubtful if file.is_file()}
+        with ThreadPoolExecutor(cores()) as hashers:
+            found = dict(zip(before, hashers.map(_hash, before), strict=True))
+        whole = {(file, sha256) for file, sha256 in doubtful if file in found and found[file] == sha256}
+        self._keep({file.name: [sha256, *before[file], now] for file, sha256 in whole})
+        return [one in whole or one not in doubtful for one in files]
+
+    def _is_believed(self, file: Path, sha256: str) -> bool:
         noted = self._noted.get(file.name)
-        if noted and noted[:-1] == [sha256, *signs] and int(noted[-1]) - max(signs[1:3]) > _RACY_NS:
-            return True
-        if sha256_of_file(file) != sha256:
+        try:
+            return bool(
+                noted and noted[:-1] == [sha256, *signs(file)] and int(noted[-1]) - max(map(int, noted[2:4])) > _RACY_NS
+            )
+        except OSError:
             return False
-        self.note(file, sha256)
-        return True
+
+    def _keep(self, notes: dict[str, list[str | int]]) -> None:
+        if notes:
+            self._noted = self._read() | notes  # what others have noted meanwhile stays
+            with contextlib.suppress(StorageError):
+                replace_file(self._path, json.dumps(sealed(self._noted, self._key)).encode())
+
+    def _read(self) -> dict[str, list[str | int]]:
+        try:
+            return parsed(unsealed(read_note(self._path), self._key))
+        except (OSError, ValueError):
+            return {}
 
 
-def _signs(file: Path) -> list[int]:
+def parsed(note: dict[str, object]) -> dict[str, list[str | int]]:
+    """Return what a note says of each file: SHA-256, then five numbers.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    for name, stamp in note.items():
+        kinds = [type(value) for value in stamp] if isinstance(stamp, list) else []
+        if kinds != [str, int, int, int, int, int]:
+            raise ValueError(f"what it says of {name}")
+    return note  # type: ignore[return-value]  # as just checked
+
+
+def signs(file: Path) -> Signs:
+    """Return a file's size, mtime and ctime in ns, and inode.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
     found = file.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _hash(file: Path) -> str:
+    try:
+        return sha256_of_file(file)
+    except OSError:
+        return ""
