@@ -1,19 +1,18 @@
-"""Which images train, which choose, which are tested: given by the source, else seeded and stratified."""
+"""Which images train, which choose, which are tested: given by the source, else seeded, stratified and drawn by content."""
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.errors import DataError
+from featcache.draws import Drawing, draw, fold_of_group, fold_of_image, require_enough
+from featcache.errors import DataError, UsageError
 from featcache.fingerprint import fingerprint
+from featcache.units import image_order, units_of
 
 Index = NDArray[np.int64]
-
-HELD_OUT = 0.2
 FOLDS = 5
 SMALL = 1000
 
@@ -69,10 +68,12 @@ def make_split(
     *,
     groups: Sequence[str] | None = None,
     folds: int | None = None,
+    contents: Sequence[str] | None = None,
 ) -> Split:
     """Return the split of a data set.
 
-    Given splits are used as they are; what is missing of val and test is a seeded, stratified fifth of the rest.
+    Given splits are used as they are; what is missing of val and test is a seeded, stratified fifth of the rest. What is
+    drawn depends on contents, not on the order of the images, and no content is on both sides of what is drawn.
 
     Args:
         y: the images' classes (n,).
@@ -82,117 +83,162 @@ def make_split(
         groups: what each image belongs to, such as a patient: no group is in two parts.
         folds: choose by cross-validation over so many folds of train and val; ``None`` does so, with five, where fewer than
             a thousand images train and choose and no val is given; 0 never does.
+        contents: the images' SHA-256; ``None`` where they are not known: then every image is taken for another, and what
+            is drawn goes by their places.
 
     Raises:
         DataError: there are fewer than two classes, a class is too small to be split, or given splits part a group.
+        UsageError: there cannot be so many folds.
     """
-    if groups is not None:
-        return _make_grouped(y, np.asarray(given, dtype=object), classes, seed, np.asarray(groups, dtype=object), folds)
     _require_classes(y, classes)
-    names = np.asarray(given, dtype=object)
-    rng = np.random.default_rng(seed)
-    split = _completed(names, lambda pool: _draw(pool, y, classes, rng))
+    drawing = Drawing(y, tuple(classes), units_of(len(y), contents, groups), seed, grouped=groups is not None)
+    split = _completed(np.asarray(given, dtype=object), drawing, groups)
     _require_trained(y, classes, split.train, split.test)
-    return _crossed(split, y, _number_of_folds(folds, y, split.train, split.val, names), seed)
+    count = _number_of_folds(folds, drawing, split, val_given="val" in given)
+    return _crossed(split, drawing, count, required=folds is not None)
 
 
-def make_free_split(count: int, given: Sequence[str], seed: int = 0, groups: Sequence[str] | None = None) -> Split:
+def make_free_split(
+    count: int,
+    given: Sequence[str],
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+    contents: Sequence[str] | None = None,
+) -> Split:
     """Return the split of images whose targets are no classes: as ``make_split``, but drawn without strata.
 
     Raises:
         DataError: there are too few images, or given splits part a group.
     """
-    names, same = np.asarray(given, dtype=object), np.zeros(count, np.int64)
-    if groups is not None:
-        return _make_grouped(same, names, ("all",), seed, np.asarray(groups, dtype=object), 0)
-    rng = np.random.default_rng(seed)
-    return _completed(names, lambda pool: _draw(pool, same, ("all",), rng))
+    units = units_of(count, contents, groups)
+    drawing = Drawing(np.zeros(count, np.int64), ("all",), units, seed, grouped=groups is not None)
+    return _completed(np.asarray(given, dtype=object), drawing, groups)
 
 
-def _completed(given: NDArray[Any], draw: Callable[[Index], tuple[Index, Index]]) -> Split:
+def _completed(given: NDArray[np.object_], drawing: Drawing, groups: Sequence[str] | None) -> Split:
     """Return the given splits; of test and val, what is missing is drawn from the rest in this order."""
     everything = np.arange(len(given))
     test, val = everything[given == "test"], everything[given == "val"]
     train = everything[(given == "train") | (given == "")]
-    if not len(test):
-        train, test = draw(train)
-    if not len(val):
-        train, val = draw(train)
-    return Split(train, val, test)
+    missing = [part for part, images in (("test", test), ("val", val)) if not len(images)]
+    require_enough(train, drawing, missing)
+    if "test" in missing:
+        train, test = draw(train, drawing, "test", leave=len(missing))
+    if "val" in missing:
+        train, val = draw(train, drawing, "val", leave=1)
+    if groups is None:
+        return Split(train, val, test)
+    names = np.array([str(group) for group in groups])
+    for one, other, what in ((train, test, "train and test"), (train, val, "train and val"), (val, test, "val and test")):
+        if torn := sorted(set(names[one].tolist()) & set(names[other].tolist())):
+            raise DataError(f"group {torn[0]!r} is in {what} ({len(torn)} such groups): give each group one split.")
+    return Split(train, val, test, groups=drawing.units.numbers)
 
 
-def _number_of_folds(folds: int | None, y: NDArray[np.int64], train: Index, val: Index, names: NDArray[Any]) -> int:
-    if folds is not None:
-        return folds
-    both = np.concatenate([train, val])
-    is_small = len(both) < SMALL and not (names == "val").any()
-    return FOLDS if is_small and int(np.unique(y[both], return_counts=True)[1].min()) >= FOLDS else 0
+def _number_of_folds(folds: int | None, drawing: Drawing, split: Split, *, val_given: bool) -> int:
+    """Return how many folds there are to be, 0 for none.
+
+    Raises:
+        UsageError: there cannot be so many as were asked for.
+    """
+    both = split.train_val
+    counts = Counter(drawing.y[both].tolist()) if drawing.grouped else drawing.counts(both)
+    label, smallest = min(counts.items(), key=lambda item: (item[1], item[0]))
+    groups = len(set(drawing.units.numbers[both].tolist())) if drawing.grouped else len(both)
+    if folds is None:
+        fits = len(both) < SMALL and not val_given and min(smallest, groups) >= FOLDS
+        return FOLDS if fits else 0
+    if folds == 1 or folds < 0:
+        raise UsageError(f"--folds {folds}: at least 2 are needed, or 0 to choose on the val split.")
+    if folds > smallest:
+        raise UsageError(
+            f"--folds {folds}: class {drawing.classes[label]!r} has {smallest} different images to train and choose on: "
+            f"{'at most so many folds, or ' if smallest > 1 else ''}--folds 0."
+        )
+    if folds > groups:
+        raise UsageError(
+            f"--folds {folds}: there are {groups} groups to train and choose on: at most so many, or --folds 0."
+        )
+    return folds
 
 
-def _crossed(split: Split, y: NDArray[np.int64], folds: int, seed: int, groups: NDArray[Any] | None = None) -> Split:
+def _crossed(split: Split, drawing: Drawing, folds: int, *, required: bool = False) -> Split:
+    """Return the split with so many folds of train and val, no unit on both sides of one.
+
+    Of groups, whatever leaves a fold nothing to judge or fewer than two classes to train on is left out, or refused where
+    the folds are required.
+    """
     if folds < 2:
         return split
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
     both = split.train_val
-    if groups is not None:
-        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(both, y[both], groups[both])
-    else:
-        parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(both, y[both])
-    return replace(split, cross=tuple(Fold(both[train], both[val]) for train, val in parts))
+    number = fold_of_group(both, drawing, folds) if drawing.grouped else fold_of_image(both, drawing, folds)
+    cross = tuple(Fold(both[number != fold], both[number == fold]) for fold in range(folds))
+    usable = tuple(fold for fold in cross if len(fold.val) and len(np.unique(drawing.y[fold.train])) > 1)
+    if len(usable) < folds and required:
+        raise UsageError(
+            f"--folds {folds}: a fold would have one class to train on, or nothing to judge, since images stay together: "
+            "ask for fewer."
+        )
+    return replace(split, cross=usable if len(usable) > 1 else ())
 
 
-def _make_grouped(
-    y: NDArray[np.int64], given: NDArray[Any], classes: Sequence[str], seed: int, groups: NDArray[Any], folds: int | None
-) -> Split:
-    if len(classes) > 1:
-        _require_classes(y, classes)
-    split = _completed(given, lambda pool: _draw_groups(pool, y, groups, seed))
-    train, val, test = split.train, split.val, split.test
-    for one, other, what in ((train, test, "train and test"), (train, val, "train and val"), (val, test, "val and test")):
-        if torn := sorted(set(map(str, groups[one])) & set(map(str, groups[other]))):
-            raise DataError(f"group {torn[0]!r} is in {what} ({len(torn)} such groups): give each group one split.")
-    _require_trained(y, classes, train, test)
-    numbers = np.unique(groups.astype(str), return_inverse=True)[1].astype(np.int64)
-    return _crossed(replace(split, groups=numbers), y, folds or 0, seed, groups)
-
-
-def _draw_groups(pool: Index, y: NDArray[np.int64], groups: NDArray[Any], seed: int) -> tuple[Index, Index]:
-    """Split a pool into the rest and about a fifth, whole groups in both, classes as even as groups allow."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    count = min(round(1 / HELD_OUT), len(set(map(str, groups[pool]))))
-    if count < 2:
-        raise DataError("all images to train and choose on belong to one group: at least two are needed, or given splits.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
-        kept, drawn = next(StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(pool, y[pool], groups[pool]))
-    return pool[kept], pool[drawn]
-
-
-def few_shot(split: Split, y: NDArray[np.int64], shots: int, seed: int) -> Split:
+def few_shot(split: Split, y: NDArray[np.int64], shots: int, seed: int, contents: Sequence[str] | None = None) -> Split:
     """Return a split that trains on so many images a class, drawn from train and val; it chooses by cross-validation.
+
+    Of each class different contents, and images of different groups, come first; folds part neither.
 
     Raises:
         DataError: a class has fewer images.
     """
-    rng = np.random.default_rng([seed, shots])
     both = split.train_val
     counts = np.bincount(y[both])
     if (short := counts[counts > 0].min()) < shots:
         raise DataError(f"--shots {shots}: a class has only {short} images to train on.")
-    drawn = np.sort(np.concatenate([rng.permutation(both[y[both] == label])[:shots] for label in np.unique(y[both])]))
-    return _crossed(Split(drawn, np.empty(0, np.int64), split.test), y, min(FOLDS, shots), seed)
+    units = units_of(len(y), contents, None if split.groups is None else split.groups.tolist())
+    drawn = [image_order(units, both[y[both] == label], seed, f"{shots} shots")[:shots] for label in np.unique(y[both])]
+    grouped = split.groups is not None
+    few = Split(np.sort(np.concatenate(drawn)), np.empty(0, np.int64), split.test, groups=split.groups)
+    drawing = Drawing(y, (), units, seed, grouped=grouped)
+    most = len(set(units.numbers[few.train].tolist())) if grouped else min(drawing.counts(few.train).values())
+    return _crossed(few, drawing, min(FOLDS, shots, most))
 
 
-def part_of(split: Split, y: NDArray[np.int64], share: float, seed: int) -> Split:
-    """Return a split that trains on a share of its training images, stratified, at least one a class, larger ones nested."""
-    rng = np.random.default_rng(seed)
+def part_of(split: Split, y: NDArray[np.int64], share: float, seed: int, contents: Sequence[str] | None = None) -> Split:
+    """Return a split that trains on a share of its training images, stratified, at least one a class, larger ones nested.
+
+    Copies, and a group's images of one class, come together.
+    """
+    units = units_of(len(y), contents, None if split.groups is None else split.groups.tolist())
+    rank = units.order(seed, "share")
     kept = []
     for label in np.unique(y[split.train]):
-        members = rng.permutation(split.train[y[split.train] == label])
-        kept.append(members[: max(1, round(share * len(members)))])
+        inside = split.train[y[split.train] == label]
+        numbers, sizes = np.unique(units.numbers[inside], return_counts=True)
+        order = np.argsort(rank[numbers], kind="stable")
+        ends = np.cumsum(sizes[order])
+        many = max(1, int((ends - sizes[order] / 2 < share * len(inside)).sum()))
+        kept.append(inside[np.isin(units.numbers[inside], numbers[order[:many]])])
     return replace(split, train=np.sort(np.concatenate(kept)), cross=())
+
+
+def restricted(split: Split, keep: Index) -> Split:
+    """Return a split of some of its images (k,) ascending, positions counted among those.
+
+    Raises:
+        DataError: nothing is left of a part.
+    """
+    place = {old: new for new, old in enumerate(keep.tolist())}
+
+    def among(index: Index) -> Index:
+        return np.array([place[old] for old in index.tolist() if old in place], dtype=np.int64)
+
+    parts = {name: among(getattr(split, name)) for name in ("train", "val", "test")}
+    for name, index in parts.items():
+        if not len(index) and len(getattr(split, name)):
+            raise DataError(f"none of the {name} images could be computed: see `featcache store info` for their reasons.")
+    cross = tuple(Fold(among(fold.train), among(fold.val)) for fold in split.cross)
+    groups = None if split.groups is None else split.groups[keep]
+    return Split(**parts, cross=tuple(fold for fold in cross if len(fold.train) and len(fold.val)), groups=groups)
 
 
 def items_hash(sha256: Sequence[str], index: Index, y: NDArray[np.int64]) -> str:
@@ -211,20 +257,3 @@ def _require_classes(y: NDArray[np.int64], classes: Sequence[str]) -> None:
     if len(present) < 2:
         only = classes[int(present[0])] if len(present) else "none"
         raise DataError(f"at least two classes with images are needed, found {len(present)} ({only}).")
-
-
-def _draw(pool: Index, y: NDArray[np.int64], classes: Sequence[str], rng: np.random.Generator) -> tuple[Index, Index]:
-    """Split a pool into the rest and a stratified part, at least one image a class in both."""
-    kept, drawn = [], []
-    for label in np.unique(y[pool]):
-        members = pool[y[pool] == label]
-        if len(members) < 2:
-            raise DataError(
-                f"class {classes[int(label)]!r} has {len(members)} image to train and choose on: add images, remove the "
-                "class, or give a split."
-            )
-        order = rng.permutation(members)
-        count = min(max(1, round(HELD_OUT * len(members))), len(members) - 1)
-        drawn.append(order[:count])
-        kept.append(order[count:])
-    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(drawn))

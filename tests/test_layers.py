@@ -28,7 +28,8 @@ LAYERS = (
     ("metrics", "narrowing", "pools", "records", "solvers"),
     ("plans",),
     ("intervals", "specs", "splits"),
-    ("allocator", "checked", "fingerprint", "machine", "progress"),
+    ("draws",),
+    ("allocator", "checked", "fingerprint", "machine", "progress", "units"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
@@ -53,7 +54,7 @@ HOMES = {
     },
     "openvino": {"runtimes"},
     "onnxruntime": {"runtimes", "pipeline.exporting"},
-    "sklearn": {"extractor", "heads", "bundle", "splits", "stages.fit", "pipeline.exporting", "metrics", "sources.arrays"},
+    "sklearn": {"extractor", "heads", "bundle", "draws", "stages.fit", "pipeline.exporting", "metrics", "sources.arrays"},
     "skops": {"bundle"},
     "pyarrow": {"sources.tables"},
     "ray": {"cluster"},
