@@ -28,6 +28,10 @@ class RunRecord:
 
     ``cell`` names the experiment (everything but the outcome); ``right`` tells for each test image whether the model was
     right, as a text of 0 and 1 in the order that ``test_items`` hashes; ``artefact`` is a path below the cache.
+
+    ``test_groups`` numbers the group of each test image, in that order, where groups were asked for; ``copies`` counts
+    images that splits or labels take for different although their bytes are equal (see ``units.copies``). Records of before
+    have neither.
     """
 
     kind: str
@@ -50,6 +54,8 @@ class RunRecord:
     probe: dict[str, Any] | None = None
     gap: dict[str, Any] | None = None
     artefact: str = ""
+    test_groups: list[int] | None = None
+    copies: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     environment: dict[str, Any] = field(default_factory=dict)
     peak_memory_mb: float = 0.0

@@ -241,6 +241,14 @@ def restricted(split: Split, keep: Index) -> Split:
     return Split(**parts, cross=tuple(fold for fold in cross if len(fold.train) and len(fold.val)), groups=groups)
 
 
+def untested(split: Split, y: NDArray[np.int64], classes: Sequence[str]) -> tuple[str, ...]:
+    """Say which classes train but are not tested, since all their images are in one group or given splits leave them out."""
+    absent = sorted(classes[label] for label in set(y[split.train_val].tolist()) - set(y[split.test].tolist()))
+    return (
+        (f"class {absent[0]!r} is not tested ({len(absent)} such class{'es' if len(absent) > 1 else ''})",) if absent else ()
+    )
+
+
 def items_hash(sha256: Sequence[str], index: Index, y: NDArray[np.int64]) -> str:
     """Return a hash of some images and their labels: tables compare only records with the same test items."""
     return fingerprint([[sha256[position], int(y[position])] for position in index.tolist()])

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 
 from featcache.cache import identify
 from featcache.checked import check_fields
-from featcache.errors import UsageError
+from featcache.errors import DataError, UsageError
 from featcache.machine import free_memory
 from featcache.metrics import confusion, gap, per_class
-from featcache.pipeline.recording import aligned, bits, cell_of, new_record
+from featcache.pipeline.recording import aligned, bits, cell_of, look_at, new_record
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record
 from featcache.solvers.scaled import Streamed
 from featcache.sources import read_column
 from featcache.specs import POOLED, Views
-from featcache.splits import Split, items_hash, make_free_split, make_split
-from featcache.store import Features
+from featcache.splits import Split, make_free_split, make_split, restricted
+from featcache.store import Features, FeatureStore
 
 if TYPE_CHECKING:
     from featcache.stages.controls import Control
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from featcache.stages.targets import FittedTarget
 
 PROBE = "logistic"
+PROBES = ("ridge", "knn", PROBE)  # what the gap is taken to at least: the cheap ones
+_NO_VALUE = {"", "none", "nan", "null"}
 _MOST_SHOTS = 1_000_000
 _MOST_IN_A_MATRIX = 50
 _COPIES = 2.5  # of the features in float32, that the heads that take the most memory need
@@ -160,33 +162,67 @@ class HeadJobs:
         }
 
 
-def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path | None = None, keep: bool = True) -> HeadJobs:
+@dataclass
+class Ledger:
+    """What one command has done already on one data set and backbone, so that nothing is fitted or said twice.
+
+    Attributes:
+        jobs: fitted heads by their cell.
+        recorded: cells whose record is in the file.
+        said: what was said of splits.
+    """
+
+    jobs: dict[str, HeadJob] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
+
+    def slim(self) -> None:
+        """Keep what fine-tuning asks for: the probes' records, and the estimator of the one it starts from."""
+        kept = {cell: job for cell, job in self.jobs.items() if job.fitted.name in PROBES}
+        self.jobs = {
+            cell: job if job.fitted.name == PROBE else replace(job, fitted=replace(job.fitted, estimator=None))
+            for cell, job in kept.items()
+        }
+
+
+def fit_heads(
+    bench: Workbench,
+    plan: FitPlan,
+    *,
+    seed: int = 0,
+    records: Path | None = None,
+    ledger: Ledger | None = None,
+    only: Collection[str] | None = None,
+    keep: bool = True,
+) -> HeadJobs:
     """Extract embeddings if needed and train heads on them; records are appended to a JSONL file.
 
-    ``keep`` writes the heads' files: of several processes that train together one does.
+    Args:
+        bench: the data set and the backbone.
+        plan: which heads, and how.
+        seed: of the drawn splits and of the heads' own randomness.
+        records: the file that gets the records.
+        ledger: heads in it are not fitted again, and records in it not written again; it is brought up to date.
+        only: heads whose records are wanted, where some are fitted for the sake of others.
+        keep: write the heads' files: of several processes that train together one does.
 
     Raises:
-        UsageError: a head is unknown; nothing has been computed then.
+        UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     from featcache import heads
-    from featcache.stages.fit import ensemble, fit, members_of
+    from featcache.stages.fit import ensemble, fit
 
-    for name in plan.heads:
-        heads.require_head(name)
-    names = members_of(plan.heads)
-    candidates = plan.candidates()
-    if candidates and (len(names) != 1 or plan.target != "label"):
-        raise UsageError("--grid is of one --head, for one class an image.")
-    if candidates:
-        heads.require_params(names[0], candidates)
-    if plan.views > 1 and (plan.target != "label" or plan.shots or plan.curve):
-        raise UsageError("--views trains heads of one class an image; leave out --target, --shots and --curve.")
+    names, candidates = _heads_of(plan), plan.candidates()
     done = bench.extracted("+".join(plan.layers) or POOLED, views=Views(plan.views))
     features, names = _features(done, plan, names)
-    groups = _groups(bench, features, plan.group)
+    groups = groups_of(bench, features, plan.group)
     if plan.target != "label":
         return HeadJobs(done, [], [], [], _fit_targets(bench, done, features, groups, plan, seed, records))
-    split = make_split(features.y, features.splits, features.classes, seed, groups=groups, folds=plan.folds)
+    split = make_split(
+        features.y, features.splits, features.classes, seed, groups=groups, folds=plan.folds, contents=features.sha256
+    )
+    ledger = ledger if ledger is not None else Ledger()
+    _say(look_at(features, split)[1], ledger)
     jobs: list[HeadJob] = []
     started = time.monotonic()
     for name in names:
@@ -194,13 +230,81 @@ def fit_heads(bench: Workbench, plan: FitPlan, *, seed: int = 0, records: Path |
             left = names[names.index(name) :]
             logger.warning("--budget %g s is spent: without %s", plan.budget, ", ".join(left))
             break
-        if name == heads.ENSEMBLE:
-            fitted = ensemble(features, split, [job.fitted for job in jobs], plan.views)
-        else:
-            fitted = fit(features, split, name, seed=seed, grid=candidates, views=plan.views)
-        jobs.append(_keep_head(bench, done, features, split, fitted, plan, seed, records, keep=keep))
+        members = [job.fitted.name for job in jobs] if name == heads.ENSEMBLE else []
+        cell = head_cell(bench, features, name, plan, seed, members)
+        if cell not in ledger.jobs:
+            if name == heads.ENSEMBLE:
+                fitted = ensemble(features, split, [job.fitted for job in jobs], plan.views)
+            else:
+                fitted = fit(features, split, name, seed=seed, grid=candidates, views=plan.views)
+            ledger.jobs[cell] = _keep_head(bench, done, features, split, fitted, plan, seed, cell, members, keep=keep)
+        job = ledger.jobs[cell]
+        if records and cell not in ledger.recorded and (only is None or name in only):
+            append_record(records, job.record)
+            ledger.recorded.add(cell)
+        jobs.append(job)
     found = _controls(bench, features, split, jobs, seed) if plan.controls and not isinstance(features.X, Streamed) else []
     return HeadJobs(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
+
+
+def head_cell(bench: Workbench, features: Features, head: str, plan: FitPlan, seed: int, members: Sequence[str] = ()) -> str:
+    """Return the name of the experiment that a head is; an ensemble's depends on those that it may be made of."""
+    return cell_of(bench.spec, features, _method(head, plan), _asked(plan, members), seed)
+
+
+def _asked(plan: FitPlan, members: Sequence[str]) -> dict[str, Any]:
+    return plan.choice() | ({"members": list(members)} if members else {})
+
+
+def _heads_of(plan: FitPlan) -> list[str]:
+    """Return the heads to fit, the cheapest first.
+
+    Raises:
+        UsageError: a head is unknown, or does not go with the plan.
+    """
+    from featcache import heads
+    from featcache.stages.fit import members_of
+
+    for name in plan.heads:
+        heads.require_head(name)
+    names, candidates = members_of(plan.heads), plan.candidates()
+    if candidates and (len(names) != 1 or plan.target != "label"):
+        raise UsageError("--grid is of one --head, for one class an image.")
+    if candidates:
+        heads.require_params(names[0], candidates)
+    if plan.views > 1 and (plan.target != "label" or plan.shots or plan.curve):
+        raise UsageError("--views trains heads of one class an image; leave out --target, --shots and --curve.")
+    _require_target(plan)
+    return names
+
+
+def _require_target(plan: FitPlan) -> None:
+    """Refuse what is for one class an image only, instead of leaving it out in silence.
+
+    Raises:
+        UsageError: the plan's target does not take something of it.
+    """
+    from featcache.heads import NUMBER_HEADS
+
+    if plan.target == "label":
+        return
+    given = {
+        "--shots": bool(plan.shots),
+        "--curve": plan.curve,
+        "--folds": bool(plan.folds),
+    }
+    if refused := [name for name, asked in given.items() if asked]:
+        raise UsageError(f"--target {plan.target} chooses on the val split: it does not take {', '.join(refused)}.")
+    able = (PROBE,) if plan.target == "labels" else NUMBER_HEADS
+    if plan.heads != FitPlan().heads and (unable := [name for name in plan.heads if name not in {*able, "all"}]):
+        raise UsageError(f"--head {unable[0]}: for --target {plan.target} choose from {', '.join(able)}.")
+
+
+def _say(notes: Sequence[str], ledger: Ledger) -> None:
+    for note in notes:
+        if note not in ledger.said:
+            logger.warning(note)
+            ledger.said.add(note)
 
 
 def _features(done: Extracted, plan: FitPlan, names: list[str]) -> tuple[Features, list[str]]:
@@ -211,11 +315,10 @@ def _features(done: Extracted, plan: FitPlan, names: list[str]) -> tuple[Feature
     """
     from featcache import heads
 
-    needed, free = _COPIES * 4 * math.prod(done.store.shape), free_memory()
-    if needed <= free:
+    if in_memory(done.store):
         return done.store.features(), names
     can = [name for name, family in heads.HEADS.items() if family.streams]
-    room = f"the features need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+    room = f"the features need {_needed(done.store) / 1e9:.1f} GB of memory and {free_memory() / 1e9:.1f} GB are free"
     able = [name for name in names if name in can]
     if plan.target != "label" or plan.views > 1 or not able or ("all" not in plan.heads and able != names):
         raise UsageError(
@@ -225,6 +328,15 @@ def _features(done: Extracted, plan: FitPlan, names: list[str]) -> tuple[Feature
         logger.warning("%s: without %s", room, ", ".join(name for name in names if name not in can))
     logger.info("%s: they are read from disk in every pass", room)
     return done.store.streamed(), able
+
+
+def in_memory(store: FeatureStore) -> bool:
+    """Tell whether all heads can train on an entry's features in memory."""
+    return _needed(store) <= free_memory()
+
+
+def _needed(store: FeatureStore) -> float:
+    return _COPIES * 4 * math.prod(store.shape)
 
 
 def _fit_targets(
@@ -240,10 +352,15 @@ def _fit_targets(
     from featcache.heads import NUMBER_HEADS
     from featcache.stages.targets import fit_labels, fit_number
 
-    split = make_free_split(len(features.y), features.splits, seed, groups)
-    jobs = []
-    wanted = ("logistic",) if plan.target == "labels" else tuple(name for name in plan.heads if name in NUMBER_HEADS)
+    split = make_free_split(len(features.y), features.splits, seed, groups, features.sha256)
+    _say(look_at(features, split)[1], Ledger())
+    jobs: list[TargetJob] = []
+    wanted = (PROBE,) if plan.target == "labels" else tuple(name for name in plan.heads if name in NUMBER_HEADS)
+    started = time.monotonic()
     for name in wanted or NUMBER_HEADS:
+        if plan.budget is not None and jobs and time.monotonic() - started > plan.budget:
+            logger.warning("--budget %g s is spent: without %s", plan.budget, name)
+            break
         fitted = (
             fit_labels(features, split, plan.candidates())
             if plan.target == "labels"
@@ -301,11 +418,21 @@ def card_of(bench: Workbench, done: Extracted) -> dict[str, Any]:
     }
 
 
-def _groups(bench: Workbench, features: Features, column: str | None) -> list[str] | None:
+def groups_of(bench: Workbench, features: Features, column: str | None) -> list[str] | None:
+    """Return what each image belongs to by a column of the source's manifest, ``None`` where none is asked for.
+
+    Raises:
+        DataError: the source is no manifest, has no such column, or an image no value there: it would be one more member
+            of a group of strangers.
+    """
     if column is None:
         return None
-    of_path = dict(zip((item.path for item in bench.source.items), read_column(bench.source.location, column), strict=True))
-    return [of_path[path] for path in features.paths]
+    values = read_column(bench.source.location, column)
+    of_path = dict(zip((item.path for item in bench.source.items), values, strict=True))
+    groups = [of_path[path] for path in features.paths]
+    if blank := [path for path, group in zip(features.paths, groups, strict=True) if group.strip().lower() in _NO_VALUE]:
+        raise DataError(f"--group {column}: {len(blank)} images have no value there, such as {blank[0]}: give each its own.")
+    return groups
 
 
 def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: int) -> "list[Curve]":
@@ -320,23 +447,25 @@ def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: in
 
 
 def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence[HeadJob], seed: int) -> "list[Control]":
-    """Train the controls on the same split, and warn where one does as well as the best head."""
+    """Train the controls on the same split, and warn where the best on validation does as well as the best head there."""
     from featcache.stages.controls import SIDE, controls
 
-    features, take = aligned(features, bench.thumbnails(SIDE).store)
-    if items_hash(features.sha256, split.test, features.y) != jobs[0].record.test_items:
-        return []
-    found = controls(take(np.arange(len(features.y))), features.y, split, seed)
+    keep, common, take = aligned(features, bench.thumbnails(SIDE).store)
+    if left_out := len(features.y) - len(keep):
+        logger.warning("controls: %d images have no thumbnail, they are compared on the others", left_out)
+    shared = restricted(split, keep)
+    found = controls(take(np.arange(len(keep))), common.y, shared, seed)
     best_head = min(jobs, key=lambda job: job.fitted.val.rank)
-    best = max(found, key=lambda control: control.tested.scores.accuracy)
-    between = gap(best_head.fitted.tested.right, best.tested.right, groups=split.test_groups)
+    best = max(found, key=lambda control: control.val.accuracy)
+    right = best_head.fitted.tested.right[np.isin(split.test, keep)]
+    between = gap(right, best.tested.right, groups=shared.test_groups)
     if between.is_noise or between.points < 0:
         logger.warning(
             "%s reaches %.1f %% without a backbone, %s %.1f %%: this data set may not need one",
             best.name,
             100 * best.tested.scores.accuracy,
             best_head.record.method,
-            100 * best_head.fitted.tested.scores.accuracy,
+            100 * right.mean(),
         )
     return found
 
@@ -349,7 +478,8 @@ def _keep_head(
     fitted: "FittedHead",
     plan: FitPlan,
     seed: int,
-    records: Path | None,
+    cell: str,
+    members: Sequence[str],
     *,
     keep: bool,
 ) -> HeadJob:
@@ -357,7 +487,6 @@ def _keep_head(
 
     for note in fitted.notes:
         logger.warning(note)
-    cell = cell_of(bench.spec, features, _method(fitted.name, plan), plan.choice(), seed)
     card = card_of(bench, done) | {
         "classes": list(features.classes),
         "target": "label",
@@ -378,7 +507,7 @@ def _keep_head(
         cell=cell,
         method=_method(fitted.name, plan),
         seed=seed,
-        request=plan.choice(),
+        request=_asked(plan, members),
         params=fitted.params,
         val=asdict(fitted.val),
         test=asdict(fitted.tested.scores),
@@ -388,7 +517,5 @@ def _keep_head(
         artefact=path.relative_to(bench.settings.cache).as_posix(),
         notes=fitted.notes,
     )
-    if records:
-        append_record(records, record)
     matrix = confusion(features.y[split.test], fitted.tested.predicted, len(features.classes))
     return HeadJob(fitted, record, path, matrix, features.classes)

@@ -13,8 +13,9 @@ from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.plans import FineTunePlan
 from featcache.records import RunRecord, stamp
 from featcache.specs import BackboneSpec
-from featcache.splits import Split, items_hash
+from featcache.splits import Split, items_hash, untested
 from featcache.store import Features, FeatureStore, RowReader
+from featcache.units import copies, remarks
 
 
 def cell_of(
@@ -37,6 +38,7 @@ def cell_of(
 def new_record(bench: Workbench, done: Extracted, features: Features, split: Split, **facts: Any) -> RunRecord:
     """Return a record of a model that was trained on an entry; ``facts`` are the fields that depend on the model."""
     request = {"backbone": identify(bench.spec)} | facts.pop("request", {})
+    counted, notes = look_at(features, split)
     return RunRecord(
         dataset=done.store.path.parent.name,
         backbone=bench.spec.label,
@@ -45,9 +47,24 @@ def new_record(bench: Workbench, done: Extracted, features: Features, split: Spl
         request=request,
         split=split.sizes(),
         test_items=items_hash(features.sha256, split.test, features.y),
+        test_groups=numbered(split.test_groups),
+        copies=counted,
+        notes=(*notes, *facts.pop("notes", ())),
         **facts,
         **stamp(),
     )
+
+
+def look_at(features: Features, split: Split) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return how many images splits or labels take for different that are equal, and what is to be said of a split."""
+    parts = {"train": split.train, "val": split.val, "test": split.test}
+    counted = copies(parts, features.y, features.sha256)
+    return counted, (*remarks(counted, split.sizes()), *untested(split, features.y, features.classes))
+
+
+def numbered(groups: NDArray[np.int64] | None) -> list[int] | None:
+    """Return the groups of some images as plain numbers from 0 on, ``None`` where there are no groups."""
+    return None if groups is None else np.unique(groups, return_inverse=True)[1].tolist()
 
 
 def bits(right: NDArray[np.bool_]) -> str:
@@ -60,8 +77,10 @@ def unbits(text: str) -> NDArray[np.bool_]:
     return np.array([char == "1" for char in text])
 
 
-def aligned(features: Features, store: FeatureStore) -> tuple[Features, Callable[[NDArray[np.int64]], NDArray[Any]]]:
-    """Return the images that both entries have, and a function that reads the second's rows in the first's order."""
+def aligned(
+    features: Features, store: FeatureStore
+) -> tuple[NDArray[np.int64], Features, Callable[[NDArray[np.int64]], NDArray[Any]]]:
+    """Return which images (k,) both entries have, those alone, and what reads the second's rows in that order."""
     reader: RowReader = store.reader()
     position = {path: index for index, path in enumerate(store.listing().seen.paths)}
     keep = np.array([index for index, path in enumerate(features.paths) if path in position], dtype=np.int64)
@@ -75,4 +94,4 @@ def aligned(features: Features, store: FeatureStore) -> tuple[Features, Callable
             sha256=tuple(features.sha256[index] for index in keep),
         )
     where = np.array([position[path] for path in features.paths], dtype=np.int64)
-    return features, lambda index: reader.take(where[index])
+    return keep, features, lambda index: reader.take(where[index])

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache import bundle
 from featcache.cache import identify
 from featcache.errors import CutError, StorageError, UsageError
 from featcache.fingerprint import canonical
 from featcache.metrics import Gap, gap
-from featcache.pipeline.jobs import PROBE, FitPlan, HeadJob, card_of, fit_heads
+from featcache.pipeline.jobs import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
 from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record, read_records
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
-from featcache.splits import Split, make_split
+from featcache.splits import Split, make_split, restricted
 from featcache.store import Features
 from featcache.store.atomic import remove_file
 
@@ -68,10 +69,13 @@ class TuneJob:
             "val": record.val,
             "probe": record.probe,
             "gap": record.gap,
+            "gained": self.tuned.best > 0,
             "seconds": record.seconds,
             "lr": self.tuned.lr,
             "epochs": [asdict(epoch) for epoch in self.tuned.history],
             "best_epoch": self.tuned.best,
+            "val_by_lr": record.params["val_by_lr"],
+            "copies": record.copies,
             "cka": self.tuned.similarity,
             "checkpoint": str(self.checkpoint),
             "bundle": str(self.bundle),
@@ -83,20 +87,24 @@ def finetune_job(
     bench: Workbench,
     plan: FineTunePlan,
     *,
-    probes: Sequence[str] = (PROBE,),
+    probes: Sequence[str] = (),
+    group: str | None = None,
     seed: int = 0,
     records: Path | None = None,
+    ledger: Ledger | None = None,
 ) -> TuneJob:
     """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images.
 
     Args:
         bench: the data set and the backbone.
         plan: what trains, and how.
-        probes: heads that the gap is taken to, beside the logistic one: to the best of them on validation.
+        probes: heads beside ridge, nearest neighbours and logistic: the gap is to the best of all on validation.
+        group: the column of the source's manifest whose values stay together, such as a patient.
         seed: of the split, the probe, the order of training.
         records: a JSONL file that gets the record.
+        ledger: of heads that this command has fitted already.
     """
-    ground = _Ground(bench, tuple(dict.fromkeys((PROBE, *probes))), seed)
+    ground = _Ground(bench, probes, group, seed, ledger or Ledger())
     thawed = ground.thawed(plan)
     ground.extract([thawed], plan)
     job = _tune(ground, plan, thawed, records)
@@ -121,7 +129,8 @@ def sweep_job(
     bench: Workbench,
     plan: FineTunePlan,
     *,
-    probes: Sequence[str] = (PROBE,),
+    probes: Sequence[str] = (),
+    group: str | None = None,
     seed: int = 0,
     records: Path | None = None,
 ) -> SweepJob:
@@ -132,7 +141,7 @@ def sweep_job(
     """
     from featcache.unfreeze import depths
 
-    ground = _Ground(bench, tuple(dict.fromkeys((PROBE, *probes))), seed)
+    ground = _Ground(bench, probes, group, seed, Ledger())
     plans = [replace(plan, unfreeze=wish) for wish in depths(bench.backbone.stages)]
     thawed = [ground.thawed(one) for one in plans]
     ground.extract(thawed, plan)
@@ -151,11 +160,15 @@ def sweep_job(
 class _Ground:
     """What fine-tuning stands on: the probe, and the entries at freeze boundaries."""
 
-    def __init__(self, bench: Workbench, heads: tuple[str, ...], seed: int) -> None:
+    def __init__(self, bench: Workbench, probes: Sequence[str], group: str | None, seed: int, ledger: Ledger) -> None:
+        from featcache import heads
         from featcache.training.team import Team
 
+        for name in probes:
+            heads.require_head(name)
         self.team = Team()
-        self.bench, self.seed, self._heads = bench, seed, heads
+        self.bench, self.seed, self.group = bench, seed, group
+        self._heads, self._ledger = tuple(dict.fromkeys((*PROBES, *probes))), ledger
         self._notes: dict[str, tuple[str, ...]] = {}
         self._entries: dict[str, Extracted] = {}
 
@@ -196,7 +209,14 @@ class _Ground:
     @cached_property
     def probes(self) -> list[HeadJob]:
         """The fitted heads."""
-        return fit_heads(self.bench, FitPlan(self._heads, controls=False), seed=self.seed, keep=self.team.rank == 0).heads
+        from featcache import heads
+
+        names = self._heads
+        if not in_memory(self.bench.extracted().store):
+            names = tuple(name for name in names if name in heads.HEADS and heads.HEADS[name].streams)
+            logger.warning("the features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
+        plan = FitPlan(names, group=self.group, controls=False)
+        return fit_heads(self.bench, plan, seed=self.seed, ledger=self._ledger, keep=self.team.rank == 0).heads
 
     @property
     def best_probe(self) -> RunRecord:
@@ -209,14 +229,23 @@ class _Ground:
         """The embeddings that the heads were fitted on."""
         return self.bench.extracted().store.features()
 
-    def linear_probes(self, features: Features, split: Split) -> "tuple[LinearHead, LinearHead]":
-        """Return the linear probe fitted on train alone, and the one refitted on train and val."""
+    @cached_property
+    def split(self) -> Split:
+        """The probes' split."""
+        features = self.features
+        groups = groups_of(self.bench, features, self.group)
+        return make_split(features.y, features.splits, features.classes, self.seed, groups=groups, contents=features.sha256)
+
+    @cached_property
+    def linear_probes(self) -> "tuple[LinearHead, LinearHead]":
+        """The linear probe fitted on train alone, and the one refitted on train and val."""
         from featcache import heads
         from featcache.training.model import LinearHead
 
         fitted = next(job.fitted for job in self.probes if job.record.method == PROBE)
-        X = np.ascontiguousarray(features.X, dtype=np.float32)
-        alone, _ = heads.train(PROBE, fitted.params, X[split.train], features.y[split.train], self.seed)
+        features, train = self.features, self.split.train
+        X = np.ascontiguousarray(features.X[train], dtype=np.float32)
+        alone, _ = heads.train(PROBE, fitted.params, X, features.y[train], self.seed)
         count = len(features.classes)
         return LinearHead(*heads.linear_weights(alone, count)), LinearHead(*heads.linear_weights(fitted.estimator, count))
 
@@ -265,11 +294,12 @@ class _Ground:
         cost = self.bench.estimate([Target(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
         if cost.to_compute:
             logger.info(
-                "activations at %s: %.1f MB and about %.0f s once; computed anew, that in each of up to %d epochs",
+                "activations at %s: %.1f MB and about %.0f s once; computed anew, that in each of up to %d epochs (%s)",
                 cut,
                 cost.bytes / 1e6,
                 cost.seconds,
                 plan.epochs * (len(plan.lr) + plan.refit),
+                f"{plan.epochs} at each of {len(plan.lr)} rates{' and in the refit' if plan.refit else ''}",
             )
         return cost
 
@@ -282,16 +312,23 @@ def _tune(
 
     bench, seed = ground.bench, ground.seed
     at_cut, notes = ground.entry(thawed.cut)
-    features, take = _rows(ground.features, at_cut, plan.views)
-    split = make_split(features.y, features.splits, features.classes, seed)
-    start, probe = ground.linear_probes(features, split)
+    keep, features, take = _rows(ground.features, at_cut, plan.views)
+    split = restricted(ground.split, keep)
+    if left_out := len(ground.features.y) - len(keep):
+        test = len(ground.split.test) - len(split.test)
+        notes = (
+            *notes,
+            f"{left_out} images have no activations at {at_cut.cut} and are left out, {test} of them test images",
+        )
+        logger.warning(notes[-1])
+    start, probe = ground.linear_probes
     own = _trainable(bench, plan)
-    method, asked, shallower = plan.unfreeze.text, plan, None
+    method, shallower = plan.unfreeze.text, None
     if after is not None:
         weights, start = after.tuned.from_train
         own.module.load_state_dict(weights)
         shallower, method = after.tuned.finished, f"{method} after {after.record.method}"
-    cell = cell_of(bench.spec, features, method, asked, seed)
+    cell = tune_cell(bench, ground.features, method, plan, seed, ground.group)
     name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:_IN_NAMES]}"
     folder, team = at_cut.store.path / "tuned", ground.team
     keeper = Keeper(folder / f"{name}.unfinished", writes=team.rank == 0)
@@ -327,7 +364,7 @@ def _tune(
         cell=cell,
         method=method,
         seed=seed,
-        request={"plan": asdict(asked)},
+        request={"plan": asdict(plan)} | ({"group": ground.group} if ground.group else {}),
         params={
             "best_epoch": tuned.best,
             "lr": tuned.lr,
@@ -346,14 +383,23 @@ def _tune(
         right=bits(tuned.tested.right),
         seconds={"extract": at_cut.cost[0], "train": round(tuned.seconds, 3)},
         images_per_second=round(tuned.images_per_second, 1),
-        probe={"head": best_probe.method, "test": best_probe.test, "seconds": best_probe.seconds},
+        probe={
+            "head": best_probe.method,
+            "of": [job.record.method for job in ground.probes],
+            "start": PROBE if after is None else after.record.method,
+            "val": best_probe.val,
+            "test": best_probe.test,
+            "seconds": best_probe.seconds,
+        },
         artefact=checkpoint.relative_to(bench.settings.cache).as_posix(),
     )
-    if record.test_items == best_probe.test_items:
-        record = replace(record, gap=asdict(gap(tuned.tested.right, unbits(best_probe.right), groups=split.test_groups)))
-    record = replace(record, notes=(*notes, *_remarks(tuned, record, plan)))
-    for note in record.notes[len(notes) :]:
+    if tuned.best > 0:
+        right = unbits(best_probe.right)[np.isin(ground.split.test, keep)]
+        record = replace(record, gap=asdict(gap(tuned.tested.right, right, groups=split.test_groups)))
+    remarks = _remarks(tuned, record, plan)
+    for note in remarks:
         logger.warning("%s: %s", method, note)
+    record = replace(record, notes=(*notes, *record.notes, *remarks))
     with team.one_first():
         if team.rank == 0:  # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
             save_checkpoint(own.module, tuned.model, checkpoint, facts)
@@ -383,17 +429,24 @@ def forget_state(folder: Path, cell: str) -> None:
         remove_file(path)
 
 
-def _rows(features: Features, at_cut: Extracted, views: int) -> "tuple[Features, Take]":
-    """Return the images that both entries have, and what reads the second's rows, an image's views one after the other."""
-    features, take = aligned(features, at_cut.store)
-    if views == 1:
-        return features, take
+def tune_cell(
+    bench: Workbench, features: Features, method: str, plan: FineTunePlan, seed: int, group: str | None = None
+) -> str:
+    """Return the name of the experiment that a fine-tuning is, by the images that have embeddings."""
+    return cell_of(bench.spec, features, method, asdict(plan) | {"group": group} if group else plan, seed)
 
-    def one_view(index: "np.ndarray[Any, np.dtype[np.int64]]") -> "np.ndarray[Any, Any]":
-        rows: np.ndarray[Any, Any] = take(index // views)[np.arange(len(index)), index % views]
+
+def _rows(features: Features, at_cut: Extracted, views: int) -> "tuple[NDArray[np.int64], Features, Take]":
+    """Return which images both entries have, those alone, and what reads the second's rows, view after view."""
+    keep, features, take = aligned(features, at_cut.store)
+    if views == 1:
+        return keep, features, take
+
+    def one_view(index: NDArray[np.int64]) -> NDArray[Any]:
+        rows: NDArray[Any] = take(index // views)[np.arange(len(index)), index % views]
         return rows
 
-    return features, one_view
+    return keep, features, one_view
 
 
 def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
@@ -445,7 +498,7 @@ def _remarks(tuned: "FineTuned", record: RunRecord, plan: FineTunePlan) -> tuple
     if plan.refit and tuned.best > 0 and not tuned.refitted:
         found.append("trained again on train and validation it was worse on the latter: the one trained on train is kept")
     if tuned.best == 0:
-        found.append("no epoch did better on validation than where training started")
+        found.append("no gain on validation: no epoch did better there than where training started, which is the answer")
     if tuned.overfits:
         found.append(tuned.overfits)
     if tuned.similarity < _DRIFTED:

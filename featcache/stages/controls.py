@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import heads
-from featcache.metrics import Tested, scores_on_test
-from featcache.splits import Split
+from featcache.metrics import Scores, Tested, score, scores_on_test
+from featcache.splits import Fold, Index, Split
 
 SIDE = 32  # pixels of the thumbnails that controls look at
 _RAW_SIDE = 16
@@ -23,12 +23,13 @@ class Control:
     """A trivial method on the test split."""
 
     name: str
+    val: Scores
     tested: Tested
 
     @property
     def summary(self) -> dict[str, Any]:
         """One element of the list ``controls`` of ``featcache fit``."""
-        return {"control": self.name, "test": asdict(self.tested.scores)}
+        return {"control": self.name, "val": asdict(self.val), "test": asdict(self.tested.scores)}
 
 
 def controls(thumbnails: NDArray[np.uint8], y: NDArray[np.int64], split: Split, seed: int = 0) -> list[Control]:
@@ -41,30 +42,55 @@ def controls(thumbnails: NDArray[np.uint8], y: NDArray[np.int64], split: Split, 
         seed: of the heads' own randomness.
     """
     classes = int(y.max()) + 1
-    commonest = np.bincount(y[split.train_val], minlength=classes).argmax()
-    found = [Control("majority class", scores_on_test(lambda index: np.full(len(index), commonest), y, split))]
-    for name, head, X in (
-        ("image statistics + kNN", "knn", statistics(thumbnails)),
-        ("16 x 16 pixels + logistic", "logistic", raw_pixels(thumbnails)),
+    found = [_majority(y, split, classes)]
+    colours, pixels = statistics(thumbnails), raw_pixels(thumbnails)
+    for name, head, (rows, labels, folds), X in (
+        ("image statistics + kNN", "knn", _by_fold(colours, y, split), standardised(colours, split.train_val)),
+        ("16 x 16 pixels + logistic", "logistic", (pixels, y, split.folds), pixels),  # the solver scales by itself
     ):
-        chosen = heads.choose(head, X, y, split.folds, seed)
+        chosen = heads.choose(head, rows, labels, folds, seed)
         estimator, _ = heads.train(head, chosen.params, X[split.train_val], y[split.train_val], seed)
         tested = scores_on_test(lambda index: heads.answers(estimator, X[index], classes), y, split)  # noqa: B023
-        found.append(Control(name, tested))
+        found.append(Control(name, chosen.val, tested))
     return found
 
 
+def _majority(y: NDArray[np.int64], split: Split, classes: int) -> Control:
+    commonest = [np.bincount(y[fold.train], minlength=classes).argmax() for fold in split.folds]
+    truth = np.concatenate([y[fold.val] for fold in split.folds])
+    answers = np.concatenate([np.full(len(fold.val), one) for fold, one in zip(split.folds, commonest, strict=True)])
+    final = np.bincount(y[split.train_val], minlength=classes).argmax()
+    return Control(
+        "majority class", score(truth, answers), scores_on_test(lambda index: np.full(len(index), final), y, split)
+    )
+
+
+def _by_fold(
+    X: NDArray[np.float32], y: NDArray[np.int64], split: Split
+) -> tuple[NDArray[Any], NDArray[Any], tuple[Fold, ...]]:
+    """Return the rows once a fold, each time scaled by that fold's training images alone, with labels and folds."""
+    rows = np.concatenate([standardised(X, fold.train) for fold in split.folds])
+    shifts = [number * len(X) for number in range(len(split.folds))]
+    folds = tuple(Fold(fold.train + shift, fold.val + shift) for fold, shift in zip(split.folds, shifts, strict=True))
+    return rows, np.tile(y, len(folds)), folds
+
+
+def standardised(X: NDArray[np.float32], train: Index) -> NDArray[np.float32]:
+    """Return rows (n, d) by the mean and spread of the training rows (k,)."""
+    seen = X[train].astype(np.float64)
+    scaled: NDArray[np.float32] = ((X - seen.mean(axis=0)) / np.maximum(seen.std(axis=0), 1e-6)).astype(np.float32)
+    return scaled
+
+
 def statistics(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return each image's mean, spread and quantiles by channel, and how strong its edges are, standardised (n, 23)."""
+    """Return each image's mean, spread and quantiles by channel, and how strong its edges are (n, 23)."""
     pixels = thumbnails.astype(np.float32) / 255
     flat = pixels.reshape(len(pixels), -1, 3)
     quantiles = np.quantile(flat, (0.05, 0.25, 0.5, 0.75, 0.95), axis=1)
     grey = pixels.mean(axis=3)
     edges = [np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
     columns = [flat.mean(axis=1), flat.std(axis=1), *quantiles, np.stack(edges, axis=1)]
-    X = np.concatenate(columns, axis=1)
-    standard: NDArray[np.float32] = ((X - X.mean(axis=0)) / np.maximum(X.std(axis=0), 1e-6)).astype(np.float32)
-    return standard
+    return np.concatenate(columns, axis=1).astype(np.float32)
 
 
 def raw_pixels(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -70,7 +70,7 @@ def shot_curve(
         for count in shots:
             accuracies = []
             for repeat in range(repeats):
-                drawn = few_shot(split, features.y, count, seed + repeat)
+                drawn = few_shot(split, features.y, count, seed + repeat, features.sha256)
                 accuracies.append(_accuracy(features, drawn, head, seed + repeat))
                 bar.update(1)
             points.append(Point(len(drawn.train), tuple(accuracies), shots=count))
@@ -91,7 +91,7 @@ def learning_curve(
         for share in shares:
             accuracies = []
             for repeat in range(repeats if share < 1 else 1):
-                drawn = part_of(split, features.y, share, seed + repeat)
+                drawn = part_of(split, features.y, share, seed + repeat, features.sha256)
                 accuracies.append(_accuracy(features, drawn, head, seed + repeat, refit=False))
                 bar.update(1)
             points.append(Point(len(drawn.train), tuple(accuracies), share=share))

@@ -1,14 +1,16 @@
 """Train what follows a cut, from the activations that are stored there, starting from the linear probe.
 
 The head starts as the probe (LP-FT: Kumar et al. 2022, arXiv 2202.10054); BatchNorm of the trained part stays in
-inference mode unless asked; the best rate and epoch on validation are kept, and the start itself is epoch 0. Then the
-same training runs once more on train and validation together, as the probe was refitted (as Grill et al. 2020, BYOL,
-appendix D, do for fine-tuning).
+inference mode unless asked; rate and epoch are chosen on validation, where what cannot be told apart by accuracy is not
+told apart by it, and the start itself is epoch 0. Then the same training runs once more on train and validation together,
+as long as the kept epoch and with a rate that falls to zero at its end, as the probe was refitted (as Grill et al. 2020,
+BYOL, appendix D, do for fine-tuning).
 """
 
 import contextlib
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +27,7 @@ from featcache.specs import Precision
 from featcache.splits import Split
 from featcache.training.folding import fold_norms
 from featcache.training.keeping import Keeper
-from featcache.training.loop import DivergedError, Epoch, Job, Trained, Trial, epoch_of, to_device
+from featcache.training.loop import DivergedError, Epoch, Job, Trained, Trial, epoch_of, noise, to_device
 from featcache.training.lora import add_lora, merge_lora
 from featcache.training.model import LinearHead, SuffixAndHead, Take, embed, predict
 from featcache.training.precision import choose_precision
@@ -86,7 +88,7 @@ class FineTuned:
 
 
 _RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
-_LAYOUT = 2  # of a training's state: one of an older version is begun again
+_LAYOUT = 3  # of a training's state: one of an older version is begun again
 
 
 def finetune(
@@ -137,14 +139,15 @@ def finetune(
     if not team.agrees(bool(saved), backbone.device):  # all of them go on from there, or all begin
         saved = {}
     if saved.get("layout") != _LAYOUT:
-        saved = {"layout": _LAYOUT, "finished": [], "best": None, "trial": None, "precision": plan.precision}
+        saved = {"layout": _LAYOUT, "finished": [], "best": [], "trial": None, "precision": plan.precision}
     if saved.get("precision") in {None, "auto"}:
         batch = to_device(take(split.train[: plan.batch_size] * plan.views), backbone.device)
         saved["precision"] = choose_precision(model, batch, team, on_cpu=plan.precision == "auto")
     job = Job(model, stages, take, y, plan, team, seed, saved["precision"])
     untouched = copy.deepcopy(model.state_dict())
     first = embed(model, take, split.val * plan.views, plan.batch_size)
-    before = Epoch(0, None, job.validate(split.val), 0.0)
+    val, scaled = job.validate(split.val)
+    before = Epoch(0, None, val, 0.0, scaled_loss=scaled)
     trials = len(plan.lr) * len(split.train) + plan.refit * len(split.train_val)
     refitted = False
     with progress(plan.epochs * trials, f"finetune {plan.unfreeze.text}") as bar:
@@ -158,13 +161,16 @@ def finetune(
                 backbone.module.load_state_dict(shallower[0])
             model.set_head(probe if shallower is None else shallower[1])
         if number > 0 and plan.refit:
-            trial = Trial(job, best.lr, split.train_val, None, before, until=number)
+            trial = Trial(job, best.lr, split.train_val, None, before, epochs=number)
             if saved["trial"] is not None:
                 trial.resume(saved["trial"])
             again = trial.run(bar, lambda state: keeper.save(saved | {"trial": state}))
             model.load_state_dict(again.state)
             with contextlib.suppress(DivergedError):  # it has seen these images: worse is broken
-                refitted = not again.diverged and job.validate(split.val).rank <= best.best.val.rank
+                chosen = best.best.val.accuracy
+                refitted = not again.diverged and job.validate(split.val)[0].accuracy >= chosen - noise(
+                    chosen, len(split.val)
+                )
             if not refitted:
                 model.load_state_dict(best.state)
         bar.update(bar.total - bar.n)
@@ -201,7 +207,7 @@ def _best_rate(
 ) -> tuple[Trained, dict[float, float], dict[str, Any]]:
     """Return the best trial, the accuracy of each, and what is to be kept while the refit runs."""
     rates: dict[float, float] = dict(saved["finished"])
-    best = _trained(saved["best"]) if saved["best"] else None
+    trials = [_trained(facts) for facts in saved["best"]]
     for number, lr in enumerate(job.plan.lr):
         if number < len(saved["finished"]):
             bar.update(job.plan.epochs * len(split.train))
@@ -213,13 +219,36 @@ def _best_rate(
         current = saved
         trained = trial.run(bar, lambda state, current=current: keeper.save(current | {"trial": state}))  # type: ignore[misc]
         rates[lr] = trained.best.val.accuracy
-        if best is None or trained.best.val.rank < best.best.val.rank:
-            best = trained
+        trials = not_worse([*trials, trained], len(split.val))
         finished = [*saved["finished"], (lr, trained.best.val.accuracy)]
-        saved = saved | {"finished": finished, "best": _plain(best), "trial": None}
+        saved = saved | {"finished": finished, "best": [_plain(one) for one in trials], "trial": None}
         keeper.save(saved)
-    assert best is not None
-    return best, rates, saved
+    return min(trials, key=lambda one: one.best.scaled_loss), rates, saved
+
+
+def not_worse(trials: Sequence[Trained], images: int) -> list[Trained]:
+    """Return the trials that may be the best: of those whose accuracy cannot be told apart, that is the lowest scaled loss.
+
+    Args:
+        trials: in the order they were run in.
+        images: that judged them.
+    """
+    gained = [trial for trial in trials if trial.best.number > 0]
+    if not gained:
+        return list(trials[:1])
+    highest = max(trial.best.val.accuracy for trial in gained)
+    near = [trial for trial in gained if trial.best.val.accuracy >= highest - noise(highest, images) - 1e-9]
+    return [
+        trial
+        for place, trial in enumerate(near)
+        if not any(_beats(other, trial, earlier=number < place) for number, other in enumerate(near) if number != place)
+    ]
+
+
+def _beats(one: Trained, other: Trained, *, earlier: bool) -> bool:
+    """Tell whether a trial is as good as another in accuracy and in loss, better in one of them or run before it."""
+    as_good = one.best.val.accuracy >= other.best.val.accuracy and one.best.scaled_loss <= other.best.scaled_loss
+    return as_good and (earlier or one.best.rank != other.best.rank)
 
 
 def _plain(trained: Trained) -> dict[str, Any]:

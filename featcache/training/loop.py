@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from featcache.metrics import Scores, score
+from featcache.metrics import Scores, at_temperature, best_temperature, score
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.specs import Precision
@@ -32,13 +32,33 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave; epoch 0 is where training starts from. Training's own scores are those of its batches."""
+    """What one epoch gave; epoch 0 is where training starts from. Training's own scores are those of its batches.
+
+    ``scaled_loss`` is the log-loss on validation at the temperature that is best there: the start was fitted without label
+    smoothing and what is trained with it, so that plain losses tell their confidence apart rather than what they know.
+    """
 
     number: int
     train_loss: float | None
     val: Scores
     seconds: float
     train_accuracy: float | None = None
+    scaled_loss: float = math.inf
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What the smaller of is better: by accuracy, then by scaled log-loss."""
+        return (-self.val.accuracy, self.scaled_loss)
+
+
+def noise(accuracy: float, images: int) -> float:
+    """Return by how much the accuracy on so many images is uncertain: a standard error, of at least one image.
+
+    Candidates that are nearer to each other than this are not told apart by accuracy (the one-standard-error rule: Breiman
+    et al. 1984, section 3.4.3): on a small validation split a single image would decide otherwise.
+    """
+    share = (accuracy * images + 1) / (images + 2)  # Laplace's: no accuracy is certain
+    return max(math.sqrt(share * (1 - share) / images), 1 / images)
 
 
 @dataclass(frozen=True)
@@ -86,8 +106,8 @@ class Job:
         """Where the model is."""
         return self.model.head.weight.device
 
-    def validate(self, index: Index, model: SuffixAndHead | None = None) -> Scores:
-        """Return a model's scores on some images, each process looking at its share of them.
+    def validate(self, index: Index, model: SuffixAndHead | None = None) -> tuple[Scores, float]:
+        """Return a model's scores on some images and its scaled log-loss, each process looking at its share of them.
 
         Raises:
             DivergedError: it answers with no numbers.
@@ -100,7 +120,9 @@ class Job:
         answers = self.team.total(answers, self.device)
         if not np.isfinite(answers).all():
             raise DivergedError
-        return score(self.y[index], answers)
+        truth = self.y[index]
+        scaled = at_temperature(answers, best_temperature(truth, answers))
+        return score(truth, answers), score(truth, scaled).log_loss or 0.0
 
 
 class Trial:
@@ -112,32 +134,33 @@ class Trial:
         train: images to train on.
         val: images that judge epochs, or ``None``: then the last epoch is the best.
         before: epoch 0.
-        until: the epoch to end after; the schedule stays that of all.
+        epochs: how many there are at most; the rate falls to zero at their end.
     """
 
     def __init__(
-        self, job: Job, lr: float, train: Index, val: Index | None, before: Epoch, until: int | None = None
+        self, job: Job, lr: float, train: Index, val: Index | None, before: Epoch, epochs: int | None = None
     ) -> None:
         plan = job.plan
         self._job, self._lr, self._train, self._val = job, lr, train, val
-        self._until = until or plan.epochs
+        self._epochs = epochs or plan.epochs
         groups = parameter_groups(job.stages, job.model.head, plan, lr)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._optimiser = make_optimiser(groups, plan)
-        steps = plan.epochs * math.ceil(len(train) / (plan.batch_size * plan.accumulate))
+        steps = self._epochs * math.ceil(len(train) / (plan.batch_size * plan.accumulate))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, lambda step: rate(step, steps, plan.warmup))
         self._scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "float16")
         average = get_ema_multi_avg_fn(plan.ema)  # type: ignore[no-untyped-call]
         self._average = AveragedModel(job.model, multi_avg_fn=average, use_buffers=True) if plan.ema else None
         self._history = [before]
         self._best, self._state = before, copy.deepcopy(job.model.state_dict())
+        self._highest = 0.0  # of the epochs' accuracies on validation
         self._accuracy, self._loss, self._stale = -1.0, math.inf, 0
         self._step, self._sums, self._spent = 0, np.zeros(2), 0.0
 
     def run(self, bar: Any, keep: Callable[[State], None]) -> Trained:
         """Train to the end; ``keep`` is given the state now and then, and after every epoch."""
         plan, images, diverged = self._job.plan, len(self._train), False
-        while len(self._history) <= self._until and self._stale < plan.patience:
+        while len(self._history) <= self._epochs and self._stale < plan.patience:
             try:
                 self._epoch(bar, keep)
             except DivergedError:
@@ -146,7 +169,7 @@ class Trial:
                 break
             keep(self.state())
             bar.set_postfix_str(f"lr {self._lr:g}, val {100 * self._history[-1].val.accuracy:.1f} %")
-        bar.update((self._until + 1 - len(self._history) - diverged) * images)
+        bar.update((self._epochs + 1 - len(self._history) - diverged) * images)
         seconds = sum(epoch.seconds for epoch in self._history[1:])
         speed = (len(self._history) - 1) * images / seconds if seconds else 0.0
         return Trained(self._lr, tuple(self._history), self._best, self._state, speed, diverged)
@@ -162,6 +185,7 @@ class Trial:
             "history": [asdict(epoch) for epoch in self._history],
             "best": asdict(self._best),
             "best_state": self._state,
+            "highest": self._highest,
             "stale": (self._accuracy, self._loss, self._stale),
             "step": self._step,
             "sums": self._sums.tolist(),
@@ -182,6 +206,7 @@ class Trial:
             self._average.load_state_dict(state["average"])
         self._history = [epoch_of(facts) for facts in state["history"]]
         self._best, self._state = epoch_of(state["best"]), state["best_state"]
+        self._highest = state["highest"]
         self._accuracy, self._loss, self._stale = state["stale"]
         self._step, self._sums, self._spent = state["step"], np.array(state["sums"]), state["spent"]
         torch.set_rng_state(state["random"])
@@ -256,19 +281,30 @@ class Trial:
         return F.cross_entropy(logits, y, label_smoothing=self._job.plan.label_smoothing, reduction="sum")
 
     def _judge(self, number: int, loss: float, right: float, seconds: float) -> None:
-        """Validate, and keep the weights where they are the best so far."""
+        """Validate, and keep the weights where they are the latest that cannot be told from the best.
+
+        Of epochs within the noise the latest is kept: there the rate has fallen furthest, weights have come to rest, and the
+        refit, whose rate falls to zero, is most like what was judged. An epoch that is not better than the start is none.
+        """
         if not math.isfinite(loss):
             raise DivergedError
         model: SuffixAndHead = self._average.module if self._average else self._job.model  # type: ignore[assignment]
-        val = self._job.validate(self._val, model) if self._val is not None else self._history[0].val
-        epoch = Epoch(number, loss, val, seconds, right)
+        start = self._history[0]
+        val, scaled = self._job.validate(self._val, model) if self._val is not None else (start.val, start.scaled_loss)
+        epoch = Epoch(number, loss, val, seconds, right, scaled)
         self._history.append(epoch)
-        if self._val is None or val.rank < self._best.val.rank:
+        self._highest = max(self._highest, val.accuracy)
+        if self._val is None or (epoch.rank < start.rank and val.accuracy >= self._lowest()):
             self._best, self._state = epoch, copy.deepcopy(model.state_dict())
         now = val.log_loss if val.log_loss is not None else math.inf
         gained = val.accuracy > self._accuracy or now < self._loss or self._val is None
         self._stale = 0 if gained else self._stale + 1
         self._accuracy, self._loss = max(self._accuracy, val.accuracy), min(self._loss, now)
+
+    def _lowest(self) -> float:
+        """Return the accuracy that cannot be told from the highest so far."""
+        assert self._val is not None
+        return self._highest - noise(self._highest, len(self._val)) - 1e-9
 
 
 def epoch_of(facts: dict[str, Any]) -> Epoch:
