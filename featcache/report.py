@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from featcache.metrics import gap
+from featcache.metrics import Gap, gap
 from featcache.records import RunRecord
 
 COLUMNS = (
@@ -28,6 +28,9 @@ COLUMNS = (
 )
 
 
+NO_GAIN = "no gain on validation"
+
+
 @dataclass(frozen=True)
 class _Group:
     """The records of one table row: the same experiment under several seeds."""
@@ -40,12 +43,13 @@ class _Group:
 
 
 def rows(records: Sequence[RunRecord]) -> list[list[str]]:
-    """Return the table's cells as text, in the order of the records' first appearance.
+    """Return the table's cells as text, in the order of the records' first appearance; of a cell the latest counts.
 
-    Gaps are to the head that did best on validation for the same data set, backbone and seed; records with other test
-    items are not compared.
+    Gaps are to the head that did best on validation for the same data set, backbone, groups and seed, among the table's
+    and those that fine-tuning was compared with itself; records with other test items are not compared.
     """
-    return [_row(group, records) for group in _groups(records)]
+    latest = tuple({record.cell: record for record in records}.values())
+    return [_row(group, latest) for group in _groups(latest)]
 
 
 def markdown(records: Sequence[RunRecord]) -> str:
@@ -83,9 +87,8 @@ def to_csv(records: Sequence[RunRecord]) -> str:
 
 
 def _groups(records: Sequence[RunRecord]) -> list[_Group]:
-    latest = {record.cell: record for record in records}
     by_row: dict[tuple[str, ...], list[RunRecord]] = {}
-    for record in latest.values():
+    for record in records:
         name = (record.dataset, record.backbone, record.kind, record.method, _without_seed(record))
         by_row.setdefault(name, []).append(record)
     return [_Group(tuple(group)) for group in by_row.values()]
@@ -123,19 +126,44 @@ def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
 
 
 def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, str]:
-    compared = []
-    for record in group.records:
-        probe = _best_probe(record, records)
-        if probe is not None and probe.cell != record.cell:
-            compared.append(gap(_right(record), _right(probe)))
+    idle = [record for record in group.records if has_no_gain(record)]
+    if len(idle) == len(group.records):
+        return (NO_GAIN, "-", "-")
+    compared = [between for record in group.records if (between := _gap(record, records)) is not None]
     if not compared:
         return ("-", "-", "-")
-    if len(compared) == 1:
+    if len(group.records) == 1:
         only = compared[0]
         spread = f"{only.ci[0]:+.1f} to {only.ci[1]:+.1f}" if only.ci else "-"
         return (f"{only.points:+.1f}", spread, f"{only.p_value:.2g}")
     points = [one.points for one in compared]
-    return (f"{statistics.mean(points):+.1f}", f"± {statistics.stdev(points):.2f}", "-")
+    count = f" ({len(points)} seeds)" if len(points) < len(group.records) else ""
+    none = f" (no gain in {len(idle)} of {len(group.records)})" if idle else ""
+    spread = f"± {statistics.stdev(points):.2f}" if len(points) > 1 else "-"
+    return (f"{statistics.mean(points):+.1f}{none}", f"{spread}{count}", "-")
+
+
+def has_no_gain(record: RunRecord) -> bool:
+    """Tell whether no epoch of a fine-tuning was better on validation than where it started, so that this is its answer."""
+    return record.kind == "finetune" and record.params.get("best_epoch") == 0
+
+
+def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
+    """Return a record's gap to the best probe; where no epoch gained, the probe is kept, and the gap is none."""
+    own = record.probe or {}
+    if has_no_gain(record) and own.get("start", "logistic") == "logistic":
+        return Gap(0.0, None, 1.0)
+    rival = _best_probe(record, records)
+    known = own.get("val", {}).get("accuracy", -1.0)
+    if record.gap is not None and (rival is None or rival.val["accuracy"] <= known) and "of" in own:
+        return Gap(record.gap["points"], record.gap["ci"], record.gap["p_value"])
+    if rival is None or rival.cell == record.cell:
+        return None
+    right, groups = _right(record), record.test_groups
+    if len(right) != len(_right(rival)) or not len(right):
+        return None
+    known_groups = np.array(groups) if groups is not None and len(groups) == len(right) else None
+    return gap(right, _right(rival), groups=known_groups)
 
 
 def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
@@ -145,7 +173,7 @@ def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | 
         for other in records
         if other.kind == "fit"
         and (other.dataset, other.seed, other.test_items) == (record.dataset, record.seed, record.test_items)
-        and other.request["backbone"] == record.request["backbone"]
+        and all(other.request.get(name) == record.request.get(name) for name in ("backbone", "group"))
     ]
     return max(rivals, key=lambda other: (other.val["accuracy"], other.method == "logistic"), default=None)
 

@@ -31,7 +31,7 @@ class Split:
 
     ``cross`` are folds of train and val together, where candidates are to be chosen by cross-validation. ``groups`` (n,)
     numbers what each image of the data set belongs to, such as a patient, where that was asked for: images of one group
-    are no independent evidence, so that intervals resample groups.
+    are no independent evidence, so that intervals resample groups. ``same`` numbers contents: neither are copies.
     """
 
     train: Index
@@ -39,6 +39,7 @@ class Split:
     test: Index
     cross: tuple[Fold, ...] = ()
     groups: Index | None = None
+    same: Index | None = None
 
     @property
     def folds(self) -> tuple[Fold, ...]:
@@ -52,8 +53,12 @@ class Split:
 
     @property
     def test_groups(self) -> Index | None:
-        """The group of each test image (t,), where there are groups."""
-        return None if self.groups is None else self.groups[self.test]
+        """The group of each test image (t,), where there are groups or some of the images are copies of each other."""
+        if self.groups is not None:
+            return self.groups[self.test]
+        if self.same is None or len(np.unique(self.same[self.test])) == len(self.test):
+            return None
+        return self.same[self.test]
 
     def sizes(self) -> dict[str, int]:
         """Return the number of images of each part."""
@@ -127,7 +132,7 @@ def _completed(given: NDArray[np.object_], drawing: Drawing, groups: Sequence[st
     if "val" in missing:
         train, val = draw(train, drawing, "val", leave=1)
     if groups is None:
-        return Split(train, val, test)
+        return Split(train, val, test, same=drawing.units.numbers)
     names = np.array([str(group) for group in groups])
     for one, other, what in ((train, test, "train and test"), (train, val, "train and val"), (val, test, "val and test")):
         if torn := sorted(set(names[one].tolist()) & set(names[other].tolist())):
@@ -197,7 +202,7 @@ def few_shot(split: Split, y: NDArray[np.int64], shots: int, seed: int, contents
     units = units_of(len(y), contents, None if split.groups is None else split.groups.tolist())
     drawn = [image_order(units, both[y[both] == label], seed, f"{shots} shots")[:shots] for label in np.unique(y[both])]
     grouped = split.groups is not None
-    few = Split(np.sort(np.concatenate(drawn)), np.empty(0, np.int64), split.test, groups=split.groups)
+    few = Split(np.sort(np.concatenate(drawn)), np.empty(0, np.int64), split.test, groups=split.groups, same=split.same)
     drawing = Drawing(y, (), units, seed, grouped=grouped)
     most = len(set(units.numbers[few.train].tolist())) if grouped else min(drawing.counts(few.train).values())
     return _crossed(few, drawing, min(FOLDS, shots, most))
@@ -237,8 +242,9 @@ def restricted(split: Split, keep: Index) -> Split:
         if not len(index) and len(getattr(split, name)):
             raise DataError(f"none of the {name} images could be computed: see `featcache store info` for their reasons.")
     cross = tuple(Fold(among(fold.train), among(fold.val)) for fold in split.cross)
-    groups = None if split.groups is None else split.groups[keep]
-    return Split(**parts, cross=tuple(fold for fold in cross if len(fold.train) and len(fold.val)), groups=groups)
+    groups, same = (None if numbers is None else numbers[keep] for numbers in (split.groups, split.same))
+    cross = tuple(fold for fold in cross if len(fold.train) and len(fold.val))
+    return Split(**parts, cross=cross, groups=groups, same=same)
 
 
 def untested(split: Split, y: NDArray[np.int64], classes: Sequence[str]) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def remarks(counted: Mapping[str, int], sizes: Mapping[str, int]) -> tuple[str, 
     words = {
         "test_seen": f"of {test} test images are byte for byte training or validation images too: their answers were seen",
         "val_seen": f"of {val} validation images are byte for byte training images too: what is chosen on them was seen",
-        "test_repeated": f"of {test} test images are copies of other test images: no evidence of their own",
+        "test_repeated": f"of {test} test images are copies of other test images: intervals take them for one",
         "labels_differ": "images are byte for byte an image with another label: one of the two labels is wrong",
     }
     return tuple(f"{counted[name]} {text}" for name, text in words.items() if name in counted)

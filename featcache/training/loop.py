@@ -121,7 +121,8 @@ class Job:
         if not np.isfinite(answers).all():
             raise DivergedError
         truth = self.y[index]
-        scaled = at_temperature(answers, best_temperature(truth, answers))
+        temperature = best_temperature(truth, answers)
+        scaled = answers if temperature is None else at_temperature(answers, temperature)
         return score(truth, answers), score(truth, scaled).log_loss or 0.0
 
 
