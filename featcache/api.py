@@ -1,6 +1,7 @@
 """The library's commands as functions; the command line only parses options and calls these."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,14 +200,16 @@ def finetune(
     *,
     unfreeze: str = "last:1",
     plan: FineTunePlan | None = None,
-    probes: Sequence[str] = ("logistic",),
+    probes: Sequence[str] = (),
+    group: str | None = None,
     seed: int = 0,
     name: str | None = None,
     settings: Settings | None = None,
 ) -> TuneJob:
     """Train part of a backbone from cached activations and measure the gap to the best probe.
 
-    ``plan`` replaces ``unfreeze`` where it is given.
+    ``plan`` replaces ``unfreeze`` where it is given. The gap is to the best on validation of ridge, nearest neighbours,
+    logistic and ``probes``; ``group`` is a manifest's column whose values are never in two parts.
 
     Raises:
         FeatcacheError: its subclass says what to change.
@@ -214,7 +217,7 @@ def finetune(
     plan = check_value(plan or FineTunePlan(Unfreeze.parse(unfreeze)), FineTunePlan, "plan")
     seed, probes = check_seed(seed), _names(probes, "probes")
     bench = _workbench(data, backbone, name, settings)
-    return finetune_job(bench, plan, probes=probes, seed=seed, records=bench.settings.cache / RECORDS)
+    return finetune_job(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
 
 
 def sweep(
@@ -222,7 +225,8 @@ def sweep(
     backbone: str | BackboneSpec = "mini",
     *,
     plan: FineTunePlan | None = None,
-    probes: Sequence[str] = ("logistic",),
+    probes: Sequence[str] = (),
+    group: str | None = None,
     seed: int = 0,
     name: str | None = None,
     settings: Settings | None = None,
@@ -235,17 +239,22 @@ def sweep(
     plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")
     seed, probes = check_seed(seed), _names(probes, "probes")
     bench = _workbench(data, backbone, name, settings)
-    return sweep_job(bench, plan, probes=probes, seed=seed, records=bench.settings.cache / RECORDS)
+    return sweep_job(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
 
 
-def bench(pipeline: str | Path, *, out: Path | None = None, settings: Settings | None = None) -> BenchResult:
+def bench(
+    pipeline: str | Path, *, out: Path | None = None, group: str | None = None, settings: Settings | None = None
+) -> BenchResult:
     """Run the missing cells of a pipeline file and write its records and tables.
+
+    ``group`` is a manifest's column whose values are never in two parts, of all data sets that name none.
 
     Raises:
         UsageError: the file asks for what cannot be done.
         StorageError: the disk failed.
     """
     grid = load_grid(Path(pipeline))
+    grid = replace(grid, data=tuple(replace(entry, group=entry.group or group) for entry in grid.data))
     return run_bench(grid, settings or Settings(default_cache()), out or default_out())
 
 

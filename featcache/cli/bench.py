@@ -16,9 +16,10 @@ FAILED = 3
 @click.command()
 @click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for records and tables.")
+@click.option("--group", help="A manifest's column, of all data sets that name none: its values are never in two parts.")
 @options.run_options
 @options.json_option
-def command(pipeline: Path, out: Path | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
+def command(pipeline: Path, out: Path | None, group: str | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
     """Run the missing cells of PIPELINE, a TOML file, and write its records and tables.
 
     Without --out they go to benchmarks/ where there is one, else to the current folder.
@@ -26,7 +27,7 @@ def command(pipeline: Path, out: Path | None, as_json: bool, **given: Any) -> No
     from featcache.api import bench
 
     settings = options.take_settings(given)
-    show(bench(pipeline, out=out, settings=settings), as_json=as_json)
+    show(bench(pipeline, out=out, group=group, settings=settings), as_json=as_json)
 
 
 def show(result: "BenchResult", *, as_json: bool) -> None:

@@ -87,7 +87,13 @@ _recipe = options.several(
     type=options.Bytes(),
     help="Room for stored activations, such as 20GB; beyond it they are computed in every epoch.",
 )
-@click.option("--probe", "probes", multiple=True, default=["logistic"], show_default=True, help="Heads the gap is taken to.")
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    help="One more head beside ridge, knn and logistic: the gap is to the best of them on validation.",
+)
+@options.group_option
 @click.option("--price", type=options.NUMBER, help="Of an hour on this machine, to tell the costs in money.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A picture of the curves: .png, .svg, .pdf.")
 @options.seed_option
@@ -100,6 +106,7 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
     from featcache.api import finetune, sweep
     from featcache.drawing import draw, require_picture
     from featcache.plans import Unfreeze
+    from featcache.report import NO_GAIN
 
     if plot is not None:
         require_picture(plot)
@@ -128,8 +135,12 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
             f"{record.method:10} test {options.percent(record.test)}; epoch {job.tuned.best} at rate {job.tuned.lr:g}; "
             f"cost: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s"
         )
+        tried = ", ".join(f"{rate} {100 * val:.1f} %" for rate, val in record.params["val_by_lr"].items())
+        click.echo(f"  on validation: {100 * record.val['accuracy']:.1f} %; by rate {tried}")
         gap = record.gap
-        if gap is not None:
+        if gap is None:
+            click.echo(f"  {NO_GAIN}: no epoch did better than where training started, which is the answer")
+        else:
             interval = (
                 f"95 % interval {gap['ci'][0]:+.1f} to {gap['ci'][1]:+.1f}"
                 if gap["ci"]
@@ -144,7 +155,7 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
     assert probe is not None
     cost = probe["seconds"]
     click.echo(
-        f"{probe['head']:10} test {options.percent(probe['test'])}; "
+        f"{probe['head']:10} test {options.percent(probe['test'])}; best on validation of {', '.join(probe['of'])}; "
         f"cost: extract {cost['extract']:.1f} s, fit {cost['fit']:.1f} s"
     )
     if plot is not None:

@@ -35,7 +35,7 @@ _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 10
     show_default=True,
     help="What a label is: a class, several with ; between, a number.",
 )
-@click.option("--group", help="A manifest's column, such as patient: its values are never in two parts.")
+@options.group_option
 @click.option("--shots", type=options.Numbers(), help="Train on so many images a class too, such as 1,2,4,8,16.")
 @click.option("--curve", is_flag=True, help="Train on 1% to 100% of the training images too.")
 @click.option("--controls/--no-controls", default=True, show_default=True, help="Also methods that need no backbone.")

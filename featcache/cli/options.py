@@ -261,6 +261,7 @@ run_options = several(
 )
 
 
+group_option = click.option("--group", help="A manifest's column, such as patient: its values are never in two parts.")
 source_options = several(
     data_argument,
     click.option("--data-root", type=click.Path(path_type=Path, file_okay=False), help="Where torchvision: data sets lie."),

@@ -1,6 +1,6 @@
 """Run the missing cells of a grid and write its records and tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,9 +8,8 @@ from pathlib import Path
 from featcache import report
 from featcache.errors import FeatcacheError, StorageError
 from featcache.pipeline.grid import DataEntry, Grid
-from featcache.pipeline.jobs import FitPlan, fit_heads
-from featcache.pipeline.recording import cell_of
-from featcache.pipeline.tuning import finetune_job, forget_state
+from featcache.pipeline.jobs import FitPlan, Ledger, fit_heads, head_cell, in_memory
+from featcache.pipeline.tuning import finetune_job, forget_state, tune_cell
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
@@ -18,6 +17,8 @@ from featcache.records import RunRecord, read_records
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec
 from featcache.store.atomic import make_folder, replace_file
+
+ALL, ENSEMBLE = "all", "ensemble"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class _Runner:
         self.grid = grid
         self.settings = settings
         self.path = path
-        self.total = len(grid.data) * len(grid.backbones) * (len(grid.heads) + len(grid.plans)) * len(grid.seeds)
+        self.total = len(grid.data) * len(grid.backbones) * (len(_expanded(grid.heads)) + len(grid.plans)) * len(grid.seeds)
         self.there = {record.cell for record in read_records([path])}
         self.cells: list[str] = []
         self.failures: list[str] = []
@@ -90,18 +91,36 @@ class _Runner:
         bench = Workbench(open_source(data.data, data.name), spec, self.settings)
         done = bench.extracted()
         self.computed_images += done.report.computed
-        features = done.store.labelled()
-        for head in self.grid.heads:
+        features, ledger = done.store.labelled(), Ledger(recorded=set(self.there))
+        names = self._fitting(in_memory(done.store))
+        for head in names:
+            fitting = FitPlan(_with_members(head, self.grid.heads), group=data.group, controls=False)
+            members = [name for name in fitting.heads if name != head]
             for seed in self.grid.seeds:
-                cell = cell_of(spec, features, head, None, seed)
-                self._cell(cell, f"{bench.source.name} {head}, seed {seed}", partial(self._fit, bench, head, seed))
+                cell = head_cell(bench, features, head, fitting, seed, members)
+                what = f"{bench.source.name} {head}, seed {seed}"
+                self._cell(cell, what, partial(self._fit, bench, head, fitting, seed, ledger))
+                if ENSEMBLE not in names:
+                    ledger.slim()
+        ledger.slim()
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
-                cell = cell_of(spec, features, plan.unfreeze.text, plan, seed)
+                cell = tune_cell(bench, features, plan.unfreeze.text, plan, seed, data.group)
                 if cell in self.there:
                     forget_state(bench.folder, cell)
                 what = f"{bench.source.name} {plan.unfreeze.text}, seed {seed}"
-                self._cell(cell, what, partial(self._tune, bench, plan, seed))
+                self._cell(cell, what, partial(self._tune, bench, plan, data.group, seed, ledger))
+
+    def _fitting(self, in_memory: bool) -> list[str]:  # noqa: FBT001
+        """Return the heads that have rows; of ``all`` those that can read features from disk, where they do not fit memory."""
+        from featcache.heads import HEADS
+
+        names = _expanded(self.grid.heads)
+        if in_memory or ALL not in self.grid.heads:
+            return names
+        able = [name for name in names if name in HEADS and HEADS[name].streams]
+        logger.warning("the features do not fit memory: without %s", ", ".join(name for name in names if name not in able))
+        return able
 
     def _cell(self, cell: str, what: str, act: Callable[[], None]) -> None:
         self.cells.append(cell)
@@ -111,9 +130,27 @@ class _Runner:
         self.guarded(what, act)
         self.computed_cells += 1
 
-    def _fit(self, bench: Workbench, head: str, seed: int) -> None:
-        fit_heads(bench, FitPlan((head,), controls=False), seed=seed, records=self.path)
+    def _fit(self, bench: Workbench, head: str, plan: FitPlan, seed: int, ledger: Ledger) -> None:
+        fit_heads(bench, plan, seed=seed, records=self.path, ledger=ledger, only={head})
 
-    def _tune(self, bench: Workbench, plan: FineTunePlan, seed: int) -> None:
-        job = finetune_job(bench, plan, seed=seed, records=self.path)
+    def _tune(self, bench: Workbench, plan: FineTunePlan, group: str | None, seed: int, ledger: Ledger) -> None:
+        job = finetune_job(bench, plan, group=group, seed=seed, records=self.path, ledger=ledger)
         self.computed_images += job.computed_images
+
+
+def _expanded(heads: Sequence[str]) -> list[str]:
+    """Return the heads that have rows of their own: for ``all`` each of them."""
+    from featcache.heads import in_order
+
+    return list(dict.fromkeys(name for head in heads for name in (in_order([ALL]) if head == ALL else [head])))
+
+
+def _with_members(head: str, heads: Sequence[str]) -> tuple[str, ...]:
+    """Return a head, an ensemble with those that it may be made of: the usual ones, and those of its kind beside it."""
+    from featcache.heads import in_order
+    from featcache.stages.fit import MEMBERS, members_of
+
+    if head != ENSEMBLE:
+        return (head,)
+    others = in_order([ALL]) if ALL in heads else [*members_of([ENSEMBLE]), *(name for name in heads if name in MEMBERS)]
+    return tuple(in_order(others))

@@ -20,10 +20,11 @@ _PLAN_KEYS = tuple(field.name for field in fields(FineTunePlan) if field.name !=
 
 @dataclass(frozen=True)
 class DataEntry:
-    """A data set of a grid: where it is, and the name it goes by if not its own."""
+    """A data set of a grid: where it is, the name it goes by if not its own, and the manifest's column that groups it."""
 
     data: str
     name: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ def _text(path: Path) -> str:
 
 
 def _grid(table: dict[str, Any], path: Path) -> Grid:
-    _only(table, {"name", "seeds", "heads", "unfreeze", "dataset", "backbone", "finetune"}, "the file")
+    _only(table, {"name", "seeds", "heads", "unfreeze", "group", "dataset", "backbone", "finetune"}, "the file")
     settings = _typed(table, "finetune", dict, {})
     _only(settings, set(_PLAN_KEYS), "[finetune]")
     if "lr" in settings and not isinstance(settings["lr"], list):
         settings = settings | {"lr": [settings["lr"]]}
     base = FineTunePlan(Unfreeze.parse("all"), **settings)
     plans = tuple(replace(base, unfreeze=Unfreeze.parse(text)) for text in _strings(table, "unfreeze"))
-    data = tuple(_data(entry) for entry in _tables(table, "dataset", []))
+    group = check_value(table.get("group"), str | None, "group")
+    data = tuple(_data(entry, group) for entry in _tables(table, "dataset", []))
     backbones = tuple(_backbone(entry) for entry in _tables(table, "backbone", [{"name": "mini"}]))
     heads = _strings(table, "heads")
     if unknown := [head for head in heads if head not in HEAD_NAMES]:
@@ -108,11 +110,13 @@ def _tables(table: dict[str, Any], key: str, default: list[dict[str, Any]]) -> l
     return entries
 
 
-def _data(entry: dict[str, Any]) -> DataEntry:
-    _only(entry, {"data", "name"}, "[[dataset]]")
+def _data(entry: dict[str, Any], group: str | None) -> DataEntry:
+    """Return a data set; ``group`` is the file's own, for those that name none."""
+    _only(entry, {"data", "name", "group"}, "[[dataset]]")
     if "data" not in entry:
         raise UsageError("[[dataset]]: data = PATH is needed.")
-    return DataEntry(_expand(_typed(entry, "data", str, "")), check_value(entry.get("name"), str | None, "[[dataset]] name"))
+    name, own = (check_value(entry.get(key), str | None, f"[[dataset]] {key}") for key in ("name", "group"))
+    return DataEntry(_expand(_typed(entry, "data", str, "")), name, own or group)
 
 
 def _backbone(entry: dict[str, Any]) -> BackboneSpec:

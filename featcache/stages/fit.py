@@ -17,7 +17,7 @@ from featcache.metrics import Scores, Tested, best_temperature, score, scores_on
 from featcache.splits import Fold, Split
 from featcache.store import Features
 
-_MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")
+MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")
 _AT_MOST = 3
 
 
@@ -80,7 +80,7 @@ def ensemble(features: Features, split: Split, fitted: Sequence[FittedHead], vie
     started = time.monotonic()
     known = sorted((head for head in fitted if head.answers.ndim == 2), key=lambda head: head.val.rank)
     if not known:
-        raise UsageError(f"--head ensemble averages probabilities: give some of {', '.join(_MEMBERS)} too.")
+        raise UsageError(f"--head ensemble averages probabilities: give some of {', '.join(MEMBERS)} too.")
     truth = _truth(features.y, split)
     averages = [
         np.mean([head.answers for head in known[:count]], axis=0) for count in range(1, min(_AT_MOST, len(known)) + 1)
@@ -98,8 +98,8 @@ def ensemble(features: Features, split: Split, fitted: Sequence[FittedHead], vie
 
 def members_of(names: Sequence[str]) -> list[str]:
     """Return the heads to fit for those asked for: an ensemble that is alone brings its usual members."""
-    if heads.ENSEMBLE in names and not set(names) & set(_MEMBERS):
-        return [*heads.in_order([*names, *_MEMBERS[:4]])]
+    if heads.ENSEMBLE in names and not set(names) & set(MEMBERS):
+        return [*heads.in_order([*names, *MEMBERS[:4]])]
     return heads.in_order(names)
 
 
