@@ -112,7 +112,7 @@ class _Runner:
                 self._cell(cell, what, partial(self._tune, bench, plan, data.group, seed, ledger))
 
     def _fitting(self, in_memory: bool) -> list[str]:  # noqa: FBT001
-        """Return the heads that have rows; of ``all`` those that can read features from disk, where they do not fit memory."""
+        """Return the heads that have rows; of ``all`` those that read from disk, where features do not fit memory."""
         from featcache.heads import HEADS
 
         names = _expanded(self.grid.heads)
