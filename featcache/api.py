@@ -215,7 +215,8 @@ def finetune(
         FeatcacheError: its subclass says what to change.
     """
     plan = check_value(plan or FineTunePlan(Unfreeze.parse(unfreeze)), FineTunePlan, "plan")
-    seed, probes = check_seed(seed), _names(probes, "probes")
+    seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
+    group = check_value(group, str | None, "group")
     bench = _workbench(data, backbone, name, settings)
     return finetune_job(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
 
@@ -237,7 +238,8 @@ def sweep(
         FeatcacheError: its subclass says what to change.
     """
     plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")
-    seed, probes = check_seed(seed), _names(probes, "probes")
+    seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
+    group = check_value(group, str | None, "group")
     bench = _workbench(data, backbone, name, settings)
     return sweep_job(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Outcome, draw_folder
+from support import Outcome, draw_folder, draw_subtle
 
 from featcache.cli import main
 from featcache.pipeline.workbench import Settings
@@ -22,6 +22,12 @@ def _seeded() -> None:
 def folder(tmp_path: Path) -> Path:
     """36 images in three classes."""
     return draw_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def subtle(tmp_path: Path) -> Path:
+    """60 images in three classes that are hard to tell apart."""
+    return draw_subtle(tmp_path / "subtle")
 
 
 @pytest.fixture

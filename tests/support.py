@@ -28,6 +28,15 @@ def draw_folder(root: Path, per_class: int = 12, first_seed: int = 0) -> Path:
     return root
 
 
+def draw_subtle(root: Path, per_class: int = 20) -> Path:
+    """Write a folder of three classes of greys whose tints differ by a quarter of the noise: no probe is perfect."""
+    for number, name in enumerate("abc"):
+        tint = tuple(124 if channel == number else 110 for channel in range(3))
+        for index in range(per_class):
+            draw_image(root / name / f"{index:02d}.png", (tint[0], tint[1], tint[2]), 1000 * number + index)
+    return root
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended."""

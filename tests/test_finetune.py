@@ -32,6 +32,8 @@ PLAN = FineTunePlan(
     Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2, precision="float32"
 )
 
+GAINS = replace(PLAN, epochs=5, lr=(1e-3,), label_smoothing=0.0)  # of the subtle images it learns more than the probe
+
 
 class Prepared:
     """A tiny backbone with its features, its pixels and its probe."""
@@ -216,15 +218,17 @@ def test_checkpoints_are_timm_checkpoints(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(model.eval()(torch.from_numpy(pixels)), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_job_reports_gap_costs_and_checkpoint(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+def test_the_job_reports_gap_costs_and_checkpoint(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """From a folder to a record: gap with interval and p, seconds of every phase, a file that can be loaded again."""
-    bench = Workbench(open_source(folder), tiny, settings)
+    bench = Workbench(open_source(subtle), tiny, settings)
 
-    job = finetune_job(bench, replace(PLAN, unfreeze=Unfreeze.parse("last:2")), probes=("ridge",))
+    job = finetune_job(bench, replace(GAINS, unfreeze=Unfreeze.parse("last:2"), lr=(1e-4,)), probes=("centroid",))
 
     summary = job.summary
     assert summary["cut"] == "layer2"
-    assert summary["probe"]["head"] in {"logistic", "ridge"}
+    assert summary["gained"]
+    assert summary["probe"]["of"] == ["centroid", "ridge", "knn", "logistic"]
+    assert summary["probe"]["head"] in summary["probe"]["of"]
     assert set(summary["gap"]) == {"points", "ci", "p_value"}
     assert summary["gap"]["points"] == pytest.approx(
         100 * (summary["test"]["accuracy"] - summary["probe"]["test"]["accuracy"])

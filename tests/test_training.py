@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import TINY, Outcome
-from test_finetune import PLAN, Prepared
+from test_finetune import GAINS, PLAN, Prepared
 from torch import Tensor, nn
 
 from featcache.backbone import load_backbone
@@ -30,7 +30,7 @@ from featcache.training.augmenting import flipped_and_shifted, mixed
 from featcache.training.folding import ConvolutionAndNorm, fold_norms
 from featcache.training.keeping import Keeper
 from featcache.training.loop import Trial
-from featcache.training.model import SuffixAndHead, set_training
+from featcache.training.model import LinearHead, SuffixAndHead, set_training
 from featcache.unfreeze import depths, thaw
 
 Run = Callable[..., Outcome]
@@ -122,6 +122,7 @@ def test_wishes_that_mean_nothing(wish: str) -> None:
 def test_every_optimiser_steps_from_the_cache_as_on_the_whole_model(prepared: Prepared, optimiser: Any) -> None:
     """From stored activations or from pixels through the whole network: the same weights."""
     plan = replace(PLAN, optimiser=optimiser, epochs=2, clip=1.0)
+    prepared.probe = LinearHead(np.zeros_like(prepared.probe.weights), np.zeros_like(prepared.probe.bias))  # any step gains
     own = prepared.backbone.separate()
     prepared.tune(own, own.suffix("input"), prepared.pixels.take, plan)
 
@@ -488,7 +489,7 @@ def test_a_sweep_goes_from_the_last_stage_to_all(
 
 
 def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
-    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    subtle: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its model is the one that was finished before it, trained on train and validation, image by image."""
     wreck = replace(PLAN, epochs=1, lr=(1e20,))
@@ -498,9 +499,7 @@ def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
         return finetune(*others, plan if named["shallower"] is None else wreck, thawed, **named)
 
     monkeypatch.setattr("featcache.stages.finetune.finetune", wrecked)
-    first, *deeper = sweep_job(
-        Workbench(open_source(folder), tiny, settings), replace(PLAN, epochs=5, lr=(1e-3,), label_smoothing=0.0)
-    ).jobs
+    first, *deeper = sweep_job(Workbench(open_source(subtle), tiny, settings), GAINS).jobs
 
     assert first.tuned.best > 0
     assert first.tuned.refitted
@@ -625,8 +624,9 @@ def test_similarity_of_embeddings() -> None:
 
 @pytest.mark.parametrize("lr", [1e-2, 0.3])
 def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: float) -> None:
-    """The last training has no judge but the validation images: it is kept only where it knows them at least as well."""
+    """The last training has no judge but the validation images: it is kept where it knows them as well, but for noise."""
     from featcache.metrics import score
+    from featcache.training.loop import noise
     from featcache.training.model import predict
 
     own = prepared.backbone.separate()
@@ -636,7 +636,8 @@ def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: floa
 
     val = prepared.split.val
     now = score(prepared.features.y[val], predict(result.model, stored.take, val, 8))
-    assert result.best == 0 or now.rank <= result.history[result.best].val.rank
+    chosen = result.history[result.best].val.accuracy
+    assert result.best == 0 or now.accuracy >= chosen - noise(chosen, len(val))
     assert result.best > 0 or not result.refitted
 
 

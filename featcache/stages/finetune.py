@@ -88,6 +88,7 @@ class FineTuned:
 
 
 _RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
+_ROUNDING = 1e-9  # of differences of accuracies
 _LAYOUT = 3  # of a training's state: one of an older version is begun again
 
 
@@ -237,7 +238,7 @@ def not_worse(trials: Sequence[Trained], images: int) -> list[Trained]:
     if not gained:
         return list(trials[:1])
     highest = max(trial.best.val.accuracy for trial in gained)
-    near = [trial for trial in gained if trial.best.val.accuracy >= highest - noise(highest, images) - 1e-9]
+    near = [trial for trial in gained if trial.best.val.accuracy >= highest - noise(highest, images) - _ROUNDING]
     return [
         trial
         for place, trial in enumerate(near)

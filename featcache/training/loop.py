@@ -27,6 +27,7 @@ from featcache.training.precision import DTYPES
 from featcache.training.team import Team
 
 _SAVE_SECONDS = 60.0
+_ROUNDING = 1e-9  # of differences of accuracies
 State = dict[str, Any]
 
 
@@ -154,7 +155,6 @@ class Trial:
         self._average = AveragedModel(job.model, multi_avg_fn=average, use_buffers=True) if plan.ema else None
         self._history = [before]
         self._best, self._state = before, copy.deepcopy(job.model.state_dict())
-        self._highest = 0.0  # of the epochs' accuracies on validation
         self._accuracy, self._loss, self._stale = -1.0, math.inf, 0
         self._step, self._sums, self._spent = 0, np.zeros(2), 0.0
 
@@ -186,7 +186,6 @@ class Trial:
             "history": [asdict(epoch) for epoch in self._history],
             "best": asdict(self._best),
             "best_state": self._state,
-            "highest": self._highest,
             "stale": (self._accuracy, self._loss, self._stale),
             "step": self._step,
             "sums": self._sums.tolist(),
@@ -207,7 +206,6 @@ class Trial:
             self._average.load_state_dict(state["average"])
         self._history = [epoch_of(facts) for facts in state["history"]]
         self._best, self._state = epoch_of(state["best"]), state["best_state"]
-        self._highest = state["highest"]
         self._accuracy, self._loss, self._stale = state["stale"]
         self._step, self._sums, self._spent = state["step"], np.array(state["sums"]), state["spent"]
         torch.set_rng_state(state["random"])
@@ -282,11 +280,7 @@ class Trial:
         return F.cross_entropy(logits, y, label_smoothing=self._job.plan.label_smoothing, reduction="sum")
 
     def _judge(self, number: int, loss: float, right: float, seconds: float) -> None:
-        """Validate, and keep the weights where they are the latest that cannot be told from the best.
-
-        Of epochs within the noise the latest is kept: there the rate has fallen furthest, weights have come to rest, and the
-        refit, whose rate falls to zero, is most like what was judged. An epoch that is not better than the start is none.
-        """
+        """Validate, and keep the weights where they are the ones to keep so far (``kept``)."""
         if not math.isfinite(loss):
             raise DivergedError
         model: SuffixAndHead = self._average.module if self._average else self._job.model  # type: ignore[assignment]
@@ -294,18 +288,29 @@ class Trial:
         val, scaled = self._job.validate(self._val, model) if self._val is not None else (start.val, start.scaled_loss)
         epoch = Epoch(number, loss, val, seconds, right, scaled)
         self._history.append(epoch)
-        self._highest = max(self._highest, val.accuracy)
-        if self._val is None or (epoch.rank < start.rank and val.accuracy >= self._lowest()):
+        if self._val is None or kept(self._history, len(self._val)) == number:
             self._best, self._state = epoch, copy.deepcopy(model.state_dict())
         now = val.log_loss if val.log_loss is not None else math.inf
         gained = val.accuracy > self._accuracy or now < self._loss or self._val is None
         self._stale = 0 if gained else self._stale + 1
         self._accuracy, self._loss = max(self._accuracy, val.accuracy), min(self._loss, now)
 
-    def _lowest(self) -> float:
-        """Return the accuracy that cannot be told from the highest so far."""
-        assert self._val is not None
-        return self._highest - noise(self._highest, len(self._val)) - 1e-9
+
+def kept(history: Sequence[Epoch], images: int) -> int:
+    """Return which epoch is kept: the latest that cannot be told from the best, of those better than the start; else 0.
+
+    Of epochs within the noise the latest: there the rate has fallen furthest, weights have come to rest, and the refit,
+    whose rate falls to zero, is most like what was judged.
+
+    Args:
+        history: the epochs, the first of them the start.
+        images: that judged them.
+    """
+    better = [epoch for epoch in history[1:] if epoch.rank < history[0].rank]
+    if not better:
+        return 0
+    highest = max(epoch.val.accuracy for epoch in better)
+    return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - _ROUNDING)
 
 
 def epoch_of(facts: dict[str, Any]) -> Epoch:
