@@ -63,6 +63,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "target": lambda value: isinstance(value, str) and value in {"label", "labels", "number"},
     "views": lambda value: type(value) is int and value >= 1,
     "temperature": lambda value: value is None or (type(value) in {int, float} and 0 < value < math.inf),
+    "scaled_by": lambda value: value is None or (type(value) in {int, float} and 0.01 <= value <= 100),
     "cut": _is_text,
     "head": _is_text,
     "data": _is_text,

@@ -16,6 +16,7 @@ Interval = tuple[float, float]
 Groups = NDArray[np.int64] | None
 Z95 = 1.959963984540054
 FEWEST_GROUPS = 6
+FEWEST_GROUPS_OF_A_CLASS = 4
 FEWEST_OF_A_CLASS = 5
 FEWEST_NUMBERS = 30
 FEWEST_OF_A_LABEL = 10
@@ -63,6 +64,9 @@ def of_recalls(
 ) -> Interval | None:
     """Return the interval of balanced accuracy: the classes' Wilson intervals put together (MOVER: Zou and Donner 2008).
 
+    A class of which all images are right has no room above, and many such make that end too low. So the interval also
+    reaches as far as Wilson's of the mean, of as many images as have its variance where all recalls are the same.
+
     Args:
         truth: classes (n,), all among ``classes``.
         predicted: classes (n,).
@@ -73,11 +77,13 @@ def of_recalls(
     if have.min() < FEWEST_OF_A_CLASS:
         return None
     place = np.searchsorted(classes, truth)
-    design = _design(((truth == predicted) - (hit / have)[place]) / have[place], groups)
+    design = _design(((truth == predicted) - (hit / have)[place]) / have[place], groups, place)
     if design is None or have.min() / design[0] < FEWEST_OF_A_CLASS:
         return None
     effect, quantile = design
-    return _mover(hit / have, *_wilsons(hit / effect, have / effect, quantile), 1.0)
+    recall = hit / have
+    low, high = _wilsons(hit / effect, have / effect, quantile)
+    return _hull(_mover(recall, low, high, 1.0), _of_mean(recall, have / effect, quantile))
 
 
 def of_f1s(
@@ -88,7 +94,8 @@ def of_f1s(
     F1 is 2 J / (1 + J), where J, Jaccard's index, is the share of right ones among the images that are of a class or were
     taken for it: a proportion, with Wilson's interval. The classes' intervals are put together by MOVER (Zou and Donner
     2008). They vary together, since an error counts in two classes, but in no more: the product of two classes' distances
-    is at most the mean of their squares, so that twice the sum of squares is enough.
+    is at most the mean of their squares, so that twice the sum of squares is enough. It also reaches as far as Wilson's
+    interval of the mean, as for balanced accuracy.
 
     Args:
         truth: classes (n,), all among ``classes``.
@@ -103,19 +110,20 @@ def of_f1s(
     own, taken = (np.searchsorted(classes, some).clip(max=len(classes) - 1) for some in (truth, predicted))
     share, known = 1 / (have + said), np.isin(predicted, classes)
     influence = 2 * share[own] * (truth == predicted) - (f1 * share)[own] - known * (f1 * share)[taken]
-    design = _design(influence, groups)
+    design = _design(influence, groups, own)
     if design is None or have.min() / design[0] < FEWEST_OF_A_CLASS:
         return None
     effect, quantile = design
     low, high = _wilsons(hit / effect, (have + said - hit) / effect, quantile)
-    return _mover(f1, 2 * low / (1 + low), 2 * high / (1 + high), 2.0)
+    return _hull(_mover(f1, 2 * low / (1 + low), 2 * high / (1 + high), 2.0), _of_mean(f1, have / effect, quantile))
 
 
 def of_difference(difference: NDArray[np.integer[Any]], groups: Groups = None) -> Interval | None:
     """Return the interval of a mean difference of paired answers, each -1, 0 or 1 (n,).
 
     Bonett and Price (2012): Wald's interval after adding one image to each kind of disagreement. With groups, what is
-    added are two groups that disagree as much as those that do.
+    added are two groups that disagree as much as those that do, and by the root of a group's size at least: where few
+    disagree, less does not hold (benchmarks/coverage.py).
     """
     n = len(difference)
     if groups is None:
@@ -127,7 +135,7 @@ def of_difference(difference: NDArray[np.integer[Any]], groups: Groups = None) -
         return None
     mean = float(difference.mean())
     sums = np.bincount(grouped.numbers, weights=difference)
-    added = max(1.0, float((sums[sums != 0] ** 2).mean())) if sums.any() else float(grouped.sizes.mean())
+    added = max(float((sums[sums != 0] ** 2).mean()) if sums.any() else 0.0, n / len(sums))
     spread = grouped.quantile * math.sqrt(grouped.variance(np.asarray(difference - mean, np.float64)) + 2 * added) / n
     return (max(-1.0, mean - spread), min(1.0, mean + spread))
 
@@ -178,30 +186,55 @@ def _mover(values: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[
     return (max(0.0, mean - below), min(1.0, mean + above))
 
 
+def _of_mean(values: NDArray[np.float64], have: NDArray[np.float64], quantile: float) -> Interval:
+    """Return Wilson's interval of a mean over classes (k,), of so many images as its variance is that of."""
+    trials = len(have) ** 2 / float((1 / have).sum())
+    return wilson(float(values.mean()) * trials, trials, quantile)
+
+
+def _hull(one: Interval, other: Interval) -> Interval:
+    return (min(one[0], other[0]), max(one[1], other[1]))
+
+
 def _grouped(groups: NDArray[np.int64]) -> _Grouped | None:
     """Return groups as numbers from 0, ``None`` where there are too few: a large one makes the others count less."""
     from scipy.stats import t
 
     numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
-    effective = float(sizes.sum()) ** 2 / float((sizes.astype(np.float64) ** 2).sum()) if len(sizes) else 0.0
+    effective = _as_equal(sizes) if len(sizes) else 0.0
     if effective < FEWEST_GROUPS:
         return None
     return _Grouped(numbers, sizes, float(t.ppf(0.975, effective - 1)))
 
 
-def _design(influence: NDArray[np.float64], groups: Groups) -> tuple[float, float] | None:
+def _as_equal(sizes: NDArray[np.int64]) -> float:
+    """Return of how many groups of one size the mean is as uncertain as of these sizes."""
+    return float(sizes.sum()) ** 2 / float((sizes.astype(np.float64) ** 2).sum())
+
+
+def _fewest_groups(numbers: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
+    """Return the number of groups, as of one size, of the class that has the fewest."""
+    pairs, sizes = np.unique(np.stack([classes, numbers]), axis=1, return_counts=True)
+    images = np.bincount(pairs[0], weights=sizes)
+    return float((images**2 / np.bincount(pairs[0], weights=sizes.astype(np.float64) ** 2)).min())
+
+
+def _design(
+    influence: NDArray[np.float64], groups: Groups, classes: NDArray[np.int64] | None = None
+) -> tuple[float, float] | None:
     """Return how many images of a group tell as much as one independent image, at least 1, and the quantile.
 
     Args:
         influence: how much each image moves the score (n,).
         groups: the number of each image's group (n,).
+        classes: the number of each image's class, from 0 (n,), where each class must have enough groups.
     """
     if not len(influence):
         return None
     if groups is None:
         return 1.0, Z95
     grouped = _grouped(groups)
-    if grouped is None:
+    if grouped is None or (classes is not None and _fewest_groups(grouped.numbers, classes) < FEWEST_GROUPS_OF_A_CLASS):
         return None
     # Errors too few to show how they gather in groups are joined by some of one group, so many that the simulations in
     # benchmarks/coverage.py hold: the root of a group's size is too little, half of it makes intervals needlessly wide.
@@ -246,45 +279,69 @@ def _jackknifed(left_out: NDArray[np.float64], value: float, quantile: float) ->
 def of_precisions(truth: NDArray[np.bool_], probabilities: NDArray[Any], groups: Groups = None) -> Interval | None:
     """Return the interval of mean average precision over labels (n, k), on logits (Boyd, Eng and Page 2013, section 3).
 
-    Its variance is that of what each image adds to the mean: to the precision at its own place, if it has the label, and at
-    those of all images with the label below it. There is none where a label has, or lacks, too few images.
+    Variance and bias are the jackknife's (Efron and Tibshirani 1993, chapters 10 and 11): of few images with a label the
+    first places are right by chance, so that average precision comes out too high. The interval holds the score itself
+    too. There is none where a label has, or lacks, too few images.
+
+    Args:
+        truth: which labels each image has (n, k).
+        probabilities: those that were answered (n, k).
+        groups: the number of each image's group (n,).
     """
-    count = truth.sum(axis=0)
-    if not truth.size or min(count.min(), (len(truth) - count).min()) < FEWEST_OF_A_LABEL:
+    count, n = truth.sum(axis=0), len(truth)
+    lacking = np.where(count == n, n, n - count)  # of a label that all images have there is nothing to tell apart
+    if not truth.size or min(count.min(), lacking.min()) < FEWEST_OF_A_LABEL:
         return None
-    labels = [_precision_influence(truth[:, one], probabilities[:, one]) for one in range(truth.shape[1])]
-    mean = float(np.mean([value for value, _ in labels]))
-    influence = np.mean([one for _, one in labels], axis=0)
+    labels = [_precisions_without(truth[:, one], probabilities[:, one]) for one in range(truth.shape[1])]
+    mean, without = float(np.mean([value for value, _ in labels])), np.mean([one for _, one in labels], axis=0)
+    pull = without.mean() - without
     if groups is None:
-        variance, quantile = float((influence**2).sum()), Z95
+        variance, quantile = float((pull**2).sum()) * (n - 1) / n, Z95
     else:
         grouped = _grouped(groups)
         if grouped is None:
             return None
-        variance, quantile = grouped.variance(influence), grouped.quantile
-    if not 0 < mean < 1:
-        return None
-    middle, spread = math.log(mean / (1 - mean)), quantile * math.sqrt(variance) / (mean * (1 - mean))
-    return (1 / (1 + math.exp(spread - middle)), 1 / (1 + math.exp(-spread - middle)))
+        variance, quantile = grouped.variance(pull), grouped.quantile
+    unbiased = min(max(mean - (n - 1) * (float(without.mean()) - mean), 1 / n), 1 - 1 / n)
+    middle, spread = math.log(unbiased / (1 - unbiased)), quantile * math.sqrt(variance) / (unbiased * (1 - unbiased))
+    low, high = (1 / (1 + math.exp(min(-end, 700.0))) for end in (middle - spread, middle + spread))
+    return (min(low, mean), max(high, mean))
 
 
 def average_precision(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> float:
     """Return the mean precision at the images (n,) that have a label, one threshold for each distinct probability."""
-    return _precision_influence(truth, probabilities)[0]
+    hits, _, ends, _ = _by_threshold(truth, probabilities)
+    positives = hits.cumsum()[ends]
+    return float((np.diff(positives, prepend=0) * positives / (ends + 1)).sum()) / int(positives[-1])
 
 
-def _precision_influence(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:
-    """Return average precision and what each image (n,) adds to it."""
+def _by_threshold(
+    truth: NDArray[np.bool_], probabilities: NDArray[Any]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return hits (n,) by falling probability, that order, the last place of each threshold, and each place's threshold."""
     order = np.argsort(-probabilities, kind="stable")
-    hits, falling = truth[order], probabilities[order]
-    ends = np.append(np.flatnonzero(falling[1:] != falling[:-1]), len(order) - 1)  # the last image of each threshold
-    tie = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))
-    precision = hits.cumsum()[ends] / (ends + 1)
-    at_tie, positives = np.bincount(tie, weights=hits, minlength=len(ends)), int(hits.sum())
-    value = float(at_tie @ precision) / positives
-    below = np.cumsum((at_tie / (ends + 1))[::-1])[::-1]
-    below_weighted = np.cumsum((at_tie * precision / (ends + 1))[::-1])[::-1]
-    moved = (hits * (precision[tie] - value) + hits * below[tie] - below_weighted[tie]) / positives
-    influence = np.empty(len(order))
-    influence[order] = moved
-    return value, influence
+    falling = probabilities[order]
+    ends = np.append(np.flatnonzero(falling[1:] != falling[:-1]), len(order) - 1)
+    return truth[order], order, ends, np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))
+
+
+def _precisions_without(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:
+    """Return average precision, and what it is without each of the images (n,), of which two at least have the label.
+
+    Without an image, precision at thresholds above stays; at its own and those below one image, and one hit if it was one,
+    is gone. Sums over thresholds give all n at once.
+    """
+    hits, order, ends, threshold = _by_threshold(truth, probabilities)
+    reached, looked = hits.cumsum()[ends], ends + 1
+    at = np.diff(reached, prepend=0)
+    above = np.concatenate([[0.0], np.cumsum(at * reached / looked)])
+    fewer = np.maximum(looked - 1, 1)
+    below_miss = np.append(np.cumsum((at * reached / fewer)[::-1])[::-1], 0.0)
+    below_hit = np.append(np.cumsum((at * (reached - 1) / fewer)[::-1])[::-1], 0.0)
+    own_hit = (at - 1) * (reached - 1) / fewer
+    positives, step = int(reached[-1]), np.arange(len(ends))
+    missed = (above[step] + below_miss[step]) / positives
+    hit = (above[step] + own_hit + below_hit[step + 1]) / (positives - 1)
+    without = np.empty(len(order))
+    without[order] = np.where(hits, hit[threshold], missed[threshold])
+    return float(above[-1]) / positives, without

@@ -19,7 +19,7 @@ Judged = TypeVar("Judged")
 ECE_BINS = 15
 SIGNIFICANT = 0.05
 _LEAST = np.finfo(np.float64).eps  # a probability of none costs -log of this, as in scikit-learn's log-loss
-_NONE = 1e-30  # below it a probability counts as none when it is scaled: float32, as exported models compute, still holds it
+LEAST_SCALED = 1e-30  # what is smaller counts as none when it is scaled: float32, as exported models compute, still holds it
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def at_temperature(probabilities: NDArray[Any], temperature: float) -> Probabili
 
 def _logits(probabilities: NDArray[Any]) -> NDArray[np.float64]:
     """Return logarithms of probabilities (n, classes), minus infinity of those too small to be scaled."""
-    there = probabilities > _NONE
+    there = probabilities > LEAST_SCALED
     return np.where(there, np.log(np.where(there, probabilities, 1.0)), -np.inf)
 
 

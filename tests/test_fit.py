@@ -161,6 +161,46 @@ def test_what_is_swept_together_is_what_is_trained_alone(name: str, classes: int
         np.testing.assert_allclose(attempt.answers, answers, atol=2e-2)
 
 
+@pytest.mark.parametrize("k", [1, 5, 1000])
+def test_neighbours_hold_no_class_impossible(k: int) -> None:
+    """One vote more is shared by the classes that train; search, estimator and both formats of answers agree.
+
+    One neighbour of a class gives it 1/2 and a share of the other half; a class without training images gets nothing.
+    """
+    features = blobs(4, count=60, spread=4)
+    fold = split_of(features).folds[0]
+    fold = replace(fold, train=fold.train[features.y[fold.train] != 2])
+    count = min(k, len(fold.train))
+
+    (attempt,) = heads.HEADS["knn"].sweep([{"k": k}], features.X, features.y, [fold], 0)
+    estimator, _ = heads.train("knn", {"k": k}, features.X[fold.train], features.y[fold.train], 0)
+
+    np.testing.assert_allclose(attempt.answers, heads.answers(estimator, features.X[fold.val], 4), atol=1e-4)
+    np.testing.assert_allclose(attempt.answers.sum(axis=1), 1)
+    assert (attempt.answers[:, 2] == 0).all()
+    assert attempt.answers[:, [0, 1, 3]].min() >= 1 / (count + 1) / 3 - 1e-12
+    np.testing.assert_array_equal(estimator.predict(features.X[fold.val]), attempt.answers.argmax(axis=1))
+    if k == 1:
+        assert attempt.answers.max() == pytest.approx(1 / 2 + 1 / 6)
+
+
+def test_one_miss_does_not_make_neighbours_doubt_everything() -> None:
+    """A nearest neighbour that is right but once keeps its answers: the temperature stays off its bound of 20."""
+    features = blobs(3, count=100, spread=0.5)
+    features.y[::25] = (features.y[::25] + 1) % 3
+
+    fitted = fit(features, split_of(features), "knn", grid=[{"k": 5}])
+
+    scores = fitted.tested.scores
+    assert fitted.temperature is not None
+    assert fitted.temperature < 3
+    assert scores.log_loss is not None
+    assert scores.log_loss < 1
+    assert scores.ece_scaled is not None
+    assert scores.ece is not None
+    assert scores.ece_scaled < scores.ece + 0.02
+
+
 def test_an_ensemble_averages_its_members() -> None:
     """Its probabilities are the mean of those of the heads that it names, and it is a plain scikit-learn estimator."""
     features = blobs(3)

@@ -128,14 +128,21 @@ def test_a_group_an_image_is_no_group() -> None:
 
 
 def test_recalls_are_put_together() -> None:
-    """MOVER by hand of 9 of 10 (Wilson: 0.5958 to 0.9821) and 5 of 10 (0.2366 to 0.7634)."""
+    """By hand: Wilson's of 14 of 20 where classes are equal; above, MOVER's where one class of few is uncertain.
+
+    The latter of 100 of 100 (Wilson: 0.9630 to 1) and 5 of 10 (0.2366 to 0.7634): 0.75 + 0.2634 / 2.
+    """
     truth = np.repeat([0, 1], 10)
     predicted = truth.copy()
     predicted[[0, 10, 11, 12, 13, 14]] ^= 1
+    equal = binomtest(14, 20).proportion_ci(0.95, "wilson")
 
-    assert intervals.of_recalls(truth, predicted, np.arange(2)) == pytest.approx((0.4988, 0.8380), abs=1e-4)
+    assert intervals.of_recalls(truth, predicted, np.arange(2)) == pytest.approx((equal.low, equal.high))
     assert intervals.of_recalls(truth, predicted, np.arange(3)) is None  # a class without an image
     assert intervals.of_recalls(truth[6:], predicted[6:], np.arange(2)) is None  # a class with 4
+    uneven = np.repeat([0, 1], [100, 10])
+    found = intervals.of_recalls(uneven, np.repeat([0, 1, 0], [100, 5, 5]), np.arange(2))
+    assert found == pytest.approx((wilson(0.75 / 0.0275, 1 / 0.0275)[0], 0.8817), abs=1e-4)
 
 
 def test_f1_is_jaccards_index() -> None:

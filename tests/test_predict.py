@@ -1,18 +1,28 @@
 """From a trained head to labels of new images, and to one ONNX model that says the same."""
 
 import csv
+import gc
 import io
+import itertools
 import json
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import TINY, Outcome, draw_image
 
+from featcache import bundle
 from featcache.backbone import load_backbone
 from featcache.images import decode
+from featcache.metrics import at_temperature
+from featcache.pipeline import predicting
+from featcache.pipeline.predicting import label_images
+from featcache.pipeline.workbench import Settings
 from featcache.specs import BackboneSpec, Transform
+from featcache.store import FeatureStore
 
 Run = Callable[..., Outcome]
 
@@ -51,6 +61,47 @@ def test_predictions_are_the_heads(run: Run, fit: Callable[[str], Path], folder:
     right = [Path(row["path"]).parent.name == row["label"] for row in rows[2:]]
     assert np.mean(right) > 0.6
     assert float(original["red"]) + float(original["green"]) + float(original["blue"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["knn", "logistic", "ensemble"])
+def test_probabilities_are_scaled(name: str, fit: Callable[[str], Path], folder: Path, settings: Settings) -> None:
+    """They are the estimator's at the head's temperature; the label is the estimator's; older cards scale nothing."""
+    loaded = bundle.load(fit(name))
+    paths = [str(path) for path in sorted(folder.rglob("*.png"))]
+    features = FeatureStore.open(loaded.path.parent.parent).features()
+    X = features.X[[features.paths.index(str(Path(path).relative_to(folder))) for path in paths]]
+    older = replace(loaded, card={key: value for key, value in loaded.card.items() if key != "scaled_by"})
+
+    scaled, plain = (list(label_images(one, paths, settings)) for one in (loaded, older))
+
+    expected = loaded.estimator.predict_proba(X)
+    np.testing.assert_allclose([one.probabilities for one in plain], expected, atol=1e-4)
+    temperature = loaded.card["scaled_by"]
+    assert temperature != pytest.approx(1, abs=0.01)
+    np.testing.assert_allclose([one.probabilities for one in scaled], at_temperature(expected, temperature), atol=1e-4)
+    labels = [loaded.classes[number] for number in loaded.estimator.predict(X)]
+    assert [one.label for one in scaled] == [one.label for one in plain] == labels
+
+
+def test_answers_are_forgotten_once_given(
+    fit: Callable[[str], Path], folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many images there are, only so many at a time are held; copies and paths given twice are answered alike."""
+    loaded = bundle.load(fit("ridge"))
+    paths = [str(path) for path in sorted(folder.rglob("*.png"))]
+    (folder / "copy.png").write_bytes(Path(paths[0]).read_bytes())
+    paths = [*paths, str(folder / "copy.png"), *paths[:4]]
+    whole = [(one.path, one.label) for one in label_images(loaded, paths, settings)]
+    monkeypatch.setattr(predicting, "_AT_ONCE", 4)
+
+    answers = label_images(loaded, paths, settings)
+    first = weakref.ref(next(answers))
+    found = [(one.path, one.label) for one in itertools.islice(answers, 8)]
+    gc.collect()
+
+    assert first() is None
+    assert [whole[0], *found, *((one.path, one.label) for one in answers)] == whole
+    assert [path for path, _ in whole] == paths
 
 
 def test_a_list_on_stdin(run: Run, fit: Callable[[str], Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +201,7 @@ def test_other_targets(target: str, run: Run, folder: Path, tmp_path: Path, monk
     best = done.json["heads"][0]
     if target == "labels":
         assert best["test"]["mean_average_precision"] > 0.8
-        assert best["test"]["mean_average_precision_ci"][0] <= best["test"]["mean_average_precision"]
+        assert best["test"]["mean_average_precision_ci"] is None  # 12 test images tell too little
     else:
         assert [head["head"] for head in done.json["heads"]] == ["ridge", "knn"]
         assert best["test"]["r2"] > 0.3
@@ -177,3 +228,18 @@ def test_layers_and_views(run: Run, folder: Path, tmp_path: Path, monkeypatch: p
     assert done.json["extract"]["cut"] == "+".join(names)
     assert done.json["heads"][0]["head"] == f"logistic on {'+'.join(names)} 2 views"
     assert run("predict", done.json["heads"][0]["bundle"], folder / "red" / "00.png").code == 0
+
+
+def test_an_exported_model_looks_at_one_view(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are not those of a head that averages several: that is said."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    fitted = run("fit", folder, *TINY, "--views", "2", "--no-controls", "--json").json["heads"][0]["bundle"]
+
+    done = run("export", fitted, tmp_path / "model.onnx", "--json")
+
+    assert done.code == 0, done.err
+    assert "averages its answers over 2 views" in done.err
+    assert "averages its answers over 2 views" in done.json["notes"][0]

@@ -23,6 +23,7 @@ def command(head: Path, out: Path, as_json: bool, **given: Any) -> None:  # noqa
     settings = options.take_settings(given)
     done = export(head, out, check=given["check"], weights=given["weights"], trust=given["trust"], settings=settings)
     if as_json:
-        options.emit({"model": str(done.path), "difference": done.difference, "images": done.images})
+        summary = {"model": str(done.path), "difference": done.difference, "images": done.images}
+        options.emit(summary | {"notes": list(done.notes)})
         return
     click.echo(f"{done.path}: scores differ by at most {done.difference:.1g} on {done.images} images")

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
+from sklearn.dummy import DummyClassifier
+from sklearn.ensemble import VotingClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, normalize
@@ -34,8 +36,19 @@ def _sweep(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) 
             vote = np.zeros((len(fold.val), classes))
             labels = y[fold.train][index[:, : params["k"]]]
             np.add.at(vote, (np.arange(len(vote))[:, None], labels), weights)
-            votes.append(vote / vote.sum(axis=1, keepdims=True))
+            votes.append(_smoothed(vote / vote.sum(axis=1, keepdims=True), weights.shape[1], np.unique(y[fold.train])))
         yield Attempt(params, np.concatenate(votes))
+
+
+def _smoothed(votes: NDArray[np.float64], count: int, known: Y_) -> NDArray[np.float64]:
+    """Return shares of votes (n, classes) of so many neighbours with one vote more, which the known classes share.
+
+    A class without a vote is not impossible: an exact zero would cost all of the log-loss that there is, and only the
+    larger k would escape it. One vote in all, however many classes there are, is Perks's prior (1947).
+    """
+    smoothed = votes * (count / (count + 1))
+    smoothed[:, known] += 1 / (count + 1) / len(known)
+    return smoothed
 
 
 def _nearest(train: X_, rows: X_, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -53,10 +66,15 @@ def _nearest(train: X_, rows: X_, count: int) -> tuple[NDArray[np.int64], NDArra
 
 
 def _fit(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
-    """On the unit sphere exp(cosine / T) is a normal density of the distance, which every scikit-learn has at hand."""
-    density = norm(scale=math.sqrt(TEMPERATURE)).pdf
-    head = KNeighborsClassifier(min(params["k"], len(X)), weights=density, algorithm="brute")
-    return make_pipeline(Normalizer(), head).fit(X, y), True
+    """On the unit sphere exp(cosine / T) is a normal density of the distance, which every scikit-learn has at hand.
+
+    The vote that the classes share (``_smoothed``) is a second member of a weighted average.
+    """
+    density, count = norm(scale=math.sqrt(TEMPERATURE)).pdf, min(params["k"], len(X))
+    head = KNeighborsClassifier(count, weights=density, algorithm="brute")
+    shared = DummyClassifier(strategy="uniform")
+    average = VotingClassifier([("neighbours", head), ("shared", shared)], voting="soft", weights=[count, 1])
+    return make_pipeline(Normalizer(), average).fit(X, y), True
 
 
 def _sweep_centroid(_: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Attempt]:

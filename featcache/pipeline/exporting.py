@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import VotingClassifier
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
@@ -26,8 +27,10 @@ from featcache.bundle import Bundle
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.heads.neighbours import TEMPERATURE
 from featcache.images import decode
+from featcache.metrics import LEAST_SCALED, at_temperature
 from featcache.pipeline.predicting import backbone_of
 from featcache.pipeline.workbench import Settings, Workbench
+from featcache.progress import logger
 from featcache.sources import Source
 from featcache.store.atomic import replace_file
 
@@ -38,18 +41,23 @@ _EXPORTABLE = "centroid, ridge, knn, logistic, svm, selected, lda, rbf, mlp, or 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model that was written: the greatest difference of its scores from the head's own on so many images."""
+    """A model that was written: the greatest difference of its scores from the head's own on so many images.
+
+    ``notes`` say where its answers are not those of ``predict``.
+    """
 
     path: Path
     difference: float
     images: int
+    notes: tuple[str, ...] = ()
 
 
 def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, weights: str | None = None) -> Exported:
     """Write backbone and head as one ONNX model, once it has agreed with them on real images.
 
     Input ``pixels`` is uint8 (batch, size, size, 3), decoded and cropped as the model's metadata say; normalising is
-    inside. Output ``scores`` is float32 (batch, classes): probabilities where the head knows them.
+    inside. Output ``scores`` is float32 (batch, classes): probabilities where the head knows them, scaled by its temperature
+    as those of ``predict``. It looks at one view of an image; a head that averages several says so in a note.
 
     Args:
         bundle: the head.
@@ -82,7 +90,7 @@ def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, wei
     if not pixels:
         raise DataError(f"{check.location}: none of its images can be read to check the model on.")
     images = np.stack(pixels)
-    head = _as_module(bundle.estimator, len(bundle.classes))
+    head = _scaled(_as_module(bundle.estimator, len(bundle.classes)), bundle.card.get("scaled_by"))
     model = _Whole(bench.backbone.program((bundle.card.get("cut", "pooled"),)), head).eval()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -111,7 +119,16 @@ def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, wei
     if difference > AGREEMENT:
         raise DataError(f"{path}: not written, the model's scores differ by {difference:.1g} from the head's own.")
     replace_file(path, content)
-    return Exported(path, difference, len(images))
+    return Exported(path, difference, len(images), _notes(bundle, path))
+
+
+def _notes(bundle: Bundle, path: Path) -> tuple[str, ...]:
+    """Return, and log, where the model's answers are not those of ``predict``."""
+    if (views := bundle.card.get("views", 1)) == 1:
+        return ()
+    note = f"the head averages its answers over {views} views of an image, this model answers on the plain view alone"
+    logger.warning("%s: %s", path, note)
+    return (note,)
 
 
 class _Whole(nn.Module):
@@ -133,7 +150,8 @@ def _expected(bundle: Bundle, features: NDArray[Any]) -> NDArray[Any]:
         estimator.predict_proba(features) if hasattr(estimator, "predict_proba") else estimator.decision_function(features)
     )
     scores[:, estimator.classes_] = np.stack([-found, found], axis=1) if found.ndim == 1 else found
-    return scores
+    temperature = bundle.card.get("scaled_by")
+    return scores if temperature is None else at_temperature(scores, temperature)
 
 
 def _of_unknown(estimator: Any) -> float:
@@ -226,6 +244,27 @@ class _Mean(nn.Module):
         return torch.stack([member(rows) for member in self.members]).mean(dim=0)
 
 
+class _Scaled(nn.Module):
+    """Probabilities with their logits divided by a temperature, as ``metrics.at_temperature``."""
+
+    def __init__(self, head: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.head = head
+        self.temperature = temperature
+
+    def forward(self, rows: Tensor) -> Tensor:
+        probabilities = self.head(rows)
+        there = probabilities > LEAST_SCALED
+        logits = torch.log(probabilities.clamp(min=LEAST_SCALED)) / self.temperature
+        raised = torch.exp(logits - logits.max(dim=1, keepdim=True).values) * there
+        scaled: Tensor = raised / raised.sum(dim=1, keepdim=True)
+        return scaled
+
+
+def _scaled(head: nn.Module, temperature: float | None) -> nn.Module:
+    return head if temperature is None else _Scaled(head, temperature)
+
+
 def _network(model: MLPClassifier) -> nn.Module:
     layers: list[nn.Module] = []
     for weights, bias in zip(model.coefs_[:-1], model.intercepts_[:-1], strict=True):
@@ -244,6 +283,16 @@ def _neighbours(model: KNeighborsClassifier) -> nn.Module:
         return votes / votes.sum(dim=1, keepdim=True)
 
     return _Constants(vote, model._fit_X, labels)  # noqa: SLF001 - as above
+
+
+def _average(model: VotingClassifier) -> nn.Module:
+    """Return nearest neighbours with the vote that the classes share; its members number the classes anew, in order."""
+    neighbours, shared = model.estimators_
+    if not (isinstance(neighbours, KNeighborsClassifier) and isinstance(shared, DummyClassifier)):
+        raise UsageError(f"an average of {type(neighbours).__name__} heads cannot be exported: use {_EXPORTABLE}.")
+    share = model.weights[1] / sum(model.weights)
+    even = np.full((1, len(model.classes_)), share / len(model.classes_))
+    return nn.Sequential(_neighbours(neighbours), _Constants(lambda votes, rest: votes * (1 - share) + rest, even))
 
 
 def _kernel(model: Nystroem) -> nn.Module:
@@ -265,5 +314,6 @@ _WRITERS: dict[type, Callable[[Any], nn.Module]] = {
     RidgeClassifier: lambda step: _Affine(step.coef_, step.intercept_, probabilities=False),
     LinearSVC: lambda step: _Affine(step.coef_, step.intercept_, probabilities=False),
     KNeighborsClassifier: _neighbours,
+    VotingClassifier: _average,
     MLPClassifier: _network,
 }

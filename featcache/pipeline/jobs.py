@@ -492,7 +492,7 @@ def _keep_head(
         "target": "label",
         "head": fitted.name,
         "params": fitted.params,
-        "temperature": fitted.temperature,
+        "scaled_by": fitted.temperature,
         "views": plan.views,
         "test": asdict(fitted.tested.scores),
     }

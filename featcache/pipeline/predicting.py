@@ -16,11 +16,15 @@ from featcache.errors import DataError, UsageError
 from featcache.fingerprint import sha256_of_file
 from featcache.flow import Batch, Reader, run_batches, sample
 from featcache.heads import answers, over_views
+from featcache.metrics import at_temperature
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import progress
 from featcache.sources import Item, Source, image_files
 from featcache.sources.base import FileStat
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
+from featcache.stages.extract import Ready
+
+_AT_ONCE = 4096  # images whose embeddings and answers are held: copies among them are computed once
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ def find_images(places: Iterable[str]) -> Iterator[str]:
 def label_images(
     bundle: Bundle, paths: Sequence[str], settings: Settings, *, weights: str | None = None
 ) -> Iterator[Prediction]:
-    """Yield a prediction for each image, in the order given; one that cannot be read gives the reason.
+    """Return what yields a prediction for each image, in the order given; one that cannot be read gives the reason.
+
+    Probabilities are scaled by the head's temperature. Heads that were fitted before cards said ``scaled_by`` are not.
 
     Args:
         bundle: the head.
@@ -111,40 +117,58 @@ def label_images(
     spec = backbone_of(bundle.card, weights)
     items = tuple(Item(path, "") for path in dict.fromkeys(paths))
     source = Source("images", "images", items, _Anywhere())
-    bench = Workbench(source, spec, settings)
+    return _predictions(bundle, paths, Workbench(source, spec, settings))
+
+
+def _predictions(bundle: Bundle, paths: Sequence[str], bench: Workbench) -> Iterator[Prediction]:
+    embedder = _Embedder(bench, bundle.card.get("cut", "pooled"), Views(bundle.card.get("views", 1)))
+    position = {item.path: index for index, item in enumerate(bench.source.items)}
+    with progress(len(paths), "predict") as bar:
+        for start in range(0, len(paths), _AT_ONCE):
+            yield from _in_order(bundle, paths[start : start + _AT_ONCE], position, embedder)
+            bar.update(min(_AT_ONCE, len(paths) - start))
+
+
+def _in_order(bundle: Bundle, paths: Sequence[str], position: dict[str, int], embedder: "_Embedder") -> Iterator[Prediction]:
+    """Yield the predictions of some paths, of which one may come twice; they are forgotten then."""
     done: dict[str, Prediction] = {}
     waiting = list(reversed(paths))
-    with progress(len(items), "predict") as bar:
-        views = Views(bundle.card.get("views", 1))
-        for several in _batches(bench, bundle.card.get("cut", "pooled"), views):
-            said = _answer(bundle, several, source, views.count)
-            done.update((one.path, one) for one in said)
-            bar.update(len(said))
-            while waiting and waiting[-1] in done:
-                yield done[waiting.pop()]
-    yield from (done[path] for path in reversed(waiting))
+    for several in embedder.batches([position[path] for path in dict.fromkeys(paths)]):
+        done.update((one.path, one) for one in _answer(bundle, several, embedder.bench.source, embedder.views.count))
+        while waiting and waiting[-1] in done:
+            yield done[waiting.pop()]
 
 
-def _batches(bench: Workbench, cut: str, views: Views) -> Iterator[Batch]:
-    """Yield images with their embeddings; copies of an image come with those of the first."""
-    plan = bench.plan_for(bench.backbone.transform, views)
-    reader = Reader(bench.source, range(len(bench.source.items)), plan.transform, plan.views, ())
-    first = reader.fill(plan.batch_size)
-    rows: dict[bytes, NDArray[Any]] = {}
-    copies: list[Any] = []
-    if first.fresh:
-        with bench.threads():
-            ready = bench.prepare([cut], sample(first, plan.batch_size), len(bench.source.items))
-            with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, deque([first]))) as batches:
-                for batch in batches:
-                    rows.update((digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True))
-                    copies += batch.copies
-                    yield batch
-    elif len(first):
-        yield first
-    known = [copy for copy in copies if copy[1] in rows]
-    if known:
-        yield Batch(fresh=known, rows=(np.stack([rows[digest] for _, digest, _ in known]),))
+class _Embedder:
+    """Computes embeddings of images some at a time; the backbone is made ready once, on the first batch."""
+
+    def __init__(self, bench: Workbench, cut: str, views: Views) -> None:
+        self.bench, self.cut, self.views = bench, cut, views
+        self._ready: Ready | None = None
+
+    def batches(self, positions: Sequence[int]) -> Iterator[Batch]:
+        """Yield images with their embeddings; copies of an image come last, with those of the first."""
+        bench = self.bench
+        plan = bench.plan_for(bench.backbone.transform, self.views)
+        reader = Reader(bench.source, positions, plan.transform, plan.views, ())
+        first = reader.fill(plan.batch_size)
+        rows: dict[bytes, NDArray[Any]] = {}
+        copies: list[Any] = []
+        if first.fresh:
+            with bench.threads():
+                if self._ready is None:
+                    self._ready = bench.prepare([self.cut], sample(first, plan.batch_size), len(bench.source.items))
+                run, workers = self._ready.run, self._ready.workers
+                with closing(run_batches(reader, run, plan.batch_size, workers, deque([first]))) as batches:
+                    for batch in batches:
+                        rows.update((digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True))
+                        copies += batch.copies
+                        yield batch
+        elif len(first):
+            yield first
+        known = [copy for copy in copies if copy[1] in rows]
+        if known:
+            yield Batch(fresh=known, rows=(np.stack([rows[digest] for _, digest, _ in known]),))
 
 
 def _answer(bundle: Bundle, batch: Batch, source: Source, views: int) -> list[Prediction]:
@@ -166,4 +190,7 @@ def _answer(bundle: Bundle, batch: Batch, source: Source, views: int) -> list[Pr
     found = over_views(answers(bundle.estimator, X, len(bundle.classes)), views)
     if found.ndim == 1:
         return said + [Prediction(name, bundle.classes[number]) for name, number in zip(names, found, strict=True)]
-    return said + [Prediction(name, bundle.classes[int(row.argmax())], row) for name, row in zip(names, found, strict=True)]
+    labels = [bundle.classes[number] for number in found.argmax(axis=1)]
+    if (temperature := bundle.card.get("scaled_by")) is not None:
+        found = at_temperature(found, temperature)
+    return said + [Prediction(*one) for one in zip(names, labels, found, strict=True)]
