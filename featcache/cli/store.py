@@ -15,7 +15,7 @@ cache_option = click.option(
 
 @click.group()
 def command() -> None:
-    """List, describe and verify what the cache holds."""
+    """List, describe, verify and clean up what the cache holds."""
 
 
 @command.command("ls")
@@ -89,6 +89,34 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
             click.echo(printable(problem))
         click.echo(f"{checked} entries checked, {len(problems)} problems")
     if problems:
+        click.get_current_context().exit(DAMAGED)
+
+
+@command.command()
+@click.argument("entries", nargs=-1, type=click.Path(path_type=Path))
+@cache_option
+@click.option("--yes", is_flag=True, help="Do it; without it is only said what would be done.")
+@options.json_option
+def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) -> None:  # noqa: FBT001
+    """Remove what ENTRIES (default: all) do not need: files of killed runs, old versions, rows of removed images.
+
+    Many small parts are joined. Let nothing else use the cache meanwhile.
+    """
+    from featcache.cache import default_cache
+    from featcache.pipeline.collecting import collect
+    from featcache.progress import printable
+
+    found = collect(cache or default_cache(), entries, act=yes)
+    if as_json:
+        options.emit(found.summary | {"done": yes})
+    else:
+        for line in (*found.lines, *found.broken):
+            click.echo(printable(line))
+        size = sum(one.bytes for one in found.litter)
+        click.echo(
+            f"{len(found.litter)} files, {size / 1e6:.1f} MB" + ("" if yes else ": nothing was changed, --yes does it")
+        )
+    if found.broken:
         click.get_current_context().exit(DAMAGED)
 
 

@@ -92,27 +92,37 @@ def is_temporary(path: Path) -> bool:
 
 def sweep(folder: Path) -> None:
     """Remove temporary files whose writer is gone; of another machine's those older than a day."""
+    abandoned(folder, remove=True)
+
+
+def abandoned(folder: Path, *, remove: bool = False) -> list[Path]:
+    """Return the temporary files in a folder whose writer is gone, and ``remove`` them if asked to."""
+    found = []
     with contextlib.suppress(OSError), os.scandir(folder) as inside:
         for entry in inside:
             named = _TEMPORARY.fullmatch(entry.name)
             if named and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):
-                    _remove_abandoned(Path(entry.path), named["host"], int(named["process"]))
+                    path = Path(entry.path)
+                    found += [path] if _is_abandoned(path, named["host"], int(named["process"]), remove=remove) else []
+    return found
 
 
-def _remove_abandoned(path: Path, host: str, process: int) -> None:
-    """Remove a temporary file that nobody writes any more.
+def _is_abandoned(path: Path, host: str, process: int, *, remove: bool) -> bool:
+    """Tell whether nobody writes a temporary file any more, and remove it then.
 
     The lock decides: a process of another container, alive under a number that means nothing here, holds it. A lock may be
     known to one machine only, so that the word of the lock is taken for this machine's files alone.
     """
     old = time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
     if not old and (host != _host() or _alive(process)):
-        return
+        return False
     with path.open("r+b") as file:
         free = _lock(file.fileno())
-        if free or (free is None and old):
+        gone = bool(free or (free is None and old))
+        if gone and remove:
             path.unlink(missing_ok=True)
+        return gone
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha2
 from featcache.progress import logger
 from featcache.solvers.scaled import Streamed
 from featcache.specs import FeatureSpec
-from featcache.store import files, manifests, requests
+from featcache.store import collecting, files, manifests, requests
 from featcache.store.atomic import (
     create_file,
     is_temporary,
@@ -39,7 +39,6 @@ from featcache.store.verifying import OTHER_BYTES, Inspection
 
 TABLE = "features.h5"
 TABLE_LIMIT = 2 << 30
-_FOLDERS = ("", "parts", "requests", "heads", "tuned")
 _NAMED_BY_KEY = re.compile(r".*-([0-9a-f]{8})")
 _BLOCK_BYTES = 2 << 20
 _KEPT_MANIFESTS = 20
@@ -156,7 +155,7 @@ class FeatureStore:
 
     def tidy(self) -> None:
         """Remove what killed writers left; a cache that cannot be written stays as it is."""
-        for folder in _FOLDERS:
+        for folder in collecting.FOLDERS:
             sweep(self.path / folder)
 
     @property
@@ -192,22 +191,24 @@ class FeatureStore:
         quarantined: Sequence[Quarantined] = (),
         listing: Listing | None = None,
         seconds: float = 0.0,
+        instead_of: Sequence[FileRecord] = (),
     ) -> Manifest:
         """Make parts, quarantined images and a listing count: all of them, or none when killed.
 
-        ``seconds`` are added to what the entry's rows have cost. A commit that another process forestalled is merged
-        with that one's and tried again.
+        Parts come beside those that are there, but for those they are ``instead_of``. ``seconds`` are added to what the
+        entry's rows have cost. A commit that another process forestalled is merged with that one's and tried again.
         """
         self._stamps.settle()
         content = [files.encode_listing(listing)] if listing else []
         listed = self._add_file(content, LISTING_SUFFIX, len(listing.labels)) if listing else None
+        gone = {record.name for record in instead_of}
         while True:
             base = self._newest()
             merged = replace(
                 base,
                 number=base.number + 1,
                 previous=manifests.hash_of(base),
-                parts=manifests.union(base.parts, parts),
+                parts=manifests.union(tuple(part for part in base.parts if part.name not in gone), parts),
                 quarantined=manifests.merge_quarantine(base.quarantined, quarantined, listing),
                 listing=listed or base.listing,
                 seconds=round(base.seconds + seconds, 3),
@@ -223,7 +224,7 @@ class FeatureStore:
 
     def digests(self) -> set[bytes]:
         """Return the SHA-256 of every image that has a row."""
-        return {row.tobytes() for seen in self._rows_seen() for row in seen.sha256}
+        return {row.tobytes() for seen in self.rows_seen() for row in seen.sha256}
 
     def locate(self, sha256: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Return where images' rows are, by the SHA-256 of their bytes (n, 32): number of the part, row in it (n, 2).
@@ -231,7 +232,7 @@ class FeatureStore:
         Raises:
             StorageError: an image has no row.
         """
-        seen = [one.sha256 for one in self._rows_seen()]
+        seen = [one.sha256 for one in self.rows_seen()]
         sizes = np.array([len(one) for one in seen], dtype=np.int64)
         have = _as_keys(np.concatenate([np.empty((0, 32), np.uint8), *seen]))
         order = np.argsort(have, kind="stable")
@@ -253,7 +254,7 @@ class FeatureStore:
 
     def seen(self) -> Iterator[tuple[Seen, bool]]:
         """Yield what is remembered of files, oldest first, and whether it is by their rows."""
-        for record, rows in zip(self.manifest.parts, self._rows_seen(), strict=True):
+        for record, rows in zip(self.manifest.parts, self.rows_seen(), strict=True):
             yield rows, True
             if (copies := files.read_copies(self._part_path(record))) is not None:
                 yield copies, False
@@ -295,6 +296,11 @@ class FeatureStore:
         if len(mapped) != rows or mapped.dtype != np.dtype(self.spec["dtype"]):
             raise StorageError(f"{path}: {len(mapped)} rows of {mapped.dtype} are not what was asked for. {self._remedy}")
         return mapped
+
+    def part_of(self, record: FileRecord) -> tuple[Seen, Seen | None, Array]:
+        """Return which images a part has rows of, which copies of them it knows, and the rows, not in memory."""
+        path = self._checked(record)
+        return files.read_seen(path), files.read_copies(path), self._map(path, record.rows)
 
     @property
     def _remedy(self) -> str:
@@ -449,9 +455,8 @@ class FeatureStore:
         """Keep the flags that led here, so that they are recognised without loading a backbone."""
         name, content = requests.encode(request, self.key)
         path = self.path / "requests" / name
-        for other in path.parent.glob("*.json"):
-            if self._request_in(other) is None:
-                remove_file(other)
+        for other in self.broken_requests():
+            remove_file(other)
         if not path.exists():
             make_folder(path.parent)
             create_file(path, content)
@@ -461,6 +466,10 @@ class FeatureStore:
         for path in sorted((self.path / "requests").glob("*.json")):
             if (request := self._request_in(path)) is not None:
                 yield request
+
+    def broken_requests(self) -> list[Path]:
+        """Return the files of flags that say nothing any more."""
+        return [path for path in sorted((self.path / "requests").glob("*.json")) if self._request_in(path) is None]
 
     def _request_in(self, path: Path) -> dict[str, Any] | None:
         try:
@@ -542,7 +551,7 @@ class FeatureStore:
                 raise StorageError(f"{path}: {why}. {self._remedy}")
         return paths
 
-    def _rows_seen(self) -> list[Seen]:
+    def rows_seen(self) -> list[Seen]:
         """Return which images' rows each part holds, in order."""
         parts = self.manifest.parts
         seen = [files.read_seen(path) for path in self._paths(parts)]

@@ -1,0 +1,157 @@
+"""What in an entry nothing needs any more, and small parts joined into large ones."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.store import manifests
+from featcache.store.atomic import abandoned
+from featcache.store.files import Array, Part, Seen
+from featcache.store.manifests import FileRecord
+
+if TYPE_CHECKING:
+    from featcache.store.entry import FeatureStore
+
+FOLDERS = ("", "parts", "requests", "heads", "tuned")
+PART_BYTES = 64 << 20
+_SMALL_BYTES = PART_BYTES // 4
+_YOUNG_SECONDS = 3600  # who has written a part may yet have to commit it
+
+
+@dataclass(frozen=True)
+class Litter:
+    """A file that nothing needs, why, and its size."""
+
+    path: Path
+    why: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Joining:
+    """Parts to be written anew, and how many of their rows are of images that are no longer there, or are there twice."""
+
+    parts: tuple[FileRecord, ...] = ()
+    dropped: int = 0
+
+
+def litter_in(folders: Sequence[Path]) -> Iterator[Litter]:
+    """Yield temporary files whose writers are gone."""
+    for folder in folders:
+        for path in abandoned(folder):
+            yield Litter(path, "left by a process that is gone", _size(path))
+
+
+def litter_of(store: "FeatureStore") -> Iterator[Litter]:
+    """Yield what an entry's newest version does not need."""
+    yield from litter_in([store.path / name for name in FOLDERS])
+    manifest = store.manifest
+    listed = {record.name for record in (*manifest.parts, *([manifest.listing] if manifest.listing else []))}
+    for path in sorted((store.path / "parts").glob(f"*{manifests.PART_SUFFIX}")):
+        if path.name not in listed and _is_old(path):
+            what = "an old listing" if path.name.endswith(manifests.LISTING_SUFFIX) else "a part that no version lists"
+            yield Litter(path, what, _size(path))
+    for number in manifests.numbers_in(store.path):
+        if number < manifest.number:
+            path = store.path / f"manifest-{number}.json"
+            yield Litter(path, "an old version", _size(path))
+    for path in store.broken_requests():
+        yield Litter(path, "flags that were damaged", _size(path))
+
+
+def joining_of(store: "FeatureStore") -> Joining:
+    """Return which parts are to be joined: small ones, where there are several, and those with rows that nothing needs."""
+    wanted = _wanted(store)
+    taken: set[bytes] = set()
+    several, small, dropped = [], [], 0
+    for record, seen in zip(store.manifest.parts, store.rows_seen(), strict=True):
+        kept = _kept(seen, wanted, taken)
+        if not _is_old(store.path / "parts" / record.name):
+            continue
+        if not kept.all():
+            several.append(record)
+            dropped += int((~kept).sum())
+        elif record.bytes < _SMALL_BYTES:
+            small.append(record)
+    several += small if len(small) > 1 or several else []
+    names = {record.name for record in several}
+    return Joining(tuple(record for record in store.manifest.parts if record.name in names), dropped)
+
+
+def join(store: "FeatureStore", joining: Joining) -> None:
+    """Write parts anew, as few as may be, and commit them in the place of the old ones.
+
+    Raises:
+        StorageError: a part is damaged, or the disk failed.
+    """
+    wanted, taken = _wanted(store), set[bytes]()
+    names = {record.name for record in joining.parts}
+    for record, seen in zip(store.manifest.parts, store.rows_seen(), strict=True):
+        if record.name not in names:  # the rows that stay where they are count first
+            _kept(seen, wanted, taken)
+    written: list[FileRecord] = []
+    for runtime in dict.fromkeys(record.runtime for record in joining.parts):
+        group = [record for record in joining.parts if record.runtime == runtime]
+        written += (store.add_part(part, runtime) for part in _joined(store, group, wanted, taken))
+    store.commit(parts=written, instead_of=joining.parts)
+
+
+def _joined(
+    store: "FeatureStore", records: Sequence[FileRecord], wanted: set[bytes] | None, taken: set[bytes]
+) -> Iterator[Part]:
+    rows: list[Array] = []
+    several: list[Seen] = []
+    copies: list[Seen] = []
+    size = 0
+    for record in records:
+        seen, also, mapped = store.part_of(record)
+        kept = _kept(seen, wanted, taken)
+        rows.append(mapped[kept])
+        several.append(_take(seen, kept))
+        copies += [_take(also, _kept(also, wanted, set(), once=False))] if also is not None else []
+        size += rows[-1].nbytes
+        if size >= PART_BYTES:
+            yield Part(rows, _together(several), _together(copies) if copies else None)
+            rows, several, copies, size = [], [], [], 0
+    if any(len(one) for one in rows):
+        yield Part(rows, _together(several), _together(copies) if copies else None)
+
+
+def _wanted(store: "FeatureStore") -> set[bytes] | None:
+    """Return the content of the images that have a place in the entry, ``None`` where all have."""
+    if store.manifest.listing is None:
+        return None
+    return {digest.tobytes() for digest in store.listing().seen.sha256}
+
+
+def _kept(seen: Seen, wanted: set[bytes] | None, taken: set[bytes], *, once: bool = True) -> NDArray[np.bool_]:
+    kept = np.zeros(len(seen.paths), dtype=bool)
+    for row, digest in enumerate(map(bytes, seen.sha256)):
+        kept[row] = (wanted is None or digest in wanted) and digest not in taken
+        if once:
+            taken.add(digest)
+    return kept
+
+
+def _take(seen: Seen, which: NDArray[np.bool_]) -> Seen:
+    paths = tuple(path for path, is_kept in zip(seen.paths, which, strict=True) if is_kept)
+    return replace(seen, paths=paths, sha256=seen.sha256[which], stat=seen.stat[which])
+
+
+def _together(several: Sequence[Seen]) -> Seen:
+    paths = tuple(path for seen in several for path in seen.paths)
+    sha256, stat = (np.concatenate([getattr(seen, name) for seen in several]) for name in ("sha256", "stat"))
+    return Seen(paths, sha256, stat, min(seen.checked_ns for seen in several))
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _YOUNG_SECONDS
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
