@@ -186,7 +186,7 @@ def test_neighbours_hold_no_class_impossible(k: int) -> None:
 
 def test_one_miss_does_not_make_neighbours_doubt_everything() -> None:
     """A nearest neighbour that is right but once keeps its answers: the temperature stays off its bound of 20."""
-    features = blobs(3, count=100, spread=0.5)
+    features = blobs(3, count=500, spread=0.5)
     features.y[::25] = (features.y[::25] + 1) % 3
 
     fitted = fit(features, split_of(features), "knn", grid=[{"k": 5}])
@@ -198,7 +198,7 @@ def test_one_miss_does_not_make_neighbours_doubt_everything() -> None:
     assert scores.log_loss < 1
     assert scores.ece_scaled is not None
     assert scores.ece is not None
-    assert scores.ece_scaled < scores.ece + 0.02
+    assert scores.ece_scaled < scores.ece
 
 
 def test_an_ensemble_averages_its_members() -> None:
