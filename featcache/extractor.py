@@ -16,7 +16,7 @@ from featcache.cache import default_cache
 from featcache.errors import DataError, UsageError
 from featcache.images import UnreadableImage, encode, encode_image
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.sources import FileStat, Item, Source
+from featcache.sources import FileStat, Item, Source, read_file, stat_file
 from featcache.specs import POOLED, BackboneSpec, TransformOverrides, freeze_args
 
 
@@ -156,7 +156,7 @@ class _Contents:
     def read(self, path: str) -> bytes:
         """Return an image's bytes."""
         if not path.startswith("image "):
-            return Path(path).read_bytes()
+            return read_file(path)
         image = self.images[int(path.removeprefix("image "))]
         try:
             return encode_image(image) if isinstance(image, Image.Image) else encode(np.asarray(image))
@@ -167,8 +167,7 @@ class _Contents:
         """Return a file's signs; what is in memory has none."""
         if path.startswith("image "):
             return None
-        found = Path(path).stat()
-        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
+        return stat_file(path)
 
 
 def _one_column(X: Any) -> list[Any]:

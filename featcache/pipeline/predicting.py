@@ -1,6 +1,5 @@
 """A trained head on images that were never extracted: from files to labels, nothing kept."""
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -18,9 +17,8 @@ from featcache.flow import Batch, Reader, run_batches, sample
 from featcache.heads import answers, over_views
 from featcache.metrics import at_temperature
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.progress import progress
-from featcache.sources import Item, Source, image_files
-from featcache.sources.base import FileStat
+from featcache.progress import logger, progress
+from featcache.sources import FileStat, Item, Source, image_files, read_file, stat_file
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
 from featcache.stages.extract import Ready
 
@@ -42,11 +40,10 @@ class _Anywhere:
     """Files by the paths that the user gave."""
 
     def read(self, path: str) -> bytes:
-        return Path(path).read_bytes()
+        return read_file(path)
 
     def stat(self, path: str) -> FileStat:
-        found = os.stat(path)  # noqa: PTH116 - as sources do
-        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
+        return stat_file(path)
 
 
 def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpec:
@@ -94,7 +91,10 @@ def find_images(places: Iterable[str]) -> Iterator[str]:
     for place in places:
         path = Path(place)
         if path.is_dir():
-            yield from (str(path / inside) for inside in sorted(image_files(path)))
+            found, notes = image_files(path)
+            for note in notes or ([] if found else [f"{place}: no image in it"]):
+                logger.warning(note)
+            yield from (str(path / inside) for inside in found)
         elif path.exists():
             yield place
         else:

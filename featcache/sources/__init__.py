@@ -1,14 +1,28 @@
 """Where images come from. A source lists labelled images and reads their bytes; after that all kinds are alike."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from featcache.errors import DataError, UsageError
+from featcache.errors import DataError, FeatcacheError, UsageError
 from featcache.sources.arrays import open_digits, open_hdf5, open_npz
-from featcache.sources.base import Blobs, Files, FileStat, Item, Source, location_hash, safe_name
-from featcache.sources.folders import image_files, open_folder
+from featcache.sources.base import (
+    Blobs,
+    Files,
+    FileStat,
+    Item,
+    Source,
+    location_hash,
+    read_file,
+    require_file,
+    safe_name,
+    stat_file,
+)
+from featcache.sources.folders import open_folder
+from featcache.sources.labels import odd_names
 from featcache.sources.shards import open_shards
 from featcache.sources.tables import open_csv, open_parquet, read_column
+from featcache.sources.tree import image_files
 
 __all__ = [
     "Blobs",
@@ -20,17 +34,26 @@ __all__ = [
     "location_hash",
     "open_source",
     "read_column",
+    "read_file",
     "safe_name",
+    "stat_file",
 ]
 
-_FILES = {".csv": open_csv, ".parquet": open_parquet, ".npz": open_npz, ".h5": open_hdf5, ".hdf5": open_hdf5}
+_FILES: dict[str, Callable[[Path], Source]] = {
+    ".csv": open_csv,
+    ".parquet": open_parquet,
+    ".npz": open_npz,
+    ".h5": open_hdf5,
+    ".hdf5": open_hdf5,
+    ".tar": lambda path: open_shards(str(path)),
+}
 _KINDS = "a folder, .csv, .parquet, .npz or .h5 file, torchvision:NAME, hf:ORG/NAME, wds:SHARDS.tar or sklearn:digits"
 
 
 def open_source(
     data: str | Path, name: str | None = None, *, data_root: Path | None = None, download: bool = False
 ) -> Source:
-    """Open a data set.
+    """Open a data set; its ``notes`` say what lies there and is not read.
 
     Args:
         data: a folder; a ``.csv`` or ``.parquet`` manifest; ``.npz`` or ``.h5`` arrays; ``torchvision:NAME``;
@@ -40,14 +63,22 @@ def open_source(
         download: whether ``torchvision:`` and ``hf:`` may fetch what is not there.
 
     Raises:
-        DataError: there is nothing there, or no labelled image in it.
+        DataError: there is nothing there, no labelled image in it, or what is there cannot be read.
         UsageError: the kind of source is unknown.
         SetupError: it needs a library that is not installed.
     """
-    source = _open(str(data), data_root, download)
+    try:
+        source = _open(str(data), data_root, download)
+    except FeatcacheError:
+        raise
+    except Exception as error:  # the readers of other libraries raise anything: what they cannot read is the data's fault
+        said = next(iter(str(error).strip().splitlines()), "")
+        raise DataError(f"{data}: cannot be read ({type(error).__name__}{f': {said}' if said else ''}).") from error
     if not source.items:
-        raise DataError(f"{data}: no image found in it. A folder needs CLASS/IMAGE or train/CLASS/IMAGE files.")
-    return source if name is None else replace(source, name=safe_name(name))
+        also = f" {'; '.join(source.notes)}." if source.notes else ""
+        raise DataError(f"{data}: no image found in it. A folder needs CLASS/IMAGE or train/CLASS/IMAGE files.{also}")
+    odd = tuple(f"{data}: {note}" for note in odd_names(source.packed.labels))
+    return replace(source, name=source.name if name is None else safe_name(name), notes=source.notes + odd)
 
 
 def _open(text: str, data_root: Path | None, download: bool) -> Source:  # noqa: FBT001
@@ -59,8 +90,9 @@ def _open(text: str, data_root: Path | None, download: bool) -> Source:  # noqa:
     if kind in {"torchvision", "hf"} and rest:
         from featcache.sources.named import open_hub, open_torchvision
 
+        name, _, place = rest.partition("@")  # as a head's card writes where its images were
         return (
-            open_torchvision(rest, data_root, download=download)
+            open_torchvision(name, Path(place) if place else data_root, download=download)
             if kind == "torchvision"
             else open_hub(rest, download=download)
         )
@@ -68,6 +100,7 @@ def _open(text: str, data_root: Path | None, download: bool) -> Source:  # noqa:
     if path.is_dir():
         return open_folder(path)
     if path.suffix.lower() in _FILES:
+        require_file(path)
         return _FILES[path.suffix.lower()](path)
     if path.exists():
         raise UsageError(f"{text}: not {_KINDS}.")

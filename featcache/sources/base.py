@@ -1,6 +1,8 @@
 """What a source is: a named list of labelled images, and a way to read each one's bytes."""
 
 import os
+import re
+import stat as modes
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from featcache.errors import DataError
 from featcache.fingerprint import fingerprint
 
+MOST_IMAGE_BYTES = 256 << 20  # 50 megapixels without compression, and room
 _MOST_SPLITS = 8
 SPLIT_FOLDERS = {
     "train": "train",
@@ -105,6 +108,36 @@ class FileStat:
     ctime_ns: int = -1
 
 
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        OSError: it cannot be read, is no regular file (a pipe or a device may never end), or is larger than 256 MiB.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait here for its other end
+    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - it is open
+        _require_readable(os.fstat(descriptor))
+        return file.readall() or b""
+
+
+def stat_file(path: str | os.PathLike[str]) -> FileStat:
+    """Return what tells that an image file has not changed.
+
+    Raises:
+        OSError: as of ``read_file``.
+    """
+    found = os.stat(path)  # noqa: PTH116 - pathlib is slow
+    _require_readable(found)
+    return FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
+
+
+def _require_readable(found: os.stat_result) -> None:
+    if not modes.S_ISREG(found.st_mode):
+        raise OSError("a folder, not a file" if modes.S_ISDIR(found.st_mode) else "a pipe, socket or device, not a file")
+    if found.st_size > MOST_IMAGE_BYTES:
+        raise OSError(f"{found.st_size / 1e6:.0f} MB, over the limit of {MOST_IMAGE_BYTES / 1e6:.0f} MB an image")
+
+
 class Contents(Protocol):
     """Where the bytes of a source's images are; many threads read at once."""
 
@@ -123,13 +156,11 @@ class Files:
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes."""
-        with open(os.path.join(self.root, path), "rb", buffering=0) as file:  # noqa: PTH118, PTH123 - pathlib is slow
-            return file.readall()
+        return read_file(os.path.join(self.root, path))  # noqa: PTH118 - pathlib is slow
 
     def stat(self, path: str) -> FileStat:
         """Return a file's size, time and inode."""
-        found = os.stat(os.path.join(self.root, path))  # noqa: PTH116, PTH118 - as above
-        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
+        return stat_file(os.path.join(self.root, path))  # noqa: PTH118 - as above
 
 
 @dataclass(frozen=True)
@@ -168,13 +199,18 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Source:
-    """A named list of labelled images. ``notes`` are things about it that the user should hear."""
+    """A named list of labelled images.
+
+    ``notes`` are things about it that the user should hear: above all what lies there and is not read. ``label_lists`` says
+    that labels are lists, joined with ``;``.
+    """
 
     name: str
     location: str
     items: Sequence[Item]
     contents: Contents = field(default_factory=lambda: Blobs({}))
     notes: tuple[str, ...] = ()
+    label_lists: bool = False
 
     def __post_init__(self) -> None:
         """Pack the list."""
@@ -198,7 +234,12 @@ class Source:
         Raises:
             OSError: it cannot be read.
         """
-        return self.contents.read(path)
+        try:
+            return self.contents.read(path)
+        except OSError:
+            raise
+        except Exception as error:  # the readers of other libraries raise anything; one image must not end a run
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def stat(self, path: str) -> FileStat | None:
         """Return what tells that an image has not changed, ``None`` where nothing does.
@@ -206,7 +247,22 @@ class Source:
         Raises:
             OSError: it cannot be reached.
         """
-        return self.contents.stat(path)
+        try:
+            return self.contents.stat(path)
+        except OSError:
+            raise
+        except Exception as error:  # as above; a NUL in a path is a ValueError
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is there and no file: a pipe would be waited for.
+
+    Raises:
+        DataError: it is none.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: {'a folder' if path.is_dir() else 'a pipe, socket or device'}, not a file.")
 
 
 def split_of(text: object, where: str) -> str:
@@ -221,14 +277,29 @@ def split_of(text: object, where: str) -> str:
     return SPLIT_FOLDERS.get(name, "")
 
 
-def require_whole(items: list[Item], where: str) -> None:
-    """Refuse a list that names an image twice, or gives a split to some only.
+_SPLIT_NAME = re.compile(
+    r"(?:(?P<train>train(?:ing|[\W_]*val(?:id|idation)?)?)|(?P<val>val(?:id|idation)?|dev)"
+    r"|(?P<test>test(?:ing)?|eval(?:uation)?|holdout))"
+    r"(?:[\W_]*(?:\d+|set|data|split|images?|imgs?|photos|final|new|old|all|full|public|private|[ab]))*[\W_]*"
+)
+
+
+def looks_like_split(name: str) -> str:
+    """Return which split a name such as ``test1`` or ``val_images`` seems to mean, "" where it seems to mean none."""
+    found = _SPLIT_NAME.fullmatch(name.strip().lower())
+    return next((split for split in ("train", "val", "test") if found[split]), "") if found else ""
+
+
+def require_whole(items: Iterable[Item], where: str) -> None:
+    """Refuse a list that names an image twice, by whatever spelling, or gives a split to some only.
 
     Raises:
         DataError: it does.
     """
     seen: set[str] = set()
-    twice = [item.path for item in items if item.path in seen or seen.add(item.path)]  # type: ignore[func-returns-value]
+    items = list(items)
+    plain = (os.path.normpath(item.path) for item in items)  # a/../b.png is b.png
+    twice = [path for path in plain if path in seen or seen.add(path)]  # type: ignore[func-returns-value]
     if twice:
         raise DataError(f"{where}: {twice[0]} is listed more than once ({len(twice)} such paths).")
     if 0 < sum(not item.split for item in items) < len(items):

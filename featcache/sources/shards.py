@@ -1,17 +1,34 @@
 """WebDataset shards: tar files that are indexed once and read in place, never extracted."""
 
+import io
 import json
+import math
 import re
 import tarfile
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from featcache.errors import DataError
-from featcache.sources.base import SPLIT_FOLDERS, FileStat, Item, Source, require_whole, safe_name
-from featcache.sources.folders import IMAGE_SUFFIXES
+from featcache.sources.base import (
+    MOST_IMAGE_BYTES,
+    SPLIT_FOLDERS,
+    FileStat,
+    Item,
+    Source,
+    require_file,
+    require_whole,
+    safe_name,
+)
+from featcache.sources.labels import Labels, labelled
+from featcache.sources.tree import IMAGE_SUFFIXES, IN_ORDER, is_hidden, many, tallied
 
 _MOST_LABEL_BYTES = 1 << 20
+_MOST_HEADER_BYTES = 16 << 20
+_MOST_SHARDS = 100_000
+_LABEL_SUFFIXES = (".cls", ".json", ".txt")  # the first that says a label counts: captions stand in .txt, and in .json
 
 
 @dataclass(frozen=True)
@@ -23,6 +40,8 @@ class Members:
     def read(self, path: str) -> bytes:
         """Return an image's bytes."""
         archive, offset, size = self.places[path]
+        if size > MOST_IMAGE_BYTES:
+            raise OSError(f"{size / 1e6:.0f} MB, over the limit of {MOST_IMAGE_BYTES / 1e6:.0f} MB an image")
         with archive.open("rb") as file:
             file.seek(offset)
             content = file.read(size)
@@ -37,84 +56,146 @@ class Members:
         return FileStat(size, found.st_mtime_ns, offset, found.st_ctime_ns)
 
 
-def open_shards(pattern: str) -> Source:
-    """Open ``shards-{000..009}.tar``: samples of an image and a label, ``.cls`` or ``.txt`` or "label" in ``.json``.
+@dataclass
+class _Shard:
+    """What one tar file holds: by sample and suffix the place of its image, and its labels; and what is not read."""
 
-    A split is taken from a shard's name where that begins with train, val or test.
+    images: dict[str, dict[str, tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(dict))
+    labels: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    others: Counter[str] = field(default_factory=Counter)
+
+
+class _Archive(io.FileIO):
+    """A tar file whose headers are of a sane size: one of them may claim any number of bytes."""
+
+    def read(self, size: int | None = -1, /) -> Any:
+        """Read as a file does, or raise ReadError."""
+        if size is None or size < 0 or size > _MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def open_shards(pattern: str) -> Source:
+    """Open ``shards-{000..009}.tar``: samples of an image and a label: ``.cls``, else "label" in ``.json``, else ``.txt``.
+
+    Nothing depends on the order of members. Of several images in one sample the first by format is read, ``.jpg`` before
+    ``.png``. A split is taken from a shard's name where that begins with train, val or test, or, where no name does, from
+    the one such word in it, if the shards then have several splits.
 
     Raises:
         DataError: a shard is absent, compressed or no tar file, or a sample has no label.
     """
     paths = [Path(text).expanduser() for text in _braces(pattern)]
-    items: list[Item] = []
+    read, others, more = Labels(pattern), Counter[str](), 0
+    rows: list[tuple[str, str | None, str]] = []
     places: dict[str, tuple[Path, int, int]] = {}
-    for path in paths:
-        for key, (image, offset, size, label) in _samples(path).items():
-            if label is None:
-                raise DataError(f"{path}: {key} has an image and no label (.cls, .txt, or label in .json).")
-            item = Item(f"{path.name}/{image}", label, _split(path))
-            items.append(item)
-            places[item.path] = (path.resolve(), offset, size)
+    for path, split in zip(paths, _splits(paths), strict=True):
+        shard = _indexed(path, read)
+        others += shard.others
+        for key, formats in shard.images.items():
+            name, offset, size = formats[min(formats, key=IN_ORDER.index)]
+            more += len(formats) - 1
+            says = shard.labels.get(key, {})
+            label = next((says[suffix] for suffix in _LABEL_SUFFIXES if suffix in says), None)
+            rows.append((f"{path.name}/{name}", label, split))
+            places[rows[-1][0]] = (path.resolve(), offset, size)
+        lone = sum(key not in shard.images for key in shard.labels)
+        others.update({"labels without an image": lone} if lone else {})
+    labels, splits = [row[1] for row in rows], [row[2] for row in rows]
+    kept, notes = labelled(labels, splits, pattern, lambda number: f"{rows[number][0]} (.cls, label in .json, or .txt)")
+    if others:
+        notes.append(f"{pattern}: left out: {many(others.total(), 'member')} of shards ({tallied(others)})")
+    if more:
+        notes.append(
+            f"{pattern}: left out: {many(more, 'image')} beside another of the same sample: .jpg counts before .png"
+        )
+    items = [Item(path, label or "", split) for path, label, split in (rows[number] for number in kept)]
     require_whole(items, pattern)
     stem = re.sub(r"[-_.]*\{.*?\}[-_.]*", "", PurePosixPath(pattern).name).removesuffix(".tar") or "shards"
     location = str(Path(pattern).expanduser().absolute())
-    return Source(safe_name(stem), location, tuple(items), Members(places))
+    return Source(safe_name(stem), location, tuple(items), Members(places), tuple(notes), read.lists)
 
 
-def _samples(path: Path) -> dict[str, tuple[str, int, int, str | None]]:
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, str] = {}
+def _indexed(path: Path, read: Labels) -> _Shard:
+    shard = _Shard()
     try:
-        with tarfile.open(path, "r:") as archive:
+        require_file(path)
+        with _Archive(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
-                if not member.isreg() or name.name.startswith("."):
+                if member.isdir() or any(is_hidden(part) for part in name.parts if part not in {".", ".."}):
                     continue
-                stem, _, suffix = name.name.partition(".")
-                key, suffix = (name.parent / stem).as_posix(), f".{suffix.lower()}"
-                if suffix in IMAGE_SUFFIXES and member.sparse is None:
-                    images[key] = (member.name, member.offset_data, member.size)
-                elif suffix in {".cls", ".txt", ".json"} and member.size <= _MOST_LABEL_BYTES:
-                    file = archive.extractfile(member)
-                    label = _label(file.read() if file else b"", suffix)
-                    if label is not None:
-                        labels[key] = label
+                _sort_in(archive, member, name, shard, path, read)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such shard.") from None
     except tarfile.TarError as error:
         raise DataError(
             f"{path}: not an uncompressed tar file ({error}); compressed shards cannot be read in place."
         ) from error
-    return {key: (*place, labels.get(key)) for key, place in images.items()}
+    return shard
 
 
-def _label(content: bytes, suffix: str) -> str | None:
+def _sort_in(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, name: PurePosixPath, shard: _Shard, path: Path, read: Labels
+) -> None:
+    stem, _, suffix = name.name.partition(".")
+    key, suffix = (name.parent / stem).as_posix(), f".{suffix.lower()}" if suffix else ""
+    if not member.isreg():
+        shard.others["links and devices"] += 1
+    elif suffix in IMAGE_SUFFIXES and member.sparse is None:
+        if suffix in shard.images[key]:
+            raise DataError(f"{path}: {member.name} is there twice.")
+        shard.images[key][suffix] = (member.name, member.offset_data, member.size)
+    elif suffix in _LABEL_SUFFIXES and member.size <= _MOST_LABEL_BYTES:
+        file = archive.extractfile(member)
+        label = _label(file.read() if file else b"", suffix, read, member.name)
+        if label is not None and shard.labels[key].setdefault(suffix, label) != label:
+            raise DataError(f"{path}: {member.name} is there twice, with different labels.")
+    else:
+        shard.others[suffix] += 1
+
+
+def _label(content: bytes, suffix: str, read: Labels, name: str) -> str | None:
     text = content.decode("utf-8", "replace").strip()
     if suffix != ".json":
-        return text or None
+        return read.read(text, name)
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    label = found.get("label") if isinstance(found, dict) else None
-    return str(label) if label is not None else None
+    return read.read(found.get("label"), name) if isinstance(found, dict) else None
 
 
-def _split(path: Path) -> str:
-    word = re.match(r"[a-z]+", path.name.lower())
-    return SPLIT_FOLDERS.get(word[0], "") if word else ""
+def _splits(paths: list[Path]) -> list[str]:
+    words = [re.findall(r"[a-z]+", path.name.lower()) for path in paths]
+    first = [SPLIT_FOLDERS.get(several[0], "") if several and path.name[0].isalpha() else "" for several, path in
+             zip(words, paths, strict=True)]  # fmt: skip
+    if any(first):
+        return first
+    inside = [{SPLIT_FOLDERS[word] for word in several if word in SPLIT_FOLDERS} for several in words]
+    if all(len(splits) == 1 for splits in inside) and len(set.union(set(), *inside)) > 1:
+        return [next(iter(splits)) for splits in inside]
+    return first
 
 
 def _braces(pattern: str) -> list[str]:
-    """Expand ``{000..009}`` and ``{a,b}``."""
+    """Expand ``{000..009}`` and ``{a,b}``.
+
+    Raises:
+        DataError: that would be more than 100,000 shards.
+    """
     parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = []
+    choices: list[list[str] | range] = []
+    zeros = []
     for index, part in enumerate(parts):
-        if index % 2 == 0:
-            choices.append([part])
-        elif span := re.fullmatch(r"(\d+)\.\.(\d+)", part):
-            first, last = int(span[1]), int(span[2])
-            choices.append([str(number).zfill(len(span[1])) for number in range(first, last + 1)])
+        span = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", part) if index % 2 else None
+        zeros.append(len(span[1]) if span else 0)
+        if span:
+            choices.append(range(int(span[1]), int(span[2]) + 1))
         else:
-            choices.append(part.split(","))
-    return ["".join(choice) for choice in product(*choices)]
+            choices.append(part.split(",") if index % 2 else [part])
+    count = math.prod(len(choice) for choice in choices)
+    if count > _MOST_SHARDS:
+        raise DataError(f"{pattern}: names {count} shards; {_MOST_SHARDS} are the most.")
+    texts = [[str(one).zfill(width) for one in choice] for choice, width in zip(choices, zeros, strict=True)]
+    return ["".join(choice) for choice in product(*texts)]

@@ -3,34 +3,54 @@
 import csv
 import json
 import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featcache.errors import DataError, SetupError
 from featcache.sources.base import Files, Item, Numbered, Source, require_whole, safe_name, split_of
+from featcache.sources.labels import Labels, labelled
 
 _BYTES_COLUMNS = ("image", "bytes", "img", "jpg", "png")
+_MOST_LINE = 1 << 20
+_BATCH_BYTES = 64 << 20
+
+
+@dataclass
+class _Rows:
+    """A manifest's rows, as columns: what each is called, its label, its split, and a column that was asked for."""
+
+    names: list[str] = field(default_factory=list)
+    labels: list[str | None] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    asked: list[str | None] = field(default_factory=list)
+    lists: bool = False
+    notes: tuple[str, ...] = ()
+
+    def add(self, name: str, label: str | None, split: object, where: str) -> None:
+        """Put down a row."""
+        if not name:
+            raise DataError(f"{where}: path and label must not be empty.")
+        if "\0" in name:
+            raise DataError(f"{where}: a path has a NUL in it.")
+        self.names.append(PurePosixPath(name).as_posix())
+        self.labels.append(label)
+        self.splits.append(split_of(split, where))
+
+    def labelled(self, path: Path, word: str, first: int) -> "tuple[list[int], list[Item], tuple[str, ...]]":
+        """Return which rows can be used, those as items, and the notes."""
+        kept, notes = labelled(self.labels, self.splits, str(path), lambda number: f"{word} {number + first}")
+        items = [Item(self.names[number], self.labels[number] or "", self.splits[number]) for number in kept]
+        return kept, items, (*self.notes, *notes)
 
 
 def open_csv(path: Path) -> Source:
     """Open a manifest with the columns path and label, and optionally split; paths are absolute, or relative to it."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
-    columns = set(rows[0]) if rows else set()
-    _require_columns(columns, path)
-    items = []
-    for line, row in enumerate(rows, start=2):
-        where = f"{path}, line {line}"
-        if not row["path"] or not row["label"]:
-            raise DataError(f"{where}: path and label must not be empty.")
-        items.append(Item(PurePosixPath(row["path"]).as_posix(), row["label"], split_of(row.get("split"), where)))
+    rows = _csv_rows(path)
+    _, items, notes = rows.labelled(path, "line", 2)
     require_whole(items, str(path))
-    return Source(safe_name(path.stem), str(path.resolve()), tuple(items), Files(path.resolve().parent))
+    return Source(safe_name(path.stem), str(path.resolve()), tuple(items), Files(path.resolve().parent), notes)
 
 
 def open_parquet(path: Path) -> Source:
@@ -38,6 +58,71 @@ def open_parquet(path: Path) -> Source:
 
     A column of bytes is binary, or a struct of bytes and path as Hugging Face writes it; its class names are used.
     """
+    rows, column = _parquet_rows(path)
+    kept, items, notes = rows.labelled(path, "row", 0)
+    require_whole(items, str(path))
+    contents: Any = Files(path.resolve().parent)
+    if column is not None:
+        numbers = {item.path: row for row, item in zip(kept, items, strict=True)}
+        contents = Numbered(numbers, _RowGroups(path, column), path.resolve())
+    return Source(safe_name(path.stem), str(path.resolve()), tuple(items), contents, notes, rows.lists)
+
+
+def read_column(location: str, column: str) -> list[str]:
+    """Return a manifest's values in one column as text, one for each image of its source.
+
+    Raises:
+        DataError: the source is no manifest, has no such column, or a value is missing.
+    """
+    path = Path(location)
+    if path.suffix.lower() == ".csv":
+        rows, word, first = _csv_rows(path, column), "line", 2
+    elif path.suffix.lower() == ".parquet":
+        (rows, _), word, first = _parquet_rows(path, column), "row", 0
+    else:
+        raise DataError(f"--group {column}: {location} is no manifest: list its images in a CSV or Parquet file.")
+    kept, _, _ = rows.labelled(path, word, first)
+    missing = next((number for number in kept if not rows.asked[number]), None)
+    if missing is not None:
+        raise DataError(f"--group {column}: {path}, {word} {missing + first} has none.")
+    return [rows.asked[number] or "" for number in kept]
+
+
+def _csv_rows(path: Path, asked: str | None = None) -> _Rows:
+    rows, read = _Rows(), Labels(str(path))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(_lines(file, path))
+            columns = next(reader, [])
+            _require_columns(columns, path)
+            _require_single(columns, path, asked)
+            at = {name: columns.index(name) for name in columns}
+            for line, found in enumerate((cells for cells in reader if cells), start=2):
+                where = f"{path}, line {line}"
+                if any(found[len(columns) :]):
+                    raise DataError(f"{where}: more cells than columns; a path or label with a comma needs quotes.")
+                cells = found + [""] * (len(columns) - len(found))
+                label = read.read(cells[at["label"]], f"line {line}")
+                rows.add(cells[at["path"]], label, cells[at["split"]] if "split" in at else None, where)
+                if asked is not None:
+                    rows.asked.append(cells[at[asked]])
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
+    return rows
+
+
+def _lines(file: Any, path: Path) -> Iterator[str]:
+    """Yield lines of a sane length: a file that is no manifest may be one line of any size."""
+    while line := file.readline(_MOST_LINE):
+        if len(line) == _MOST_LINE:
+            raise DataError(f"{path}: not a CSV file: a line of over {_MOST_LINE} characters.")
+        yield line
+
+
+def _parquet_rows(path: Path, asked: str | None = None) -> tuple[_Rows, str | None]:
+    """Return the rows, and the column of the images' bytes where there is one."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -49,62 +134,53 @@ def open_parquet(path: Path) -> Source:
         raise DataError(f"{path}: there is no such file.") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a Parquet file ({error}).") from error
-    schema = file.schema_arrow
-    column = next((name for name in _BYTES_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)), None)
-    if column is None:
-        _require_columns(set(schema.names), path)
-    elif "label" not in schema.names:
-        raise DataError(f"{path}: a column label is needed beside {column}, found {sorted(schema.names)}.")
-    names = [name for name in ("path", "label", "split") if name in schema.names]
-    struct = column is not None and pa.types.is_struct(schema.field(column).type)
-    if column is not None and struct and "path" not in names:
-        names.append(f"{column}.path")
-    rows = file.read(columns=names).to_pydict()
-    count = len(rows["label"])
-    inner = [(value or {}).get("path") for value in rows[column]] if column in rows else [None] * count
-    classes = _class_names(schema.metadata or {})
-    items = []
-    for row in range(count):
-        label, where = rows["label"][row], f"{path}, row {row}"
-        given = rows.get("path", inner)[row]
-        if label is None or label == "" or (column is None and not given):
-            raise DataError(f"{where}: path and label must not be empty.")
-        named = classes[label] if classes and isinstance(label, int) and 0 <= label < len(classes) else str(label)
-        name = (
-            PurePosixPath(given).as_posix()
-            if column is None
-            else f"{row:08d}" + (f"-{PurePosixPath(given).name}" if given else "")
+    with file:
+        schema = file.schema_arrow
+        column = next(
+            (name for name in _BYTES_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)), None
         )
-        items.append(Item(name, named, split_of(rows.get("split", [None] * count)[row], where)))
-    require_whole(items, str(path))
-    contents: Any = Files(path.resolve().parent)
-    if column is not None:
-        numbers = {item.path: row for row, item in enumerate(items)}
-        contents = Numbered(numbers, _RowGroups(path, column), path.resolve())
-    return Source(safe_name(path.stem), str(path.resolve()), tuple(items), contents)
+        if column is None:
+            _require_columns(schema.names, path)
+        elif "label" not in schema.names:
+            raise DataError(f"{path}: a column label is needed beside {column}, found {sorted(schema.names)}.")
+        _require_single(schema.names, path, asked)
+        _require_text(schema, column, path)
+        if file.metadata.num_rows > path.stat().st_size:
+            raise DataError(f"{path}: claims {file.metadata.num_rows} rows in {path.stat().st_size} bytes.")
+        classes, broken = _class_names(schema.metadata or {})
+        rows, read = _Rows(notes=(f"{path}: {broken}",) if broken else ()), Labels(str(path), classes)
+        for number, row in enumerate(_records(file, column, asked)):
+            given = row.get("path", row.get("inner"))
+            name = given or ""
+            if column is not None:
+                name = f"{number:08d}" + (f"-{PurePosixPath(given).name}" if given else "")
+            rows.add(name, read.read(row["label"], f"row {number}"), row.get("split"), f"{path}, row {number}")
+            if asked is not None:
+                rows.asked.append("" if row[asked] is None else str(row[asked]))
+    rows.lists = read.lists
+    return rows, column
 
 
-def read_column(location: str, column: str) -> list[str]:
-    """Return a manifest's values in one column as text, row by row.
+def _records(file: Any, column: str | None, asked: str | None) -> Iterator[dict[str, Any]]:
+    """Yield rows without the images' bytes; as many at once as fit into memory if each were as large as all together."""
+    import pyarrow as pa
 
-    Raises:
-        DataError: the source is no manifest, or has no such column.
-    """
-    path = Path(location)
-    if path.suffix.lower() == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
-    elif path.suffix.lower() == ".parquet":
-        import pyarrow.parquet as pq
-
-        names = [name for name in pq.read_schema(path).names if name == column]
-        columns = pq.read_table(path, columns=names).to_pydict()
-    else:
-        raise DataError(f"--group {column}: {location} is no manifest: list its images in a CSV or Parquet file.")
-    if column not in columns:
-        raise DataError(f"--group {column}: {path.name} has no such column.")
-    return [str(value) for value in columns[column]]
+    schema = file.schema_arrow
+    names = [name for name in {"path": 0, "label": 0, "split": 0, **({asked: 0} if asked else {})} if name in schema.names]
+    struct = column is not None and pa.types.is_struct(schema.field(column).type)
+    inner = struct and "path" not in names and any(part.name == "path" for part in schema.field(column).type)
+    columns = [*names, f"{column}.path"] if inner else names
+    for group in range(file.num_row_groups):
+        facts = file.metadata.row_group(group)
+        parts = [facts.column(number) for number in range(facts.num_columns)]
+        wanted = [part for part in parts if part.path_in_schema.split(".")[0] in names or part.path_in_schema in columns]
+        size = max(1, _BATCH_BYTES // max(1, *(part.total_uncompressed_size for part in wanted)))
+        for batch in file.iter_batches(size, row_groups=[group], columns=columns):
+            values = {name: batch.column(name).to_pylist() for name in names}
+            if inner:
+                values["inner"] = [(value or {}).get("path") for value in batch.column(column).to_pylist()]
+            for row in range(batch.num_rows):
+                yield {name: several[row] for name, several in values.items()}
 
 
 class _RowGroups:
@@ -140,29 +216,58 @@ class _RowGroups:
                     self._held[group] = file.read_row_group(group, columns=[self._column])[self._column].to_pylist()
             value = self._held[group][row - (self._ends[group - 1] if group else 0)]
         content = value.get("bytes") if isinstance(value, dict) else value
-        if content is None:
+        if not isinstance(content, bytes):
             raise OSError(f"row {row} holds no bytes")
-        return bytes(content)
+        return content
 
 
 def _holds_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
-    """Return the class names that Hugging Face's schema notes for ``label``."""
+def _require_text(schema: Any, column: str | None, path: Path) -> None:
+    """Refuse paths that are no text.
+
+    Raises:
+        DataError: they are not.
+    """
+    import pyarrow as pa
+
+    kinds = {name: schema.field(name).type for name in ("path", "split") if name in schema.names}
+    if column is not None and pa.types.is_struct(schema.field(column).type):
+        kinds |= {f"{column}.path": part.type for part in schema.field(column).type if part.name == "path"}
+    for name, kind in kinds.items():
+        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_null(plain)):
+            raise DataError(f"{path}: the column {name} must be text, not {kind}.")
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> tuple[list[str], str]:
+    """Return the class names that Hugging Face's schema notes for ``label``, and what is wrong with them if something is."""
+    if b"huggingface" not in metadata:
+        return [], ""
     try:
-        return [str(name) for name in json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]]
-    except (KeyError, ValueError, TypeError):
-        return []
+        described = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]
+        names = described.get("names") if isinstance(described, dict) else None
+        return [str(name) for name in names or []], ""
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        return [], f"its notes on class names cannot be read ({type(error).__name__}); classes are called by their numbers"
 
 
-def _require_columns(columns: set[Any], path: Path) -> None:
-    if not {"path", "label"} <= columns:
+def _require_columns(columns: Sequence[str], path: Path) -> None:
+    if not {"path", "label"} <= set(columns):
         raise DataError(
             f"{path}: the columns path and label are needed (split is optional), found {sorted(map(str, columns))}."
         )
+
+
+def _require_single(columns: Sequence[str], path: Path, asked: str | None) -> None:
+    twice = next((name for name in ("path", "label", "split", asked) if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: two columns are called {twice}.")
+    if asked is not None and asked not in columns:
+        raise DataError(f"--group {asked}: {path.name} has no such column.")
