@@ -109,12 +109,21 @@ class Reader:
             if not is_new:
                 batch.copies.append((position, digest, stat))
                 return
-            batch.pixels.append(decode(content, self._transform, self._views))
+            batch.pixels.append(self._decoded(content))
             batch.fresh.append((position, digest, stat))
         except OSError as error:
             batch.bad.append(unreadable(path, error))
         except UnreadableImage as error:
             batch.bad.append(Quarantined(path, digest.hex(), str(error)))
+        except Exception as error:  # noqa: BLE001 - one image never ends a run, whatever a reader raises
+            batch.bad.append(Quarantined(path, digest.hex(), f"{type(error).__name__}: {error}"))
+
+    def _decoded(self, content: bytes) -> Pixels:
+        try:
+            return decode(content, self._transform, self._views)
+        except MemoryError:
+            with self._lock:  # the others come to rest at the feed: once more, with their room
+                return decode(content, self._transform, self._views)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import math
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,6 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from featcache.specs import Transform, Views
 
 MAX_MEGAPIXELS = 50.0
+_MAX_SHRUNK_MEGAPIXELS = 250.0  # of a JPEG that libjpeg shrinks as it decodes, a few lines at a time
+_MAX_SIDE = 1 << 17  # Pillow keeps a pointer for each line: 49 million lines of one pixel take a gigabyte
+_PNG, _ICON = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0"
 # Formats that Pillow reads by itself: others, such as EPS, would start another program on a file's content.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO")
 _RESAMPLING = {
@@ -45,31 +50,34 @@ def decode(content: bytes, transform: Transform, views: Views | None = None) -> 
     grey by its high byte.
 
     Raises:
-        UnreadableImage: the bytes are no image, a truncated one, or one of more than 50 megapixels.
+        UnreadableImage: the bytes are no image, a truncated one, one of more than 50 megapixels (250 where a JPEG can be
+            shrunk as it is decoded) or with a side of more than 131,072 pixels.
+        MemoryError: there is no room to decode it.
     """
     views = views or Views()
     try:
-        with Image.open(io.BytesIO(content), formats=_known_formats()) as image:
-            megapixels = image.width * image.height / 1e6
-            if megapixels > MAX_MEGAPIXELS:
-                raise UnreadableImage(f"{megapixels:.0f} megapixels, over the limit of {MAX_MEGAPIXELS:.0f}")
+        with _opened(content) as image:
+            scaled = transform.decoder == "pillow-scaled"
+            shrinks = scaled and image.format in {"JPEG", "MPO"} and _is_decoded_in_one_scan(content)
+            _require_size(*image.size, most=_MAX_SHRUNK_MEGAPIXELS if shrinks else MAX_MEGAPIXELS)
             boxes = [_evaluation_box(image.width, image.height, transform)]
             if views.count > 1:
                 boxes += _random_boxes(image.width, image.height, content, views)
             full = image.size
-            if transform.decoder == "pillow-scaled":
+            if scaled:
                 _decode_smaller(image, transform.input_size, boxes)
+                _require_size(*image.size)
             rgb = _to_rgb(image)
             pixels = [_resized(rgb, full, box, transform) for box in boxes]
             return np.stack(pixels) if len(pixels) > 1 else pixels[0][None]
-    except UnreadableImage:
+    except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError:
         raise UnreadableImage("empty file" if not content else "not an image file") from None
     except Image.DecompressionBombError:
         raise UnreadableImage(f"more than {MAX_MEGAPIXELS:.0f} megapixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(f"broken image ({error})") from error
+    except Exception as error:  # Pillow's plug-ins raise anything on damaged files
+        raise UnreadableImage(f"broken image ({str(error) or type(error).__name__})") from error
 
 
 def encode(pixels: NDArray[np.uint8]) -> bytes:
@@ -97,11 +105,61 @@ def _known_formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
+def _opened(content: bytes) -> Image.Image:
+    """Open an image as ``Image.open`` does, but for its own limit on size, of which it also warns on stderr."""
+    if content.startswith(_ICON):
+        for width, height in _sizes_in_icon(content):
+            _require_size(width, height)
+    for name in _known_formats():
+        factory, accepts = Image.OPEN[name]
+        try:
+            if accepts is None or accepts(content[:16]) is True:
+                return factory(io.BytesIO(content), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # it is of another format
+    raise UnidentifiedImageError
+
+
+def _require_size(width: int, height: int, most: float = MAX_MEGAPIXELS) -> None:
+    megapixels = width * height / 1e6
+    if megapixels > most:
+        raise UnreadableImage(f"{megapixels:.0f} megapixels, over the limit of {MAX_MEGAPIXELS:.0f}")
+    if max(width, height) > _MAX_SIDE:
+        raise UnreadableImage(f"{width} x {height} pixels, over the limit of {_MAX_SIDE} a side")
+
+
+def _sizes_in_icon(content: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the sizes that the images in an ICO file declare: Pillow decodes one as it opens the file."""
+    for entry in range(6, 6 + 16 * int.from_bytes(content[4:6], "little"), 16):
+        offset = int.from_bytes(content[entry + 12 : entry + 16], "little")
+        head = content[offset : offset + 24]
+        if head.startswith(_PNG) and len(head) == 24:
+            yield struct.unpack(">II", head[16:24])
+        elif len(head) >= 12:
+            width, height = struct.unpack("<ii", head[4:12])
+            yield abs(width), abs(height)
+
+
+def _is_decoded_in_one_scan(content: bytes) -> bool:
+    """Tell whether a JPEG has all its colours in one scan: else libjpeg keeps all of it in memory as it decodes."""
+    place, colours = 2, -1
+    while place + 4 < len(content) and content[place] == 0xFF:
+        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4], "big")
+        if marker in {0xC0, 0xC1}:
+            colours = content[place + 9] if place + 9 < len(content) else -1
+        if marker == 0xDA:
+            return content[place + 4] == colours
+        place += 1 if marker == 0xFF else 2 + length
+    return False
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
     if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I" and image.format in {"PPM", "PNG"}:  # both have 16 bits at most, scaled to all of them
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in {"I", "F"}:
         raise UnreadableImage(f"{image.mode}: 32 bits a pixel have no known range, convert it to 8 or 16 bits")

@@ -1,43 +1,84 @@
 """Images that are rows of an array: NumPy's .npz, HDF5, scikit-learn's digits."""
 
+import math
 import threading
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featcache.errors import DataError, UsageError
-from featcache.images import UnreadableImage, encode
-from featcache.sources.base import Blobs, Item, Numbered, Source, require_whole, safe_name, split_of
+from featcache.images import MAX_MEGAPIXELS, UnreadableImage, encode
+from featcache.machine import free_memory
+from featcache.sources.base import Blobs, Item, Items, Numbered, Source, safe_name, split_of
+from featcache.sources.labels import Labels, labelled
+from featcache.sources.tree import many
 
 _IMAGES = ("images", "image", "x", "X", "data", "arr_0")
 _LABELS = ("labels", "label", "y", "targets", "target", "arr_1")
 _SPLITS = ("splits", "split")
 _CLASSES = ("class_names", "classes")
+_PARTS = ("train", "val", "test")
+_KNOWN = frozenset(
+    {*_SPLITS, *_CLASSES}
+    | {f"{part}{name}" for part in ("", *(f"{part}_" for part in _PARTS)) for name in (*_IMAGES, *_LABELS)}
+)
+_MOST_RATIO = 1100  # what deflate can make of zeros
+_DENSE_BYTES, _DENSE_RATIO = 256 << 20, 100  # photographs never shrink so far
+_MOST_CHUNK = 1 << 30
+_TEXTS_AT_ONCE = 64  # texts of variable length may all be one and the same very long one
 
 
 def open_npz(path: Path) -> Source:
     """Open a .npz of images uint8 (n, h, w) or (n, h, w, 3) and labels (n,), or one pair a split: ``train_images``, ...
 
     Raises:
-        DataError: it is no such file.
+        DataError: it is no such file, or its arrays do not fit into memory.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with zipfile.ZipFile(path) as archive:
+            infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = [name for name, info in infos.items() if name in _KNOWN and info.filename.endswith(".npy")]
+            if sum(_declared(path, archive, infos[name]) for name in wanted) > free_memory() / 2:
+                raise DataError(f"{path}: its arrays do not fit into memory; as HDF5 they may stay on disk.")
+            arrays: dict[str, Any] = {}
+            for name in wanted:
+                with archive.open(f"{name}.npy") as member:
+                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a .npz of plain arrays ({error}).") from error
-    return _from_arrays(path, arrays)
+    return _from_arrays(path, arrays, sorted(infos.keys() - arrays.keys()))
+
+
+def _declared(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Return an array's bytes, as its header declares them.
+
+    Raises:
+        DataError: the file cannot hold as many.
+    """
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    size = math.prod(shape) * dtype.itemsize
+    if size > info.file_size:
+        raise DataError(f"{path}: {info.filename} declares {size} bytes and holds {info.file_size}.")
+    packed = min(info.compress_size, path.stat().st_size)
+    if info.file_size > max(_DENSE_BYTES, _DENSE_RATIO * packed):
+        raise DataError(f"{path}: {info.filename} is {packed} bytes that become {info.file_size}: no photographs do.")
+    return size
 
 
 def open_hdf5(path: Path) -> Source:
     """Open an HDF5 file with the datasets that ``open_npz`` takes; images stay on disk.
 
     Raises:
-        DataError: it is no such file, or its datasets point outside it.
+        DataError: it is no such file, its datasets point outside it, or declare more than it can hold.
     """
     import h5py
 
@@ -51,12 +92,28 @@ def open_hdf5(path: Path) -> Source:
     for name in file:
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise DataError(f"{path}: {name} is a link; only datasets in the file itself are read.")
-        found = file[name]
+        found = file[name] if name in _KNOWN else None
         if isinstance(found, h5py.Dataset):
-            if found.external or found.is_virtual:
-                raise DataError(f"{path}: {name} keeps its values in another file; only datasets in the file are read.")
-            arrays[name] = found if found.ndim > 2 else found[()]
-    return _from_arrays(path, arrays)
+            _require_held(path, name, found)
+            arrays[name] = found
+    return _from_arrays(path, arrays, sorted(set(file) - arrays.keys()))
+
+
+def _require_held(path: Path, name: str, found: Any) -> None:
+    """Refuse a dataset that keeps its values elsewhere, or declares more than its file can hold.
+
+    Raises:
+        DataError: as said.
+    """
+    if found.external or found.is_virtual:
+        raise DataError(f"{path}: {name} keeps its values in another file; only datasets in the file are read.")
+    if found.shape is None or not found.ndim:
+        raise DataError(f"{path}: {name} is no array.")
+    size = path.stat().st_size
+    if len(found) > size or math.prod(found.shape) * found.dtype.itemsize > _MOST_RATIO * size:
+        raise DataError(f"{path}: {name} declares {found.shape} values, more than a file of {size} bytes can hold.")
+    if found.chunks and math.prod(found.chunks) * found.dtype.itemsize > _MOST_CHUNK:
+        raise DataError(f"{path}: {name} has chunks of {found.chunks}, over 1 GiB; write it in smaller ones.")
 
 
 def open_digits(text: str) -> Source:
@@ -75,33 +132,50 @@ def open_digits(text: str) -> Source:
 
 
 def from_array(
-    images: Any, labels: Any, splits: Any = None, *, name: str, location: str, holder: Path | None = None
+    images: Any,
+    labels: Sequence[str | None],
+    splits: Sequence[str] | None = None,
+    *,
+    name: str,
+    location: str,
+    holder: Path | None = None,
 ) -> Source:
     """Return a source over an array of images, uint8 (n, h, w[, 3]), with labels (n,) and optionally splits (n,).
 
     Raises:
-        DataError: shapes or dtypes do not fit.
+        DataError: shapes or dtypes do not fit, or a label is missing.
     """
-    if (
-        getattr(images, "dtype", None) != np.uint8
-        or images.ndim not in {3, 4}
-        or (images.ndim == 4 and images.shape[3] not in {1, 3})
-    ):
-        raise DataError(
-            f"{location}: images must be uint8 (n, h, w) or (n, h, w, 3), not {images.dtype} {tuple(images.shape)}."
-        )
-    labels = np.asarray(labels)
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.shape != (len(images),):
-        raise DataError(f"{location}: {len(images)} images need one label each, found labels of shape {labels.shape}.")
-    given = [""] * len(images) if splits is None else [_text(split) for split in np.asarray(splits)]
-    items = [
-        Item(f"{row:08d}", _text(label), split_of(split, location))
-        for row, (label, split) in enumerate(zip(labels.tolist(), given, strict=True))
-    ]
-    require_whole(items, location)
-    numbers = {item.path: row for row, item in enumerate(items)}
-    return Source(name, location, tuple(items), Numbered(numbers, _Rows(images), holder))
+    dtype, shape = getattr(images, "dtype", None), tuple(images.shape)
+    if dtype != np.uint8 or len(shape) not in {3, 4} or (len(shape) == 4 and shape[3] not in {1, 3}):
+        raise DataError(f"{location}: images must be uint8 (n, h, w) or (n, h, w, 3), not {dtype} {shape}.")
+    if not 0 < shape[1] * shape[2] <= MAX_MEGAPIXELS * 1e6:
+        raise DataError(f"{location}: images of {shape[1]} x {shape[2]} pixels; 1 to {MAX_MEGAPIXELS:.0f} million are read.")
+    given = [""] * len(labels) if splits is None else list(splits)
+    if not len(labels) == len(given) == shape[0]:
+        raise DataError(f"{location}: {shape[0]} images need one label each, found {len(labels)}; splits {len(given)}.")
+    kept, notes = labelled(labels, given, location, lambda row: f"row {row}")
+    if 0 < sum(not given[row] for row in kept) < len(kept):
+        raise DataError(f"{location}: some rows have a split and some have none: fill in all of them, or none.")
+    items = (Item(f"{row:08d}", labels[row] or "", given[row]) for row in kept)
+    packed = Items(items)
+    return Source(name, location, packed, Numbered(_RowNumbers(shape[0]), _Rows(images), holder), tuple(notes))
+
+
+class _RowNumbers(Mapping[str, int]):
+    """The rows that paths such as ``00000007`` stand for: computed, since there may be millions."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __getitem__(self, path: str) -> int:
+        return int(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{row:08d}" for row in range(self._count))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._count
 
 
 class _Rows:
@@ -131,6 +205,8 @@ class _Joined:
         self._arrays = arrays
         self._ends = np.cumsum([len(array) for array in arrays])
         self.dtype, self.ndim = arrays[0].dtype, arrays[0].ndim
+        if any(array.shape[1:] != arrays[0].shape[1:] or array.dtype != self.dtype for array in arrays):
+            raise DataError(f"images of all splits need one shape and dtype, not {[array.shape for array in arrays]}.")
         self.shape = (int(self._ends[-1]), *arrays[0].shape[1:])
 
     def __len__(self) -> int:
@@ -141,39 +217,65 @@ class _Joined:
         return self._arrays[which][row - (self._ends[which - 1] if which else 0)]
 
 
-def _from_arrays(path: Path, arrays: dict[str, Any]) -> Source:
+def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> Source:
     name, location = safe_name(path.stem), str(path.resolve())
-    prefixed = [split for split in ("train", "val", "test") if _find(arrays, _IMAGES, f"{split}_")]
-    if prefixed:
-        pairs = [(_find(arrays, _IMAGES, f"{split}_"), _find(arrays, _LABELS, f"{split}_")) for split in prefixed]
+    called = _find(arrays, _CLASSES, "")
+    read = Labels(str(path), [_text(one) for one in _values(path, called, arrays[called])] if called else ())
+    parts = [part for part in _PARTS if _find(arrays, _IMAGES, f"{part}_")]
+    if parts:
+        pairs = [(_find(arrays, _IMAGES, f"{part}_"), _find(arrays, _LABELS, f"{part}_")) for part in parts]
         if not all(labels for _, labels in pairs):
             raise DataError(f"{path}: every split needs its labels, such as train_labels.")
         images: Any = _Joined([arrays[image] for image, _ in pairs])
-        labels: Any = np.concatenate([np.asarray(arrays[label]).reshape(len(arrays[image]), -1) for image, label in pairs])
-        splits: Any = np.repeat(prefixed, [len(arrays[image]) for image, _ in pairs])
+        labels = [text for image, label in pairs for text in _labels(path, label, arrays[label], len(arrays[image]), read)]
+        splits: list[str] | None = [
+            part for part, (image, _) in zip(parts, pairs, strict=True) for _ in range(len(arrays[image]))
+        ]
+        used = {called, *(name for pair in pairs for name in pair)}
     else:
         image, label, split = (_find(arrays, names, "") for names in (_IMAGES, _LABELS, _SPLITS))
         if not image or not label:
             raise DataError(
-                f"{path}: arrays named images and labels are needed, found {', '.join(sorted(arrays)) or 'none'}."
+                f"{path}: arrays named images and labels are needed, found "
+                f"{', '.join(sorted([*arrays, *unread])) or 'none'}."
             )
-        images, labels, splits = arrays[image], arrays[label], arrays[split] if split else None
-    names = _find(arrays, _CLASSES, "")
-    labels = np.asarray(labels)
-    if (
-        names
-        and np.issubdtype(labels.dtype, np.integer)
-        and labels.size
-        and labels.max() < len(arrays[names])
-        and labels.min() >= 0
-    ):
-        labels = np.array([_text(one) for one in arrays[names]])[labels]
-    return from_array(images, labels, splits, name=name, location=location, holder=path.resolve())
+        images, labels = arrays[image], _labels(path, label, arrays[label], len(arrays[image]), read)
+        found = _values(path, split, arrays[split]) if split else []
+        splits = [split_of(_text(one), f"{path}, row {row}") for row, one in enumerate(found)] if split else None
+        used = {called, image, label, split}
+    source = from_array(images, labels, splits, name=name, location=location, holder=path.resolve())
+    left = sorted([*unread, *(arrays.keys() - used)])
+    notes = [f"{path}: left out: {many(len(left), 'array')} of other names ({', '.join(left)})"] if left else []
+    return replace(source, notes=(*source.notes, *notes), label_lists=read.lists)
 
 
 def _find(arrays: dict[str, Any], names: tuple[str, ...], prefix: str) -> str:
     return next((f"{prefix}{name}" for name in names if f"{prefix}{name}" in arrays), "")
 
 
+def _labels(path: Path, name: str, found: Any, count: int, read: Labels) -> list[str | None]:
+    if found.ndim == 2 and found.shape[1] == 1:
+        shape: tuple[int, ...] = found.shape[:1]
+    else:
+        shape = tuple(found.shape)
+    if shape != (count,):
+        raise DataError(f"{path}: {count} images need one label each, found {name} of shape {tuple(found.shape)}.")
+    return [read.read(value, f"row {row}") for row, value in enumerate(_values(path, name, found))]
+
+
+def _values(path: Path, name: str, found: Any) -> Iterator[Any]:
+    """Yield the values of an array of one column, a few at a time.
+
+    Raises:
+        DataError: it has another shape.
+    """
+    if found.ndim != 1 and not (found.ndim == 2 and found.shape[1] == 1):
+        raise DataError(f"{path}: {name} must be one column, not {tuple(found.shape)}.")
+    step = _TEXTS_AT_ONCE if found.dtype.kind == "O" else 1 << 16
+    for start in range(0, len(found), step):
+        several = np.asarray(found[start : start + step])
+        yield from several.reshape(-1)
+
+
 def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

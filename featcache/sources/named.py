@@ -2,8 +2,10 @@
 
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,22 @@ import numpy as np
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.images import encode_image
 from featcache.sources.arrays import from_array
-from featcache.sources.base import Files, Item, Numbered, Source, safe_name, split_of
+from featcache.sources.base import Files, Item, Numbered, Source, looks_like_split, read_file, safe_name, split_of
+from featcache.sources.labels import Labels, labelled
+from featcache.sources.tree import many
 
 _FILE_LISTS = (("samples", None), ("_samples", None), ("imgs", None), ("_image_files", "_labels"), ("_images", "_labels"))
 _HF_SPLITS = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "test": "test"}
+_MOST_LOOKED_AT = 100_000
 
 
 def open_torchvision(name: str, root: Path | None, *, download: bool) -> Source:
     """Open one of torchvision's classification sets, its train and test parts where it has them.
 
     Raises:
-        UsageError: there is no such set, or no root was given.
-        DataError: it is not at the root.
+        UsageError: there is no such set, it needs other arguments, or no root was given.
+        DataError: it is not at the root, or damaged.
+        SetupError: it needs a library that is not installed.
     """
     from torchvision import datasets
 
@@ -34,61 +40,156 @@ def open_torchvision(name: str, root: Path | None, *, download: bool) -> Source:
     if root is None:
         raise UsageError(f"torchvision:{name}: say where it lies, or is to be downloaded to, with --data-root.")
     parameters = inspect.signature(kind).parameters
-    more: dict[str, Any] = {"download": download} if "download" in parameters else {}
-    parts = []
+    needed = [one.name for one in parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    if more := [one for one in needed if one not in {"root", "split"}]:
+        raise UsageError(f"torchvision:{name}: needs {', '.join(more)}, and is no set of images with one label each.")
+    _require_files_below(root, f"torchvision:{name}")
+    parts: dict[str, Any] = {}
+    others: set[str] = set()
     for split, arguments in _torchvision_splits(parameters):
-        try:
-            parts.append((split, kind(str(root), **arguments, **more)))  # type: ignore[call-arg]
-        except ValueError:
-            continue  # the set has no such split
-        except (RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"torchvision:{name}: not at {root} ({reason}). --download fetches it.") from error
+        if split in parts:
+            continue  # trainval is train and val together, valid is val
+        if "download" in parameters:
+            arguments["download"] = download
+        found = _torchvision_open(kind, name, root, arguments)
+        if isinstance(found, _NoSuchSplit):
+            others |= found.others
+        else:
+            parts[split] = found
     if not parts:
-        raise DataError(f"torchvision:{name}: none of its splits can be opened at {root}.")
+        raise DataError(
+            f"torchvision:{name}: its splits are {', '.join(sorted(others))}: none is train, val or test."
+            if others
+            else f"torchvision:{name}: none of its splits can be opened at {root}."
+        )
     location = f"torchvision:{name}@{root.resolve()}"
-    several = [_torchvision_part(safe_name(name), location, part) for _, part in parts]
-    return _joined(safe_name(name), location, [split for split, _ in parts], several)
+    several = [_torchvision_part(safe_name(name), location, part) for part in parts.values()]
+    left = sorted(others - {"train", "val", "valid", "test", "trainval"})
+    notes = [f"torchvision:{name}: left out: {many(len(left), 'other split')} ({', '.join(left)})"] if left else []
+    return _joined(safe_name(name), location, list(parts), several, notes)
 
 
 def open_hub(name: str, *, download: bool) -> Source:
     """Open a set of the Hugging Face hub, or a folder that ``datasets`` can load; images are decoded by featcache.
 
+    Of several columns of labels the one called ``label`` is read, else ``labels``, else the first of class labels.
+
     Raises:
         SetupError: ``datasets`` is not installed.
-        DataError: it cannot be loaded, or has no column of images and labels.
+        DataError: it cannot be loaded, has no column of images and labels, or a label is missing.
     """
     try:
         import datasets
     except ImportError:
         raise SetupError(f"hf:{name} needs the datasets library: `pip install 'featcache[hf]'`.") from None
+    is_folder = os.path.isdir(name)  # noqa: PTH112 - a name of the hub is no path
+    if is_folder:
+        _require_files_below(Path(name), f"hf:{name}")
     try:
         with _no_requests_but(download=download):
             loaded = datasets.load_dataset(name)
     except Exception as error:  # the library's loaders raise anything
-        lines = str(error).strip().splitlines()
         hint = "" if download else " --download lets it be fetched."
-        raise DataError(f"hf:{name}: cannot be loaded ({lines[0] if lines else type(error).__name__}).{hint}") from error
-    parts, splits = [], []
-    for split, rows in loaded.items():
-        if str(split) not in _HF_SPLITS:
-            continue
-        image = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-        label = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
-        label = label or next((key for key in ("label", "labels") if key in rows.features), None)
-        if image is None or label is None:
-            raise DataError(f"hf:{name}: a column of images and one of labels are needed, found {sorted(rows.features)}.")
-        undecoded = rows.cast_column(image, datasets.Image(decode=False))
-        kind = rows.features[label]
-        values = [kind.int2str(value) if hasattr(kind, "int2str") else str(value) for value in rows[label]]
-        items = tuple(Item(f"{row:08d}", value) for row, value in enumerate(values))
-        numbers = {item.path: row for row, item in enumerate(items)}
-        parts.append(Source(name, name, items, Numbered(numbers, partial(_hub_bytes, undecoded, image))))
-        splits.append(_HF_SPLITS[str(split)])
-    if not parts:
-        raise DataError(f"hf:{name}: it has none of the splits train, validation, test.")
-    stem = Path(name).name if os.path.isdir(name) else name  # noqa: PTH112 - a name of the hub is no path
-    return _joined(safe_name(stem), f"hf:{name}", splits if len(splits) > 1 else [""], parts)
+        raise DataError(f"hf:{name}: cannot be loaded ({_first_line(error)}).{hint}") from error
+    parts, notes = _hub_splits(name, {str(split): rows for split, rows in loaded.items()})
+    read = [_hub_part(name, split, rows, datasets) for split, rows in parts.items()]
+    rows = [(split, row, label) for split, part in zip(parts, read, strict=True) for row, label in enumerate(part.labels)]
+    splits = [_HF_SPLITS[split] for split, _, _ in rows]
+    kept, missing = labelled(
+        [label for _, _, label in rows], splits, f"hf:{name}", lambda number: "{}, row {}".format(*rows[number])
+    )
+    items: dict[str, list[Item]] = {}
+    for split, row, label in (rows[number] for number in kept):
+        items.setdefault(split, []).append(Item(f"{row:08d}", label or ""))
+    several = [
+        Source(name, name, items[split], part.contents, (), part.lists)
+        for split, part in zip(parts, read, strict=True)
+        if split in items
+    ]
+    stem = Path(name).name if is_folder else name
+    notes += [*missing, *dict.fromkeys(note for part in read for note in part.notes)]
+    found = [_HF_SPLITS[split] for split in parts if split in items] if len(parts) > 1 else [""]
+    return _joined(safe_name(stem), f"hf:{name}", found, several, notes)
+
+
+@dataclass(frozen=True)
+class _HubPart:
+    """One split: what reads its images, its labels, notes on other columns, and whether labels are lists."""
+
+    contents: Numbered
+    labels: list[str | None]
+    notes: list[str]
+    lists: bool
+
+
+def _hub_splits(name: str, loaded: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the splits that are read, and a note on the others.
+
+    Raises:
+        DataError: there is none, or one by another name would be lost.
+    """
+    known = {split: rows for split, rows in loaded.items() if split in _HF_SPLITS}
+    others = {split: len(rows) for split, rows in loaded.items() if split not in known}
+    if not known:
+        raise DataError(
+            f"hf:{name}: it has none of the splits train, validation, test, but {', '.join(others) or 'nothing'}."
+        )
+    have = {_HF_SPLITS[split] for split in known}
+    lost = next((split for split in others if looks_like_split(split) and looks_like_split(split) not in have), None)
+    if lost is not None:
+        raise DataError(
+            f"hf:{name}: the split {lost} would be lost: only {', '.join(_HF_SPLITS)} are read. Save the set with one of "
+            "these names."
+        )
+    said = ", ".join(f"{split} {number}" for split, number in others.items())
+    return known, [f"hf:{name}: left out: {many(sum(others.values()), 'image')} of other splits ({said})"] if others else []
+
+
+def _hub_part(name: str, split: str, rows: Any, datasets: Any) -> _HubPart:
+    images = [key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    classes = [key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = [key for key in ("label", "labels") if key in rows.features] + classes
+    image = "image" if "image" in images else next(iter(images), None)
+    if image is None or not labels:
+        raise DataError(f"hf:{name}: a column of images and one of labels are needed, found {sorted(rows.features)}.")
+    label, kind = labels[0], rows.features[labels[0]]
+    names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None) or ()
+    read = Labels(f"hf:{name}, {split}", [str(one) for one in names])
+    texts = [read.read(value, f"row {row}") for row, value in enumerate(rows[label])]
+    numbers = {f"{row:08d}": row for row in range(len(texts))}
+    undecoded = rows.cast_column(image, datasets.Image(decode=False))
+    notes = []
+    for chosen, all_of in ((label, list(dict.fromkeys(labels))), (image, images)):
+        left = [key for key in all_of if key != chosen]
+        if left:
+            notes.append(f"hf:{name}: the column {chosen} is read, not {', '.join(left)}")
+    return _HubPart(Numbered(numbers, partial(_hub_bytes, undecoded, image)), texts, notes, read.lists)
+
+
+def _first_line(error: Exception) -> str:
+    said = next(iter(str(error).strip().splitlines()), "")
+    return (
+        said
+        if said and isinstance(error, RuntimeError | OSError)
+        else f"{type(error).__name__}{f': {said}' if said else ''}"
+    )
+
+
+def _require_files_below(root: Path, what: str) -> None:
+    """Refuse pipes and devices among the first files of a folder: a library that reads them would wait for ever.
+
+    Raises:
+        DataError: there is one.
+    """
+    count = 0
+    for where, _, files in os.walk(root):
+        for file in files:
+            count += 1
+            if count > _MOST_LOOKED_AT:
+                return
+            path = Path(where, file)
+            if path.exists() and not path.is_file():
+                raise DataError(f"{what}: {path}: a pipe, socket or device, not a file.")
 
 
 @contextmanager
@@ -110,6 +211,26 @@ def _no_requests_but(*, download: bool) -> Iterator[None]:
             setattr(*place, value)
 
 
+@dataclass(frozen=True)
+class _NoSuchSplit:
+    """A set has no split of a name; it has others."""
+
+    others: frozenset[str]
+
+
+def _torchvision_open(kind: Any, name: str, root: Path, arguments: dict[str, Any]) -> Any:
+    try:
+        return kind(str(root), **arguments)
+    except ImportError as error:
+        raise SetupError(f"torchvision:{name}: needs a library that is not installed ({_first_line(error)}).") from error
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"torchvision:{name}: not at {root} ({_first_line(error)}). --download fetches it.") from error
+    except Exception as error:  # damaged pickles, archives and tables raise anything
+        if "split" in arguments and isinstance(error, ValueError) and "Unknown value" in str(error):
+            return _NoSuchSplit(frozenset(re.findall(r"'([^']+)'", str(error).partition("Valid values")[2])))
+        raise DataError(f"torchvision:{name}: cannot be read at {root} ({_first_line(error)}).") from error
+
+
 def _torchvision_splits(parameters: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if "train" in parameters:
         yield from (("train", {"train": True}), ("test", {"train": False}))
@@ -122,30 +243,38 @@ def _torchvision_splits(parameters: Any) -> Iterator[tuple[str, dict[str, Any]]]
 
 def _torchvision_part(name: str, location: str, part: Any) -> Source:
     """Return a set's images as files or rows of an array where it keeps them so, else one by one through the set."""
-    classes = [str(one) for one in getattr(part, "classes", None) or []]
+    read = Labels(location, _told_apart([str(one) for one in getattr(part, "classes", None) or []]))
 
-    def text(label: Any) -> str:
-        return classes[int(label)] if classes and 0 <= int(label) < len(classes) else str(int(label))
+    def texts(values: Any) -> list[str]:
+        found = [read.read(value, f"row {row}") for row, value in enumerate(values)]
+        labelled(found, [""] * len(found), location, "row {}".format)
+        return [text or "" for text in found]
 
     for files, labels in _FILE_LISTS:
         found = getattr(part, files, None)
         if isinstance(found, list) and found and (labels is None or hasattr(part, labels)):
             pairs = found if labels is None else list(zip(found, getattr(part, labels), strict=True))
-            root = Path(os.path.commonpath([str(Path(str(path)).resolve().parent) for path, _ in pairs]))
-            items = tuple(Item(Path(str(path)).resolve().relative_to(root).as_posix(), text(label)) for path, label in pairs)
-            return Source(name, location, items, Files(root))
-    labels_found = next((getattr(part, key) for key in ("targets", "labels", "_labels") if hasattr(part, key)), None)
+            places = [Path(str(path)).resolve() for path, _ in pairs]
+            root = Path(os.path.commonpath([str(place.parent) for place in places]))
+            named = zip(places, texts(label for _, label in pairs), strict=True)
+            items = tuple(Item(place.relative_to(root).as_posix(), label) for place, label in named)
+            return Source(name, location, items, Files(root), (), read.lists)
+    given = next((getattr(part, key) for key in ("targets", "labels", "_labels") if hasattr(part, key)), None)
     data = getattr(part, "data", None)
-    if data is not None and labels_found is not None:
+    if data is not None and given is not None:
         pixels = np.asarray(data)
         if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
             pixels = pixels.transpose(0, 2, 3, 1)
-        return from_array(pixels, [text(label) for label in labels_found], name=name, location=location)
-    labelled = (
-        [text(part[row][1]) for row in range(len(part))] if labels_found is None else [text(one) for one in labels_found]
-    )
-    items = tuple(Item(f"{row:08d}", label) for row, label in enumerate(labelled))
-    return Source(name, location, items, Numbered({item.path: row for row, item in enumerate(items)}, partial(_one, part)))
+        return replace(from_array(pixels, texts(given), name=name, location=location), label_lists=read.lists)
+    found_labels = texts(part[row][1] for row in range(len(part))) if given is None else texts(given)
+    items = tuple(Item(f"{row:08d}", label) for row, label in enumerate(found_labels))
+    numbers = {item.path: row for row, item in enumerate(items)}
+    return Source(name, location, items, Numbered(numbers, partial(_one, part)), (), read.lists)
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """Return class names with the class's number behind those that several have, as ImageNet's cranes do."""
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def _one(part: Any, row: int) -> bytes:
@@ -154,9 +283,9 @@ def _one(part: Any, row: int) -> bytes:
 
 def _hub_bytes(rows: Any, column: str, row: int) -> bytes:
     value = rows[row][column]
-    if value and value.get("bytes") is not None:
-        return bytes(value["bytes"])
-    return Path(value["path"]).read_bytes()
+    if not value or (value.get("bytes") is None and not value.get("path")):
+        raise OSError(f"row {row} holds no image")
+    return bytes(value["bytes"]) if value.get("bytes") is not None else read_file(value["path"])
 
 
 class _Parts:
@@ -176,11 +305,12 @@ class _Parts:
         return self._parts[part].stat(rest)
 
 
-def _joined(name: str, location: str, splits: list[str], parts: list[Source]) -> Source:
+def _joined(name: str, location: str, splits: list[str], parts: list[Source], notes: list[str]) -> Source:
+    said, lists = tuple(notes), any(part.label_lists for part in parts)
     if len(parts) == 1:
-        return Source(name, location, parts[0].items, parts[0].contents)
+        return Source(name, location, parts[0].items, parts[0].contents, said, lists)
     named = {f"{number}-{split}": part for number, (split, part) in enumerate(zip(splits, parts, strict=True))}
     items = tuple(
         Item(f"{key}/{item.path}", item.label, key.partition("-")[2]) for key, part in named.items() for item in part.items
     )
-    return Source(name, location, items, _Parts(named))
+    return Source(name, location, items, _Parts(named), said, lists)

@@ -19,7 +19,7 @@ from featcache.cluster import Recipe, Written
 from featcache.errors import DataError, StorageError
 from featcache.fingerprint import Digests
 from featcache.flow import Batch, Compute, Pixels, Reader, compute, in_dtype, not_finite, reading_ahead, run_batches, sample
-from featcache.progress import logger, progress
+from featcache.progress import logger, printable, progress
 from featcache.sources import Source
 from featcache.specs import StoredDtype, Transform, Views
 from featcache.store import FeatureStore, Part, Quarantined, now_ns
@@ -340,7 +340,7 @@ def check_room(sinks: Sequence[Sink], images: int, views: int) -> None:
 def say_left_out(several: Sequence[Quarantined]) -> None:
     """Tell the user which images give no row, and why."""
     for bad in several:
-        logger.warning("%s: left out: %s", bad.path, bad.reason)
+        logger.warning("%s: left out: %s", printable(bad.path), printable(bad.reason))
 
 
 def _sort_in(batch: Batch, harvests: Sequence[_Harvest], source: Source) -> None:
