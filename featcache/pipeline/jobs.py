@@ -21,7 +21,7 @@ from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record
 from featcache.solvers.scaled import Streamed
-from featcache.sources import read_column
+from featcache.sources import read_column, require_one_label
 from featcache.specs import POOLED, Views
 from featcache.splits import Split, make_free_split, make_split, restricted
 from featcache.store import Features, FeatureStore
@@ -213,6 +213,8 @@ def fit_heads(
     from featcache.stages.fit import ensemble, fit
 
     names, candidates = _heads_of(plan), plan.candidates()
+    if plan.target != "labels":
+        require_one_label(bench.source)
     done = bench.extracted("+".join(plan.layers) or POOLED, views=Views(plan.views))
     features, names = _features(done, plan, names)
     groups = groups_of(bench, features, plan.group)

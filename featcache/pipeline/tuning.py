@@ -20,6 +20,7 @@ from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record, read_records
+from featcache.sources import require_one_label
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
 from featcache.splits import Split, make_split, restricted
 from featcache.store import Features
@@ -166,6 +167,7 @@ class _Ground:
 
         for name in probes:
             heads.require_head(name)
+        require_one_label(bench.source)
         self.team = Team()
         self.bench, self.seed, self.group = bench, seed, group
         self._heads, self._ledger = tuple(dict.fromkeys((*PROBES, *probes))), ledger

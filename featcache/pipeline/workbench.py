@@ -97,6 +97,7 @@ class Extracted:
     report: ExtractReport
     backbone: str
     cut: str
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -117,6 +118,7 @@ class Extracted:
             "runtime": report.runtime,
             "runtime_difference": report.difference,
             "key": self.store.key,
+            "notes": list(self.notes),
         }
 
     @property
@@ -214,7 +216,7 @@ class Workbench:
                 self._remember(opened[number][0], requests[number])
                 done[number] = report
         return [
-            Extracted(opened[number][0], done[number], self.spec.label, requests[number].cut)
+            Extracted(opened[number][0], done[number], self.spec.label, requests[number].cut, self.source.notes)
             for number in range(len(requests))
         ]
 

@@ -15,6 +15,7 @@ from featcache.sources.base import (
     location_hash,
     read_file,
     require_file,
+    require_one_label,
     safe_name,
     stat_file,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "open_source",
     "read_column",
     "read_file",
+    "require_one_label",
     "safe_name",
     "stat_file",
 ]

@@ -306,6 +306,16 @@ def require_whole(items: Iterable[Item], where: str) -> None:
         raise DataError(f"{where}: some rows have a split and some have none: fill in all of them, or none.")
 
 
+def require_one_label(source: Source) -> None:
+    """Refuse a source whose labels are lists where one class an image is needed.
+
+    Raises:
+        DataError: they are.
+    """
+    if source.label_lists:
+        raise DataError(f"{source.location}: its labels are lists; only `fit --target labels` trains on several an image.")
+
+
 def location_hash(location: str) -> str:
     """Return six digits that tell two sources of one name apart."""
     return fingerprint(location)[:6]
