@@ -450,7 +450,7 @@ def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: in
 
 def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence[HeadJob], seed: int) -> "list[Control]":
     """Train the controls on the same split, and warn where the best on validation does as well as the best head there."""
-    from featcache.stages.controls import SIDE, controls
+    from featcache.stages.controls import SIDE, best_on_validation, controls
 
     keep, common, take = aligned(features, bench.thumbnails(SIDE).store)
     if left_out := len(features.y) - len(keep):
@@ -458,7 +458,7 @@ def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence
     shared = restricted(split, keep)
     found = controls(take(np.arange(len(keep))), common.y, shared, seed)
     best_head = min(jobs, key=lambda job: job.fitted.val.rank)
-    best = max(found, key=lambda control: control.val.accuracy)
+    best = best_on_validation(found)
     right = best_head.fitted.tested.right[np.isin(split.test, keep)]
     between = gap(right, best.tested.right, groups=shared.test_groups)
     if between.is_noise or between.points < 0:

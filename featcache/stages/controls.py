@@ -4,6 +4,7 @@ On one published remote-sensing set a nearest neighbour on image statistics beat
 controls nobody would see it.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,6 +54,11 @@ def controls(thumbnails: NDArray[np.uint8], y: NDArray[np.int64], split: Split, 
         tested = scores_on_test(lambda index: heads.answers(estimator, X[index], classes), y, split)  # noqa: B023
         found.append(Control(name, chosen.val, tested))
     return found
+
+
+def best_on_validation(found: Sequence[Control]) -> Control:
+    """Return the control that the best head is compared with: chosen as heads are, without the test split."""
+    return max(found, key=lambda control: control.val.accuracy)
 
 
 def _majority(y: NDArray[np.int64], split: Split, classes: int) -> Control:

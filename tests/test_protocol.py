@@ -1,0 +1,606 @@
+"""What is printed is what benchmarks/PROTOCOL.md says: groups, copies, common images, the best probe, latest records."""
+
+import csv
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import TINY, Outcome, draw_image
+from test_finetune import GAINS, PLAN, Prepared
+from test_fit import blobs
+
+from featcache import heads
+from featcache.backbone import load_backbone
+from featcache.errors import DataError, UsageError
+from featcache.metrics import Scores, gap
+from featcache.pipeline import bench, jobs
+from featcache.pipeline.bench import run_bench
+from featcache.pipeline.grid import load_grid
+from featcache.pipeline.jobs import FitPlan, Ledger, fit_heads
+from featcache.pipeline.tuning import finetune_job
+from featcache.pipeline.workbench import Settings, Workbench
+from featcache.records import RunRecord, append_record, read_records
+from featcache.report import NO_GAIN, rows
+from featcache.sources import open_source
+from featcache.specs import BackboneSpec
+from featcache.splits import make_split
+from featcache.stages.controls import Control, best_on_validation, controls, standardised, statistics
+from featcache.stages.finetune import not_worse
+from featcache.training.loop import Epoch, Job, Trained, Trial, kept, noise
+from featcache.training.model import SuffixAndHead
+from featcache.training.team import Team
+
+Run = Callable[..., Outcome]
+TOML_BACKBONE = """[[backbone]]
+name = "test_resnet"
+random_init = 0
+input_size = 32
+[finetune]
+epochs = 1
+"""
+
+
+def manifest(root: Path, folder: Path, patients: int = 9) -> Path:
+    """Write a manifest of a folder's images with a column of patients, each with images of all classes."""
+    path = root / "list.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "patient"])
+        for image in sorted(folder.glob("*/*.png")):
+            writer.writerow([image, image.parent.name, f"p{int(image.stem) % patients}"])
+    return path
+
+
+def parted_groups(record: RunRecord) -> set[int]:
+    """Return how many images each group of a record's test split has."""
+    return set(Counter(record.test_groups).values()) if record.test_groups else set()
+
+
+# groups and copies
+
+
+def test_finetune_keeps_groups_on_one_side(subtle: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path) -> None:
+    """Patients are whole in the test split of probe and fine-tuning; it is another experiment, and its record says so."""
+    source = open_source(manifest(tmp_path, subtle))
+    workbench = Workbench(source, tiny, settings)
+
+    grouped = finetune_job(workbench, replace(PLAN, epochs=1), group="patient").record
+    plain = finetune_job(workbench, replace(PLAN, epochs=1)).record
+
+    assert grouped.test_groups is not None
+    assert len(grouped.test_groups) == grouped.split["test"] == len(grouped.right)
+    assert parted_groups(grouped) <= {6, 9}  # two or three images of each class
+    assert grouped.request["group"] == "patient"
+    assert plain.test_groups is None
+    assert "group" not in plain.request
+    assert grouped.cell != plain.cell
+
+
+def test_groups_from_the_command_line(run: Run, subtle: Path, tmp_path: Path) -> None:
+    """``finetune --group`` and ``fit --group`` test the same patients; an image without a value is an error."""
+    path = manifest(tmp_path, subtle)
+
+    tuned = run("finetune", path, *TINY, "--group", "patient", "--epochs", "1", "--lr", "1e-3", "--json")
+    fitted = run("fit", path, *TINY, "--group", "patient", "--no-controls", "--json")
+    records = read_records([tmp_path / "cache" / "records" / "runs.jsonl"])
+    path.write_text(path.read_text().replace("a/00.png,a,p0", "a/00.png,a,"))
+    blank = run("finetune", path, *TINY, "--group", "patient", "--epochs", "1", "--lr", "1e-3")
+
+    assert tuned.code == fitted.code == 0
+    assert tuned.json["probe"]["of"] == ["ridge", "knn", "logistic"]
+    assert len({record.test_items for record in records}) == 1
+    assert all(record.test_groups for record in records)
+    assert blank.code == 3
+    assert "--group patient: 1 images have no value there" in blank.err
+
+
+def test_a_grid_takes_groups(subtle: Path, settings: Settings, tmp_path: Path) -> None:
+    """Of a data set, or of the whole file; without one it is another experiment."""
+    path = tmp_path / "grid.toml"
+    manifest(tmp_path, subtle)
+    text = 'heads = ["ridge"]\nunfreeze = ["last:1"]\n{top}\n[[dataset]]\ndata = "{data}"\n{own}\n' + TOML_BACKBONE
+
+    def ran(top: str, own: str) -> list[RunRecord]:
+        path.write_text(text.format(top=top, own=own, data=tmp_path / "list.csv"))
+        result = run_bench(load_grid(path), settings, tmp_path / "out")
+        assert not result.failures
+        return list(result.records)
+
+    own, whole, none = ran("", 'group = "patient"'), ran('group = "patient"', ""), ran("", "")
+
+    assert own == whole
+    assert all(record.test_groups and record.request["group"] == "patient" for record in own)
+    assert not {record.cell for record in own} & {record.cell for record in none}
+    assert all(record.test_groups is None for record in none)
+    path.write_text(text.format(top="group = 3", own="", data="x"))
+    with pytest.raises(UsageError, match="group: 3: a text is needed"):
+        load_grid(path)
+
+
+def test_a_manifest_in_another_order_gives_the_same_numbers(run: Run, subtle: Path, tmp_path: Path) -> None:
+    """Lines shuffled: the same test images, accuracy and choice."""
+    path = manifest(tmp_path, subtle)
+    head, *lines = path.read_text().splitlines()
+    found = []
+    for _ in range(2):
+        found.append(run("fit", path, *TINY, "--head", "knn", "--no-controls", "--json").json["heads"][0])
+        path.write_text("\n".join([head, *np.random.default_rng(0).permutation(lines).tolist()]) + "\n")
+
+    for name in ("best_params", "confusion"):
+        assert found[0][name] == found[1][name]
+
+
+def test_copies_do_not_teach_the_test(run: Run, tmp_path: Path) -> None:
+    """Random pictures of random labels, each four times: what is drawn is near chance, and four equal answers are one."""
+    for number, name in enumerate("ab"):
+        for index in range(20):
+            draw_image(tmp_path / "data" / name / f"{index}.png", (110, 110, 110), 100 * number + index)
+            for copy in range(3):
+                shutil.copy(tmp_path / "data" / name / f"{index}.png", tmp_path / "data" / name / f"{index}_{copy}.png")
+
+    found = run("fit", tmp_path / "data", *TINY, "--head", "knn", "--no-controls", "--json")
+    (record,) = read_records([tmp_path / "cache" / "records" / "runs.jsonl"])
+
+    assert found.json["heads"][0]["test"]["accuracy"] < 0.9
+    assert record.copies == {"copies": 120, "test_repeated": 24}
+    assert Counter(Counter(record.test_groups or []).values()) == {4: 8}
+    assert "24 of 32 test images are copies of other test images" in found.err
+
+
+def test_copies_across_given_splits_are_said_and_recorded(run: Run, folder: Path, tmp_path: Path) -> None:
+    """How many test images were seen, and how many labels contradict each other, is on stderr and in the record."""
+    root = tmp_path / "data"
+    for part in ("train", "test"):
+        shutil.copytree(folder, root / part)
+    for image in sorted((root / "test").glob("*/*.png"))[::2]:
+        draw_image(image, (90, 90, 90), 99000 + int(image.stem) + 100 * ord(image.parent.name[0]))
+    shutil.copy(root / "train" / "red" / "00.png", root / "train" / "blue" / "other.png")
+
+    found = run("fit", root, *TINY, "--head", "ridge", "--no-controls")
+    (record,) = read_records([tmp_path / "cache" / "records" / "runs.jsonl"])
+
+    assert "18 of 36 test images are byte for byte training or validation images too" in found.err
+    assert "2 images are byte for byte an image with another label" in found.err
+    assert record.copies["test_seen"] == 18
+    assert record.copies["labels_differ"] == 2
+    assert any("18 of 36" in note for note in record.notes)
+
+
+# controls
+
+
+def test_controls_scale_by_training_images_alone() -> None:
+    """What one test image looks like changes no control's choice, nor its answers for the others."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [60, 40])
+    thumbnails = np.clip(rng.normal(90 + 20 * y[:, None, None, None], 30, (100, 32, 32, 3)), 0, 255).astype(np.uint8)
+    split = make_split(y, [""] * 100, ["dark", "light"])
+    strange = thumbnails.copy()
+    strange[split.test[0]] = np.tile([[0], [255]], (16, 32, 1, 3)).reshape(32, 32, 3)
+
+    plain, other = controls(thumbnails, y, split), controls(strange, y, split)
+
+    for one, two in zip(plain, other, strict=True):
+        assert one.val == two.val
+        np.testing.assert_array_equal(one.tested.predicted[1:], two.tested.predicted[1:])
+    seen = standardised(statistics(thumbnails), split.train_val)[split.train_val]
+    np.testing.assert_allclose(seen.mean(axis=0), 0, atol=1e-4)
+
+
+def test_the_control_to_beat_is_the_best_on_validation() -> None:
+    """The test split does not choose it."""
+    features = blobs(3, count=20)
+    split = make_split(features.y, features.splits, features.classes)
+    good, bad = (controls_like(features.y, split, right) for right in (0.9, 0.4))
+
+    lucky = replace(good, name="lucky", val=bad.val)
+
+    assert best_on_validation([lucky, replace(bad, name="steady", val=good.val)]).name == "steady"
+
+
+def controls_like(y: np.ndarray, split: Any, right: float) -> Control:
+    """Return a control that answers such a share of the validation and test images rightly."""
+    from featcache.metrics import score, scores_on_test
+
+    def answer(index: np.ndarray) -> np.ndarray:
+        wrong = np.arange(len(index)) >= right * len(index)
+        return np.where(wrong, (y[index] + 1) % 3, y[index])
+
+    return Control("", score(y[split.val], answer(split.val)), scores_on_test(answer, y, split))
+
+
+# the best probe, no gain, latest records
+
+
+def record_of(kind: str = "fit", method: str = "ridge", val: float = 0.9, right: str = "1" * 40, **facts: Any) -> RunRecord:
+    """Return a record as runs write them."""
+    accuracy = right.count("1") / len(right)
+    base = RunRecord(
+        kind=kind,
+        cell=facts.pop("cell", method),
+        dataset="d",
+        backbone="b",
+        method=method,
+        cut="pooled",
+        seed=facts.pop("seed", 0),
+        feature_key="",
+        request={"backbone": "b"} | facts.pop("request", {}),
+        params=facts.pop("params", {}),
+        split={"train": 1, "val": 1, "test": len(right)},
+        test_items=facts.pop("test_items", "t"),
+        val={"accuracy": val},
+        test={"accuracy": accuracy, "accuracy_ci": [0.0, 1.0]},
+        right=right,
+        seconds={"extract": 0.0, "fit": 0.0, "train": 0.0},
+    )
+    return replace(base, **facts)
+
+
+def tuned_record(val: float, own: str = "ridge", points: float = 5.0, epoch: int = 2, **facts: Any) -> RunRecord:
+    """Return a fine-tuning's record with a gap of its own."""
+    probe = {"head": own, "of": ["ridge", "knn", "logistic"], "start": "logistic", "val": {"accuracy": val}, "seconds": {}}
+    between = {"points": points, "ci": [points - 1, points + 1], "p_value": 0.01} if epoch else None
+    return record_of("finetune", "last:1", probe=probe, gap=between, params={"best_epoch": epoch}, **facts)
+
+
+def gaps(*records: RunRecord) -> dict[str, str]:
+    """Return what the table says of each method's gap."""
+    return {row[2]: row[5] for row in rows(records)}
+
+
+def test_a_row_without_a_gain_says_so() -> None:
+    """Where no epoch beat the start there is no gap, interval or p, whatever the table holds; seeds are counted."""
+    idle = tuned_record(0.9, epoch=0, right="1" * 30 + "0" * 10)
+    assert rows([record_of(), idle])[1][5:8] == [NO_GAIN, "-", "-"]
+
+    second = tuned_record(0.9, points=4.0, seed=1, cell="other")
+    assert gaps(idle, second)["last:1"] == "+2.0 (no gain in 1 of 2)"
+
+
+def test_the_gap_is_to_the_better_of_the_table_and_the_runs_own_probes() -> None:
+    """On validation: a grid of one weak head does not make fine-tuning look better than it is."""
+    weak, strong = record_of(val=0.5, right="0" * 40), record_of(method="svm", val=0.97, right="1" * 38 + "00")
+
+    assert gaps(weak, tuned_record(0.95))["last:1"] == "+5.0"
+    assert gaps(weak, strong, tuned_record(0.95))["last:1"] == "+5.0" == f"{100 * 2 / 40:+.1f}"
+    assert gaps(weak, strong, tuned_record(0.95, points=1.0))["last:1"] == "+5.0"
+    assert gaps(weak, tuned_record(0.95, test_items="fewer"))["last:1"] == "+5.0"
+    assert gaps(strong, tuned_record(0.99, points=-3.0))["last:1"] == "-3.0"
+
+
+def test_other_groups_are_another_experiment() -> None:
+    """A head that was fitted without groups is no rival of one with, though both are tested on the same images."""
+    leaking = record_of(method="svm", val=1.0)
+    honest = record_of(val=0.8, request={"group": "patient"}, test_groups=[place // 4 for place in range(40)])
+    tuned = tuned_record(0.7, request={"group": "patient"}, right="1" * 36 + "0" * 4, test_groups=honest.test_groups)
+
+    (*_, row) = rows([leaking, honest, tuned])
+
+    expected = gap(np.arange(40) < 36, np.ones(40, bool), groups=np.arange(40) // 4)
+    assert expected.ci is not None
+    assert row[5] == "-10.0"
+    assert row[6] == f"{expected.ci[0]:+.1f} to {expected.ci[1]:+.1f}"
+
+
+def test_the_latest_record_of_a_cell_counts() -> None:
+    """For its row, and as the probe that others are compared with."""
+    old, new = record_of(right="1" * 40), record_of(right="1" * 20 + "0" * 20)
+    other = record_of(method="knn", val=0.5, right="1" * 30 + "0" * 10)
+
+    table = rows([old, other, new])
+
+    assert [row[3] for row in table] == ["50.0", "75.0"]
+    assert table[1][5] == "+25.0"
+
+
+def test_records_of_before_are_read(tmp_path: Path) -> None:
+    """Without groups, copies and what the probe was the best of: their gaps are taken in the table, as they were."""
+    probe = {"head": "logistic", "test": {}, "seconds": {}}
+    olden = replace(tuned_record(0.9, right="1" * 38 + "00"), probe=probe, gap={"points": 9.0, "ci": [0, 1], "p_value": 1.0})
+    append_record(tmp_path / "r.jsonl", olden)
+    append_record(tmp_path / "r.jsonl", record_of())
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name in ("checksum", "test_groups", "copies"):
+            line.pop(name)
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    assert gaps(*read_records([tmp_path / "r.jsonl"]))["last:1"] == "-5.0"
+
+
+def test_the_gap_is_to_the_best_of_three_probes(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """Ridge, nearest neighbours and logistic are fitted unasked; the best on validation is named, and the others."""
+    workbench = Workbench(open_source(subtle), tiny, settings)
+    fitted = fit_heads(workbench, FitPlan(("ridge", "knn", "logistic"), controls=False)).heads
+
+    record = finetune_job(workbench, GAINS).record
+
+    assert record.probe is not None
+    assert record.gap is not None
+    best = max(fitted, key=lambda job: (job.record.val["accuracy"], job.record.method == "logistic"))
+    assert record.probe["of"] == ["ridge", "knn", "logistic"]
+    assert record.probe["head"] == best.record.method
+    assert record.probe["start"] == "logistic"
+    between = 100 * (record.test["accuracy"] - best.record.test["accuracy"])
+    assert record.gap["points"] == pytest.approx(between)
+
+
+def test_no_gain_is_said_everywhere(run: Run, folder: Path) -> None:
+    """A start that is right about every validation image cannot be beaten: in the sentence and in JSON there is no gap."""
+    options = ("finetune", folder, *TINY, "--epochs", "1", "--lr", "1e-3")
+    told, plain = run(*options, "--json"), run(*options)
+
+    assert told.json["gap"] is None
+    assert told.json["gained"] is False
+    assert "no gain on validation" in " ".join(told.json["notes"])
+    assert "no gain on validation: no epoch did better" in plain.out
+    assert "gap" not in plain.out
+
+
+# what is fitted and what is left out
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count how often each head is fitted."""
+    from featcache.stages import fit as stage
+
+    done: Counter[str] = Counter()
+    whole = stage.fit
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        done[arguments[2]] += 1
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(stage, "fit", noted)
+    return done
+
+
+def test_an_ensemble_has_one_row_and_nothing_is_fitted_twice(
+    folder: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its members that the grid does not name leave no record; fine-tuning takes the heads that the grid has fitted."""
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        f'heads = ["logistic", "ensemble"]\nunfreeze = ["last:1"]\n[[dataset]]\ndata = "{folder}"\n{TOML_BACKBONE}'
+    )
+    done = counted(monkeypatch)
+
+    first = run_bench(load_grid(path), settings, tmp_path / "out")
+    once = Counter(done)
+    second = run_bench(load_grid(path), settings, tmp_path / "out")
+
+    assert not first.failures
+    assert [row[2] for row in rows(first.records)] == ["logistic", "ensemble", "last:1"]
+    assert len(read_records([tmp_path / "out" / "grid.jsonl"])) == 3
+    assert once == {"logistic": 1, "knn": 1, "lda": 1, "rbf": 1, "ridge": 1}
+    assert done == once
+    assert second.computed_cells == 0
+
+
+def test_all_heads_have_a_row_each(
+    folder: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run fits nothing; a cell is named after its head, as if each had been asked for."""
+    few = {name: heads.HEADS[name] for name in ("centroid", "ridge", "knn", "logistic")}
+    monkeypatch.setattr("featcache.heads.choosing.HEADS", few)
+    path = tmp_path / "grid.toml"
+    text = 'heads = {heads}\n[[dataset]]\ndata = "{data}"\n' + TOML_BACKBONE
+    done = counted(monkeypatch)
+
+    def ran(names: str) -> bench.BenchResult:
+        path.write_text(text.format(heads=names, data=folder))
+        return run_bench(load_grid(path), settings, tmp_path / "out")
+
+    first, second, named = ran('["all"]'), ran('["all"]'), ran('["ridge", "centroid"]')
+
+    assert [row[2] for row in rows(first.records)] == [*few, "ensemble"]
+    assert (first.computed_cells, second.computed_cells, named.computed_cells) == (5, 0, 0)
+    assert done == dict.fromkeys(few, 1)
+    assert len(read_records([tmp_path / "out" / "grid.jsonl"])) == 5
+
+
+def test_an_image_without_activations_is_left_out_of_both(
+    subtle: Path, settings: Settings, tiny: BackboneSpec, tmp_path: Path
+) -> None:
+    """One overflows float16 at the cut: the gap is taken on the others, which is said, and the grid knows its cell again."""
+    bare = Workbench(open_source(subtle), tiny, settings)
+    largest = np.abs(bare.extracted("layer3", "float32").store.features().X.reshape(60, -1)).max(axis=1)
+    second, first = np.sort(largest)[-2:]
+    weights = load_backbone(tiny).module.state_dict()
+    weights["bn1.weight"] = weights["bn1.weight"] * float(65504 / np.sqrt(first * second))
+    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "w.safetensors")
+    spec = replace(tiny, random_init=None, weights=str(tmp_path / "w.safetensors"))
+    workbench = Workbench(open_source(subtle), spec, replace(settings, max_bad=0.1))
+    probe = fit_heads(workbench, FitPlan(("ridge",), controls=False)).heads[0].record
+
+    record = finetune_job(workbench, replace(PLAN, epochs=1, dtype=None), ledger=(ledger := Ledger())).record
+
+    assert sum(record.split.values()) == 59
+    assert sum(probe.split.values()) == 60
+    assert any("1 images have no activations at layer3 and are left out" in note for note in record.notes)
+    assert len(ledger.jobs) == 3
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        f'unfreeze = ["last:1"]\n[[dataset]]\ndata = "{subtle}"\n[[backbone]]\nname = "test_resnet"\n'
+        f'weights = "{tmp_path / "w.safetensors"}"\ninput_size = 32\n[finetune]\nepochs = 1\n'
+    )
+    runs = [run_bench(load_grid(path), replace(settings, max_bad=0.1), tmp_path / "out") for _ in range(2)]
+    assert [len(one.records) for one in runs] == [1, 1]
+    assert [one.computed_cells for one in runs] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        (FitPlan(target="labels", shots=(1,)), "--target labels chooses on the val split: it does not take --shots"),
+        (FitPlan(target="number", curve=True, folds=3), "it does not take --curve, --folds"),
+        (FitPlan(target="labels", views=2), "--views"),
+        (FitPlan(("mlp",), target="number"), "--head mlp: for --target number choose from ridge, knn"),
+        (FitPlan(("knn",), target="labels"), "--head knn: for --target labels choose from logistic"),
+    ],
+)
+def test_what_other_targets_do_not_take_is_refused(folder: Path, settings: Settings, plan: FitPlan, match: str) -> None:
+    """By its name, before anything is computed."""
+    workbench = Workbench(open_source(folder), BackboneSpec("test_resnet", random_init=0), settings)
+
+    with pytest.raises(UsageError, match=match):
+        fit_heads(workbench, plan)
+    assert not settings.cache.exists()
+
+
+def test_a_budget_holds_for_numbers_too(tmp_path: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """After the first head no further one is begun."""
+    lines = ["path,label"]
+    for index in range(30):
+        draw_image(tmp_path / f"{index}.png", (60 + 5 * index, 100, 100), index)
+        lines.append(f"{index}.png,{index}")
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    workbench = Workbench(open_source(tmp_path / "list.csv"), tiny, settings)
+
+    done = fit_heads(workbench, FitPlan(target="number", budget=0.0))
+
+    assert [job.fitted.head for job in done.targets] == ["ridge"]
+
+
+def test_probes_that_need_memory_are_left_out_where_there_is_none(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The gap is then to the best of those that read from disk, and that is said."""
+    monkeypatch.setattr(jobs, "free_memory", lambda: 1000.0)
+
+    record = finetune_job(Workbench(open_source(folder), tiny, settings), replace(PLAN, epochs=1)).record
+
+    assert record.probe is not None
+    assert record.probe["of"] == ["ridge", "logistic"]
+    assert "the gap is to the best of ridge, logistic alone" in caplog.text
+
+
+def test_a_probe_that_did_not_converge_is_no_start(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fine-tuning ends with an error instead of starting from it."""
+    workbench = Workbench(open_source(folder), tiny, settings)
+    ledger = Ledger()
+    fit_heads(workbench, FitPlan(jobs.PROBES, controls=False), ledger=ledger)
+    real = heads.train
+    monkeypatch.setattr(heads, "train", lambda *arguments: (real(*arguments)[0], False))
+
+    with pytest.raises(DataError, match="did not reach its optimum on the training images"):
+        finetune_job(workbench, PLAN, ledger=ledger)
+
+
+# which epoch, which rate, and how the last training ends
+
+
+def epochs(*judged: tuple[float, float]) -> list[Epoch]:
+    """Return a history of accuracies and scaled losses, the start first."""
+    return [
+        Epoch(number, 0.0, Scores(accuracy, None, accuracy, accuracy, loss, None), 0.0, scaled_loss=loss)
+        for number, (accuracy, loss) in enumerate(judged)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("judged", "expected"),
+    [
+        ([(0.965, 0.2), (0.972, 0.3), (0.972, 0.3), (0.969, 0.3)], 3),  # one of 287 images does not decide
+        ([(0.965, 0.2), (0.969, 0.3), (0.969, 0.3), (0.972, 0.3)], 3),
+        ([(0.965, 0.2), (0.990, 0.3), (0.970, 0.3)], 1),  # two standard errors do
+        ([(0.965, 0.2), (0.972, 0.1), (0.962, 0.1)], 1),  # not below the start
+        ([(0.965, 0.2), (0.965, 0.1), (0.965, 0.3)], 1),  # as accurate: the loss decides against the start
+        ([(0.965, 0.2), (0.965, 0.2), (0.960, 0.1)], 0),
+        ([(1.0, 0.0), (1.0, 0.0)], 0),
+        ([(0.965, 0.2)], 0),
+    ],
+)
+def test_the_latest_epoch_that_cannot_be_told_from_the_best(judged: list[tuple[float, float]], expected: int) -> None:
+    """The one-standard-error rule; an epoch that is not better than the start is none."""
+    assert kept(epochs(*judged), 287) == expected
+
+
+def test_what_is_kept_on_the_way_is_what_is_kept_at_the_end() -> None:
+    """Weights are kept of one epoch at a time: the last one that was to keep when it came is the one to keep in the end."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        images = int(rng.integers(3, 60))
+        accuracies = rng.integers(images // 2, images + 1, 9) / images
+        history = epochs(*zip(accuracies.tolist(), rng.random(9).tolist(), strict=True))
+        on_the_way = 0
+        for count in range(2, 10):
+            if kept(history[:count], images) == count - 1:
+                on_the_way = count - 1
+        assert on_the_way == kept(history, images)
+
+
+def test_noise_is_a_standard_error_of_at_least_one_image() -> None:
+    """Also where every answer is right, and of few images."""
+    assert noise(0.5, 100) == pytest.approx(0.05)
+    assert noise(1.0, 287) == pytest.approx(1 / 287, rel=0.01)
+    assert noise(1.0, 5) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("bests", "expected"),
+    [
+        ([(1, 0.960, 0.3), (1, 0.965, 0.2), (1, 0.962, 0.1)], 2),  # none can be told apart: the loss
+        ([(1, 0.900, 0.0), (1, 0.965, 0.2), (1, 0.962, 0.3)], 1),  # the first can
+        ([(0, 0.965, 0.0), (1, 0.965, 0.2), (0, 0.965, 0.0)], 1),  # only one gained
+        ([(0, 0.965, 0.1), (0, 0.965, 0.1)], 0),
+        ([(1, 0.960, 0.2), (1, 0.960, 0.2)], 0),
+    ],
+)
+def test_the_rate_of_lowest_loss_among_those_that_cannot_be_told_apart(
+    bests: list[tuple[int, float, float]], expected: int
+) -> None:
+    """Whatever order the rates come in, and though only those that may still win are kept on the way."""
+    trials = []
+    for number, accuracy, loss in bests:
+        best = replace(epochs((accuracy, loss))[0], number=number)
+        trials.append(Trained(float(len(trials)), (best,), best, {}, 0.0))
+
+    left: list[Trained] = []
+    for trial in trials:
+        left = not_worse([*left, trial], 287)
+
+    assert min(left, key=lambda trial: trial.best.scaled_loss).lr == expected
+    assert min(not_worse(trials, 287), key=lambda trial: trial.best.scaled_loss).lr == expected
+
+
+def test_a_shorter_training_has_a_schedule_of_its_own(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """Two of five epochs end as a training of two epochs does: with a rate of zero, and the same weights."""
+    prepared = Prepared(folder, tiny, settings)
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+    ends = []
+    for plan, count in ((replace(PLAN, epochs=5), 2), (replace(PLAN, epochs=2), None)):
+        own = prepared.backbone.separate()
+        model = SuffixAndHead(own.suffix("layer3"), prepared.probe)
+        stages = (tuple(model.suffix.parameters()),)
+        job = Job(model, stages, stored.take, prepared.features.y, plan, Team(), 0, "float32")
+        val, loss = job.validate(prepared.split.val)
+        start = Epoch(0, None, val, 0.0, scaled_loss=loss)
+        trial = Trial(job, 1e-3, prepared.split.train_val, None, start, epochs=count)
+        trained = trial.run(_Bar(), lambda _: None)
+        assert trained.best.number == 2
+        assert max(group["lr"] for group in trial.state()["optimiser"]["param_groups"]) < 1e-8
+        ends.append(trained.state)
+
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=0, atol=0)
+
+
+class _Bar:
+    """Shows nothing."""
+
+    def update(self, _: float) -> None:
+        """Go on."""
+
+    def set_postfix_str(self, _: str) -> None:
+        """Say something."""
