@@ -6,7 +6,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -33,8 +33,10 @@ from numpy.typing import NDArray
 from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
+from featcache import origins
 from featcache.cut import Cutter, without_unused_tokens
 from featcache.fingerprint import sha256_of_chunks
+from featcache.origins import BUNDLED, Origin
 from featcache.pools import PooledFeatures, Pooling
 from featcache.runtimes import Eager
 from featcache.specs import (
@@ -51,7 +53,6 @@ from featcache.specs import (
     layers_of,
 )
 
-BUNDLED = "mini"
 _LIGHT = 0.01  # of all parameters
 OWN_HEAD = "featcache_head."  # in the files of tuned networks that have no classifier of timm's
 
@@ -74,6 +75,15 @@ class Backbone:
     transform: Transform
     module: nn.Module
     device: torch.device
+    origin: Origin | None = None  # of what was found by a name
+    content: str | None = None  # of the origin's files, as they were loaded
+    file_sha256: str | None = None  # of the weights file, as it was loaded
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files that it was loaded from are still what they were."""
+        same = self.origin is None or self.origin.content() == self.content
+        return same and _sha256_of_file(self.spec) == self.file_sha256
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -191,7 +201,7 @@ class Backbone:
 
     def separate(self) -> "Backbone":
         """Return a copy whose parameters can be trained without touching this one's."""
-        return Backbone(self.spec, self.loaded, self.transform, copy.deepcopy(self.module), self.device)
+        return replace(self, module=copy.deepcopy(self.module))
 
 
 class Program(nn.Module):
@@ -242,45 +252,129 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
     """Create a backbone and load its weights.
 
     Raises:
-        UsageError: timm has no such model, or refuses the model arguments.
-        DataError: the weights file is broken, or not for this architecture.
+        UsageError: timm has no such model, or refuses the model arguments; a folder that is named is not there.
+        DataError: the weights file is broken, or not for this architecture; files changed while they were read.
         SetupError: the published weights cannot be downloaded.
     """
     device = device or default_device()
+    named, folder, content = origins.named(spec), None, None
     if spec.name == BUNDLED:
         architecture, args, config = _bundled()
         args |= dict(spec.model_args)
     else:
         architecture, args, config = spec.name, dict(spec.model_args), None
         _require_known(architecture)
+    if named is not None:
+        architecture, folder = _pinned(spec.name, named)
+        content = named.content() if named.kind == "folder" else None  # a commit of the hub's does not change
     pretrained = spec.weights is None and spec.random_init is None and config is None
     module = _create(architecture, args, pretrained=pretrained, seed=spec.random_init)
-    if spec.weights is not None:
-        _load_weights(module, Path(spec.weights))
-    elif config is not None and spec.random_init is None:
-        with resources.as_file(resources.files("featcache") / "assets" / "mini.safetensors") as path:
-            _load_weights(module, path)
+    file_sha256 = _fill(module, spec, bundled=config is not None)
     module.eval().requires_grad_(False).to(device)
     if any(parameter.dim() == 4 for parameter in module.parameters()):
         module.to(memory_format=torch.channels_last)
     published = config or timm.data.resolve_model_data_config(module)
     pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
+    if named is not None:
+        # neither the path nor the repository decides a row: what config.json says of the architecture does
+        folder = folder or named.folder()
+        architecture = pretrained_cfg.get("architecture") or architecture
+        args = (origins.read_config(folder) if folder is not None else {}) | args
+        before, content = content, named.content(folder)
+        if before not in {None, content}:
+            raise DataError(f"--backbone {spec.name}: its files changed while they were read. Run again.")
+    elif pretrained:
+        named = _published(pretrained_cfg)
+        content = named.content() if named is not None else None
     loaded = LoadedBackbone(
         architecture=BUNDLED if config is not None else architecture.partition(".")[0],
         tag=_tag(spec, pretrained_cfg),
-        weights_sha256=_hash_weights(module),
+        weights_sha256=hash_weights(module),
         model_args=freeze_args(args),
         pool=spec.pool,
     )
     transform = _transform(published, spec)
     if spec.overrides.input_size is not None:
         _try_size(module, spec.name, spec.overrides.input_size, device)
-    return Backbone(spec, loaded, transform, module, device)
+    return Backbone(spec, loaded, transform, module, device, named, content, file_sha256)
+
+
+def _fill(module: nn.Module, spec: BackboneSpec, *, bundled: bool) -> str | None:
+    """Load the weights that timm does not, and return the SHA-256 of the user's file, if there is one."""
+    digest = _sha256_of_file(spec)
+    if spec.weights is not None:
+        _load_weights(module, Path(spec.weights))
+        if _sha256_of_file(spec) != digest:
+            raise DataError(f"--weights {spec.weights}: changed while it was read. Run again.")
+    elif bundled and spec.random_init is None:
+        with resources.as_file(resources.files("featcache") / "assets" / "mini.safetensors") as path:
+            _load_weights(module, path)
+    return digest
+
+
+def _sha256_of_file(spec: BackboneSpec) -> str | None:
+    path = Path(spec.weights) if spec.weights is not None else None
+    return origins.sha256_of_weights(path) if path is not None and path.is_file() else None
+
+
+def _pinned(name: str, origin: Origin) -> tuple[str, Path | None]:
+    """Return a name that means one network, and the folder of its files.
+
+    A branch of the hub's becomes the commit that it stands for now, so that what is loaded and what is noted are the same.
+
+    Raises:
+        UsageError: a folder is not there, or no network.
+    """
+    if origin.kind == "folder":
+        return name, origin.folder()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with nullcontext() if _hub_has_an_address() else _local_weights_only():
+            config = Path(hf_hub_download(origin.place, "config.json", revision=origin.revision or None))
+    except Exception:  # noqa: BLE001 - timm asks for the same file, and its error is told
+        return name, None
+    return f"hf-hub:{origin.place}@{config.parent.name}", config.parent
+
+
+def _published(pretrained_cfg: dict[str, Any]) -> Origin | None:
+    """Return where timm has a name's published weights from; ``None`` where it does not say: they are then never trusted."""
+    from timm.models import _builder
+
+    try:
+        kind, place = _builder._resolve_pretrained_source(pretrained_cfg)  # noqa: SLF001 - the one place that decides it
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    if kind == "hf-hub":
+        identifier, filename = place if isinstance(place, tuple) else (place, "")
+        repository, _, revision = identifier.partition("@")
+        return Origin("hub", repository, revision, filename, ("weights",))
+    if kind == "url":
+        url = place if isinstance(place, str) else place[0]
+        name = Path(urlsplit(url).path).name if isinstance(place, str) else place[1]
+        return Origin("file", name, filename=name, reads=("weights",))
+    return None
 
 
 def default_device() -> torch.device:
     """Return the first CUDA device where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(text: str) -> torch.device:
+    """Return a device by its name, once it has held a number.
+
+    Raises:
+        UsageError: PyTorch knows no such device, or it is not here.
+    """
+    try:
+        device = torch.device(text)
+        torch.zeros(1).to(device).cpu()
+    except Exception as error:  # a device that was not built in fails in any way
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise UsageError(f"--device {text}: PyTorch has no such device here; it has {', '.join(here)}.") from error
+    return device
 
 
 @dataclass(frozen=True)
@@ -357,6 +451,8 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
     except Exception as error:
         if not pretrained:
             raise UsageError(f"--backbone {name}: timm cannot create it ({_first_line(error)}).") from error
+        if name.startswith("local-dir:"):
+            raise DataError(f"--backbone {name}: its weights cannot be read ({_first_line(error)}).") from error
         reason = _first_line(error) if reachable else "they are not on this machine, and the hub cannot be reached"
         raise SetupError(
             f"the published weights of {name} cannot be had ({reason}). "
@@ -417,7 +513,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     module.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
 
 
-def _hash_weights(module: nn.Module) -> str:
+def hash_weights(module: nn.Module) -> str:
     """Return the SHA-256 of every parameter and buffer: name, dtype, shape and bytes, in order of name."""
 
     def chunks() -> Iterator[bytes | memoryview]:

@@ -3,7 +3,7 @@
 import json
 import os
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache import origins
 from featcache.errors import StorageError
-from featcache.fingerprint import canonical, sha256_of_bytes, sha256_of_file
-from featcache.progress import progress
+from featcache.fingerprint import canonical, sha256_of_bytes
+from featcache.origins import Origin
+from featcache.progress import logger, progress
 from featcache.sources import FileStat, Source, location_hash
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
 from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen, now_ns
@@ -118,12 +120,16 @@ _USUAL = {"pool": "default", "precision": "float32"}
 
 
 def identify(spec: BackboneSpec) -> dict[str, Any]:
-    """Return a backbone's spec as plain data, a weights file by its content instead of its path."""
+    """Return a backbone's spec as plain data, a weights file by its content instead of its path.
+
+    What lies behind a name of a folder, of the hub or of timm's published weights is not in it: see ``recognise``.
+    """
     weights = Path(spec.weights) if spec.weights is not None else None
     rare = {name: value for name, value in (("pool", spec.pool), ("precision", spec.precision)) if value != _USUAL[name]}
+    content = f"sha256:{origins.sha256_of_weights(weights)}" if weights is not None and weights.is_file() else spec.weights
     return rare | {
-        "name": spec.name,
-        "weights": f"sha256:{sha256_of_file(weights)}" if weights is not None and weights.is_file() else spec.weights,
+        "name": origins.plain_name(spec),
+        "weights": content,
         "random_init": spec.random_init,
         "model_args": [[key, _plain(value)] for key, value in spec.model_args],
         "overrides": {name: _plain(value) for name, value in spec.overrides.given().items()},
@@ -135,12 +141,61 @@ def _plain(value: object) -> Any:
 
 
 def recognise(folder: Path, request: Request) -> FeatureStore | None:
-    """Return the entry that the same flags and weights led to before, if there is one."""
+    """Return the entry that the same flags and the same weights led to before, if there is one.
+
+    A name is believed only as long as the files behind it are those that the entry's rows came from. Where they are not on
+    this machine (features computed elsewhere), nothing speaks against the only entry of that name, and a note says so.
+
+    Raises:
+        UsageError: a folder that the name spells out is not there.
+    """
     described = request.described()
-    for spec in sorted(folder.glob("*/spec.json")):
-        store = FeatureStore.open(spec.parent)
-        if any(remembered == described for remembered in store.requests()):
+    by_name = origins.by_name(request.backbone)
+    spelt = origins.named(request.backbone)
+    if request.cut == INPUT and spelt is None:
+        by_name = False  # pixels come from no weights, and their transform from timm, whose version is in the request
+    absent: list[FeatureStore] = []
+    for store, remembered in _remembered(folder):
+        noted = remembered.pop("origin", None)
+        if remembered != described:
+            continue
+        if not by_name:
             return store
+        if noted is None:
+            continue  # of a version that took the name's word
+        content = (spelt or Origin.of_json(noted["place"])).content()
+        if content == noted["content"]:
+            return store
+        if content is None:
+            absent.append(store)
+    if spelt is not None:
+        spelt.folder()
+    if len({store.path for store in absent}) != 1:
+        return None
+    logger.info("the weights of %s are not on this machine: taken is the entry that was computed before", described["name"])
+    return absent[0]
+
+
+def _remembered(folder: Path) -> Iterator[tuple[FeatureStore, dict[str, Any]]]:
+    for store in _readable(folder):
+        for remembered in store.requests():
+            yield store, remembered
+
+
+def _readable(folder: Path) -> Iterator[FeatureStore]:
+    """Yield a data set's entries; a damaged one answers no request, and stops none that others answer."""
+    for spec in sorted(folder.glob("*/spec.json")):
+        try:
+            yield FeatureStore.open(spec.parent)
+        except StorageError as error:
+            logger.warning("left aside: %s", error)
+
+
+def find_key(folder: Path, spec: FeatureSpec) -> Path | None:
+    """Return the data set's entry of a key, whatever the backbone was called when it was made."""
+    for found in sorted(folder.glob(f"*-{spec.key[:8]}/spec.json")):
+        if FeatureStore.open(found.parent).key == spec.key:
+            return found.parent
     return None
 
 
@@ -148,8 +203,8 @@ def why_miss(folder: Path, spec: FeatureSpec) -> str:
     """Return which fields differ from the nearest entry of the data set, or "" where there is none to compare."""
     wanted = _flat(json.loads(canonical(spec)))
     nearest: list[str] | None = None
-    for found in sorted(folder.glob("*/spec.json")):
-        have = _flat(FeatureStore.open(found.parent).spec)
+    for store in _readable(folder):
+        have = _flat(store.spec)
         if have.get("cut") != spec.cut:
             continue
         differing = sorted(name for name in wanted if wanted[name] != have.get(name))

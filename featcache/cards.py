@@ -70,6 +70,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "feature_key": _is_text,
     "weights": _is_text_or_none,
     "backbone": _is_backbone,
+    "loaded": _is_object,
+    "transform": _is_object,
     "params": _is_object,
     "test": _is_object,
 }

@@ -77,18 +77,21 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         first = _one_column(X)[:1]
         if not first:
             raise DataError("FeatureExtractor: at least one image is needed to fit.")
-        self.n_features_out_ = int(self._embed(first).shape[1])
+        self.feature_key_ = ""
+        rows, self.feature_key_ = self._embed(first)
+        self.n_features_out_ = int(rows.shape[1])
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Return the embeddings (n, d).
 
         Raises:
-            DataError: an image cannot be used; the message names it.
+            DataError: an image cannot be used; the message names it. Or another network lies behind the backbone's name than
+                when this was fitted.
         """
         check_is_fitted(self)
         images = _one_column(X)
-        return self._embed(images) if images else np.empty((0, self.n_features_out_), np.float32)
+        return self._embed(images)[0] if images else np.empty((0, self.n_features_out_), np.float32)
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:  # noqa: ARG002 - scikit-learn's signature
         """Return ``<backbone>_0``, ``<backbone>_1``, ..."""
@@ -119,7 +122,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
             pool=pool,
         )
 
-    def _embed(self, images: list[Any]) -> NDArray[np.float32]:
+    def _embed(self, images: list[Any]) -> tuple[NDArray[np.float32], str]:
+        """Return embeddings and the key that they are cached under: of fitting's, where that has been."""
         contents = _Contents(tuple(images))
         items = tuple(Item(contents.path(number), "") for number in range(len(images)))
         unique = tuple(dict.fromkeys(items))
@@ -129,17 +133,22 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         settings = Settings(cache, self.batch_size, self.device, max_bad=1.0, runtime=runtime)
         bench = Workbench(source, self._spec(), settings, lists=False)
         loaded = getattr(self, "_loaded", None)
-        if loaded is not None and loaded[0] == (bench.spec, self.device):
+        if loaded is not None and loaded[0] == (bench.spec, self.device) and loaded[1].is_current:
             bench.backbone = loaded[1]
         done = bench.extracted("+".join(self.layers) if self.layers else POOLED)
         if "backbone" in bench.__dict__:
             self._loaded = ((bench.spec, self.device), bench.backbone)
+        if getattr(self, "feature_key_", "") not in {"", done.store.key}:
+            raise DataError(
+                f"FeatureExtractor: {self.backbone} is not what it was when this was fitted (other weights, transform or "
+                "parameters). Fit it, and what stands behind it, again."
+            )
         if done.report.quarantined:
             bad = done.report.quarantined[0]
             raise DataError(f"FeatureExtractor: {bad.path}: {bad.reason} ({len(done.report.quarantined)} such images).")
         digests = {unique[index].path: digest for index, digest in zip(done.known.index, done.known.sha256, strict=True)}
         rows = done.store.rows_of(np.stack([digests[item.path] for item in items]))
-        return np.asarray(rows, dtype=np.float32)
+        return np.asarray(rows, dtype=np.float32), done.store.key
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ LAYERS = (
     ("cut", "runtimes", "images"),
     ("metrics", "narrowing", "pools", "records", "solvers"),
     ("plans",),
+    ("origins",),
     ("intervals", "specs", "splits"),
     ("draws",),
     ("allocator", "checked", "fingerprint", "machine", "progress", "units"),

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from featcache.bundle import Bundle
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.heads.neighbours import TEMPERATURE
-from featcache.images import decode
+from featcache.images import UnreadableImage, decode
 from featcache.metrics import LEAST_SCALED, at_temperature
-from featcache.pipeline.predicting import backbone_of
-from featcache.pipeline.workbench import Settings, Workbench
+from featcache.pipeline.predicting import bench_of
+from featcache.pipeline.workbench import Settings
 from featcache.progress import logger
 from featcache.sources import Source
 from featcache.store.atomic import replace_file
@@ -69,7 +69,8 @@ def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, wei
     Raises:
         SetupError: ONNX is not installed.
         UsageError: the head is of a kind that cannot be exported.
-        DataError: no image of ``check`` can be read, or the model disagrees.
+        DataError: no image of ``check`` can be read, the model disagrees, or another network lies behind the backbone's
+            name than when the head was trained.
     """
     if bundle.card.get("target", "label") != "label":
         raise UsageError(f"{bundle.path}: only heads of one class an image can be exported.")
@@ -78,12 +79,12 @@ def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, wei
         import onnxruntime
     except ImportError:
         raise SetupError("export needs ONNX: `pip install 'featcache[onnx]'`.") from None
-    bench = Workbench(check, backbone_of(bundle.card, weights), settings)
+    bench = bench_of(bundle, check, settings, weights)
     transform, pixels = bench.backbone.transform, []
     for item in check.items:
         try:
             pixels.append(decode(check.read(item.path), transform)[0])
-        except (OSError, ValueError):
+        except (OSError, ValueError, UnreadableImage):
             continue
         if len(pixels) == _CHECKED:
             break

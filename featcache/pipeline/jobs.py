@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import identify
+from featcache import origins
 from featcache.checked import check_fields
 from featcache.errors import DataError, UsageError
 from featcache.machine import free_memory
@@ -251,7 +251,7 @@ def fit_heads(
 
 def head_cell(bench: Workbench, features: Features, head: str, plan: FitPlan, seed: int, members: Sequence[str] = ()) -> str:
     """Return the name of the experiment that a head is; an ensemble's depends on those that it may be made of."""
-    return cell_of(bench.spec, features, _method(head, plan), _asked(plan, members), seed)
+    return cell_of(bench, features, _method(head, plan), _asked(plan, members), seed)
 
 
 def _asked(plan: FitPlan, members: Sequence[str]) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def _fit_targets(
             else fit_number(features, split, name, plan.candidates())
         )
         method = _method(f"{name} ({plan.target})", plan)
-        cell = cell_of(bench.spec, features, method, plan.choice(), seed)
+        cell = cell_of(bench, features, method, plan.choice(), seed)
         card = card_of(bench, done) | {
             "classes": list(fitted.names),
             "target": fitted.target,
@@ -410,10 +410,12 @@ def _method(head: str, plan: FitPlan) -> str:
 
 
 def card_of(bench: Workbench, done: Extracted) -> dict[str, Any]:
-    """Return what a head's file says of its features."""
+    """Return what a head's file says of its features: where their backbone is, and what it was when they were computed."""
     return {
         "feature_key": done.store.key,
-        "backbone": identify(bench.spec),
+        "backbone": bench.identity | {"name": origins.absolute_name(bench.spec)},
+        "loaded": done.store.spec["backbone"],
+        "transform": done.store.spec["transform"],
         "weights": str(Path(bench.spec.weights).resolve()) if bench.spec.weights else None,
         "data": bench.source.location,
         "cut": done.cut,

@@ -1,18 +1,20 @@
 """A trained head on images that were never extracted: from files to labels, nothing kept."""
 
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache import origins
 from featcache.bundle import Bundle
-from featcache.errors import DataError, UsageError
-from featcache.fingerprint import sha256_of_file
+from featcache.errors import DataError, StorageError, UsageError
+from featcache.fingerprint import canonical, sha256_of_file
 from featcache.flow import Batch, Reader, run_batches, sample
 from featcache.heads import answers, over_views
 from featcache.metrics import at_temperature
@@ -21,6 +23,7 @@ from featcache.progress import logger, progress
 from featcache.sources import FileStat, Item, Source, image_files, read_file, stat_file
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
 from featcache.stages.extract import Ready
+from featcache.store import FeatureStore
 
 _AT_ONCE = 4096  # images whose embeddings and answers are held: copies among them are computed once
 
@@ -47,7 +50,7 @@ class _Anywhere:
 
 
 def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpec:
-    """Return the backbone that a head was trained on; its weights file may have moved to ``weights``.
+    """Return the backbone that a head was trained on; its weights may lie in the file ``weights`` now.
 
     Raises:
         UsageError: the weights file is not where it was.
@@ -63,7 +66,7 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
         if f"sha256:{sha256_of_file(Path(path))}" != wanted:
             raise DataError(f"{path}: not the weights that the head was trained on (another SHA-256).")
     else:
-        path = wanted
+        path = weights or wanted
     overrides: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in facts["overrides"].items()
     }
@@ -74,12 +77,74 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
     return BackboneSpec(
         facts["name"],
         path,
-        facts["random_init"],
+        facts["random_init"] if path is None else None,
         freeze_args(dict(facts["model_args"])),
         given,
         facts.get("pool", "default"),
         facts.get("precision", "float32"),
     )
+
+
+def bench_of(bundle: Bundle, source: Source, settings: Settings, weights: str | None = None) -> Workbench:
+    """Return a workbench whose backbone is loaded, and is the one that a head was trained on.
+
+    Of a repository of the hub that has moved on, the local copy that the head was trained on is taken.
+
+    Raises:
+        UsageError: the weights file, or the folder of the backbone, is not where it was.
+        DataError: another network lies behind the backbone's name now.
+    """
+    spec = backbone_of(bundle.card, weights)
+    names = dict.fromkeys([spec.name, *(origins.other_revisions(spec) if spec.weights is None else ())])
+    reasons = []
+    for name in names:
+        bench = Workbench(source, replace(spec, name=name), settings)
+        reason = _difference(bundle, bench)
+        if not reason:
+            return bench
+        reasons.append(reason)
+    raise DataError(
+        f"{bundle.path}: {reasons[0]}. Put the old one back, give its weights with --weights FILE, or train the head again."
+    )
+
+
+def _difference(bundle: Bundle, bench: Workbench) -> str:
+    """Return what tells a loaded backbone from the one that a head was trained on, "" where nothing does."""
+    card, backbone = bundle.card, bench.backbone
+    wanted, transform = card.get("loaded"), card.get("transform")
+    if not isinstance(wanted, dict) or not isinstance(transform, dict):
+        return _difference_of_key(bundle, bench)
+    loaded = json.loads(canonical(backbone.loaded))
+    if wanted.get("weights_sha256") != loaded["weights_sha256"]:
+        then, now = str(wanted.get("weights_sha256"))[:12], loaded["weights_sha256"][:12]
+        return f"the weights of {bench.spec.name} have changed since it was trained (SHA-256 {then}... then, {now}... now)"
+    if canonical(transform) != canonical(backbone.transform):
+        return f"{bench.spec.name} prepares images otherwise than when it was trained"
+    # the tag says where weights came from: with their hash it decides nothing
+    if canonical(wanted | {"tag": ""}) != canonical(loaded | {"tag": ""}):
+        return f"{bench.spec.name} is built otherwise than when it was trained"
+    return ""
+
+
+def _difference_of_key(bundle: Bundle, bench: Workbench) -> str:
+    """Hold a backbone against the cache key in a card that says no more: of heads of an older version."""
+    card, cut = bundle.card, bundle.card.get("cut", "pooled")
+    if card["backbone"]["weights"] or card.get("feature_key") is None:
+        return ""  # the hash of the weights file was compared
+    try:
+        entry = FeatureStore.open(bundle.path.parent.parent)
+    except StorageError:
+        entry = None
+    if entry is not None and entry.key == card["feature_key"] and entry.spec["backbone"]:
+        same = entry.spec["backbone"]["weights_sha256"] == bench.backbone.loaded.weights_sha256
+        return "" if same else f"the weights of {bench.spec.name} have changed since it was trained"
+    views, dtypes = Views(card.get("views", 1)), ("float32", "float16")
+    if card["feature_key"] in {bench.key(cut, dtype, views) for dtype in dtypes}:  # type: ignore[arg-type]
+        return ""
+    if origins.named(bench.spec) is None:
+        return f"{bench.spec.name} is not what it was when the head was trained (other weights, or another transform)"
+    logger.warning("%s: its card does not say which weights %s had: nothing was compared", bundle.path, bench.spec.name)
+    return ""
 
 
 def find_images(places: Iterable[str]) -> Iterator[str]:
@@ -113,11 +178,14 @@ def label_images(
         paths: image files.
         settings: device, batch size, runtime, workers.
         weights: where the backbone's weights file is now.
+
+    Raises:
+        UsageError: the backbone is not where it was.
+        DataError: it is another one now.
     """
-    spec = backbone_of(bundle.card, weights)
     items = tuple(Item(path, "") for path in dict.fromkeys(paths))
     source = Source("images", "images", items, _Anywhere())
-    return _predictions(bundle, paths, Workbench(source, spec, settings))
+    return _predictions(bundle, paths, bench_of(bundle, source, settings, weights))
 
 
 def _predictions(bundle: Bundle, paths: Sequence[str], bench: Workbench) -> Iterator[Prediction]:

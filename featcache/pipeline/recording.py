@@ -7,25 +7,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import identify
 from featcache.fingerprint import fingerprint
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.plans import FineTunePlan
 from featcache.records import RunRecord, stamp
-from featcache.specs import BackboneSpec
 from featcache.splits import Split, items_hash, untested
 from featcache.store import Features, FeatureStore, RowReader
 from featcache.units import copies, remarks
 
 
-def cell_of(
-    spec: BackboneSpec, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int
-) -> str:
+def cell_of(bench: Workbench, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int) -> str:
     """Return the name of an experiment: everything that decides its outcome but the code."""
     everything = np.arange(len(features.y))
     return fingerprint(
         {
-            "backbone": identify(spec),
+            "backbone": bench.identity,
             "items": items_hash(features.sha256, everything, features.y),
             "splits": list(features.splits),
             "method": method,
@@ -37,7 +33,7 @@ def cell_of(
 
 def new_record(bench: Workbench, done: Extracted, features: Features, split: Split, **facts: Any) -> RunRecord:
     """Return a record of a model that was trained on an entry; ``facts`` are the fields that depend on the model."""
-    request = {"backbone": identify(bench.spec)} | facts.pop("request", {})
+    request = {"backbone": bench.identity} | facts.pop("request", {})
     counted, notes = look_at(features, split)
     return RunRecord(
         dataset=done.store.path.parent.name,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import bundle
+from featcache import bundle, origins
 from featcache.cache import identify
 from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.fingerprint import canonical
@@ -355,7 +355,7 @@ def _tune(
         team=team,
     )
     facts = {
-        "backbone": identify(bench.spec),
+        "backbone": bench.identity,
         "classes": list(features.classes),
         "transform": asdict(own.transform),
         "unfreeze": plan.unfreeze.text,
@@ -410,7 +410,7 @@ def _tune(
     with team.one_first():
         if team.rank == 0:  # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
             save_checkpoint(own.module, tuned.model, checkpoint, facts)
-            _save_head(bench, at_cut, features, tuned, checkpoint, plan)
+            _save_head(bench, at_cut, features, tuned, own, checkpoint, plan)
             if records and not _is_recorded(record, records):
                 append_record(records, record)
     head = bundle.head_path(folder / name)
@@ -440,7 +440,7 @@ def tune_cell(
     bench: Workbench, features: Features, method: str, plan: FineTunePlan, seed: int, group: str | None = None
 ) -> str:
     """Return the name of the experiment that a fine-tuning is, by the images that have embeddings."""
-    return cell_of(bench.spec, features, method, asdict(plan) | {"group": group} if group else plan, seed)
+    return cell_of(bench, features, method, asdict(plan) | {"group": group} if group else plan, seed)
 
 
 def _rows(features: Features, at_cut: Extracted, views: int) -> "tuple[NDArray[np.int64], Features, Take]":
@@ -467,20 +467,32 @@ def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
     from featcache.backbone import load_backbone
 
     spec = replace(bench.spec, model_args=(*bench.spec.model_args, ("drop_path_rate", plan.drop_path)))
-    return load_backbone(spec, bench.backbone.device)
+    own = load_backbone(spec, bench.backbone.device)
+    if own.loaded.weights_sha256 != bench.backbone.loaded.weights_sha256:
+        raise DataError(f"--backbone {spec.name}: its weights changed while this ran. Run again.")
+    return own
 
 
 def _save_head(
-    bench: Workbench, at_cut: Extracted, features: Features, tuned: "FineTuned", checkpoint: Path, plan: FineTunePlan
+    bench: Workbench,
+    at_cut: Extracted,
+    features: Features,
+    tuned: "FineTuned",
+    own: "Backbone",
+    checkpoint: Path,
+    plan: FineTunePlan,
 ) -> None:
     """Write the tuned network's head beside it: with the checkpoint as its backbone it predicts and exports as any other."""
+    from featcache.backbone import hash_weights
     from featcache.heads import linear_estimator
 
     head = tuned.model.linear_head()
     spec: BackboneSpec = replace(bench.spec, weights=str(checkpoint.resolve()), random_init=None)
     card = card_of(bench, at_cut) | {
-        "backbone": identify(spec),
+        "backbone": identify(spec) | {"name": origins.absolute_name(spec)},
         "weights": spec.weights,
+        "loaded": asdict(replace(bench.backbone.loaded, tag="file", weights_sha256=hash_weights(own.module))),
+        "transform": asdict(own.transform),
         "cut": POOLED,
         "classes": list(features.classes),
         "target": "label",

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from featcache import cache as caching
+from featcache import origins
 from featcache.cache import Sighted
 from featcache.checked import check_fields
 from featcache.cluster import Recipe
-from featcache.errors import StorageError, UsageError
+from featcache.errors import DataError, StorageError, UsageError
+from featcache.fingerprint import fingerprint
 from featcache.flow import Pixels, beside_pixels
 from featcache.progress import logger
 from featcache.sources import Source
@@ -165,6 +167,7 @@ class Workbench:
         self.spec = spec
         self.settings = settings
         self.lists = lists
+        self._content: str | None = None
         for note in source.notes:
             logger.warning(note)
 
@@ -183,17 +186,34 @@ class Workbench:
     @cached_property
     def backbone(self) -> "Backbone":
         """The loaded backbone; the first use imports torch."""
-        import torch
+        from featcache.backbone import device_of, load_backbone
 
-        from featcache.backbone import load_backbone
+        device = self.settings.device
+        backbone = load_backbone(self.spec, device_of(device) if device is not None else None)
+        if backbone.file_sha256 is not None and self._facts["weights"] != f"sha256:{backbone.file_sha256}":
+            raise DataError(f"--weights {self.spec.weights}: changed while this ran. Run again.")
+        self._content = fingerprint([asdict(backbone.loaded), asdict(backbone.transform)])
+        return backbone
 
-        if self.settings.device is None:
-            return load_backbone(self.spec)
-        try:
-            device = torch.empty(0, device=self.settings.device).device
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {self.settings.device}: {str(error).splitlines()[0]}") from error
-        return load_backbone(self.spec, device)
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return caching.identify(self.spec)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this backbone from others in records: its spec, and where that has but a name the content behind it.
+
+        The content is that of the loaded backbone, or of the entry that answers in its place.
+        """
+        if not origins.by_name(self.spec):
+            return self._facts
+        if self._content is None:
+            _ = self.backbone
+        return self._facts | {"content": f"sha256:{self._content}"}
+
+    def key(self, cut: str, dtype: StoredDtype, views: Views) -> str:
+        """Return the cache key that rows of the loaded backbone have."""
+        return self._feature_spec(caching.Request(self.spec, cut, dtype, views)).key
 
     def extracted(self, cut: str = POOLED, dtype: StoredDtype | None = None, views: Views | None = None) -> Extracted:
         """Return the entry of a cut, computing what it lacks."""
@@ -203,7 +223,7 @@ class Workbench:
         """Return the entries of several cuts, computing what they lack in one pass over the images."""
         views = views or Views()
         requests = [caching.Request(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
-        opened = [self._open(request) for request in requests]
+        opened = self._open(requests)
         done = {number: hit for number, (store, stock) in enumerate(opened) if (hit := self._hit(store, stock))}
         for number in done:
             self._remember(opened[number][0], requests[number])
@@ -224,11 +244,7 @@ class Workbench:
         """Say what an extraction would compute, write and take; measures a first batch, and keeps nothing of it."""
         views = views or Views()
         requests = [caching.Request(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
-        found = []
-        for request in requests:
-            store = caching.recognise(self.folder, request)
-            stock = caching.take_stock(self.source, store)
-            found.append((request, stock))
+        found = [(request, stock) for request, (_, stock) in zip(requests, self._find(requests), strict=True)]
         wanted = sorted({int(position) for _, stock in found for position in stock.to_read})
         if not wanted:
             return Estimate(len(self.source.items), 0, 0, 0.0)
@@ -245,19 +261,64 @@ class Workbench:
         ]
         return Estimate(len(self.source.items), len(wanted), sum(sizes), seconds)
 
-    def _open(self, request: caching.Request) -> tuple[FeatureStore, caching.Stock]:
-        store = caching.recognise(self.folder, request)
-        if store is None:
+    def _find(self, requests: Sequence[caching.Request]) -> list[tuple[FeatureStore | None, caching.Stock]]:
+        """Return the entries that are there, by the flags or by the key, with what they lack.
+
+        A backbone that has to be loaded, or is, decides alone: what it computes must not come beside rows of another that
+        its name stood for before, nor be trained on beside those.
+        """
+        found = [(store, self._stock(store)) for store in (caching.recognise(self.folder, request) for request in requests)]
+        lacks = any(len(stock.to_read) for _, stock in found)
+        if "backbone" in self.__dict__ or (lacks and self._transform is None):
+            keyed = [self._of_key(self._feature_spec(request)) for request in requests]
+            return [
+                before
+                if before[0] is not None and store is not None and before[0].path == store.path
+                else (store, self._stock(store))
+                for before, store in zip(found, keyed, strict=True)
+            ]
+        for (store, _), request in zip(found, requests, strict=True):
+            if store is not None and request.cut != INPUT:
+                self._content = fingerprint([store.spec["backbone"], store.spec["transform"]])
+        return found
+
+    def _of_key(self, spec: FeatureSpec) -> FeatureStore | None:
+        path = caching.find_key(self.folder, spec)
+        return FeatureStore.open(path) if path is not None else None
+
+    def _open(self, requests: Sequence[caching.Request]) -> list[tuple[FeatureStore, caching.Stock]]:
+        """Return the entries of some requests, made where they are not there, with what they lack."""
+        opened = []
+        for (store, stock), request in zip(self._find(requests), requests, strict=True):
+            if store is not None:
+                opened.append((store, stock))
+                continue
             spec = self._feature_spec(request)
-            path = caching.entry_path(self.folder, self.spec.label, spec)
-            if self._transform is None and not path.exists() and (reason := caching.why_miss(self.folder, spec)):
+            if self._transform is None and (reason := caching.why_miss(self.folder, spec)):
                 logger.info("not in the cache; the nearest entry differs in %s", reason)
-            store = FeatureStore.create(path, spec)
+            made = FeatureStore.create(caching.entry_path(self.folder, self.spec.label, spec), spec)
+            opened.append((made, self._stock(made)))
+        return opened
+
+    def _stock(self, store: FeatureStore | None) -> caching.Stock:
+        """Return what an entry lacks, of this run's share of the images."""
         part = self.settings.part
         if part is None:
-            return store, caching.take_stock(self.source, store)
-        mine = partial(is_mine, self.source, part)
-        return store, caching.take_stock(self.source, store, among=mine, hashes_new=False)
+            return caching.take_stock(self.source, store)
+        return caching.take_stock(self.source, store, among=partial(is_mine, self.source, part), hashes_new=False)
+
+    def _remember(self, store: FeatureStore, request: caching.Request) -> None:
+        """Note the flags that led to an entry, and the content of the files behind a name where that is known."""
+        loaded = self.backbone if "backbone" in self.__dict__ else None
+        if loaded is not None and not loaded.is_current:
+            return  # the flags mean another network by now
+        facts = request.described()
+        if loaded is not None and loaded.origin is not None and loaded.content is not None:
+            facts["origin"] = {"place": asdict(loaded.origin), "content": loaded.content}
+        elif origins.by_name(self.spec) and self._transform is None:
+            return  # recognised by what was noted before; nothing new is known
+        with suppress(StorageError):  # a cache that cannot be written answers all the same
+            store.remember_request(facts)
 
     def _hit(self, store: FeatureStore, stock: caching.Stock) -> ExtractReport | None:
         if self.settings.part is not None or not isinstance(caching.plan(self.source, store, stock), caching.Hit):
@@ -267,11 +328,6 @@ class Workbench:
         store.write_table()
         unusable = [item for item in store.manifest.quarantined if item.sha256]
         return ExtractReport(len(stock.known) - len(unusable), 0, (*unusable, *stock.unreachable), 0.0, known=stock.known)
-
-    def _remember(self, store: FeatureStore, request: caching.Request) -> None:
-        """Let the same flags lead here without a backbone from now on, also where it was the key that led here."""
-        with suppress(StorageError):  # a cache that cannot be written answers all the same
-            store.remember_request(request.described())
 
     def _sinks(self, opened: Sequence[tuple[str, FeatureStore, caching.Stock]]) -> tuple[list[Sink], Prepare]:
         """Return the entries to fill, and what makes the backbone ready: not even loaded where nothing is computed."""
@@ -344,8 +400,13 @@ class Workbench:
 
     def _recipe(self, sinks: Sequence[Sink], plan: Plan) -> Recipe:
         weights = self.spec.weights
+        anywhere = replace(
+            self.spec,
+            name=origins.absolute_name(self.spec),  # actors have working folders of their own
+            weights=str(Path(weights).resolve()) if weights else None,
+        )
         return Recipe(
-            replace(self.spec, weights=str(Path(weights).resolve()) if weights else None),
+            anywhere,
             self.backbone.loaded,
             tuple(sink.store.spec["cut"] for sink in sinks),
             tuple(sink.store.path.resolve() for sink in sinks),

@@ -1,0 +1,184 @@
+"""What lies behind a backbone's name: the files that timm reads for it on this machine, and their content."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from featcache.errors import UsageError
+from featcache.fingerprint import fingerprint, sha256_of_file
+from featcache.specs import BackboneSpec
+
+BUNDLED = "mini"
+_FOLDER, _HUB = ("local-dir:",), ("hf-hub:", "hf_hub:")
+_CONFIG = "config.json"
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt", ".npz")  # more than timm reads: one too many only misses
+_RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
+_hashed: dict[tuple[str | int, ...], str] = {}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the files behind a name lie.
+
+    Attributes:
+        kind: a ``folder``; a repository of the ``hub``, of which local copies count; a ``file`` of PyTorch's downloads.
+        place: the folder's path, the repository, or the file's name.
+        revision: of a repository, as it was asked for; its main branch where empty.
+        filename: of the weights in a repository, where it is not one of the usual.
+        reads: what of it decides the network: ``config`` its architecture, ``weights``.
+    """
+
+    kind: Literal["folder", "hub", "file"]
+    place: str
+    revision: str = ""
+    filename: str = ""
+    reads: tuple[str, ...] = ("config", "weights")
+
+    @classmethod
+    def of_json(cls, facts: dict[str, Any]) -> "Origin":
+        """Return an origin from its fields as plain values."""
+        return cls(**(facts | {"reads": tuple(facts["reads"])}))
+
+    def folder(self) -> Path | None:
+        """Return the folder that holds the files now, ``None`` where a download is not on this machine.
+
+        Raises:
+            UsageError: a folder of the user's own is not there, or no network.
+        """
+        if self.kind == "file":
+            return _torch_downloads()
+        if self.kind == "hub":
+            return _snapshot(self.place, self.revision)
+        path = Path(self.place)
+        if not path.is_dir():
+            raise UsageError(f"--backbone local-dir:{self.place}: there is no such folder.")
+        if not (path / _CONFIG).is_file():
+            raise UsageError(
+                f"--backbone local-dir:{self.place}: no {_CONFIG} in it. timm.models.save_for_hf writes such a folder."
+            )
+        return path
+
+    def content(self, folder: Path | None = None) -> str | None:
+        """Return the SHA-256 over the names and bytes of the files, ``None`` where they are not on this machine.
+
+        Args:
+            folder: that holds the files, where it is known; else the one that does now.
+
+        Raises:
+            UsageError: a folder of the user's own is not there, or no network.
+        """
+        folder = folder or self.folder()
+        files = list(self._files(folder)) if folder is not None else []
+        if not files:
+            return None
+        return fingerprint({file.name: _sha256(file) for file in files})
+
+    def _files(self, folder: Path) -> Iterator[Path]:
+        if "config" in self.reads and (folder / _CONFIG).is_file():
+            yield folder / _CONFIG
+        if "weights" not in self.reads:
+            return
+        if self.filename:
+            yield from (path for path in [folder / self.filename] if path.is_file())
+        else:
+            yield from sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHTS) and path.is_file())
+
+
+def named(spec: BackboneSpec) -> Origin | None:
+    """Return the origin that a name spells out, ``local-dir:PATH`` or ``hf-hub:ORG/NAME[@REVISION]``; else ``None``."""
+    kind, _, place = spec.name.partition(":")
+    reads = ("config", "weights") if spec.weights is None and spec.random_init is None else ("config",)
+    if f"{kind}:" in _FOLDER:
+        return Origin("folder", place, reads=reads)
+    if f"{kind}:" in _HUB:
+        repository, _, revision = place.partition("@")
+        return Origin("hub", repository, revision, reads=reads)
+    return None
+
+
+def by_name(spec: BackboneSpec) -> bool:
+    """Tell whether a name alone says which network is meant, so that another may lie behind it tomorrow."""
+    return named(spec) is not None or (spec.weights is None and spec.random_init is None and spec.name != BUNDLED)
+
+
+def plain_name(spec: BackboneSpec) -> str:
+    """Return a name without what content decides: where a folder lies."""
+    origin = named(spec)
+    return "local-dir:" if origin is not None and origin.kind == "folder" else spec.name
+
+
+def absolute_name(spec: BackboneSpec) -> str:
+    """Return a name that means the same in every working folder."""
+    origin = named(spec)
+    return f"local-dir:{Path(origin.place).resolve()}" if origin is not None and origin.kind == "folder" else spec.name
+
+
+def other_revisions(spec: BackboneSpec) -> list[str]:
+    """Return names for all local copies of a repository of the hub, the newest first; none of another kind of name."""
+    origin = named(spec)
+    if origin is None or origin.kind != "hub":
+        return []
+    copies = [path for path in (_repository(origin.place) / "snapshots").glob("*") if path.is_dir()]
+    copies.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return [f"hf-hub:{origin.place}@{path.name}" for path in copies]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the arguments that a folder's ``config.json`` gives its architecture, but those of its classifier."""
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    arguments = dict(config.get("model_args") or {})
+    published = config.get("pretrained_cfg") or config
+    if published.get("fixed_input_size") and published.get("input_size"):
+        arguments.setdefault("img_size", list(published["input_size"][-2:]))
+    arguments.pop("num_classes", None)
+    return arguments
+
+
+def _repository(name: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+
+
+def _snapshot(name: str, revision: str) -> Path | None:
+    """Return the local copy of a revision: a branch's or a tag's newest, or a commit's."""
+    repository = _repository(name)
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    copy = repository / "snapshots" / commit
+    return copy if commit and copy.is_dir() else None
+
+
+def _torch_downloads() -> Path | None:
+    """Return where PyTorch keeps what it downloads, found without importing it."""
+    if (torch := sys.modules.get("torch")) is not None:
+        place = Path(torch.hub.get_dir())
+    else:
+        caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        place = Path(os.environ.get("TORCH_HOME", f"{caches}/torch")).expanduser() / "hub"
+    return place / "checkpoints" if (place / "checkpoints").is_dir() else None
+
+
+def sha256_of_weights(path: Path) -> str:
+    """Return the SHA-256 of a file; it is read once a process, as long as its size, times and inode stay."""
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    signs, now = _signs(path), time.time_ns()
+    if (known := _hashed.get(signs)) is not None:
+        return known
+    digest = sha256_of_file(path)
+    if now - max(signs[-2:]) > _RACY_NS and _signs(path) == signs:
+        _hashed[signs] = digest
+    return digest
+
+
+def _signs(path: Path) -> tuple[Any, ...]:
+    found = path.stat()
+    return (os.path.abspath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)  # noqa: PTH100 - links stay
