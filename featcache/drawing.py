@@ -52,14 +52,23 @@ def draw(records: Sequence[RunRecord], path: Path) -> Path:
             ]
             name = record.method if style == "-" else None
             axes.plot(epochs, values, style, color=colour, label=name, marker="o", markersize=3)
+            if style == "-" and (kept := record.params["best_epoch"]) < len(values):
+                axes.plot(kept, values[kept], "o", color=colour, markersize=9, fillstyle="none")
         seconds = sum(record.seconds.values())
         _point(prices, seconds, record.test, record.method, colour)
     first = records[0]
     if first.probe is not None:
         _point(prices, sum(first.probe["seconds"].values()), first.probe["test"], f"probe ({first.probe['head']})", "black")
-    losses.set(xlabel="epoch", ylabel="loss (dotted: training)")
-    accuracies.set(xlabel="epoch", ylabel="accuracy, % (dotted: training)")
+    smoothing = first.request.get("plan", {}).get("label_smoothing", 0.0)
+    smoothed = f", labels smoothed by {smoothing:g}" if smoothing else ""
+    losses.set(xlabel="epoch (ringed: kept)", ylabel=f"loss (dotted: training{smoothed})")
+    accuracies.set(xlabel="epoch (ringed: kept)", ylabel="accuracy, % (dotted: training)")
+    for axes in (losses, accuracies):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     prices.set(xlabel="seconds, extraction included", ylabel="test accuracy, % (95 % interval)", xscale="log")
+    prices.margins(0.15, 0.25)  # room for the legend
+    for which in (prices.xaxis.set_major_formatter, prices.xaxis.set_minor_formatter):
+        which("{x:g}")  # 90, not 9 x 10^1
     for axes in (losses, accuracies, prices):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
