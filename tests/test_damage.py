@@ -121,7 +121,7 @@ def test_an_entry_that_was_killed_at_its_start_begins_again(tmp_path: Path) -> N
 
     entry(tmp_path)
     (path / "spec.json").write_bytes(b'{"tran')
-    with pytest.raises(StorageError, match="not an entry of featcache"):
+    with pytest.raises(StorageError, match=r"spec.json: damaged"):
         FeatureStore.create(path, SPEC)
 
 

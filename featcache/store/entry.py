@@ -141,8 +141,11 @@ class FeatureStore:
             text = read_plain(path / "spec.json")
             spec = parse(text)
             key = spec.pop("key")
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
             raise StorageError(f"{path}: not an entry of featcache ({error}).") from error
+        except (ValueError, KeyError) as error:
+            where = path / "spec.json"
+            raise StorageError(f"{where}: damaged ({error}). Delete the entry {path} and extract again.") from error
         named = _NAMED_BY_KEY.fullmatch(path.resolve().name)
         if fingerprint(spec) != key or (named and named[1] != key[: len(named[1])]):
             raise StorageError(
