@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from support import TINY, Outcome
+from support import TINY, Outcome, draw_image
 
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.images import decode, encode
@@ -257,6 +257,43 @@ def test_torchvision_files(tmp_path: Path, folder: Path) -> None:
     assert source.classes == ("blue", "green", "red")
     assert source.items[0].path == "blue/00.png"
     assert source.stat("blue/00.png") is not None
+
+
+def test_torchvision_train_and_val_are_not_read_twice(tmp_path: Path) -> None:
+    """FGVCAircraft has train, val and trainval, which is both: each image is in one part, and val has its own."""
+    data = tmp_path / "fgvc-aircraft-2013b" / "data"
+    parts = {"train": range(4), "val": range(4, 8), "trainval": range(8), "test": range(8, 12)}
+    for number in range(12):
+        draw_image(data / "images" / f"{number:03d}.jpg", (20 * number, 90, 90), number)
+    (data / "variants.txt").write_text("A\nB\n")
+    for part, numbers in parts.items():
+        lines = [f"{number:03d} {'AB'[number % 2]}\n" for number in numbers]
+        (data / f"images_variant_{part}.txt").write_text("".join(lines))
+
+    source = open_source("torchvision:FGVCAircraft", data_root=tmp_path)
+
+    held = {part: {Path(item.path).name for item in source.items if item.split == part} for part in ("train", "val", "test")}
+    assert {part: len(names) for part, names in held.items()} == {"train": 4, "val": 4, "test": 4}
+    assert len(source.items) == 12
+    assert not held["train"] & held["val"]
+
+
+def test_torchvision_trainval_trains_where_there_is_nothing_else(tmp_path: Path) -> None:
+    """OxfordIIITPet has trainval and test alone: val is then drawn from trainval, by featcache."""
+    base = tmp_path / "oxford-iiit-pet"
+    (base / "annotations" / "trimaps").mkdir(parents=True)
+    lines = []
+    for number in range(8):
+        name = f"{('Abyssinian', 'beagle')[number % 2]}_{number}"
+        draw_image(base / "images" / f"{name}.jpg", (20 * number, 90, 90), number)
+        lines.append(f"{name} {number % 2 + 1} {number % 2 + 1} 1\n")
+    (base / "annotations" / "trainval.txt").write_text("".join(lines[:6]))
+    (base / "annotations" / "test.txt").write_text("".join(lines[6:]))
+
+    source = open_source("torchvision:OxfordIIITPet", data_root=tmp_path)
+
+    assert sorted(item.split for item in source.items) == ["test"] * 2 + ["train"] * 6
+    assert len({Path(item.path).name for item in source.items}) == 8
 
 
 def test_torchvision_says_what_is_missing(tmp_path: Path) -> None:

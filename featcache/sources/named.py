@@ -47,8 +47,8 @@ def open_torchvision(name: str, root: Path | None, *, download: bool) -> Source:
     parts: dict[str, Any] = {}
     others: set[str] = set()
     for split, arguments in _torchvision_splits(parameters):
-        if split in parts:
-            continue  # trainval is train and val together, valid is val
+        if split in parts or (arguments.get("split") == "trainval" and "val" in parts):
+            continue  # trainval is train and val together: it would train on what chooses; valid is val
         if "download" in parameters:
             arguments["download"] = download
         found = _torchvision_open(kind, name, root, arguments)
