@@ -4,7 +4,7 @@ import copy
 import json
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,10 +34,11 @@ from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
 from featcache import origins
-from featcache.cut import Cutter, without_unused_tokens
+from featcache.cut import Cutter, Layer, Place, parameters_by_use, without_unused_tokens
 from featcache.fingerprint import sha256_of_chunks
+from featcache.layers import Layers, layout_of_version_1
 from featcache.origins import BUNDLED, Origin
-from featcache.pools import PooledFeatures, Pooling
+from featcache.pools import Features, PooledFeatures, Pooling, TokenCounts, prove_layout
 from featcache.runtimes import Eager
 from featcache.specs import (
     FORMAT_VERSION,
@@ -47,7 +48,6 @@ from featcache.specs import (
     REVISED,
     BackboneSpec,
     LoadedBackbone,
-    Pool,
     Transform,
     freeze_args,
     layers_of,
@@ -95,9 +95,7 @@ class Backbone:
         """Images (b, 3, h, w) to embeddings (b, d), by the pooling that was asked for."""
         if self.spec.pool == "default":
             return self.module
-        if not hasattr(self.module, "forward_features"):
-            raise UsageError(f"--pool {self.spec.pool}: {self.spec.name} does not give its activations before pooling.")
-        return PooledFeatures(self.module, self._pooling(self.spec.pool))
+        return PooledFeatures(self.module, self._last_pooling)
 
     def prefix(self, cut: str) -> nn.Module:
         """Return the frozen part up to a stage, images (b, 3, h, w) -> activations (b, ...).
@@ -133,34 +131,54 @@ class Backbone:
         inside = "" if self.whole is self.module else "backbone."
         return lambda name: is_trained(name.removeprefix(inside))
 
-    def _pooling(self, kind: Pool) -> Pooling:
-        return Pooling(
-            kind,
-            prefix_tokens=getattr(self.module, "num_prefix_tokens", 0),
-            class_token=getattr(self.module, "cls_token", None) is not None,
-            channels_last=getattr(self.module, "output_fmt", "NCHW") == "NHWC",
-        )
+    @cached_property
+    def _last_pooling(self) -> Pooling:
+        """The pooling that was asked for, over the last activations' proved positions."""
+        what = f"--pool {self.spec.pool}: the last activations of {self.spec.name}"
+        if not hasattr(self.module, "forward_features"):
+            raise UsageError(f"--pool {self.spec.pool}: {self.spec.name} does not give its activations before pooling.")
+        features = Features(self.module)
+        images = torch.rand(1, 3, *(self.transform.input_size,) * 2, generator=torch.Generator().manual_seed(0))
+        images = images.to(self.device)
+        try:
+            parameters: Iterable[nn.Parameter] = list(parameters_by_use(features))
+        except CutError:  # in order of their creation then, which is nearly that of use
+            parameters = reversed(list(self.module.parameters()))
+        instead = "Leave --pool out."
+        layout = prove_layout(what, lambda: features(images), parameters, self._counts, instead=instead)
+        if layout.axes == 2:
+            raise UsageError(f"{what} are a vector already. {instead}")
+        return Pooling(self.spec.pool, layout, self.spec.name)
+
+    @cached_property
+    def _counts(self) -> TokenCounts:
+        return TokenCounts.of(self.module, self.transform.input_size)
 
     def program(self, cuts: Sequence[str]) -> nn.Module:
         """Return the frozen part of several cuts in one pass: pixels uint8 (b, h, w, 3) -> a tuple of activations.
 
         Raises:
-            UsageError: there is no such stage.
+            UsageError: there is no such stage or layer, or a layer's output makes no one vector.
             CutError: the backbone cannot be cut there.
         """
         layers = [layers_of(cut) for cut in cuts]
-        tests = [self._test(cut, name) for cut, names in zip(cuts, layers, strict=True) for name in names]
-        finish = [
-            self._pooling(self.spec.pool) if len(names) > 1 else nn.Flatten() if cut == POOLED else nn.Identity()
-            for cut, names in zip(cuts, layers, strict=True)
-            for _ in names
-        ]
-        pooled = [name if len(names) > 1 else "" for names in layers for name in names]
-        for name, test in zip(pooled, tests, strict=True):
-            if name and test is not None and self._cutter.split(test).tensors > 1:
-                raise UsageError(f"--layers {name}: several tensors leave this stage, they make no one vector.")
-        if tests != [None]:
-            body = self._cutter.joint_prefix(tests)
+        places: list[Place] = []
+        finish: list[nn.Module] = []
+        for names in layers:
+            for name in names:
+                if name == POOLED:
+                    places.append(None)
+                    finish.append(nn.Flatten())
+                elif len(names) == 1:
+                    places.append(self._trained_in_whole(name))
+                    finish.append(nn.Identity())
+                else:
+                    layer, pooling = self._layers.read(name)
+                    places.append(layer)
+                    finish.append(pooling)
+        cutter = self._layers.cutter if any(isinstance(place, Layer) for place in places) else self._cutter
+        if places != [None]:
+            body = cutter.joint_prefix(places)
         else:  # a trace takes time, and gains where a class token is alone in the end
             body = self._traced_whole() if getattr(self.module, "global_pool", None) == "token" else self.whole
         return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
@@ -169,20 +187,32 @@ class Backbone:
         """Return which version of the format a cut's rows have: entries of another version are not taken for them.
 
         Raises:
-            UsageError: there is no such stage.
+            UsageError: there is no such stage or layer.
             CutError: the backbone cannot be cut there.
         """
-        if cut in {POOLED, INPUT}:
+        if cut == INPUT:
             return FORMAT_VERSION
-        tests = [self._test(cut, layer) for layer in layers_of(cut)]
-        moved = any(self._cutter.has_moved(test) for test in tests if test is not None)
-        return REVISED if moved else FORMAT_VERSION
+        names = layers_of(cut)
+        layers = [name for name in names if name != POOLED]
+        if len(names) == 1:
+            changed = any(self._cutter.has_moved(self._trained_in_whole(layer)) for layer in layers)
+        else:
+            changed = True in {self._layers.has_changed(layer) for layer in layers}  # all are looked at: one may be refused
+        return REVISED if changed or (POOLED in names and self._pools_otherwise) else FORMAT_VERSION
 
-    def _test(self, cut: str, layer: str) -> Callable[[str], bool] | None:
-        """Return what tells the parameters behind a layer; ``None`` for the whole backbone, and for its last layer."""
-        if cut == POOLED or (cut != layer and layer in {POOLED, self.stages[-1].name}):
-            return None
-        return self._trained_in_whole(layer)
+    @cached_property
+    def _pools_otherwise(self) -> bool:
+        """Whether version 1 of the format pooled the last activations over other axes, or other tokens."""
+        if self.spec.pool == "default":
+            return False
+        layout = self._last_pooling.layout
+        return replace(layout, class_token=False) != layout_of_version_1(self.module, layout.axes)
+
+    @cached_property
+    def _layers(self) -> Layers:
+        names = [stage.name for stage in self.stages]
+        behind = {name: None if name == names[-1] else self._trained_in_whole(name) for name in names}
+        return Layers(self.spec.name, self.whole, behind, self.spec.pool, self._counts)
 
     def runner(self, cut: str) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:
         """Return the frozen part as a plain function on arrays: pixels uint8 (b, h, w, 3) -> rows float32 (b, ...)."""

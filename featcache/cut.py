@@ -9,7 +9,7 @@ sizes) is no tensor to store: it becomes a constant, or a multiple of the batch 
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +50,45 @@ class _Multiple:
 
 _Unknown = object()
 _Border = tuple[fx.Node, ...]
+_Reads = dict[fx.Node, set[int]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tensor of a traced backbone."""
+
+    node: fx.Node
+
+
+Place = Layer | Callable[[str], bool] | None
+"""Where activations are taken: one tensor; the cut before the first use of a parameter that trains; the end."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What went into a module's call, first argument alone, and what came out of it."""
+
+    given: Any
+    result: Any
 
 
 class _Tracer(fx.Tracer):
-    """Stops at the modules and functions that timm declares untraceable, and at those that act in training alone."""
+    """Stops at the modules and functions that timm declares untraceable, and at those that act in training alone.
+
+    ``calls`` says what each module was called with, by its name below the backbone that is traced.
+    """
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._leaves = (DropPath, Pooling, *get_notrace_modules())
+        self.calls: dict[str, list[_Call]] = {}
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module, and remember what a hook on it would see."""
+        result = super().call_module(m, forward, args, kwargs)
+        name = self.path_of_module(m).removeprefix("backbone.")
+        self.calls.setdefault(name, []).append(_Call(args[0] if args else None, result))
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called as a whole."""
@@ -106,22 +137,24 @@ class Cutter:
     Args:
         backbone: in ``eval()`` mode; maps images (b, 3, h, w) to embeddings (b, d).
         image_size: height and width of an image, in pixels.
+        narrows: leave out the tokens that the embeddings do not need. Layers' own outputs need all.
 
     Raises:
         CutError: the backbone cannot be traced.
     """
 
-    def __init__(self, backbone: nn.Module, image_size: int) -> None:
+    def __init__(self, backbone: nn.Module, image_size: int, *, narrows: bool = True) -> None:
         self._backbone = backbone
-        self._traced = _trace(backbone)
+        self._traced, self._calls = _trace(backbone)
         self._images = _random_images(backbone, 3, image_size)
         self._values = self._observed()
-        if narrow(self._traced, self._sizes, (DropPath,)):
+        if narrows and narrow(self._traced, self._sizes, (DropPath,)):
             self._values = self._observed()
         self._dependent = _descendants(node for node in self._traced.graph.nodes if node.op == "placeholder")
         self._held = {node: _parameter_ids(self._traced, node) for node in self._traced.graph.nodes}
         self._read = _with_handed_over(self._traced, self._held, self._dependent)
         self._checked: set[_Border] = set()
+        self._reproduces = False
 
     def _observed(self) -> dict[fx.Node, Any]:
         two, three = (_observe(self._traced, self._images[:count]) for count in (2, 3))
@@ -163,19 +196,66 @@ class Cutter:
         )
         return now != then
 
-    def joint_prefix(self, tests: Sequence[Callable[[str], bool] | None]) -> nn.Module:
+    def joint_prefix(self, places: Sequence[Place]) -> nn.Module:
         """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.
-
-        ``None`` stands for the whole backbone.
 
         Raises:
             CutError: one of the cuts cannot be made.
         """
-        for is_trained in tests:
-            if is_trained is not None:
-                self.split(is_trained)
-        end = next(node for node in self._traced.graph.nodes if node.op == "output").args[0]
-        return _prefix(self._traced, tuple((end,) if test is None else self._border(test) for test in tests))
+        return _prefix(self._traced, tuple(self._nodes(place) for place in places))
+
+    def _nodes(self, place: Place) -> _Border:
+        if isinstance(place, Layer):
+            return (place.node,)
+        if place is None:
+            return (self.end.node,)
+        self.split(place)
+        return self._border(place)
+
+    def layer(self, name: str, *, enters: bool = False) -> Layer:
+        """Return what a module gives when it is called, or what enters it: what a forward hook, or pre-hook, sees.
+
+        Raises:
+            CutError: the module is not called, or several times, or this is no tensor with one row an image.
+        """
+        calls = self._calls.get(name, ())
+        if len(calls) != 1:
+            raise CutError(
+                "no module of that name is called." if not calls else f"it is called {len(calls)} times an image."
+            )
+        value = calls[0].given if enters else calls[0].result
+        node = getattr(value, "node", None)
+        if not isinstance(node, fx.Node) or not isinstance(self._values[node], _Shape):
+            several = isinstance(value, tuple | list | dict) or isinstance(self._values.get(node), tuple)  # type: ignore[arg-type]
+            raise CutError("several tensors leave it." if several else "what leaves it is no tensor with one row an image.")
+        if not self._reproduces:
+            _check(self._backbone, self._traced, self._images)
+            self._reproduces = True
+        return Layer(node)
+
+    def calls(self, name: str) -> int:
+        """Return how often a module is called for one batch of images."""
+        return len(self._calls.get(name, ()))
+
+    @property
+    def end(self) -> Layer:
+        """The embeddings."""
+        return Layer(next(node for node in self._traced.graph.nodes if node.op == "output").args[0])
+
+    def run(self, layer: Layer) -> Callable[[], Any]:
+        """Return what computes a layer's output for a random image, anew at every call."""
+        prefix, image = _prefix(self._traced, ((layer.node,),)), self._images[:1]
+        return lambda: prefix(image)
+
+    def border_of_version_1(self, is_trained: Callable[[str], bool]) -> Layer | None:
+        """Return the tensor that version 1 of the format took for what leaves a stage, ``None`` where it took several."""
+        hot = self._hot(self._trained(is_trained))
+        border = _minimum_cut(self._traced, self._values, self._dependent, hot, self._held)
+        return Layer(border[0]) if len(border) == 1 else None
+
+    def parameters_before(self, layer: Layer) -> Iterator[nn.Parameter]:
+        """Return the parameters that a layer's output depends on, the last read first; no tables of positions."""
+        return _latest_first(self._backbone, self._traced, layer.node, self._read)
 
     def _border(self, is_trained: Callable[[str], bool]) -> _Border:
         hot = self._hot(self._trained(is_trained))
@@ -204,6 +284,31 @@ class Cutter:
         return tuple(sorted(names.get(one, "?") for one in held))
 
 
+def parameters_by_use(backbone: nn.Module) -> list[nn.Parameter]:
+    """Return a backbone's parameters that have one row a channel, the last used first.
+
+    Raises:
+        CutError: it cannot be traced.
+    """
+    traced = _trace(backbone)[0]
+    images = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    end = next(node for node in traced.graph.nodes if node.op == "output")
+    held = {node: _parameter_ids(traced, node) for node in traced.graph.nodes}
+    return list(_latest_first(backbone, traced, end, _with_handed_over(traced, held, _descendants(images))))
+
+
+def _latest_first(backbone: nn.Module, traced: fx.GraphModule, end: fx.Node, reads: _Reads) -> Iterator[nn.Parameter]:
+    """Yield the parameters that a node depends on, the last read first; no tables, such as those of positions."""
+    named = {id(value): (name, value) for name, value in backbone.named_parameters()}
+    known: set[int] = set()
+    for node in reversed(_ancestors_in_order(traced, (end,))):
+        for one in sorted((reads[node] & named.keys()) - known, key=lambda one: named[one][0], reverse=True):
+            known.add(one)
+            name, value = named[one]
+            if name.endswith("weight") or sum(size > 1 for size in value.shape) <= 1:
+                yield value
+
+
 def split(backbone: nn.Module, is_trained: Callable[[str], bool], image_size: int) -> SplitBackbone:
     """Split a backbone once: see Cutter."""
     return Cutter(backbone, image_size).split(is_trained)
@@ -215,7 +320,7 @@ def without_unused_tokens(backbone: nn.Module, image_size: int) -> nn.Module:
     Raises:
         CutError: it cannot be traced, or the trace does not reproduce it.
     """
-    traced, images = _trace(backbone), _random_images(backbone, 2, image_size)
+    traced, images = _trace(backbone)[0], _random_images(backbone, 2, image_size)
     seen = _observe(traced, images)
     narrow(traced, lambda node: seen[node].sizes[1:] if isinstance(seen.get(node), _Shape) else None, (DropPath,))
     _check(backbone, traced, images)
@@ -236,10 +341,10 @@ def _random_images(backbone: nn.Module, count: int, size: int) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _trace(backbone: nn.Module) -> fx.GraphModule:
-    root = _OnlyImages(backbone).eval()
+def _trace(backbone: nn.Module) -> tuple[fx.GraphModule, dict[str, list[_Call]]]:
+    root, tracer = _OnlyImages(backbone).eval(), _Tracer()
     try:
-        return fx.GraphModule(root, _Tracer().trace(root))
+        return fx.GraphModule(root, tracer.trace(root)), tracer.calls
     except Exception as error:  # tracing runs the model's own Python code: it can fail in any way
         raise CutError(f"this backbone cannot be traced ({type(error).__name__}: {error}).") from error
 
@@ -287,9 +392,6 @@ def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
             found.add(node)
             waiting.extend(node.users)
     return found
-
-
-_Reads = dict[fx.Node, set[int]]
 
 
 def _with_handed_over(traced: fx.GraphModule, held: _Reads, dependent: set[fx.Node]) -> _Reads:
@@ -348,9 +450,15 @@ def _minimum_cut(
 def _prefix(traced: fx.GraphModule, borders: tuple[_Border, ...]) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in _ancestors_in_order(traced, [node for border in borders for node in border]):
+    ends = {node for border in borders for node in border}
+    needed = _ancestors_in_order(traced, list(ends))
+    kept: dict[fx.Node, fx.Node] = {}
+    for node in needed:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    rows = [tuple(copies[node] for node in border) for border in borders]
+        if node in ends:  # what follows may write into it: an activation, or a sum, that works in place
+            used = not node.users.keys().isdisjoint(needed)
+            kept[node] = graph.call_method("clone", (copies[node],)) if used else copies[node]
+    rows = [tuple(kept[node] for node in border) for border in borders]
     outputs = tuple(row[0] if len(row) == 1 else graph.call_function(_packed, row) for row in rows)
     graph.output(outputs if len(outputs) > 1 else outputs[0])
     return fx.GraphModule(traced, graph).eval()

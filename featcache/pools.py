@@ -1,4 +1,8 @@
-"""Turn an activation map or a sequence of tokens into one vector."""
+"""Turn an activation map or a sequence of tokens into one vector, over axes that are proved to be positions."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -6,37 +10,193 @@ from torch import Tensor, nn
 from featcache.errors import UsageError
 from featcache.specs import Pool
 
+_TRIES = 12  # parameters that are changed before a layout counts as unknown
+_VISIBLE = 1e-5  # of the greatest activation: a smaller change is rounding
+_RELEVANT = 1e-3  # of the greatest change
+_FEW, _MANY = 1 / 8, 1 / 2  # shares of an axis: what one channel's change may reach of channels, and must of positions
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the axes of activations (b, ...) are.
+
+    There are ``axes`` of them; ``channels`` is that of channels: the last of (b, h, w, c) and (b, n, c), 1 of (b, c),
+    (b, c, h, w) and (b, c, n). ``prefix_tokens`` of n tokens come before the image's; ``class_token`` tells whether the
+    first of them is one.
+    """
+
+    axes: int
+    channels: int
+    prefix_tokens: int = 0
+    class_token: bool = False
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What is known of a backbone's tokens: the side of its images in pixels, and how many may precede the patches."""
+
+    image_size: int
+    prefixes: tuple[int, ...] = (0,)
+    class_token: bool = False
+
+    @classmethod
+    def of(cls, backbone: nn.Module, image_size: int) -> "TokenCounts":
+        """Read the attributes of a timm backbone; what they leave out is told from the number of tokens later on."""
+        declared = getattr(backbone, "num_prefix_tokens", 0)
+        names = [name.rpartition(".")[2].rstrip("0123456789") for name, _ in backbone.named_parameters()]
+        class_token = "cls_token" in names
+        return cls(
+            image_size, tuple(sorted({0, declared if isinstance(declared, int) else 0, int(class_token)})), class_token
+        )
+
+    def prefix_of(self, tokens: int) -> int | None:
+        """Return how many tokens are no patches of a square grid, ``None`` where that cannot be told.
+
+        As few tokens as may precede the patches could be these alone.
+        """
+        if 0 < tokens <= max(self.prefixes):
+            return None
+        grids = {count: math.isqrt(tokens - count) for count in self.prefixes if count < tokens}
+        fitting = [count for count, side in grids.items() if side * side == tokens - count]
+        if len(fitting) > 1:
+            fitting = [count for count in fitting if self.image_size % grids[count] == 0]
+        return fitting[0] if len(fitting) == 1 else None
+
+
+def prove_layout(
+    what: str, run: Callable[[], Tensor], parameters: Iterable[nn.Parameter], counts: TokenCounts, *, instead: str
+) -> Layout:
+    """Find out what the axes of some activations are, by what changes when one channel's parameter does.
+
+    An element of a bias, or a row of a convolution or a linear layer, belongs to one channel: of all axes it moves one
+    at a single place, and the others all along. What then is no axis of channels must be a square, or patches of a square
+    and the tokens that are known to precede them.
+
+    Args:
+        what: the activations, as an error calls them.
+        run: computes them anew, (b, ...).
+        parameters: those they depend on, the last used first; each is changed for a moment.
+        counts: of the backbone's tokens.
+        instead: what to do where it cannot be found out, as a sentence.
+
+    Raises:
+        UsageError: they are no tensor of one row an image, or their axes cannot be told.
+    """
+    with torch.inference_mode():
+        before = run()
+    if not isinstance(before, Tensor) or before.dim() < 2:
+        raise UsageError(f"{what}: {_kind(before)} comes out, not one tensor an image. {instead}")
+    if before.dim() == 2:
+        return Layout(2, 1)
+    shape = tuple(before.shape[1:])
+    channels = next((axis for one in _few(parameters) if (axis := _moved_axis(run, one, before))), None)
+    if channels is None:
+        raise UsageError(f"{what}: which axis of {shape} holds the channels cannot be proved. {instead}")
+    positions = shape[: channels - 1] + shape[channels:]
+    if len(positions) == 2 and positions[0] == positions[1] and channels in {1, 3}:
+        return Layout(4, channels)
+    prefix = counts.prefix_of(positions[0]) if len(positions) == 1 else None
+    if prefix is None:
+        raise UsageError(
+            f"{what}: beside {shape[channels - 1]} channels it has {' x '.join(map(str, positions))}, which are neither a "
+            f"square of positions nor one behind the tokens that this backbone is known to have. {instead}"
+        )
+    return Layout(3, channels, prefix, counts.class_token and prefix > 0)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, Sequence | dict) else "")
+
+
+def _few(parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
+    """Yield the first parameters that have one row a channel: vectors, and weights of more than one row."""
+    tried = 0
+    for parameter in parameters:
+        if parameter.is_floating_point() and _rows(parameter) is not None and tried < _TRIES:
+            tried += 1
+            yield parameter
+
+
+def _rows(parameter: nn.Parameter) -> int | None:
+    """Return the axis that counts output channels, ``None`` for scalars and tables such as embeddings of positions."""
+    wide = [axis for axis, size in enumerate(parameter.shape) if size > 1]
+    if len(wide) == 1:
+        return wide[0]
+    return 0 if wide and wide[0] == 0 else None
+
+
+def _moved_axis(run: Callable[[], Tensor], parameter: nn.Parameter, before: Tensor) -> int | None:
+    """Return the only axis along which few places change with a row of a parameter, others with another row, else ``None``.
+
+    Where a class token alone is worked on, every row changes the same place of the tokens' axis.
+    """
+    axis = _rows(parameter)
+    assert axis is not None
+    size = parameter.shape[axis]
+    one, other = (_changed(run, parameter, axis, row, before) for row in (size // 2, size // 2 - 1))
+    if one is None or other is None:
+        return None
+    axes = range(1, before.dim())
+    few = [number for number in axes if 0 < int(one[number].sum()) <= max(1, _FEW * before.shape[number])]
+    few = [number for number in few if before.shape[number] > 1]
+    many = all(int(one[number].sum()) >= _MANY * before.shape[number] for number in axes if number not in few)
+    apart = len(few) == 1 and not torch.equal(one[few[0]], other[few[0]])
+    return few[0] if many and apart else None
+
+
+def _changed(
+    run: Callable[[], Tensor], parameter: nn.Parameter, axis: int, number: int, before: Tensor
+) -> dict[int, Tensor] | None:
+    """Return at which places of each axis some activation changes with a row of a parameter, ``None`` if none does."""
+    row = parameter.data.select(axis, number)
+    kept = row.clone()
+    try:
+        row.add_(1 + parameter.data.abs().max())
+        with torch.inference_mode():
+            moved = (run() - before).abs()
+    finally:
+        row.copy_(kept)
+    peak = float(moved.max())
+    if not math.isfinite(peak) or peak <= _VISIBLE * float(before.abs().max()):
+        return None
+    changed = moved > peak * _RELEVANT
+    every = range(before.dim())
+    return {one: changed.any(dim=[each for each in every if each != one]) for one in every if one > 0}
+
 
 class Pooling(nn.Module):
-    """Activations (b, c, h, w), (b, h, w, c) or (b, tokens, c) to vectors (b, c), twice as long for ``avg+cls``.
+    """Activations (b, c, h, w), (b, h, w, c), (b, n, c) or (b, c, n) to vectors (b, c), twice as long for ``avg+cls``.
 
     ``gem`` is the generalised mean with p = 3 (Radenović et al. 2018, section 3.2). Averages and maxima leave class and
-    register tokens out.
+    register tokens out. Vectors stay as they are.
 
     Args:
         kind: one of POOLS; ``default`` averages.
-        prefix_tokens: how many tokens before the patches are none.
-        class_token: whether the first of them is a class token.
-        channels_last: whether 4-D activations come as (b, h, w, c).
+        layout: what the axes are.
+        what: the activations, as an error calls them.
+
+    Raises:
+        UsageError: a class token is asked for, and there is none.
     """
 
-    def __init__(self, kind: Pool, *, prefix_tokens: int, class_token: bool, channels_last: bool) -> None:
+    def __init__(self, kind: Pool, layout: Layout, what: str = "this backbone") -> None:
         super().__init__()
-        if "cls" in kind and not class_token:
-            raise UsageError(f"--pool {kind}: this backbone has no class token.")
+        if "cls" in kind and not layout.class_token:
+            raise UsageError(f"--pool {kind}: {what} has no class token.")
         self.kind = kind
-        self.prefix_tokens = prefix_tokens
-        self.channels_last = channels_last
+        self.layout = layout
 
     def forward(self, activations: Tensor) -> Tensor:
         """Return the vectors."""
-        if activations.dim() == 2:
+        if self.layout.axes == 2:
             return activations
-        if activations.dim() == 4:
-            tokens = activations.flatten(1, 2) if self.channels_last else activations.flatten(2).transpose(1, 2)
-            patches = tokens
+        if self.layout.channels == self.layout.axes - 1:
+            tokens = activations.flatten(1, 2) if self.layout.axes == 4 else activations
         else:
-            tokens, patches = activations, activations[:, self.prefix_tokens :]
+            tokens = activations.flatten(2).transpose(1, 2)
+        patches = tokens[:, self.layout.prefix_tokens :] if self.layout.prefix_tokens else tokens
         if self.kind == "max":
             return patches.amax(1)
         if self.kind == "cls":
@@ -47,14 +207,25 @@ class Pooling(nn.Module):
         return torch.cat([average, tokens[:, 0]], 1) if self.kind == "avg+cls" else average
 
 
-class PooledFeatures(nn.Module):
-    """A backbone whose last activations go through another pooling than its own: images -> vectors."""
+class Features(nn.Module):
+    """A backbone's last activations before pooling: images (b, 3, h, w) -> whatever ``forward_features`` gives."""
 
-    def __init__(self, backbone: nn.Module, pooling: Pooling) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the activations (b, ...)."""
+        return self.backbone.forward_features(images)  # type: ignore[no-any-return, operator]
+
+
+class PooledFeatures(Features):
+    """A backbone whose last activations go through another pooling than its own: images -> vectors (b, d)."""
+
+    def __init__(self, backbone: nn.Module, pooling: Pooling) -> None:
+        super().__init__(backbone)
         self.pooling = pooling
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the vectors (b, d)."""
-        return self.pooling(self.backbone.forward_features(images))  # type: ignore[no-any-return, operator]
+        return self.pooling(super().forward(images))  # type: ignore[no-any-return]

@@ -24,6 +24,7 @@ LAYERS = (
     ("cache", "heads", "unfreeze", "bundle"),
     ("cards", "signing"),
     ("sources", "store", "backbone"),
+    ("layers",),
     ("cut", "runtimes", "images"),
     ("metrics", "narrowing", "pools", "records", "solvers"),
     ("plans",),
@@ -42,6 +43,7 @@ HOMES = {
     "torch": {
         "backbone",
         "cut",
+        "layers",
         "narrowing",
         "pools",
         "runtimes",

@@ -29,7 +29,6 @@ from featcache.specs import (
     Transform,
     TransformOverrides,
     Views,
-    layers_of,
     stored_dtype,
 )
 from featcache.stages.extract import ExtractReport, Plan, Prepare, Ready, Sink, extract, is_mine, measure
@@ -432,9 +431,6 @@ class Workbench:
         views, seed = request.views.count, request.views.seed if request.views.count > 1 else 0
         if request.cut == INPUT:
             return FeatureSpec(transform.pixels_only(), None, INPUT, dtype="uint8", views=views, views_seed=seed)
-        for layer in layers_of(request.cut):
-            if layer not in {POOLED, self.backbone.stages[-1].name} or request.cut == layer != POOLED:
-                self.backbone.trained_after(layer)
         _ = self.backbone.whole  # an impossible pooling is refused before an entry is made
         backbone, precision = self.backbone.loaded, self.spec.precision
         version = self.backbone.format_version(request.cut)
