@@ -50,6 +50,7 @@ from featcache.specs import (
     LoadedBackbone,
     Transform,
     freeze_args,
+    is_embedding,
     layers_of,
 )
 
@@ -128,7 +129,7 @@ class Backbone:
 
     def _trained_in_whole(self, cut: str) -> Callable[[str], bool]:
         is_trained = self.trained_after(cut)
-        inside = "" if self.whole is self.module else "backbone."
+        inside = "" if self.whole is self.module else PooledFeatures.INSIDE
         return lambda name: is_trained(name.removeprefix(inside))
 
     @cached_property
@@ -164,21 +165,21 @@ class Backbone:
         layers = [layers_of(cut) for cut in cuts]
         places: list[Place] = []
         finish: list[nn.Module] = []
-        for names in layers:
+        for cut, names in zip(cuts, layers, strict=True):
             for name in names:
                 if name == POOLED:
                     places.append(None)
                     finish.append(nn.Flatten())
-                elif len(names) == 1:
+                elif not is_embedding(cut):
                     places.append(self._trained_in_whole(name))
                     finish.append(nn.Identity())
                 else:
                     layer, pooling = self._layers.read(name)
                     places.append(layer)
                     finish.append(pooling)
-        cutter = self._layers.cutter if any(isinstance(place, Layer) for place in places) else self._cutter
         if places != [None]:
-            body = cutter.joint_prefix(places)
+            has_layers = any(isinstance(place, Layer) for place in places)
+            body = (self._layers.cutter if has_layers else self._cutter).joint_prefix(places)
         else:  # a trace takes time, and gains where a class token is alone in the end
             body = self._traced_whole() if getattr(self.module, "global_pool", None) == "token" else self.whole
         return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
@@ -193,8 +194,10 @@ class Backbone:
         if cut == INPUT:
             return FORMAT_VERSION
         names = layers_of(cut)
+        if not names:
+            raise UsageError(f"--cut {cut}: write a stage's name, or those of layers with + between them.")
         layers = [name for name in names if name != POOLED]
-        if len(names) == 1:
+        if not is_embedding(cut):
             changed = any(self._cutter.has_moved(self._trained_in_whole(layer)) for layer in layers)
         else:
             changed = True in {self._layers.has_changed(layer) for layer in layers}  # all are looked at: one may be refused

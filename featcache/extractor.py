@@ -17,7 +17,7 @@ from featcache.errors import DataError, UsageError
 from featcache.images import UnreadableImage, encode, encode_image
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.sources import FileStat, Item, Source, read_file, stat_file
-from featcache.specs import POOLED, BackboneSpec, TransformOverrides, freeze_args
+from featcache.specs import POOLED, BackboneSpec, TransformOverrides, cut_of_layers, freeze_args
 
 
 class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no annotations
@@ -135,7 +135,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         loaded = getattr(self, "_loaded", None)
         if loaded is not None and loaded[0] == (bench.spec, self.device) and loaded[1].is_current:
             bench.backbone = loaded[1]
-        done = bench.extracted("+".join(self.layers) if self.layers else POOLED)
+        done = bench.extracted(cut_of_layers(self.layers) if self.layers else POOLED)
         if "backbone" in bench.__dict__:
             self._loaded = ((bench.spec, self.device), bench.backbone)
         if getattr(self, "feature_key_", "") not in {"", done.store.key}:

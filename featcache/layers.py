@@ -8,7 +8,7 @@ from torch import nn
 
 from featcache.cut import Cutter, Layer
 from featcache.errors import CutError, UsageError
-from featcache.pools import Layout, Pooling, TokenCounts, prove_layout
+from featcache.pools import Layout, PooledFeatures, Pooling, TokenCounts, prove_layout
 from featcache.specs import Pool
 
 _SAME = 1e-4  # of the greatest number: what rounding leaves of two ways to the same vector
@@ -82,7 +82,7 @@ class Layers:
 
     def _layer(self, name: str) -> Layer:
         names = list(self._stages)
-        if name not in names and name not in dict(self._whole.named_modules()):
+        if name not in names and self._inside(name) not in dict(self._whole.named_modules()):
             raise UsageError(f"--layers {name}: {self._name} has the stages {', '.join(names)}, and no layer of that name.")
         try:
             return self.cutter.layer(self._inside(name))
@@ -100,7 +100,7 @@ class Layers:
             ) from error
 
     def _inside(self, name: str) -> str:
-        return name if self._kind == "default" else f"backbone.{name}"
+        return name if self._kind == "default" else f"{PooledFeatures.INSIDE}{name}"
 
 
 def layout_of_version_1(backbone: nn.Module, axes: int) -> Layout:

@@ -213,19 +213,20 @@ class Features(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the activations (b, ...)."""
-        return self.backbone.forward_features(images)  # type: ignore[no-any-return, operator]
+        # no method of this class: functions that a tracer must not enter are looked for where ``forward`` was written
+        self.forward = backbone.forward_features  # type: ignore[assignment]
 
 
-class PooledFeatures(Features):
+class PooledFeatures(nn.Module):
     """A backbone whose last activations go through another pooling than its own: images -> vectors (b, d)."""
 
+    INSIDE = "features.backbone."  # what precedes the names of the backbone's modules and parameters
+
     def __init__(self, backbone: nn.Module, pooling: Pooling) -> None:
-        super().__init__(backbone)
+        super().__init__()
+        self.features = Features(backbone)
         self.pooling = pooling
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the vectors (b, d)."""
-        return self.pooling(super().forward(images))  # type: ignore[no-any-return]
+        return self.pooling(self.features(images))  # type: ignore[no-any-return]

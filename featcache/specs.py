@@ -1,7 +1,7 @@
 """What is asked for, as frozen values: they are checked once, here, and hashed into the cache key."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -191,7 +191,19 @@ def check_input_size(pixels: int) -> None:
 
 def layers_of(cut: str) -> tuple[str, ...]:
     """Return the layers whose pooled activations a cut such as ``layer3+layer4`` concatenates; else the cut itself."""
-    return tuple(cut.split("+"))
+    return tuple(name for name in cut.split("+") if name)
+
+
+def cut_of_layers(layers: Sequence[str]) -> str:
+    """Return the cut that concatenates the pooled activations of some layers, ``layer3+`` for a single one.
+
+    Raises:
+        UsageError: none is given, or one twice.
+    """
+    names = [name.strip() for name in layers]
+    if not names or not all(names) or len(set(names)) < len(names) or any("+" in name for name in names):
+        raise UsageError(f"--layers {','.join(layers)}: write the names of layers, each once, with commas between them.")
+    return "+".join(names) if len(names) > 1 else f"{names[0]}+"
 
 
 def is_embedding(cut: str) -> bool:

@@ -46,7 +46,9 @@ def command(as_json: bool, dry_run: bool, **given: Any) -> None:  # noqa: FBT001
     spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
     cuts, layers = given.pop("cuts"), given.pop("layers")
     if layers:
-        cuts = ("+".join(part.strip() for part in layers.split(",")),)
+        from featcache.specs import cut_of_layers
+
+        cuts = (cut_of_layers(layers.split(",")),)
     given["views"] = Views(given.pop("views"), given.pop("views_seed"))
     if dry_run:
         _print_estimate(estimate(source, spec, cuts=cuts, settings=settings, **given), as_json=as_json)

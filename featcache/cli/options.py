@@ -230,7 +230,7 @@ backbone_options = several(
         type=click.Choice(["default", "avg", "max", "cls", "avg+cls", "gem"]),
         default="default",
         show_default=True,
-        help="How the last activations become the embedding; default: the backbone's own way.",
+        help="Pool the last activations so, without what follows them (norms, layers); default: the backbone's own way.",
     ),
     click.option(
         "--precision",

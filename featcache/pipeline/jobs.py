@@ -22,7 +22,7 @@ from featcache.progress import logger
 from featcache.records import RunRecord, append_record
 from featcache.solvers.scaled import Streamed
 from featcache.sources import read_column, require_one_label
-from featcache.specs import POOLED, Views
+from featcache.specs import POOLED, Views, cut_of_layers
 from featcache.splits import Split, make_free_split, make_split, restricted
 from featcache.store import Features, FeatureStore
 
@@ -215,7 +215,7 @@ def fit_heads(
     names, candidates = _heads_of(plan), plan.candidates()
     if plan.target != "labels":
         require_one_label(bench.source)
-    done = bench.extracted("+".join(plan.layers) or POOLED, views=Views(plan.views))
+    done = bench.extracted(cut_of_layers(plan.layers) if plan.layers else POOLED, views=Views(plan.views))
     features, names = _features(done, plan, names)
     groups = groups_of(bench, features, plan.group)
     if plan.target != "label":
