@@ -244,7 +244,7 @@ def test_one_layer_is_pooled_as_several_are(folder: Path, run: Any) -> None:
     alone = run("extract", folder, *tiny, "--layers", "layer2", "--json").json
     head = run("fit", folder, *tiny, "--layers", "layer2", "--head", "knn", "--no-controls", "--json")
 
-    assert FeatureStore.open(alone["entry"]).features().X.shape == (36, 96)
+    assert FeatureStore.open(alone["entry"]).features().X.shape == (36, 48)
     assert head.code == 0
     for nothing in ("layer2,layer2", ","):
         assert run("extract", folder, *tiny, "--layers", nothing).code == 2
