@@ -48,6 +48,16 @@ class Setting:
     draw: Draw
 
 
+def accuracies() -> Iterator[Setting]:
+    """Yield independent images (Wilson's interval, as it is known)."""
+    for p, n in itertools.product((0.5, 0.8, 0.95, 0.99), (30, 100, 500)):
+
+        def draw(rng: Rng, p: float = p, n: int = n) -> Any:
+            return [(intervals.of_accuracy(rng.random(n) < p), p)]
+
+        yield Setting((p, n), draw)
+
+
 def gaps() -> Iterator[Setting]:
     """Yield paired models of accuracies p and p + gap whose right answers have a correlation."""
     for p, n, moves, rho in itertools.product((0.5, 0.8, 0.95, 0.99), (30, 100, 500), (False, True), (0.5, 0.9)):
@@ -179,6 +189,7 @@ def labels() -> Iterator[Setting]:
 
 
 STUDIES: dict[str, tuple[Callable[[], Iterator[Setting]], tuple[str, ...], tuple[str, ...]]] = {
+    "accuracy": (accuracies, ("accuracy", "images"), ("accuracy",)),
     "gap": (gaps, ("accuracy", "images", "gap", "correlation"), ("gap",)),
     "classes": (classes, ("classes", "recall", "images"), ("balanced accuracy", "macro F1")),
     "accuracy with groups": (grouped_accuracy, ("groups", "accuracy", "intraclass correlation"), ("accuracy",)),
@@ -205,7 +216,7 @@ def _answers(rng: Rng, truth: Any, right: Any, count: int) -> Any:
 def study(name: str, draws: int) -> tuple[list[str], list[str]]:
     """Return a study's table, and a line on each of its scores for the summary."""
     settings, columns, scores = STUDIES[name]
-    lines = ["", f"## {name.capitalize()}", "", settings.__doc__ or "", ""]
+    lines = ["", f"## {name.capitalize()}", "", (settings.__doc__ or "").removeprefix("Yield ").capitalize(), ""]
     heads = [f"{what}{more}" for what in scores for more in ("", ", none")]
     lines += [f"| {' | '.join((*columns, *heads))} |", "|" + "---|" * len((*columns, *heads))]
     worst: list[list[tuple[float, float]]] = [[] for _ in scores]

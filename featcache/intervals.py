@@ -198,13 +198,17 @@ def _hull(one: Interval, other: Interval) -> Interval:
 
 def _grouped(groups: NDArray[np.int64]) -> _Grouped | None:
     """Return groups as numbers from 0, ``None`` where there are too few: a large one makes the others count less."""
-    from scipy.stats import t
-
     numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
     effective = _as_equal(sizes) if len(sizes) else 0.0
     if effective < FEWEST_GROUPS:
         return None
-    return _Grouped(numbers, sizes, float(t.ppf(0.975, effective - 1)))
+    return _Grouped(numbers, sizes, _student(effective - 1))
+
+
+def _student(freedom: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, freedom))
 
 
 def _as_equal(sizes: NDArray[np.int64]) -> float:
@@ -267,12 +271,13 @@ def of_errors(
 
 
 def _jackknifed(left_out: NDArray[np.float64], value: float, quantile: float) -> Interval:
-    """Return value +- quantile x jackknife's error, moved by the skewness of what each one pulls (Johnson 1978)."""
+    """Return value +- quantile x jackknife's error, wider where what each one pulls is skewed."""
     pull, count = left_out.mean() - left_out, len(left_out)
     error = math.sqrt((count - 1) / count * float((pull**2).sum()))
-    # where a few pull far more than the others the error is told too small: what Johnson (1978) moves is added to both sides
+    # Where a few pull far more than the others the error comes out too small. Twice what Johnson (1978) would move the
+    # interval by is added to both sides: moved by once it, it would hold no better (benchmarks/coverage.py).
     skewness = abs(float((pull**3).sum())) / max(float((pull**2).sum()) ** 1.5, np.finfo(np.float64).tiny)
-    spread = error * (quantile + skewness * (1 + 2 * quantile**2) / 6)
+    spread = error * (quantile + skewness * (1 + 2 * quantile**2) / 3)
     return (value - spread, value + spread)
 
 
@@ -280,8 +285,9 @@ def of_precisions(truth: NDArray[np.bool_], probabilities: NDArray[Any], groups:
     """Return the interval of mean average precision over labels (n, k), on logits (Boyd, Eng and Page 2013, section 3).
 
     Variance and bias are the jackknife's (Efron and Tibshirani 1993, chapters 10 and 11): of few images with a label the
-    first places are right by chance, so that average precision comes out too high. The interval holds the score itself
-    too. There is none where a label has, or lacks, too few images.
+    first places are right by chance, so that average precision comes out too high. The quantile is Student's, of the
+    rarest label's images or of the groups. The interval holds the score itself too. There is none where a label has, or
+    lacks, too few images.
 
     Args:
         truth: which labels each image has (n, k).
@@ -296,7 +302,7 @@ def of_precisions(truth: NDArray[np.bool_], probabilities: NDArray[Any], groups:
     mean, without = float(np.mean([value for value, _ in labels])), np.mean([one for _, one in labels], axis=0)
     pull = without.mean() - without
     if groups is None:
-        variance, quantile = float((pull**2).sum()) * (n - 1) / n, Z95
+        variance, quantile = float((pull**2).sum()) * (n - 1) / n, _student(int(count.min()) - 1)
     else:
         grouped = _grouped(groups)
         if grouped is None:
