@@ -243,7 +243,9 @@ def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], *, groups: Groups = 
 def best_temperature(truth: NDArray[np.int64], probabilities: Probabilities) -> float | None:
     """Return the temperature of least log-loss on validation answers (n, classes) (Guo et al. 2017, section 4.2).
 
-    Images whose class has no probability at all say nothing about it; ``None`` where no others are left.
+    Images whose class has no probability at all say nothing about it; ``None`` where no others are left. One image more, of
+    median confidence, is counted as of its second class: where all answers are right, nothing else would keep the
+    temperature from zero, and probabilities from one (as Laplace's prior does for Platt 1999, section 2.2).
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
@@ -254,6 +256,11 @@ def best_temperature(truth: NDArray[np.int64], probabilities: Probabilities) -> 
     if not some.any():
         return None
     logits, picked = logits[some], picked[some]
+    second, first = np.partition(logits, -2, axis=1)[:, -2:].T
+    open_ones = np.flatnonzero(np.isfinite(second))
+    if len(open_ones):
+        middle = open_ones[np.argsort((first - second)[open_ones], kind="stable")[len(open_ones) // 2]]
+        logits, picked = np.concatenate([logits, logits[[middle]]]), np.append(picked, second[middle])
     found = minimize_scalar(
         lambda log: float((logsumexp(logits * np.exp(-log), axis=1) - picked * np.exp(-log)).mean()),
         bounds=(-3, 3),

@@ -244,6 +244,18 @@ def test_no_probability_at_all_does_not_decide_the_temperature() -> None:
     assert score(np.array([1]), missed[-1:]).log_loss == pytest.approx(-np.log(np.finfo(np.float64).eps))
 
 
+@pytest.mark.parametrize("n", [20, 500])
+def test_answers_that_are_all_right_do_not_become_certain(n: int) -> None:
+    """At the temperature found a probability stays about as far from one as n right answers prove: 1 of n."""
+    truth = np.arange(n) % 3
+    probabilities = np.where(np.eye(3, dtype=bool)[truth], 0.8, 0.1)
+
+    temperature = best_temperature(truth, probabilities)
+
+    assert temperature is not None
+    assert 1 / (3 * n) < 1 - at_temperature(probabilities, temperature).max() < 3 / n
+
+
 def test_validation_has_no_intervals() -> None:
     """They are the test split's: what is chosen on has been looked at many times."""
     truth = np.arange(60) % 3
