@@ -249,21 +249,22 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     options = parser.parse_args()
-    tables, summaries = [], []
-    for name in options.only:
-        lines, summary = study(name, options.draws)
-        tables += lines
-        summaries += summary
+    write({name: study(name, options.draws) for name in options.only}, options.draws)
+
+
+def write(studies: dict[str, tuple[list[str], list[str]]], draws: int) -> None:
+    """Write the tables of some studies."""
     head = [
         "# Do the intervals hold the truth?",
         "",
-        f"`python benchmarks/coverage.py`; {options.draws} draws a setting; its seed is its number in the table, from 0.",
+        f"`python benchmarks/coverage.py`; {draws} draws a setting; its seed is its number in the table, from 0.",
         "Coverage of the 95 % intervals in %, and in how many draws none was given since the data were too few.",
         "",
         "| study | interval of | settings | least coverage | below 93 % |",
         "|---|---|---|---|---|",
-        *summaries,
+        *(line for _, summary in studies.values() for line in summary),
     ]
+    tables = [line for table, _ in studies.values() for line in table]
     (HERE / "coverage.md").write_text("\n".join([*head, *tables]) + "\n")
 
 
