@@ -1,6 +1,9 @@
 """Decoding: equal to timm's transform where it can be, a reason where it cannot."""
 
 import io
+import struct
+import warnings
+import zlib
 from typing import Any
 
 import numpy as np
@@ -106,3 +109,92 @@ def test_a_bad_file_gives_its_reason(content: bytes, reason: str) -> None:
     """What cannot be used is refused with a reason, never read half."""
     with pytest.raises(UnreadableImage, match=reason):
         decode(content, Transform(input_size=16))
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(65535, 1), (4095, 65535 / 4095), (256, 65535 / 256)])
+def test_a_pgm_of_16_bits_is_read_by_its_own_range(largest: int, scale: float) -> None:
+    """A PGM states its range: its greatest value is white, and it keeps its high byte like any 16-bit grey."""
+    ramp = np.linspace(0, largest, 32 * 32).round().reshape(32, 32)
+    content = b"P5 32 32 %d\n" % largest + ramp.astype(">u2").tobytes()
+
+    got = decode(content, Transform(input_size=32))[0, :, :, 0]
+
+    np.testing.assert_allclose(got, np.floor(ramp * scale / 256), atol=1)
+    assert (got[0, 0], got[-1, -1]) == (0, 255)
+
+
+def declared_png(width: int, height: int) -> bytes:
+    """Return a grey PNG of zeros that is whole, whatever its size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    rows = zlib.compress(bytes((width + 1) * height), 1)
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def icon(*images: bytes) -> bytes:
+    """Return an ICO file whose directory says 16 pixels of every image."""
+    head, body = struct.pack("<HHH", 0, 1, len(images)), b""
+    for image in images:
+        head += struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(image), 6 + 16 * len(images) + len(body))
+        body += image
+    return head + body
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (icon(declared_png(13_000, 5_000)), "65 megapixels, over the limit of 50"),
+        (icon(encoded(Image.new("RGBA", (16, 16)), "PNG"), declared_png(13_000, 5_000)), "65 megapixels"),
+        (icon(struct.pack("<Iii", 40, 10_000, -20_000) + bytes(60)), "200 megapixels"),
+        (declared_png(1, 200_000), "1 x 200000 pixels, over the limit of 131072 a side"),
+        (declared_png(200_000, 1), "200000 x 1 pixels, over the limit"),
+    ],
+    ids=["icon", "icon's second", "icon's bitmap", "column", "row"],
+)
+def test_sizes_are_looked_at_before_anything_is_decoded(
+    content: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would take the memory is refused by what its header says; no pixel is decoded."""
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("it was decoded"))
+
+    with pytest.raises(UnreadableImage, match=reason):
+        decode(content, Transform(input_size=16))
+
+
+def test_an_icon_is_read() -> None:
+    """An icon of a usual size is an image like others."""
+    content = icon(encoded(Image.new("RGBA", (16, 16), (200, 10, 30, 255)), "PNG"))
+
+    assert tuple(decode(content, Transform(input_size=8))[0, 0, 0]) == (200, 10, 30)
+
+
+def test_a_photograph_over_the_limit_is_read_where_it_is_shrunk() -> None:
+    """A JPEG of 64 megapixels is decoded at an eighth; exactly, or in several scans, it is refused. Nothing warns."""
+    photograph = Image.new("L", (9248, 6936), 77)
+    plain, progressive = (encoded(photograph, "JPEG", progressive=how) for how in (False, True))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (decode(plain, Transform(input_size=64)) == 77).all()
+        for content, transform in (
+            (plain, Transform(64, decoder="pillow")),
+            (progressive, Transform(64)),
+            (plain, Transform(4096)),
+        ):
+            with pytest.raises(UnreadableImage, match="64 megapixels, over the limit of 50"):
+                decode(content, transform)
+
+
+def test_whatever_a_decoder_raises_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that no list names still is a reason; that memory ran out is left to who knows what else takes it."""
+    for raised, expected in (
+        (KeyError("tag"), UnreadableImage),
+        (ZeroDivisionError(), UnreadableImage),
+        (MemoryError(), MemoryError),
+    ):
+        monkeypatch.setattr(Image.Image, "convert", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
+        with pytest.raises(expected):
+            decode(encoded(Image.new("L", (9, 9)), "PNG"), Transform(input_size=8))

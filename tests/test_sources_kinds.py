@@ -296,6 +296,32 @@ def test_torchvision_trainval_trains_where_there_is_nothing_else(tmp_path: Path)
     assert len({Path(item.path).name for item in source.items}) == 8
 
 
+def test_what_says_where_a_set_was_opens_it_again(tmp_path: Path) -> None:
+    """A source's location, as a head's card keeps it, opens torchvision's sets and shards."""
+    write_mnist(tmp_path)
+    write_shard(tmp_path / "a.tar", {"0.ppm": encode(arrays()[0]), "0.cls": b"cat"})
+
+    for source in (open_source("torchvision:MNIST", data_root=tmp_path), open_source(f"wds:{tmp_path}/a.tar")):
+        assert open_source(source.location).items == source.items
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "match"),
+    [
+        ("CocoDetection", UsageError, "needs annFile"),
+        ("Kinetics", UsageError, "needs frames_per_clip"),
+        ("DatasetFolder", UsageError, "needs loader"),
+        ("EMNIST", DataError, "its splits are balanced, .*none is train, val or test"),
+        ("SBDataset", DataError, "or damaged"),
+        ("MovingMNIST", DataError, "or damaged"),
+    ],
+)
+def test_torchvision_sets_that_cannot_be_one(tmp_path: Path, name: str, error: type[Exception], match: str) -> None:
+    """A set that needs other arguments, or has no such splits, says so."""
+    with pytest.raises(error, match=match):
+        open_source(f"torchvision:{name}", data_root=tmp_path)
+
+
 def test_torchvision_says_what_is_missing(tmp_path: Path) -> None:
     """Nothing is downloaded unasked."""
     for text, root, error, match in (

@@ -29,6 +29,7 @@ _KNOWN = frozenset(
 _MOST_RATIO = 1100  # what deflate can make of zeros
 _DENSE_BYTES, _DENSE_RATIO = 256 << 20, 100  # photographs never shrink so far
 _MOST_CHUNK = 1 << 30
+_MOST_SHOWN = 10
 _TEXTS_AT_ONCE = 64  # texts of variable length may all be one and the same very long one
 
 
@@ -236,8 +237,7 @@ def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> S
         image, label, split = (_find(arrays, names, "") for names in (_IMAGES, _LABELS, _SPLITS))
         if not image or not label:
             raise DataError(
-                f"{path}: arrays named images and labels are needed, found "
-                f"{', '.join(sorted([*arrays, *unread])) or 'none'}."
+                f"{path}: arrays named images and labels are needed, found {_some(sorted([*arrays, *unread])) or 'none'}."
             )
         images, labels = arrays[image], _labels(path, label, arrays[label], len(arrays[image]), read)
         found = _values(path, split, arrays[split]) if split else []
@@ -245,8 +245,12 @@ def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> S
         used = {called, image, label, split}
     source = from_array(images, labels, splits, name=name, location=location, holder=path.resolve())
     left = sorted([*unread, *(arrays.keys() - used)])
-    notes = [f"{path}: left out: {many(len(left), 'array')} of other names ({', '.join(left)})"] if left else []
+    notes = [f"{path}: left out: {many(len(left), 'array')} of other names ({_some(left)})"] if left else []
     return replace(source, notes=(*source.notes, *notes), label_lists=read.lists)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_MOST_SHOWN], *(["..."] if len(names) > _MOST_SHOWN else [])])
 
 
 def _find(arrays: dict[str, Any], names: tuple[str, ...], prefix: str) -> str:

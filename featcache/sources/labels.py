@@ -30,7 +30,7 @@ class Labels:
 
     def __init__(self, where: str, names: Sequence[str] = ()) -> None:
         self.lists = False
-        self._where, self._names = where, tuple(names)
+        self._where, self._names = where, tuple(_storable(name, f"{where}, class names") for name in names)
         if len(set(names)) < len(names):
             twice = next(name for number, name in enumerate(names) if name in names[:number])
             raise DataError(f"{where}: two classes are called {twice!r}. Give each class a name of its own.")
@@ -75,7 +75,7 @@ class Labels:
             return None
         if not isinstance(number, int) or number >= len(self._names):
             raise DataError(f"{self._where}, {row}: {number} is the number of none of the {len(self._names)} classes.")
-        return self._names[number]
+        return self._names[number] if self._names[number].strip() else None
 
 
 def labelled(

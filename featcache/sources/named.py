@@ -224,7 +224,8 @@ def _torchvision_open(kind: Any, name: str, root: Path, arguments: dict[str, Any
     except ImportError as error:
         raise SetupError(f"torchvision:{name}: needs a library that is not installed ({_first_line(error)}).") from error
     except (RuntimeError, OSError) as error:
-        raise DataError(f"torchvision:{name}: not at {root} ({_first_line(error)}). --download fetches it.") from error
+        hint = " --download fetches it." if "download" in arguments else ""
+        raise DataError(f"torchvision:{name}: not at {root}, or damaged ({_first_line(error)}).{hint}") from error
     except Exception as error:  # damaged pickles, archives and tables raise anything
         if "split" in arguments and isinstance(error, ValueError) and "Unknown value" in str(error):
             return _NoSuchSplit(frozenset(re.findall(r"'([^']+)'", str(error).partition("Valid values")[2])))
