@@ -243,3 +243,28 @@ def test_an_exported_model_looks_at_one_view(
     assert done.code == 0, done.err
     assert "averages its answers over 2 views" in done.err
     assert "averages its answers over 2 views" in done.json["notes"][0]
+
+
+@pytest.mark.parametrize("good", [0, 1, 8, 9])
+def test_copies_of_broken_images_are_answered_too(
+    run: Run, fit: Callable[[str], Path], folder: Path, tmp_path: Path, good: int
+) -> None:
+    """However images fall into batches, every path has its row: broken ones, their copies, and those behind them."""
+    head = fit("ridge")
+    several = sorted(folder.rglob("*.png"))[:good]
+    broken = [tmp_path / f"broken{number}.png" for number in range(3)]
+    for path in broken:
+        path.write_bytes(b"no image")
+    again = [tmp_path / f"again{number}.png" for number in range(min(1, good))]
+    for path in again:
+        path.write_bytes(several[0].read_bytes())
+    paths = [*broken[:2], *several, *again, broken[2]]
+
+    done = run("predict", head, *paths, *TINY[-2:])
+
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert done.code == 0, done.err
+    assert [row["path"] for row in rows] == list(map(str, paths))
+    of_path = {row["path"]: row for row in rows}
+    assert [of_path[str(path)]["reason"] for path in broken] == ["not an image file"] * 3
+    assert all(of_path[str(path)]["label"] for path in (*several, *again))

@@ -23,7 +23,7 @@ from featcache.progress import logger, progress
 from featcache.sources import FileStat, Item, Source, image_files, read_file, stat_file
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
 from featcache.stages.extract import Ready
-from featcache.store import FeatureStore
+from featcache.store import FeatureStore, Quarantined
 
 _AT_ONCE = 4096  # images whose embeddings and answers are held: copies among them are computed once
 
@@ -221,6 +221,7 @@ class _Embedder:
         reader = Reader(bench.source, positions, plan.transform, plan.views, ())
         first = reader.fill(plan.batch_size)
         rows: dict[bytes, NDArray[Any]] = {}
+        reasons: dict[str, str] = {}
         copies: list[Any] = []
         if first.fresh:
             with bench.threads():
@@ -229,14 +230,25 @@ class _Embedder:
                 run, workers = self._ready.run, self._ready.workers
                 with closing(run_batches(reader, run, plan.batch_size, workers, deque([first]))) as batches:
                     for batch in batches:
-                        rows.update((digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True))
+                        if batch.fresh:  # the last batch may hold copies and broken images alone
+                            rows.update(
+                                (digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True)
+                            )
+                        reasons.update((bad.sha256, bad.reason) for bad in batch.bad)
                         copies += batch.copies
                         yield batch
         elif len(first):
+            reasons.update((bad.sha256, bad.reason) for bad in first.bad)
+            copies += first.copies
             yield first
         known = [copy for copy in copies if copy[1] in rows]
         if known:
             yield Batch(fresh=known, rows=(np.stack([rows[digest] for _, digest, _ in known]),))
+        paths = bench.source.items
+        broken = [(paths[index].path, digest.hex()) for index, digest, _ in copies if digest not in rows]
+        if broken:  # they are answered too, else what comes behind them would wait for ever
+            unread = "a copy of an image that could not be read"
+            yield Batch(bad=[Quarantined(path, digest, reasons.get(digest, unread)) for path, digest in broken])
 
 
 def _answer(bundle: Bundle, batch: Batch, source: Source, views: int) -> list[Prediction]:

@@ -297,10 +297,12 @@ def judge(world: World, mutant: Mutant) -> list[str]:
     if found is None:
         return ["traceback: outside of a command"]
     wrong = []
+    older = kind_of(mutant.path) == "manifest" and mutant.content is None  # the version before stands then, and is shown
+    unasked = {"verify", *(("ls", "info") if older else ())}
     for name, answer in found.items():
         if answer.code not in {0, *CLEAN}:
             wrong.append(f"traceback: {name}")
-        elif answer.code == 0 and name != "verify" and not _as_expected(answer.said, world.expected[name].said, name):
+        elif answer.code == 0 and name not in unasked and not _as_expected(answer.said, world.expected[name].said, name):
             wrong.append(f"silent: {name}")
     if found["verify"].code == 0 and mutant.content is not None:
         wrong.append("unseen by verify")
