@@ -24,6 +24,8 @@ from featcache.metrics import gap
 
 HERE = Path(__file__).parent
 WANTED = 93.0
+DRAWS, DRAWS_OF_LONG_ONES = 2000, 500
+LONG = ("classes with groups", "numbers", "labels")
 GROUPS = {
     "30 x 20": [20] * 30,
     "10 x 50": [50] * 10,
@@ -149,7 +151,7 @@ def grouped_classes() -> Iterator[Setting]:
             every = np.arange(count)
             return [
                 (intervals.of_recalls(truth, predicted, every, groups), p),
-                (intervals.of_f1s(truth, predicted, every, groups), f1 if mixed else np.nan),
+                (intervals.of_f1s(truth, predicted, every, groups), f1),
             ]
 
         yield Setting((name, count, "all classes a patient" if mixed else "one class a patient", p, icc), draw)
@@ -216,7 +218,8 @@ def _answers(rng: Rng, truth: Any, right: Any, count: int) -> Any:
 def study(name: str, draws: int) -> tuple[list[str], list[str]]:
     """Return a study's table, and a line on each of its scores for the summary."""
     settings, columns, scores = STUDIES[name]
-    lines = ["", f"## {name.capitalize()}", "", (settings.__doc__ or "").removeprefix("Yield ").capitalize(), ""]
+    caption = (settings.__doc__ or "").removeprefix("Yield ").capitalize()
+    lines = ["", f"## {name.capitalize()}", "", caption, f"{draws} draws a setting.", ""]
     heads = [f"{what}{more}" for what in scores for more in ("", ", none")]
     lines += [f"| {' | '.join((*columns, *heads))} |", "|" + "---|" * len((*columns, *heads))]
     worst: list[list[tuple[float, float]]] = [[] for _ in scores]
@@ -225,43 +228,46 @@ def study(name: str, draws: int) -> tuple[list[str], list[str]]:
         drawn = [setting.draw(rng) for _ in range(draws)]
         cells = [f"{one:g}" if isinstance(one, float) else str(one) for one in setting.name]
         for which, several in enumerate(worst):
-            given = [(ci, truth) for ci, truth in (one[which] for one in drawn) if ci is not None and truth == truth]  # noqa: PLR0124
-            if not given:
-                cells += ["-", "100 %"]
-                continue
-            held = 100 * float(np.mean([ci[0] <= truth <= ci[1] for ci, truth in given]))
+            given = [(ci, truth) for ci, truth in (one[which] for one in drawn) if ci is not None]
+            held = 100 * float(np.mean([ci[0] <= truth <= ci[1] for ci, truth in given])) if given else math.nan
             withheld = 100 * (1 - len(given) / draws)
             several.append((held, withheld))
-            cells += [f"{held:.1f}", f"{withheld:.0f} %" if withheld else ""]
+            cells += [f"{held:.1f}" if given else "-", f"{withheld:.0f} %" if withheld else ""]
         lines.append(f"| {' | '.join(cells)} |")
         print(name, *cells, sep=" | ", flush=True)
     summary = []
     for what, several in zip(scores, worst, strict=True):
-        below = sum(held < WANTED for held, _ in several)
-        least = min(held for held, _ in several)
-        summary.append(f"| {name} | {what} | {len(several)} | {least:.1f} | {below} |")
+        below, never = (sum(some) for some in zip(*((held < WANTED, math.isnan(held)) for held, _ in several), strict=True))
+        least, withheld = np.nanmin(several, axis=0)[0], np.mean(several, axis=0)[1]
+        summary.append(f"| {name} | {what} | {len(several)} | {least:.1f} | {below} | {withheld:.1f} % ({never}) |")
     return lines, summary
 
 
 def main() -> None:
     """Simulate, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--draws", type=int, help=f"A setting; by default {DRAWS}, of long studies {DRAWS_OF_LONG_ONES}.")
     parser.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     options = parser.parse_args()
-    write({name: study(name, options.draws) for name in options.only}, options.draws)
+    write({name: study(name, options.draws or draws_of(name)) for name in options.only})
 
 
-def write(studies: dict[str, tuple[list[str], list[str]]], draws: int) -> None:
+def draws_of(name: str) -> int:
+    """Return how many test sets are drawn for each setting of a study."""
+    return DRAWS_OF_LONG_ONES if name in LONG else DRAWS
+
+
+def write(studies: dict[str, tuple[list[str], list[str]]]) -> None:
     """Write the tables of some studies."""
     head = [
         "# Do the intervals hold the truth?",
         "",
-        f"`python benchmarks/coverage.py`; {draws} draws a setting; its seed is its number in the table, from 0.",
-        "Coverage of the 95 % intervals in %, and in how many draws none was given since the data were too few.",
+        "`python benchmarks/coverage.py`. A setting's seed is its number in the table, from 0. Coverage of the 95 %",
+        "intervals in %, and in how many draws none was given since the data were too few (and in how many settings none",
+        "ever was).",
         "",
-        "| study | interval of | settings | least coverage | below 93 % |",
-        "|---|---|---|---|---|",
+        "| study | interval of | settings | least coverage | below 93 % | none given |",
+        "|---|---|---|---|---|---|",
         *(line for _, summary in studies.values() for line in summary),
     ]
     tables = [line for table, _ in studies.values() for line in table]

@@ -65,7 +65,7 @@ def of_recalls(
     """Return the interval of balanced accuracy: the classes' Wilson intervals put together (MOVER: Zou and Donner 2008).
 
     A class of which all images are right has no room above, and many such make that end too low. So the interval also
-    reaches as far as Wilson's of the mean, of as many images as have its variance where all recalls are the same.
+    reaches as far as Agresti and Coull's of the mean, of as many images as have its variance where recalls are alike.
 
     Args:
         truth: classes (n,), all among ``classes``.
@@ -94,8 +94,8 @@ def of_f1s(
     F1 is 2 J / (1 + J), where J, Jaccard's index, is the share of right ones among the images that are of a class or were
     taken for it: a proportion, with Wilson's interval. The classes' intervals are put together by MOVER (Zou and Donner
     2008). They vary together, since an error counts in two classes, but in no more: the product of two classes' distances
-    is at most the mean of their squares, so that twice the sum of squares is enough. It also reaches as far as Wilson's
-    interval of the mean, as for balanced accuracy.
+    is at most the mean of their squares, so that twice the sum of squares is enough. It also reaches as far as that
+    of the mean, as for balanced accuracy.
 
     Args:
         truth: classes (n,), all among ``classes``.
@@ -187,9 +187,15 @@ def _mover(values: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[
 
 
 def _of_mean(values: NDArray[np.float64], have: NDArray[np.float64], quantile: float) -> Interval:
-    """Return Wilson's interval of a mean over classes (k,), of so many images as its variance is that of."""
+    """Return Agresti and Coull's interval (1998) of a mean over classes (k,), of as many images as its variance is that of.
+
+    It holds Wilson's, and holds near 1 too, where Wilson's covers 92 %.
+    """
     trials = len(have) ** 2 / float((1 / have).sum())
-    return wilson(float(values.mean()) * trials, trials, quantile)
+    more = trials + quantile**2
+    middle = (float(values.mean()) * trials + quantile**2 / 2) / more
+    spread = quantile * math.sqrt(middle * (1 - middle) / more)
+    return (max(0.0, middle - spread), min(1.0, middle + spread))
 
 
 def _hull(one: Interval, other: Interval) -> Interval:

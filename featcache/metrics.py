@@ -194,12 +194,7 @@ def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], t
     """
     from sklearn.metrics import f1_score, recall_score
 
-    if not np.isfinite(answer).all():
-        wrong = int((~np.isfinite(answer)).reshape(len(answer), -1).any(axis=1).sum())
-        raise DataError(
-            f"the answers for {wrong} of {len(answer)} images are NaN or infinite: look for extreme values in the features, "
-            "or use another head."
-        )
+    _require_finite(answer)
     known = answer.ndim == 2
     predicted = answer.argmax(axis=1) if known else answer
     right = predicted == truth
@@ -216,6 +211,15 @@ def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], t
         ece_scaled=_scaled_error(truth, answer, temperature) if known and temperature is not None else None,
         temperature=temperature,
     )
+
+
+def _require_finite(answer: NDArray[Any]) -> None:
+    if not np.isfinite(answer).all():
+        wrong = int((~np.isfinite(answer)).reshape(len(answer), -1).any(axis=1).sum())
+        raise DataError(
+            f"the answers for {wrong} of {len(answer)} images are NaN or infinite: look for extreme values in the features, "
+            "or use another head."
+        )
 
 
 def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], *, groups: Groups = None) -> Gap:
@@ -317,9 +321,14 @@ def per_class(matrix: NDArray[np.int64], names: Sequence[str]) -> list[dict[str,
 
 
 def label_scores(truth: NDArray[np.bool_], probabilities: NDArray[Any]) -> LabelScores:
-    """Return the scores, without an interval, of probabilities (n, k) against labels (n, k)."""
+    """Return the scores, without an interval, of probabilities (n, k) against labels (n, k).
+
+    Raises:
+        DataError: an answer is NaN or infinite.
+    """
     from sklearn.metrics import f1_score
 
+    _require_finite(probabilities)
     answered = probabilities >= 0.5
     there = np.flatnonzero(truth.any(axis=0))
     precisions = [intervals.average_precision(truth[:, one], probabilities[:, one]) for one in there]
@@ -336,10 +345,14 @@ def number_scores(truth: NDArray[np.float64], answers: NDArray[Any]) -> NumberSc
     """Return the scores, without intervals, of numbers (n,) against the true ones (n,).
 
     R2 where all true numbers are the same is 1 if all answers are right, else 0, as in scikit-learn.
-    """
-    from sklearn.metrics import r2_score
 
-    return NumberScores(float(r2_score(truth, answers)), None, float(np.abs(truth - answers).mean()), None)
+    Raises:
+        DataError: an answer is NaN or infinite.
+    """
+    _require_finite(answers)
+    wrong, spread = float(((truth - answers) ** 2).mean()), float(truth.var())
+    r2 = 1 - wrong / spread if truth.min() < truth.max() else float(wrong == 0)
+    return NumberScores(r2, None, float(np.abs(truth - answers).mean()), None)
 
 
 def _scaled_error(truth: NDArray[np.int64], probabilities: NDArray[Any], temperature: float) -> float:
