@@ -163,10 +163,10 @@ def recognise(folder: Path, request: Request) -> FeatureStore | None:
             return store
         if noted is None:
             continue  # of a version that took the name's word
-        content = (spelt or Origin.of_json(noted["place"])).content()
-        if content == noted["content"]:
+        now, then = _contents(noted, spelt)
+        if now == then:
             return store
-        if content is None:
+        if now is None:
             absent.append(store)
     if spelt is not None:
         spelt.folder()
@@ -174,6 +174,14 @@ def recognise(folder: Path, request: Request) -> FeatureStore | None:
         return None
     logger.info("the weights of %s are not on this machine: taken is the entry that was computed before", described["name"])
     return absent[0]
+
+
+def _contents(noted: Any, spelt: Origin | None) -> tuple[str | None, str]:
+    """Return the hash of the files behind a name now (``None`` where they are elsewhere), and as they were noted."""
+    try:
+        return (spelt or Origin.of_json(noted["place"])).content(), noted["content"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "", "a note of no origin"
 
 
 def _remembered(folder: Path) -> Iterator[tuple[FeatureStore, dict[str, Any]]]:

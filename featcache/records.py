@@ -152,6 +152,8 @@ def read_records(paths: Iterable[Path], *, warn: bool = True) -> list[RunRecord]
 
 def broken_lines(path: Path) -> list[str]:
     """Return what is wrong with a file of records, one line each."""
+    if not path.is_file():
+        return [f"{path}: is no file"]
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from featcache.errors import StorageError
-from featcache.fingerprint import sha256_of_file
+from featcache.fingerprint import fingerprint, sha256_of_file
+from featcache.pipeline.verifying import verify
 from featcache.specs import FeatureSpec, LoadedBackbone, Transform
 from featcache.store import FeatureStore, Listing, Part, Quarantined, Seen
 from featcache.store.manifests import Manifest, encode
@@ -339,6 +340,62 @@ def test_a_damaged_table_is_found_not_read_and_written_again(
     assert FeatureStore.open(store.path).write_table() == path
     assert path.read_bytes() == whole
     assert FeatureStore.open(store.path).verify() == []
+
+
+def short_alone(path: Path) -> str:
+    """Hash a file, but no terabyte."""
+    return sha256_of_file(path) if path.stat().st_size < 10**9 else pytest.fail("it was read")
+
+
+def test_what_is_too_long_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terabyte in the place of a part or of the table is refused by its size."""
+    store = entry(tmp_path)
+    monkeypatch.setattr("featcache.store.stamps.sha256_of_file", short_alone)
+    os.truncate(store.path / "features.h5", 10**12)
+    assert FeatureStore.open(store.path)._current_table() is None
+    for record in store.manifest.parts:
+        os.truncate(store.path / "parts" / record.name, 10**12)
+
+    with pytest.raises(StorageError, match="not what featcache wrote"):
+        FeatureStore.open(store.path).digests()
+
+
+def test_pipes_keep_nobody_waiting(tmp_path: Path) -> None:
+    """A pipe with the name of any of our files is an error or is left aside, at once."""
+    store = entry(tmp_path)
+    for name in ("heads", "tuned"):
+        (store.path / name).mkdir()
+    (request,) = (store.path / "requests").iterdir()
+    places = ["checked.json", "features.h5", f"requests/{request.name}", "parts/0123456789abcdef.h5", "heads/x.joblib"]
+    places += ["heads/x.joblib.json", "tuned/x.safetensors", "tuned/x.unfinished"]
+    for place in places:
+        (store.path / place).unlink(missing_ok=True)
+        os.mkfifo(store.path / place)
+    (tmp_path / "records").mkdir()
+    os.mkfifo(tmp_path / "records" / "runs.jsonl")
+    os.mkfifo(tmp_path / "data" / "source.json")
+
+    checked, problems = verify(tmp_path)
+
+    assert checked == 1
+    for place in (*places[:1], *places[2:], "runs.jsonl", "source.json"):
+        assert any(place in problem for problem in problems), place
+    everything(store)
+
+
+@pytest.mark.parametrize(
+    "change", [{"transform": {}}, {"transform": []}, {"transform": {"size": 3}}, {"dtype": "x"}, {"cut": 7}]
+)
+def test_a_spec_of_other_values_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A planted spec whose key fits what it says must say what a spec says."""
+    spec = {name: value for name, value in entry(tmp_path).spec.items() if name != "key"} | change
+    key = fingerprint(spec)
+    folder = tmp_path / "data" / f"x.pooled-{key[:8]}"
+    folder.mkdir()
+    (folder / "spec.json").write_text(json.dumps({**spec, "key": key}))
+
+    with pytest.raises(StorageError, match="not of this version"):
+        FeatureStore.open(folder)
 
 
 def replanted(store: FeatureStore, which: str, change: Callable[[h5py.File], None]) -> None:

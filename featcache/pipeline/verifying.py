@@ -41,7 +41,9 @@ def _trained(folder: Path) -> Iterator[str]:
     """Look at heads with their cards, tuned checkpoints, and states of trainings that have not ended."""
     for path in sorted((*folder.glob("heads/*"), *folder.glob("tuned/*"))):
         head = path.with_suffix("")
-        if path.suffix in _HEADS and (problem := bundle.problem_of(path)):
+        if not path.is_file():
+            yield f"{path}: is no file"
+        elif path.suffix in _HEADS and (problem := bundle.problem_of(path)):
             yield problem
         elif path.suffix == ".json" and head.suffix in _HEADS and not head.exists():
             yield f"{path}: the head that it describes is missing"

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.errors import StorageError
+from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
 from featcache.progress import logger
 from featcache.solvers.scaled import Streamed
-from featcache.specs import FeatureSpec
+from featcache.specs import FeatureSpec, Transform
 from featcache.store import collecting, files, manifests, requests
 from featcache.store.atomic import (
     create_file,
@@ -547,10 +547,13 @@ class FeatureStore:
         """
         paths = [self._part_path(record) for record in records]
         fresh = [record in self._just_written and path.is_file() for record, path in zip(records, paths, strict=True)]
+        for path, record in zip(paths, records, strict=True):
+            if path.is_file() and path.stat().st_size != record.bytes:
+                raise StorageError(f"{path}: {OTHER_BYTES}. {self._remedy}")
         doubtful = [(path, record.sha256) for path, record, known in zip(paths, records, fresh, strict=True) if not known]
         for (path, _), whole in zip(doubtful, self._stamps.are_whole(doubtful), strict=True):
             if not whole:
-                why = "its bytes are not what featcache wrote" if path.exists() else "missing"
+                why = OTHER_BYTES if path.exists() else "missing"
                 raise StorageError(f"{path}: {why}. {self._remedy}")
         return paths
 
@@ -571,8 +574,14 @@ def _foreign(path: Path) -> bool:
 
 def _is_spec(spec: dict[str, Any]) -> bool:
     """Tell whether a spec that fits its key has the kinds of values that are relied upon."""
+    transform, backbone = spec.get("transform"), spec.get("backbone")
+    try:
+        Transform(**transform)  # type: ignore[arg-type]  # refuses what is none
+    except (TypeError, UsageError):
+        return False
     return (
-        isinstance(spec.get("transform"), dict)
+        {"mean", "std"} <= set(transform or ())
+        and (backbone is None or (isinstance(backbone, dict) and isinstance(backbone.get("weights_sha256"), str)))
         and isinstance(spec.get("cut"), str)
         and spec.get("dtype") in {"float32", "float16", "uint8"}
     )

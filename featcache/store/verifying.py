@@ -119,5 +119,5 @@ def _listing(path: Path, record: FileRecord) -> Seen:
 
 
 def _named_by_content(path: Path) -> None:
-    if not sha256_of_file(path).startswith(path.name.split(".")[0]):
+    if not path.is_file() or not sha256_of_file(path).startswith(path.name.split(".")[0]):
         raise ValueError(f"{OTHER_BYTES}; nothing lists it, `featcache store gc` removes it")
