@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from featcache.cache import default_cache
 from featcache.checked import check_seed, check_value
-from featcache.errors import DataError, UsageError
+from featcache.errors import DataError, FeatcacheError, UsageError
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan, HeadJobs, fit_heads
@@ -190,7 +190,12 @@ def export(
     where = check or bundle.card.get("data")
     if where is None:
         raise DataError(f"{head}: its card does not say on which images it was trained: give some to compare on (--check).")
-    images = where if isinstance(where, Source) else open_source(where)
+    try:
+        images = where if isinstance(where, Source) else open_source(where)
+    except FeatcacheError as error:
+        if check is not None:
+            raise
+        raise DataError(f"{error} The model is compared with the head on images: give some with --check.") from error
     return write(bundle, Path(path), images, settings or Settings(default_cache()), weights=weights)
 
 

@@ -417,7 +417,7 @@ def card_of(bench: Workbench, done: Extracted) -> dict[str, Any]:
         "loaded": done.store.spec["backbone"],
         "transform": done.store.spec["transform"],
         "weights": str(Path(bench.spec.weights).resolve()) if bench.spec.weights else None,
-        "data": bench.source.location,
+        "data": bench.source.reopens or bench.source.location,
         "cut": done.cut,
     }
 

@@ -80,7 +80,22 @@ def open_source(
         also = f" {'; '.join(source.notes)}." if source.notes else ""
         raise DataError(f"{data}: no image found in it. A folder needs CLASS/IMAGE or train/CLASS/IMAGE files.{also}")
     odd = tuple(f"{data}: {note}" for note in odd_names(source.packed.labels))
-    return replace(source, name=source.name if name is None else safe_name(name), notes=source.notes + odd)
+    return replace(
+        source,
+        name=source.name if name is None else safe_name(name),
+        notes=source.notes + odd,
+        reopens=_from_anywhere(str(data), source.location),
+    )
+
+
+def _from_anywhere(text: str, location: str) -> str:
+    """Return what opens a source again from any working folder: its location, with the kind where that is not told by it."""
+    kind, _, rest = text.partition(":")
+    if kind == "wds":
+        return f"wds:{location}"
+    if kind == "hf" and Path(rest).is_dir():
+        return f"hf:{Path(rest).resolve()}"
+    return location
 
 
 def _open(text: str, data_root: Path | None, download: bool) -> Source:  # noqa: FBT001

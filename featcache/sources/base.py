@@ -202,7 +202,7 @@ class Source:
     """A named list of labelled images.
 
     ``notes`` are things about it that the user should hear: above all what lies there and is not read. ``label_lists`` says
-    that labels are lists, joined with ``;``.
+    that labels are lists, joined with ``;``. ``reopens`` opens it again from anywhere, "" where nothing does.
     """
 
     name: str
@@ -211,6 +211,7 @@ class Source:
     contents: Contents = field(default_factory=lambda: Blobs({}))
     notes: tuple[str, ...] = ()
     label_lists: bool = False
+    reopens: str = ""
 
     def __post_init__(self) -> None:
         """Pack the list."""
