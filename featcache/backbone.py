@@ -476,7 +476,7 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
     reachable = not pretrained or _hub_has_an_address()
     try:
         with torch.random.fork_rng(devices=[]), nullcontext() if reachable else _local_weights_only():
-            torch.manual_seed(seed or 0)
+            torch.default_generator.manual_seed(seed or 0)  # of the CPU alone: a GPU's numbers are the caller's
             module: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
             return module
     except TypeError as error:

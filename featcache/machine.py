@@ -1,5 +1,6 @@
 """What this process may use of the machine."""
 
+import math
 import os
 from pathlib import Path
 
@@ -8,8 +9,11 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: those it is pinned to, and no more than a container's share of time."""
+    pinned = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = (*(_lines(_GROUP / "cpu.max")[:1] or [""])[0].split(), "", "")[:2]
+    share = math.ceil(int(quota) / int(period)) if quota.isdigit() and period.isdigit() and int(period) else pinned
+    return max(1, min(pinned, share))
 
 
 def free_memory() -> float:

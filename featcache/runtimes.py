@@ -73,6 +73,14 @@ def workers_here() -> Workers:
 
 
 @contextmanager
+def own_randomness(device: torch.device | None = None) -> Iterator[None]:
+    """Leave PyTorch's random numbers to the caller as they were: those of the CPU, and of a GPU that is computed on."""
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
 def threads_per_worker(threads: int) -> Iterator[None]:
     """Let PyTorch use so many cores a call, in threads that start inside, and memory that stays mapped."""
     keep_freed_memory()

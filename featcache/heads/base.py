@@ -1,6 +1,5 @@
 """What a family of heads is, and what all of them share."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
+from featcache.machine import cores
 from featcache.solvers.scaled import Streamed
 from featcache.splits import Fold
 
@@ -114,7 +114,7 @@ def plain(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Sweep, Fit]
 
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            count = min(len(grid), os.cpu_count() or 1)
+            count = min(len(grid), cores())
             yield from Parallel(n_jobs=count, prefer="threads", return_as="generator")(
                 delayed(attempt)(params) for params in grid
             )

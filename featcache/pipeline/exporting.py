@@ -31,6 +31,7 @@ from featcache.metrics import LEAST_SCALED, at_temperature
 from featcache.pipeline.predicting import bench_of
 from featcache.pipeline.workbench import Settings
 from featcache.progress import logger
+from featcache.runtimes import own_randomness
 from featcache.sources import Source
 from featcache.store.atomic import replace_file
 
@@ -52,6 +53,7 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
+@own_randomness()  # of new layers
 def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, weights: str | None = None) -> Exported:
     """Write backbone and head as one ONNX model, once it has agreed with them on real images.
 

@@ -2,8 +2,8 @@
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -228,15 +228,13 @@ class _Embedder:
                 if self._ready is None:
                     self._ready = bench.prepare([self.cut], sample(first, plan.batch_size), len(bench.source.items))
                 run, workers = self._ready.run, self._ready.workers
-                with closing(run_batches(reader, run, plan.batch_size, workers, deque([first]))) as batches:
-                    for batch in batches:
-                        if batch.fresh:  # the last batch may hold copies and broken images alone
-                            rows.update(
-                                (digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True)
-                            )
-                        reasons.update((bad.sha256, bad.reason) for bad in batch.bad)
-                        copies += batch.copies
-                        yield batch
+            with closing(run_batches(reader, run, plan.batch_size, workers, deque([first]))) as running:
+                for batch in _inside(bench.threads, running):
+                    if batch.fresh:  # the last batch may hold copies and broken images alone
+                        rows.update((digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True))
+                    reasons.update((bad.sha256, bad.reason) for bad in batch.bad)
+                    copies += batch.copies
+                    yield batch
         elif len(first):
             reasons.update((bad.sha256, bad.reason) for bad in first.bad)
             copies += first.copies
@@ -249,6 +247,16 @@ class _Embedder:
         if broken:  # they are answered too, else what comes behind them would wait for ever
             unread = "a copy of an image that could not be read"
             yield Batch(bad=[Quarantined(path, digest, reasons.get(digest, unread)) for path, digest in broken])
+
+
+def _inside(enter: Callable[[], AbstractContextManager[None]], batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches that are waited for inside a context; between two of them the caller's own state holds."""
+    while True:
+        with enter():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _answer(bundle: Bundle, batch: Batch, source: Source, views: int) -> list[Prediction]:

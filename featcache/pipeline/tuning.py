@@ -108,7 +108,7 @@ def finetune_job(
     ground = _Ground(bench, probes, group, seed, ledger or Ledger())
     thawed = ground.thawed(plan)
     ground.extract([thawed], plan)
-    job = _tune(ground, plan, thawed, records)
+    job = _tune_apart(ground, plan, thawed, records)
     job.keeper.clear()
     return job
 
@@ -150,7 +150,7 @@ def sweep_job(
     gained: TuneJob | None = None
     for one, behind in zip(plans, thawed, strict=True):
         rates = (gained.tuned.lr,) if gained else one.lr
-        job = _tune(ground, replace(one, lr=rates), behind, records, after=gained)
+        job = _tune_apart(ground, replace(one, lr=rates), behind, records, after=gained)
         jobs.append(job)
         gained = job if job.tuned.best > 0 else gained
     for job in jobs:  # not before: a sweep that is killed finds the depths that it has trained
@@ -309,6 +309,16 @@ class _Ground:
                 f"{plan.epochs} a rate{' and in the refit' if plan.refit else ''}",
             )
         return cost
+
+
+def _tune_apart(
+    ground: _Ground, plan: FineTunePlan, thawed: "Thawed", records: Path | None, after: TuneJob | None = None
+) -> TuneJob:
+    """Train, and leave the caller's random numbers as they were: new layers and dropout draw from PyTorch's own."""
+    from featcache.runtimes import own_randomness
+
+    with own_randomness(ground.bench.backbone.device):
+        return _tune(ground, plan, thawed, records, after)
 
 
 def _tune(

@@ -215,7 +215,7 @@ class Trial:
     def _epoch(self, bar: Any, keep: Callable[[State], None]) -> None:
         job, plan, number = self._job, self._job.plan, len(self._history)
         if self._step == 0:
-            torch.manual_seed(job.seed * 1000 + number)
+            _seed(job.seed * 1000 + number, job.device)
         set_training(job.model, train_batchnorm=plan.train_batchnorm)
         rng = np.random.default_rng((job.seed, number))
         order = rng.permutation(self._train)
@@ -311,6 +311,16 @@ def kept(history: Sequence[Epoch], images: int) -> int:
         return 0
     highest = max(epoch.val.accuracy for epoch in better)
     return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - _ROUNDING)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed dropout; whoever trains takes care that the caller's generators are put back."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def epoch_of(facts: dict[str, Any]) -> Epoch:

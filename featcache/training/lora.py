@@ -35,7 +35,7 @@ def add_lora(suffix: nn.Module, weights: Collection[int], rank: int, seed: int) 
     if not names:
         raise UsageError("--unfreeze lora: no layer of these stages can take a low-rank update.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names), suffix)
     layers = [module for module in suffix.modules() if isinstance(module, LoraLayer)]
     return [
