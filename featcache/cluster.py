@@ -7,7 +7,6 @@ that all nodes share, and so must the images.
 
 import os
 import pickle
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,6 @@ class Written:
     copies: Sighted
     bad: tuple[tuple[Quarantined, ...], ...]
     images: int
-    seconds: float
 
 
 def run(source: Source, positions: Sequence[int], done: set[bytes], recipe: Recipe) -> Generator[Written, None, None]:
@@ -74,6 +72,7 @@ def run(source: Source, positions: Sequence[int], done: set[bytes], recipe: Reci
         raise UsageError(f"{source.location}: --engine ray cannot send it to other nodes. Use files or shards.") from error
     started_here = not ray.is_initialized()
     if started_here:
+        before = os.environ.get("RAY_USAGE_STATS_ENABLED")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
@@ -81,6 +80,8 @@ def run(source: Source, positions: Sequence[int], done: set[bytes], recipe: Reci
     finally:
         if started_here:
             ray.shutdown()
+            if before is None:  # the caller's environment is left as it was
+                os.environ.pop("RAY_USAGE_STATS_ENABLED", None)
 
 
 def _run(
@@ -157,7 +158,7 @@ class _Actor:
 
     def work(self, source: Source, unit: Batch) -> Written:
         """Compute a unit and write its parts."""
-        started, size = time.monotonic(), self._recipe.batch_size
+        size = self._recipe.batch_size
         pixels = unit.pixels[0] if unit.pixels else np.empty((0, 1, 1, 1, 3), np.uint8)
         collected: list[list[NDArray[Any]]] = [[] for _ in self._recipe.cuts]
         for start in range(0, len(pixels), size):
@@ -176,8 +177,7 @@ class _Actor:
             parts.append(record)
             good.append(kept)
             bad.append((*unit.bad, *unusable))
-        seconds = time.monotonic() - started
-        return Written(tuple(parts), tuple(good), Sighted.of(unit.copies), tuple(bad), len(unit), seconds)
+        return Written(tuple(parts), tuple(good), Sighted.of(unit.copies), tuple(bad), len(unit))
 
 
 def write_part(

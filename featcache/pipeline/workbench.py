@@ -160,12 +160,14 @@ class Workbench:
         *,
         lists: bool = True,
         transform: Transform | None = None,
+        purpose: str = "",
     ) -> None:
         self.source = source
         self._transform = transform
         self.spec = spec
         self.settings = settings
         self.lists = lists
+        self._purpose = purpose
         self._content: str | None = None
         for note in source.notes:
             logger.warning(note)
@@ -175,7 +177,8 @@ class Workbench:
         transform = Transform(side, crop_mode="squash", interpolation="bilinear")
         spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
         settings = replace(self.settings, part=None, engine="local")
-        return Workbench(replace(self.source, notes=()), spec, settings, transform=transform).extracted(INPUT)
+        quiet = replace(self.source, notes=())
+        return Workbench(quiet, spec, settings, transform=transform, purpose="thumbnails for the baselines").extracted(INPUT)
 
     @cached_property
     def folder(self) -> Path:
@@ -424,7 +427,9 @@ class Workbench:
         if size is None:
             on_gpu = "backbone" in self.__dict__ and self.backbone.device.type != "cpu"
             size = _GPU_BATCH if on_gpu else _cpu_batch(transform.input_size)
-        return Plan(transform, views, size, self.settings.max_bad, self.settings.part, lists=self.lists)
+        return Plan(
+            transform, views, size, self.settings.max_bad, self.settings.part, lists=self.lists, purpose=self._purpose
+        )
 
     def _feature_spec(self, request: caching.Request) -> FeatureSpec:
         transform = self._transform or self.backbone.transform

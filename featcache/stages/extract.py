@@ -58,8 +58,9 @@ Prepare = Callable[[Pixels, int], Ready]
 class Plan:
     """How a run goes, whichever entries it fills.
 
-    ``part`` is (i, n), counted from 1: only that share of the images is computed, by the hash of their paths.
-    ``remote`` computes on a Ray cluster. Without ``lists`` the rows are kept and the entry's listing stays as it is.
+    ``part`` is (i, n), counted from 1: only that share of the images is computed, by the hash of their paths. ``remote``
+    computes on a Ray cluster. ``purpose`` names a pass that nobody asked for. Without ``lists`` the rows are kept and
+    the entry's listing stays as it is.
     """
 
     transform: Transform
@@ -69,6 +70,7 @@ class Plan:
     part: tuple[int, int] | None = None
     remote: Recipe | None = None
     lists: bool = True
+    purpose: str = ""
 
 
 def is_mine(source: Source, part: tuple[int, int], position: int) -> bool:
@@ -140,12 +142,14 @@ class _Harvest:
     sink: Sink
     there: set[bytes]
     batch_size: int
+    share: float  # of the pass's seconds: those of all its entries add up to them
     known: Sightings = field(init=False)
     quarantined: list[Quarantined] = field(default_factory=list)
     copies: list[Sighted] = field(default_factory=list)
     have: Digests = field(init=False)
     waiting: _Waiting | None = None
     part_started: float = field(default_factory=time.monotonic)
+    booked: float = field(default_factory=time.monotonic)
     computed: int = 0
 
     def __post_init__(self) -> None:
@@ -204,6 +208,12 @@ class _Harvest:
         patience = min(MAX_PART_SECONDS, max(MIN_PART_SECONDS, (now - started) / 10))
         return self.waiting.is_full or now - self.part_started >= patience
 
+    def seconds(self, until: float | None = None) -> float:
+        """Return this entry's share of the seconds that have gone by since the last that were booked, and book them."""
+        now = time.monotonic() if until is None else until
+        passed, self.booked = max(0.0, now - self.booked), max(now, self.booked)
+        return passed * self.share
+
     def adopt(self, written: Written, number: int) -> None:
         """Make a part count that a worker has written, as the ``number``-th entry of the run."""
         bad, record = written.bad[number], written.parts[number]
@@ -212,7 +222,7 @@ class _Harvest:
         for seen in (written.good[number], written.copies):
             self.known.add(self._lacked(seen))
         parts = [record] if record else []
-        self.sink.store.commit(parts=parts, quarantined=[one for one in bad if one.sha256], seconds=written.seconds)
+        self.sink.store.commit(parts=parts, quarantined=[one for one in bad if one.sha256], seconds=self.seconds())
         self.computed += len(written.good[number])
 
     def commit(self, source: Source, runtime: str) -> None:
@@ -227,9 +237,8 @@ class _Harvest:
             also = copies.seen(source, now) if len(copies) else None
             part = Part(features, sighted.seen(source, now), also)
             record = self.sink.store.add_part(part, runtime)
-            seconds = time.monotonic() - self.part_started
             bad = [bad for bad in self.quarantined if bad.sha256]
-            self.sink.store.commit(parts=[record], quarantined=bad, seconds=seconds)
+            self.sink.store.commit(parts=[record], quarantined=bad, seconds=self.seconds())
             self.computed += len(sighted)
             self.copies = [early]
         if self.waiting:
@@ -253,15 +262,20 @@ def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan)
         StorageError: the disk failed, or will not hold the rows.
     """
     started = time.monotonic()
-    harvests = [_Harvest(sink, sink.store.digests(), plan.batch_size) for sink in sinks]
+    lacking = sum(len(sink.stock.to_read) for sink in sinks)
+    harvests = [
+        _Harvest(sink, sink.store.digests(), plan.batch_size, len(sink.stock.to_read) / lacking if lacking else 0.0)
+        for sink in sinks
+    ]
     wanted = np.unique(np.concatenate([np.empty(0, np.int64), *(sink.stock.to_read for sink in sinks)]))
-    check_room(sinks, len(wanted), plan.views.count)
+    check_room(sinks, len(wanted), plan.views.count, plan.purpose)
     ready = Ready(lambda pixels: (pixels,))
     if len(wanted) and plan.remote is not None:
         ready = _compute_there(source, wanted, harvests, plan.remote)
     elif len(wanted):
         ready = _compute_here(source, wanted, harvests, prepare, plan)
-    return [_finish(source, harvest, plan, started, ready) for harvest in harvests]
+    ended = time.monotonic()
+    return [_finish(source, harvest, plan, (started, ended), ready) for harvest in harvests]
 
 
 def _compute_here(
@@ -318,7 +332,7 @@ def measure(source: Source, positions: Sequence[int], plan: Plan, run: Compute |
     return (time.perf_counter() - started) / max(1, len(batch)) * len(positions) / workers
 
 
-def check_room(sinks: Sequence[Sink], images: int, views: int) -> None:
+def check_room(sinks: Sequence[Sink], images: int, views: int, purpose: str = "") -> None:
     """Say how much will be computed and written; refuse what a disk cannot hold.
 
     Raises:
@@ -334,7 +348,10 @@ def check_room(sinks: Sequence[Sink], images: int, views: int) -> None:
                 f"{free / 1e9:.1f} GB are free. Use another --cache or a later cut."
             )
     if images:
-        logger.info("%d images to compute, %.1f MB to write (%.1f kB an image)", images, total / 1e6, total / images / 1e3)
+        what = f"{purpose}: " if purpose else ""
+        logger.info(
+            "%s%d images to compute, %.1f MB to write (%.1f kB an image)", what, images, total / 1e6, total / images / 1e3
+        )
 
 
 def say_left_out(several: Sequence[Quarantined]) -> None:
@@ -350,8 +367,9 @@ def _sort_in(batch: Batch, harvests: Sequence[_Harvest], source: Source) -> None
         harvest.take(batch, next(rows, np.empty(0)), source)
 
 
-def _finish(source: Source, harvest: _Harvest, plan: Plan, started: float, ready: Ready) -> ExtractReport:
+def _finish(source: Source, harvest: _Harvest, plan: Plan, lasted: tuple[float, float], ready: Ready) -> ExtractReport:
     """List the images as they are now; of several parts, the one that comes last does it."""
+    left_over = harvest.seconds(until=lasted[1])
     store, stock = harvest.sink.store, harvest.sink.stock
     known, quarantined, left = Sighted.joined([stock.known, harvest.known.sighted]), harvest.quarantined, 0
     if plan.part is not None:
@@ -375,12 +393,12 @@ def _finish(source: Source, harvest: _Harvest, plan: Plan, started: float, ready
     quarantined += [Quarantined(source.items[index].path, "", reason) for index in known.index[orphaned]]
     known, all_bad = known.take(~is_bad & ~orphaned), (*quarantined, *stock.unreachable)
     if not plan.lists:
-        store.commit(quarantined=[bad for bad in all_bad if bad.sha256])
+        store.commit(quarantined=[bad for bad in all_bad if bad.sha256], seconds=left_over)
     elif not left and not isinstance(decide(source, store, stock), Hit):
         _judge(source, len(known), all_bad, plan.max_bad)
-        store.commit(quarantined=all_bad, listing=make_listing(source, known, now_ns()))
+        store.commit(quarantined=all_bad, listing=make_listing(source, known, now_ns()), seconds=left_over)
         store.write_table()
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - lasted[0]
     return ExtractReport(len(known), harvest.computed, all_bad, seconds, left, ready.runtime, ready.difference, known)
 
 

@@ -48,7 +48,7 @@ class FineTuned:
         lr: the rate that was kept.
         rates: for each rate that was tried the validation accuracy of its best epoch.
         tested: scores on the test split.
-        seconds: of all training.
+        seconds: of all training, that of killed processes included up to the last state that they kept.
         images_per_second: of the kept rate's.
         similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
         precision: what training steps were computed in.
@@ -131,12 +131,11 @@ def finetune(
         SetupError: low-rank updates need peft.
         StorageError: the state cannot be kept.
     """
-    started = time.monotonic()
+    timed, team = _Timed(keeper or Keeper(None)), team or Team()
     keep_freed_memory()
-    keeper, team = keeper or Keeper(None), team or Team()
     model = SuffixAndHead(suffix, start).to(backbone.device)
     stages = open_up(backbone, model, thawed, seed)
-    saved = keeper.load() or {}
+    saved = timed.load()
     if not team.agrees(bool(saved), backbone.device):  # all of them go on from there, or all begin
         saved = {}
     if saved.get("layout") != _LAYOUT:
@@ -152,7 +151,7 @@ def finetune(
     trials = len(plan.lr) * len(split.train) + plan.refit * len(split.train_val)
     refitted = False
     with progress(plan.epochs * trials, f"finetune {plan.unfreeze.text}") as bar:
-        best, rates, saved = _best_rate(job, split, before, untouched, saved, keeper, bar)
+        best, rates, saved = _best_rate(job, split, before, untouched, saved, timed, bar)
         model.load_state_dict(best.state)
         number = best.best.number
         from_train = _as_it_is(backbone, model, thawed)
@@ -165,7 +164,7 @@ def finetune(
             trial = Trial(job, best.lr, split.train_val, None, before, epochs=number)
             if saved["trial"] is not None:
                 trial.resume(saved["trial"])
-            again = trial.run(bar, lambda state: keeper.save(saved | {"trial": state}))
+            again = trial.run(bar, lambda state: timed.save(saved | {"trial": state}))
             model.load_state_dict(again.state)
             with contextlib.suppress(DivergedError):  # it has seen these images: worse is broken
                 chosen = best.best.val.accuracy
@@ -177,7 +176,7 @@ def finetune(
         bar.update(bar.total - bar.n)
     if thawed.wish.what == "lora":
         merge_lora(model.suffix)
-    seconds = time.monotonic() - started
+    seconds = timed.seconds
     last = embed(model, take, split.val * plan.views, plan.batch_size)
     tested = scores_on_test(lambda index: predict(model, take, index * plan.views, plan.batch_size), y, split)
     return FineTuned(
@@ -197,13 +196,35 @@ def finetune(
     )
 
 
+class _Timed:
+    """A training's kept state, and the seconds that it has taken: those of killed processes, up to what they kept, too."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper, self._started, self._before = keeper, time.monotonic(), 0.0
+
+    def load(self) -> dict[str, Any]:
+        """Return what was kept, {} where nothing was."""
+        saved = self._keeper.load() or {}
+        self._before = float(saved.get("seconds", 0.0))
+        return saved
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep a state."""
+        self._keeper.save(state | {"seconds": self.seconds})
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken up to now."""
+        return self._before + time.monotonic() - self._started
+
+
 def _best_rate(
     job: Job,
     split: Split,
     before: Epoch,
     untouched: dict[str, Tensor],
     saved: dict[str, Any],
-    keeper: Keeper,
+    timed: "_Timed",
     bar: Any,
 ) -> tuple[Trained, dict[float, float], dict[str, Any]]:
     """Return the best trial, the accuracy of each, and what is to be kept while the refit runs."""
@@ -218,12 +239,12 @@ def _best_rate(
         if saved["trial"] is not None:
             trial.resume(saved["trial"])
         current = saved
-        trained = trial.run(bar, lambda state, current=current: keeper.save(current | {"trial": state}))  # type: ignore[misc]
+        trained = trial.run(bar, lambda state, current=current: timed.save(current | {"trial": state}))  # type: ignore[misc]
         rates[lr] = trained.best.val.accuracy
         trials = not_worse([*trials, trained], len(split.val))
         finished = [*saved["finished"], (lr, trained.best.val.accuracy)]
         saved = saved | {"finished": finished, "best": [_plain(one) for one in trials], "trial": None}
-        keeper.save(saved)
+        timed.save(saved)
     return min(trials, key=lambda one: one.best.scaled_loss), rates, saved
 
 

@@ -1,0 +1,89 @@
+"""What a model has cost: a pass over images is booked once, and a training that was killed counts all its time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import TINY, Outcome
+
+from featcache.pipeline.tuning import finetune_job
+from featcache.pipeline.workbench import Extracted, Settings, Target, Workbench
+from featcache.plans import FineTunePlan, Unfreeze
+from featcache.sources import open_source
+from featcache.specs import BackboneSpec
+from featcache.training.keeping import Keeper
+
+ROUNDING = 0.01  # of some thousandths in every manifest
+
+
+def booked(done: list[Extracted]) -> list[float]:
+    """Return the seconds in the entries' manifests."""
+    return [one.store.manifest.seconds for one in done]
+
+
+def test_cuts_of_one_pass_share_its_seconds(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """Entries that lack the same images book the same, together no more than the pass took."""
+    bench = Workbench(open_source(folder), tiny, settings)
+
+    done = bench.extracted_at([Target("pooled"), Target("layer2"), Target("layer3"), Target("input")])
+
+    seconds = booked(done)
+    assert 0 < sum(seconds) <= done[0].report.seconds + ROUNDING
+    assert seconds == pytest.approx([seconds[0]] * 4, abs=ROUNDING)
+
+
+def test_what_is_there_costs_nothing(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """An entry that lacks no image books none of a pass for others, and a hit books nothing."""
+    first = Workbench(open_source(folder), tiny, settings).extracted("layer3")
+    before = first.store.manifest.seconds
+
+    done = Workbench(open_source(folder), tiny, settings).extracted_at([Target("layer3"), Target("pooled")])
+    again = Workbench(open_source(folder), tiny, settings).extracted_at([Target("layer3"), Target("pooled")])
+
+    assert booked(done)[0] == before
+    assert 0 < booked(done)[1] <= done[1].report.seconds + ROUNDING
+    assert booked(again) == booked(done)
+
+
+def test_parts_add_up(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """Several processes' seconds are summed, whoever lists the images."""
+    runs = [Workbench(open_source(folder), tiny, replace(settings, part=(number, 2))).extracted() for number in (1, 2)]
+
+    whole = Workbench(open_source(folder), tiny, settings).extracted()
+    assert 0 < whole.store.manifest.seconds <= sum(run.report.seconds for run in runs) + ROUNDING
+
+
+def test_a_killed_training_counts_all_its_time(
+    folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seconds of the process that was killed are in those that are reported: no less than all epochs took."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    plan = FineTunePlan(Unfreeze.parse("all"), epochs=4, lr=(1e-3,), patience=9, refit=False)
+    real, kept = Keeper.save, []
+
+    def dying(keeper: Keeper, state: dict[str, float]) -> None:
+        real(keeper, state)
+        kept.append(state["seconds"])
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Keeper, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_job(Workbench(open_source(folder), tiny, settings), plan)
+    monkeypatch.setattr(Keeper, "save", real)
+
+    job = finetune_job(Workbench(open_source(folder), tiny, settings), plan)
+
+    assert 0 < kept[0] <= kept[-1]
+    assert job.record.seconds["train"] >= kept[-1]
+    assert job.record.seconds["train"] >= sum(epoch.seconds for epoch in job.tuned.history) - ROUNDING
+
+
+def test_every_pass_says_what_it_is(run: Callable[..., Outcome], folder: Path) -> None:
+    """The pass that nobody asked for is named."""
+    done = run("fit", folder, *TINY, "--head", "ridge")
+
+    said = [line for line in done.err.splitlines() if "images to compute" in line]
+    assert len(said) == 2
+    assert said[1].startswith("thumbnails for the baselines: 36 images")
