@@ -47,7 +47,7 @@ def raw_pixels(folder: Path, settings: Settings) -> str:
         features.splits,
         features.sha256,
     )
-    tested = fit(flat, make_split(flat.y, flat.splits, flat.classes), "logistic").tested
+    tested = fit(flat, make_split(flat.y, flat.splits, flat.classes, contents=flat.sha256), "logistic").tested
     return cell(tested.scores.accuracy, tested.scores.accuracy_ci)
 
 

@@ -20,7 +20,7 @@ def test_extract_json_has_the_documented_keys(run: Run, folder: Path) -> None:
 
     assert set(first) == {
         "schema_version", "entry", "dataset", "backbone", "cut", "rows", "computed", "reused", "quarantined", "seconds",
-        "images_per_second", "left", "runtime", "runtime_difference", "key",
+        "images_per_second", "left", "runtime", "runtime_difference", "key", "notes",
     }  # fmt: skip
     assert (first["computed"], second["computed"], second["reused"]) == (36, 0, 36)
     assert Path(first["entry"], "features.h5").is_file()
@@ -38,9 +38,10 @@ def test_fit_json_has_the_documented_keys(run: Run, folder: Path) -> None:
         assert Path(head["bundle"]).is_file()
 
 
-def test_finetune_prints_gap_and_costs(run: Run, folder: Path) -> None:
+def test_finetune_prints_gap_and_costs(run: Run, subtle: Path) -> None:
     """People read the gap, its interval and p, and what both sides cost."""
-    done = run("finetune", folder, *TINY, "--epochs", "1", "--train-batch", "8")
+    options = ("--epochs", "5", "--train-batch", "8", "--lr", "1e-3", "--head-lr", "1e-2", "--label-smoothing", "0")
+    done = run("finetune", subtle, *TINY, "--dtype", "float32", *options)
 
     assert done.code == 0
     for word in ("gap", "95 % interval", "p =", "cost", "train", "safetensors"):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from featcache import origins
 from featcache.checked import check_fields
-from featcache.errors import DataError, UsageError
+from featcache.errors import UsageError
 from featcache.machine import free_memory
 from featcache.metrics import confusion, gap, per_class
 from featcache.pipeline.recording import aligned, bits, cell_of, look_at, new_record
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 PROBE = "logistic"
 PROBES = ("ridge", "knn", PROBE)  # what the gap is taken to at least: the cheap ones
-_NO_VALUE = {"", "none", "nan", "null"}
 _MOST_SHOTS = 1_000_000
 _MOST_IN_A_MATRIX = 50
 _COPIES = 2.5  # of the features in float32, that the heads that take the most memory need
@@ -138,7 +137,7 @@ class TargetJob:
     @property
     def summary(self) -> dict[str, Any]:
         """One element of the list ``heads`` of ``featcache fit``."""
-        return self.fitted.summary | {"bundle": str(self.bundle)}
+        return self.fitted.summary | {"bundle": str(self.bundle), "notes": list(self.record.notes)}
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def fit_heads(
         features.y, features.splits, features.classes, seed, groups=groups, folds=plan.folds, contents=features.sha256
     )
     ledger = ledger if ledger is not None else Ledger()
-    _say(look_at(features, split)[1], ledger)
+    _say(features, split, ledger)
     jobs: list[HeadJob] = []
     started = time.monotonic()
     for name in names:
@@ -302,11 +301,19 @@ def _require_target(plan: FitPlan) -> None:
         raise UsageError(f"--head {unable[0]}: for --target {plan.target} choose from {', '.join(able)}.")
 
 
-def _say(notes: Sequence[str], ledger: Ledger) -> None:
-    for note in notes:
+def _say(features: Features, split: Split, ledger: Ledger) -> None:
+    """Say once a command how images are split, and what is wrong with that."""
+    sizes = ", ".join(f"{count} {name}" for name, count in split.sizes().items())
+    drawn = [name for name in ("val", "test") if name not in features.splits]
+    how = f" ({' and '.join(drawn)} drawn)" if drawn else ""
+    chosen = f"; parameters are chosen on {len(split.cross)} folds of train and val" if split.cross else ""
+    told = f"{len(features.y)} images: {sizes}{how}{chosen}"
+    if told not in ledger.said:
+        logger.info(told)
+    for note in (notes := look_at(features, split)[1]):
         if note not in ledger.said:
             logger.warning(note)
-            ledger.said.add(note)
+    ledger.said.update((told, *notes))
 
 
 def _features(done: Extracted, plan: FitPlan, names: list[str]) -> tuple[Features, list[str]]:
@@ -355,7 +362,7 @@ def _fit_targets(
     from featcache.stages.targets import fit_labels, fit_number
 
     split = make_free_split(len(features.y), features.splits, seed, groups, features.sha256)
-    _say(look_at(features, split)[1], Ledger())
+    _say(features, split, Ledger())
     jobs: list[TargetJob] = []
     wanted = (PROBE,) if plan.target == "labels" else tuple(name for name in plan.heads if name in NUMBER_HEADS)
     started = time.monotonic()
@@ -426,17 +433,13 @@ def groups_of(bench: Workbench, features: Features, column: str | None) -> list[
     """Return what each image belongs to by a column of the source's manifest, ``None`` where none is asked for.
 
     Raises:
-        DataError: the source is no manifest, has no such column, or an image no value there: it would be one more member
-            of a group of strangers.
+        DataError: the source is no manifest, has no such column, or an image no value there.
     """
     if column is None:
         return None
     values = read_column(bench.source.location, column)
     of_path = dict(zip((item.path for item in bench.source.items), values, strict=True))
-    groups = [of_path[path] for path in features.paths]
-    if blank := [path for path, group in zip(features.paths, groups, strict=True) if group.strip().lower() in _NO_VALUE]:
-        raise DataError(f"--group {column}: {len(blank)} images have no value there, such as {blank[0]}: give each its own.")
-    return groups
+    return [of_path[path] for path in features.paths]
 
 
 def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: int) -> "list[Curve]":
