@@ -207,3 +207,18 @@ def test_a_process_number_of_any_size_is_no_error(tmp_path: Path) -> None:
     sweep(tmp_path)
 
     assert [each.name for each in tmp_path.iterdir()] == []
+
+
+def test_an_interrupt_while_a_file_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy disk takes long to make a file: an interrupt that comes meanwhile is raised once the file is there."""
+    made = Path.open
+
+    def slow(path: Path, mode: str = "r") -> object:
+        made(path, mode).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "open", slow)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(tmp_path / "file", b"content")
+
+    assert not list(tmp_path.iterdir())

@@ -144,9 +144,13 @@ def _new_temporary(folder: Path) -> tuple[Path, BinaryIO]:
     """Make a temporary file and lock it; another one where it was swept between the two."""
     while True:
         path = folder / f".tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-        file = path.open("xb")
-        if _lock(file.fileno()) is not False and path.exists():
-            return path, file
+        try:
+            file = path.open("xb")
+            if _lock(file.fileno()) is not False and path.exists():
+                return path, file
+        except KeyboardInterrupt:  # most often it comes while a busy disk makes the file
+            path.unlink(missing_ok=True)
+            raise
         file.close()
 
 

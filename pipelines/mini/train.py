@@ -217,8 +217,8 @@ def resume(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> in
 def save(path: Path, student: Student, optimiser: torch.optim.Optimizer, step: int) -> None:
     """Write a checkpoint, whole or not at all."""
     state = {"student": student.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    torch.save(state, path.with_name(f"{path.name}.tmp"))
+    path.with_name(f"{path.name}.tmp").replace(path)
 
 
 if __name__ == "__main__":

@@ -243,12 +243,13 @@ class Scenario:
         sender.start()
         first = self.machine.run(lambda: _main(self.command))
         sender.cancel()
+        if first.code == 0:  # it had ended, or Python dropped the interrupt inside a destructor: the run is a whole one
+            self.missed += 1
+            return []
         problems = [f"{word} at the signal" for word in _cries(first.err)]
-        if first.code not in {0, 130}:
+        if first.code != 130:
             problems.append(f"at the signal it ended with {first.code}: {first.err[-300:]}")
-        if [name for name in look(self.root).names if ".tmp-" in name]:
-            problems.append("it left temporary files")
-        self.missed += first.code == 0
+        problems += [f"it left {name}" for name in look(self.root).names if ".tmp-" in name]
         return problems + self._recovers(first, there)
 
     def together(self, many: int) -> list[str]:
@@ -388,25 +389,38 @@ def start_again_with(shim: Path, work: Path) -> None:
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | single | own | cache)  # noqa: S606 - itself
 
 
-def explore(scenario: Scenario, fault: str, every: int, first: int) -> tuple[str, int]:
-    """Try a fault at every call, or at a sample; print what was wrong at which, return what was tried and how many."""
+def _asked_for(scenario: Scenario, asked: argparse.Namespace) -> Iterator[tuple[str, Callable[[], tuple[int, int]]]]:
+    yield asked.fault, lambda: explore(scenario, asked.fault, asked.every, asked.first)
+    if asked.signals:
+        yield "SIGINT, SIGTERM", lambda: interrupt(scenario, asked.signals)
+    if asked.together and scenario.name == "bench":
+        tries = max(1, 10 // asked.every)
+        yield (
+            f"{asked.together} at once",
+            lambda: (tries, sum(_said("at once", scenario.together(asked.together)) for _ in range(tries))),
+        )
+
+
+def explore(scenario: Scenario, fault: str, every: int, first: int) -> tuple[int, int]:
+    """Try a fault at every call, or at a sample; print what was wrong at which, return how many of each."""
     numbers = [
         number
         for number, line in enumerate(scenario.calls, start=1)
         if (fault not in {"half", "short"} or line.split()[1] in WRITES) and (number - first) % every == 0
     ]
     wrong = [number for number in numbers if _said(scenario.calls[number - 1], scenario.try_at(number, fault))]
-    return f"{fault} at {len(numbers)}", len(wrong)
+    return len(numbers), len(wrong)
 
 
-def interrupt(scenario: Scenario, many: int) -> int:
-    """Send signals at times spread over a run; print what was wrong when, return how many."""
+def interrupt(scenario: Scenario, many: int) -> tuple[int, int]:
+    """Send signals at times spread over a run; print what was wrong when, return how many of each."""
     began = time.monotonic()
     scenario.restore()
     scenario.machine.run(lambda: _main(scenario.command))
     length = time.monotonic() - began
     times = [(length * (part + 0.5) / many, number) for part in range(many) for number in (signal.SIGINT, signal.SIGTERM)]
-    return sum(_said(f"{number.name} after {after:.2f} s", scenario.interrupt(after, number)) for after, number in times)
+    wrong = [_said(f"{number.name} after {after:.2f} s", scenario.interrupt(after, number)) for after, number in times]
+    return len(times), sum(wrong)
 
 
 def _said(what: str, problems: list[str]) -> bool:
@@ -421,8 +435,8 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="*", metavar="COMMAND", help=f"of {', '.join(COMMANDS)}; all by default")
     parser.add_argument("--fault", choices=FAULTS[1:], default="kill")
     parser.add_argument("--without", choices=list(LACKS), default="", help="what the file system does not know")
-    parser.add_argument("--signals", type=int, default=0, help="instead: so many SIGINT and SIGTERM, spread over each run")
-    parser.add_argument("--together", type=int, default=0, help="instead: so many processes of bench at once, ten times")
+    parser.add_argument("--signals", type=int, default=0, help="also so many SIGINT and SIGTERM, spread over each run")
+    parser.add_argument("--together", type=int, default=0, help="also so many processes of bench at once, ten times")
     parser.add_argument("--every", type=int, default=1, help="try every so many calls")
     parser.add_argument("--first", type=int, default=1, help="the first call that is tried, with --every")
     asked = parser.parse_args()
@@ -448,24 +462,21 @@ def run(asked: argparse.Namespace, work: Path) -> int:
     machine, wrong = Machine(work / "root"), 0
     warm_up(machine, work)
     for name in asked.scenarios or COMMANDS:
-        scenario, started = Scenario(name, machine, work, asked.without), time.monotonic()
-        if asked.together:
-            what, bad = (
-                f"{asked.together} at once, 10 times",
-                sum(bool(scenario.together(asked.together)) for _ in range(10)),
-            )
-        elif asked.signals:
-            what, bad = f"{2 * asked.signals} signals", interrupt(scenario, asked.signals)
-        else:
-            what, bad = explore(scenario, asked.fault, asked.every, asked.first)
-        wrong += bad
-        done = scenario.reference
-        where = f" without {asked.without}" if asked.without else ""
+        scenario = Scenario(name, machine, work, asked.without)
+        done, where = scenario.reference, f" without {asked.without}" if asked.without else ""
         print(
-            f"{name} ({done.calls} calls, {done.rows} rows, {done.epochs} epochs, {len(scenario.goal.cells)} cells){where}: "
-            f"{what}, {scenario.missed} not reached, {bad} bad, {time.monotonic() - started:.0f} s",
+            f"{name}{where}: {done.calls} calls, {done.rows} rows, {done.epochs} epochs, {len(scenario.goal.cells)} cells",
             flush=True,
         )
+        for what, act in _asked_for(scenario, asked):
+            started = time.monotonic()
+            tried, bad = act()
+            wrong += bad
+            print(
+                f"{name}{where}: {what}: {tried} tried, {scenario.missed} not reached, {bad} bad, "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     return wrong
 
 

@@ -22,8 +22,12 @@ def explore(*arguments: str) -> list[str]:
 
 @needs_shim
 def test_killed_anywhere_the_next_run_ends_as_if_nothing_had_been() -> None:
-    """Same numbers, same files, nothing committed computed again, at most one epoch trained again, no litter."""
-    lines = explore("--every", "60", "--first", "29")
+    """Same numbers, same files, nothing committed computed again, at most one epoch trained again, no litter.
 
-    assert [line.split()[0] for line in lines] == ["extract", "fit", "finetune", "bench"]
+    Several grids at once write whole lines.
+    """
+    lines = explore("--every", "60", "--first", "29", "--together", "3")
+
+    names = [line.split(":")[0] for line in lines]
+    assert names == ["extract", "fit", "finetune", "bench", "bench"]
     assert all(" 0 bad" in line for line in lines)
