@@ -113,15 +113,18 @@ def grouped_gaps() -> Iterator[Setting]:
     for (name, sizes), p, difference, own in itertools.product(
         GROUPS.items(), (0.7, 0.9, 0.95), (0.0, 0.03), (0.0, 0.1, 0.3)
     ):
+        thresholds = (float(norm.ppf(p + difference)), float(norm.ppf(p)))
 
-        def draw(rng: Rng, sizes: Any = sizes, p: float = p, difference: float = difference, own: float = own) -> Any:
+        def draw(
+            rng: Rng, sizes: Any = sizes, thresholds: Any = thresholds, difference: float = difference, own: float = own
+        ) -> Any:
             groups = np.repeat(np.arange(len(sizes)), sizes)
             shared = np.sqrt(0.3) * rng.normal(size=len(sizes))[groups] + np.sqrt(0.3) * rng.normal(size=len(groups))
             right = []
-            for chance in (p + difference, p):
+            for threshold in thresholds:
                 skill = np.sqrt(own) * rng.normal(size=len(sizes))[groups]
                 rest = np.sqrt(0.4 - own) * rng.normal(size=len(groups))
-                right.append(norm.ppf(chance) + shared + skill + rest > 0)
+                right.append(threshold + shared + skill + rest > 0)
             return [(gap(right[0], right[1], groups=groups).ci, 100 * difference)]
 
         yield Setting((name, p, 100 * difference, own), draw)
