@@ -31,7 +31,7 @@ def fitted(name: str) -> tuple[Any, Any]:
     rng = np.random.default_rng(0)
     y = np.arange(90) % 3
     X = (rng.normal(0, 3, (3, 8))[y] + rng.normal(size=(90, 8))).astype(np.float32)
-    head, _ = heads.train(name, heads.HEADS[name].grid(90)[0], X, y, 0)
+    head = heads.train(name, heads.HEADS[name].grid(90)[0], X, y, 0)
     return head, X
 
 

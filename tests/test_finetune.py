@@ -43,7 +43,7 @@ class Prepared:
         self.backbone = load_backbone(spec)
         self.features: Features = self.bench.extracted().store.features()
         self.split = make_split(self.features.y, self.features.splits, self.features.classes)
-        self.head, _ = heads.train("logistic", {"C": 1e-3}, self.features.X, self.features.y, 0)
+        self.head = heads.train("logistic", {"C": 1e-3}, self.features.X, self.features.y, 0)
         self.probe = LinearHead(*heads.linear_weights(self.head, 3))
         self.pixels = self.bench.extracted("input").store.reader()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from featcache.metrics import at_temperature, best_temperature
 from featcache.pipeline import jobs
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
+from featcache.solvers import linear
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec
 from featcache.splits import Split, make_split
@@ -71,11 +73,10 @@ def test_shuffled_test_labels_change_no_choice(name: str) -> None:
 def test_linear_weights_are_the_logistic_head(classes: int) -> None:
     """One linear map and a softmax give the pipeline's probabilities."""
     features = blobs(classes)
-    head, converged = heads.train("logistic", {"C": 0.1}, features.X, features.y, 0)
+    head = heads.train("logistic", {"C": 0.1}, features.X, features.y, 0)
 
     weights, bias = heads.linear_weights(head, classes)
 
-    assert converged
     expected = head.predict_proba(features.X)
     np.testing.assert_allclose(softmax(features.X @ weights.T + bias, axis=1), expected, atol=1e-5)
 
@@ -84,7 +85,7 @@ def test_a_class_the_head_never_saw_is_never_answered() -> None:
     """Columns stay those of the data set's classes when one of them has no training image."""
     features = blobs(3)
     seen = features.y != 1
-    head, _ = heads.train("logistic", {"C": 0.1}, features.X[seen], features.y[seen], 0)
+    head = heads.train("logistic", {"C": 0.1}, features.X[seen], features.y[seen], 0)
 
     probabilities = heads.answers(head, features.X, 3)
     weights, bias = heads.linear_weights(head, 3)
@@ -102,15 +103,71 @@ def test_a_constant_feature_harms_nothing() -> None:
     assert fit(features, split_of(features), "logistic").tested.scores.accuracy > 0.7
 
 
-def test_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An optimiser that stops early leaves a note."""
+def test_a_search_in_which_nothing_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that use up their epochs are candidates of nothing; the error names the head and what to do."""
     features = blobs(3)
-    real = nonlinear.MLPClassifier
-    monkeypatch.setattr(nonlinear, "MLPClassifier", lambda **args: real(**(args | {"max_iter": 2})))
+    monkeypatch.setattr(nonlinear, "_MOST_EPOCHS", 2)
 
-    notes = fit(features, split_of(features), "mlp").notes
+    with pytest.raises(DataError, match=r"--head mlp: none of 2 candidates reached its optimum.*--grid"):
+        fit(features, split_of(features), "mlp")
+    with pytest.raises(DataError, match=r"--head mlp: the fit with alpha=1 on 120 rows did not reach its optimum"):
+        heads.train("mlp", {"alpha": 1.0}, features.X, features.y, 0)
 
-    assert any("did not converge" in note for note in notes)
+
+def _never_beyond(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the solver's answers for a C above a limit be far from their optimum, right on validation, and say so."""
+    real = linear.solve
+
+    def solve(*args: Any, **kwargs: Any) -> Any:
+        return [
+            [one if limit >= one.C else replace(one, converged=False) for one in several]
+            for several in real(*args, **kwargs)
+        ]
+
+    monkeypatch.setattr(linear, "solve", solve)
+
+
+@pytest.mark.parametrize("name", ["logistic", "svm", "selected", "rbf"])
+def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen has converged, whatever the others answer; a note says how many were left out; none is an error."""
+    features = blobs(3)
+    split = split_of(features)
+    limit = sorted({params["C"] for params in heads.HEADS[name].grid(90)})[2]
+    _never_beyond(limit, monkeypatch)
+
+    fitted = fit(features, split, name)
+
+    assert fitted.params["C"] <= limit
+    assert any("did not reach their optimum and are left out" in note for note in fitted.notes)
+    _never_beyond(-1, monkeypatch)
+    with pytest.raises(DataError, match=f"--head {name}: none of"):
+        heads.choose(name, features.X, features.y, split.folds, 0)
+    with pytest.raises(DataError, match=f"--head {name}: the fit with .*C=.* did not reach its optimum"):
+        heads.train(name, heads.HEADS[name].grid(90)[0], features.X, features.y, 0)
+    if name == "logistic":
+        with pytest.raises(DataError, match="logistic"):
+            learning_curve(features, split, name, [1.0])
+
+
+def test_labels_short_of_their_optimum_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The C of several labels is chosen among those whose optimum was reached; a fit that was not is an error."""
+    features = blobs(3)
+    Y = np.equal(features.y[:, None], np.arange(3))
+    rows = np.arange(len(Y))
+    _never_beyond(1e-3, monkeypatch)
+
+    tried = [params["C"] for params, _ in heads.sweep_labels(features.X, Y, rows[::2], rows[1::2])]
+
+    assert tried
+    assert max(tried) <= 1e-3
+    assert "did not reach their optimum and are left out" in caplog.text
+    with pytest.raises(DataError, match="C=1 did not reach its optimum"):
+        heads.train_labels({"C": 1.0}, features.X, Y)
+    _never_beyond(-1, monkeypatch)
+    with pytest.raises(DataError, match="none of"):
+        list(heads.sweep_labels(features.X, Y, rows[::2], rows[1::2]))
 
 
 def test_trees_do_not_converge_and_nothing_is_said() -> None:
@@ -128,7 +185,7 @@ def test_the_likeliest_class_is_the_answer(name: str, classes: int) -> None:
     features.X[features.y == 0] *= np.linspace(0.2, 3, 6, dtype=np.float32)
     some = np.arange(10, len(features.y))
 
-    estimator, _ = heads.train(name, heads.HEADS[name].grid(90)[0], features.X[some], features.y[some], 0)
+    estimator = heads.train(name, heads.HEADS[name].grid(90)[0], features.X[some], features.y[some], 0)
 
     answers = heads.answers(estimator, features.X, classes)
     expected = estimator.predict(features.X)
@@ -140,7 +197,7 @@ def test_the_nearest_mean_answers(classes: int) -> None:
     """As scikit-learn's own rule, on the unit sphere; one image a class is enough."""
     features = blobs(classes, spread=4)
     for some in (slice(None), slice(None, None, 40)):
-        estimator, _ = heads.train("centroid", {}, features.X[some], features.y[some], 0)
+        estimator = heads.train("centroid", {}, features.X[some], features.y[some], 0)
         unit = normalize(features.X)
         means = np.stack([unit[some][features.y[some] == one].mean(axis=0) for one in range(classes)])
         np.testing.assert_array_equal(estimator.predict(features.X), cdist(unit, means).argmin(axis=1))
@@ -156,7 +213,7 @@ def test_what_is_swept_together_is_what_is_trained_alone(name: str, classes: int
     grid = heads.HEADS[name].grid(len(fold.train))[::4]
 
     for attempt in heads.HEADS[name].sweep(grid, features.X, features.y, [fold], 0):
-        estimator, _ = heads.train(name, attempt.params, features.X[fold.train], features.y[fold.train], 0)
+        estimator = heads.train(name, attempt.params, features.X[fold.train], features.y[fold.train], 0)
         answers = heads.answers(estimator, features.X[fold.val], classes)
         np.testing.assert_allclose(attempt.answers, answers, atol=2e-2)
 
@@ -173,7 +230,7 @@ def test_neighbours_hold_no_class_impossible(k: int) -> None:
     count = min(k, len(fold.train))
 
     (attempt,) = heads.HEADS["knn"].sweep([{"k": k}], features.X, features.y, [fold], 0)
-    estimator, _ = heads.train("knn", {"k": k}, features.X[fold.train], features.y[fold.train], 0)
+    estimator = heads.train("knn", {"k": k}, features.X[fold.train], features.y[fold.train], 0)
 
     np.testing.assert_allclose(attempt.answers, heads.answers(estimator, features.X[fold.val], 4), atol=1e-4)
     np.testing.assert_allclose(attempt.answers.sum(axis=1), 1)

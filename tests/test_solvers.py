@@ -1,17 +1,21 @@
 """Our own solvers give scikit-learn's answers, on kind and on unkind data."""
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import logsumexp
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from featcache.solvers import linear, ridge
+from featcache.solvers import linear, newton, ridge
 
 
 def data(classes: int, count: int = 200, width: int = 12, noise: float = 1.5, seed: int = 0) -> tuple[Any, Any]:
@@ -162,6 +166,126 @@ def test_few_rows_of_many_features_converge_at_every_penalty(classes: int) -> No
         expected = LogisticRegression(C=C, tol=1e-8, max_iter=10_000, solver="newton-cg").fit(scaled, y)
         best = objective(scaled, y, C, expected.coef_, expected.intercept_)
         assert objective(scaled, y, C, weights, bias) <= best * (1 + 1e-5)
+
+
+def exactly(X: Any, y: Any, found: Any) -> float:
+    """Return the objective of standardised rows in float64, no digit of a loss near 0 cancelled."""
+    rows = np.asarray(X, np.float64)
+    scores = rows @ found.coefficients.T + found.intercept
+    scores = np.concatenate([np.zeros_like(scores), scores], axis=1) if scores.shape[1] == 1 else scores
+    row, place = np.arange(len(y)), np.searchsorted(found.classes, y)
+    others = scores - scores[row, place][:, None]
+    others[row, place] = -np.inf
+    penalty = ((found.coefficients * StandardScaler().fit(rows).scale_) ** 2).sum() / 2
+    return float(found.C * np.logaddexp(0, logsumexp(others, axis=1)).sum() + penalty)
+
+
+def many_classes(classes: int = 50, shots: int = 12, width: int = 640, rank: int = 40) -> tuple[Any, Any]:
+    """Return few rows a class of wide, correlated, rectified features, as backbones give them."""
+    rng = np.random.default_rng(0)
+    y = np.arange(classes * shots) % classes
+    code = rng.normal(size=(classes, rank))[y] + rng.normal(0, 0.8, (len(y), rank))
+    X = code @ rng.normal(size=(rank, width)) / np.sqrt(rank) + 0.3 * rng.normal(size=(len(y), width))
+    return np.maximum(0, X).astype(np.float32), y
+
+
+@pytest.mark.parametrize("C", [1.0, 100.0, 1e4])
+def test_many_classes_of_few_wide_rows_reach_the_optimum(C: float) -> None:
+    """However weak the penalty, alone as in a sweep: within what is told, which is below 1e-4, of a long run's objective."""
+    X, y = many_classes()
+
+    ((cold,),) = linear.solve(X, y, [C])
+    ((best,),) = linear.solve(X, y, [C], tolerance=1e-7)
+
+    lowest = exactly(X, y, best)
+    assert best.converged
+    assert cold.converged
+    assert lowest * (1 - 1e-9) <= exactly(X, y, cold) <= lowest / (1 - cold.excess)
+    assert cold.excess <= 1e-4
+    assert cold.objective == pytest.approx(exactly(X, y, cold), rel=1e-6)
+    model = LogisticRegression(C=C, tol=1e-6, max_iter=3, solver="newton-cg", warm_start=True)
+    scaler = StandardScaler().fit(X.astype(np.float64))
+    model.classes_, model.coef_ = np.arange(50), best.coefficients * scaler.scale_
+    model.intercept_ = best.intercept + best.coefficients @ scaler.mean_
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(scaler.transform(X.astype(np.float64)), y)
+    weights = model.coef_ / scaler.scale_
+    its = replace(best, coefficients=weights, intercept=model.intercept_ - weights @ scaler.mean_)
+    assert exactly(X, y, its) >= lowest * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["outlier", "sparse", "heavy tails", "fifty classes", "lacking class"])
+@pytest.mark.parametrize("C", [1e-2, 1.0, 1e4, 1e6])
+def test_the_distance_that_is_told_is_a_bound(kind: str, C: float) -> None:
+    """Directions that a descent has not met count too: rows far out, rare features, folds without one of the classes."""
+    rng = np.random.default_rng(0)
+    n, d, classes = 150, 9, 50 if kind == "fifty classes" else 5
+    y = np.arange(n) % classes
+    X = rng.normal(size=(classes, d))[y] + rng.normal(size=(n, d))
+    if kind == "outlier":
+        X[0] = 1e4
+    elif kind == "sparse":
+        X = X * (rng.random((n, d)) < 0.03)
+    elif kind == "heavy tails":
+        X = rng.standard_t(1.2, (n, d)) + rng.normal(size=(classes, d))[y]
+    rows = (np.arange(n) % 3 != 0) & (y != 2) if kind == "lacking class" else np.ones(n, bool)
+    X = X.astype(np.float32)
+
+    ((found,),) = linear.solve(X, y, [C], [rows])
+    ((best,),) = linear.solve(X, y, [C], [rows], tolerance=1e-11)
+
+    X, y = X[rows], np.searchsorted(found.classes, y[rows])
+    found, best = replace(found, classes=np.unique(y)), replace(best, classes=np.unique(y))
+    scaler = StandardScaler().fit(X.astype(np.float64))
+    other = LogisticRegression(C=C, tol=1e-12, max_iter=200, solver="newton-cholesky", warm_start=True)
+    other.classes_, other.coef_ = found.classes, best.coefficients * scaler.scale_
+    other.intercept_ = best.intercept + best.coefficients @ scaler.mean_
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.fit(scaler.transform(X.astype(np.float64)), y)
+    weights = other.coef_ / scaler.scale_
+    its = replace(best, coefficients=weights, intercept=other.intercept_ - weights @ scaler.mean_)
+    lowest = min(exactly(X, y, best), exactly(X, y, its))
+    assert found.converged
+    assert exactly(X, y, found) * (1 - found.excess) <= lowest * (1 + 1e-11)
+    assert found.objective == pytest.approx(exactly(X, y, found), rel=2e-7)  # of float32 columns' standard deviations
+
+
+def test_an_optimum_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no step is left, the distance that is told is still a bound, and above the goal."""
+    X, y = many_classes(10, 12, 300, 20)
+    monkeypatch.setattr(newton, "_MOST_STEPS", 0)
+
+    ((found,),) = linear.solve(X, y, [1.0], tolerance=1e-6, max_iterations=2)
+    monkeypatch.undo()
+    ((best,),) = linear.solve(X, y, [1.0], tolerance=1e-10)
+
+    assert not found.converged
+    assert found.excess > 1e-6
+    assert best.converged
+    assert exactly(X, y, found) * (1 - found.excess) <= exactly(X, y, best)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "squared_hinge"])
+@pytest.mark.parametrize("C", [1e-2, 1.0, 1e3])
+def test_outputs_by_themselves_are_proven_too(loss: Any, C: float) -> None:
+    """Labels and linear SVMs: what is told bounds the distance to a run of a far tighter tolerance."""
+    X, y = data(7, count=90, width=6)
+    Y = y[:, None] == np.arange(7)
+
+    ((found,),) = linear.solve(X, Y, [C], loss=loss, standardise=False)
+    ((best,),) = linear.solve(X, Y, [C], loss=loss, standardise=False, tolerance=1e-12)
+
+    def value(one: Any) -> float:
+        margins = (X @ one.coefficients.T + one.intercept) * np.where(Y, 1, -1)
+        losses = np.logaddexp(0, -margins) if loss == "sigmoid" else np.maximum(0, 1 - margins) ** 2
+        return float(C * losses.sum() + (one.coefficients**2).sum() / 2)
+
+    assert found.converged
+    assert best.converged
+    assert value(found) * (1 - found.excess) <= value(best) * (1 + 1e-12)
+    assert found.objective == pytest.approx(value(found), rel=1e-10)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])

@@ -42,7 +42,10 @@ def mask_of(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A candidate on the validation rows of all folds, one fold after the other: answers as of ``answers``."""
+    """A candidate on the validation rows of all folds, one fold after the other: answers as of ``answers``.
+
+    ``converged``: each fold's fit is at its stated distance from the optimum. Else the answers are nobody's.
+    """
 
     params: Params
     answers: NDArray[Any]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
-from featcache.errors import UsageError
+from featcache.errors import DataError, UsageError
 from featcache.heads.base import Y_, Attempt, HeadFamily, Many, Params
 from featcache.heads.linear import LOGISTIC, RIDGE, SELECTED, SVM
 from featcache.heads.neighbours import CENTROID, KNN
@@ -37,7 +37,10 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Chosen:
-    """The parameters that did best on validation, with their answers there (n, classes) or (n,)."""
+    """The parameters that did best on validation, with their answers there (n, classes) or (n,).
+
+    ``unconverged`` counts the candidates, of all that were ``tried``, whose optimum was not reached: they were left out.
+    """
 
     params: Params
     val: Scores
@@ -85,7 +88,8 @@ def choose(
 ) -> Chosen:
     """Fit a head on every fold's train with every candidate and return the one that does best on all their val together.
 
-    Best is the highest accuracy, then the lowest log-loss, then the more regular one.
+    Best is the highest accuracy, then the lowest log-loss, then the more regular one. A candidate whose optimum was not
+    reached on some fold is left out and counted: its answers are not those of its parameters.
 
     Args:
         name: a key of ``HEADS``.
@@ -95,6 +99,9 @@ def choose(
         seed: of the head's own randomness.
         grid: parameters to try instead of the family's own.
         views: how many rows in succession are views of one image: each trains, their answers are averaged.
+
+    Raises:
+        DataError: no candidate reached its optimum.
     """
     family = HEADS[name]
     everything = list(grid) if grid is not None else family.grid(min(len(fold.train) for fold in folds))
@@ -102,22 +109,33 @@ def choose(
     truth = np.concatenate([y[fold.val] for fold in folds])[::views]
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
         outcomes: list[tuple[Attempt, Scores]] = []
+        tried = 0
 
         def best() -> tuple[Attempt, Scores]:
             return min(outcomes, key=lambda outcome: (outcome[1].rank, everything.index(outcome[0].params)))
 
         def try_all(candidates: Sequence[Params]) -> None:
+            nonlocal tried
             for attempt in family.sweep(candidates, X, y, folds, seed):
+                tried += 1
+                bar.update(1)
+                if not attempt.converged:
+                    continue
                 pooled = replace(attempt, answers=over_views(attempt.answers, views))
                 outcomes.append((pooled, score(truth, pooled.answers)))
-                bar.update(1)
 
         try_all(everything[::step])
-        if step > 1:
+        if not outcomes and step > 1:
+            try_all([params for number, params in enumerate(everything) if number % step])
+        if not outcomes:
+            raise DataError(
+                f"--head {name}: none of {tried} candidates reached its optimum on every fold. Look for extreme values in "
+                "the features, try stronger penalties with --grid, or take another head."
+            )
+        if step > 1 and tried == len(everything[::step]):
             try_all(family.refine(everything, best()[0].params))
     attempt, val = best()
-    unconverged = sum(not one.converged for one, _ in outcomes)
-    return Chosen(attempt.params, val, attempt.answers, len(outcomes), unconverged)
+    return Chosen(attempt.params, val, attempt.answers, tried, tried - len(outcomes))
 
 
 def over_views(answers: NDArray[Any], views: int) -> NDArray[Any]:
@@ -132,6 +150,17 @@ def over_views(answers: NDArray[Any], views: int) -> NDArray[Any]:
     return chosen
 
 
-def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> tuple[Pipeline, bool]:
-    """Fit a head; return it and whether its optimiser converged."""
-    return HEADS[name].fit(params, X, y, seed)
+def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> Pipeline:
+    """Fit a head with some parameters.
+
+    Raises:
+        DataError: its optimum was not reached: what was fitted is no head of these parameters, and nothing may use it.
+    """
+    estimator, converged = HEADS[name].fit(params, X, y, seed)
+    if not converged:
+        with_ = ", ".join(f"{key}={value:g}" for key, value in params.items())
+        raise DataError(
+            f"--head {name}: the fit with {with_} on {len(y)} rows did not reach its optimum. Look for extreme values in "
+            "the features, give a stronger penalty with --grid, or take another head."
+        )
+    return estimator

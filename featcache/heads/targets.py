@@ -10,10 +10,11 @@ from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import LabelBinarizer, Normalizer
 
-from featcache.errors import UsageError
+from featcache.errors import DataError, UsageError
 from featcache.heads.base import X_, Params, mask_of
 from featcache.heads.linear import ALPHAS, COARSE_CS
 from featcache.heads.neighbours import KNN
+from featcache.progress import logger
 from featcache.solvers import linear, ridge
 from featcache.solvers.linear import Solution
 
@@ -21,22 +22,41 @@ Labels = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
 Index = NDArray[np.int64]
 NUMBER_HEADS = ("ridge", "knn")
+_REMEDY = "Look for extreme values in the features."
 
 
 def sweep_labels(
     X: X_, Y: Labels, train: Index, val: Index, grid: Sequence[Params] | None = None
 ) -> Iterator[tuple[Params, Numbers]]:
-    """Yield each C with the probabilities (v, k) that its heads give the validation rows."""
+    """Yield each C with the probabilities (v, k) that its heads give the validation rows.
+
+    A C whose optimum was not reached is left out, with a warning.
+
+    Raises:
+        DataError: no optimum was reached.
+    """
     grid = list(grid or COARSE_CS)
     mask = mask_of(train, len(X))
     (found,) = linear.solve(X, Y, [params["C"] for params in grid], [mask], loss="sigmoid")
-    for params, one in zip(grid, found, strict=True):
+    reached = [(params, one) for params, one in zip(grid, found, strict=True) if one.converged]
+    if not reached:
+        raise DataError(f"--target labels: none of {len(grid)} candidates reached its optimum. {_REMEDY}")
+    if len(reached) < len(grid):
+        left_out = len(grid) - len(reached)
+        logger.warning("labels: %d of %d candidates did not reach their optimum and are left out", left_out, len(grid))
+    for params, one in reached:
         yield params, _probabilities(one, X[val])
 
 
 def train_labels(params: Params, X: X_, Y: Labels) -> OneVsRestClassifier:
-    """Return a fitted head for each label, as scikit-learn's own."""
+    """Return a fitted head for each label, as scikit-learn's own.
+
+    Raises:
+        DataError: the optimum was not reached.
+    """
     ((found,),) = linear.solve(X, Y, [params["C"]], loss="sigmoid")
+    if not found.converged:
+        raise DataError(f"--target labels: the fit with C={params['C']:g} did not reach its optimum. {_REMEDY}")
     joined = OneVsRestClassifier(LogisticRegression(C=params["C"]))
     joined.label_binarizer_ = LabelBinarizer(sparse_output=True).fit(Y.astype(np.int64))
     joined.classes_, joined.n_features_in_ = joined.label_binarizer_.classes_, X.shape[1]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from featcache import bundle, origins
 from featcache.cache import identify
-from featcache.errors import CutError, DataError, StorageError, UsageError
+from featcache.errors import CutError, StorageError, UsageError
 from featcache.fingerprint import canonical
 from featcache.metrics import Gap, gap
 from featcache.pipeline.jobs import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
@@ -247,12 +247,7 @@ class _Ground:
         fitted = next(job.fitted for job in self.probes if job.record.method == PROBE)
         features, train = self.features, self.split.train
         X = np.ascontiguousarray(features.X[train], dtype=np.float32)
-        alone, converged = heads.train(PROBE, fitted.params, X, features.y[train], self.seed)
-        if not converged:
-            raise DataError(
-                f"the {PROBE} probe did not reach its optimum on the training images ({fitted.params}): fine-tuning would "
-                "start from no probe at all. Look for extreme values in the features."
-            )
+        alone = heads.train(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
         count = len(features.classes)
         return LinearHead(*heads.linear_weights(alone, count)), LinearHead(*heads.linear_weights(fitted.estimator, count))
 

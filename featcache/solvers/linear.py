@@ -5,33 +5,39 @@ inverse Hessian that L-BFGS starts from is a Kronecker product: the mean covaria
 covariance of the features, plus the penalty (the block structure of Böhning 1992, with probabilities in place of his bound).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import count
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, eigh
+from scipy.special import softmax
 
 from featcache.machine import cores
 from featcache.solvers import newton
 from featcache.solvers.lbfgs import Descent, Precondition
-from featcache.solvers.passes import Loss, Passes
+from featcache.solvers.passes import Ahead, Loss, Passes
 from featcache.solvers.scaled import Floats, Rows, Streamed, products_on, scaled
 
-TOLERANCE = 3e-5
+TOLERANCE = 1e-4
 _LARGE, _SMALL_TOLERANCE = 5_000_000, 1e-7  # rows x features x outputs
 _DOUBLE_FROM = 1e-7  # a tolerance that products in float32 do not reach
-_MAX_ITERATIONS = 1000
+_MAX_ITERATIONS = 150  # of L-BFGS, before Newton's method takes over
 _FEW = 4  # problems for which a factorisation each is cheaper than the axes of all
-_GAINED = 3  # tolerances that the last step may have gained: where it gained more, more is left than is estimated
+_TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believed to be near
 _REFRESH = 6  # evaluations after which the curvature is measured anew
 _NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
 _NO_CURVATURE = 1e-100
 _FLAT = 0.7  # rows a feature up to which the rows' own space is the smaller one to work in
-_AFFORDABLE = 2e10  # products for all second derivatives of a problem that has stalled
-_LEAD = 100.0  # the greatest C that is started from a constant model; and the step of what leads up to a greater one
+_CHEAP, _AFFORDABLE = 5e7, 4e10  # operations of all second derivatives: less than conjugate gradients'; as a last resort
+_STEEPEST = {"softmax": 0.5, "sigmoid": 0.25, "squared_hinge": 2.0}  # second derivative of a loss, at most
+_LEAD, _LEAD_STEP = (
+    1.0,
+    10.0,
+)  # the greatest C that is started from a constant model; the step of what leads to a greater one
+_LEAD_TOLERANCE = 1e-2
 _WIDTH = 48  # columns from which on a product is efficient
 
 
@@ -40,7 +46,7 @@ class Solution:
     """The minimiser of C * (sum of log-losses) + |W|^2 / 2, in the features' own units, and how well it was reached.
 
     ``classes`` (k,) are those that the fold trains on; ``coefficients`` (k, d) and ``intercept`` (k,) have one row for two
-    of them, as scikit-learn keeps them. ``objective`` is the value reached; ``excess`` estimates its distance to the
+    of them, as scikit-learn keeps them. ``objective`` is the value reached; ``excess`` bounds its distance to the
     optimum, relative to it; ``gradient`` is the largest component, relative to the objective, in standardised units. Where
     features were standardised, |W| is that of their weights.
     """
@@ -79,9 +85,9 @@ def solve(
         loss: "softmax"; "sigmoid" for ``OneVsRestClassifier(LogisticRegression())``'s objective; "squared_hinge" for
             ``LinearSVC``'s, its intercept not penalised.
         standardise: penalise the weights of (x - mean) / standard deviation, both over the fold's rows.
-        tolerance: stop where the objective's estimated distance to the optimum falls below this share of it: 3e-5, and 1e-7
+        tolerance: the share of the objective to which the bound of its distance to the optimum is to fall: 1e-4, and 1e-7
             where that costs next to nothing, if left out.
-        max_iterations: of one problem.
+        max_iterations: of one problem's L-BFGS, before Newton's method.
         in_memory: keep a float32 copy of the features.
 
     Returns:
@@ -141,7 +147,8 @@ class _Problem:
     descent: Descent
     double: bool
     done: bool = False
-    converged: bool = False
+    curvature: Floats = field(default_factory=lambda: np.zeros(1))
+    end: newton.Finish | None = None
 
 
 class _Path:
@@ -153,7 +160,10 @@ class _Path:
         self.tolerance = tolerance
         self.max_iterations = max_iterations
         self.double = tolerance < _DOUBLE_FROM
+        size = len(passes.features.order) * passes.features.width * passes.outputs
+        self.precise = self.double or size < _LARGE
         self.gram = passes.features.gram(sampled=not self.double)
+        self.spread = float(np.trace(self.gram))
         self.axes: tuple[Floats, Floats] | None = None
         self.starts, self.free = zip(*(self._start(some) for some in y), strict=True)
 
@@ -178,24 +188,39 @@ class _Path:
                 kind: Any = np.float64 if self.double else np.float32
                 values, vectors = eigh(self.gram.astype(kind), driver="evd", check_finite=False)
             self.axes = np.maximum(values, 0).astype(np.float64), vectors.astype(np.float64)
-        number, lead = len(self.folds), [Cs[0]]
-        while lead[0] > _LEAD:
-            lead.insert(0, lead[0] / _LEAD)
-        Cs = [*lead[:-1], *Cs]
+        number = len(self.folds)
         found: list[list[Solution]] = [[] for _ in range(number)]
         points: list[list[Floats]] = [[] for _ in range(number)]
-        together = max(1, _WIDTH // (number * self.outputs))
-        for start in range(0, len(Cs), together):
-            group = [
-                self._problem(fold, C, Cs[:start], points[fold])
-                for fold in range(number)
-                for C in Cs[start : start + together]
-            ]
-            self._descend(group)
-            for problem in group:
-                points[problem.fold] = [*points[problem.fold][-1:], problem.descent.point]
-                found[problem.fold].append(self._solution(problem))
-        return [solutions[len(lead) - 1 :] for solutions in found]
+        ends: list[newton.Finish | None] = [None] * number
+        before: list[float] = []
+        for group, leads in self._groups(Cs):
+            problems = [self._problem(fold, C, before, points[fold]) for fold in range(number) for C in group]
+            self._descend(problems, _LEAD_TOLERANCE if leads else _TRIGGER * self.tolerance)
+            if not leads:
+                self._finish(problems, ends)
+            for problem in problems:
+                point = problem.descent.point
+                if problem.end is not None:
+                    point, ends[problem.fold] = problem.end.point, problem.end
+                    found[problem.fold].append(self._solution(problem, problem.end))
+                points[problem.fold] = [*points[problem.fold][-1:], point]
+            before += group
+        return found
+
+    def _groups(self, Cs: Sequence[float]) -> list[tuple[list[float], bool]]:
+        """Return which C are solved side by side, and whether they only lead to those that were asked for."""
+        lead = [Cs[0]]
+        while lead[0] > _LEAD:
+            lead.insert(0, lead[0] / _LEAD_STEP)
+        groups = [([C], True) for C in lead[:-1]]
+        together = max(1, _WIDTH // (len(self.folds) * self.outputs))
+        begun: list[float] = []
+        for C in Cs:
+            if begun and (len(begun) == together or max(begun[0] * _LEAD_STEP, _LEAD) < C):
+                groups.append((begun, False))
+                begun = []
+            begun.append(C)
+        return [*groups, (begun, False)]
 
     def _problem(self, fold: int, C: float, before: Sequence[float], points: Sequence[Floats]) -> _Problem:
         if not points:
@@ -207,7 +232,8 @@ class _Path:
             start = points[-1] + min(ahead, 1.0) * (points[-1] - points[-2])
         return _Problem(fold, C, Descent(start), self.double)
 
-    def _descend(self, problems: Sequence[_Problem]) -> None:
+    def _descend(self, problems: Sequence[_Problem], tolerance: float) -> None:
+        """Bring problems near to their optimum, by L-BFGS."""
         for turn in count():
             refresh = turn % _REFRESH == 0
             for double in (False, True):
@@ -219,49 +245,135 @@ class _Path:
                 slopes = self.passes.slopes(folds, trials[:, :, :-1], trials[:, :, -1], curvature=refresh, precise=double)
                 for number, problem in enumerate(active):
                     if refresh:
-                        problem.descent.precondition = self._preconditioner(problem, slopes.curvature[number])
-                    self._tell(
-                        problem, trials[number], slopes.loss[number], slopes.weights[number], slopes.intercept[number]
-                    )
+                        problem.curvature = slopes.curvature[number]
+                        problem.descent.precondition = self._preconditioner(problem, problem.curvature)
+                    gradient = self._whole(problem, slopes.weights[number], slopes.intercept[number], trials[number])
+                    self._tell(problem, trials[number], slopes.loss[number], gradient, tolerance)
             if all(problem.done for problem in problems):
                 break
-        for problem in problems:
-            if not problem.converged and self.softmax and self._second_order_cost(problem) <= _AFFORDABLE:
-                self._by_newton(problem)
 
-    def _second_order_cost(self, problem: _Problem) -> float:
-        """Return the products that all second derivatives take."""
-        coordinates = float(self.free[problem.fold].sum() * problem.descent.point.shape[1])
-        return self.folds[problem.fold].count * coordinates * coordinates
+    def _finish(self, problems: Sequence[_Problem], before: Sequence[newton.Finish | None]) -> None:
+        """Bring problems to their optimum and prove it: an estimate of L-BFGS knows nothing of where it has not been.
 
-    def _by_newton(self, problem: _Problem) -> None:
-        """Finish a small problem that has stalled."""
-        features, fold, descent = self.passes.features, self.folds[problem.fold], problem.descent
-        trains, free = features.trains[problem.fold], np.flatnonzero(self.free[problem.fold])
-        rows = features.block(slice(0, len(features.order)), np.float64)[trains]
-        rows = (rows * features.scale + features.mean - fold.mean) / fold.scale
-        y = np.searchsorted(free, self.passes.y[trains])
-        end = newton.minimise(rows, y, self._scale_of(problem), descent.point[free], self.tolerance)
-        point, gradient = descent.point.copy(), np.zeros_like(descent.point)
-        point[free], gradient[free] = end.point, end.gradient
-        descent.point, descent.value, descent.gradient, descent.decrement = point, end.value, gradient, end.decrement
-        descent.iterations += end.steps
-        problem.converged, problem.double = end.converged, True
+        What float32 does not bring there is begun again in float64, what conjugate gradients do not by factorisations.
+        """
+        ends = [self._end(problem, before[problem.fold]) for problem in problems]
+        self._to_their_ends(problems, ends)
+        for number, problem in enumerate(problems):
+            if not ends[number].converged and not ends[number].precise:
+                ends[number] = self._new_end(problem, ends[number].point, precise=True)
+        self._to_their_ends(problems, ends)
+        for number, problem in enumerate(problems):
+            if not ends[number].converged and self.softmax and self._unknowns(problem, _AFFORDABLE):
+                ends[number] = self._new_end(problem, ends[number].point, precise=True, exactly=True)
+        self._to_their_ends(problems, ends)
+        for problem, end in zip(problems, ends, strict=True):
+            problem.end = end
 
-    def _tell(self, problem: _Problem, trial: Floats, loss: float, by_weights: Floats, by_intercept: Floats) -> None:
+    def _to_their_ends(self, problems: Sequence[_Problem], ends: Sequence[newton.Finish]) -> None:
+        while True:
+            for problem, end in zip(problems, ends, strict=True):
+                if end.wish == "begin":
+                    end.begin(self._preconditioner(problem, problem.curvature))
+            waiting = [pair for pair in zip(problems, ends, strict=True) if pair[1].wish]
+            if not waiting:
+                break
+            for wish, precise in product(("bend", "look"), (False, True)):
+                active = [pair for pair in waiting if pair[1].wish == wish and pair[1].precise is precise]
+                if not active:
+                    continue
+                folds = [problem.fold for problem, _ in active]
+                points = np.stack([end.point for _, end in active])
+                if wish == "bend":
+                    moves = np.stack([end.direction for _, end in active])
+                    weights, intercept = self.passes.bends(folds, points, moves, precise=precise)
+                    for number, (problem, end) in enumerate(active):
+                        end.tell_bend(self._whole(problem, weights[number], intercept[number], moves[number]))
+                else:
+                    moves = np.stack([end.move for _, end in active])
+                    ahead = self.passes.ahead(folds, points, moves, precise=precise)
+                    for number, (problem, end) in enumerate(active):
+                        self._look(problem, end, ahead, number, points[number] + moves[number])
+
+    def _unknowns(self, problem: _Problem, most: float) -> bool:
+        """Tell whether all second derivatives take at most so many operations."""
+        unknowns = float(self.free[problem.fold].sum()) * problem.descent.point.shape[1]
+        return bool(max(self.folds[problem.fold].count, unknowns) * unknowns * unknowns <= most)
+
+    def _new_end(self, problem: _Problem, point: Floats, *, precise: bool, exactly: bool = False) -> newton.Finish:
+        scale, fold = self._scale_of(problem), self.folds[problem.fold]
+        return newton.Finish(
+            point,
+            self.tolerance,
+            self.free[problem.fold],
+            1 + scale * fold.count * _STEEPEST[self.passes.loss] * self.spread,
+            precise=precise,
+            proven=self.precise,
+            scale=scale,
+            solve=self._exactly(problem) if exactly else None,
+        )
+
+    def _end(self, problem: _Problem, before: newton.Finish | None) -> newton.Finish:
+        descent, fold, scale = problem.descent, self.folds[problem.fold], self._scale_of(problem)
+        precise = problem.double or self.precise
+        point = descent.point if np.isfinite(descent.point).all() else self.starts[problem.fold]
+        exactly = self.softmax and precise and self._unknowns(problem, _CHEAP)
+        end = self._new_end(problem, point, precise=precise, exactly=exactly)
+        if not precise and np.isfinite(descent.value):
+            end.tell_look(
+                newton.Seen(
+                    descent.value, descent.gradient, np.inf, descent.gradient, scale * fold.count * problem.curvature
+                )
+            )
+            if before is not None and end.wish == "begin" and np.array_equal(end.point, before.point):
+                end.take_over(before, self._preconditioner(problem, problem.curvature))
+        return end
+
+    def _look(self, problem: _Problem, end: newton.Finish, ahead: Ahead, number: int, point: Floats) -> None:
+        scale, fold = self._scale_of(problem), self.folds[problem.fold]
+        problem.curvature = ahead.curvature[number]
+        end.tell_look(
+            newton.Seen(
+                scale * float(ahead.loss[number]) + float(np.vdot(point[:, :-1], point[:, :-1])) / 2,
+                self._whole(problem, ahead.weights[number], ahead.intercept[number], point),
+                scale * float(ahead.gap[number]),
+                self._whole(problem, ahead.dual_weights[number], ahead.dual_intercept[number], point),
+                scale * fold.count * problem.curvature,
+            )
+        )
+
+    def _whole(self, problem: _Problem, by_weights: Floats, by_intercept: Floats, point: Floats) -> Floats:
+        """Return the objective's derivatives (k, d + 1) from the losses', with the penalty's."""
         scale = self._scale_of(problem)
-        value = scale * loss + float(np.vdot(trial[:, :-1], trial[:, :-1])) / 2
-        gradient = np.concatenate([scale * by_weights + trial[:, :-1], scale * by_intercept[:, None]], axis=1)
+        return np.concatenate([scale * by_weights + point[:, :-1], scale * by_intercept[:, None]], axis=1)
+
+    def _exactly(self, problem: _Problem) -> Callable[[Floats, Floats], Floats]:
+        """Return what solves for Newton's direction of a problem of few unknowns, by a factorisation."""
+        features, fold = self.passes.features, self.folds[problem.fold]
+        trains, free = features.trains[problem.fold], np.flatnonzero(self.free[problem.fold])
+
+        def solve(point: Floats, gradient: Floats) -> Floats:
+            rows = features.block(slice(0, len(features.order)), np.float64)[trains]
+            rows = (rows * features.scale + features.mean - fold.mean) / fold.scale
+            affine = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+            shares = softmax(affine @ point[free].T, axis=1)
+            move = np.zeros_like(point)
+            move[free] = newton.direction(newton.hessian(affine, shares, self._scale_of(problem)), gradient[free])
+            return move
+
+        return solve
+
+    def _tell(self, problem: _Problem, trial: Floats, loss: float, gradient: Floats, tolerance: float) -> None:
+        value = self._scale_of(problem) * loss + float(np.vdot(trial[:, :-1], trial[:, :-1])) / 2
         gradient[~self.free[problem.fold]] = 0
         descent = problem.descent
         descent.tell(value, gradient, precise=problem.double)
-        goal = self.tolerance * descent.value
-        problem.converged = descent.decrement <= goal and descent.gained <= _GAINED * goal
-        if descent.stalled and not problem.converged and not problem.double:
+        near = descent.decrement <= tolerance * descent.value
+        if descent.stalled and not near and not problem.double:
             problem.double = True
             descent.restart()
             return
-        problem.done = problem.converged or descent.stalled or descent.iterations >= self.max_iterations
+        problem.done = near or descent.stalled or descent.iterations >= self.max_iterations
 
     def _preconditioner(self, problem: _Problem, curvature: Floats) -> Precondition:
         fold = self.folds[problem.fold]
@@ -301,12 +413,12 @@ class _Path:
         """Return C, for two classes half of it: two opposite rows of weights then count as scikit-learn's one."""
         return problem.C / 2 if self.softmax and self.free[problem.fold].sum() == 2 else problem.C
 
-    def _solution(self, problem: _Problem) -> Solution:
-        descent, fold = problem.descent, self.folds[problem.fold]
+    def _solution(self, problem: _Problem, end: newton.Finish) -> Solution:
+        fold = self.folds[problem.fold]
         classes = np.flatnonzero(self.free[problem.fold]) if self.softmax else np.arange(self.outputs)
-        weights = descent.point[classes, :-1] / fold.scale
-        intercept = descent.point[classes, -1] - weights @ fold.mean
-        objective = descent.value
+        weights = end.point[classes, :-1] / fold.scale
+        intercept = end.point[classes, -1] - weights @ fold.mean
+        objective = end.value
         if not self.softmax:
             pass
         elif len(classes) == 2:
@@ -319,9 +431,9 @@ class _Path:
             weights,
             intercept,
             objective,
-            excess=descent.decrement / descent.value,
-            gradient=float(np.abs(descent.gradient).max() / descent.value),
-            iterations=descent.iterations,
-            converged=problem.converged,
-            float64=problem.double,
+            excess=end.bound / end.value,
+            gradient=float(np.abs(end.gradient).max() / end.value),
+            iterations=problem.descent.iterations + end.bends + end.steps,
+            converged=end.converged,
+            float64=end.precise,
         )

@@ -1,69 +1,260 @@
-"""Newton's method for one small multinomial problem, where L-BFGS does not get on: few rows that classes divide exactly."""
+"""Newton's method for problems that share passes over the features, each step with a proof of how far is left."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
-from scipy.special import log_softmax
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigvalsh_tridiagonal
 
 from featcache.solvers.scaled import Floats
 
-_MOST_STEPS = 200
 _SUFFICIENT = 1e-4
 _SHORTEST = 1e-10
+_ENOUGH = 0.2  # of the goal, that conjugate gradients may leave where the step will be the last
+_NEAR = 30.0  # goals: a step that promises less is hoped to be the last
+_FORCING = 0.1  # of the gradient, that they may leave where it will not
+_FLAT = 1e-12
+_TINY = 1e-9
+_MOST_BENDS, _MOST_STEPS = 300, 60  # of one step; of one problem
+_FEWEST = 3  # products with the second derivatives, before which their spectrum is not believed
+_MARGIN, _DOUBT = 1.25, 1.5  # of what a second-order model promises; of what is left of it, seen through that spectrum
+_IDLE = 3  # steps in succession that gain no more than rounding
+_NOISE = {False: 3e-7, True: 1e-15}  # of a value, by whether it was computed in float64
 
 
 @dataclass(frozen=True)
-class Minimum:
-    """Where Newton's method ended: the point (k, d + 1), value and gradient, and half of g' H^-1 g as of ``Descent``."""
+class Seen:
+    """A problem after a step: its value and gradient (k, d + 1), and what bounds its distance to the optimum.
 
-    point: Floats
+    The losses' derivatives that the second-order model predicts are a point of the dual problem: ``gap`` is what they lose
+    on the losses, ``residual`` (k, d + 1) what their gradient leaves. ``stiffness`` (k, k) or (k,) is the value's second
+    derivative by the intercepts.
+    """
+
     value: float
     gradient: Floats
-    decrement: float
-    steps: int
-    converged: bool
+    gap: float
+    residual: Floats
+    stiffness: Floats
 
 
-def minimise(rows: Floats, y: NDArray[np.int64], C: float, start: Floats, tolerance: float) -> Minimum:
-    """Minimise C * (sum of log-losses) + |W|^2 / 2 with damped steps (Boyd and Vandenberghe 2004, section 9.5.2).
+class Finish:
+    """One problem's last way down: Newton steps by conjugate gradients (Nocedal and Wright 2006, algorithm 7.1).
+
+    Driven from outside, as ``Descent``: while ``wish`` is "bend", evaluate the second derivative along ``direction`` and
+    tell it; while it is "look", evaluate the problem at ``point`` plus ``move``; where it is "begin", call that.
+
+    What is left is bounded at every look. The penalty alone makes the value grow by half of the squared distance, so that
+    half of the squared gradient by the weights is a bound once the intercepts, which have no penalty, are at their best. So
+    is the duality gap of what the second-order model predicted: the Newton decrement where that model is right, and a bound
+    where it is not.
 
     Args:
-        rows: features (n, d).
-        y: classes 0..k-1 (n,), each of them there.
-        C: inverse penalty.
-        start: weights and, last, intercepts (k, d + 1).
-        tolerance: of the decrement, relative to the value.
+        point: weights and, last, intercepts (k, d + 1).
+        goal: the share of the value to which the bound is to fall.
+        free: which of the k outputs there is something to learn for.
+        top: an upper bound of the value's second derivatives by the weights.
+        precise: evaluated in float64.
+        proven: the bound is a proof; else conjugate gradients' own view of the curvature may be believed, with a margin.
+        scale: by which losses are multiplied.
+        solve: gives the exact Newton direction at a point and its gradient, in place of conjugate gradients.
     """
-    affine = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
-    truth = np.equal(y[:, None], np.arange(len(start))).astype(np.float64)
-    point, value, steps = start, _value(affine, truth, C, start), 0
+
+    def __init__(
+        self,
+        point: Floats,
+        goal: float,
+        free: NDArray[np.bool_],
+        top: float,
+        *,
+        precise: bool,
+        proven: bool,
+        scale: float,
+        solve: Callable[[Floats, Floats], Floats] | None = None,
+    ) -> None:
+        self.point = point
+        self.value = np.inf
+        self.gradient: Floats = np.zeros_like(point)
+        self.bound = np.inf
+        self.steps = 0
+        self.bends = 0
+        self.converged = False
+        self.wish: Literal["bend", "look", "begin", ""] = "look"
+        self.move: Floats = np.zeros_like(point)
+        self.direction: Floats = np.zeros_like(point)
+        self.precise = precise
+        self._goal, self._free, self._top, self._proven, self._solve = goal, free, top, proven, solve
+        self.scale = scale
+        self._length, self._slope, self._idle = 1.0, 0.0, 0
+        self._stiffness: Floats = np.zeros(1)
+        self._left = np.inf
+        self.least = 0.0
+        self.rest = self.move
+
+    def tell_look(self, seen: Seen) -> None:
+        """Take what is seen at ``point`` plus ``move``; stay there, or ask for a shorter step."""
+        noise = _NOISE[self.precise] * abs(self.value) if np.isfinite(self.value) else np.inf
+        if -self._slope <= _TINY * abs(self.value):
+            noise = max(noise, _TINY * abs(self.value))  # sums of large terms round more: the bound tells what is reached
+        if not seen.value <= self.value + _SUFFICIENT * self._length * self._slope + noise:
+            self._length /= 4
+            self.move = self.move / 4
+            if self._length < _SHORTEST:
+                self.wish = ""
+            return
+        first = np.isinf(self.value)
+        self._idle = self._idle + 1 if not first and self.value - seen.value <= noise else 0
+        self.point, self.value = self.point + self.move, seen.value
+        self.gradient = np.where(self._free[:, None], seen.gradient, 0)
+        self._stiffness = seen.stiffness
+        residual = self.distance(np.where(self._free[:, None], seen.residual, 0))
+        if not self._proven and self._length == 1:
+            residual = min(residual, _DOUBT * self._left)
+        self.bound = min(self.distance(self.gradient), seen.gap + residual)
+        self.converged = bool(self.bound <= self._goal * self.value)
+        self.steps += not first
+        self.wish = "" if self.converged or self.steps >= _MOST_STEPS or self._idle >= _IDLE else "begin"
+
+    def begin(self, precondition: Callable[[Floats], Floats]) -> None:
+        """Start a step, with an approximate inverse of the second derivatives at ``point``."""
+        self._length, self._left, self.least = 1.0, np.inf, 0.0
+        if self._solve is not None:
+            self.move = self._solve(self.point, self.gradient)
+            self._step()
+            return
+        self._precondition = precondition
+        self.move = np.zeros_like(self.point)
+        self.rest = self.gradient
+        turned = precondition(self.rest)
+        self._measure = self._first = float(np.vdot(self.rest, turned))
+        self._promised = 0.0
+        self._lengths: list[float] = []
+        self._shares: list[float] = []
+        self.direction = -turned
+        self._levelling = False
+        self.wish = "bend"
+
+    def take_over(self, before: "Finish", precondition: Callable[[Floats], Floats]) -> None:
+        """Try what was found of the curvature at the same point, of losses that counted less: its direction may serve."""
+        if self._proven or not before.converged or not before.least > 0:
+            return
+        more = self.scale / before.scale
+        rest = more * before.rest
+        rest[:, :-1] -= (more - 1) * (self.point + before.move)[:, :-1]
+        promised = -float(np.vdot(self.gradient, before.move) + np.vdot(before.move, rest)) / 2
+        left = float(np.vdot(rest, precondition(rest))) / min(before.least, 1.0)
+        bound = _MARGIN * promised + _DOUBT * left
+        if bound <= self._goal * self.value:
+            self.bound, self.converged, self.wish = bound, True, ""
+            self.move, self.rest, self.least = before.move, rest, before.least
+
+    def tell_bend(self, bend: Floats) -> None:
+        """Take the second derivative (k, d + 1) along ``direction``."""
+        bend = np.where(self._free[:, None], bend, 0)
+        self.bends += 1
+        if self._levelling:
+            self.move, self.rest = self.move + self.direction, self.rest + bend
+            self._step()
+            return
+        curved = float(np.vdot(self.direction, bend))
+        if not curved > 0:
+            self._step()
+            return
+        length, before = self._measure / curved, self._measure
+        self.move = self.move + length * self.direction
+        self.rest = self.rest + length * bend
+        self._promised += length * before / 2
+        turned = self._precondition(self.rest)
+        self._measure = float(np.vdot(self.rest, turned))
+        self._lengths.append(length)
+        self._shares.append(self._measure / before)
+        self.direction = -turned + self._shares[-1] * self.direction
+        self._left = self._remainder()
+        goal = self._goal * self.value
+        estimate = _MARGIN * self._promised + _DOUBT * self._left
+        if not self._proven and estimate <= goal and len(self._lengths) >= _FEWEST:
+            self.bound, self.converged, self.wish = estimate, True, ""
+        elif self._promised > _NEAR * goal and self._measure <= _FORCING**2 * self._first:
+            self._step()
+        elif self._left <= _ENOUGH * goal or len(self._lengths) >= _MOST_BENDS:
+            self._level()
+
+    def distance(self, gradient: Floats) -> float:
+        """Bound the distance to the optimum of what has this gradient (k, d + 1) and at least the penalty's curvature."""
+        share, by_weights = self._share(gradient), float(np.linalg.norm(gradient[:, :-1]))
+        levelled = (share + (by_weights + np.sqrt(self._top * share)) ** 2) / 2
+        within = 1 + float(np.abs(self.point[self._free, -1]).max(initial=0))  # how far intercepts may be from their best
+        return float(min(levelled, by_weights**2 / 2 + within * float(np.abs(gradient[:, -1]).sum())))
+
+    def _remainder(self) -> float:
+        """Bound what the model's value has above its least; unless it is to be proven, by the curvatures seen so far.
+
+        The least of them relative to the preconditioner is an eigenvalue of the tridiagonal matrix that conjugate gradients
+        build (Golub and Meurant 2010, section 12.1), or a little above one.
+        """
+        left = float(np.linalg.norm(self.rest[:, :-1])) ** 2 / 2 + self._share(self.rest) / 2
+        if self._proven:
+            return left
+        lengths, shares = np.array(self._lengths), np.array(self._shares)
+        diagonal = 1 / lengths
+        diagonal[1:] += shares[:-1] / lengths[:-1]
+        beside = np.sqrt(shares[:-1]) / lengths[:-1]
+        self.least = float(eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(0, 0))[0])
+        return left if len(lengths) < _FEWEST else min(left, self._measure / max(self.least, 1e-300))
+
+    def _share(self, gradient: Floats) -> float:
+        return max(float(np.vdot(gradient[:, -1], self._lift(gradient))), 0.0)
+
+    def _lift(self, gradient: Floats) -> Floats:
+        """Return by how much the intercepts (k,) are to fall for their part of a gradient to vanish."""
+        if self._stiffness.ndim == 1:
+            there = self._stiffness > _FLAT * self._stiffness.max(initial=0)
+            return np.where(there, gradient[:, -1] / np.where(there, self._stiffness, 1), 0)
+        values, vectors = np.linalg.eigh(self._stiffness)
+        there = values > _FLAT * max(values[-1], 0)
+        turned = vectors.T @ gradient[:, -1]
+        lifted: Floats = vectors @ np.where(there, turned / np.where(there, values, 1), 0)
+        return lifted
+
+    def _level(self) -> None:
+        """Put the intercepts of the model to their best before the step, where what they leave would weaken its proof."""
+        if not self._proven or self._top * self._share(self.rest) <= _ENOUGH * self._goal * self.value:
+            self._step()
+            return
+        self._levelling = True
+        self.direction = np.zeros_like(self.point)
+        self.direction[:, -1] = -self._lift(self.rest)
+
+    def _step(self) -> None:
+        self._slope = min(float(np.vdot(self.gradient, self.move)), 0.0)
+        self.wish = "look"
+
+
+def direction(matrix: Floats, gradient: Floats) -> Floats:
+    """Return -H^-1 g; where rounding has left H without an inverse, its diagonal is raised by as little as helps."""
+    diagonal = np.einsum("ii->i", matrix)
+    more = float(diagonal.max()) * len(matrix) * np.finfo(np.float64).eps
     while True:
-        logs = log_softmax(affine @ point.T, axis=1)
-        gradient = C * (np.exp(logs) - truth).T @ affine
-        gradient[:, :-1] += point[:, :-1]
-        direction = -_solved(_hessian(affine, np.exp(logs), C), gradient)
-        slope = float(np.vdot(gradient, direction))
-        converged = -slope / 2 <= tolerance * value
-        if converged or steps == _MOST_STEPS:
-            break
-        length = 1.0
-        while (found := _value(affine, truth, C, point + length * direction)) > value + _SUFFICIENT * length * slope:
-            length /= 2
-            if length < _SHORTEST:
-                return Minimum(point, value, gradient, -slope / 2, steps, converged=False)
-        point, value, steps = point + length * direction, found, steps + 1
-    return Minimum(point, value, gradient, -slope / 2, steps, converged)
+        try:
+            factor = cho_factor(matrix, lower=True, check_finite=False)
+        except LinAlgError:
+            diagonal += more
+            more *= 100
+            continue
+        found: Floats = -cho_solve(factor, gradient.reshape(-1), check_finite=False).reshape(gradient.shape)
+        return found
 
 
-def _value(affine: Floats, truth: Floats, C: float, point: Floats) -> float:
-    loss = -float((log_softmax(affine @ point.T, axis=1) * truth).sum())
-    return C * loss + float(np.vdot(point[:, :-1], point[:, :-1])) / 2
+def hessian(affine: Floats, shares: Floats, C: float) -> Floats:
+    """Return the matrix of second derivatives (k (d + 1), k (d + 1)) of C * (sum of log-losses) + |W|^2 / 2.
 
-
-def _hessian(affine: Floats, shares: Floats, C: float) -> Floats:
-    """Return the matrix of second derivatives (k (d + 1), k (d + 1)); intercepts that all rise together cost something."""
+    Args:
+        affine: rows (n, d + 1), the last column ones.
+        shares: probabilities (n, k).
+        C: inverse penalty. Intercepts that all rise together cost something, so that there is an inverse.
+    """
     outputs, width = shares.shape[1], affine.shape[1]
     whole = np.empty((outputs, width, outputs, width))
     for one in range(outputs):
@@ -75,18 +266,3 @@ def _hessian(affine: Floats, shares: Floats, C: float) -> Floats:
         diagonal[:-1] += 1
     whole[:, -1, :, -1] += np.trace(whole[:, -1, :, -1]) / outputs + 1
     return whole.reshape(outputs * width, outputs * width)
-
-
-def _solved(matrix: Floats, gradient: Floats) -> Floats:
-    """Return H^-1 g; where rounding has left H without an inverse, its diagonal is raised by as little as helps."""
-    diagonal = np.einsum("ii->i", matrix)
-    more = float(diagonal.max()) * len(matrix) * np.finfo(np.float64).eps
-    while True:
-        try:
-            factor = cho_factor(matrix, lower=True, check_finite=False)
-        except LinAlgError:
-            diagonal += more
-            more *= 100
-            continue
-        found: Floats = cho_solve(factor, gradient.reshape(-1), check_finite=False).reshape(gradient.shape)
-        return found

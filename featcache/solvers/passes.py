@@ -1,11 +1,12 @@
 """One pass over the features for many linear models at once: their losses and gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, logsumexp, xlogy
 
 from featcache.solvers.scaled import Floats, Rows, Scaled
 
@@ -14,6 +15,7 @@ Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 _NARROW = 128  # rows of weights
 _FEW_COLUMNS = 48  # outputs of all models, up to which a block's products are short
 _AS_THEY_LIE, _ROUND = 1_000_000, 32  # multiplications of a product that OpenBLAS does not rearrange operands for first
+_UNLIKELY = 1e-6  # of the likeliest class's probability
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
 
 
@@ -38,6 +40,29 @@ class Slopes:
         return self
 
 
+@dataclass
+class Ahead:
+    """Of p models after a step each: losses (p,), derivatives by weights (p, k, d) and intercepts (p, k), and curvature.
+
+    ``dual_weights`` and ``dual_intercept`` are the same derivatives with, in place of the losses', those that the losses'
+    second-order model at the step's start predicts; ``gap`` (p,) is by how much these miss the losses, summed over rows, in
+    Fenchel and Young's inequality.
+    """
+
+    loss: Floats
+    weights: Floats
+    intercept: Floats
+    curvature: Floats
+    gap: Floats
+    dual_weights: Floats
+    dual_intercept: Floats
+
+    def __iadd__(self, other: "Ahead") -> Self:
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+
 class Passes:
     """Evaluates linear models on scaled features.
 
@@ -50,7 +75,7 @@ class Passes:
     def __init__(self, features: Scaled, y: NDArray[Any], loss: Loss) -> None:
         self.features = features
         self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
-        self._loss = loss
+        self.loss = loss
         self.y = y[features.order]
         self._signs = np.where(self.y.T, 1, -1).astype(np.float32) if loss != "softmax" else None
 
@@ -118,13 +143,112 @@ class Passes:
                     wish = ("whole" if whole else "diagonal") if curvature else "none"
                     loss, found = _softmax(values, self.y[block], counts, wish)
                 else:
-                    loss, found = _ONE_BY_ONE[self._loss](values, self._signs[:, block], counts[:, None])
+                    loss, found = _ONE_BY_ONE[self.loss](values, self._signs[:, block], counts[:, None])
             sums.loss[index] += loss
             if curvature:
                 sums.curvature[index] += found
             sums.intercept[index] += values.sum(axis=2, dtype=np.float64)
             sums.weights[index] += _summed_products(wide, rows).reshape(len(active), outputs, width)
         return sums
+
+    def bends(self, fold_of: Sequence[int], points: Floats, moves: Floats, *, precise: bool) -> tuple[Floats, Floats]:
+        """Return the losses' second derivatives at p models times a direction each: by weights (p, k, d), intercepts (p, k).
+
+        Args:
+            fold_of: the fold of each model (p,).
+            points: models (p, k, d + 1), the intercept last, in their own folds' coordinates.
+            moves: directions (p, k, d + 1).
+            precise: multiply in float64.
+        """
+        count, outputs, width = len(points), self.outputs, self.features.width
+
+        def some(blocks: Sequence[slice], flat: Rows, offset: Rows, kind: type) -> tuple[Floats, Floats]:
+            weights, intercept = np.zeros((count, outputs, width)), np.zeros((count, outputs))
+            for block, active, rows, scores, shifts, counts in self._pairs(blocks, fold_of, flat, offset, kind):
+                if self._signs is None:
+                    _softmax_bend(scores, shifts, self.y[block], counts[:, None])
+                else:
+                    _BENT[self.loss](scores, shifts, self._signs[:, block], counts[:, None])
+                intercept[active] += shifts.sum(axis=2, dtype=np.float64)
+                found = _summed_products(shifts.reshape(-1, len(rows)), rows)
+                weights[active] += found.reshape(len(shifts), outputs, width)
+            return weights, intercept
+
+        (weights, intercept), stretch, shift = self._both(some, fold_of, points, moves, precise=precise)
+        return weights * stretch + intercept[:, :, None] * shift, intercept
+
+    def ahead(self, fold_of: Sequence[int], points: Floats, moves: Floats, *, precise: bool) -> Ahead:
+        """Return what p models are after a step each, and what their second-order models said of it; see ``bends``."""
+        count, outputs, width = len(points), self.outputs, self.features.width
+
+        def some(blocks: Sequence[slice], flat: Rows, offset: Rows, kind: type) -> tuple[Ahead]:
+            def zeros(*shape: int) -> Floats:
+                return np.zeros((count, *shape))
+
+            bent = zeros(outputs, outputs) if self._signs is None else zeros(outputs)
+            sums = Ahead(
+                zeros(), zeros(outputs, width), zeros(outputs), bent, zeros(), zeros(outputs, width), zeros(outputs)
+            )
+            for block, active, rows, narrow, moved, counts in self._pairs(blocks, fold_of, flat, offset, kind):
+                scores, shifts = narrow.astype(np.float64), moved.astype(np.float64)
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of a step that is too long
+                    if self._signs is None:
+                        loss, gap, there, dual, bent = _softmax_ahead(scores, shifts, self.y[block], counts)
+                    else:
+                        signs = self._signs[:, block].astype(np.float64)
+                        loss, gap, there, dual, bent = _AHEAD[self.loss](scores, shifts, signs, counts[:, None])
+                sums.loss[active] += loss
+                sums.gap[active] += gap
+                sums.curvature[active] += bent
+                sums.intercept[active] += there.sum(axis=2)
+                sums.dual_intercept[active] += dual.sum(axis=2)
+                both: Rows = np.concatenate([there.reshape(-1, len(rows)), dual.reshape(-1, len(rows))]).astype(kind)
+                found = _summed_products(both, rows).reshape(2, len(loss), outputs, width)
+                sums.weights[active] += found[0]
+                sums.dual_weights[active] += found[1]
+            return (sums,)
+
+        found, stretch, shift = self._both(some, fold_of, points, moves, precise=precise)
+        sums: Ahead = found[0]
+        sums.weights = sums.weights * stretch + sums.intercept[:, :, None] * shift
+        sums.dual_weights = sums.dual_weights * stretch + sums.dual_intercept[:, :, None] * shift
+        counts = np.array([self.features.folds[number].count for number in fold_of])
+        sums.curvature /= counts.reshape(-1, *[1] * (sums.curvature.ndim - 1))
+        return sums
+
+    def _both(
+        self, some: Any, fold_of: Sequence[int], points: Floats, moves: Floats, *, precise: bool
+    ) -> tuple[Any, Floats, Floats]:
+        """Sum over all blocks what a function finds for points and moves, given in the coordinates of the cached rows."""
+        kind: type = np.float64 if precise else np.float32
+        folds = [self.features.folds[number] for number in fold_of]
+        stretch = np.stack([self.features.scale / fold.scale for fold in folds])[:, None]
+        shift = np.stack([(self.features.mean - fold.mean) / fold.scale for fold in folds])[:, None]
+        both = np.stack([points, moves], axis=1)  # (p, 2, k, d + 1)
+        flat: Rows = (both[..., :-1] * stretch[:, None]).astype(kind)
+        offset = (both[..., -1] + (both[..., :-1] * shift[:, None]).sum(axis=3)).astype(kind)
+        blocks = self.features.blocks if offset.size > _FEW_COLUMNS or precise else self.features.long_blocks
+        first, *others = self.features.shared(lambda share: some(share, flat, offset, kind), blocks)
+        for other in others:
+            for mine, its in zip(first, other, strict=True):
+                mine += its  # noqa: PLW2901 - in place
+        return first, stretch, shift
+
+    def _pairs(
+        self, blocks: Sequence[slice], fold_of: Sequence[int], flat: Rows, offset: Rows, kind: type
+    ) -> Iterator[tuple[slice, Any, Rows, Rows, Rows, Rows]]:
+        """Yield each block with the models that train on it, its rows, and these models' scores and moves (p, k, r)."""
+        count, _, outputs, width = flat.shape
+        for block in blocks:
+            active = [number for number, fold in enumerate(fold_of) if self.features.trains[fold][block].any()]
+            if not active:
+                continue
+            index: Any = slice(None) if len(active) == count else active
+            rows = self.features.block(block, kind)
+            wide = _products(flat[index].reshape(-1, width), rows).reshape(len(active), 2, outputs, len(rows))
+            wide += offset[index][..., None]
+            counts: Rows = np.stack([self.features.trains[fold_of[number]][block] for number in active]).astype(kind)
+            yield block, index, rows, wide[:, 0], np.ascontiguousarray(wide[:, 1]), counts
 
 
 def _products(weights: Rows, rows: Rows) -> Rows:
@@ -170,8 +294,13 @@ def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, curvature: s
     outputs -= outputs.max(axis=1, keepdims=True)
     of_truth = np.take(flat, true, axis=1)
     np.exp(outputs, out=outputs)
-    total = outputs.sum(axis=1)
-    spent = ((np.log(total) - of_truth) * counts).sum(axis=1, dtype=np.float64)
+    right = np.take(flat, true, axis=1)
+    flat[:, true] = 0
+    wrong = outputs.sum(axis=1)  # without the right class: 1 - p and log(p) of a p near 1 keep their digits
+    total = wrong + right
+    near = np.log1p(wrong / np.maximum(right, _UNLIKELY))
+    spent = (np.where(right > _UNLIKELY, near, np.log(total) - of_truth) * counts).sum(axis=1, dtype=np.float64)
+    flat[:, true] = right
     outputs *= (counts / total)[:, None]
     found = np.zeros(0)
     if curvature == "whole":
@@ -180,7 +309,7 @@ def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, curvature: s
         found[:, diagonal, diagonal] += outputs.sum(axis=2, dtype=np.float64)
     elif curvature == "diagonal":
         found = (outputs * (1 - outputs)).sum(axis=2, dtype=np.float64)
-    flat[:, true] = np.take(flat, true, axis=1) - counts
+    flat[:, true] = -wrong / total * counts
     return spent, found
 
 
@@ -204,4 +333,91 @@ def _squared_hinge(outputs: Rows, signs: Rows, counts: Rows) -> tuple[Floats, Fl
     return spent, found
 
 
+def _shares(outputs: Rows) -> Rows:
+    """Return the softmax (p, k, r) of outputs."""
+    found: Rows = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    found /= found.sum(axis=1, keepdims=True)
+    return found
+
+
+def _softmax_bend(outputs: Rows, moves: Rows, truth: NDArray[np.int64], counts: Rows) -> None:
+    """Turn moves of outputs (p, k, r) into those of the losses' derivatives."""
+    shares = _shares(outputs)
+    moves -= moves[:, None, truth, np.arange(len(truth))]  # nothing is cancelled where the right class is nearly certain
+    moves -= (shares * moves).sum(axis=1, keepdims=True)
+    moves *= shares
+    moves *= counts
+
+
+def _sigmoid_bend(outputs: Rows, moves: Rows, signs: Rows, counts: Rows) -> None:
+    wrong = expit(-outputs * signs)
+    moves *= wrong * (1 - wrong) * counts
+
+
+def _squared_hinge_bend(outputs: Rows, moves: Rows, signs: Rows, counts: Rows) -> None:
+    moves *= 2 * (outputs * signs < 1) * counts
+
+
+_BENT = {"sigmoid": _sigmoid_bend, "squared_hinge": _squared_hinge_bend}
+_Seen = tuple[Floats, Floats, Floats, Floats, Floats]
+
+
+def _softmax_ahead(outputs: Floats, moves: Floats, truth: NDArray[np.int64], counts: Rows) -> _Seen:
+    """Return losses (p,), gaps (p,), derivatives, predicted ones (p, k, r) and curvature, when outputs have moved.
+
+    A row's gap is the divergence of its new probabilities from what was predicted of them: p (1 + z), where z is the move
+    less its mean. Written by p and z alone nothing is cancelled, however near to 0 or 1 probabilities are.
+    """
+    shares = _shares(outputs)
+    z = moves - (shares * moves).sum(axis=1, keepdims=True)
+    rise = np.log1p((shares * np.expm1(np.minimum(z, 700))).sum(axis=1, keepdims=True))
+    raised = np.maximum(1 + z, 0)  # what falls below no probability stays there: the prediction needs to be one
+    dual = shares * raised
+    total = dual.sum(axis=1, keepdims=True)
+    dual /= total
+    ratios = np.log(np.where(raised > 0, raised / total, 1)) - z + rise
+    gap = ((dual * ratios).sum(axis=1) * counts).sum(axis=1)
+    after = outputs + moves
+    row = np.arange(len(truth))
+    loss = ((logsumexp(after, axis=1) - after[:, truth, row]) * counts).sum(axis=1)
+    there = _shares(after) * counts[:, None]
+    curvature = -np.matmul(there, there.transpose(0, 2, 1))
+    diagonal = np.arange(there.shape[1])
+    curvature[:, diagonal, diagonal] += there.sum(axis=2)
+    dual *= counts[:, None]
+    there[:, truth, row] -= counts
+    dual[:, truth, row] -= counts
+    return loss, np.maximum(gap, 0), there, dual, curvature
+
+
+def _sigmoid_ahead(outputs: Floats, moves: Floats, signs: Floats, counts: Rows) -> _Seen:
+    """As _softmax_ahead, of two classes: a label is right or wrong."""
+    margins, steps = outputs * signs, moves * signs
+    wrong, after = expit(-margins), margins + steps
+    right = expit(margins)
+    right_z, wrong_z = wrong * steps, -right * steps
+    rise = np.log1p(right * np.expm1(np.minimum(right_z, 700)) + wrong * np.expm1(np.minimum(wrong_z, 700)))
+    dual = np.clip(wrong * (1 + wrong_z), 0, 1)
+    other = np.clip(right * (1 + right_z), 0, 1)
+    gap = xlogy(dual, np.maximum(1 + wrong_z, 0)) + dual * (rise - wrong_z)
+    gap += xlogy(other, np.maximum(1 + right_z, 0)) + other * (rise - right_z)
+    there = expit(-after)
+    loss = (np.logaddexp(0, -after) * counts).sum(axis=(1, 2))
+    curvature = (there * (1 - there) * counts).sum(axis=2)
+    return loss, np.maximum((gap * counts).sum(axis=(1, 2)), 0), -signs * there * counts, -signs * dual * counts, curvature
+
+
+def _squared_hinge_ahead(outputs: Floats, moves: Floats, signs: Floats, counts: Rows) -> _Seen:
+    """As _softmax_ahead, of the loss max(0, 1 - margin) squared, whose conjugate is u^2 / 4 - u of u above 0."""
+    margins, steps = outputs * signs, moves * signs
+    after = margins + steps
+    predicted = 2 * np.maximum(0, 1 - after) * (margins < 1)
+    slack = np.maximum(0, 1 - after)
+    gap = np.where(after < 1, (slack - predicted / 2) ** 2, predicted * (after - 1) + predicted**2 / 4)
+    loss = (slack**2 * counts).sum(axis=(1, 2))
+    curvature = 2 * ((slack > 0) * counts).sum(axis=2)
+    return loss, (gap * counts).sum(axis=(1, 2)), -2 * signs * slack * counts, -signs * predicted * counts, curvature
+
+
+_AHEAD = {"sigmoid": _sigmoid_ahead, "squared_hinge": _squared_hinge_ahead}
 _ONE_BY_ONE = {"sigmoid": _sigmoid, "squared_hinge": _squared_hinge}

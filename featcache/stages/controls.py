@@ -50,7 +50,7 @@ def controls(thumbnails: NDArray[np.uint8], y: NDArray[np.int64], split: Split, 
         ("16 x 16 pixels + logistic", "logistic", (pixels, y, split.folds), pixels),  # the solver scales by itself
     ):
         chosen = heads.choose(head, rows, labels, folds, seed)
-        estimator, _ = heads.train(head, chosen.params, X[split.train_val], y[split.train_val], seed)
+        estimator = heads.train(head, chosen.params, X[split.train_val], y[split.train_val], seed)
         tested = scores_on_test(lambda index: heads.answers(estimator, X[index], classes), y, split)  # noqa: B023
         found.append(Control(name, chosen.val, tested))
     return found

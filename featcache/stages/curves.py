@@ -105,7 +105,7 @@ def _accuracy(features: Features, split: Split, head: str, seed: int, *, refit: 
     else:
         params = heads.HEADS[head].grid(len(split.train))[0]
     rows = split.train_val if refit else split.train
-    estimator, _ = heads.train(head, params, heads.some_of(X, rows), y[rows], seed)
+    estimator = heads.train(head, params, heads.some_of(X, rows), y[rows], seed)
     tested = scores_on_test(lambda index: heads.answers(estimator, X[index], len(features.classes)), y, split)
     return tested.scores.accuracy
 

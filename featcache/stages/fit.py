@@ -54,7 +54,7 @@ def fit(
 
     Raises:
         UsageError: there is no such head.
-        DataError: the features are no embeddings.
+        DataError: the features are no embeddings; or no candidate, or not the final fit, reached its optimum.
     """
     heads.require_head(name)
     X = _embeddings(features, views)
@@ -63,11 +63,13 @@ def fit(
     rows = _rows(split.train_val, views)
     started = time.monotonic()
     chosen = heads.choose(name, X, y, folds, seed, grid, views)
-    estimator, converged = heads.train(name, chosen.params, heads.some_of(X, rows), y[rows], seed)
+    estimator = heads.train(name, chosen.params, heads.some_of(X, rows), y[rows], seed)
     seconds = time.monotonic() - started
-    notes = [] if converged else [f"{name}: the final fit did not converge"]
+    notes = []
     if chosen.unconverged:
-        notes.append(f"{name}: {chosen.unconverged} of {chosen.tried} candidates did not converge")
+        notes.append(
+            f"{name}: {chosen.unconverged} of {chosen.tried} candidates did not reach their optimum and are left out"
+        )
     return _tested(name, estimator, chosen.params, chosen.answers, features, split, seconds, notes, views)
 
 
