@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from featcache import bundle, origins
 from featcache.cache import identify
-from featcache.errors import CutError, StorageError, UsageError
+from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.fingerprint import canonical
 from featcache.metrics import Gap, gap
 from featcache.pipeline.jobs import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
