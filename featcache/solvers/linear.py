@@ -37,6 +37,7 @@ _LEAD, _LEAD_STEP = (
     1.0,
     10.0,
 )  # the greatest C that is started from a constant model; the step of what leads to a greater one
+_FAR = 0.5  # of the loss of guessing
 _LEAD_TOLERANCE = 1e-2
 _WIDTH = 48  # columns from which on a product is efficient
 
@@ -300,6 +301,11 @@ class _Path:
         unknowns = float(self.free[problem.fold].sum()) * problem.descent.point.shape[1]
         return bool(max(self.folds[problem.fold].count, unknowns) * unknowns * unknowns <= most)
 
+    def _fits(self, problem: _Problem) -> bool:
+        """Tell whether losses have fallen far below guessing: few rows have curvature left then, which products miss."""
+        guessing = np.log(max(2, self.free[problem.fold].sum())) if self.softmax else np.log(2) * self.outputs
+        return bool(problem.descent.value < _FAR * self._scale_of(problem) * self.folds[problem.fold].count * guessing)
+
     def _new_end(self, problem: _Problem, point: Floats, *, precise: bool, exactly: bool = False) -> newton.Finish:
         scale, fold = self._scale_of(problem), self.folds[problem.fold]
         return newton.Finish(
@@ -308,7 +314,7 @@ class _Path:
             self.free[problem.fold],
             1 + scale * fold.count * _STEEPEST[self.passes.loss] * self.spread,
             precise=precise,
-            proven=self.precise,
+            proven=self.precise or self._fits(problem),
             scale=scale,
             solve=self._exactly(problem) if exactly else None,
         )
