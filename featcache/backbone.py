@@ -1,10 +1,11 @@
 """The world of timm: create a backbone, load its weights, read its transform, name its stages."""
 
 import copy
+import inspect
 import json
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -285,8 +286,10 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
     """Create a backbone and load its weights.
 
     Raises:
-        UsageError: timm has no such model, or refuses the model arguments; a folder that is named is not there.
-        DataError: the weights file is broken, or not for this architecture; files changed while they were read.
+        UsageError: timm has no such model, or refuses the model arguments; a folder that is named is not there; the model
+            does not turn an image of its size and three channels into a vector.
+        DataError: the weights file is broken, or not for this architecture; files changed while they were read; weights
+            are NaN or infinite.
         SetupError: the published weights cannot be downloaded.
     """
     device = device or default_device()
@@ -304,8 +307,9 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
     module = _create(architecture, args, pretrained=pretrained, seed=spec.random_init)
     file_sha256 = _fill(module, spec, bundled=config is not None)
     module.eval().requires_grad_(False).to(device)
-    if any(parameter.dim() == 4 for parameter in module.parameters()):
-        module.to(memory_format=torch.channels_last)
+    for value in (*module.parameters(), *module.buffers()):
+        if value.dim() == 4:  # weights of five axes, such as a lambda layer's, have no such format
+            value.data = value.data.to(memory_format=torch.channels_last)
     published = config or timm.data.resolve_model_data_config(module)
     pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
     if named is not None:
@@ -327,8 +331,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
         pool=spec.pool,
     )
     transform = _transform(published, spec)
-    if spec.overrides.input_size is not None:
-        _try_size(module, spec.name, spec.overrides.input_size, device)
+    _try_image(module, spec, transform.input_size, device)
     return Backbone(spec, loaded, transform, module, device, named, content, file_sha256)
 
 
@@ -522,28 +525,78 @@ def _local_weights_only() -> Iterator[None]:
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:
+    if path.is_dir():
+        raise DataError(
+            f"--weights {path}: this is a folder. Name the file in it; a folder with config.json is -b local-dir:."
+        )
     if not path.is_file():
         raise DataError(f"--weights {path}: there is no such file.")
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:
-        raise DataError(f"--weights {path}: not a safetensors file or a plain .pth state ({_first_line(error)}).") from error
+    except Exception as error:  # a foreign file can be anything
+        raise DataError(
+            f"--weights {path}: not a safetensors file or a plain .pth state of tensors{_reason(error)}. A model "
+            "that was pickled whole is not loaded, since it could run code: save its state_dict()."
+        ) from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        known = ", ".join(map(str, list(state)[:4]))
+        raise DataError(f"--weights {path}: no plain state, it holds {known}. Save the network's own state_dict().")
     config = getattr(module, "pretrained_cfg", None) or {}
     heads = config.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     own = module.state_dict()
     misfits = [name for name, value in state.items() if name in own and own[name].shape != value.shape]
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    wanted = [name for name in own if not name.endswith("num_batches_tracked")]
+    missing = [name for name in wanted if name not in state]
     foreign = [
         name for name in state if name not in own and not name.startswith((OWN_HEAD, *(f"{head}." for head in heads)))
     ]
-    for what, names in (("lacks", missing), ("has unknown", foreign), ("has other shapes of", misfits)):
-        if names:
-            raise DataError(
-                f"--weights {path}: not for {config.get('architecture', 'this backbone')}: it {what} {len(names)} of "
-                f"{len(own)} tensors ({names[0]}, ...). Check -b and --model-arg."
-            )
+    if missing or foreign or misfits:
+        architecture = config.get("architecture", "this backbone")
+        reason = _why_not(own, wanted, state, missing=missing, foreign=foreign, misfits=misfits)
+        raise DataError(f"--weights {path}: not for {architecture}: {reason}")
     module.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+
+
+def _why_not(
+    own: Mapping[str, Tensor],
+    wanted: Sequence[str],
+    state: Mapping[str, Tensor],
+    *,
+    missing: Sequence[str],
+    foreign: Sequence[str],
+    misfits: Sequence[str],
+) -> str:
+    """Return why a state is not a network's, and what to do about it."""
+    if missing:
+        ends = (name[: -len(missing[0])] for name in state if name.endswith(f".{missing[0]}"))
+        for prefix in ends:
+            under = sum(f"{prefix}{name}" in state for name in wanted)
+            if under > len(wanted) - len(missing):
+                all_or_some = "all" if under == len(wanted) else f"{under} of"
+                return (
+                    f"{all_or_some} {len(wanted)} tensors are there behind the prefix {prefix!r}. Save them without it: "
+                    f"{{name.removeprefix({prefix!r}): value}}."
+                )
+        return (
+            f"it lacks {len(missing)} of {len(own)} tensors ({missing[0]}, ...)"
+            + (f" and has {len(foreign)} others ({foreign[0]}, ...)" if foreign else "")
+            + ". Check -b and --model-arg."
+        )
+    if misfits:
+        shapes = f"{tuple(state[misfits[0]].shape)} instead of {tuple(own[misfits[0]].shape)}"
+        positions = all("pos" in name for name in misfits)
+        return f"it has other shapes of {len(misfits)} of {len(own)} tensors ({misfits[0]}: {shapes}, ...). " + (
+            "Positions of a file are not resampled to another size of images: use the --input-size and img_size that it was "
+            "trained with."
+            if positions
+            else "Check -b and --model-arg."
+        )
+    groups = list(dict.fromkeys(name.partition(".")[0] for name in foreign))
+    return (
+        f"all {len(wanted)} of {len(wanted)} tensors are there, and {len(foreign)} more ({', '.join(groups[:4])}), which "
+        "may be a part of another network. Save the file without them."
+    )
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -559,15 +612,40 @@ def hash_weights(module: nn.Module) -> str:
     return sha256_of_chunks(chunks())
 
 
-def _try_size(module: nn.Module, name: str, size: int, device: torch.device) -> None:
+def _try_image(module: nn.Module, spec: BackboneSpec, size: int, device: torch.device) -> None:
+    """Let a blank image through: what a model cannot take is told before anything is computed."""
     try:
-        with torch.inference_mode():
-            module(torch.zeros(1, 3, size, size, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
+        with torch.no_grad():  # what attention keeps of an inference could not be trained
+            out = module(torch.zeros(1, 3, size, size, device=device))
+    except Exception as error:  # it runs the model's own code, which can fail in any way
+        asked = f"--input-size {size}" if spec.overrides.input_size is not None else f"--backbone {spec.name}"
         raise UsageError(
-            f"--input-size {size}: {name} does not take it ({_first_line(error)}). A transformer may need "
-            f"--model-arg img_size={size} as well."
+            f"{asked}: {spec.name} does not take images of {size} pixels and 3 channels ({_first_line(error)}). "
+            f"{_advice(module, spec, size)}"
         ) from error
+    if not isinstance(out, Tensor) or out.dim() < 2 or out.shape[0] != 1 or not out.numel() or not out.is_floating_point():
+        what = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise UsageError(f"--backbone {spec.name}: {what} comes out for one image, not one vector. Check --model-arg.")
+    if not out.isfinite().all():
+        bad = [name for name, value in module.named_parameters() if not value.isfinite().all()]
+        bad += [
+            name for name, value in module.named_buffers() if name.endswith(("mean", "var")) and not value.isfinite().all()
+        ]
+        if bad:
+            where = f"--weights {spec.weights}" if spec.weights is not None else f"--backbone {spec.name}"
+            raise DataError(f"{where}: NaN or infinity in {len(bad)} tensors ({bad[0]}, ...). Take other weights.")
+
+
+def _advice(module: nn.Module, spec: BackboneSpec, size: int) -> str:
+    """Return what may make a model take images that it refused."""
+    args = dict(spec.model_args)
+    if args.get("in_chans", 3) != 3:
+        return "Images have three channels: leave out --model-arg in_chans."
+    if "img_size" in args and args["img_size"] != size:
+        return f"Its img_size is {args['img_size']}: give --input-size {args['img_size']} as well."
+    if "img_size" not in args and "img_size" in inspect.signature(type(module).__init__).parameters:
+        return f"A transformer may need --model-arg img_size={size} as well."
+    return "Check --input-size and --model-arg."
 
 
 def _tag(spec: BackboneSpec, pretrained_cfg: dict[str, Any]) -> str:
@@ -674,6 +752,12 @@ def _stage_name(group: list[str], index: int, sizes: dict[str, int]) -> str:
         if enough and not any(name.startswith(f"{path}.") for name in others):
             return path
     return "stem" if index == 0 else f"stage{index}"
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's first sentence in brackets, "" where it gives advice: PyTorch's is on arguments of its own."""
+    sentence = _first_line(error).partition(". ")[0].rstrip(".")
+    return "" if "weights_only" in sentence else f" ({sentence})"
 
 
 def _first_line(error: Exception) -> str:

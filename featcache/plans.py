@@ -132,6 +132,8 @@ class FineTunePlan:
         if min(self.epochs, self.batch_size, self.patience, self.views, self.accumulate) < 1:
             raise UsageError("--epochs, --train-batch, --patience, --views and --accumulate: at least 1 is needed.")
         Views(self.views)
+        if self.train_batchnorm and self.batch_size == 1:
+            raise UsageError("--train-batchnorm: statistics of one image are none: give a --train-batch of 2 or more.")
         if not self.lr or min(*self.lr, self.head_lr) <= 0:
             raise UsageError("--lr and --head-lr: a rate above 0 is needed.")
         if not (0 <= self.ema < 1 and 0 <= self.drop_path < 1 and 0 <= self.label_smoothing < 1):

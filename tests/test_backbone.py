@@ -1,6 +1,7 @@
 """Loading backbones: the right weights or a plain error."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,3 +172,90 @@ def test_a_class_token_is_alone_after_the_last_attention() -> None:
         whole = backbone.suffix("input")[0](torch.from_numpy(given))
         np.testing.assert_allclose(rows, backbone.module(whole).numpy(), rtol=1e-4, atol=1e-5)
     assert seen[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size", "message"),
+    [
+        ("test_resnet", {"in_chans": 1}, None, r"does not take images of 160 pixels and 3 channels .*in_chans"),
+        ("test_resnet", {"in_chans": 1}, 32, r"--input-size 32: .* 3 channels .*leave out --model-arg in_chans"),
+        ("vit_tiny_patch16_224", {"img_size": 64}, None, r"img_size is 64: give --input-size 64 as well"),
+        ("test_resnet", {"features_only": True}, None, r"a list comes out for one image"),
+    ],
+)
+def test_a_model_is_tried_before_it_is_used(name: str, args: dict[str, object], size: int | None, message: str) -> None:
+    """Arguments that do not fit colour images of that size are a usage error; transformers alone hear of img_size."""
+    spec = BackboneSpec(name, random_init=0, model_args=tuple(args.items()), overrides=TransformOverrides(input_size=size))
+
+    with pytest.raises(UsageError, match=message) as caught:
+        load_backbone(spec)
+    assert name != "test_resnet" or "transformer" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_five_axes_are_loaded() -> None:
+    """Only weights of four axes have channels last; the others stay as they are."""
+    backbone = load_backbone(BackboneSpec("lambda_resnet26t", random_init=0, overrides=TransformOverrides(input_size=64)))
+
+    assert any(parameter.dim() == 5 for parameter in backbone.module.parameters())
+    assert backbone.runner("pooled")(pixels(1, 64)).shape == (1, 2048)
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    """A file with NaN is an error with the tensor's name, before anything is extracted or trained."""
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    state["layer3.0.conv1.weight"][0, 0] = torch.nan
+    save_file(state, tmp_path / "nan.safetensors")
+
+    with pytest.raises(DataError, match=r"nan\.safetensors: NaN or infinity in 1 tensors \(layer3\.0\.conv1\.weight"):
+        load_backbone(BackboneSpec("test_resnet", weights=str(tmp_path / "nan.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {f"backbone.{name}": value for name, value in state.items()},
+            r"all \d+ tensors .* prefix 'backbone\.'",
+        ),
+        (lambda state: {f"net.encoder.{name}": value for name, value in state.items()}, r"all \d+ .* 'net\.encoder\.'"),
+        (
+            lambda state: {f"model.{name}": value for name, value in state.items() if not name.startswith("layer4.0.conv2")},
+            r"\d+ of \d+ tensors are there behind the prefix 'model\.'",
+        ),
+        (
+            lambda state: dict(state) | {"projection_head.weight": torch.zeros(2), "mask_token": torch.zeros(1)},
+            r"all (\d+) of \1 tensors are there, and 2 more \(projection_head, mask_token\)",
+        ),
+        (lambda state: {"model_state": state, "epoch": 3}, r"no plain state, it holds model_state, epoch"),
+    ],
+)
+def test_a_checkpoint_of_other_names_says_which(tmp_path: Path, change: Any, message: str) -> None:
+    """Prefixes and additions are named, with what to do; nothing is loaded in part."""
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    torch.save(change(state), tmp_path / "w.pth")
+
+    with pytest.raises(DataError, match=message):
+        load_backbone(BackboneSpec("test_resnet", weights=str(tmp_path / "w.pth")))
+
+
+def test_positions_of_another_size_are_not_resampled(tmp_path: Path) -> None:
+    """A file's positions belong to one size of images: the error says so."""
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    spec = BackboneSpec("vit_tiny_patch16_224", weights=str(tmp_path / "vit.safetensors"), model_args=(("img_size", 64),))
+
+    with pytest.raises(DataError, match=r"pos_embed: \(1, 197, 192\) instead of \(1, 17, 192\).*not resampled"):
+        load_backbone(spec)
+
+
+def test_what_is_no_file_of_weights_says_so(tmp_path: Path) -> None:
+    """A folder is called one; a model pickled whole and a page of text get no advice that no flag can follow."""
+    torch.save(timm.create_model("test_resnet"), tmp_path / "whole.pth")
+    (tmp_path / "page.pth").write_text("<html>")
+
+    with pytest.raises(DataError, match="this is a folder"):
+        load_backbone(BackboneSpec("test_resnet", weights=str(tmp_path)))
+    for name in ("whole.pth", "page.pth"):
+        with pytest.raises(DataError, match="save its state_dict") as caught:
+            load_backbone(BackboneSpec("test_resnet", weights=str(tmp_path / name)))
+        assert "weights_only" not in str(caught.value)

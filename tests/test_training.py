@@ -30,6 +30,7 @@ from featcache.training.augmenting import flipped_and_shifted, mixed
 from featcache.training.folding import ConvolutionAndNorm, fold_norms
 from featcache.training.keeping import Keeper
 from featcache.training.loop import Trial
+from featcache.training.lora import add_lora, merge_lora
 from featcache.training.model import LinearHead, SuffixAndHead, set_training
 from featcache.unfreeze import depths, thaw
 
@@ -100,6 +101,66 @@ def test_low_rank_updates_are_merged(folder: Path, settings: Settings) -> None:
     for name in changed:
         rank = torch.linalg.matrix_rank((after[name] - before[name]).double(), atol=1e-5, rtol=0)
         assert 0 < int(rank) <= 2
+
+
+@pytest.mark.parametrize(("name", "size"), [("swinv2_tiny_window8_256", 256), ("test_vit", 160), ("resnet10t", 32)])
+def test_low_rank_updates_stand_beside_layers_that_are_called(name: str, size: int) -> None:
+    """Every update gets a gradient and is merged; a weight that is read as a tensor is left out."""
+    spec = BackboneSpec(name, random_init=0, overrides=TransformOverrides(input_size=size))
+    backbone = load_backbone(spec)
+    thawed = thaw(backbone.stages, Unfreeze.parse("lora:2:last:1"), backbone.module)
+    suffix = backbone.suffix(thawed.cut)
+    with torch.no_grad():
+        stored = backbone.prefix(thawed.cut)(torch.rand(2, 3, size, size))
+        before = suffix(stored)
+    weights = {id(value) for key, value in backbone.module.named_parameters() if key in thawed.stages[-1].parameters}
+
+    updates = add_lora(suffix, weights, 2, seed=0)
+    suffix.requires_grad_(requires_grad=False)
+    for _, parameters in updates:
+        for parameter in parameters:
+            parameter.requires_grad_(requires_grad=True)
+            torch.nn.init.normal_(parameter, std=0.1)
+    (suffix(stored) ** 2).sum().backward()
+
+    assert updates
+    names = {id(value): key for key, value in backbone.module.named_parameters()}
+    trained = [some for weight, some in updates if "cpb_mlp" not in names[weight]]  # its biases rest in inference mode
+    assert trained
+    if "resnet" not in name:  # the last norm of its blocks starts at zero
+        assert all(parameter.grad is not None and parameter.grad.any() for some in trained for parameter in some)
+    changed = suffix(stored).detach()
+    merge_lora(suffix)
+    with torch.no_grad():
+        torch.testing.assert_close(suffix(stored), changed, rtol=1e-3, atol=1e-4 * float(changed.abs().max()))
+    assert "resnet" in name or not torch.allclose(before, changed, rtol=1e-3)
+
+
+def test_low_rank_updates_of_nothing_are_refused() -> None:
+    """Where every weight is handed to a function, or no layer is plain, an error says so."""
+    backbone = load_backbone(BackboneSpec("test_nfnet", random_init=0, overrides=TransformOverrides(input_size=32)))
+    weights = {id(module.weight) for module in backbone.module.modules() if type(module).__name__ == "ScaledStdConv2d"}
+
+    with pytest.raises(UsageError, match="no layer of these stages can take a low-rank update"):
+        add_lora(backbone.suffix("stages.2"), weights, 2, seed=0)
+
+
+def test_untraced_networks_are_asked_which_layers_they_call() -> None:
+    """Without a graph a blank image tells: a layer whose weight alone is read is left out."""
+
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(self.called(given), self.read.weight)
+
+    network = Read()
+
+    updates = add_lora(network, {id(network.called.weight), id(network.read.weight)}, 2, 0, torch.zeros(1, 4))
+
+    assert [weight for weight, _ in updates] == [id(network.called.base_layer.weight)]
 
 
 def test_nothing_of_that_kind(folder: Path, settings: Settings) -> None:

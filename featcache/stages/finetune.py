@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -290,7 +291,9 @@ def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Thawed, seed: int)
         parameter.requires_grad_(False)
     if thawed.wish.what == "lora":
         weights = {id(named[name]): stage.name for stage in thawed.stages for name in stage.parameters}
-        updates = add_lora(model.suffix, weights, thawed.wish.rank, seed)
+        size = backbone.transform.input_size
+        blank = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=backbone.device)  # untraced, it takes pixels
+        updates = add_lora(model.suffix, weights, thawed.wish.rank, seed, blank)
         by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in thawed.stages}
         for weight, parameters in updates:
             by_stage[weights[weight]] += parameters

@@ -249,6 +249,8 @@ class Trial:
         for place, (stored, images) in enumerate(parts):
             if not len(images):
                 continue
+            if plan.train_batchnorm:  # one image has no statistics: a last batch of one is normalised by the running ones
+                set_training(job.model, train_batchnorm=len(images) > 1)
             rng = np.random.default_rng((job.seed, number, self._step, place, job.team.rank))
             rows, y = to_device(stored, job.device), torch.from_numpy(job.y[images]).to(job.device)
             if plan.augment and rows.dtype == torch.uint8:
