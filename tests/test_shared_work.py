@@ -125,6 +125,7 @@ def test_ray_gives_what_this_process_gives(tmp_path: Path, monkeypatch: pytest.M
     assert [bad.path for bad in done.report.quarantined] == ["red/bad.png"]
     assert equal_bytes(done.store.path, alone.store.path)
     assert not done.store.verify()
+    assert 0 < done.store.manifest.seconds <= done.report.seconds + 0.01  # the run's own, not its actors' added up
 
 
 def _kill_a_worker() -> bool:
