@@ -221,7 +221,8 @@ def _answers(rng: Rng, truth: Any, right: Any, count: int) -> Any:
 def study(name: str, draws: int) -> tuple[list[str], list[str]]:
     """Return a study's table, and a line on each of its scores for the summary."""
     settings, columns, scores = STUDIES[name]
-    caption = (settings.__doc__ or "").removeprefix("Yield ").capitalize()
+    caption = (settings.__doc__ or "").removeprefix("Yield ")
+    caption = caption[:1].upper() + caption[1:]
     lines = ["", f"## {name.capitalize()}", "", caption, f"{draws} draws a setting.", ""]
     heads = [f"{what}{more}" for what in scores for more in ("", ", none")]
     lines += [f"| {' | '.join((*columns, *heads))} |", "|" + "---|" * len((*columns, *heads))]
