@@ -58,8 +58,9 @@ def decode(content: bytes, transform: Transform, views: Views | None = None) -> 
     try:
         with _opened(content) as image:
             scaled = transform.decoder == "pillow-scaled"
-            shrinks = scaled and image.format in {"JPEG", "MPO"} and _is_decoded_in_one_scan(content)
-            _require_size(*image.size, most=_MAX_SHRUNK_MEGAPIXELS if shrinks else MAX_MEGAPIXELS)
+            if image.width * image.height > MAX_MEGAPIXELS * 1e6 or max(image.size) > _MAX_SIDE:
+                shrinks = scaled and image.format in {"JPEG", "MPO"} and _is_decoded_in_one_scan(content)
+                _require_size(*image.size, most=_MAX_SHRUNK_MEGAPIXELS if shrinks else MAX_MEGAPIXELS)
             boxes = [_evaluation_box(image.width, image.height, transform)]
             if views.count > 1:
                 boxes += _random_boxes(image.width, image.height, content, views)
