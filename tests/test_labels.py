@@ -374,4 +374,8 @@ def test_splits_in_the_middle_of_shards_names(tmp_path: Path) -> None:
     source = open_source(f"wds:{tmp_path}/pets-{{train,val,test}}-0.tar")
 
     assert [item.split for item in source.items] == ["train", "val"]
+    for number, split in enumerate(("train", "test")):
+        (tmp_path / split).mkdir()
+        shard(tmp_path / split / f"{number}.tar", [("0.ppm", image), ("0.cls", b"a")])
+    assert [item.split for item in open_source(f"wds:{tmp_path}/{{train/0,test/1}}.tar").items] == ["train", "test"]
     assert any("1 images of the split test" in note or "1 image" in note for note in source.notes)

@@ -167,6 +167,7 @@ def test_a_flat_folder_says_where_its_images_lie(tmp_path: Path) -> None:
         ("dev/1.png", "eval/2.png"),
         ("train/1.png", "test/2.png", "extra/3.png"),
         ("pets/train/cat/1.png", "pets/test/cat/2.png"),
+        ("seg_train/seg_train/a/1.png", "seg_test/seg_test/a/2.png"),
         ("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"),
     ],
 )
@@ -179,7 +180,13 @@ def test_splits_are_never_taken_for_classes(tmp_path: Path, places: tuple[str, .
 
 
 @pytest.mark.parametrize(
-    "places", [("train/1.png", "car/2.png"), ("test/1.png", "control/2.png"), ("valley/1.png", "hill/2.png")]
+    "places",
+    [
+        ("train/1.png", "car/2.png"),
+        ("test/1.png", "control/2.png"),
+        ("valley/1.png", "hill/2.png"),
+        ("bullet_train/1.png", "steam_train/2.png"),
+    ],
 )
 def test_a_class_may_be_called_like_a_split(tmp_path: Path, places: tuple[str, ...]) -> None:
     """Pictures of trains are a class beside pictures of cars."""

@@ -23,6 +23,7 @@ from featcache.specs import Transform
 
 Run = Callable[..., Outcome]
 LABELS = ["cat", "dog", "cat", "dog", "cat", "dog"]
+GREY = np.zeros((2, 4, 4), np.uint8)
 SPLITS = ["train", "train", "train", "train", "test", "test"]
 
 
@@ -141,6 +142,12 @@ def test_arrays_in_parts(tmp_path: Path) -> None:
     [
         ({"images": np.zeros((2, 4, 4, 3), np.float32), "labels": np.zeros(2)}, "must be uint8"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(3)}, "one label each"),
+        (
+            {"train_images": GREY, "train_labels": np.zeros(2), "valid_images": GREY, "valid_labels": np.zeros(2)},
+            "would be lost",
+        ),
+        ({"images": GREY, "labels": np.zeros(2), "test_images": GREY, "test_labels": np.zeros(2)}, "images would be lost"),
+        ({"images": GREY, "labels": np.zeros(2), "test1_images": GREY}, "test1_images would be lost"),
         ({"weights": np.zeros(2)}, "images and labels are needed"),
     ],
 )

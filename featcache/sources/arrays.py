@@ -13,7 +13,7 @@ import numpy as np
 from featcache.errors import DataError, UsageError
 from featcache.images import MAX_MEGAPIXELS, UnreadableImage, encode
 from featcache.machine import free_memory
-from featcache.sources.base import Blobs, Item, Items, Numbered, Source, safe_name, split_of
+from featcache.sources.base import Blobs, Item, Items, Numbered, Source, looks_like_split, safe_name, split_of
 from featcache.sources.labels import Labels, labelled
 from featcache.sources.tree import many
 
@@ -223,6 +223,7 @@ def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> S
     called = _find(arrays, _CLASSES, "")
     read = Labels(str(path), [_text(one) for one in _values(path, called, arrays[called])] if called else ())
     parts = [part for part in _PARTS if _find(arrays, _IMAGES, f"{part}_")]
+    _require_all_splits(path, [*arrays, *unread], parts)
     if parts:
         pairs = [(_find(arrays, _IMAGES, f"{part}_"), _find(arrays, _LABELS, f"{part}_")) for part in parts]
         if not all(labels for _, labels in pairs):
@@ -247,6 +248,22 @@ def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> S
     left = sorted([*unread, *(arrays.keys() - used)])
     notes = [f"{path}: left out: {many(len(left), 'array')} of other names ({_some(left)})"] if left else []
     return replace(source, notes=(*source.notes, *notes), label_lists=read.lists)
+
+
+def _require_all_splits(path: Path, names: Sequence[str], parts: Sequence[str]) -> None:
+    """Refuse images of a split that would not be read.
+
+    Raises:
+        DataError: there are some; or images of no split beside those of one.
+    """
+    for name in names:
+        prefix, _, kind = name.rpartition("_")
+        split = looks_like_split(prefix) if kind in _IMAGES else ""
+        if (split and split not in parts) or (parts and name in _IMAGES[:3]):
+            raise DataError(
+                f"{path}: {name} would be lost beside {', '.join(parts) or 'images'}: the images of splits are called "
+                "train_images, val_images and test_images."
+            )
 
 
 def _some(names: Sequence[str]) -> str:

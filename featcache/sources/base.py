@@ -291,6 +291,12 @@ def looks_like_split(name: str) -> str:
     return next((split for split in ("train", "val", "test") if found[split]), "") if found else ""
 
 
+def split_within(name: str) -> str:
+    """Return which split one of a name's words is, as in ``seg_train``, "" where none or several are."""
+    splits = {SPLIT_FOLDERS[word] for word in re.split(r"[\W_]+", name.lower()) if word in SPLIT_FOLDERS}
+    return splits.pop() if len(splits) == 1 else ""
+
+
 def require_whole(items: Iterable[Item], where: str) -> None:
     """Refuse a list that names an image twice, by whatever spelling, or gives a split to some only.
 

@@ -6,7 +6,17 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from featcache.errors import DataError
-from featcache.sources.base import SPLIT_FOLDERS, Files, Item, Items, Source, looks_like_split, natural, safe_name
+from featcache.sources.base import (
+    SPLIT_FOLDERS,
+    Files,
+    Item,
+    Items,
+    Source,
+    looks_like_split,
+    natural,
+    safe_name,
+    split_within,
+)
 from featcache.sources.tree import IMAGE_SUFFIXES, Tree, Unread, is_hidden, leads, many, suffix_of, tallied
 
 _FOLDER_SPLITS = SPLIT_FOLDERS | {"testing": "test", "dev": "val"}
@@ -147,11 +157,12 @@ def _require_classes(root: Path, folders: Sequence[str], nested: Counter[str]) -
         DataError: all folders, or two of them, are called as splits are; or classes hold splits.
     """
     named = [name for name in folders if looks_like_split(name)]
+    within = [split_within(name) for name in folders]  # seg_train and seg_test; two sorts of trains may be classes
     exact = {_FOLDER_SPLITS[name.lower()] for name in folders if name.lower() in _FOLDER_SPLITS}
-    if folders and (len(named) == len(folders) or len(exact) > 1):
+    if folders and (len(named) == len(folders) or len(exact) > 1 or (all(within) and len(set(within)) > 1)):
         raise DataError(
-            f"{root}: {', '.join(named)}: names of splits, not of classes. What is read is train|val|test/CLASS/IMAGE, with "
-            "class folders in train/; or list the images with labels in a CSV file."
+            f"{root}: {', '.join(named or folders)}: names of splits, not of classes. What is read is "
+            "train|val|test/CLASS/IMAGE, with class folders in train/; or list the images with labels in a CSV file."
         )
     inside: dict[str, set[str]] = {}
     for place in nested:

@@ -21,6 +21,7 @@ from featcache.sources.base import (
     require_file,
     require_whole,
     safe_name,
+    split_within,
 )
 from featcache.sources.labels import Labels, labelled
 from featcache.sources.tree import IMAGE_SUFFIXES, IN_ORDER, is_hidden, many, tallied
@@ -80,7 +81,7 @@ def open_shards(pattern: str) -> Source:
 
     Nothing depends on the order of members. Of several images in one sample the first by format is read, ``.jpg`` before
     ``.png``. A split is taken from a shard's name where that begins with train, val or test, or, where no name does, from
-    the one such word in it, if the shards then have several splits.
+    the one such word in it or in its folder's name, if the shards then have several splits.
 
     Raises:
         DataError: a shard is absent, compressed or no tar file, or a sample has no label.
@@ -172,9 +173,10 @@ def _splits(paths: list[Path]) -> list[str]:
              zip(words, paths, strict=True)]  # fmt: skip
     if any(first):
         return first
-    inside = [{SPLIT_FOLDERS[word] for word in several if word in SPLIT_FOLDERS} for several in words]
-    if all(len(splits) == 1 for splits in inside) and len(set.union(set(), *inside)) > 1:
-        return [next(iter(splits)) for splits in inside]
+    for names in ([path.name for path in paths], [path.parent.name for path in paths]):
+        inside = [split_within(name) for name in names]
+        if all(inside) and len(set(inside)) > 1:
+            return inside
     return first
 
 
