@@ -1,5 +1,6 @@
 """Heads: chosen on validation, refitted, tested once; saved with their hash."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.preprocessing import normalize
+from support import TINY, Outcome, draw_folder
 
 from featcache import heads
 from featcache.errors import DataError, UsageError
@@ -391,3 +393,32 @@ def test_features_too_large_for_memory_are_read_from_disk(
         np.testing.assert_allclose(first, second, atol=2e-2 * np.abs(first).max())
     with pytest.raises(UsageError, match="only --head ridge and logistic"):
         fit_heads(bench, FitPlan(("knn",)))
+
+
+def test_a_head_that_cannot_be_trained_costs_no_other(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Of all heads, the one that needs more images is left out and said; asked for by name it is an error."""
+    folder = draw_folder(tmp_path / "few", per_class=4)
+
+    every = run("fit", folder, *TINY, "--head", "all", "--no-controls", "--folds", "0")
+    alone = run("fit", folder, *TINY, "--head", "lda", "--folds", "0")
+
+    assert every.code == 0
+    assert ("lda is left out" in every.err) == (alone.code == 3)
+    assert "knn" in every.out
+
+
+def test_more_neighbours_than_images_are_refused(run: Callable[..., Outcome], folder: Path) -> None:
+    """A number of neighbours that nothing has is not reported as chosen."""
+    outcome = run("fit", folder, *TINY, "--head", "knn", "--grid", "k=9999")
+
+    assert outcome.code == 2
+    assert "k=9999" in outcome.err
+
+
+def test_shots_that_cannot_be_drawn_are_said_before_anything_is_trained(run: Callable[..., Outcome], folder: Path) -> None:
+    """No head is fitted, and no result lost, where a class has fewer images than are to be drawn of it."""
+    outcome = run("fit", folder, *TINY, "--shots", "1,500")
+
+    assert outcome.code == 3
+    assert "--shots 500" in outcome.err
+    assert not list((tmp := folder.parent / "cache").rglob("*.joblib")), tmp

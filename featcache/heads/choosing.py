@@ -101,11 +101,13 @@ def choose(
         views: how many rows in succession are views of one image: each trains, their answers are averaged.
 
     Raises:
-        DataError: no candidate reached its optimum.
+        DataError: no candidate reached its optimum, or there are too few images for this head.
+        UsageError: more neighbours are asked for than there are images.
     """
     family = HEADS[name]
     everything = list(grid) if grid is not None else family.grid(min(len(fold.train) for fold in folds))
     step = 1 if grid is not None else family.coarse
+    _require_rows(name, y, folds, grid or ())
     truth = np.concatenate([y[fold.val] for fold in folds])[::views]
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
         outcomes: list[tuple[Attempt, Scores]] = []
@@ -136,6 +138,16 @@ def choose(
             try_all(family.refine(everything, best()[0].params))
     attempt, val = best()
     return Chosen(attempt.params, val, attempt.answers, tried, tried - len(outcomes))
+
+
+def _require_rows(name: str, y: Y_, folds: Sequence[Fold], grid: Sequence[Params]) -> None:
+    least = min(len(fold.train) for fold in folds)
+    if too_many := [params["k"] for params in grid if params.get("k", 0) > least]:
+        raise UsageError(f"--grid k={too_many[0]}: {least} images train, so that there are no more neighbours than that.")
+    if name == "lda" and any(len(fold.train) <= len(np.unique(y[fold.train])) for fold in folds):
+        raise DataError(
+            f"--head lda: {least} images of {len(np.unique(y))} classes train: more images than classes are needed."
+        )
 
 
 def over_views(answers: NDArray[Any], views: int) -> NDArray[Any]:

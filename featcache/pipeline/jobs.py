@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from featcache import origins
 from featcache.checked import check_fields
-from featcache.errors import UsageError
+from featcache.errors import DataError, UsageError
 from featcache.machine import free_memory
 from featcache.metrics import confusion, gap, per_class
 from featcache.pipeline.recording import aligned, bits, cell_of, look_at, new_record
@@ -23,7 +23,7 @@ from featcache.records import RunRecord, append_record
 from featcache.solvers.scaled import Streamed
 from featcache.sources import read_column, require_one_label
 from featcache.specs import POOLED, Views, cut_of_layers
-from featcache.splits import Split, make_free_split, make_split, restricted
+from featcache.splits import Split, few_shot, make_free_split, make_split, restricted
 from featcache.store import Features, FeatureStore
 
 if TYPE_CHECKING:
@@ -209,9 +209,8 @@ def fit_heads(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     from featcache import heads
-    from featcache.stages.fit import ensemble, fit
 
-    names, candidates = _heads_of(plan), plan.candidates()
+    names = _heads_of(plan)
     if plan.target != "labels":
         require_one_label(bench.source)
     done = bench.extracted(cut_of_layers(plan.layers) if plan.layers else POOLED, views=Views(plan.views))
@@ -222,6 +221,8 @@ def fit_heads(
     split = make_split(
         features.y, features.splits, features.classes, seed, groups=groups, folds=plan.folds, contents=features.sha256
     )
+    for shots in plan.shots:
+        few_shot(split, features.y, shots, seed, features.sha256)  # what cannot be drawn is said before anything is trained
     ledger = ledger if ledger is not None else Ledger()
     _say(features, split, ledger)
     jobs: list[HeadJob] = []
@@ -234,10 +235,9 @@ def fit_heads(
         members = [job.fitted.name for job in jobs] if name == heads.ENSEMBLE else []
         cell = head_cell(bench, features, name, plan, seed, members)
         if cell not in ledger.jobs:
-            if name == heads.ENSEMBLE:
-                fitted = ensemble(features, split, [job.fitted for job in jobs], plan.views)
-            else:
-                fitted = fit(features, split, name, seed=seed, grid=candidates, views=plan.views)
+            fitted = _fitted(name, jobs, features, split, plan, seed)
+            if fitted is None:
+                continue
             ledger.jobs[cell] = _keep_head(bench, done, features, split, fitted, plan, seed, cell, members, keep=keep)
         job = ledger.jobs[cell]
         if records and cell not in ledger.recorded and (only is None or name in only):
@@ -246,6 +246,24 @@ def fit_heads(
         jobs.append(job)
     found = _controls(bench, features, split, jobs, seed) if plan.controls and not isinstance(features.X, Streamed) else []
     return HeadJobs(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
+
+
+def _fitted(
+    name: str, jobs: "list[HeadJob]", features: Features, split: Split, plan: FitPlan, seed: int
+) -> "FittedHead | None":
+    """Train one head; of all heads, one that cannot be trained on these images is said and costs no other."""
+    from featcache.heads import ENSEMBLE
+    from featcache.stages.fit import ensemble, fit
+
+    try:
+        if name == ENSEMBLE:
+            return ensemble(features, split, [job.fitted for job in jobs], plan.views)
+        return fit(features, split, name, seed=seed, grid=plan.candidates(), views=plan.views)
+    except DataError as error:
+        if "all" not in plan.heads:
+            raise
+        logger.warning("%s is left out: %s", name, error)
+        return None
 
 
 def head_cell(bench: Workbench, features: Features, head: str, plan: FitPlan, seed: int, members: Sequence[str] = ()) -> str:
