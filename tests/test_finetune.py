@@ -159,10 +159,11 @@ def test_if_asked_steps_are_in_bfloat16_where_that_pays(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_frozen_weights_and_batchnorm_statistics_stay(prepared: Prepared) -> None:
+def test_frozen_weights_and_batchnorm_statistics_stay(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Only the thawed stage's parameters move; no running statistic does, unless asked."""
+    prepared = Prepared(subtle, tiny, settings)
     own = prepared.backbone.separate()
-    prepared.tune(own, own.suffix("input"), prepared.pixels.take)
+    prepared.tune(own, own.suffix("input"), prepared.pixels.take, GAINS)
 
     before, after = prepared.backbone.module.state_dict(), own.module.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
