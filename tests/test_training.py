@@ -280,6 +280,16 @@ def test_a_damaged_state_is_left_aside(
     assert "training begins again" in caplog.text
 
 
+def test_a_state_that_another_process_clears_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cleared between the look and the reading, it is as if it had never been there: nothing is said to be damaged."""
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+
+    assert Keeper(tmp_path / "state").load() is None
+    assert not caplog.messages
+
+
 def test_another_users_state_is_left_aside(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

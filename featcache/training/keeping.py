@@ -42,6 +42,8 @@ class Keeper:
             state = None if why else torch.load(self._path, map_location="cpu", weights_only=True)
         except FeatcacheError:
             raise
+        except FileNotFoundError:  # another process has trained the same to its end meanwhile
+            return None
         except Exception as error:  # noqa: BLE001 - a damaged file fails in any way
             why = f"cannot be read ({type(error).__name__})"
         if why:

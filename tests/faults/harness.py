@@ -15,6 +15,7 @@ files, the cells in the records, and the work: no committed row is computed agai
 
 import argparse
 import ctypes
+import faulthandler
 import hashlib
 import json
 import mmap
@@ -162,6 +163,7 @@ class Machine:
             calls = ctypes.byref(self._numbers)
             noted = os.fsencode(log) if log else None
             self._arm(os.fsencode(self.root), at, FAULTS.index(fault), LACKS[lacks], calls, noted)
+            faulthandler.dump_traceback_later(PATIENCE - 10)  # where it hangs
             os._exit(_code_of(act))
         return child
 
@@ -284,7 +286,7 @@ class Scenario:
         seen = json.loads(report.read_text()) if report.exists() else {"problems": ["nothing could be looked at"]}
         problems += seen["problems"] + [f"{word} in the second run" for word in _cries(again.err)]
         if again.code:
-            return [*problems, f"the second run ended with {again.code}: {again.err[-300:]}"]
+            return [*problems, f"the second run ended with {again.code}: {again.err[-3000:]}"]
         return problems + self._compared(again, first, seen, there)
 
     def _ended(self, first: Outcome, fault: str, call: str) -> list[str]:
