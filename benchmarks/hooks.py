@@ -56,7 +56,12 @@ LAYOUTS: dict[str, tuple[Known, Known]] = {  # of what leaves stages, and of the
     "xcit_nano_12_p16_224": (0, 1),
     "coat_lite_tiny": (1, 1),
 }
-LATER: dict[str, tuple[str, Known]] = {"xcit_nano_12_p16_224": ("cls_attn", 1), "volo_d1_224": ("post_", 1)}
+OTHERS: dict[str, tuple[str, Known]] = {  # stages whose axes are not those of the rest, by how their names begin
+    "xcit_nano_12_p16_224": ("cls_attn", 1),
+    "volo_d1_224": ("post_", 1),
+    "pvt_v2_b0": ("patch_embed", LAST),
+    "levit_128s": ("stem", MAP),
+}
 CLASS_TOKEN = ("vit_tiny", "deit", "test_vit", "volo", "cait", "xcit", "coat_lite")  # but for test_vit2: a register alone
 
 
@@ -82,8 +87,8 @@ def places(backbone: Backbone) -> Iterator[tuple[str, nn.Module, bool, Known]]:
     modules = dict(backbone.module.named_modules())
     known = LAYOUTS[name][0]
     for number, stage in enumerate(stages):
-        later = LATER.get(name, ("-", known))
-        of_stage = later[1] if stage.startswith(later[0]) else known
+        other = OTHERS.get(name, ("-", known))
+        of_stage = other[1] if stage.startswith(other[0]) else known
         if stage in modules:
             yield stage, modules[stage], False, of_stage
         elif number + 1 < len(stages) and stages[number + 1] in modules:
@@ -101,7 +106,7 @@ def compare(given: Tensor, right: Tensor) -> str:
     """Return "" where two answers agree, else how they differ."""
     if given.shape != right.shape:
         return f"width {given.shape[1]} instead of {right.shape[1]}"
-    apart = float((given - right).abs().max()) / float(right.abs().max())
+    apart = float((given - right).abs().max()) / max(float(right.abs().max()), 1e-12)
     return "" if apart <= _CLOSE else f"apart by {apart:.2g} of the greatest"
 
 

@@ -302,7 +302,7 @@ def _latest_first(backbone: nn.Module, traced: fx.GraphModule, end: fx.Node, rea
     named = {id(value): (name, value) for name, value in backbone.named_parameters()}
     known: set[int] = set()
     for node in reversed(_ancestors_in_order(traced, (end,))):
-        for one in sorted((reads[node] & named.keys()) - known, key=lambda one: named[one][0], reverse=True):
+        for one in sorted((reads[node] & named.keys()) - known, key=list(named).index, reverse=True):
             known.add(one)
             name, value = named[one]
             if name.endswith("weight") or sum(size > 1 for size in value.shape) <= 1:

@@ -153,7 +153,9 @@ def _changed(
     row = parameter.data.select(axis, number)
     kept = row.clone()
     try:
-        row.add_(1 + parameter.data.abs().max())
+        # no constant: standardised weights would not change with it
+        slope = torch.linspace(0.5, 1.5, row.numel(), dtype=row.dtype, device=row.device).reshape(row.shape)
+        row.add_((1 + parameter.data.abs().max()) * slope)
         with torch.inference_mode():
             moved = (run() - before).abs()
     finally:

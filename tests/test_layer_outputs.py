@@ -167,6 +167,19 @@ def test_a_layout_is_told_by_what_a_channel_changes(
     assert not bias.any()
 
 
+def test_a_layout_is_told_where_weights_are_standardised() -> None:
+    """A constant added to such a row changes nothing, so that something else is added."""
+    weight = nn.Parameter(torch.randn(6, 3, 1, 1))
+    images = torch.rand(1, 3, 5, 5)
+
+    def run() -> Tensor:
+        rows = weight.flatten(1)
+        standardised = (rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)
+        return torch.nn.functional.conv2d(images, standardised.reshape(weight.shape))
+
+    assert prove_layout("x", run, [weight], TokenCounts(64), instead="") == Layout(4, 1)
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 3), (7, 6), (2, 3, 4, 5)])
 def test_a_layout_that_is_no_square_is_refused(shape: tuple[int, ...]) -> None:
     """Rectangles, odd numbers of tokens and windows are not pooled."""
