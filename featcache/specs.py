@@ -22,7 +22,6 @@ POOLS: tuple[Pool, ...] = ("default", "avg", "max", "cls", "avg+cls", "gem")
 RuntimeName = Literal["auto", "torch", "compile", "openvino", "onnx"]
 RUNTIMES: tuple[RuntimeName, ...] = ("auto", "torch", "compile", "openvino", "onnx")
 Precision = Literal["float32", "bfloat16", "float16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 
 _MAX_INPUT = 4096  # pixels a side: one float32 image of this size takes 200 MB before the backbone has done anything
 _MAX_VIEWS = 1000

@@ -5,10 +5,9 @@ from typing import Any
 import click
 
 from featcache.cli import options
+from featcache.plans import HEAD_NAMES
 
-_HEADS = (
-    "centroid, ridge, knn, logistic, svm, selected, lda, rbf, mlp, boosting, ensemble; all for each, the cheapest first."
-)
+_HEADS = f"{', '.join(name for name in HEAD_NAMES if name != 'all')}; all for each, the cheapest first."
 _PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group", "shots", "curve", "controls", "format")
 _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 1000 images]"
 
