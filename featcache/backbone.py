@@ -40,7 +40,7 @@ from featcache.fingerprint import sha256_of_chunks
 from featcache.layers import Layers, layout_of_version_1
 from featcache.origins import BUNDLED, Origin
 from featcache.pools import Features, PooledFeatures, Pooling, TokenCounts, prove_layout
-from featcache.runtimes import Eager
+from featcache.prefix import FrozenPrefix, Normalise, TorchRuntime
 from featcache.specs import (
     FORMAT_VERSION,
     INPUT,
@@ -183,7 +183,7 @@ class Backbone:
             body = (self._layers.cutter if has_layers else self._cutter).joint_prefix(places)
         else:  # a trace takes time, and gains where a class token is alone in the end
             body = self._traced_whole() if getattr(self.module, "global_pool", None) == "token" else self.whole
-        return Program(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
+        return FrozenPrefix(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
 
     def format_version(self, cut: str) -> int:
         """Return which version of the format a cut's rows have: entries of another version are not taken for them.
@@ -220,7 +220,7 @@ class Backbone:
 
     def runner(self, cut: str) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:
         """Return the frozen part as a plain function on arrays: pixels uint8 (b, h, w, 3) -> rows float32 (b, ...)."""
-        run = Eager(self.program((cut,)), self.device, self.spec.precision)
+        run = TorchRuntime(self.program((cut,)), self.device, self.spec.precision)
         return lambda pixels: run(pixels)[0]
 
     def trained_after(self, cut: str) -> Callable[[str], bool]:
@@ -236,50 +236,6 @@ class Backbone:
     def separate(self) -> "Backbone":
         """Return a copy whose parameters can be trained without touching this one's."""
         return replace(self, module=copy.deepcopy(self.module))
-
-
-class Program(nn.Module):
-    """The frozen part as runtimes execute it: pixels uint8 (b, h, w, 3) -> a tuple of activations, one a cut.
-
-    ``body`` gives one tensor a layer, ``finish`` turns each into what is stored, ``spans`` says how many layers are
-    concatenated into each cut's row.
-    """
-
-    def __init__(self, normalise: "Normalise", body: nn.Module, finish: Sequence[nn.Module], spans: Sequence[int]) -> None:
-        super().__init__()
-        self.normalise = normalise
-        self.body = body
-        self.finish = nn.ModuleList(finish)
-        self.spans = tuple(spans)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Return the activations of each cut."""
-        tensors = self.body(self.normalise(pixels).contiguous(memory_format=torch.channels_last))
-        tensors = tensors if isinstance(tensors, tuple) else (tensors,)
-        finished = [step(tensor) for step, tensor in zip(self.finish, tensors, strict=True)]
-        rows, start = [], 0
-        for span in self.spans:
-            rows.append(finished[start] if span == 1 else torch.cat(finished[start : start + span], 1))
-            start += span
-        return tuple(rows)
-
-
-class Normalise(nn.Module):
-    """Pixels, uint8 (b, h, w, 3), to what the backbone expects, float32 (b, 3, h, w), on the pixels' device."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, transform: Transform) -> None:
-        super().__init__()
-        mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (transform.mean, transform.std))
-        self.register_buffer("scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("shift", -mean / std, persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return the normalised images."""
-        images = pixels.permute(0, 3, 1, 2).float()
-        return images * self.scale + self.shift
 
 
 def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Backbone:

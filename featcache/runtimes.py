@@ -9,7 +9,6 @@ import math
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,16 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from featcache.allocator import keep_freed_memory
 from featcache.errors import SetupError, UsageError
 from featcache.machine import cores
+from featcache.prefix import Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.progress import logger
 from featcache.specs import Precision, RuntimeName
 
-Pixels = NDArray[np.uint8]
-Outputs = tuple[NDArray[Any], ...]
 Run = Callable[[Pixels], Outputs]
 
 AGREEMENT = 1e-3
@@ -111,7 +109,7 @@ def choose(
         SetupError: the wished runtime is not installed, or cannot run this program.
         UsageError: the wished runtime does not compute on this device or in this precision.
     """
-    plain = Chosen("torch", eager := Eager(program, device, precision))
+    plain = Chosen("torch", eager := TorchRuntime(program, device, precision))
     exact = device.type == "cpu" and precision == "float32"
     if wish == "torch" or (wish == "auto" and (not exact or images_left <= _FEW_BATCHES * len(first))):
         return plain
@@ -149,7 +147,7 @@ def _tried(
             run = _build(name, program, first, workers)
         else:
             compiled: Any = torch.compile(program, dynamic=False)
-            run = Eager(compiled, device, precision)
+            run = TorchRuntime(compiled, device, precision)
         got = _timed(run, first)
     except Exception as error:
         raise SetupError(f"--runtime {name} cannot run this backbone ({_first_line(error)}).") from error
@@ -175,45 +173,6 @@ def _timed(run: Run, pixels: Pixels) -> _Timed:
         best, spent = min(best, seconds), spent + seconds
         if spent > 4 * best or spent > _TIMING_SECONDS:
             return _Timed(outputs, best)
-
-
-class Eager:
-    """PyTorch as it is. Out of memory on the device it halves the batch, for good."""
-
-    def __init__(self, program: nn.Module, device: torch.device, precision: Precision) -> None:
-        self._program = program
-        self._device = device
-        self._dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-        self._turn = threading.Lock()
-        self._piece = 0
-
-    def __call__(self, pixels: Pixels) -> Outputs:
-        """Return the activations of a batch, uint8 (b, h, w, 3)."""
-        with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            if self._device.type == "cpu":
-                return tuple(_to_array(output) for output in self._whole(torch.from_numpy(pixels)))
-            images = torch.from_numpy(pixels).pin_memory()
-            with self._turn:
-                outputs = self._whole(images.to(self._device, non_blocking=True))
-                copies = [output.float().to("cpu", non_blocking=True) for output in outputs]
-                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                done.record()
-            done.synchronize()
-            return tuple(_to_array(copy) for copy in copies)
-
-    def _whole(self, images: Tensor) -> tuple[Tensor, ...]:
-        while True:
-            size = self._piece or len(images)
-            try:
-                pieces = [_as_tuple(self._program(piece)) for piece in torch.split(images, size)]
-                return tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True))
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise SetupError(f"--device {self._device}: its memory does not hold one image's activations.") from None
-                self._piece = size // 2
-                logger.warning("out of memory on %s: going on with %d images at a time", self._device, self._piece)
-                if self._device.type == "cuda":
-                    torch.cuda.empty_cache()
 
 
 def _build(name: str, program: nn.Module, first: Pixels, workers: Workers) -> Run:
@@ -282,7 +241,7 @@ def _compiled(program: nn.Module, first: Pixels, workers: Workers) -> Run:  # no
 
     def run(pixels: Pixels) -> Outputs:
         with torch.no_grad(), inductor.patch(freezing=True):
-            return tuple(_to_array(output) for output in _as_tuple(compiled(torch.from_numpy(pixels))))
+            return tuple(to_array(output) for output in as_tuple(compiled(torch.from_numpy(pixels))))
 
     return run
 
@@ -306,14 +265,6 @@ def _difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
     if got.shape != expected.shape or not np.isfinite(got).all():
         return float("inf")
     return float(np.abs(got - expected).max(initial=0) / max(float(np.abs(expected).max(initial=0)), 1e-30))
-
-
-def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def _to_array(output: Tensor) -> NDArray[Any]:
-    return output.float().contiguous().numpy()
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from featcache.backbone import load_backbone
 from featcache.errors import SetupError, UsageError
 from featcache.images import decode
 from featcache.pipeline.workbench import Settings, Target, Workbench
-from featcache.runtimes import Chosen, Eager, Workers, choose
+from featcache.runtimes import Chosen, TorchRuntime, Workers, choose
 from featcache.sources import open_source
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
@@ -61,7 +61,7 @@ def test_every_runtime_agrees_with_torch(name: runtimes.RuntimeName, spec: Backb
     runtime = chosen(spec, cuts, name)
 
     assert runtime.name == name
-    for got, expected in zip(runtime.run(other), Eager(backbone.program(cuts), CPU, "float32")(other), strict=True):
+    for got, expected in zip(runtime.run(other), TorchRuntime(backbone.program(cuts), CPU, "float32")(other), strict=True):
         assert got.shape == expected.shape
         np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
 
@@ -100,7 +100,7 @@ def test_a_runtime_that_disagrees_is_dropped(
     def broken(program: nn.Module, first: np.ndarray, workers: Workers) -> runtimes.Run:  # noqa: ARG001
         if fault == "fails":
             raise RuntimeError("no such operation")
-        run = Eager(program, CPU, "float32")
+        run = TorchRuntime(program, CPU, "float32")
         return lambda images: tuple(rows * (1.01 if fault == "differs" else np.nan) for rows in run(images))
 
     monkeypatch.setattr(runtimes, "_openvino", broken)
@@ -143,14 +143,14 @@ class _Hungry(nn.Module):
 def test_out_of_memory_halves_the_batch() -> None:
     """The batch is computed in pieces, from then on too; one image that does not fit is an error."""
     images = pixels(8, count=8)
-    eager = Eager(_Hungry(), CPU, "float32")
+    eager = TorchRuntime(_Hungry(), CPU, "float32")
 
     (rows,) = eager(images)
 
     np.testing.assert_allclose(rows[:, 0], images.mean((1, 2, 3)), rtol=1e-6)
     assert eager._piece == 2
     with pytest.raises(SetupError, match="one image"):
-        Eager(_Never(), CPU, "float32")(images)
+        TorchRuntime(_Never(), CPU, "float32")(images)
 
 
 class _Never(nn.Module):

@@ -14,23 +14,23 @@ from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from featcache.machine import cores
-from featcache.solvers.scaled import Streamed
 from featcache.splits import Fold
+from featcache.store.lazy import LazyRows
 
 Params = dict[str, Any]
 X_ = NDArray[Any]
-Many = X_ | Streamed
+Many = X_ | LazyRows
 Y_ = NDArray[np.int64]
 
 
 def some_of(X: Many, rows: NDArray[np.int64]) -> Many:
     """Return some rows of features, not in memory where the features are not."""
-    return X.only(rows) if isinstance(X, Streamed) else X[rows]
+    return X.only(rows) if isinstance(X, LazyRows) else X[rows]
 
 
 def as_rows(X: Many) -> Many:
     """Return features (n, ..., d) as heads take them: float32 rows (n * ..., d); streamed ones are rows already."""
-    return X if isinstance(X, Streamed) else np.ascontiguousarray(X.reshape(-1, X.shape[-1]), dtype=np.float32)
+    return X if isinstance(X, LazyRows) else np.ascontiguousarray(X.reshape(-1, X.shape[-1]), dtype=np.float32)
 
 
 def mask_of(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
@@ -66,7 +66,7 @@ class HeadFamily:
         fit: trains one, given features, classes and a seed; returns it with whether its optimiser converged.
         refine: which parameters of the grid are tried beside the best of those tried first.
         coarse: every how many of the grid's parameters are tried first.
-        streams: sweep and fit take ``Streamed`` features too.
+        streams: sweep and fit take ``LazyRows`` features too.
     """
 
     grid: Callable[[int], list[Params]]

@@ -14,8 +14,8 @@ from sklearn.svm import LinearSVC
 from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Many, Params, mask_of
 from featcache.solvers import linear, ridge
 from featcache.solvers.linear import Solution
-from featcache.solvers.scaled import Streamed
 from featcache.splits import Fold
+from featcache.store.lazy import LazyRows
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
 _LOGISTIC = [{"C": float(f"{value:.4g}")} for value in np.logspace(-6, 5, 45)]
@@ -51,7 +51,7 @@ def probabilities(solution: Solution, X: X_, classes: int) -> NDArray[np.float64
 
 
 def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
-    classes, here = int(y.max()) + 1, not isinstance(X, Streamed)
+    classes, here = int(y.max()) + 1, not isinstance(X, LazyRows)
     found = linear.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)), in_memory=here)
     for number, params in enumerate(grid):
         solutions = [several[number] for several in found]
@@ -60,7 +60,7 @@ def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold
 
 
 def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
-    ((solution,),) = linear.solve(X, y, [params["C"]], in_memory=not isinstance(X, Streamed))
+    ((solution,),) = linear.solve(X, y, [params["C"]], in_memory=not isinstance(X, LazyRows))
     return make_pipeline(as_logistic(solution)), solution.converged
 
 

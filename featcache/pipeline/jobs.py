@@ -20,11 +20,11 @@ from featcache.pipeline.recording import aligned, bits, cell_of, look_at, new_re
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record
-from featcache.solvers.scaled import Streamed
 from featcache.sources import read_column, require_one_label
 from featcache.specs import POOLED, Views, cut_of_layers
 from featcache.splits import Split, few_shot, make_free_split, make_split, restricted
 from featcache.store import Features, FeatureStore
+from featcache.store.lazy import LazyRows
 
 if TYPE_CHECKING:
     from featcache.stages.controls import Control
@@ -244,7 +244,7 @@ def fit_heads(
             append_record(records, job.record)
             ledger.recorded.add(cell)
         jobs.append(job)
-    found = _controls(bench, features, split, jobs, seed) if plan.controls and not isinstance(features.X, Streamed) else []
+    found = _controls(bench, features, split, jobs, seed) if plan.controls and not isinstance(features.X, LazyRows) else []
     return HeadJobs(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
 
 

@@ -36,7 +36,8 @@ from featcache.store import FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
-    from featcache.runtimes import Eager, Workers
+    from featcache.prefix import TorchRuntime
+    from featcache.runtimes import Workers
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
 _TINY_IMAGE = 32  # pixels; up to it what the interpreter does for a batch weighs as much as computing it
@@ -370,10 +371,10 @@ class Workbench:
         rows = iter(self._eager(computed)(blank) if computed else ())
         return [(size, size, 3) if cut == INPUT else next(rows).shape[1:] for cut in cuts]
 
-    def _eager(self, cuts: Sequence[str]) -> "Eager":
-        from featcache.runtimes import Eager
+    def _eager(self, cuts: Sequence[str]) -> "TorchRuntime":
+        from featcache.prefix import TorchRuntime
 
-        return Eager(self.backbone.program(cuts), self.backbone.device, self.spec.precision)
+        return TorchRuntime(self.backbone.program(cuts), self.backbone.device, self.spec.precision)
 
     @cached_property
     def _workers(self) -> "Workers":

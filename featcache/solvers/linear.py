@@ -19,7 +19,8 @@ from featcache.machine import cores
 from featcache.solvers import newton
 from featcache.solvers.lbfgs import Descent, Precondition
 from featcache.solvers.passes import Ahead, Loss, Passes
-from featcache.solvers.scaled import Floats, Rows, Streamed, products_on, scaled
+from featcache.solvers.scaled import Floats, Rows, products_on, scaled
+from featcache.store.lazy import LazyRows
 
 TOLERANCE = 1e-4
 _LARGE, _SMALL_TOLERANCE = 5_000_000, 1e-7  # rows x features x outputs
@@ -65,7 +66,7 @@ class Solution:
 
 
 def solve(
-    X: Rows | Streamed,
+    X: Rows | LazyRows,
     y: NDArray[Any],
     Cs: Sequence[float],
     folds: Sequence[NDArray[np.bool_]] | None = None,
@@ -79,7 +80,7 @@ def solve(
     """Minimise scikit-learn's ``LogisticRegression`` objective for every C on every fold.
 
     Args:
-        X: features (n, d), finite; an array, or ``Streamed`` where they do not fit into memory.
+        X: features (n, d), finite; an array, or ``LazyRows`` where they do not fit into memory.
         y: classes 0..k-1 (n,); labels (n, k) bool for the losses that take each label by itself.
         Cs: inverse penalties; solutions come in this order.
         folds: for each fold the rows that train, (n,) bool; all rows as one fold if left out.

@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 
 from featcache.machine import cores
-from featcache.solvers.scaled import Floats, Rows, Streamed, products_on, scaled
+from featcache.solvers.scaled import Floats, Rows, products_on, scaled
+from featcache.store.lazy import LazyRows
 
 
 def solve(
-    X: Rows | Streamed,
+    X: Rows | LazyRows,
     targets: Rows,
     alphas: Sequence[float],
     rows: NDArray[np.bool_] | None = None,
@@ -21,7 +22,7 @@ def solve(
     """Minimise |targets - X W' - b|^2 + alpha |W|^2, b not penalised, for every alpha.
 
     Args:
-        X: features (n, d), finite; an array, or ``Streamed`` where they do not fit into memory.
+        X: features (n, d), finite; an array, or ``LazyRows`` where they do not fit into memory.
         targets: (n, t).
         alphas: penalties, positive.
         rows: which rows train (n,) bool; all if left out.

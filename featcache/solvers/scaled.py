@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from featcache.machine import cores
+from featcache.store.lazy import LazyRows
 
 Rows = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -23,34 +24,6 @@ _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a cor
 _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
 _NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
-
-
-class Streamed:
-    """Rows (n, d) float32 that are too many for memory: they are read as they are asked for.
-
-    Args:
-        take: gives rows (k, d) of any float type by their positions (k,).
-        width: d.
-        rows: the positions that count as 0..n-1.
-    """
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, take: Callable[[Index], Rows], width: int, rows: Index) -> None:
-        self._take, self._rows = take, rows
-        self.shape = (len(rows), width)
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    def __getitem__(self, index: slice | Index) -> NDArray[np.float32]:
-        """Return some rows (k, d), in memory."""
-        return self._take(self._rows[index]).astype(np.float32, copy=False)
-
-    def only(self, index: Index) -> "Streamed":
-        """Return some rows, not read yet."""
-        return Streamed(self._take, self.shape[1], self._rows[index])
 
 
 @dataclass(frozen=True)
@@ -66,14 +39,14 @@ class Scaled:
     """Features (n, d) as (x - mean) / scale over the rows that any fold uses, the others left out.
 
     Args:
-        X: an array, or anything that is sliced by rows, as ``Streamed``; finite.
+        X: an array, or anything that is sliced by rows, as ``LazyRows``; finite.
         rows: for each fold, which rows train (n,) bool; 62 folds at most.
         standardise: folds see (x - mean) / standard deviation over their own rows, else x - mean.
         in_memory: keep a float32 copy, sorted by fold; else rows are read anew in every pass, in their own order.
     """
 
     def __init__(
-        self, X: "Rows | Streamed", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
+        self, X: "Rows | LazyRows", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
     ) -> None:
         groups = np.zeros(len(X), np.int64)
         for number, some in enumerate(rows):
@@ -246,7 +219,7 @@ def _libraries() -> ThreadpoolController:
 
 @contextmanager
 def scaled(
-    X: "Rows | Streamed", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
+    X: "Rows | LazyRows", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
 ) -> Iterator[Scaled]:
     """Yield scaled features; inside, matrix products use one core each, since blocks run side by side."""
     with products_on(1):

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
 from featcache.progress import logger
-from featcache.solvers.scaled import Streamed
 from featcache.specs import FeatureSpec, Transform
 from featcache.store import collecting, files, manifests, requests
 from featcache.store.atomic import (
@@ -32,6 +31,7 @@ from featcache.store.atomic import (
     sweep,
 )
 from featcache.store.files import Array, Listing, Part, Seen
+from featcache.store.lazy import LazyRows
 from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, Manifest, Quarantined
 from featcache.store.notes import parse, read_plain
 from featcache.store.stamps import Signs, Stamps, signs
@@ -48,7 +48,7 @@ _KEPT_MANIFESTS = 20
 class Features:
     """The rows of a source's images, in its order: X (n, ...), y (n,) int64 indexing ``classes``.
 
-    X is an array, but for ``Streamed`` where ``streamed`` gave them.
+    X is an array, but for ``LazyRows`` where ``streamed`` gave them.
     """
 
     X: Any
@@ -335,7 +335,7 @@ class FeatureStore:
     def streamed(self) -> Features:
         """Return the listed images' embeddings (n, d) as rows that are read when they are asked for."""
         reader = self.reader()
-        return replace(self.labelled(), X=Streamed(reader.take, reader.shape[0], np.arange(len(reader))))
+        return replace(self.labelled(), X=LazyRows(reader.take, reader.shape[0], np.arange(len(reader))))
 
     def labelled(self) -> Features:
         """Return labels, paths and splits, with an empty X."""
