@@ -12,11 +12,11 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from featcache.datasets import open_source
 from featcache.pipeline import tuning
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
 from featcache.progress import set_up_notes
-from featcache.sources import open_source
 from featcache.specs import INPUT, BackboneSpec
 
 HERE = Path(__file__).parent

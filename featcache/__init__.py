@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from featcache.api import bench, export, extract, finetune, fit, predict, sweep
+    from featcache.datasets import open_source
     from featcache.extractor import FeatureExtractor
     from featcache.pipeline.jobs import FitPlan
     from featcache.plans import FineTunePlan
     from featcache.records import RunRecord
-    from featcache.sources import open_source
     from featcache.specs import BackboneSpec, FeatureSpec
     from featcache.store import FeatureStore
 
@@ -27,7 +27,7 @@ _HOMES = {
     "bench": "featcache.api",
     "FitPlan": "featcache.pipeline.jobs",
     "RunRecord": "featcache.records",
-    "open_source": "featcache.sources",
+    "open_source": "featcache.datasets",
     "BackboneSpec": "featcache.specs",
     "FeatureSpec": "featcache.specs",
     "FineTunePlan": "featcache.plans",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from featcache.cache import default_cache
 from featcache.checked import check_seed, check_value
+from featcache.datasets import Source, open_source
 from featcache.errors import DataError, FeatcacheError, UsageError
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
@@ -14,7 +15,6 @@ from featcache.pipeline.jobs import FitPlan, HeadJobs, fit_heads
 from featcache.pipeline.tuning import SweepJob, TuneJob, finetune_job, sweep_job
 from featcache.pipeline.workbench import Estimate, Extracted, Settings, Target, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
-from featcache.sources import Source, open_source
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import origins
+from featcache.datasets import FileStat, Source, location_hash
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes
 from featcache.origins import Origin
 from featcache.progress import logger, progress
-from featcache.sources import FileStat, Source, location_hash
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
 from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen, now_ns
 from featcache.store.atomic import create_file, make_folder, replace_file, sweep

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import Sighted
+from featcache.datasets import Source
 from featcache.errors import SetupError, UsageError
 from featcache.flow import Batch, Reader, beside_pixels, compute, in_dtype, not_finite, sample
 from featcache.progress import logger
-from featcache.sources import Source
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Transform, Views
 from featcache.store import FeatureStore, FileRecord, Part, Quarantined
 

@@ -13,10 +13,10 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from featcache.cache import default_cache
+from featcache.datasets import FileStat, Item, Source, read_file, stat_file
+from featcache.datasets.images import UnreadableImage, encode, encode_image
 from featcache.errors import DataError, UsageError
-from featcache.images import UnreadableImage, encode, encode_image
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.sources import FileStat, Item, Source, read_file, stat_file
 from featcache.specs import POOLED, BackboneSpec, TransformOverrides, cut_of_layers, freeze_args
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import Sighted, settled, unreadable
+from featcache.datasets import FileStat, Source
+from featcache.datasets.images import UnreadableImage, decode
 from featcache.fingerprint import Digests, sha256_of_bytes
-from featcache.images import UnreadableImage, decode
-from featcache.sources import FileStat, Source
 from featcache.specs import INPUT, StoredDtype, Transform, Views
 from featcache.store import Quarantined
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from support import TINY, Outcome
 
+from featcache.datasets import open_source
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Extracted, Settings, Target, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec
 from featcache.training.keeping import Keeper
 

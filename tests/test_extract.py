@@ -15,10 +15,10 @@ import pytest
 from support import COLOURS, TINY, draw_folder, draw_image
 
 from featcache.cache import take_stock
+from featcache.datasets import open_source
 from featcache.errors import DataError, StorageError
 from featcache.flow import Batch, Reader
 from featcache.pipeline.workbench import Extracted, Settings, Workbench
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
 from featcache.stages import extract as stage
 from featcache.stages.extract import Plan, Ready, Sink

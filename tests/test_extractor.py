@@ -14,9 +14,9 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
 from featcache import FeatureExtractor, backbone
+from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec
 
 

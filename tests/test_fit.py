@@ -13,6 +13,7 @@ from sklearn.preprocessing import normalize
 from support import TINY, Outcome, draw_folder
 
 from featcache import heads
+from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.heads import nonlinear
 from featcache.metrics import at_temperature, best_temperature
@@ -20,7 +21,6 @@ from featcache.pipeline import jobs
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.solvers import linear
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec
 from featcache.splits import Split, make_split
 from featcache.stages.controls import controls

@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 
 from featcache import FeatureExtractor, api, backbone, bundle, origins
 from featcache.cache import identify
+from featcache.datasets import open_source
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.origins import Origin
 from featcache.pipeline import predicting
@@ -29,7 +30,6 @@ from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Extracted, Settings, Target, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 
 Run = Callable[..., Outcome]

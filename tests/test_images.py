@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.images import UnreadableImage, decode
+from featcache.datasets.images import UnreadableImage, decode
 from featcache.specs import Transform
 
 

@@ -9,12 +9,12 @@ from support import Outcome
 from torch import Tensor, nn
 
 from featcache.backbone import Backbone, Normalise, load_backbone
+from featcache.datasets import open_source
 from featcache.errors import UsageError
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Target, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
 from featcache.pools import Layout, TokenCounts, prove_layout
-from featcache.sources import open_source
 from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides
 from featcache.store import FeatureStore
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from support import TINY, Outcome, draw_image
 
+from featcache.datasets import Source, open_source
+from featcache.datasets.base import looks_like_split
 from featcache.errors import DataError
 from featcache.pipeline.predicting import find_images
-from featcache.sources import Source, open_source
-from featcache.sources.base import looks_like_split
 
 Run = Callable[..., Outcome]
 

@@ -16,7 +16,7 @@ from support import TINY, Outcome, draw_image
 
 from featcache import bundle
 from featcache.backbone import load_backbone
-from featcache.images import decode
+from featcache.datasets.images import decode
 from featcache.metrics import at_temperature
 from featcache.pipeline import predicting
 from featcache.pipeline.predicting import label_images

@@ -19,6 +19,7 @@ from test_fit import blobs
 
 from featcache import heads
 from featcache.backbone import load_backbone
+from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.metrics import Scores, gap
 from featcache.pipeline import bench, jobs
@@ -29,7 +30,6 @@ from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.records import RunRecord, append_record, read_records
 from featcache.report import NO_GAIN, rows
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec
 from featcache.splits import make_split
 from featcache.stages.controls import Control, best_on_validation, controls, standardised, statistics

@@ -15,10 +15,10 @@ from support import draw_image
 from test_sources_kinds import write_mnist
 
 from featcache import api
+from featcache.datasets import Item, Source, open_source
 from featcache.errors import DataError
 from featcache.pipeline.jobs import FitPlan, card_of, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.sources import Item, Source, open_source
 from featcache.specs import BackboneSpec
 
 
@@ -174,7 +174,7 @@ def test_images_in_memory_cannot_be_opened_again(
     for number in range(12):
         draw_image(tmp_path / "one.png", (200 * (number % 2), 40, 40), number)
         blobs[f"{number}.png"] = (tmp_path / "one.png").read_bytes()
-    from featcache.sources import Blobs
+    from featcache.datasets import Blobs
 
     source = Source("mine", "a program's own", tuple(Item(path, str(int(path[:-4]) % 2)) for path in blobs), Blobs(blobs))
     head = fit_heads(Workbench(source, tiny, settings), FitPlan(("ridge",), controls=False)).heads[0].bundle

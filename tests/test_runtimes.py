@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from featcache import runtimes
 from featcache.backbone import load_backbone
+from featcache.datasets import open_source
+from featcache.datasets.images import decode
 from featcache.errors import SetupError, UsageError
-from featcache.images import decode
 from featcache.pipeline.workbench import Settings, Target, Workbench
 from featcache.runtimes import Chosen, TorchRuntime, Workers, choose
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
 Run = Callable[..., Outcome]

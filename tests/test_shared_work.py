@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support import TINY, draw_folder, draw_image
 
+from featcache.datasets import open_source
 from featcache.errors import DataError
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.stages import extract as stage
 from featcache.store import FeatureStore

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from support import draw_image
 
+from featcache.datasets import Item, open_source
 from featcache.errors import DataError, UsageError
-from featcache.sources import Item, open_source
 
 
 def test_flat_folder(folder: Path) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from support import TINY, Outcome, draw_image
 
+from featcache.datasets import Source, open_source
+from featcache.datasets.images import decode, encode
 from featcache.errors import DataError, SetupError, UsageError
-from featcache.images import decode, encode
-from featcache.sources import Source, open_source
 from featcache.specs import Transform
 
 Run = Callable[..., Outcome]

@@ -14,10 +14,10 @@ from support import COLOURS, TINY, Outcome, draw_folder, draw_image
 
 from featcache import cache as caching
 from featcache.cache import settled, take_stock
+from featcache.datasets import Blobs, FileStat, Item, Source, open_source
+from featcache.datasets.images import encode
 from featcache.errors import StorageError
-from featcache.images import encode
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.sources import Blobs, FileStat, Item, Source, open_source
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
 from featcache.stages import extract as stage
 from featcache.stages.extract import ExtractReport, Plan, Ready, Sink

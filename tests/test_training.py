@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from featcache.backbone import load_backbone
 from featcache.bundle import load as load_bundle
+from featcache.datasets import open_source
 from featcache.errors import StorageError, UsageError
 from featcache.metrics import cka
 from featcache.pipeline import tuning
@@ -23,7 +24,6 @@ from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
 from featcache.records import RunRecord, read_records
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.stages.finetune import FineTuned, finetune
 from featcache.training.augmenting import flipped_and_shifted, mixed

@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from featcache.datasets import open_source
 from featcache.flow import Reader
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 from featcache.store import FeatureStore
 

@@ -32,12 +32,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from featcache.backbone import Backbone
+from featcache.datasets import open_source
 from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
 from featcache.progress import set_up_notes
 from featcache.runtimes import workers_here
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 from featcache.stages.finetune import open_up
 from featcache.training.loop import Epoch, Job, Trial

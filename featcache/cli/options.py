@@ -11,8 +11,8 @@ import click
 from featcache.checked import MAX_SEED
 
 if TYPE_CHECKING:
+    from featcache.datasets import Source
     from featcache.pipeline.workbench import Settings
-    from featcache.sources import Source
     from featcache.specs import BackboneSpec
 
 SEED = click.IntRange(0, MAX_SEED)
@@ -307,7 +307,7 @@ def take_settings(options: dict[str, Any]) -> "Settings":
 
 def take_source(options: dict[str, Any]) -> "Source":
     """Take the options that say where images come from out of a command's and open the source."""
-    from featcache.sources import open_source
+    from featcache.datasets import open_source
 
     return open_source(
         options.pop("data"), options.pop("name"), data_root=options.pop("data_root"), download=options.pop("download")

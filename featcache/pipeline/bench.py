@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from featcache import report
+from featcache.datasets import open_source
 from featcache.errors import FeatcacheError, StorageError
 from featcache.pipeline.grid import DataEntry, Grid
 from featcache.pipeline.jobs import FitPlan, Ledger, fit_heads, head_cell, in_memory
@@ -14,7 +15,6 @@ from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.records import RunRecord, read_records
-from featcache.sources import open_source
 from featcache.specs import BackboneSpec
 from featcache.store.atomic import make_folder, replace_file
 

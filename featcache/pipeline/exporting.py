@@ -24,15 +24,15 @@ from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from featcache.bundle import Bundle
+from featcache.datasets import Source
+from featcache.datasets.images import UnreadableImage, decode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.heads.neighbours import TEMPERATURE
-from featcache.images import UnreadableImage, decode
 from featcache.metrics import LEAST_SCALED, at_temperature
 from featcache.pipeline.predicting import bench_of
 from featcache.pipeline.workbench import Settings
 from featcache.progress import logger
 from featcache.runtimes import own_randomness
-from featcache.sources import Source
 from featcache.store.atomic import replace_file
 
 AGREEMENT = 1e-4

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from featcache import origins
 from featcache.bundle import Bundle
+from featcache.datasets import FileStat, Item, Source, image_files, read_file, stat_file
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.flow import Batch, Reader, run_batches, sample
@@ -20,7 +21,6 @@ from featcache.heads import answers, over_views
 from featcache.metrics import at_temperature
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import logger, progress
-from featcache.sources import FileStat, Item, Source, image_files, read_file, stat_file
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
 from featcache.stages.extract import Ready
 from featcache.store import FeatureStore, Quarantined

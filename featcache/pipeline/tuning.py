@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from featcache import bundle, origins
 from featcache.cache import identify
+from featcache.datasets import require_one_label
 from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.fingerprint import canonical
 from featcache.metrics import Gap, gap
@@ -20,7 +21,6 @@ from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record, read_records
-from featcache.sources import require_one_label
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
 from featcache.splits import Split, make_split, restricted
 from featcache.store import Features

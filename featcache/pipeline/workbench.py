@@ -14,11 +14,11 @@ from featcache import origins
 from featcache.cache import Sighted
 from featcache.checked import check_fields
 from featcache.cluster import Recipe
+from featcache.datasets import Source
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.fingerprint import fingerprint
 from featcache.flow import Pixels, beside_pixels
 from featcache.progress import logger
-from featcache.sources import Source
 from featcache.specs import (
     INPUT,
     POOLED,

@@ -16,11 +16,11 @@ from featcache import cluster
 from featcache.cache import Hit, Sighted, Sightings, Stock, make_listing, take_stock, with_content
 from featcache.cache import plan as decide
 from featcache.cluster import Recipe, Written
+from featcache.datasets import Source
 from featcache.errors import DataError, StorageError
 from featcache.fingerprint import Digests
 from featcache.flow import Batch, Compute, Pixels, Reader, compute, in_dtype, not_finite, reading_ahead, run_batches, sample
 from featcache.progress import logger, printable, progress
-from featcache.sources import Source
 from featcache.specs import StoredDtype, Transform, Views
 from featcache.store import FeatureStore, Part, Quarantined, now_ns
 

@@ -48,8 +48,8 @@ class Outcome:
 
 def look_at(data: str, root: Path) -> str:
     """Open a data set, and read and decode all of it as an extraction does."""
+    from featcache.datasets import open_source
     from featcache.flow import Reader
-    from featcache.sources import open_source
     from featcache.specs import Transform, Views
 
     source, seen, bad = open_source(data, data_root=root), 0, 0
@@ -115,9 +115,6 @@ def warm_up() -> None:
     """Import once what every case needs, so that a process for each costs little."""
     import datasets
     import pyarrow.parquet  # noqa: F401 - for what its import costs
-
-    import featcache.flow
-    import featcache.sources.named  # noqa: F401 - as above
 
     datasets.disable_progress_bars()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from featcache.errors import DataError, FeatcacheError, UsageError
-from featcache.sources.arrays import open_digits, open_hdf5, open_npz
-from featcache.sources.base import (
+from featcache.datasets.arrays import open_digits, open_hdf5, open_npz
+from featcache.datasets.base import (
     Blobs,
     Files,
     FileStat,
@@ -19,11 +18,12 @@ from featcache.sources.base import (
     safe_name,
     stat_file,
 )
-from featcache.sources.folders import open_folder
-from featcache.sources.labels import odd_names
-from featcache.sources.shards import open_shards
-from featcache.sources.tables import open_csv, open_parquet, read_column
-from featcache.sources.tree import image_files
+from featcache.datasets.folder import open_folder
+from featcache.datasets.labels import odd_names
+from featcache.datasets.tables import open_csv, open_parquet, read_column
+from featcache.datasets.tree import image_files
+from featcache.datasets.webdataset import open_shards
+from featcache.errors import DataError, FeatcacheError, UsageError
 
 __all__ = [
     "Blobs",
@@ -105,7 +105,7 @@ def _open(text: str, data_root: Path | None, download: bool) -> Source:  # noqa:
     if kind == "wds":
         return open_shards(rest)
     if kind in {"torchvision", "hf"} and rest:
-        from featcache.sources.named import open_hub, open_torchvision
+        from featcache.datasets.hubs import open_hub, open_torchvision
 
         name, _, place = rest.partition("@")  # as a head's card writes where its images were
         return (

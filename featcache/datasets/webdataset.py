@@ -11,8 +11,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featcache.errors import DataError
-from featcache.sources.base import (
+from featcache.datasets.base import (
     MOST_IMAGE_BYTES,
     SPLIT_FOLDERS,
     FileStat,
@@ -23,8 +22,9 @@ from featcache.sources.base import (
     safe_name,
     split_within,
 )
-from featcache.sources.labels import Labels, labelled
-from featcache.sources.tree import IMAGE_SUFFIXES, IN_ORDER, is_hidden, many, tallied
+from featcache.datasets.labels import Labels, labelled
+from featcache.datasets.tree import IMAGE_SUFFIXES, IN_ORDER, is_hidden, many, tallied
+from featcache.errors import DataError
 
 _MOST_LABEL_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 16 << 20

@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from featcache.errors import DataError
-from featcache.sources.base import (
+from featcache.datasets.base import (
     SPLIT_FOLDERS,
     Files,
     Item,
@@ -17,7 +16,8 @@ from featcache.sources.base import (
     safe_name,
     split_within,
 )
-from featcache.sources.tree import IMAGE_SUFFIXES, Tree, Unread, is_hidden, leads, many, suffix_of, tallied
+from featcache.datasets.tree import IMAGE_SUFFIXES, Tree, Unread, is_hidden, leads, many, suffix_of, tallied
+from featcache.errors import DataError
 
 _FOLDER_SPLITS = SPLIT_FOLDERS | {"testing": "test", "dev": "val"}
 

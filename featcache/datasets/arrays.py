@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from featcache.datasets.base import Blobs, Item, Items, Numbered, Source, looks_like_split, safe_name, split_of
+from featcache.datasets.images import MAX_MEGAPIXELS, UnreadableImage, encode
+from featcache.datasets.labels import Labels, labelled
+from featcache.datasets.tree import many
 from featcache.errors import DataError, UsageError
-from featcache.images import MAX_MEGAPIXELS, UnreadableImage, encode
 from featcache.machine import free_memory
-from featcache.sources.base import Blobs, Item, Items, Numbered, Source, looks_like_split, safe_name, split_of
-from featcache.sources.labels import Labels, labelled
-from featcache.sources.tree import many
 
 _IMAGES = ("images", "image", "x", "X", "data", "arr_0")
 _LABELS = ("labels", "label", "y", "targets", "target", "arr_1")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from featcache.datasets.base import Files, Item, Numbered, Source, require_whole, safe_name, split_of
+from featcache.datasets.labels import Labels, labelled
 from featcache.errors import DataError, SetupError
-from featcache.sources.base import Files, Item, Numbered, Source, require_whole, safe_name, split_of
-from featcache.sources.labels import Labels, labelled
 
 _BYTES_COLUMNS = ("image", "bytes", "img", "jpg", "png")
 _MOST_LINE = 1 << 20

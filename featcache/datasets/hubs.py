@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from featcache.datasets.arrays import from_array
+from featcache.datasets.base import Files, Item, Numbered, Source, looks_like_split, read_file, safe_name, split_of
+from featcache.datasets.images import encode_image
+from featcache.datasets.labels import Labels, labelled
+from featcache.datasets.tree import many
 from featcache.errors import DataError, SetupError, UsageError
-from featcache.images import encode_image
-from featcache.sources.arrays import from_array
-from featcache.sources.base import Files, Item, Numbered, Source, looks_like_split, read_file, safe_name, split_of
-from featcache.sources.labels import Labels, labelled
-from featcache.sources.tree import many
 
 _FILE_LISTS = (("samples", None), ("_samples", None), ("imgs", None), ("_image_files", "_labels"), ("_images", "_labels"))
 _HF_SPLITS = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "test": "test"}
