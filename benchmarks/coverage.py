@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from featcache import intervals
-from featcache.intervals import Interval
-from featcache.metrics import gap
+from featcache.evaluation import intervals
+from featcache.evaluation.intervals import Interval
+from featcache.evaluation.metrics import gap
 
 HERE = Path(__file__).parent
 WANTED = 93.0

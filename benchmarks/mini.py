@@ -17,11 +17,11 @@ from tabulate import tabulate
 
 from featcache.backbone import load_backbone
 from featcache.datasets import open_source
+from featcache.evaluation.splits import make_split
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.records import environment
 from featcache.specs import INPUT, BackboneSpec, TransformOverrides
-from featcache.splits import make_split
 from featcache.stages.fit import fit
 
 DATA = ("cifar10-5k", "signdigits", "flowers5")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from featcache.metrics import Gap, gap
+from featcache.evaluation.metrics import Gap, gap
 from featcache.records import RunRecord
 
 COLUMNS = (

@@ -13,12 +13,12 @@ from featcache import heads
 from featcache.backbone import Backbone, Stage, load_backbone
 from featcache.datasets import open_source
 from featcache.errors import UsageError
+from featcache.evaluation.splits import make_split
 from featcache.pipeline import tuning
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec
-from featcache.splits import make_split
 from featcache.stages.finetune import FineTuned, finetune
 from featcache.store import Features
 from featcache.training import precision as choosing

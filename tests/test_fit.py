@@ -15,14 +15,14 @@ from support import TINY, Outcome, draw_folder
 from featcache import heads
 from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
+from featcache.evaluation.metrics import at_temperature, best_temperature
+from featcache.evaluation.splits import Split, make_split
 from featcache.heads import nonlinear
-from featcache.metrics import at_temperature, best_temperature
 from featcache.pipeline import jobs
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.solvers import linear
 from featcache.specs import BackboneSpec
-from featcache.splits import Split, make_split
 from featcache.stages.controls import controls
 from featcache.stages.curves import learning_curve, shot_curve
 from featcache.stages.fit import ensemble, fit, members_of

@@ -8,10 +8,10 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score
 
-from featcache import intervals
 from featcache.errors import DataError
-from featcache.intervals import wilson
-from featcache.metrics import (
+from featcache.evaluation import intervals
+from featcache.evaluation.intervals import wilson
+from featcache.evaluation.metrics import (
     at_temperature,
     best_temperature,
     gap,
@@ -21,7 +21,7 @@ from featcache.metrics import (
     score,
     scores_on_test,
 )
-from featcache.splits import Split
+from featcache.evaluation.splits import Split
 
 
 @pytest.mark.parametrize(("right", "of"), [(0, 10), (10, 10), (81, 263), (1, 2), (999, 1000)])

@@ -17,7 +17,7 @@ from support import TINY, Outcome, draw_image
 from featcache import bundle
 from featcache.backbone import load_backbone
 from featcache.datasets.images import decode
-from featcache.metrics import at_temperature
+from featcache.evaluation.metrics import at_temperature
 from featcache.pipeline import predicting
 from featcache.pipeline.predicting import label_images
 from featcache.pipeline.workbench import Settings

@@ -21,7 +21,8 @@ from featcache import heads
 from featcache.backbone import load_backbone
 from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
-from featcache.metrics import Scores, gap
+from featcache.evaluation.metrics import Scores, gap
+from featcache.evaluation.splits import make_split
 from featcache.pipeline import bench, jobs
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
@@ -31,7 +32,6 @@ from featcache.pipeline.workbench import Settings, Workbench
 from featcache.records import RunRecord, append_record, read_records
 from featcache.report import NO_GAIN, rows
 from featcache.specs import BackboneSpec
-from featcache.splits import make_split
 from featcache.stages.controls import Control, best_on_validation, controls, standardised, statistics
 from featcache.stages.finetune import not_worse
 from featcache.training.loop import Epoch, Job, Trained, Trial, kept, noise
@@ -209,7 +209,7 @@ def test_the_control_to_beat_is_the_best_on_validation() -> None:
 
 def controls_like(y: np.ndarray, split: Any, right: float) -> Control:
     """Return a control that answers such a share of the validation and test images rightly."""
-    from featcache.metrics import score, scores_on_test
+    from featcache.evaluation.metrics import score, scores_on_test
 
     def answer(index: np.ndarray) -> np.ndarray:
         wrong = np.arange(len(index)) >= right * len(index)

@@ -16,7 +16,7 @@ from featcache.backbone import load_backbone
 from featcache.bundle import load as load_bundle
 from featcache.datasets import open_source
 from featcache.errors import StorageError, UsageError
-from featcache.metrics import cka
+from featcache.evaluation.metrics import cka
 from featcache.pipeline import tuning
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
@@ -693,7 +693,7 @@ def test_similarity_of_embeddings() -> None:
 @pytest.mark.parametrize("lr", [1e-2, 0.3])
 def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: float) -> None:
     """The last training has no judge but the validation images: it is kept where it knows them as well, but for noise."""
-    from featcache.metrics import score
+    from featcache.evaluation.metrics import score
     from featcache.training.loop import noise
     from featcache.training.model import predict
 

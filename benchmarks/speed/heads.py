@@ -28,8 +28,8 @@ from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from featcache import heads
+from featcache.evaluation.splits import Fold
 from featcache.solvers import linear
-from featcache.splits import Fold
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0))

@@ -13,8 +13,8 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
+from featcache.evaluation.splits import Fold
 from featcache.machine import cores
-from featcache.splits import Fold
 from featcache.store.lazy import LazyRows
 
 Params = dict[str, Any]

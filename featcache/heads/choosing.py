@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from featcache.errors import DataError, UsageError
+from featcache.evaluation.metrics import Scores, score
+from featcache.evaluation.splits import Fold
 from featcache.heads.base import Y_, Attempt, HeadFamily, Many, Params
 from featcache.heads.linear import LOGISTIC, RIDGE, SELECTED, SVM
 from featcache.heads.neighbours import CENTROID, KNN
 from featcache.heads.nonlinear import BOOSTING, LDA, MLP, RBF
-from featcache.metrics import Scores, score
 from featcache.progress import progress
-from featcache.splits import Fold
 
 # in the order of their cost
 HEADS: Mapping[str, HeadFamily] = {

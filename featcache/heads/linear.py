@@ -11,10 +11,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
 from sklearn.svm import LinearSVC
 
+from featcache.evaluation.splits import Fold
 from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Many, Params, mask_of
 from featcache.solvers import linear, ridge
 from featcache.solvers.linear import Solution
-from featcache.splits import Fold
 from featcache.store.lazy import LazyRows
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)

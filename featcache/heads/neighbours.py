@@ -12,9 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, normalize
 
+from featcache.evaluation.splits import Fold
 from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, answers
 from featcache.heads.linear import linear_estimator
-from featcache.splits import Fold
 
 TEMPERATURE = 0.07  # a neighbour weighs exp(cosine / T) (Wu et al. 2018; Caron et al. 2021, DINO, appendix F.1)
 _NEIGHBOURS = (20, 10, 5, 1, 100, 200)

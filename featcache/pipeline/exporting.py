@@ -27,8 +27,8 @@ from featcache.bundle import Bundle
 from featcache.datasets import Source
 from featcache.datasets.images import UnreadableImage, decode
 from featcache.errors import DataError, SetupError, UsageError
+from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
 from featcache.heads.neighbours import TEMPERATURE
-from featcache.metrics import LEAST_SCALED, at_temperature
 from featcache.pipeline.predicting import bench_of
 from featcache.pipeline.workbench import Settings
 from featcache.progress import logger

@@ -15,14 +15,14 @@ from featcache import origins
 from featcache.checked import check_fields
 from featcache.datasets import read_column, require_one_label
 from featcache.errors import DataError, UsageError
+from featcache.evaluation.metrics import confusion, gap, per_class
+from featcache.evaluation.splits import Split, few_shot, make_free_split, make_split, restricted
 from featcache.machine import free_memory
-from featcache.metrics import confusion, gap, per_class
 from featcache.pipeline.recording import aligned, bits, cell_of, look_at, new_record
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record
 from featcache.specs import POOLED, Views, cut_of_layers
-from featcache.splits import Split, few_shot, make_free_split, make_split, restricted
 from featcache.store import Features, FeatureStore
 from featcache.store.lazy import LazyRows
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.evaluation.splits import Split, items_hash, untested
+from featcache.evaluation.units import copies, remarks
 from featcache.fingerprint import fingerprint
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.plans import FineTunePlan
 from featcache.records import RunRecord, stamp
-from featcache.splits import Split, items_hash, untested
 from featcache.store import Features, FeatureStore, RowReader
-from featcache.units import copies, remarks
 
 
 def cell_of(bench: Workbench, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int) -> str:

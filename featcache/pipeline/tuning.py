@@ -13,8 +13,9 @@ from featcache import bundle, origins
 from featcache.cache import identify
 from featcache.datasets import require_one_label
 from featcache.errors import CutError, DataError, StorageError, UsageError
+from featcache.evaluation.metrics import Gap, gap
+from featcache.evaluation.splits import Split, make_split, restricted
 from featcache.fingerprint import canonical
-from featcache.metrics import Gap, gap
 from featcache.pipeline.jobs import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
 from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
@@ -22,7 +23,6 @@ from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.records import RunRecord, append_record, read_records
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
-from featcache.splits import Split, make_split, restricted
 from featcache.store import Features
 from featcache.store.atomic import remove_file
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import heads
-from featcache.metrics import Scores, Tested, score, scores_on_test
-from featcache.splits import Fold, Index, Split
+from featcache.evaluation.metrics import Scores, Tested, score, scores_on_test
+from featcache.evaluation.splits import Fold, Index, Split
 
 SIDE = 32  # pixels of the thumbnails that controls look at
 _RAW_SIDE = 16

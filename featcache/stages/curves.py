@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from featcache import heads
-from featcache.metrics import scores_on_test
+from featcache.evaluation.metrics import scores_on_test
+from featcache.evaluation.splits import Split, few_shot, part_of
 from featcache.progress import progress
-from featcache.splits import Split, few_shot, part_of
 from featcache.store import Features
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

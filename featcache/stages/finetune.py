@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from featcache.allocator import keep_freed_memory
 from featcache.backbone import Backbone
-from featcache.metrics import Tested, cka, scores_on_test
+from featcache.evaluation.metrics import Tested, cka, scores_on_test
+from featcache.evaluation.splits import Split
 from featcache.plans import FineTunePlan
 from featcache.progress import progress
 from featcache.specs import Precision
-from featcache.splits import Split
 from featcache.training.folding import fold_norms
 from featcache.training.keeping import Keeper
 from featcache.training.loop import DivergedError, Epoch, Job, Trained, Trial, epoch_of, noise, to_device

@@ -12,9 +12,9 @@ from sklearn.preprocessing import LabelEncoder
 
 from featcache import heads
 from featcache.errors import DataError, UsageError
+from featcache.evaluation.metrics import Scores, Tested, best_temperature, score, scores_on_test
+from featcache.evaluation.splits import Fold, Split
 from featcache.heads import Params
-from featcache.metrics import Scores, Tested, best_temperature, score, scores_on_test
-from featcache.splits import Fold, Split
 from featcache.store import Features
 
 MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")

@@ -12,8 +12,15 @@ from numpy.typing import NDArray
 
 from featcache import heads
 from featcache.errors import DataError
-from featcache.metrics import LabelScores, NumberScores, label_scores, labels_on_test, number_scores, numbers_on_test
-from featcache.splits import Split
+from featcache.evaluation.metrics import (
+    LabelScores,
+    NumberScores,
+    label_scores,
+    labels_on_test,
+    number_scores,
+    numbers_on_test,
+)
+from featcache.evaluation.splits import Split
 from featcache.store import Features
 
 

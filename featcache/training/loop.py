@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from featcache.metrics import Scores, at_temperature, best_temperature, score
+from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
+from featcache.evaluation.splits import Index
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.specs import Precision
-from featcache.splits import Index
 from featcache.training.augmenting import flipped_and_shifted, mixed
 from featcache.training.model import SuffixAndHead, Take, chunks, predict, set_training
 from featcache.training.optimising import make_optimiser, parameter_groups, rate

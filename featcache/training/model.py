@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featcache.splits import Index
+from featcache.evaluation.splits import Index
 
 Take = Callable[[Index], NDArray[Any]]
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from featcache.splits import Index
+from featcache.evaluation.splits import Index
 
 _PATIENCE = timedelta(days=7)  # the first process may extract for long
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.draws import Drawing, draw, fold_of_group, fold_of_image, require_enough
 from featcache.errors import DataError, UsageError
+from featcache.evaluation.draws import Drawing, draw, fold_of_group, fold_of_image, require_enough
+from featcache.evaluation.units import image_order, units_of
 from featcache.fingerprint import fingerprint
-from featcache.units import image_order, units_of
 
 Index = NDArray[np.int64]
 FOLDS = 5

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError
-from featcache.units import Index, Units
+from featcache.evaluation.units import Index, Units
 
 HELD_OUT = 0.2
 

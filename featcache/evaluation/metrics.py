@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import intervals
 from featcache.errors import DataError
-from featcache.intervals import Groups, Interval
-from featcache.splits import Index, Split
+from featcache.evaluation import intervals
+from featcache.evaluation.intervals import Groups, Interval
+from featcache.evaluation.splits import Index, Split
 
 Probabilities = NDArray[np.float64]
 Answers = TypeVar("Answers")
