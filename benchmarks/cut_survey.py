@@ -19,7 +19,7 @@ from typing import Any
 import timm
 import torch
 
-from featcache.backbone import load_backbone
+from featcache.backbones.timm_models import load_backbone
 from featcache.errors import CutError, FeatcacheError
 from featcache.specs import BackboneSpec
 

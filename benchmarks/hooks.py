@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from featcache.backbone import Backbone, Normalise, load_backbone
+from featcache.backbones.timm_models import Backbone, Normalise, load_backbone
 from featcache.errors import FeatcacheError
 from featcache.specs import POOLS, BackboneSpec
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from featcache.backbone import load_backbone
+from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.evaluation.splits import make_split
 from featcache.pipeline.jobs import FitPlan, fit_heads

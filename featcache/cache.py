@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import origins
+from featcache.backbones import origins
+from featcache.backbones.origins import Origin
 from featcache.datasets import FileStat, Source, location_hash
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes
-from featcache.origins import Origin
 from featcache.progress import logger, progress
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
 from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen, now_ns

@@ -137,7 +137,7 @@ class _Actor:
     def _prepare(self, first: NDArray[np.uint8]) -> None:
         import torch
 
-        from featcache.backbone import load_backbone
+        from featcache.backbones.timm_models import load_backbone
         from featcache.runtimes import Workers, choose
 
         torch.set_num_threads(1)

@@ -74,7 +74,7 @@ def _runtimes() -> Finding:
 def _bundled() -> Finding:
     repair = "pip install --force-reinstall featcache"
     try:
-        from featcache.backbone import load_backbone
+        from featcache.backbones.timm_models import load_backbone
         from featcache.specs import BackboneSpec
 
         loaded = load_backbone(BackboneSpec("mini")).loaded

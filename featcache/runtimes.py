@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featcache.allocator import keep_freed_memory
+from featcache.backbones.prefix import Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.errors import SetupError, UsageError
 from featcache.machine import cores
-from featcache.prefix import Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.progress import logger
 from featcache.specs import Precision, RuntimeName
 

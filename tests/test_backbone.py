@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from featcache.backbone import list_backbones, load_backbone, model_size
+from featcache.backbones.timm_models import list_backbones, load_backbone, model_size
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.specs import BackboneSpec, TransformOverrides
 
@@ -88,7 +88,7 @@ def test_unreachable_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("no address")
 
     monkeypatch.setattr("socket.getaddrinfo", no_address)
-    monkeypatch.setattr("featcache.backbone.getproxies", dict)
+    monkeypatch.setattr("featcache.backbones.timm_models.getproxies", dict)
 
     with pytest.raises(SetupError, match=r"-b mini.*--weights FILE.*--random-init"):
         load_backbone(BackboneSpec("resnet18.a1_in1k"))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcache.backbone import Backbone, _stages, load_backbone
-from featcache.cut import Cutter, split
+from featcache.backbones.cut import Cutter, split
+from featcache.backbones.timm_models import Backbone, _stages, load_backbone
 from featcache.errors import CutError, UsageError
 from featcache.specs import BackboneSpec, LoadedBackbone, Pool, Transform, TransformOverrides
 

@@ -13,7 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
-from featcache import FeatureExtractor, backbone
+from featcache import FeatureExtractor
+from featcache.backbones import timm_models as backbone
 from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.pipeline.workbench import Settings, Workbench

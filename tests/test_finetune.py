@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from featcache import heads
-from featcache.backbone import Backbone, Stage, load_backbone
+from featcache.backbones.timm_models import Backbone, Stage, load_backbone
 from featcache.datasets import open_source
 from featcache.errors import UsageError
 from featcache.evaluation.splits import make_split
@@ -242,7 +242,7 @@ def test_what_cannot_be_cut_is_trained_whole(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no cut is found, training runs from pixels and says so."""
-    from featcache import backbone as module
+    from featcache.backbones import timm_models as module
     from featcache.errors import CutError
 
     def refuse(*_: object) -> None:

@@ -8,13 +8,13 @@ import torch
 from support import Outcome
 from torch import Tensor, nn
 
-from featcache.backbone import Backbone, Normalise, load_backbone
+from featcache.backbones.pooling import Layout, TokenCounts, prove_layout
+from featcache.backbones.timm_models import Backbone, Normalise, load_backbone
 from featcache.datasets import open_source
 from featcache.errors import UsageError
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Target, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
-from featcache.pools import Layout, TokenCounts, prove_layout
 from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides
 from featcache.store import FeatureStore
 

@@ -15,7 +15,7 @@ import pytest
 from support import TINY, Outcome, draw_image
 
 from featcache import bundle
-from featcache.backbone import load_backbone
+from featcache.backbones.timm_models import load_backbone
 from featcache.datasets.images import decode
 from featcache.evaluation.metrics import at_temperature
 from featcache.pipeline import predicting

@@ -18,7 +18,7 @@ from test_finetune import GAINS, PLAN, Prepared
 from test_fit import blobs
 
 from featcache import heads
-from featcache.backbone import load_backbone
+from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Scores, gap

@@ -15,7 +15,7 @@ from support import TINY, Outcome
 from torch import Tensor, nn
 
 from featcache import runtimes
-from featcache.backbone import load_backbone
+from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.datasets.images import decode
 from featcache.errors import SetupError, UsageError

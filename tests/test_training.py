@@ -12,7 +12,7 @@ from support import TINY, Outcome
 from test_finetune import GAINS, PLAN, Prepared
 from torch import Tensor, nn
 
-from featcache.backbone import load_backbone
+from featcache.backbones.timm_models import load_backbone
 from featcache.bundle import load as load_bundle
 from featcache.datasets import open_source
 from featcache.errors import StorageError, UsageError

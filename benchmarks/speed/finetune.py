@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from featcache.backbone import Backbone
+from featcache.backbones.timm_models import Backbone
 from featcache.datasets import open_source
 from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.pipeline.workbench import Settings, Workbench

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import origins
+from featcache.backbones import origins
 from featcache.checked import check_fields
 from featcache.datasets import read_column, require_one_label
 from featcache.errors import DataError, UsageError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import origins
+from featcache.backbones import origins
 from featcache.bundle import Bundle
 from featcache.datasets import FileStat, Item, Source, image_files, read_file, stat_file
 from featcache.errors import DataError, StorageError, UsageError

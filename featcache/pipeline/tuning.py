@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import bundle, origins
+from featcache import bundle
+from featcache.backbones import origins
 from featcache.cache import identify
 from featcache.datasets import require_one_label
 from featcache.errors import CutError, DataError, StorageError, UsageError
@@ -27,7 +28,7 @@ from featcache.store import Features
 from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
-    from featcache.backbone import Backbone
+    from featcache.backbones.timm_models import Backbone
     from featcache.stages.finetune import FineTuned
     from featcache.training.keeping import Keeper
     from featcache.training.model import LinearHead, Take
@@ -469,7 +470,7 @@ def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
             if type(module).__name__ == "DropPath":  # some models bring a rate of their own: the plan says none
                 setattr(module, "drop_prob", 0.0)  # noqa: B010 - its type does not know it
         return backbone
-    from featcache.backbone import load_backbone
+    from featcache.backbones.timm_models import load_backbone
 
     spec = replace(bench.spec, model_args=(*bench.spec.model_args, ("drop_path_rate", plan.drop_path)))
     own = load_backbone(spec, bench.backbone.device)
@@ -488,7 +489,7 @@ def _save_head(
     plan: FineTunePlan,
 ) -> None:
     """Write the tuned network's head beside it: with the checkpoint as its backbone it predicts and exports as any other."""
-    from featcache.backbone import hash_weights
+    from featcache.backbones.timm_models import hash_weights
     from featcache.heads import linear_estimator
 
     head = tuned.model.linear_head()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from featcache import cache as caching
-from featcache import origins
+from featcache.backbones import origins
 from featcache.cache import Sighted
 from featcache.checked import check_fields
 from featcache.cluster import Recipe
@@ -35,8 +35,8 @@ from featcache.stages.extract import ExtractReport, Plan, Prepare, Ready, Sink, 
 from featcache.store import FeatureStore
 
 if TYPE_CHECKING:
-    from featcache.backbone import Backbone
-    from featcache.prefix import TorchRuntime
+    from featcache.backbones.prefix import TorchRuntime
+    from featcache.backbones.timm_models import Backbone
     from featcache.runtimes import Workers
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
@@ -189,7 +189,7 @@ class Workbench:
     @cached_property
     def backbone(self) -> "Backbone":
         """The loaded backbone; the first use imports torch."""
-        from featcache.backbone import device_of, load_backbone
+        from featcache.backbones.timm_models import device_of, load_backbone
 
         device = self.settings.device
         backbone = load_backbone(self.spec, device_of(device) if device is not None else None)
@@ -372,7 +372,7 @@ class Workbench:
         return [(size, size, 3) if cut == INPUT else next(rows).shape[1:] for cut in cuts]
 
     def _eager(self, cuts: Sequence[str]) -> "TorchRuntime":
-        from featcache.prefix import TorchRuntime
+        from featcache.backbones.prefix import TorchRuntime
 
         return TorchRuntime(self.backbone.program(cuts), self.backbone.device, self.spec.precision)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featcache.allocator import keep_freed_memory
-from featcache.backbone import Backbone
+from featcache.backbones.timm_models import Backbone
 from featcache.evaluation.metrics import Tested, cka, scores_on_test
 from featcache.evaluation.splits import Split
 from featcache.plans import FineTunePlan

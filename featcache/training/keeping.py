@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from featcache.backbone import OWN_HEAD
+from featcache.backbones.timm_models import OWN_HEAD
 from featcache.errors import FeatcacheError
 from featcache.progress import logger
 from featcache.signing import is_signed, sign

@@ -6,9 +6,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from featcache.cut import Cutter, Layer
+from featcache.backbones.cut import Cutter, Layer
+from featcache.backbones.pooling import Layout, PooledFeatures, Pooling, TokenCounts, prove_layout
 from featcache.errors import CutError, UsageError
-from featcache.pools import Layout, PooledFeatures, Pooling, TokenCounts, prove_layout
 from featcache.specs import Pool
 
 _SAME = 1e-4  # of the greatest number: what rounding leaves of two ways to the same vector

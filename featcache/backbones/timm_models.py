@@ -34,13 +34,13 @@ from numpy.typing import NDArray
 from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
-from featcache import origins
-from featcache.cut import Cutter, Layer, Place, parameters_by_use, without_unused_tokens
+from featcache.backbones import origins
+from featcache.backbones.cut import Cutter, Layer, Place, parameters_by_use, without_unused_tokens
+from featcache.backbones.layers import Layers, layout_of_version_1
+from featcache.backbones.origins import BUNDLED, Origin
+from featcache.backbones.pooling import Features, PooledFeatures, Pooling, TokenCounts, prove_layout
+from featcache.backbones.prefix import FrozenPrefix, Normalise, TorchRuntime
 from featcache.fingerprint import sha256_of_chunks
-from featcache.layers import Layers, layout_of_version_1
-from featcache.origins import BUNDLED, Origin
-from featcache.pools import Features, PooledFeatures, Pooling, TokenCounts, prove_layout
-from featcache.prefix import FrozenPrefix, Normalise, TorchRuntime
 from featcache.specs import (
     FORMAT_VERSION,
     INPUT,

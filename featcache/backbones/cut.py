@@ -18,9 +18,9 @@ import torch
 from timm.layers import DropPath, get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
+from featcache.backbones.pooling import Pooling
+from featcache.backbones.token_pruning import narrow
 from featcache.errors import CutError
-from featcache.narrowing import narrow
-from featcache.pools import Pooling
 
 _TOLERANCE = 1e-4
 
