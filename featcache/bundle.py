@@ -13,8 +13,8 @@ from featcache.cards import parse_card
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_bytes
 from featcache.progress import logger
-from featcache.signing import is_signed, sign
 from featcache.store.atomic import make_folder, remove_file, replace_file
+from featcache.store.signing import is_signed, sign
 
 Format = Literal["joblib", "skops"]
 _SUFFIX: dict[Format, str] = {"joblib": ".joblib", "skops": ".skops"}

@@ -21,7 +21,7 @@ from featcache.progress import logger, progress
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
 from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen, now_ns
 from featcache.store.atomic import create_file, make_folder, replace_file, sweep
-from featcache.store.notes import read_note, sealed, unsealed
+from featcache.store.json_files import read_note, sealed, unsealed
 
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
 _SIGNS = 4  # size, mtime, inode, ctime

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache import bundle, heads, signing
+from featcache import bundle, heads
 from featcache.errors import DataError, SetupError, UsageError
-from featcache.store import atomic
+from featcache.store import atomic, signing
 
 CARD = {"classes": ["a", "b", "c"]}
 

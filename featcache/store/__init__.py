@@ -1,7 +1,7 @@
 """The store: entries of immutable parts on disk (the only place that knows HDF5)."""
 
 from featcache.store.entry import TABLE, Features, FeatureStore, RowReader, now_ns
-from featcache.store.files import SPLITS, Listing, Part, Seen
+from featcache.store.hdf5 import SPLITS, Listing, Part, Seen
 from featcache.store.manifests import FileRecord, Manifest, Quarantined
 
 __all__ = [

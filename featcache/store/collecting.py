@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from featcache.store import manifests
 from featcache.store.atomic import abandoned
-from featcache.store.files import Array, Part, Seen
+from featcache.store.hdf5 import Array, Part, Seen
 from featcache.store.manifests import FileRecord
 
 if TYPE_CHECKING:

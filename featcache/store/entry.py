@@ -20,7 +20,8 @@ from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
 from featcache.progress import logger
 from featcache.specs import FeatureSpec, Transform
-from featcache.store import collecting, files, manifests, requests
+from featcache.store import collecting, manifests, requests
+from featcache.store import hdf5 as files
 from featcache.store.atomic import (
     create_file,
     is_temporary,
@@ -30,11 +31,11 @@ from featcache.store.atomic import (
     replace_file_by,
     sweep,
 )
-from featcache.store.files import Array, Listing, Part, Seen
+from featcache.store.checksums import Signs, Stamps, signs
+from featcache.store.hdf5 import Array, Listing, Part, Seen
+from featcache.store.json_files import parse, read_plain
 from featcache.store.lazy import LazyRows
 from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, Manifest, Quarantined
-from featcache.store.notes import parse, read_plain
-from featcache.store.stamps import Signs, Stamps, signs
 from featcache.store.verifying import OTHER_BYTES, Inspection
 
 TABLE = "features.h5"

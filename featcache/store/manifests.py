@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from featcache.fingerprint import canonical, sha256_of_bytes
-from featcache.store.files import Listing
-from featcache.store.notes import parse, read_plain, sealed, unsealed
+from featcache.store.hdf5 import Listing
+from featcache.store.json_files import parse, read_plain, sealed, unsealed
 
 PART_SUFFIX, LISTING_SUFFIX = ".h5", ".items.h5"
 _NUMBERED = re.compile(r"manifest-([1-9][0-9]{0,17})\.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.fingerprint import sha256_of_bytes
-from featcache.store.notes import parse, read_plain
+from featcache.store.json_files import parse, read_plain
 
 _ENTRY = "entry"
 _NAMED = 16  # digits of the hash in the name

@@ -7,10 +7,12 @@ from typing import TypeVar
 
 from featcache.errors import StorageError
 from featcache.fingerprint import sha256_of_file
-from featcache.store import files, manifests, requests, stamps
-from featcache.store.files import Seen
+from featcache.store import checksums as stamps
+from featcache.store import hdf5 as files
+from featcache.store import manifests, requests
+from featcache.store.hdf5 import Seen
+from featcache.store.json_files import parse, read_plain, unsealed
 from featcache.store.manifests import FileRecord, Manifest
-from featcache.store.notes import parse, read_plain, unsealed
 
 OTHER_BYTES = "its bytes are not what featcache wrote"
 _Read = TypeVar("_Read")

@@ -127,7 +127,7 @@ class Machine:
         """Count the work, and make what goes by the clock go by the batch."""
         from featcache import cache, flow
         from featcache.stages import extract
-        from featcache.store import stamps
+        from featcache.store import checksums as stamps
         from featcache.training.loop import Trial
 
         compute, epoch, numbers = flow.compute, Trial._epoch, self._numbers

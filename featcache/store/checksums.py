@@ -11,7 +11,7 @@ from featcache.errors import StorageError
 from featcache.fingerprint import sha256_of_file
 from featcache.machine import cores
 from featcache.store.atomic import replace_file
-from featcache.store.notes import read_note, sealed, unsealed
+from featcache.store.json_files import read_note, sealed, unsealed
 
 Signs = tuple[int, int, int, int]
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
