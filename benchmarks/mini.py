@@ -20,7 +20,7 @@ from featcache.datasets import open_source
 from featcache.evaluation.splits import make_split
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.records import environment
+from featcache.reports.records import environment
 from featcache.specs import INPUT, BackboneSpec, TransformOverrides
 from featcache.stages.fit import fit
 

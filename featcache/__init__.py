@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from featcache.extractor import FeatureExtractor
     from featcache.pipeline.jobs import FitPlan
     from featcache.plans import FineTunePlan
-    from featcache.records import RunRecord
+    from featcache.reports.records import RunRecord
     from featcache.specs import BackboneSpec, FeatureSpec
     from featcache.store import FeatureStore
 
@@ -26,7 +26,7 @@ _HOMES = {
     "sweep": "featcache.api",
     "bench": "featcache.api",
     "FitPlan": "featcache.pipeline.jobs",
-    "RunRecord": "featcache.records",
+    "RunRecord": "featcache.reports.records",
     "open_source": "featcache.datasets",
     "BackboneSpec": "featcache.specs",
     "FeatureSpec": "featcache.specs",

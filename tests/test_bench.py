@@ -10,8 +10,8 @@ from featcache.pipeline import bench
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.workbench import Settings
-from featcache.records import read_records
-from featcache.report import COLUMNS, markdown, rows, to_csv
+from featcache.reports.records import read_records
+from featcache.reports.tables import COLUMNS, markdown, rows, to_csv
 
 GRID = """
 heads = ["ridge", "logistic"]

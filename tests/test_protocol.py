@@ -29,8 +29,8 @@ from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan, Ledger, fit_heads
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.records import RunRecord, append_record, read_records
-from featcache.report import NO_GAIN, rows
+from featcache.reports.records import RunRecord, append_record, read_records
+from featcache.reports.tables import NO_GAIN, rows
 from featcache.specs import BackboneSpec
 from featcache.stages.controls import Control, best_on_validation, controls, standardised, statistics
 from featcache.stages.finetune import not_worse

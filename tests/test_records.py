@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import StorageError
-from featcache.records import RunRecord, append_record, read_records
+from featcache.reports.records import RunRecord, append_record, read_records
 
 RECORD = RunRecord(
     kind="fit",

@@ -23,7 +23,7 @@ from featcache.pipeline.grid import load_grid
 from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan, Unfreeze
-from featcache.records import RunRecord, read_records
+from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.stages.finetune import FineTuned, finetune
 from featcache.training.augmenting import flipped_and_shifted, mixed

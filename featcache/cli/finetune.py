@@ -11,7 +11,7 @@ from featcache.cli import options
 from featcache.plans import OPTIMISERS, RATES, FineTunePlan
 
 if TYPE_CHECKING:
-    from featcache.records import RunRecord
+    from featcache.reports.records import RunRecord
 
 _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in {"unfreeze", "batch_size"})
 _recipe = options.several(
@@ -104,9 +104,9 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
     from dataclasses import replace
 
     from featcache.api import finetune, sweep
-    from featcache.drawing import draw, require_picture
     from featcache.plans import Unfreeze
-    from featcache.report import NO_GAIN
+    from featcache.reports.plots import draw, require_picture
+    from featcache.reports.tables import NO_GAIN
 
     if plot is not None:
         require_picture(plot)

@@ -318,7 +318,7 @@ def emit(value: dict[str, Any]) -> None:
     """Print one JSON object with its schema version."""
     import json
 
-    from featcache.records import SCHEMA_VERSION
+    from featcache.reports.records import SCHEMA_VERSION
 
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **value}))
 

@@ -44,7 +44,7 @@ def command(head: Path, images: tuple[str, ...], target: Path | None, as_json: b
 
 def _write(file: Any, bundle: "Bundle", found: "Iterator[Prediction]", *, as_json: bool) -> None:
     if as_json:
-        from featcache.records import SCHEMA_VERSION
+        from featcache.reports.records import SCHEMA_VERSION
 
         for one in found:
             known = None if one.probabilities is None else dict(zip(bundle.classes, one.probabilities.tolist(), strict=True))
@@ -52,7 +52,7 @@ def _write(file: Any, bundle: "Bundle", found: "Iterator[Prediction]", *, as_jso
             file.write(json.dumps({"schema_version": SCHEMA_VERSION, **said}) + "\n")
         return
     from featcache.progress import printable
-    from featcache.report import inert
+    from featcache.reports.tables import inert
 
     writer = csv.writer(file, lineterminator="\n")
     knows = hasattr(bundle.estimator, "predict_proba")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from featcache import report
 from featcache.datasets import open_source
 from featcache.errors import FeatcacheError, StorageError
 from featcache.pipeline.grid import DataEntry, Grid
@@ -14,7 +13,8 @@ from featcache.pipeline.tuning import finetune_job, forget_state, tune_cell
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
-from featcache.records import RunRecord, read_records
+from featcache.reports import tables as report
+from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec
 from featcache.store.atomic import make_folder, replace_file
 

@@ -21,7 +21,7 @@ from featcache.machine import free_memory
 from featcache.pipeline.recording import aligned, bits, cell_of, look_at, new_record
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
-from featcache.records import RunRecord, append_record
+from featcache.reports.records import RunRecord, append_record
 from featcache.specs import POOLED, Views, cut_of_layers
 from featcache.store import Features, FeatureStore
 from featcache.store.lazy import LazyRows

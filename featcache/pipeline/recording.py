@@ -12,7 +12,7 @@ from featcache.evaluation.units import copies, remarks
 from featcache.fingerprint import fingerprint
 from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.plans import FineTunePlan
-from featcache.records import RunRecord, stamp
+from featcache.reports.records import RunRecord, stamp
 from featcache.store import Features, FeatureStore, RowReader
 
 

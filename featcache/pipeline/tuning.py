@@ -22,7 +22,7 @@ from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unb
 from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
 from featcache.plans import FineTunePlan
 from featcache.progress import logger
-from featcache.records import RunRecord, append_record, read_records
+from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
 from featcache.store import Features
 from featcache.store.atomic import remove_file

@@ -9,7 +9,7 @@ from featcache import bundle
 from featcache.cache import bound_location, entry_folders
 from featcache.errors import FeatcacheError, StorageError
 from featcache.fingerprint import sha256_of_file
-from featcache.records import broken_lines
+from featcache.reports.records import broken_lines
 from featcache.store import FeatureStore
 
 _HEADS = (".joblib", ".skops")

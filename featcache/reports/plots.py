@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import SetupError, UsageError
-from featcache.records import RunRecord
+from featcache.reports.records import RunRecord
 from featcache.store.atomic import make_folder, replace_file
 
 if TYPE_CHECKING:

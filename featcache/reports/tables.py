@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from featcache.evaluation.metrics import Gap, gap
-from featcache.records import RunRecord
+from featcache.reports.records import RunRecord
 
 COLUMNS = (
     "dataset",
