@@ -18,11 +18,11 @@ from tabulate import tabulate
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.evaluation.splits import make_split
+from featcache.heads.fit import fit
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.reports.records import environment
 from featcache.specs import INPUT, BackboneSpec, TransformOverrides
-from featcache.stages.fit import fit
 
 DATA = ("cifar10-5k", "signdigits", "flowers5")
 RAW_PX = 32

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
-from featcache.solvers import linear
+from featcache.heads.solvers import linear
 
 HERE = Path(__file__).parent
 CS = [float(C) for C in np.logspace(-4, 4, 9)]

@@ -18,7 +18,7 @@ from featcache.plans import FineTunePlan, Unfreeze
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views
 
 if TYPE_CHECKING:
-    from featcache.bundle import Bundle
+    from featcache.heads.bundle import Bundle
     from featcache.pipeline.exporting import Exported
     from featcache.pipeline.predicting import Prediction
 
@@ -153,7 +153,7 @@ def predict(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.bundle import load
+    from featcache.heads.bundle import load
     from featcache.pipeline.predicting import find_images, label_images
 
     bundle = load(Path(head), trust=trust)
@@ -183,7 +183,7 @@ def export(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.bundle import load
+    from featcache.heads.bundle import load
     from featcache.pipeline.exporting import export as write
 
     bundle = load(Path(head), trust=trust)

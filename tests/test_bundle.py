@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache import bundle, heads
+from featcache import heads
 from featcache.errors import DataError, SetupError, UsageError
+from featcache.heads import bundle
 from featcache.store import atomic, signing
 
 CARD = {"classes": ["a", "b", "c"]}

@@ -11,7 +11,7 @@ import pytest
 import featcache
 from featcache.checked import MAX_SEED, check_seed
 from featcache.errors import UsageError
-from featcache.heads.choosing import ALL, ENSEMBLE, HEADS
+from featcache.heads.search import ALL, ENSEMBLE, HEADS
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan
 from featcache.pipeline.workbench import Settings, Target

@@ -18,14 +18,14 @@ from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import at_temperature, best_temperature
 from featcache.evaluation.splits import Split, make_split
 from featcache.heads import nonlinear
+from featcache.heads.baselines import controls
+from featcache.heads.curves import learning_curve, shot_curve
+from featcache.heads.fit import ensemble, fit, members_of
+from featcache.heads.solvers import linear
 from featcache.pipeline import jobs
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.solvers import linear
 from featcache.specs import BackboneSpec
-from featcache.stages.controls import controls
-from featcache.stages.curves import learning_curve, shot_curve
-from featcache.stages.fit import ensemble, fit, members_of
 from featcache.store import Features
 
 

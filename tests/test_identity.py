@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from support import TINY, Outcome, draw_folder, draw_image
 from timm.models import save_for_hf
 
-from featcache import FeatureExtractor, api, bundle
+from featcache import FeatureExtractor, api
 from featcache.backbones import origins
 from featcache.backbones import timm_models as backbone
 from featcache.backbones.origins import Origin
 from featcache.cache import identify
 from featcache.datasets import open_source
 from featcache.errors import DataError, SetupError, UsageError
+from featcache.heads import bundle
 from featcache.pipeline import predicting
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from support import TINY, Outcome, draw_image
 
-from featcache import bundle
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets.images import decode
 from featcache.evaluation.metrics import at_temperature
+from featcache.heads import bundle
 from featcache.pipeline import predicting
 from featcache.pipeline.predicting import label_images
 from featcache.pipeline.workbench import Settings

@@ -23,6 +23,7 @@ from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Scores, gap
 from featcache.evaluation.splits import make_split
+from featcache.heads.baselines import Control, best_on_validation, controls, standardised, statistics
 from featcache.pipeline import bench, jobs
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
@@ -32,7 +33,6 @@ from featcache.pipeline.workbench import Settings, Workbench
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.reports.tables import NO_GAIN, rows
 from featcache.specs import BackboneSpec
-from featcache.stages.controls import Control, best_on_validation, controls, standardised, statistics
 from featcache.stages.finetune import not_worse
 from featcache.training.loop import Epoch, Job, Trained, Trial, kept, noise
 from featcache.training.model import SuffixAndHead
@@ -351,7 +351,7 @@ def test_no_gain_is_said_everywhere(run: Run, folder: Path) -> None:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count how often each head is fitted."""
-    from featcache.stages import fit as stage
+    from featcache.heads import fit as stage
 
     done: Counter[str] = Counter()
     whole = stage.fit
@@ -391,7 +391,7 @@ def test_all_heads_have_a_row_each(
 ) -> None:
     """A second run fits nothing; a cell is named after its head, as if each had been asked for."""
     few = {name: heads.HEADS[name] for name in ("centroid", "ridge", "knn", "logistic")}
-    monkeypatch.setattr("featcache.heads.choosing.HEADS", few)
+    monkeypatch.setattr("featcache.heads.search.HEADS", few)
     path = tmp_path / "grid.toml"
     text = 'heads = {heads}\n[[dataset]]\ndata = "{data}"\n' + TOML_BACKBONE
     done = counted(monkeypatch)

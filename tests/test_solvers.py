@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from featcache.solvers import linear, newton, ridge
+from featcache.heads.solvers import linear, newton, ridge
 
 
 def data(classes: int, count: int = 200, width: int = 12, noise: float = 1.5, seed: int = 0) -> tuple[Any, Any]:

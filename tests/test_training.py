@@ -13,10 +13,10 @@ from test_finetune import GAINS, PLAN, Prepared
 from torch import Tensor, nn
 
 from featcache.backbones.timm_models import load_backbone
-from featcache.bundle import load as load_bundle
 from featcache.datasets import open_source
 from featcache.errors import StorageError, UsageError
 from featcache.evaluation.metrics import cka
+from featcache.heads.bundle import load as load_bundle
 from featcache.pipeline import tuning
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid

@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from featcache import heads
 from featcache.evaluation.splits import Fold
-from featcache.solvers import linear
+from featcache.heads.solvers import linear
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0))
@@ -193,7 +193,7 @@ def measure_all(X: Any, y: Any) -> dict[str, Any]:
 def measure_memory(rows: int = 44000, width: int = 512) -> dict[str, Any]:
     """Measure the peak memory of a fit in a process of its own, over the feature matrix."""
     code = (
-        "import sys, resource, numpy as np; from featcache.solvers import linear\n"
+        "import sys, resource, numpy as np; from featcache.heads.solvers import linear\n"
         "rows, width = int(sys.argv[1]), int(sys.argv[2])\n"
         "X = np.empty((rows, width), np.float32)\n"
         "rng = np.random.default_rng(0)\n"

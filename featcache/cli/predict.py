@@ -12,7 +12,7 @@ import click
 from featcache.cli import options
 
 if TYPE_CHECKING:
-    from featcache.bundle import Bundle
+    from featcache.heads.bundle import Bundle
     from featcache.pipeline.predicting import Prediction
 
 

@@ -1,7 +1,9 @@
 """The heads: scikit-learn estimators on embeddings, each with the search space that validation chooses from."""
 
 from featcache.heads.base import HeadFamily, Many, Params, answers, as_rows, some_of
-from featcache.heads.choosing import (
+from featcache.heads.linear import linear_estimator, linear_weights
+from featcache.heads.multioutput import NUMBER_HEADS, sweep_labels, sweep_numbers, train_labels, train_number
+from featcache.heads.search import (
     ENSEMBLE,
     HEADS,
     Chosen,
@@ -12,8 +14,6 @@ from featcache.heads.choosing import (
     require_params,
     train,
 )
-from featcache.heads.linear import linear_estimator, linear_weights
-from featcache.heads.targets import NUMBER_HEADS, sweep_labels, sweep_numbers, train_labels, train_number
 
 __all__ = [
     "ENSEMBLE",

@@ -13,8 +13,8 @@ from sklearn.svm import LinearSVC
 
 from featcache.evaluation.splits import Fold
 from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Many, Params, mask_of
-from featcache.solvers import linear, ridge
-from featcache.solvers.linear import Solution
+from featcache.heads.solvers import linear, ridge
+from featcache.heads.solvers.linear import Solution
 from featcache.store.lazy import LazyRows
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)

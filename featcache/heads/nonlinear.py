@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from featcache.evaluation.splits import Fold
 from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, plain
 from featcache.heads.linear import as_logistic, probabilities
-from featcache.solvers import linear
+from featcache.heads.solvers import linear
 
 _MIN_FOR_EARLY_STOPPING = 20
 _MOST_EPOCHS = 2000  # three hundred did not always do without held-out rows

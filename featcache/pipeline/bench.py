@@ -148,7 +148,7 @@ def _expanded(heads: Sequence[str]) -> list[str]:
 def _with_members(head: str, heads: Sequence[str]) -> tuple[str, ...]:
     """Return a head, an ensemble with those that it may be made of: the usual ones, and those of its kind beside it."""
     from featcache.heads import in_order
-    from featcache.stages.fit import MEMBERS, members_of
+    from featcache.heads.fit import MEMBERS, members_of
 
     if head != ENSEMBLE:
         return (head,)

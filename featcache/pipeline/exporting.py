@@ -23,11 +23,11 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
-from featcache.bundle import Bundle
 from featcache.datasets import Source
 from featcache.datasets.images import UnreadableImage, decode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
+from featcache.heads.bundle import Bundle
 from featcache.heads.neighbours import TEMPERATURE
 from featcache.pipeline.predicting import bench_of
 from featcache.pipeline.workbench import Settings

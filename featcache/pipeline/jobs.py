@@ -27,10 +27,10 @@ from featcache.store import Features, FeatureStore
 from featcache.store.lazy import LazyRows
 
 if TYPE_CHECKING:
-    from featcache.stages.controls import Control
-    from featcache.stages.curves import Curve
-    from featcache.stages.fit import FittedHead
-    from featcache.stages.targets import FittedTarget
+    from featcache.heads.baselines import Control
+    from featcache.heads.curves import Curve
+    from featcache.heads.fit import FittedHead
+    from featcache.heads.fit_multioutput import FittedTarget
 
 PROBE = "logistic"
 PROBES = ("ridge", "knn", PROBE)  # what the gap is taken to at least: the cheap ones
@@ -253,7 +253,7 @@ def _fitted(
 ) -> "FittedHead | None":
     """Train one head; of all heads, one that cannot be trained on these images is said and costs no other."""
     from featcache.heads import ENSEMBLE
-    from featcache.stages.fit import ensemble, fit
+    from featcache.heads.fit import ensemble, fit
 
     try:
         if name == ENSEMBLE:
@@ -282,7 +282,7 @@ def _heads_of(plan: FitPlan) -> list[str]:
         UsageError: a head is unknown, or does not go with the plan.
     """
     from featcache import heads
-    from featcache.stages.fit import members_of
+    from featcache.heads.fit import members_of
 
     for name in plan.heads:
         heads.require_head(name)
@@ -375,9 +375,8 @@ def _fit_targets(
     seed: int,
     records: Path | None,
 ) -> list[TargetJob]:
-    from featcache import bundle
-    from featcache.heads import NUMBER_HEADS
-    from featcache.stages.targets import fit_labels, fit_number
+    from featcache.heads import NUMBER_HEADS, bundle
+    from featcache.heads.fit_multioutput import fit_labels, fit_number
 
     split = make_free_split(len(features.y), features.splits, seed, groups, features.sha256)
     _say(features, split, Ledger())
@@ -461,7 +460,7 @@ def groups_of(bench: Workbench, features: Features, column: str | None) -> list[
 
 
 def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: int) -> "list[Curve]":
-    from featcache.stages.curves import learning_curve, shot_curve
+    from featcache.heads.curves import learning_curve, shot_curve
 
     found = []
     if plan.shots:
@@ -473,7 +472,7 @@ def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: in
 
 def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence[HeadJob], seed: int) -> "list[Control]":
     """Train the controls on the same split, and warn where the best on validation does as well as the best head there."""
-    from featcache.stages.controls import SIDE, best_on_validation, controls
+    from featcache.heads.baselines import SIDE, best_on_validation, controls
 
     keep, common, take = aligned(features, bench.thumbnails(SIDE).store)
     if left_out := len(features.y) - len(keep):
@@ -508,7 +507,7 @@ def _keep_head(
     *,
     keep: bool,
 ) -> HeadJob:
-    from featcache import bundle
+    from featcache.heads import bundle
 
     for note in fitted.notes:
         logger.warning(note)

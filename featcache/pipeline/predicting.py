@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
-from featcache.bundle import Bundle
 from featcache.datasets import FileStat, Item, Source, image_files, read_file, stat_file
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.metrics import at_temperature
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.flow import Batch, Reader, run_batches, sample
 from featcache.heads import answers, over_views
+from featcache.heads.bundle import Bundle
 from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import logger, progress
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import bundle
 from featcache.backbones import origins
 from featcache.cache import identify
 from featcache.datasets import require_one_label
@@ -17,6 +16,7 @@ from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.splits import Split, make_split, restricted
 from featcache.fingerprint import canonical
+from featcache.heads import bundle
 from featcache.pipeline.jobs import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
 from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench

@@ -5,10 +5,10 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from featcache import bundle
 from featcache.cache import bound_location, entry_folders
 from featcache.errors import FeatcacheError, StorageError
 from featcache.fingerprint import sha256_of_file
+from featcache.heads import bundle
 from featcache.reports.records import broken_lines
 from featcache.store import FeatureStore
 

@@ -371,8 +371,8 @@ def _whole(root: Path) -> list[str]:
 
 
 def _heads(root: Path) -> Iterator[str]:
-    from featcache import bundle
     from featcache.errors import FeatcacheError
+    from featcache.heads import bundle
 
     for path in root.rglob("*.joblib"):
         try:

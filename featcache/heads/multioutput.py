@@ -14,9 +14,9 @@ from featcache.errors import DataError, UsageError
 from featcache.heads.base import X_, Params, mask_of
 from featcache.heads.linear import ALPHAS, COARSE_CS
 from featcache.heads.neighbours import KNN
+from featcache.heads.solvers import linear, ridge
+from featcache.heads.solvers.linear import Solution
 from featcache.progress import logger
-from featcache.solvers import linear, ridge
-from featcache.solvers.linear import Solution
 
 Labels = NDArray[np.bool_]
 Numbers = NDArray[np.float64]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp, xlogy
 
-from featcache.solvers.scaled import Floats, Rows, Scaled
+from featcache.heads.solvers.scaled import Floats, Rows, Scaled
 
 Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 

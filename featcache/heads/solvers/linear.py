@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, eigh
 from scipy.special import softmax
 
+from featcache.heads.solvers import newton
+from featcache.heads.solvers.lbfgs import Descent, Precondition
+from featcache.heads.solvers.passes import Ahead, Loss, Passes
+from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.machine import cores
-from featcache.solvers import newton
-from featcache.solvers.lbfgs import Descent, Precondition
-from featcache.solvers.passes import Ahead, Loss, Passes
-from featcache.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.store.lazy import LazyRows
 
 TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigvalsh_tridiagonal
 
-from featcache.solvers.scaled import Floats
+from featcache.heads.solvers.scaled import Floats
 
 _SUFFICIENT = 1e-4
 _SHORTEST = 1e-10

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from featcache.cards import parse_card
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_bytes
+from featcache.heads.cards import parse_card
 from featcache.progress import logger
 from featcache.store.atomic import make_folder, remove_file, replace_file
 from featcache.store.signing import is_signed, sign

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 
+from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.machine import cores
-from featcache.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.store.lazy import LazyRows
 
 
