@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 from featcache.datasets import open_source
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.pipeline import tuning
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.plans import FineTunePlan, Unfreeze
 from featcache.progress import set_up_notes
 from featcache.specs import INPUT, BackboneSpec
 

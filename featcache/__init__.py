@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from featcache.api import bench, export, extract, finetune, fit, predict, sweep
     from featcache.datasets import open_source
     from featcache.extractor import FeatureExtractor
+    from featcache.finetuning.plan import FineTunePlan
     from featcache.pipeline.jobs import FitPlan
-    from featcache.plans import FineTunePlan
     from featcache.reports.records import RunRecord
     from featcache.specs import BackboneSpec, FeatureSpec
     from featcache.store import FeatureStore
@@ -30,7 +30,7 @@ _HOMES = {
     "open_source": "featcache.datasets",
     "BackboneSpec": "featcache.specs",
     "FeatureSpec": "featcache.specs",
-    "FineTunePlan": "featcache.plans",
+    "FineTunePlan": "featcache.finetuning.plan",
     "FeatureExtractor": "featcache.extractor",
     "FeatureStore": "featcache.store",
 }

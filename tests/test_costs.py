@@ -8,11 +8,11 @@ import pytest
 from support import TINY, Outcome
 
 from featcache.datasets import open_source
+from featcache.finetuning.checkpoint import Keeper
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Extracted, Settings, Target, Workbench
-from featcache.plans import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec
-from featcache.training.keeping import Keeper
 
 ROUNDING = 0.01  # of some thousandths in every manifest
 

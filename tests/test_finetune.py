@@ -14,19 +14,19 @@ from featcache.backbones.timm_models import Backbone, Stage, load_backbone
 from featcache.datasets import open_source
 from featcache.errors import UsageError
 from featcache.evaluation.splits import make_split
+from featcache.finetuning import precision as choosing
+from featcache.finetuning.checkpoint import save_checkpoint
+from featcache.finetuning.distributed import Team
+from featcache.finetuning.finetuner import FineTuned, finetune
+from featcache.finetuning.model import LinearHead, SuffixAndHead, predict, set_training
+from featcache.finetuning.optim import rate
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning.unfreezing import thaw
 from featcache.pipeline import tuning
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.plans import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec
-from featcache.stages.finetune import FineTuned, finetune
 from featcache.store import Features
-from featcache.training import precision as choosing
-from featcache.training.keeping import save_checkpoint
-from featcache.training.model import LinearHead, SuffixAndHead, predict, set_training
-from featcache.training.optimising import rate
-from featcache.training.team import Team
-from featcache.unfreeze import thaw
 
 PLAN = FineTunePlan(
     Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2, precision="float32"

@@ -25,6 +25,7 @@ from featcache.backbones.origins import Origin
 from featcache.cache import identify
 from featcache.datasets import open_source
 from featcache.errors import DataError, SetupError, UsageError
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.heads import bundle
 from featcache.pipeline import predicting
 from featcache.pipeline.bench import run_bench
@@ -32,7 +33,6 @@ from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.tuning import finetune_job
 from featcache.pipeline.workbench import Extracted, Settings, Target, Workbench
-from featcache.plans import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 
 Run = Callable[..., Outcome]

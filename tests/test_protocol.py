@@ -23,6 +23,10 @@ from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Scores, gap
 from featcache.evaluation.splits import make_split
+from featcache.finetuning.distributed import Team
+from featcache.finetuning.finetuner import not_worse
+from featcache.finetuning.loop import Epoch, Job, Trained, Trial, kept, noise
+from featcache.finetuning.model import SuffixAndHead
 from featcache.heads.baselines import Control, best_on_validation, controls, standardised, statistics
 from featcache.pipeline import bench, jobs
 from featcache.pipeline.bench import run_bench
@@ -33,10 +37,6 @@ from featcache.pipeline.workbench import Settings, Workbench
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.reports.tables import NO_GAIN, rows
 from featcache.specs import BackboneSpec
-from featcache.stages.finetune import not_worse
-from featcache.training.loop import Epoch, Job, Trained, Trial, kept, noise
-from featcache.training.model import SuffixAndHead
-from featcache.training.team import Team
 
 Run = Callable[..., Outcome]
 TOML_BACKBONE = """[[backbone]]

@@ -16,23 +16,23 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.errors import StorageError, UsageError
 from featcache.evaluation.metrics import cka
+from featcache.finetuning.augment import flipped_and_shifted, mixed
+from featcache.finetuning.batchnorm_folding import ConvolutionAndNorm, fold_norms
+from featcache.finetuning.checkpoint import Keeper
+from featcache.finetuning.finetuner import FineTuned, finetune
+from featcache.finetuning.loop import Trial
+from featcache.finetuning.lora import add_lora, merge_lora
+from featcache.finetuning.model import LinearHead, SuffixAndHead, set_training
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning.unfreezing import depths, thaw
 from featcache.heads.bundle import load as load_bundle
 from featcache.pipeline import tuning
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.plans import FineTunePlan, Unfreeze
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec, TransformOverrides
-from featcache.stages.finetune import FineTuned, finetune
-from featcache.training.augmenting import flipped_and_shifted, mixed
-from featcache.training.folding import ConvolutionAndNorm, fold_norms
-from featcache.training.keeping import Keeper
-from featcache.training.loop import Trial
-from featcache.training.lora import add_lora, merge_lora
-from featcache.training.model import LinearHead, SuffixAndHead, set_training
-from featcache.unfreeze import depths, thaw
 
 Run = Callable[..., Outcome]
 VIT = BackboneSpec("test_vit", random_init=0)
@@ -203,7 +203,7 @@ def test_a_broken_training_goes_on_exactly(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int, *, refit: bool
 ) -> None:
     """Killed after so many reads, then run again: the same weights, bit for bit, as without a break."""
-    monkeypatch.setattr("featcache.training.loop._SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("featcache.finetuning.loop._SAVE_SECONDS", 0.0)
     plan = replace(PLAN, lr=(1e-3, 1e-2), refit=refit, mixup=0.2, ema=0.9, optimiser="adamw")
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
     keeper = Keeper(tmp_path / "state")
@@ -312,7 +312,7 @@ def test_a_training_that_has_ended_is_not_lost(
     """Killed at the checkpoint, the head, the record or after it: nothing is trained again, and one record stands."""
     records, bench = tmp_path / "runs.jsonl", Workbench(open_source(folder), tiny, settings)
     plan = replace(PLAN, lr=(1e-3, 1e-2))
-    places = {"save_checkpoint": "featcache.training.keeping.", "clear": "featcache.training.keeping.Keeper."}
+    places = {"save_checkpoint": "featcache.finetuning.checkpoint.", "clear": "featcache.finetuning.checkpoint.Keeper."}
 
     def killed(*_: object, **__: object) -> None:
         raise KilledError
@@ -568,7 +568,7 @@ def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
         *others, plan, thawed = arguments
         return finetune(*others, plan if named["shallower"] is None else wreck, thawed, **named)
 
-    monkeypatch.setattr("featcache.stages.finetune.finetune", wrecked)
+    monkeypatch.setattr("featcache.finetuning.finetuner.finetune", wrecked)
     first, *deeper = sweep_job(Workbench(open_source(subtle), tiny, settings), GAINS).jobs
 
     assert first.tuned.best > 0
@@ -694,8 +694,8 @@ def test_similarity_of_embeddings() -> None:
 def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: float) -> None:
     """The last training has no judge but the validation images: it is kept where it knows them as well, but for noise."""
     from featcache.evaluation.metrics import score
-    from featcache.training.loop import noise
-    from featcache.training.model import predict
+    from featcache.finetuning.loop import noise
+    from featcache.finetuning.model import predict
 
     own = prepared.backbone.separate()
     stored = prepared.bench.extracted("layer3", "float32").store.reader()

@@ -33,17 +33,17 @@ from torchvision.datasets import ImageFolder
 
 from featcache.backbones.timm_models import Backbone
 from featcache.datasets import open_source
+from featcache.finetuning.distributed import Team
+from featcache.finetuning.finetuner import open_up
+from featcache.finetuning.loop import Epoch, Job, Trial
+from featcache.finetuning.model import LinearHead, SuffixAndHead, Take
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning.unfreezing import depths, thaw
 from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.pipeline.workbench import Settings, Workbench
-from featcache.plans import FineTunePlan, Unfreeze
 from featcache.progress import set_up_notes
 from featcache.runtimes import workers_here
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
-from featcache.stages.finetune import open_up
-from featcache.training.loop import Epoch, Job, Trial
-from featcache.training.model import LinearHead, SuffixAndHead, Take
-from featcache.training.team import Team
-from featcache.unfreeze import depths, thaw
 
 HERE = Path(__file__).parent
 BATCH, CLASSES, ROUNDS, EPOCHS = 32, 10, 2, 10

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.cli import options
-from featcache.plans import OPTIMISERS, RATES, FineTunePlan
+from featcache.finetuning.plan import OPTIMISERS, RATES, FineTunePlan
 
 if TYPE_CHECKING:
     from featcache.reports.records import RunRecord
@@ -104,7 +104,7 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
     from dataclasses import replace
 
     from featcache.api import finetune, sweep
-    from featcache.plans import Unfreeze
+    from featcache.finetuning.plan import Unfreeze
     from featcache.reports.plots import draw, require_picture
     from featcache.reports.tables import NO_GAIN
 

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from featcache.cli import options
-from featcache.plans import HEAD_NAMES
+from featcache.finetuning.plan import HEAD_NAMES
 
 _HEADS = f"{', '.join(name for name in HEAD_NAMES if name != 'all')}; all for each, the cheapest first."
 _PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group", "shots", "curve", "controls", "format")

@@ -9,7 +9,7 @@ from typing import Any
 
 from featcache.checked import check_seed, check_value
 from featcache.errors import UsageError
-from featcache.plans import HEAD_NAMES, FineTunePlan, Unfreeze
+from featcache.finetuning.plan import HEAD_NAMES, FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec, TransformOverrides, freeze_args
 
 _OVERRIDES = tuple(field.name for field in fields(TransformOverrides))

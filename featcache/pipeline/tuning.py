@@ -15,12 +15,12 @@ from featcache.datasets import require_one_label
 from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.splits import Split, make_split, restricted
+from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
 from featcache.heads import bundle
 from featcache.pipeline.jobs import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
 from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
-from featcache.plans import FineTunePlan
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
@@ -29,10 +29,10 @@ from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
     from featcache.backbones.timm_models import Backbone
-    from featcache.stages.finetune import FineTuned
-    from featcache.training.keeping import Keeper
-    from featcache.training.model import LinearHead, Take
-    from featcache.unfreeze import Thawed
+    from featcache.finetuning.checkpoint import Keeper
+    from featcache.finetuning.finetuner import FineTuned
+    from featcache.finetuning.model import LinearHead, Take
+    from featcache.finetuning.unfreezing import Thawed
 
 _DRIFTED = 0.5
 _USABLE = 0.9  # of a disk's free room
@@ -141,7 +141,7 @@ def sweep_job(
     All boundaries are extracted in one pass. Each depth starts from the weights of the one before it and takes over its
     rate, once one depth has gained on the probe: the others' rates need no search.
     """
-    from featcache.unfreeze import depths
+    from featcache.finetuning.unfreezing import depths
 
     ground = _Ground(bench, probes, group, seed, Ledger())
     plans = [replace(plan, unfreeze=wish) for wish in depths(bench.backbone.stages)]
@@ -164,7 +164,7 @@ class _Ground:
 
     def __init__(self, bench: Workbench, probes: Sequence[str], group: str | None, seed: int, ledger: Ledger) -> None:
         from featcache import heads
-        from featcache.training.team import Team
+        from featcache.finetuning.distributed import Team
 
         for name in probes:
             heads.require_head(name)
@@ -177,7 +177,7 @@ class _Ground:
 
     def thawed(self, plan: FineTunePlan) -> "Thawed":
         """Return what trains."""
-        from featcache.unfreeze import thaw
+        from featcache.finetuning.unfreezing import thaw
 
         return thaw(self.bench.backbone.stages, plan.unfreeze, self.bench.backbone.module)
 
@@ -243,7 +243,7 @@ class _Ground:
     def linear_probes(self) -> "tuple[LinearHead, LinearHead]":
         """The linear probe fitted on train alone, and the one refitted on train and val."""
         from featcache import heads
-        from featcache.training.model import LinearHead
+        from featcache.finetuning.model import LinearHead
 
         fitted = next(job.fitted for job in self.probes if job.record.method == PROBE)
         features, train = self.features, self.split.train
@@ -320,8 +320,8 @@ def _tune_apart(
 def _tune(
     ground: _Ground, plan: FineTunePlan, thawed: "Thawed", records: Path | None, after: TuneJob | None = None
 ) -> TuneJob:
-    from featcache.stages.finetune import finetune
-    from featcache.training.keeping import Keeper, save_checkpoint
+    from featcache.finetuning.checkpoint import Keeper, save_checkpoint
+    from featcache.finetuning.finetuner import finetune
 
     bench, seed = ground.bench, ground.seed
     at_cut, notes = ground.entry(thawed.cut)

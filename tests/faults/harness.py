@@ -126,9 +126,9 @@ class Machine:
     def _watch(self) -> None:
         """Count the work, and make what goes by the clock go by the batch."""
         from featcache import cache, flow
+        from featcache.finetuning.loop import Trial
         from featcache.stages import extract
         from featcache.store import checksums as stamps
-        from featcache.training.loop import Trial
 
         compute, epoch, numbers = flow.compute, Trial._epoch, self._numbers
 

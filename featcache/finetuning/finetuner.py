@@ -23,17 +23,17 @@ from featcache.allocator import keep_freed_memory
 from featcache.backbones.timm_models import Backbone
 from featcache.evaluation.metrics import Tested, cka, scores_on_test
 from featcache.evaluation.splits import Split
-from featcache.plans import FineTunePlan
+from featcache.finetuning.batchnorm_folding import fold_norms
+from featcache.finetuning.checkpoint import Keeper
+from featcache.finetuning.distributed import Team
+from featcache.finetuning.loop import DivergedError, Epoch, Job, Trained, Trial, epoch_of, noise, to_device
+from featcache.finetuning.lora import add_lora, merge_lora
+from featcache.finetuning.model import LinearHead, SuffixAndHead, Take, embed, predict
+from featcache.finetuning.plan import FineTunePlan
+from featcache.finetuning.precision import choose_precision
+from featcache.finetuning.unfreezing import Thawed
 from featcache.progress import progress
 from featcache.specs import Precision
-from featcache.training.folding import fold_norms
-from featcache.training.keeping import Keeper
-from featcache.training.loop import DivergedError, Epoch, Job, Trained, Trial, epoch_of, noise, to_device
-from featcache.training.lora import add_lora, merge_lora
-from featcache.training.model import LinearHead, SuffixAndHead, Take, embed, predict
-from featcache.training.precision import choose_precision
-from featcache.training.team import Team
-from featcache.unfreeze import Thawed
 
 Whole = tuple[dict[str, Tensor], LinearHead]  # a backbone's weights and a head
 

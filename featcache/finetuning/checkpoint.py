@@ -13,10 +13,10 @@ from torch import nn
 
 from featcache.backbones.timm_models import OWN_HEAD
 from featcache.errors import FeatcacheError
+from featcache.finetuning.model import SuffixAndHead
 from featcache.progress import logger
 from featcache.store.atomic import make_folder, remove_file, replace_file, replace_file_by
 from featcache.store.signing import is_signed, sign
-from featcache.training.model import SuffixAndHead
 
 _STATE = b"featcache: state of a training\n"  # what a signature is for
 _SIGNATURE = 64  # hexadecimal digits

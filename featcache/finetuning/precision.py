@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featcache.finetuning.distributed import Team
+from featcache.finetuning.model import SuffixAndHead, set_training
 from featcache.specs import Precision
-from featcache.training.model import SuffixAndHead, set_training
-from featcache.training.team import Team
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHOICE: tuple[Precision, Precision] = ("float32", "bfloat16")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.plans import FineTunePlan
+from featcache.finetuning.plan import FineTunePlan
 
 _MOMENTUM = 0.9
 Group = dict[str, Any]

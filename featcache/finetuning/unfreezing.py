@@ -8,7 +8,7 @@ from torch import nn
 
 from featcache.backbones.timm_models import Stage
 from featcache.errors import UsageError
-from featcache.plans import Unfreeze
+from featcache.finetuning.plan import Unfreeze
 from featcache.specs import INPUT
 
 

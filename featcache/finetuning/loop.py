@@ -17,14 +17,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
 from featcache.evaluation.splits import Index
-from featcache.plans import FineTunePlan
+from featcache.finetuning.augment import flipped_and_shifted, mixed
+from featcache.finetuning.distributed import Team
+from featcache.finetuning.model import SuffixAndHead, Take, chunks, predict, set_training
+from featcache.finetuning.optim import make_optimiser, parameter_groups, rate
+from featcache.finetuning.plan import FineTunePlan
+from featcache.finetuning.precision import DTYPES
 from featcache.progress import logger
 from featcache.specs import Precision
-from featcache.training.augmenting import flipped_and_shifted, mixed
-from featcache.training.model import SuffixAndHead, Take, chunks, predict, set_training
-from featcache.training.optimising import make_optimiser, parameter_groups, rate
-from featcache.training.precision import DTYPES
-from featcache.training.team import Team
 
 _SAVE_SECONDS = 60.0
 _ROUNDING = 1e-9  # of differences of accuracies
