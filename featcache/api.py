@@ -5,16 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featcache.cache import default_cache
 from featcache.checked import check_seed, check_value
 from featcache.datasets import Source, open_source
 from featcache.errors import DataError, FeatcacheError, UsageError
+from featcache.extraction.feature_cache import Estimate, Extracted, Settings, Target, Workbench
+from featcache.extraction.lookup import default_cache
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.pipeline.bench import BenchResult, run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan, HeadJobs, fit_heads
 from featcache.pipeline.tuning import SweepJob, TuneJob, finetune_job, sweep_job
-from featcache.pipeline.workbench import Estimate, Extracted, Settings, Target, Workbench
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views
 
 if TYPE_CHECKING:

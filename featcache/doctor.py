@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from featcache.cache import default_cache
 from featcache.errors import FeatcacheError
+from featcache.extraction.lookup import default_cache
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _device() -> Finding:
 
 def _runtimes() -> Finding:
     try:
-        from featcache.runtimes import is_installed
+        from featcache.extraction.runtimes import is_installed
         from featcache.specs import RUNTIMES
 
         found = [name for name in RUNTIMES if name not in {"auto", "torch"} and is_installed(name)]

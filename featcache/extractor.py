@@ -12,11 +12,11 @@ from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from featcache.cache import default_cache
 from featcache.datasets import FileStat, Item, Source, read_file, stat_file
 from featcache.datasets.images import UnreadableImage, encode, encode_image
 from featcache.errors import DataError, UsageError
-from featcache.pipeline.workbench import Settings, Workbench
+from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.lookup import default_cache
 from featcache.specs import POOLED, BackboneSpec, TransformOverrides, cut_of_layers, freeze_args
 
 

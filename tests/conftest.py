@@ -8,7 +8,7 @@ import torch
 from support import Outcome, draw_folder, draw_subtle
 
 from featcache.cli import main
-from featcache.pipeline.workbench import Settings
+from featcache.extraction.feature_cache import Settings
 from featcache.specs import BackboneSpec, TransformOverrides
 
 

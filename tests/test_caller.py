@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_info
 
 import featcache
 from featcache import FeatureExtractor, FineTunePlan, machine
+from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.plan import Unfreeze
-from featcache.pipeline.workbench import Settings
 from featcache.specs import BackboneSpec
 
 DROPPING = replace(FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,)), drop_path=0.2)

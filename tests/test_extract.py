@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, draw_folder, draw_image
 
-from featcache.cache import take_stock
 from featcache.datasets import open_source
 from featcache.errors import DataError, StorageError
-from featcache.flow import Batch, Reader
-from featcache.pipeline.workbench import Extracted, Settings, Workbench
+from featcache.extraction import extract as stage
+from featcache.extraction.extract import Plan, Ready, Sink
+from featcache.extraction.feature_cache import Extracted, Settings, Workbench
+from featcache.extraction.loader import Batch, Reader
+from featcache.extraction.lookup import take_stock
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
-from featcache.stages import extract as stage
-from featcache.stages.extract import Plan, Ready, Sink
 from featcache.store import FeatureStore
 
 

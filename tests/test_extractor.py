@@ -17,7 +17,7 @@ from featcache import FeatureExtractor
 from featcache.backbones import timm_models as backbone
 from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
-from featcache.pipeline.workbench import Settings, Workbench
+from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.specs import BackboneSpec
 
 

@@ -22,9 +22,10 @@ from featcache import FeatureExtractor, api
 from featcache.backbones import origins
 from featcache.backbones import timm_models as backbone
 from featcache.backbones.origins import Origin
-from featcache.cache import identify
 from featcache.datasets import open_source
 from featcache.errors import DataError, SetupError, UsageError
+from featcache.extraction.feature_cache import Extracted, Settings, Target, Workbench
+from featcache.extraction.lookup import identify
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.heads import bundle
 from featcache.pipeline import predicting
@@ -32,7 +33,6 @@ from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.pipeline.tuning import finetune_job
-from featcache.pipeline.workbench import Extracted, Settings, Target, Workbench
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 
 Run = Callable[..., Outcome]

@@ -23,6 +23,7 @@ from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Scores, gap
 from featcache.evaluation.splits import make_split
+from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.finetuning.distributed import Team
 from featcache.finetuning.finetuner import not_worse
 from featcache.finetuning.loop import Epoch, Job, Trained, Trial, kept, noise
@@ -33,7 +34,6 @@ from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.jobs import FitPlan, Ledger, fit_heads
 from featcache.pipeline.tuning import finetune_job
-from featcache.pipeline.workbench import Settings, Workbench
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.reports.tables import NO_GAIN, rows
 from featcache.specs import BackboneSpec

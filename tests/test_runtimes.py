@@ -14,13 +14,13 @@ import torch
 from support import TINY, Outcome
 from torch import Tensor, nn
 
-from featcache import runtimes
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.datasets.images import decode
 from featcache.errors import SetupError, UsageError
-from featcache.pipeline.workbench import Settings, Target, Workbench
-from featcache.runtimes import Chosen, TorchRuntime, Workers, choose
+from featcache.extraction import runtimes
+from featcache.extraction.feature_cache import Settings, Target, Workbench
+from featcache.extraction.runtimes import Chosen, TorchRuntime, Workers, choose
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
 Run = Callable[..., Outcome]
@@ -72,7 +72,7 @@ def test_openvino_reports_nothing_to_its_makers(tmp_path: Path) -> None:
         pytest.skip("openvino is not installed")
     code = (
         "import sys, numpy as np, torch\n"
-        "from featcache.runtimes import Workers, _openvino\n"
+        "from featcache.extraction.runtimes import Workers, _openvino\n"
         "model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))\n"
         "_openvino(model, np.zeros((1, 3, 2, 2), np.float32), Workers(1, 1))\n"
         "assert sys.modules['openvino_telemetry'] is None"

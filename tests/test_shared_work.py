@@ -21,9 +21,9 @@ from support import TINY, draw_folder, draw_image
 
 from featcache.datasets import open_source
 from featcache.errors import DataError
-from featcache.pipeline.workbench import Settings, Workbench
+from featcache.extraction import extract as stage
+from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.specs import BackboneSpec, TransformOverrides
-from featcache.stages import extract as stage
 from featcache.store import FeatureStore
 
 SPEC = BackboneSpec("test_resnet", random_init=0, overrides=TransformOverrides(input_size=32))

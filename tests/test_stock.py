@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, Outcome, draw_folder, draw_image
 
-from featcache import cache as caching
-from featcache.cache import settled, take_stock
 from featcache.datasets import Blobs, FileStat, Item, Source, open_source
 from featcache.datasets.images import encode
 from featcache.errors import StorageError
-from featcache.pipeline.workbench import Settings, Workbench
+from featcache.extraction import extract as stage
+from featcache.extraction import lookup as caching
+from featcache.extraction.extract import ExtractReport, Plan, Ready, Sink
+from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.lookup import settled, take_stock
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
-from featcache.stages import extract as stage
-from featcache.stages.extract import ExtractReport, Plan, Ready, Sink
 from featcache.store import FeatureStore, Listing, Part, Seen
 
 Run = Callable[..., Outcome]

@@ -16,6 +16,7 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.errors import StorageError, UsageError
 from featcache.evaluation.metrics import cka
+from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.finetuning.augment import flipped_and_shifted, mixed
 from featcache.finetuning.batchnorm_folding import ConvolutionAndNorm, fold_norms
 from featcache.finetuning.checkpoint import Keeper
@@ -30,7 +31,6 @@ from featcache.pipeline import tuning
 from featcache.pipeline.bench import run_bench
 from featcache.pipeline.grid import load_grid
 from featcache.pipeline.tuning import finetune_job, sweep_job
-from featcache.pipeline.workbench import Settings, Workbench
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec, TransformOverrides
 

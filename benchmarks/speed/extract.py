@@ -34,8 +34,8 @@ import numpy as np
 from PIL import Image
 
 from featcache.datasets import open_source
-from featcache.flow import Reader
-from featcache.pipeline.workbench import Settings, Workbench
+from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.loader import Reader
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 from featcache.store import FeatureStore
 
@@ -167,7 +167,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
     """Measure decoding on one core and the fastest runtime's forward pass on all, each alone, by turns."""
     import torch
 
-    from featcache.runtimes import RUNTIMES, Workers, choose, threads_per_worker
+    from featcache.extraction.runtimes import RUNTIMES, Workers, choose, threads_per_worker
 
     with tempfile.TemporaryDirectory() as cache:
         source = open_source(folder)

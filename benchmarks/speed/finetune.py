@@ -33,6 +33,8 @@ from torchvision.datasets import ImageFolder
 
 from featcache.backbones.timm_models import Backbone
 from featcache.datasets import open_source
+from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.runtimes import workers_here
 from featcache.finetuning.distributed import Team
 from featcache.finetuning.finetuner import open_up
 from featcache.finetuning.loop import Epoch, Job, Trial
@@ -40,9 +42,7 @@ from featcache.finetuning.model import LinearHead, SuffixAndHead, Take
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import depths, thaw
 from featcache.pipeline.tuning import finetune_job, sweep_job
-from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import set_up_notes
-from featcache.runtimes import workers_here
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 
 HERE = Path(__file__).parent

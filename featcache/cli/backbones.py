@@ -20,7 +20,7 @@ def command(pattern: str, sizes: bool, cache: Path | None, as_json: bool) -> Non
     Up to 20 matches, sizes are shown as well.
     """
     from featcache.backbones.timm_models import list_backbones, model_size
-    from featcache.cache import default_cache, entry_folders
+    from featcache.extraction.lookup import default_cache, entry_folders
 
     cached = {folder.name.split(".")[0] for folder in entry_folders(cache or default_cache())}
     found = list(list_backbones(pattern))

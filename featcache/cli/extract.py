@@ -7,7 +7,7 @@ import click
 from featcache.cli import options
 
 if TYPE_CHECKING:
-    from featcache.pipeline.workbench import Extracted
+    from featcache.extraction.feature_cache import Extracted
 
 
 @click.command()

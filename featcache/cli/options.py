@@ -12,7 +12,7 @@ from featcache.checked import MAX_SEED
 
 if TYPE_CHECKING:
     from featcache.datasets import Source
-    from featcache.pipeline.workbench import Settings
+    from featcache.extraction.feature_cache import Settings
     from featcache.specs import BackboneSpec
 
 SEED = click.IntRange(0, MAX_SEED)
@@ -289,8 +289,8 @@ def take_spec(options: dict[str, Any]) -> "BackboneSpec":
 
 def take_settings(options: dict[str, Any]) -> "Settings":
     """Take the options that change no number out of a command's and return them as one value; ``name`` stays."""
-    from featcache.cache import default_cache
-    from featcache.pipeline.workbench import Settings
+    from featcache.extraction.feature_cache import Settings
+    from featcache.extraction.lookup import default_cache
 
     return Settings(
         cache=options.pop("cache", None) or default_cache(),

@@ -19,9 +19,9 @@ def command(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     from importlib import resources
 
     from featcache.api import RECORDS, bench
-    from featcache.cache import default_cache
     from featcache.cli.bench import show
-    from featcache.pipeline.workbench import Settings
+    from featcache.extraction.feature_cache import Settings
+    from featcache.extraction.lookup import default_cache
 
     where = cache or default_cache()
     with resources.as_file(resources.files("featcache") / "assets" / "quickstart.toml") as pipeline:

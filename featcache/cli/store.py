@@ -23,8 +23,8 @@ def command() -> None:
 @options.json_option
 def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """List the entries with their rows and sizes."""
-    from featcache.cache import default_cache, entry_folders
     from featcache.errors import StorageError
+    from featcache.extraction.lookup import default_cache, entry_folders
     from featcache.progress import printable
     from featcache.store import FeatureStore
 
@@ -77,7 +77,7 @@ def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
 @options.json_option
 def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Check every byte of ENTRIES (default: the whole cache) against its hash; ends with 4 where one is damaged."""
-    from featcache.cache import default_cache
+    from featcache.extraction.lookup import default_cache
     from featcache.pipeline.verifying import verify as look
     from featcache.progress import printable
 
@@ -102,7 +102,7 @@ def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) 
 
     Many small parts are joined. Let nothing else use the cache meanwhile.
     """
-    from featcache.cache import default_cache
+    from featcache.extraction.lookup import default_cache
     from featcache.pipeline.collecting import collect
     from featcache.progress import printable
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featcache.cache import entry_folders
 from featcache.errors import StorageError
+from featcache.extraction.lookup import entry_folders
 from featcache.store import FeatureStore
 from featcache.store.atomic import remove_file
 from featcache.store.collecting import Joining, Litter, join, joining_of, litter_in, litter_of

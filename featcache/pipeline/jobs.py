@@ -17,9 +17,9 @@ from featcache.datasets import read_column, require_one_label
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import confusion, gap, per_class
 from featcache.evaluation.splits import Split, few_shot, make_free_split, make_split, restricted
+from featcache.extraction.feature_cache import Extracted, Workbench
 from featcache.machine import free_memory
 from featcache.pipeline.recording import aligned, bits, cell_of, look_at, new_record
-from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record
 from featcache.specs import POOLED, Views, cut_of_layers

@@ -15,14 +15,14 @@ from featcache.backbones import origins
 from featcache.datasets import FileStat, Item, Source, image_files, read_file, stat_file
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.metrics import at_temperature
+from featcache.extraction.extract import Ready
+from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.loader import Batch, Reader, run_batches, sample
 from featcache.fingerprint import canonical, sha256_of_file
-from featcache.flow import Batch, Reader, run_batches, sample
 from featcache.heads import answers, over_views
 from featcache.heads.bundle import Bundle
-from featcache.pipeline.workbench import Settings, Workbench
 from featcache.progress import logger, progress
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
-from featcache.stages.extract import Ready
 from featcache.store import FeatureStore, Quarantined
 
 _AT_ONCE = 4096  # images whose embeddings and answers are held: copies among them are computed once

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from featcache.evaluation.splits import Split, items_hash, untested
 from featcache.evaluation.units import copies, remarks
+from featcache.extraction.feature_cache import Extracted, Workbench
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import fingerprint
-from featcache.pipeline.workbench import Extracted, Workbench
 from featcache.reports.records import RunRecord, stamp
 from featcache.store import Features, FeatureStore, RowReader
 

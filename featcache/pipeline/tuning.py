@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
-from featcache.cache import identify
 from featcache.datasets import require_one_label
 from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.splits import Split, make_split, restricted
+from featcache.extraction.feature_cache import Estimate, Extracted, Target, Workbench
+from featcache.extraction.lookup import identify
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
 from featcache.heads import bundle
 from featcache.pipeline.jobs import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
 from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
-from featcache.pipeline.workbench import Estimate, Extracted, Target, Workbench
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
@@ -311,7 +311,7 @@ def _tune_apart(
     ground: _Ground, plan: FineTunePlan, thawed: "Thawed", records: Path | None, after: TuneJob | None = None
 ) -> TuneJob:
     """Train, and leave the caller's random numbers as they were: new layers and dropout draw from PyTorch's own."""
-    from featcache.runtimes import own_randomness
+    from featcache.extraction.runtimes import own_randomness
 
     with own_randomness(ground.bench.backbone.device):
         return _tune(ground, plan, thawed, records, after)

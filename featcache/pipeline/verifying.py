@@ -5,8 +5,8 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from featcache.cache import bound_location, entry_folders
 from featcache.errors import FeatcacheError, StorageError
+from featcache.extraction.lookup import bound_location, entry_folders
 from featcache.fingerprint import sha256_of_file
 from featcache.heads import bundle
 from featcache.reports.records import broken_lines

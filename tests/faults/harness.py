@@ -125,9 +125,10 @@ class Machine:
 
     def _watch(self) -> None:
         """Count the work, and make what goes by the clock go by the batch."""
-        from featcache import cache, flow
+        from featcache.extraction import extract
+        from featcache.extraction import loader as flow
+        from featcache.extraction import lookup as cache
         from featcache.finetuning.loop import Trial
-        from featcache.stages import extract
         from featcache.store import checksums as stamps
 
         compute, epoch, numbers = flow.compute, Trial._epoch, self._numbers

@@ -49,7 +49,7 @@ class Outcome:
 def look_at(data: str, root: Path) -> str:
     """Open a data set, and read and decode all of it as an extraction does."""
     from featcache.datasets import open_source
-    from featcache.flow import Reader
+    from featcache.extraction.loader import Reader
     from featcache.specs import Transform, Views
 
     source, seen, bad = open_source(data, data_root=root), 0, 0

@@ -85,7 +85,7 @@ class World:
 
 def prepare(root: Path, *, tuned: bool) -> World:
     """Extract two entries of several parts, fit a head and, if asked to, fine-tune; keep what every command answers."""
-    from featcache.stages import extract
+    from featcache.extraction import extract
 
     extract.PART_ROWS = 8
     os.environ.update({"FEATCACHE_CACHE": str(root / "cache"), "XDG_DATA_HOME": str(root / "home")})

@@ -12,14 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import cluster
-from featcache.cache import Hit, Sighted, Sightings, Stock, make_listing, take_stock, with_content
-from featcache.cache import plan as decide
-from featcache.cluster import Recipe, Written
 from featcache.datasets import Source
 from featcache.errors import DataError, StorageError
+from featcache.extraction import ray_engine as cluster
+from featcache.extraction.loader import (
+    Batch,
+    Compute,
+    Pixels,
+    Reader,
+    compute,
+    in_dtype,
+    not_finite,
+    reading_ahead,
+    run_batches,
+    sample,
+)
+from featcache.extraction.lookup import Hit, Sighted, Sightings, Stock, make_listing, take_stock, with_content
+from featcache.extraction.lookup import plan as decide
+from featcache.extraction.ray_engine import Recipe, Written
 from featcache.fingerprint import Digests
-from featcache.flow import Batch, Compute, Pixels, Reader, compute, in_dtype, not_finite, reading_ahead, run_batches, sample
 from featcache.progress import logger, printable, progress
 from featcache.specs import StoredDtype, Transform, Views
 from featcache.store import FeatureStore, Part, Quarantined, now_ns

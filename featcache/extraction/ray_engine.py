@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import Sighted
 from featcache.datasets import Source
 from featcache.errors import SetupError, UsageError
-from featcache.flow import Batch, Reader, beside_pixels, compute, in_dtype, not_finite, sample
+from featcache.extraction.loader import Batch, Reader, beside_pixels, compute, in_dtype, not_finite, sample
+from featcache.extraction.lookup import Sighted
 from featcache.progress import logger
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Transform, Views
 from featcache.store import FeatureStore, FileRecord, Part, Quarantined
@@ -138,7 +138,7 @@ class _Actor:
         import torch
 
         from featcache.backbones.timm_models import load_backbone
-        from featcache.runtimes import Workers, choose
+        from featcache.extraction.runtimes import Workers, choose
 
         torch.set_num_threads(1)
         device = torch.device(self._recipe.device) if self._recipe.device else None

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import Sighted, settled, unreadable
 from featcache.datasets import FileStat, Source
 from featcache.datasets.images import UnreadableImage, decode
+from featcache.extraction.lookup import Sighted, settled, unreadable
 from featcache.fingerprint import Digests, sha256_of_bytes
 from featcache.specs import INPUT, StoredDtype, Transform, Views
 from featcache.store import Quarantined

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from featcache import cache as caching
 from featcache.backbones import origins
-from featcache.cache import Sighted
 from featcache.checked import check_fields
-from featcache.cluster import Recipe
 from featcache.datasets import Source
 from featcache.errors import DataError, StorageError, UsageError
+from featcache.extraction import lookup as caching
+from featcache.extraction.extract import ExtractReport, Plan, Prepare, Ready, Sink, extract, is_mine, measure
+from featcache.extraction.loader import Pixels, beside_pixels
+from featcache.extraction.lookup import Sighted
+from featcache.extraction.ray_engine import Recipe
 from featcache.fingerprint import fingerprint
-from featcache.flow import Pixels, beside_pixels
 from featcache.progress import logger
 from featcache.specs import (
     INPUT,
@@ -31,13 +32,12 @@ from featcache.specs import (
     Views,
     stored_dtype,
 )
-from featcache.stages.extract import ExtractReport, Plan, Prepare, Ready, Sink, extract, is_mine, measure
 from featcache.store import FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbones.prefix import TorchRuntime
     from featcache.backbones.timm_models import Backbone
-    from featcache.runtimes import Workers
+    from featcache.extraction.runtimes import Workers
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
 _TINY_IMAGE = 32  # pixels; up to it what the interpreter does for a batch weighs as much as computing it
@@ -347,7 +347,7 @@ class Workbench:
         computed = [cut for cut in cuts if cut != INPUT]
         if not computed:
             return Ready(beside_pixels(cuts, None), self._workers.count)
-        from featcache.runtimes import choose
+        from featcache.extraction.runtimes import choose
 
         chosen = choose(
             self.backbone.program(computed),
@@ -378,7 +378,7 @@ class Workbench:
 
     @cached_property
     def _workers(self) -> "Workers":
-        from featcache.runtimes import Workers, workers_here
+        from featcache.extraction.runtimes import Workers, workers_here
 
         return Workers(self.settings.workers, 1) if self.settings.workers else workers_here()
 
@@ -388,7 +388,7 @@ class Workbench:
         if "backbone" not in self.__dict__:
             yield
             return
-        from featcache.runtimes import threads_per_worker
+        from featcache.extraction.runtimes import threads_per_worker
 
         with threads_per_worker(self._workers.threads):
             yield
