@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 from featcache.datasets import open_source
+from featcache.experiments import finetune as tuning
 from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.pipeline import tuning
 from featcache.progress import set_up_notes
 from featcache.specs import INPUT, BackboneSpec
 

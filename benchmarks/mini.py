@@ -18,9 +18,9 @@ from tabulate import tabulate
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.evaluation.splits import make_split
+from featcache.experiments.fit import FitPlan, fit_heads
 from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.heads.fit import fit
-from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.reports.records import environment
 from featcache.specs import INPUT, BackboneSpec, TransformOverrides
 

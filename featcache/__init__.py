@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from featcache.api import bench, export, extract, finetune, fit, predict, sweep
     from featcache.datasets import open_source
-    from featcache.extractor import FeatureExtractor
+    from featcache.estimator import FeatureExtractor
+    from featcache.experiments.fit import FitPlan
     from featcache.finetuning.plan import FineTunePlan
-    from featcache.pipeline.jobs import FitPlan
     from featcache.reports.records import RunRecord
     from featcache.specs import BackboneSpec, FeatureSpec
     from featcache.store import FeatureStore
@@ -25,13 +25,13 @@ _HOMES = {
     "finetune": "featcache.api",
     "sweep": "featcache.api",
     "bench": "featcache.api",
-    "FitPlan": "featcache.pipeline.jobs",
+    "FitPlan": "featcache.experiments.fit",
     "RunRecord": "featcache.reports.records",
     "open_source": "featcache.datasets",
     "BackboneSpec": "featcache.specs",
     "FeatureSpec": "featcache.specs",
     "FineTunePlan": "featcache.finetuning.plan",
-    "FeatureExtractor": "featcache.extractor",
+    "FeatureExtractor": "featcache.estimator",
     "FeatureStore": "featcache.store",
 }
 

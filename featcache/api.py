@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 from featcache.checked import check_seed, check_value
 from featcache.datasets import Source, open_source
 from featcache.errors import DataError, FeatcacheError, UsageError
+from featcache.experiments.bench import BenchResult, run_bench
+from featcache.experiments.finetune import SweepJob, TuneJob, finetune_job, sweep_job
+from featcache.experiments.fit import FitPlan, HeadJobs, fit_heads
+from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Estimate, Extracted, Settings, Target, Workbench
 from featcache.extraction.lookup import default_cache
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.pipeline.bench import BenchResult, run_bench
-from featcache.pipeline.grid import load_grid
-from featcache.pipeline.jobs import FitPlan, HeadJobs, fit_heads
-from featcache.pipeline.tuning import SweepJob, TuneJob, finetune_job, sweep_job
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views
 
 if TYPE_CHECKING:
+    from featcache.experiments.export import Exported
+    from featcache.experiments.predict import Prediction
     from featcache.heads.bundle import Bundle
-    from featcache.pipeline.exporting import Exported
-    from featcache.pipeline.predicting import Prediction
 
 RECORDS = Path("records") / "runs.jsonl"
 
@@ -153,8 +153,8 @@ def predict(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
+    from featcache.experiments.predict import find_images, label_images
     from featcache.heads.bundle import load
-    from featcache.pipeline.predicting import find_images, label_images
 
     bundle = load(Path(head), trust=trust)
     paths = list(find_images(map(str, images)))
@@ -183,8 +183,8 @@ def export(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
+    from featcache.experiments.export import export as write
     from featcache.heads.bundle import load
-    from featcache.pipeline.exporting import export as write
 
     bundle = load(Path(head), trust=trust)
     where = check or bundle.card.get("data")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import StorageError, UsageError
+from featcache.experiments import bench
+from featcache.experiments.bench import run_bench
+from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Settings
-from featcache.pipeline import bench
-from featcache.pipeline.bench import run_bench
-from featcache.pipeline.grid import load_grid
 from featcache.reports.records import read_records
 from featcache.reports.tables import COLUMNS, markdown, rows, to_csv
 

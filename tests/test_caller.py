@@ -15,7 +15,8 @@ import torch
 from threadpoolctl import threadpool_info
 
 import featcache
-from featcache import FeatureExtractor, FineTunePlan, machine
+from featcache import FeatureExtractor, FineTunePlan
+from featcache import resources as machine
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.plan import Unfreeze
 from featcache.specs import BackboneSpec

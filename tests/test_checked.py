@@ -11,11 +11,11 @@ import pytest
 import featcache
 from featcache.checked import MAX_SEED, check_seed
 from featcache.errors import UsageError
+from featcache.experiments.fit import FitPlan
+from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Settings, Target
 from featcache.finetuning.plan import HEAD_NAMES, FineTunePlan, Unfreeze
 from featcache.heads.search import ALL, ENSEMBLE, HEADS
-from featcache.pipeline.grid import load_grid
-from featcache.pipeline.jobs import FitPlan
 from featcache.specs import BackboneSpec, FeatureSpec, Transform, TransformOverrides, Views
 
 NEEDED: dict[type, dict[str, Any]] = {

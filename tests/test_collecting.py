@@ -12,7 +12,7 @@ import pytest
 from support import Outcome
 from test_damage import OTHER, entry, seen
 
-from featcache.pipeline.collecting import collect
+from featcache.experiments.collect import collect
 from featcache.store import FeatureStore, Listing, Part
 from featcache.store.atomic import _host
 

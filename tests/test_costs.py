@@ -8,10 +8,10 @@ import pytest
 from support import TINY, Outcome
 
 from featcache.datasets import open_source
+from featcache.experiments.finetune import finetune_job
 from featcache.extraction.feature_cache import Extracted, Settings, Target, Workbench
 from featcache.finetuning.checkpoint import Keeper
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.pipeline.tuning import finetune_job
 from featcache.specs import BackboneSpec
 
 ROUNDING = 0.01  # of some thousandths in every manifest

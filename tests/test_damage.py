@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from featcache.errors import StorageError
+from featcache.experiments.verify import verify
 from featcache.fingerprint import fingerprint, sha256_of_file
-from featcache.pipeline.verifying import verify
 from featcache.specs import FeatureSpec, LoadedBackbone, Transform
 from featcache.store import FeatureStore, Listing, Part, Quarantined, Seen
 from featcache.store.manifests import Manifest, encode

@@ -14,6 +14,8 @@ from featcache.backbones.timm_models import Backbone, Stage, load_backbone
 from featcache.datasets import open_source
 from featcache.errors import UsageError
 from featcache.evaluation.splits import make_split
+from featcache.experiments import finetune as tuning
+from featcache.experiments.finetune import finetune_job
 from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.finetuning import precision as choosing
 from featcache.finetuning.checkpoint import save_checkpoint
@@ -23,8 +25,6 @@ from featcache.finetuning.model import LinearHead, SuffixAndHead, predict, set_t
 from featcache.finetuning.optim import rate
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import thaw
-from featcache.pipeline import tuning
-from featcache.pipeline.tuning import finetune_job
 from featcache.specs import BackboneSpec
 from featcache.store import Features
 

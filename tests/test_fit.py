@@ -17,14 +17,14 @@ from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import at_temperature, best_temperature
 from featcache.evaluation.splits import Split, make_split
+from featcache.experiments import fit as jobs
+from featcache.experiments.fit import FitPlan, fit_heads
 from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.heads import nonlinear
 from featcache.heads.baselines import controls
 from featcache.heads.curves import learning_curve, shot_curve
 from featcache.heads.fit import ensemble, fit, members_of
 from featcache.heads.solvers import linear
-from featcache.pipeline import jobs
-from featcache.pipeline.jobs import FitPlan, fit_heads
 from featcache.specs import BackboneSpec
 from featcache.store import Features
 

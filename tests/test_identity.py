@@ -24,15 +24,15 @@ from featcache.backbones import timm_models as backbone
 from featcache.backbones.origins import Origin
 from featcache.datasets import open_source
 from featcache.errors import DataError, SetupError, UsageError
+from featcache.experiments import predict as predicting
+from featcache.experiments.bench import run_bench
+from featcache.experiments.finetune import finetune_job
+from featcache.experiments.fit import FitPlan, fit_heads
+from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Extracted, Settings, Target, Workbench
 from featcache.extraction.lookup import identify
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.heads import bundle
-from featcache.pipeline import predicting
-from featcache.pipeline.bench import run_bench
-from featcache.pipeline.grid import load_grid
-from featcache.pipeline.jobs import FitPlan, fit_heads
-from featcache.pipeline.tuning import finetune_job
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 
 Run = Callable[..., Outcome]

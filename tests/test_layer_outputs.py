@@ -12,9 +12,9 @@ from featcache.backbones.pooling import Layout, TokenCounts, prove_layout
 from featcache.backbones.timm_models import Backbone, Normalise, load_backbone
 from featcache.datasets import open_source
 from featcache.errors import UsageError
+from featcache.experiments.finetune import finetune_job
 from featcache.extraction.feature_cache import Settings, Target, Workbench
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.pipeline.tuning import finetune_job
 from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides
 from featcache.store import FeatureStore
 

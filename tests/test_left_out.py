@@ -11,7 +11,7 @@ from support import TINY, Outcome, draw_image
 from featcache.datasets import Source, open_source
 from featcache.datasets.base import looks_like_split
 from featcache.errors import DataError
-from featcache.pipeline.predicting import find_images
+from featcache.experiments.predict import find_images
 
 Run = Callable[..., Outcome]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from featcache.experiments.bench import run_bench
+from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Settings
-from featcache.pipeline.bench import run_bench
-from featcache.pipeline.grid import load_grid
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 RECIPES = ("two-phase", "last-stage", "half-unfrozen")

@@ -17,10 +17,10 @@ from support import TINY, Outcome, draw_image
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets.images import decode
 from featcache.evaluation.metrics import at_temperature
+from featcache.experiments import predict as predicting
+from featcache.experiments.predict import label_images
 from featcache.extraction.feature_cache import Settings
 from featcache.heads import bundle
-from featcache.pipeline import predicting
-from featcache.pipeline.predicting import label_images
 from featcache.specs import BackboneSpec, Transform
 from featcache.store import FeatureStore
 

@@ -23,17 +23,18 @@ from featcache.datasets import open_source
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Scores, gap
 from featcache.evaluation.splits import make_split
+from featcache.experiments import bench
+from featcache.experiments import fit as jobs
+from featcache.experiments.bench import run_bench
+from featcache.experiments.finetune import finetune_job
+from featcache.experiments.fit import FitPlan, Ledger, fit_heads
+from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.finetuning.distributed import Team
 from featcache.finetuning.finetuner import not_worse
 from featcache.finetuning.loop import Epoch, Job, Trained, Trial, kept, noise
 from featcache.finetuning.model import SuffixAndHead
 from featcache.heads.baselines import Control, best_on_validation, controls, standardised, statistics
-from featcache.pipeline import bench, jobs
-from featcache.pipeline.bench import run_bench
-from featcache.pipeline.grid import load_grid
-from featcache.pipeline.jobs import FitPlan, Ledger, fit_heads
-from featcache.pipeline.tuning import finetune_job
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.reports.tables import NO_GAIN, rows
 from featcache.specs import BackboneSpec

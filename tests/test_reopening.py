@@ -17,8 +17,8 @@ from test_sources_kinds import write_mnist
 from featcache import api
 from featcache.datasets import Item, Source, open_source
 from featcache.errors import DataError
+from featcache.experiments.fit import FitPlan, card_of, fit_heads
 from featcache.extraction.feature_cache import Settings, Workbench
-from featcache.pipeline.jobs import FitPlan, card_of, fit_heads
 from featcache.specs import BackboneSpec
 
 

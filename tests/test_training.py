@@ -16,6 +16,10 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_source
 from featcache.errors import StorageError, UsageError
 from featcache.evaluation.metrics import cka
+from featcache.experiments import finetune as tuning
+from featcache.experiments.bench import run_bench
+from featcache.experiments.finetune import finetune_job, sweep_job
+from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.finetuning.augment import flipped_and_shifted, mixed
 from featcache.finetuning.batchnorm_folding import ConvolutionAndNorm, fold_norms
@@ -27,10 +31,6 @@ from featcache.finetuning.model import LinearHead, SuffixAndHead, set_training
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import depths, thaw
 from featcache.heads.bundle import load as load_bundle
-from featcache.pipeline import tuning
-from featcache.pipeline.bench import run_bench
-from featcache.pipeline.grid import load_grid
-from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec, TransformOverrides
 
@@ -319,7 +319,7 @@ def test_a_training_that_has_ended_is_not_lost(
 
     trained = epochs_of(monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(places.get(step, "featcache.pipeline.tuning.") + step, killed)
+        patched.setattr(places.get(step, "featcache.experiments.finetune.") + step, killed)
         with pytest.raises(KilledError):
             finetune_job(bench, plan, records=records)
     assert trained

@@ -33,6 +33,7 @@ from torchvision.datasets import ImageFolder
 
 from featcache.backbones.timm_models import Backbone
 from featcache.datasets import open_source
+from featcache.experiments.finetune import finetune_job, sweep_job
 from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.extraction.runtimes import workers_here
 from featcache.finetuning.distributed import Team
@@ -41,7 +42,6 @@ from featcache.finetuning.loop import Epoch, Job, Trial
 from featcache.finetuning.model import LinearHead, SuffixAndHead, Take
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import depths, thaw
-from featcache.pipeline.tuning import finetune_job, sweep_job
 from featcache.progress import set_up_notes
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 

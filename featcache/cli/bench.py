@@ -8,7 +8,7 @@ import click
 from featcache.cli import options
 
 if TYPE_CHECKING:
-    from featcache.pipeline.bench import BenchResult
+    from featcache.experiments.bench import BenchResult
 
 FAILED = 3
 

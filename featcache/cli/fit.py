@@ -49,7 +49,7 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
     test split is read once.
     """
     from featcache.api import fit
-    from featcache.pipeline.jobs import FitPlan
+    from featcache.experiments.fit import FitPlan
 
     spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
     given |= {name: given[name] or () for name in ("layers", "shots")}

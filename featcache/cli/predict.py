@@ -12,8 +12,8 @@ import click
 from featcache.cli import options
 
 if TYPE_CHECKING:
+    from featcache.experiments.predict import Prediction
     from featcache.heads.bundle import Bundle
-    from featcache.pipeline.predicting import Prediction
 
 
 @click.command()

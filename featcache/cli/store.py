@@ -77,8 +77,8 @@ def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
 @options.json_option
 def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Check every byte of ENTRIES (default: the whole cache) against its hash; ends with 4 where one is damaged."""
+    from featcache.experiments.verify import verify as look
     from featcache.extraction.lookup import default_cache
-    from featcache.pipeline.verifying import verify as look
     from featcache.progress import printable
 
     checked, problems = look(cache or default_cache(), entries)
@@ -102,8 +102,8 @@ def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) 
 
     Many small parts are joined. Let nothing else use the cache meanwhile.
     """
+    from featcache.experiments.collect import collect
     from featcache.extraction.lookup import default_cache
-    from featcache.pipeline.collecting import collect
     from featcache.progress import printable
 
     found = collect(cache or default_cache(), entries, act=yes)

@@ -15,7 +15,7 @@ from featcache.datasets.images import MAX_MEGAPIXELS, UnreadableImage, encode
 from featcache.datasets.labels import Labels, labelled
 from featcache.datasets.tree import many
 from featcache.errors import DataError, UsageError
-from featcache.machine import free_memory
+from featcache.resources import free_memory
 
 _IMAGES = ("images", "image", "x", "X", "data", "arr_0")
 _LABELS = ("labels", "label", "y", "targets", "target", "arr_1")

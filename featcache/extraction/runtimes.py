@@ -26,8 +26,8 @@ from torch import nn
 from featcache.allocator import keep_freed_memory
 from featcache.backbones.prefix import Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.errors import SetupError, UsageError
-from featcache.machine import cores
 from featcache.progress import logger
+from featcache.resources import cores
 from featcache.specs import Precision, RuntimeName
 
 Run = Callable[[Pixels], Outputs]

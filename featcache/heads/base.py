@@ -14,7 +14,7 @@ from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from featcache.evaluation.splits import Fold
-from featcache.machine import cores
+from featcache.resources import cores
 from featcache.store.lazy import LazyRows
 
 Params = dict[str, Any]

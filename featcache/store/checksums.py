@@ -9,7 +9,7 @@ from pathlib import Path
 
 from featcache.errors import StorageError
 from featcache.fingerprint import sha256_of_file
-from featcache.machine import cores
+from featcache.resources import cores
 from featcache.store.atomic import replace_file
 from featcache.store.json_files import read_note, sealed, unsealed
 

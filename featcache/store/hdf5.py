@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from featcache.errors import StorageError
 from featcache.fingerprint import sha256_of_chunks
-from featcache.machine import cores
+from featcache.resources import cores
 
 Array = NDArray[Any]
 Chunks = list[memoryview]

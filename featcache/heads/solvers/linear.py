@@ -19,7 +19,7 @@ from featcache.heads.solvers import newton
 from featcache.heads.solvers.lbfgs import Descent, Precondition
 from featcache.heads.solvers.passes import Ahead, Loss, Passes
 from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
-from featcache.machine import cores
+from featcache.resources import cores
 from featcache.store.lazy import LazyRows
 
 TOLERANCE = 1e-4

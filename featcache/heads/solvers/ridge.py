@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 
 from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
-from featcache.machine import cores
+from featcache.resources import cores
 from featcache.store.lazy import LazyRows
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from featcache.machine import cores
+from featcache.resources import cores
 from featcache.store.lazy import LazyRows
 
 Rows = NDArray[Any]

@@ -27,11 +27,11 @@ from featcache.datasets import Source
 from featcache.datasets.images import UnreadableImage, decode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
+from featcache.experiments.predict import bench_of
 from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
 from featcache.heads.neighbours import TEMPERATURE
-from featcache.pipeline.predicting import bench_of
 from featcache.progress import logger
 from featcache.store.atomic import replace_file
 

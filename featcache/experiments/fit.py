@@ -17,11 +17,11 @@ from featcache.datasets import read_column, require_one_label
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import confusion, gap, per_class
 from featcache.evaluation.splits import Split, few_shot, make_free_split, make_split, restricted
+from featcache.experiments.experiment import aligned, bits, cell_of, look_at, new_record
 from featcache.extraction.feature_cache import Extracted, Workbench
-from featcache.machine import free_memory
-from featcache.pipeline.recording import aligned, bits, cell_of, look_at, new_record
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record
+from featcache.resources import free_memory
 from featcache.specs import POOLED, Views, cut_of_layers
 from featcache.store import Features, FeatureStore
 from featcache.store.lazy import LazyRows

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from featcache.datasets import open_source
 from featcache.errors import FeatcacheError, StorageError
+from featcache.experiments.finetune import finetune_job, forget_state, tune_cell
+from featcache.experiments.fit import FitPlan, Ledger, fit_heads, head_cell, in_memory
+from featcache.experiments.grid import DataEntry, Grid
 from featcache.extraction.feature_cache import Settings, Workbench
 from featcache.finetuning.plan import FineTunePlan
-from featcache.pipeline.grid import DataEntry, Grid
-from featcache.pipeline.jobs import FitPlan, Ledger, fit_heads, head_cell, in_memory
-from featcache.pipeline.tuning import finetune_job, forget_state, tune_cell
 from featcache.progress import logger
 from featcache.reports import tables as report
 from featcache.reports.records import RunRecord, read_records

@@ -14,13 +14,13 @@ from featcache.datasets import require_one_label
 from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.splits import Split, make_split, restricted
+from featcache.experiments.experiment import aligned, bits, cell_of, new_record, unbits
+from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
 from featcache.extraction.feature_cache import Estimate, Extracted, Target, Workbench
 from featcache.extraction.lookup import identify
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
 from featcache.heads import bundle
-from featcache.pipeline.jobs import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
-from featcache.pipeline.recording import aligned, bits, cell_of, new_record, unbits
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
