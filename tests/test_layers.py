@@ -15,56 +15,32 @@ ROOT = Path(featcache.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("api", "doctor", "extractor"),
-    ("pipeline",),
-    ("report", "drawing"),
-    ("stages",),
-    ("cluster",),
-    ("flow", "training"),
-    ("cache", "heads", "unfreeze", "bundle"),
-    ("cards", "signing"),
-    ("sources", "store", "backbone"),
-    ("layers",),
-    ("cut", "runtimes", "images"),
-    ("metrics", "narrowing", "pools", "records", "solvers"),
-    ("plans",),
-    ("origins",),
-    ("intervals", "specs", "splits"),
-    ("draws",),
-    ("allocator", "checked", "fingerprint", "machine", "progress", "units"),
+    ("api", "doctor", "estimator"),
+    ("experiments",),
+    ("extraction", "finetuning", "heads", "reports"),
+    ("backbones", "datasets", "store"),
+    ("evaluation",),
+    ("specs",),
+    ("checked", "fingerprint", "progress", "resources"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 HOMES = {
-    "h5py": {"store", "sources.arrays"},
-    "timm": {"backbone", "cut"},
-    "PIL": {"images", "extractor"},
+    "h5py": {"store", "datasets.arrays"},
+    "timm": {"backbones"},
+    "PIL": {"datasets.images", "estimator"},
     "click": {"cli"},
-    "torch": {
-        "backbone",
-        "cut",
-        "layers",
-        "narrowing",
-        "pools",
-        "runtimes",
-        "cluster",
-        "stages.finetune",
-        "pipeline.workbench",
-        "pipeline.exporting",
-        "doctor",
-        "unfreeze",
-        "training",
-    },
-    "openvino": {"runtimes"},
-    "onnxruntime": {"runtimes", "pipeline.exporting"},
-    "sklearn": {"extractor", "heads", "bundle", "draws", "stages.fit", "pipeline.exporting", "metrics", "sources.arrays"},
-    "skops": {"bundle"},
-    "pyarrow": {"sources.tables"},
-    "ray": {"cluster"},
-    "datasets": {"sources.named"},
-    "peft": {"training.lora"},
-    "matplotlib": {"drawing"},
-    "torchvision": {"sources.named"},
+    "torch": {"backbones", "extraction", "finetuning", "experiments.export", "doctor"},
+    "openvino": {"extraction.runtimes"},
+    "onnxruntime": {"extraction.runtimes", "experiments.export"},
+    "sklearn": {"estimator", "heads", "evaluation", "experiments.export", "datasets.arrays"},
+    "skops": {"heads.bundle"},
+    "pyarrow": {"datasets.tables"},
+    "ray": {"extraction.ray_engine"},
+    "datasets": {"datasets.hubs"},
+    "peft": {"finetuning.lora"},
+    "matplotlib": {"reports.plots"},
+    "torchvision": {"datasets.hubs"},
 }
 
 
@@ -123,14 +99,6 @@ def test_each_third_party_world_has_its_home(name: str, path: Path) -> None:
     }
 
     assert not strays
-
-
-def test_stages_do_not_know_each_other() -> None:
-    """No stage imports another stage."""
-    for name, path in modules():
-        if name.startswith("stages."):
-            others = {part for part in imports(path) if part.startswith("featcache.stages") and not part.endswith(name)}
-            assert not others, name
 
 
 def loaded_after(*arguments: str, cwd: Path) -> set[str]:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featcache.errors import DataError, UsageError
+from featcache.evaluation.draws import copies, remarks
 from featcache.evaluation.splits import few_shot, items_hash, make_free_split, make_split, part_of, restricted
-from featcache.evaluation.units import copies, remarks
 
 CLASSES = ("a", "b", "c")
 

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.draws import Drawing, draw, fold_of_group, fold_of_image, require_enough
-from featcache.evaluation.units import image_order, units_of
+from featcache.evaluation.draws import Drawing, draw, fold_of_group, fold_of_image, image_order, require_enough, units_of
 from featcache.fingerprint import fingerprint
 
 Index = NDArray[np.int64]

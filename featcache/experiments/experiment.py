@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.evaluation.draws import copies, remarks
 from featcache.evaluation.splits import Split, items_hash, untested
-from featcache.evaluation.units import copies, remarks
 from featcache.extraction.feature_cache import Extracted, Workbench
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import fingerprint

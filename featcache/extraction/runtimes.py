@@ -23,11 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from featcache.allocator import keep_freed_memory
 from featcache.backbones.prefix import Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.errors import SetupError, UsageError
 from featcache.progress import logger
-from featcache.resources import cores
+from featcache.resources import cores, keep_freed_memory
 from featcache.specs import Precision, RuntimeName
 
 Run = Callable[[Pixels], Outputs]

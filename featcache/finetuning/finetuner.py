@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featcache.allocator import keep_freed_memory
 from featcache.backbones.timm_models import Backbone
 from featcache.evaluation.metrics import Tested, cka, scores_on_test
 from featcache.evaluation.splits import Split
@@ -33,6 +32,7 @@ from featcache.finetuning.plan import FineTunePlan
 from featcache.finetuning.precision import choose_precision
 from featcache.finetuning.unfreezing import Thawed
 from featcache.progress import progress
+from featcache.resources import keep_freed_memory
 from featcache.specs import Precision
 
 Whole = tuple[dict[str, Tensor], LinearHead]  # a backbone's weights and a head

@@ -1,0 +1,1 @@
+"""Splits that are drawn honestly, and scores that say how far they can be trusted."""

@@ -1,1 +1,0 @@
-"""The stages: extract, fit, finetune. They never import each other; ``pipeline`` joins them."""
