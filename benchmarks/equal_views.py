@@ -12,9 +12,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.experiments import finetune as tuning
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.progress import set_up_notes
 from featcache.specs import INPUT, BackboneSpec
@@ -23,16 +23,16 @@ HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 
 
-def train(bench: Workbench, seed: int, *, cached: bool) -> tuple[float, str]:
+def train(bench: FeatureCache, seed: int, *, cached: bool) -> tuple[float, str]:
     """Return the test accuracy in points and where training started from."""
     plan = FineTunePlan(Unfreeze.parse("last:2"), epochs=6, lr=(5e-4,), precision="float32")
-    usual = tuning._Ground._where  # noqa: SLF001 - no command trains from pixels what could be cached
+    usual = tuning.FineTuneInputs._where  # noqa: SLF001 - no command trains from pixels what could be cached
     if not cached:
-        tuning._Ground._where = lambda *_: (INPUT, ())  # type: ignore[method-assign] # noqa: SLF001
+        tuning.FineTuneInputs._where = lambda *_: (INPUT, ())  # type: ignore[method-assign] # noqa: SLF001
     try:
-        job = tuning.finetune_job(bench, plan, seed=seed)
+        job = tuning.run_finetune(bench, plan, seed=seed)
     finally:
-        tuning._Ground._where = usual  # type: ignore[method-assign] # noqa: SLF001
+        tuning.FineTuneInputs._where = usual  # type: ignore[method-assign] # noqa: SLF001
     return 100 * job.record.test["accuracy"], job.record.cut
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         for folder in options.folders:
             spec = BackboneSpec(options.backbone, weights=options.weights)
-            bench = Workbench(open_source(folder), spec, Settings(Path(cache)))
+            bench = FeatureCache(open_dataset(folder), spec, Settings(Path(cache)))
             cells = [folder.name]
             for cached in (True, False):
                 found = [train(bench, seed, cached=cached)[0] for seed in SEEDS]

@@ -16,10 +16,10 @@ import torch
 from tabulate import tabulate
 
 from featcache.backbones.timm_models import load_backbone
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.evaluation.splits import make_split
-from featcache.experiments.fit import FitPlan, fit_heads
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.experiments.fit import FitPlan, run_fit
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.fit import fit
 from featcache.reports.records import environment
 from featcache.specs import INPUT, BackboneSpec, TransformOverrides
@@ -30,14 +30,14 @@ RAW_PX = 32
 
 def probe(folder: Path, spec: BackboneSpec, settings: Settings) -> str:
     """Return a backbone's linear-probe accuracy with its interval."""
-    jobs = fit_heads(Workbench(open_source(folder), spec, settings), FitPlan(controls=False)).heads
+    jobs = run_fit(FeatureCache(open_dataset(folder), spec, settings), FitPlan(baselines=False)).heads
     return cell(jobs[0].fitted.tested.scores.accuracy, jobs[0].fitted.tested.scores.accuracy_ci)
 
 
 def raw_pixels(folder: Path, settings: Settings) -> str:
     """Return the accuracy of the same head on 32 x 32 pixels."""
     spec = BackboneSpec("mini", overrides=TransformOverrides(input_size=RAW_PX))
-    store = Workbench(open_source(folder), spec, settings).extracted(INPUT).store
+    store = FeatureCache(open_dataset(folder), spec, settings).extracted(INPUT).store
     features = store.features()
     flat = type(features)(
         features.X.reshape(len(features.y), -1).astype(np.float32) / 255,

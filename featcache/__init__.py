@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from featcache.api import bench, export, extract, finetune, fit, predict, sweep
-    from featcache.datasets import open_source
+    from featcache.datasets import open_dataset
     from featcache.estimator import FeatureExtractor
     from featcache.experiments.fit import FitPlan
     from featcache.finetuning.plan import FineTunePlan
@@ -27,7 +27,7 @@ _HOMES = {
     "bench": "featcache.api",
     "FitPlan": "featcache.experiments.fit",
     "RunRecord": "featcache.reports.records",
-    "open_source": "featcache.datasets",
+    "open_dataset": "featcache.datasets",
     "BackboneSpec": "featcache.specs",
     "FeatureSpec": "featcache.specs",
     "FineTunePlan": "featcache.finetuning.plan",
@@ -48,7 +48,7 @@ __all__ = [
     "extract",
     "finetune",
     "fit",
-    "open_source",
+    "open_dataset",
     "predict",
     "sweep",
 ]

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featcache.checked import check_seed, check_value
-from featcache.datasets import Source, open_source
+from featcache.datasets import Dataset, open_dataset
 from featcache.errors import DataError, FeatcacheError, UsageError
 from featcache.experiments.bench import BenchResult, run_bench
-from featcache.experiments.finetune import SweepJob, TuneJob, finetune_job, sweep_job
-from featcache.experiments.fit import FitPlan, HeadJobs, fit_heads
+from featcache.experiments.finetune import FineTuneResult, SweepResult, run_finetune, run_sweep
+from featcache.experiments.fit import FitPlan, FitResult, run_fit
 from featcache.experiments.grid import load_grid
-from featcache.extraction.feature_cache import Estimate, Extracted, Settings, Target, Workbench
+from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
 from featcache.extraction.lookup import default_cache
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views
@@ -26,7 +26,7 @@ RECORDS = Path("records") / "runs.jsonl"
 
 
 def extract(
-    data: str | Path | Source,
+    data: str | Path | Dataset,
     backbone: str | BackboneSpec = "mini",
     *,
     cut: str = POOLED,
@@ -43,7 +43,7 @@ def extract(
     (1797, 480)
 
     Args:
-        data: what ``open_source`` takes, or a source.
+        data: what ``open_dataset`` takes, or a source.
         backbone: ``mini``, a timm name, or a BackboneSpec.
         cut: ``pooled``, a stage's name, several layers such as ``layer3+layer4``, or ``input``.
         dtype: what rows are stored in; embeddings float32 and activation maps float16 by default.
@@ -58,7 +58,7 @@ def extract(
 
 
 def extract_cuts(
-    data: str | Path | Source,
+    data: str | Path | Dataset,
     backbone: str | BackboneSpec = "mini",
     *,
     cuts: Sequence[str],
@@ -76,7 +76,7 @@ def extract_cuts(
 
 
 def estimate(
-    data: str | Path | Source,
+    data: str | Path | Dataset,
     backbone: str | BackboneSpec = "mini",
     *,
     cuts: Sequence[str] = (POOLED,),
@@ -93,9 +93,9 @@ def estimate(
     return _workbench(data, backbone, name, settings).estimate(_targets(cuts, dtype), views)
 
 
-def _targets(cuts: Sequence[str], dtype: StoredDtype | None) -> list[Target]:
+def _targets(cuts: Sequence[str], dtype: StoredDtype | None) -> list[Output]:
     names = _names(cuts, "cuts")
-    return [Target(cut, None if cut == INPUT else dtype) for cut in dict.fromkeys(names)]
+    return [Output(cut, None if cut == INPUT else dtype) for cut in dict.fromkeys(names)]
 
 
 def _names(given: Sequence[str], what: str) -> tuple[str, ...]:
@@ -107,14 +107,14 @@ def _names(given: Sequence[str], what: str) -> tuple[str, ...]:
 
 
 def fit(
-    data: str | Path | Source,
+    data: str | Path | Dataset,
     backbone: str | BackboneSpec = "mini",
     *,
     plan: FitPlan | None = None,
     seed: int = 0,
     name: str | None = None,
     settings: Settings | None = None,
-) -> HeadJobs:
+) -> FitResult:
     """Train scikit-learn heads on a data set's embeddings, extracted first if needed.
 
     Args:
@@ -130,7 +130,7 @@ def fit(
     """
     seed, plan = check_seed(seed), check_value(plan or FitPlan(), FitPlan, "plan")
     bench = _workbench(data, backbone, name, settings)
-    return fit_heads(bench, plan, seed=seed, records=bench.settings.cache / RECORDS)
+    return run_fit(bench, plan, seed=seed, records=bench.settings.cache / RECORDS)
 
 
 def predict(
@@ -165,7 +165,7 @@ def export(
     head: str | Path,
     path: str | Path,
     *,
-    check: str | Path | Source | None = None,
+    check: str | Path | Dataset | None = None,
     weights: str | None = None,
     trust: bool = False,
     settings: Settings | None = None,
@@ -191,7 +191,7 @@ def export(
     if where is None:
         raise DataError(f"{head}: its card does not say on which images it was trained: give some to compare on (--check).")
     try:
-        images = where if isinstance(where, Source) else open_source(where)
+        images = where if isinstance(where, Dataset) else open_dataset(where)
     except FeatcacheError as error:
         if check is not None:
             raise
@@ -200,7 +200,7 @@ def export(
 
 
 def finetune(
-    data: str | Path | Source,
+    data: str | Path | Dataset,
     backbone: str | BackboneSpec = "mini",
     *,
     unfreeze: str = "last:1",
@@ -210,7 +210,7 @@ def finetune(
     seed: int = 0,
     name: str | None = None,
     settings: Settings | None = None,
-) -> TuneJob:
+) -> FineTuneResult:
     """Train part of a backbone from cached activations and measure the gap to the best probe.
 
     ``plan`` replaces ``unfreeze`` where it is given. The gap is to the best on validation of ridge, nearest neighbours,
@@ -223,11 +223,11 @@ def finetune(
     seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
     group = check_value(group, str | None, "group")
     bench = _workbench(data, backbone, name, settings)
-    return finetune_job(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
+    return run_finetune(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
 
 
 def sweep(
-    data: str | Path | Source,
+    data: str | Path | Dataset,
     backbone: str | BackboneSpec = "mini",
     *,
     plan: FineTunePlan | None = None,
@@ -236,7 +236,7 @@ def sweep(
     seed: int = 0,
     name: str | None = None,
     settings: Settings | None = None,
-) -> SweepJob:
+) -> SweepResult:
     """Fine-tune at every depth, from the last stage to the whole backbone; ``plan.unfreeze`` is left aside.
 
     Raises:
@@ -246,7 +246,7 @@ def sweep(
     seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
     group = check_value(group, str | None, "group")
     bench = _workbench(data, backbone, name, settings)
-    return sweep_job(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
+    return run_sweep(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
 
 
 def bench(
@@ -271,10 +271,10 @@ def default_out() -> Path:
 
 
 def _workbench(
-    data: str | Path | Source, backbone: str | BackboneSpec, name: str | None, settings: Settings | None
-) -> Workbench:
+    data: str | Path | Dataset, backbone: str | BackboneSpec, name: str | None, settings: Settings | None
+) -> FeatureCache:
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else check_value(backbone, BackboneSpec, "backbone")
     settings = check_value(settings or Settings(default_cache(), rebind=name is not None), Settings, "settings")
     name = check_value(name, str | None, "name")
-    source = data if isinstance(data, Source) else open_source(check_value(data, str | Path, "data"), name)
-    return Workbench(source, spec, settings)
+    source = data if isinstance(data, Dataset) else open_dataset(check_value(data, str | Path, "data"), name)
+    return FeatureCache(source, spec, settings)

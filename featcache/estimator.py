@@ -12,10 +12,10 @@ from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from featcache.datasets import FileStat, Item, Source, read_file, stat_file
+from featcache.datasets import Dataset, FileStat, Sample, read_file, stat_file
 from featcache.datasets.images import UnreadableImage, encode, encode_image
 from featcache.errors import DataError, UsageError
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.lookup import default_cache
 from featcache.specs import POOLED, BackboneSpec, TransformOverrides, cut_of_layers, freeze_args
 
@@ -125,13 +125,13 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
     def _embed(self, images: list[Any]) -> tuple[NDArray[np.float32], str]:
         """Return embeddings and the key that they are cached under: of fitting's, where that has been."""
         contents = _Contents(tuple(images))
-        items = tuple(Item(contents.path(number), "") for number in range(len(images)))
+        items = tuple(Sample(contents.path(number), "") for number in range(len(images)))
         unique = tuple(dict.fromkeys(items))
-        source = Source("extractor", "images given to FeatureExtractor", unique, contents)
+        source = Dataset("extractor", "images given to FeatureExtractor", unique, contents)
         runtime: Any = self.runtime
         cache = Path(self.cache) if self.cache is not None else default_cache()
         settings = Settings(cache, self.batch_size, self.device, max_bad=1.0, runtime=runtime)
-        bench = Workbench(source, self._spec(), settings, lists=False)
+        bench = FeatureCache(source, self._spec(), settings, lists=False)
         loaded = getattr(self, "_loaded", None)
         if loaded is not None and loaded[0] == (bench.spec, self.device) and loaded[1].is_current:
             bench.backbone = loaded[1]
@@ -146,7 +146,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         if done.report.quarantined:
             bad = done.report.quarantined[0]
             raise DataError(f"FeatureExtractor: {bad.path}: {bad.reason} ({len(done.report.quarantined)} such images).")
-        digests = {unique[index].path: digest for index, digest in zip(done.known.index, done.known.sha256, strict=True)}
+        digests = {unique[index].path: digest for index, digest in zip(done.cached.index, done.cached.sha256, strict=True)}
         rows = done.store.rows_of(np.stack([digests[item.path] for item in items]))
         return np.asarray(rows, dtype=np.float32), done.store.key
 

@@ -12,7 +12,7 @@ _DIGEST = 32  # bytes
 _FREE = bytes(_DIGEST)
 
 
-class Digests:
+class DigestSet:
     """Some SHA-256 values, each once, in an open-addressed table: 48 bytes each where a set of Python's takes some 130.
 
     Args:

@@ -13,7 +13,7 @@ from featcache.checked import MAX_SEED, check_seed
 from featcache.errors import UsageError
 from featcache.experiments.fit import FitPlan
 from featcache.experiments.grid import load_grid
-from featcache.extraction.feature_cache import Settings, Target
+from featcache.extraction.feature_cache import Output, Settings
 from featcache.finetuning.plan import HEAD_NAMES, FineTunePlan, Unfreeze
 from featcache.heads.search import ALL, ENSEMBLE, HEADS
 from featcache.specs import BackboneSpec, FeatureSpec, Transform, TransformOverrides, Views
@@ -27,7 +27,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     FineTunePlan: {"unfreeze": Unfreeze.parse("all")},
     FitPlan: {},
     Settings: {"cache": Path("cache")},
-    Target: {},
+    Output: {},
 }
 ODD: tuple[tuple[type, dict[str, Any]], ...] = (
     (Transform, {"interpolation": "cubic"}),
@@ -78,7 +78,7 @@ ODD: tuple[tuple[type, dict[str, Any]], ...] = (
     (Settings, {"part": (1, 2, 3)}),
     (Settings, {"runtime": "tpu"}),
     (Settings, {"engine": "spark"}),
-    (Target, {"cut": 5}),
+    (Output, {"cut": 5}),
 )
 TOML = """heads = ["logistic"]
 unfreeze = ["last:1"]

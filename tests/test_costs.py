@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from support import TINY, Outcome
 
-from featcache.datasets import open_source
-from featcache.experiments.finetune import finetune_job
-from featcache.extraction.feature_cache import Extracted, Settings, Target, Workbench
-from featcache.finetuning.checkpoint import Keeper
+from featcache.datasets import open_dataset
+from featcache.experiments.finetune import run_finetune
+from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
+from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec
 
@@ -24,9 +24,9 @@ def booked(done: list[Extracted]) -> list[float]:
 
 def test_cuts_of_one_pass_share_its_seconds(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Entries that lack the same images book the same, together no more than the pass took."""
-    bench = Workbench(open_source(folder), tiny, settings)
+    bench = FeatureCache(open_dataset(folder), tiny, settings)
 
-    done = bench.extracted_at([Target("pooled"), Target("layer2"), Target("layer3"), Target("input")])
+    done = bench.extracted_at([Output("pooled"), Output("layer2"), Output("layer3"), Output("input")])
 
     seconds = booked(done)
     assert 0 < sum(seconds) <= done[0].report.seconds + ROUNDING
@@ -35,11 +35,11 @@ def test_cuts_of_one_pass_share_its_seconds(folder: Path, tiny: BackboneSpec, se
 
 def test_what_is_there_costs_nothing(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """An entry that lacks no image books none of a pass for others, and a hit books nothing."""
-    first = Workbench(open_source(folder), tiny, settings).extracted("layer3")
+    first = FeatureCache(open_dataset(folder), tiny, settings).extracted("layer3")
     before = first.store.manifest.seconds
 
-    done = Workbench(open_source(folder), tiny, settings).extracted_at([Target("layer3"), Target("pooled")])
-    again = Workbench(open_source(folder), tiny, settings).extracted_at([Target("layer3"), Target("pooled")])
+    done = FeatureCache(open_dataset(folder), tiny, settings).extracted_at([Output("layer3"), Output("pooled")])
+    again = FeatureCache(open_dataset(folder), tiny, settings).extracted_at([Output("layer3"), Output("pooled")])
 
     assert booked(done)[0] == before
     assert 0 < booked(done)[1] <= done[1].report.seconds + ROUNDING
@@ -48,9 +48,9 @@ def test_what_is_there_costs_nothing(folder: Path, tiny: BackboneSpec, settings:
 
 def test_parts_add_up(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Several processes' seconds are summed, whoever lists the images."""
-    runs = [Workbench(open_source(folder), tiny, replace(settings, part=(number, 2))).extracted() for number in (1, 2)]
+    runs = [FeatureCache(open_dataset(folder), tiny, replace(settings, part=(number, 2))).extracted() for number in (1, 2)]
 
-    whole = Workbench(open_source(folder), tiny, settings).extracted()
+    whole = FeatureCache(open_dataset(folder), tiny, settings).extracted()
     assert 0 < whole.store.manifest.seconds <= sum(run.report.seconds for run in runs) + ROUNDING
 
 
@@ -60,20 +60,20 @@ def test_a_killed_training_counts_all_its_time(
     """The seconds of the process that was killed are in those that are reported: no less than all epochs took."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     plan = FineTunePlan(Unfreeze.parse("all"), epochs=4, lr=(1e-3,), patience=9, refit=False)
-    real, kept = Keeper.save, []
+    real, kept = Checkpoint.save, []
 
-    def dying(keeper: Keeper, state: dict[str, float]) -> None:
+    def dying(keeper: Checkpoint, state: dict[str, float]) -> None:
         real(keeper, state)
         kept.append(state["seconds"])
         if len(kept) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Keeper, "save", dying)
+    monkeypatch.setattr(Checkpoint, "save", dying)
     with pytest.raises(KeyboardInterrupt):
-        finetune_job(Workbench(open_source(folder), tiny, settings), plan)
-    monkeypatch.setattr(Keeper, "save", real)
+        run_finetune(FeatureCache(open_dataset(folder), tiny, settings), plan)
+    monkeypatch.setattr(Checkpoint, "save", real)
 
-    job = finetune_job(Workbench(open_source(folder), tiny, settings), plan)
+    job = run_finetune(FeatureCache(open_dataset(folder), tiny, settings), plan)
 
     assert 0 < kept[0] <= kept[-1]
     assert job.record.seconds["train"] >= kept[-1]

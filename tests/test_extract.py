@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, draw_folder, draw_image
 
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import DataError, StorageError
 from featcache.extraction import extract as stage
-from featcache.extraction.extract import Plan, Ready, Sink
-from featcache.extraction.feature_cache import Extracted, Settings, Workbench
+from featcache.extraction.extract import ExtractPlan, Ready, Sink
+from featcache.extraction.feature_cache import Extracted, FeatureCache, Settings
 from featcache.extraction.loader import Batch, Reader
-from featcache.extraction.lookup import take_stock
+from featcache.extraction.lookup import scan
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
 from featcache.store import FeatureStore
 
 
 def extract(folder: Path, spec: BackboneSpec, settings: Settings, cut: str = "pooled") -> Extracted:
     """Extract a folder."""
-    return Workbench(open_source(folder, "images"), spec, settings).extracted(cut)
+    return FeatureCache(open_dataset(folder, "images"), spec, settings).extracted(cut)
 
 
 def age(folder: Path) -> None:
@@ -217,14 +217,14 @@ def test_a_renamed_broken_image_is_listed_under_its_new_name(folder: Path, tiny:
 
 def test_not_finite_rows_are_refused(folder: Path, tmp_path: Path) -> None:
     """What overflows half precision is set aside with its reason, not stored."""
-    source = open_source(folder)
+    source = open_dataset(folder)
     loaded = LoadedBackbone("none", "none", "none")
     store = FeatureStore.create(tmp_path / "entry", FeatureSpec(Transform(16), loaded, "stage", dtype="float16"))
-    sink = Sink(store, take_stock(source, store), "float16", (1,))
+    sink = Sink(store, scan(source, store), "float16", (1,))
     rows = np.ones((4, 1), np.float32)
     rows[1] = 1e6
 
-    plan = Plan(Transform(16), batch_size=4, max_bad=0.5)
+    plan = ExtractPlan(Transform(16), batch_size=4, max_bad=0.5)
     (report,) = stage.extract(source, [sink], lambda _, __: Ready(lambda _: (rows,)), plan)
 
     assert report.rows == 27

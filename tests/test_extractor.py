@@ -15,9 +15,9 @@ from sklearn.pipeline import make_pipeline
 
 from featcache import FeatureExtractor
 from featcache.backbones import timm_models as backbone
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec
 
 
@@ -38,7 +38,7 @@ def test_rows_are_those_of_extract(
 ) -> None:
     """Paths, PIL images and arrays give the same rows as the command, in the order given, twice where given twice."""
     paths, _ = paths_of(folder)
-    expected = Workbench(open_source(folder), tiny, settings).extracted().store.features()
+    expected = FeatureCache(open_dataset(folder), tiny, settings).extracted().store.features()
     row = {str(folder / path): features for path, features in zip(expected.paths, expected.X, strict=True)}
     given = [*paths[::-1], paths[3]]
 

@@ -11,20 +11,20 @@ from torch import nn
 
 from featcache import heads
 from featcache.backbones.timm_models import Backbone, Stage, load_backbone
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import UsageError
 from featcache.evaluation.splits import make_split
 from featcache.experiments import finetune as tuning
-from featcache.experiments.finetune import finetune_job
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.experiments.finetune import run_finetune
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import precision as choosing
 from featcache.finetuning.checkpoint import save_checkpoint
-from featcache.finetuning.distributed import Team
+from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.finetuner import FineTuned, finetune
 from featcache.finetuning.model import LinearHead, SuffixAndHead, predict, set_training
 from featcache.finetuning.optim import rate
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.finetuning.unfreezing import thaw
+from featcache.finetuning.unfreezing import select_trainable
 from featcache.specs import BackboneSpec
 from featcache.store import Features
 
@@ -39,7 +39,7 @@ class Prepared:
     """A tiny backbone with its features, its pixels and its probe."""
 
     def __init__(self, folder: Path, spec: BackboneSpec, settings: Settings) -> None:
-        self.bench = Workbench(open_source(folder), spec, settings)
+        self.bench = FeatureCache(open_dataset(folder), spec, settings)
         self.backbone = load_backbone(spec)
         self.features: Features = self.bench.extracted().store.features()
         self.split = make_split(self.features.y, self.features.splits, self.features.classes)
@@ -49,7 +49,7 @@ class Prepared:
 
     def tune(self, backbone: Backbone, suffix: nn.Module, take: object, plan: FineTunePlan = PLAN) -> FineTuned:
         """Fine-tune the last stage."""
-        thawed = thaw(backbone.stages, plan.unfreeze)
+        thawed = select_trainable(backbone.stages, plan.unfreeze)
         return finetune(
             backbone,
             suffix,
@@ -153,8 +153,8 @@ def test_if_asked_steps_are_in_bfloat16_where_that_pays(
 
     monkeypatch.setattr(choosing, "_step_seconds", timed)
 
-    assert choosing.choose_precision(model, rows, Team(), on_cpu=True) == expected
-    assert choosing.choose_precision(model, rows, Team(), on_cpu=False) == "float32"
+    assert choosing.choose_precision(model, rows, ProcessGroup(), on_cpu=True) == expected
+    assert choosing.choose_precision(model, rows, ProcessGroup(), on_cpu=False) == "float32"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -221,9 +221,9 @@ def test_checkpoints_are_timm_checkpoints(tmp_path: Path, name: str) -> None:
 
 def test_the_job_reports_gap_costs_and_checkpoint(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """From a folder to a record: gap with interval and p, seconds of every phase, a file that can be loaded again."""
-    bench = Workbench(open_source(subtle), tiny, settings)
+    bench = FeatureCache(open_dataset(subtle), tiny, settings)
 
-    job = finetune_job(bench, replace(GAINS, unfreeze=Unfreeze.parse("last:2"), lr=(1e-4,)), probes=("centroid",))
+    job = run_finetune(bench, replace(GAINS, unfreeze=Unfreeze.parse("last:2"), lr=(1e-4,)), probes=("centroid",))
 
     summary = job.summary
     assert summary["cut"] == "layer2"
@@ -250,7 +250,7 @@ def test_what_cannot_be_cut_is_trained_whole(
 
     monkeypatch.setattr(module, "Cutter", refuse)
 
-    job = finetune_job(Workbench(open_source(folder), tiny, settings), PLAN)
+    job = run_finetune(FeatureCache(open_dataset(folder), tiny, settings), PLAN)
 
     assert job.record.cut == "input"
     assert "runs again in every epoch" in job.record.notes[0]
@@ -290,7 +290,7 @@ STAGES = tuple(Stage(name, (name,), size) for name, size in (("stem", 10), ("one
 )
 def test_wishes_become_stages(wish: str, first: str, cut: str) -> None:
     """Whole stages train, from the end of the network."""
-    thawed = thaw(STAGES, Unfreeze.parse(wish))
+    thawed = select_trainable(STAGES, Unfreeze.parse(wish))
 
     assert (thawed.stages[0].name, thawed.stages[-1].name, thawed.cut) == (first, "three", cut)
 
@@ -299,7 +299,7 @@ def test_wishes_become_stages(wish: str, first: str, cut: str) -> None:
 def test_stages_that_are_not_there(wish: str) -> None:
     """The error lists the stages."""
     with pytest.raises(UsageError, match="stem, one, two, three"):
-        thaw(STAGES, Unfreeze.parse(wish))
+        select_trainable(STAGES, Unfreeze.parse(wish))
 
 
 def test_the_rate_rises_then_falls_to_nothing() -> None:
@@ -315,7 +315,7 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
 def test_no_stochastic_depth_means_none(folder: Path, settings: Settings) -> None:
     """A model that brings a rate of its own trains without it where the plan says none, as its record does."""
     own = BackboneSpec("test_vit", random_init=0, model_args=(("drop_path_rate", 0.5),))
-    bench = Workbench(open_source(folder), own, settings)
+    bench = FeatureCache(open_dataset(folder), own, settings)
     rates = [module.drop_prob for module in bench.backbone.module.modules() if type(module).__name__ == "DropPath"]
 
     backbone = tuning._trainable(bench, PLAN)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache.fingerprint import Digests
+from featcache.fingerprint import DigestSet
 
 DIGESTS = st.binary(min_size=32, max_size=32).filter(any)
 # all wish the same slot
@@ -13,7 +13,7 @@ NEIGHBOURS = st.integers(1, 40).map(lambda number: bytes(28) + number.to_bytes(4
 @given(st.lists(DIGESTS | NEIGHBOURS), st.lists(DIGESTS | NEIGHBOURS))
 def test_digests_are_a_set(before: list[bytes], added: list[bytes]) -> None:
     """Each is new exactly once, a full table and values that wish the same slot included."""
-    digests, expected = Digests(len(before) + len(added), before), set(before)
+    digests, expected = DigestSet(len(before) + len(added), before), set(before)
     for digest in [*added, *before, *added]:
         assert digests.add(digest) is (digest not in expected)
         expected.add(digest)

@@ -13,15 +13,15 @@ from sklearn.preprocessing import normalize
 from support import TINY, Outcome, draw_folder
 
 from featcache import heads
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import at_temperature, best_temperature
 from featcache.evaluation.splits import Split, make_split
 from featcache.experiments import fit as jobs
-from featcache.experiments.fit import FitPlan, fit_heads
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.experiments.fit import FitPlan, run_fit
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads import nonlinear
-from featcache.heads.baselines import controls
+from featcache.heads.baselines import baselines
 from featcache.heads.curves import learning_curve, shot_curve
 from featcache.heads.fit import ensemble, fit, members_of
 from featcache.heads.solvers import linear
@@ -64,8 +64,8 @@ def test_shuffled_test_labels_change_no_choice(name: str) -> None:
     y = features.y.copy()
     y[split.test] = np.random.default_rng(1).permutation(y[split.test])
 
-    honest = heads.choose(name, features.X, features.y, split.folds, 0)
-    shuffled = heads.choose(name, features.X, y, split.folds, 0)
+    honest = heads.search_head(name, features.X, features.y, split.folds, 0)
+    shuffled = heads.search_head(name, features.X, y, split.folds, 0)
 
     assert honest.params == shuffled.params
     assert honest.val == shuffled.val
@@ -143,7 +143,7 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
     assert any("did not reach their optimum and are left out" in note for note in fitted.notes)
     _never_beyond(-1, monkeypatch)
     with pytest.raises(DataError, match=f"--head {name}: none of"):
-        heads.choose(name, features.X, features.y, split.folds, 0)
+        heads.search_head(name, features.X, features.y, split.folds, 0)
     with pytest.raises(DataError, match=f"--head {name}: the fit with .*C=.* did not reach its optimum"):
         heads.train(name, heads.HEADS[name].grid(90)[0], features.X, features.y, 0)
     if name == "logistic":
@@ -307,7 +307,7 @@ def test_controls_see_what_needs_no_backbone() -> None:
     thumbnails = np.clip(rng.normal(60 + 120 * y[:, None, None, None], 30, (100, 32, 32, 3)), 0, 255).astype(np.uint8)
     split = make_split(y, [""] * 100, ["dark", "light"])
 
-    majority, colours, pixels = controls(thumbnails, y, split)
+    majority, colours, pixels = baselines(thumbnails, y, split)
 
     assert majority.tested.scores.accuracy == pytest.approx((y[split.test] == 0).mean())
     assert colours.tested.scores.accuracy == 1
@@ -376,14 +376,14 @@ def test_features_too_large_for_memory_are_read_from_disk(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The heads that can give the same answers; of ``all`` the others are left out, asked for by name they are refused."""
-    bench = Workbench(open_source(folder), tiny, settings)
-    here = fit_heads(bench, FitPlan(("ridge", "logistic"), controls=False)).heads
+    bench = FeatureCache(open_dataset(folder), tiny, settings)
+    here = run_fit(bench, FitPlan(("ridge", "logistic"), baselines=False)).heads
     monkeypatch.setattr(jobs, "free_memory", lambda: 1000.0)
 
-    there = fit_heads(bench, FitPlan(("all",)))
+    there = run_fit(bench, FitPlan(("all",)))
 
     assert [job.fitted.name for job in there.heads] == ["ridge", "logistic"]
-    assert there.controls == []
+    assert there.baselines == []
     assert "without centroid, knn" in caplog.text
     for one, other in zip(here, there.heads, strict=True):
         assert one.record.params == other.record.params
@@ -392,7 +392,7 @@ def test_features_too_large_for_memory_are_read_from_disk(
         first, second = (job.fitted.estimator[-1].coef_ for job in (one, other))
         np.testing.assert_allclose(first, second, atol=2e-2 * np.abs(first).max())
     with pytest.raises(UsageError, match="only --head ridge and logistic"):
-        fit_heads(bench, FitPlan(("knn",)))
+        run_fit(bench, FitPlan(("knn",)))
 
 
 def test_a_head_that_cannot_be_trained_costs_no_other(run: Callable[..., Outcome], tmp_path: Path) -> None:

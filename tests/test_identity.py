@@ -22,15 +22,15 @@ from featcache import FeatureExtractor, api
 from featcache.backbones import origins
 from featcache.backbones import timm_models as backbone
 from featcache.backbones.origins import Origin
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.experiments import predict as predicting
 from featcache.experiments.bench import run_bench
-from featcache.experiments.finetune import finetune_job
-from featcache.experiments.fit import FitPlan, fit_heads
+from featcache.experiments.finetune import run_finetune
+from featcache.experiments.fit import FitPlan, run_fit
 from featcache.experiments.grid import load_grid
-from featcache.extraction.feature_cache import Extracted, Settings, Target, Workbench
-from featcache.extraction.lookup import identify
+from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
+from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.heads import bundle
 from featcache.specs import BackboneSpec, TransformOverrides, Views
@@ -121,7 +121,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def extract(folder: Path, spec: BackboneSpec, settings: Settings, cut: str = "pooled", **more: Any) -> Extracted:
     """Extract a folder."""
-    return Workbench(open_source(folder), spec, settings).extracted(cut, **more)
+    return FeatureCache(open_dataset(folder), spec, settings).extracted(cut, **more)
 
 
 def rows(done: Extracted) -> dict[str, np.ndarray]:
@@ -165,8 +165,8 @@ def test_several_cuts_are_of_one_network(named: Named, folder: Path, settings: S
     extract(folder, named.spec, settings)
     named.put(1)
 
-    pooled, stage = Workbench(open_source(folder), named.spec, settings).extracted_at(
-        [Target(), Target("layer3", "float32")]
+    pooled, stage = FeatureCache(open_dataset(folder), named.spec, settings).extracted_at(
+        [Output(), Output("layer3", "float32")]
     )
 
     assert pooled.store.spec["backbone"] == stage.store.spec["backbone"]
@@ -187,7 +187,7 @@ def test_a_download_while_a_cut_is_there(
         return real(*given)
 
     monkeypatch.setattr(backbone, "load_backbone", downloading)
-    pooled, stage = Workbench(open_source(folder), spec, settings).extracted_at([Target(), Target("layer3")])
+    pooled, stage = FeatureCache(open_dataset(folder), spec, settings).extracted_at([Output(), Output("layer3")])
 
     assert pooled.store.key != old.store.key
     assert pooled.store.spec["backbone"] == stage.store.spec["backbone"]
@@ -208,7 +208,7 @@ def test_parts_of_two_networks_do_not_meet(named: Named, folder: Path, settings:
 
 def test_a_loaded_network_keeps_its_entry(named: Named, folder: Path, settings: Settings) -> None:
     """Weights replaced after a backbone was loaded change neither what it computes nor where that belongs."""
-    bench = Workbench(open_source(folder), named.spec, settings)
+    bench = FeatureCache(open_dataset(folder), named.spec, settings)
     sha256 = bench.backbone.loaded.weights_sha256
     named.put(1)
 
@@ -319,7 +319,7 @@ def test_a_request_of_a_version_that_took_names(named: Named, folder: Path, sett
 
     assert (again.store.key, again.report.computed) == (done.store.key, 0)
     assert any("origin" in request for request in again.store.requests())
-    assert Workbench(open_source(folder), named.spec, settings).estimate([Target()]).to_compute == 0
+    assert FeatureCache(open_dataset(folder), named.spec, settings).estimate([Output()]).to_compute == 0
 
 
 def test_pytorchs_downloads_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +357,7 @@ def test_a_file_is_hashed_again_while_it_may_change(tmp_path: Path) -> None:
 
 def head_of(named: Named, folder: Path, settings: Settings) -> Path:
     """Fit a head and return its file."""
-    return fit_heads(Workbench(open_source(folder), named.spec, settings), FitPlan(controls=False)).heads[0].bundle
+    return run_fit(FeatureCache(open_dataset(folder), named.spec, settings), FitPlan(baselines=False)).heads[0].bundle
 
 
 def answers(head: Path, folder: Path, settings: Settings, **more: Any) -> list[str | None]:
@@ -398,8 +398,8 @@ def test_a_head_works_in_every_working_folder(
     write_network(0, tmp_path / "here" / "model")
     write_network(1, tmp_path / "there" / "model")
     monkeypatch.chdir(tmp_path / "here")
-    bench = Workbench(open_source(folder), BackboneSpec("local-dir:model", overrides=SMALL), settings)
-    head = fit_heads(bench, FitPlan(controls=False)).heads[0].bundle
+    bench = FeatureCache(open_dataset(folder), BackboneSpec("local-dir:model", overrides=SMALL), settings)
+    head = run_fit(bench, FitPlan(baselines=False)).heads[0].bundle
     before = answers(head, folder, settings)
 
     monkeypatch.chdir(tmp_path / "there")
@@ -435,7 +435,7 @@ def test_a_tuned_head_refuses_another_config(folder: Path, settings: Settings, t
     named = Named("folder", tmp_path)
     named.put(0)
     plan = FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,))
-    job = finetune_job(Workbench(open_source(folder), named.spec, settings), plan)
+    job = run_finetune(FeatureCache(open_dataset(folder), named.spec, settings), plan)
     before = answers(job.bundle, folder, settings)
 
     named.put(1)
@@ -453,15 +453,15 @@ def test_heads_of_an_older_version(named: Named, folder: Path, settings: Setting
     beside, alone = (bundle.Bundle(loaded.estimator, card, path) for path in (head, tmp_path / "head.joblib"))
 
     for old in (beside, alone):
-        assert predicting.bench_of(old, open_source(folder), settings).backbone.spec.name
+        assert predicting.bench_of(old, open_dataset(folder), settings).backbone.spec.name
     named.put(1)
     if named.kind == "hub":
         shutil.rmtree(tmp_path / "hub" / "models--me--net" / "snapshots" / COMMITS[0])
     with pytest.raises(DataError, match="weights"):
-        predicting.bench_of(beside, open_source(folder), settings)
+        predicting.bench_of(beside, open_dataset(folder), settings)
     if named.kind == "published":
         with pytest.raises(DataError, match="other weights"):
-            predicting.bench_of(alone, open_source(folder), settings)
+            predicting.bench_of(alone, open_dataset(folder), settings)
 
 
 def test_an_extractor_refuses_other_weights(named: Named, folder: Path, tmp_path: Path) -> None:
@@ -499,10 +499,10 @@ def test_new_weights_are_another_experiment(named: Named, folder: Path, settings
 def test_training_goes_on_with_its_own_weights(named: Named, folder: Path, settings: Settings) -> None:
     """A tuned network of other weights is another experiment, under another name."""
     plan = FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,))
-    first = finetune_job(Workbench(open_source(folder), named.spec, settings), plan)
+    first = run_finetune(FeatureCache(open_dataset(folder), named.spec, settings), plan)
     named.put(1)
 
-    second = finetune_job(Workbench(open_source(folder), named.spec, settings), plan)
+    second = run_finetune(FeatureCache(open_dataset(folder), named.spec, settings), plan)
 
     assert first.record.cell != second.record.cell
     assert first.checkpoint != second.checkpoint
@@ -569,14 +569,14 @@ def test_identities_of_files_stay(tmp_path: Path) -> None:
     file = tmp_path / "net.safetensors"
     file.write_bytes(b"weights")
 
-    assert identify(BackboneSpec("mini")) == {
+    assert backbone_identity(BackboneSpec("mini")) == {
         "name": "mini",
         "weights": None,
         "random_init": None,
         "model_args": [],
         "overrides": {},
     }
-    found = identify(BackboneSpec("resnet18", weights=str(file), pool="avg"))
+    found = backbone_identity(BackboneSpec("resnet18", weights=str(file), pool="avg"))
     assert found == {
         "name": "resnet18",
         "weights": f"sha256:{hashlib.sha256(b'weights').hexdigest()}",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import TINY, Outcome
 
-from featcache.datasets import Source, open_source
+from featcache.datasets import Dataset, open_dataset
 from featcache.datasets.images import encode
 from featcache.datasets.labels import Labels, labelled, odd_names
 from featcache.errors import DataError
@@ -114,22 +114,22 @@ def pixels(count: int = 6) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 9, 8, 3), dtype=np.uint8)
 
 
-def as_npz(path: Path, labels: list[Any], **more: Any) -> Source:
+def as_npz(path: Path, labels: list[Any], **more: Any) -> Dataset:
     """Write and open a .npz."""
     np.savez(path / "x.npz", images=pixels(len(labels)), labels=np.array(labels), **more)
-    return open_source(path / "x.npz")
+    return open_dataset(path / "x.npz")
 
 
-def as_hdf5(path: Path, labels: list[Any], **more: Any) -> Source:
+def as_hdf5(path: Path, labels: list[Any], **more: Any) -> Dataset:
     """Write and open an HDF5 file."""
     with h5py.File(path / "x.h5", "w") as file:
         file["images"] = pixels(len(labels))
         file["labels"] = labels
         file.update(more)
-    return open_source(path / "x.h5")
+    return open_dataset(path / "x.h5")
 
 
-def as_parquet(path: Path, labels: list[Any], **more: Any) -> Source:
+def as_parquet(path: Path, labels: list[Any], **more: Any) -> Dataset:
     """Write and open a Parquet file of bytes, with class names as the hub notes them."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pa.table({"image": [encode(image) for image in pixels(len(labels))], "label": labels})
@@ -141,17 +141,17 @@ def as_parquet(path: Path, labels: list[Any], **more: Any) -> Source:
         }
         table = table.replace_schema_metadata({b"huggingface": json.dumps(features).encode()})
     pq.write_table(table, path / "x.parquet")
-    return open_source(path / "x.parquet")
+    return open_dataset(path / "x.parquet")
 
 
-def as_csv(path: Path, labels: list[Any], **_: Any) -> Source:
+def as_csv(path: Path, labels: list[Any], **_: Any) -> Dataset:
     """Write and open a CSV file; a missing value is an empty cell, as pandas writes it."""
     cells = ("" if one is None or np.isnan(one) else one for one in labels)
     (path / "x.csv").write_text("path,label\n" + "".join(f"{n}.png,{one}\n" for n, one in enumerate(cells)))
-    return open_source(path / "x.csv")
+    return open_dataset(path / "x.csv")
 
 
-def as_hub(path: Path, labels: list[Any], **more: Any) -> Source:
+def as_hub(path: Path, labels: list[Any], **more: Any) -> Dataset:
     """Write and open a folder for ``datasets``."""
     D = pytest.importorskip("datasets")
     names = more.get("class_names")
@@ -165,7 +165,7 @@ def as_hub(path: Path, labels: list[Any], **more: Any) -> Source:
     D.Dataset.from_dict({"image": images, "label": labels}, D.Features({"image": D.Image(), "label": kind})).to_parquet(
         path / "h" / "train-00000-of-00001.parquet"
     )
-    return open_source(f"hf:{path / 'h'}")
+    return open_dataset(f"hf:{path / 'h'}")
 
 
 KINDS = [as_npz, as_hdf5, as_parquet, as_csv, as_hub]
@@ -180,7 +180,7 @@ def _own_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_floats_are_whole_classes_in_every_kind(tmp_path: Path, kind: Callable[..., Source]) -> None:
+def test_floats_are_whole_classes_in_every_kind(tmp_path: Path, kind: Callable[..., Dataset]) -> None:
     """A column that pandas made of floats, for a missing value once, has the classes 0 and 1."""
     source = kind(tmp_path, [0.0, 1.0, 0.0, 1.0] if kind is not as_csv else [0, 1, 0, 1])
 
@@ -188,35 +188,35 @@ def test_floats_are_whole_classes_in_every_kind(tmp_path: Path, kind: Callable[.
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_label_names_its_row_in_every_kind(tmp_path: Path, kind: Callable[..., Source]) -> None:
+def test_a_missing_label_names_its_row_in_every_kind(tmp_path: Path, kind: Callable[..., Dataset]) -> None:
     """NaN is an error with its row, never a class."""
     with pytest.raises(DataError, match=r"(row 3|line 5).*: no label \(1 such of 6\)"):
         kind(tmp_path, [0.0, 1.0, 0.0, math.nan, 1.0, 0.0])
 
 
 @pytest.mark.parametrize("kind", [as_npz, as_hdf5, as_parquet, as_hub])
-def test_minus_one_of_named_classes_is_missing(tmp_path: Path, kind: Callable[..., Source]) -> None:
+def test_minus_one_of_named_classes_is_missing(tmp_path: Path, kind: Callable[..., Dataset]) -> None:
     """-1 beside class names is no class, and does not make the names go away."""
     with pytest.raises(DataError, match=r"row 2: no label"):
         kind(tmp_path, [0, 1, -1, 1], class_names=np.array([b"cat", b"dog"]) if kind is not as_hub else ["cat", "dog"])
 
 
 @pytest.mark.parametrize("kind", [as_npz, as_hdf5, as_parquet])
-def test_duplicate_class_names_are_refused(tmp_path: Path, kind: Callable[..., Source]) -> None:
+def test_duplicate_class_names_are_refused(tmp_path: Path, kind: Callable[..., Dataset]) -> None:
     """Two classes of one name are not merged."""
     names = np.array([b"cat", b"cat"])
     with pytest.raises(DataError, match="two classes are called"):
         kind(tmp_path, [0, 1, 0, 1], class_names=names)
 
 
-def hub(path: Path, **splits: dict[str, Any]) -> Source:
+def hub(path: Path, **splits: dict[str, Any]) -> Dataset:
     """Write and open a set for ``datasets``: per split columns, with their features under ``_``."""
     D = pytest.importorskip("datasets")
     (path / "h").mkdir()
     for split, columns in splits.items():
         kinds = columns.pop("_")
         D.Dataset.from_dict(columns, D.Features(kinds)).to_parquet(path / "h" / f"{split}-00000-of-00001.parquet")
-    return open_source(f"hf:{path / 'h'}")
+    return open_dataset(f"hf:{path / 'h'}")
 
 
 def images(count: int, *, broken: int | None = None) -> list[Any]:
@@ -286,7 +286,7 @@ def test_numbers_stay_targets(tmp_path: Path, run: Run) -> None:
     done = run("fit", tmp_path / "x.npz", *TINY, "--target", "number", "--head", "ridge", "--json")
 
     assert done.code == 0
-    assert {float(item.label) for item in open_source(tmp_path / "x.npz").items} == set(values.tolist())
+    assert {float(item.label) for item in open_dataset(tmp_path / "x.npz").items} == set(values.tolist())
 
 
 def test_a_group_that_is_missing_names_its_row(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_group_that_is_missing_names_its_row(tmp_path: Path) -> None:
 
     (tmp_path / "x.csv").write_text("path,label,split,who\na,x,train,1\nb,y,train,2\nc,,test,\n")
     assert read_column(str(tmp_path / "x.csv"), "who") == ["1", "2"]
-    assert len(open_source(tmp_path / "x.csv").items) == 2
+    assert len(open_dataset(tmp_path / "x.csv").items) == 2
 
     (tmp_path / "x.csv").write_text("path,label,who\na,x,1\nb,y,\n")
     with pytest.raises(DataError, match="line 3 has none"):
@@ -307,7 +307,7 @@ def test_a_path_with_a_comma_is_not_cut(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("path,label\na,b.png,cat\n")
 
     with pytest.raises(DataError, match="line 2: more cells than columns"):
-        open_source(tmp_path / "x.csv")
+        open_dataset(tmp_path / "x.csv")
 
 
 def test_one_file_by_two_spellings_is_listed_twice(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_one_file_by_two_spellings_is_listed_twice(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("path,label\na.png,cat\nim/../a.png,dog\n")
 
     with pytest.raises(DataError, match="listed more than once"):
-        open_source(tmp_path / "x.csv")
+        open_dataset(tmp_path / "x.csv")
 
 
 def shard(path: Path, members: list[tuple[str, bytes]]) -> str:
@@ -339,7 +339,7 @@ def test_the_order_of_members_decides_nothing(tmp_path: Path) -> None:
     expected = [("0.jpg", "cat"), ("1.ppm", "dog"), ("2.png", "fox")]
 
     for order in (members, members[::-1], sorted(members), sorted(members, key=lambda one: one[0][::-1])):
-        source = open_source(shard(tmp_path / "x.tar", order))
+        source = open_dataset(shard(tmp_path / "x.tar", order))
         assert sorted((item.path.split("/")[1], item.label) for item in source.items) == expected
         assert any("1 image beside another of the same sample" in note for note in source.notes)
 
@@ -356,13 +356,13 @@ def test_members_that_are_not_read_are_counted(tmp_path: Path) -> None:
         ("._0.jpg", b""),
     ]
 
-    source = open_source(shard(tmp_path / "x.tar", members))
+    source = open_dataset(shard(tmp_path / "x.tar", members))
 
     assert len(source.items) == 1
     assert "left out: 3 members of shards (.seg.png 1, .npy 1, labels without an image 1)" in source.notes[0]
     for twice in (("0.ppm", image), ("./0.PPM", image), ("0.cls", b"dog")):
         with pytest.raises(DataError, match="is there twice"):
-            open_source(shard(tmp_path / "y.tar", [*members, twice]))
+            open_dataset(shard(tmp_path / "y.tar", [*members, twice]))
 
 
 def test_splits_in_the_middle_of_shards_names(tmp_path: Path) -> None:
@@ -371,11 +371,11 @@ def test_splits_in_the_middle_of_shards_names(tmp_path: Path) -> None:
     for name, more in (("pets-train-0", [("0.cls", b"a")]), ("pets-val-0", [("0.cls", b"a")]), ("pets-test-0", [])):
         shard(tmp_path / f"{name}.tar", [("0.ppm", image), *more])
 
-    source = open_source(f"wds:{tmp_path}/pets-{{train,val,test}}-0.tar")
+    source = open_dataset(f"wds:{tmp_path}/pets-{{train,val,test}}-0.tar")
 
     assert [item.split for item in source.items] == ["train", "val"]
     for number, split in enumerate(("train", "test")):
         (tmp_path / split).mkdir()
         shard(tmp_path / split / f"{number}.tar", [("0.ppm", image), ("0.cls", b"a")])
-    assert [item.split for item in open_source(f"wds:{tmp_path}/{{train/0,test/1}}.tar").items] == ["train", "test"]
+    assert [item.split for item in open_dataset(f"wds:{tmp_path}/{{train/0,test/1}}.tar").items] == ["train", "test"]
     assert any("1 images of the split test" in note or "1 image" in note for note in source.notes)

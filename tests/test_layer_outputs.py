@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from featcache.backbones.pooling import Layout, TokenCounts, prove_layout
 from featcache.backbones.timm_models import Backbone, Normalise, load_backbone
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import UsageError
-from featcache.experiments.finetune import finetune_job
-from featcache.extraction.feature_cache import Settings, Target, Workbench
+from featcache.experiments.finetune import run_finetune
+from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides
 from featcache.store import FeatureStore
@@ -219,7 +219,7 @@ def test_an_old_request_does_not_lead_to_rows_of_another_tensor(folder: Path, se
     """Flags that were remembered for pixels at a stage are not believed; those of a right cut find their entry."""
     for name, cut, computed in (("test_nfnet", "stem", 36), ("test_resnet", "layer2", 0)):
         spec = BackboneSpec(name, random_init=0, overrides=TransformOverrides(input_size=32))
-        bench = Workbench(open_source(folder), spec, settings)
+        bench = FeatureCache(open_dataset(folder), spec, settings)
         store = bench.extracted(cut).store
         old = store.path.with_name(f"{name}.old")
         store.path.rename(old)  # as version 1 left it: under its own key, and its flags remembered without a version
@@ -230,20 +230,20 @@ def test_an_old_request_does_not_lead_to_rows_of_another_tensor(folder: Path, se
         if not computed:
             old.rename(store.path)
 
-        again = Workbench(open_source(folder), spec, settings).extracted(cut)
+        again = FeatureCache(open_dataset(folder), spec, settings).extracted(cut)
 
         assert again.report.computed == computed
         assert again.store.spec["format_version"] == (2 if computed else 1)
-        assert Workbench(open_source(folder), spec, settings).extracted(cut).report.computed == 0
+        assert FeatureCache(open_dataset(folder), spec, settings).extracted(cut).report.computed == 0
 
 
 @pytest.mark.parametrize("pool", ["avg", "max"])
 def test_layers_and_tuning_with_another_pooling(folder: Path, tiny: BackboneSpec, settings: Settings, pool: Pool) -> None:
     """Layers are extracted and a stage is tuned from its stored activations, not from pixels."""
-    bench = Workbench(open_source(folder), BackboneSpec(**{**vars(tiny), "pool": pool}), settings)
+    bench = FeatureCache(open_dataset(folder), BackboneSpec(**{**vars(tiny), "pool": pool}), settings)
 
-    layers, own = bench.extracted_at([Target("layer2+layer3"), Target("pooled")])
-    tuned = finetune_job(bench, FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,)))
+    layers, own = bench.extracted_at([Output("layer2+layer3"), Output("pooled")])
+    tuned = run_finetune(bench, FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,)))
 
     assert layers.store.features().X.shape == (36, 96 + 144)
     assert own.store.features().X.shape[1] == 96

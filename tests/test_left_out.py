@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import TINY, Outcome, draw_image
 
-from featcache.datasets import Source, open_source
+from featcache.datasets import Dataset, open_dataset
 from featcache.datasets.base import looks_like_split
 from featcache.errors import DataError
 from featcache.experiments.predict import find_images
@@ -27,12 +27,12 @@ def draw(root: Path, *places: str) -> Path:
     return root
 
 
-def described(source: Source) -> list[tuple[str, str, str]]:
+def described(source: Dataset) -> list[tuple[str, str, str]]:
     """Return paths, labels and splits."""
     return [(item.path, item.label, item.split) for item in source.items]
 
 
-def said(source: Source) -> str:
+def said(source: Dataset) -> str:
     """Return all notes in one text."""
     return "\n".join(source.notes)
 
@@ -43,7 +43,7 @@ def test_a_linked_test_split_is_read(tmp_path: Path) -> None:
     draw(tmp_path / "shared", "test/cat/3.png", "test/dog/4.png")
     (tmp_path / "exp" / "test").symlink_to(tmp_path / "shared" / "test")
 
-    source = open_source(tmp_path / "exp")
+    source = open_dataset(tmp_path / "exp")
 
     assert [place[2] for place in described(source)] == ["test", "test", "train", "train"]
     assert source.items[0].path == "test/cat/3.png"
@@ -59,7 +59,7 @@ def test_linked_classes_and_links_inside_are_read_once(tmp_path: Path) -> None:
     (tmp_path / "data" / "hound").symlink_to(tmp_path / "far" / "dogs")
     (tmp_path / "data" / "cat" / "more").symlink_to(tmp_path / "far" / "more")
 
-    source = open_source(tmp_path / "data")
+    source = open_dataset(tmp_path / "data")
 
     assert described(source) == [
         ("cat/1.png", "cat", ""), ("cat/more/4.png", "cat", ""), ("dog/2.png", "dog", ""), ("dog/deep/3.png", "dog", "")
@@ -73,7 +73,7 @@ def test_a_real_folder_wins_over_a_link_to_it(tmp_path: Path) -> None:
     draw(tmp_path, "red/1.png", "zebra/2.png")
     (tmp_path / "alias").symlink_to(tmp_path / "red")
 
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
 
     assert source.classes == ("red", "zebra")
     assert "(alias)" in said(source)
@@ -85,7 +85,7 @@ def test_links_in_a_circle_end(tmp_path: Path, target: str) -> None:
     draw(tmp_path / "data", "cat/1.png", "dog/2.png")
     (tmp_path / "data" / "cat" / "loop").symlink_to(target)
 
-    source = open_source(tmp_path / "data")
+    source = open_dataset(tmp_path / "data")
 
     assert len(source.items) == 2
     assert "1 link " in said(source)
@@ -96,7 +96,7 @@ def test_a_folder_of_hidden_content_is_read_through_its_link(tmp_path: Path) -> 
     draw(tmp_path, ".store/x/1.png", "cat/2.png")
     (tmp_path / "dog").symlink_to(tmp_path / ".store" / "x")
 
-    assert open_source(tmp_path).classes == ("cat", "dog")
+    assert open_dataset(tmp_path).classes == ("cat", "dog")
 
 
 def test_test_linked_to_train_is_refused(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_test_linked_to_train_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test").symlink_to(tmp_path / "train")
 
     with pytest.raises(DataError, match=r"test: this split would be lost: .*already"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_a_dead_link_in_the_place_of_a_split_is_refused(tmp_path: Path) -> None:
@@ -113,11 +113,11 @@ def test_a_dead_link_in_the_place_of_a_split_is_refused(tmp_path: Path) -> None:
     draw(tmp_path, "train/cat/1.png", "train/dog/2.png")
     (tmp_path / "train" / "cat" / "old").symlink_to(tmp_path / "gone")
 
-    assert "1 link that goes nowhere (train/cat/old)" in said(open_source(tmp_path))
+    assert "1 link that goes nowhere (train/cat/old)" in said(open_dataset(tmp_path))
 
     (tmp_path / "test").symlink_to(tmp_path / "gone")
     with pytest.raises(DataError, match="test: a link that goes nowhere"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".jfif", ".jpx", ".j2k", ".apng", ".JFIF", ".pjpeg", ".mpo", ".dib", ".j2c"])
@@ -126,7 +126,7 @@ def test_every_suffix_of_formats_that_are_decoded_is_read(tmp_path: Path, suffix
     draw(tmp_path, "cat/1.png")
     (tmp_path / "cat" / "1.png").rename(tmp_path / "cat" / f"1{suffix}")
 
-    assert [item.path for item in open_source(tmp_path).items] == [f"cat/1{suffix}"]
+    assert [item.path for item in open_dataset(tmp_path).items] == [f"cat/1{suffix}"]
 
 
 def test_other_files_are_counted(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_other_files_are_counted(tmp_path: Path) -> None:
     draw(tmp_path, "cat/Thumbs.db.txt", "cat/.DS_Store", "__MACOSX/cat/._1.png", ".ipynb_checkpoints/4.png")
     (tmp_path / "cat" / "Thumbs.db").write_bytes(b"x")
 
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
 
     assert source.classes == ("cat", "dog")
     assert "left out: 6 files with other suffixes (.txt 3, .heic 2, none 1)" in said(source)
@@ -148,7 +148,7 @@ def test_a_flat_folder_says_where_its_images_lie(tmp_path: Path) -> None:
     draw(tmp_path, *(f"{number}.png" for number in range(5)))
 
     with pytest.raises(DataError, match="5 images lie outside class folders"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_splits_are_never_taken_for_classes(tmp_path: Path, places: tuple[str, .
     draw(tmp_path, *places)
 
     with pytest.raises(DataError, match=r"splits.*train\|val\|test/CLASS/IMAGE"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path: Path, places: tuple[str, .
     """Pictures of trains are a class beside pictures of cars."""
     draw(tmp_path, *places)
 
-    assert len(open_source(tmp_path).classes) == 2
+    assert len(open_dataset(tmp_path).classes) == 2
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_an_official_split_is_never_lost(tmp_path: Path, places: tuple[str, ...]
     draw(tmp_path, "train/a/1.png", "train/b/2.png", *places)
 
     with pytest.raises(DataError, match=match):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(("folder", "split"), [("Test", "test"), ("VALID", "val"), ("testing", "test"), ("dev", "val")])
@@ -220,7 +220,7 @@ def test_usual_names_of_splits_are_read(tmp_path: Path, folder: str, split: str)
     """Splits go by several names, in any case."""
     draw(tmp_path, "Training/a/1.png", f"{folder}/a/2.png")
 
-    assert {item.split for item in open_source(tmp_path).items} == {"train", split}
+    assert {item.split for item in open_dataset(tmp_path).items} == {"train", split}
 
 
 def test_what_lies_beside_train_is_counted(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_what_lies_beside_train_is_counted(tmp_path: Path) -> None:
         tmp_path, "train/a/1.png", "test/a/2.png", "extras/b/3.png", "extras/4.png", "test_b/a/5.png", "6.png", "test/7.png"
     )
 
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
 
     assert len(source.items) == 2
     assert "beside train/ (images: extras 2, test_b 1)" in said(source)
@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_opened_is_counted(tmp_path: Path) -> None:
     draw(tmp_path, "cat/1.png", "dog/2.png", "dog/in/3.png")
     (tmp_path / "dog" / "in").chmod(0)
 
-    assert "1 folder that cannot be opened" in said(open_source(tmp_path))
+    assert "1 folder that cannot be opened" in said(open_dataset(tmp_path))
 
 
 def test_predict_reads_a_folder_by_the_same_rule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,22 +19,22 @@ from test_fit import blobs
 
 from featcache import heads
 from featcache.backbones.timm_models import load_backbone
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Scores, gap
 from featcache.evaluation.splits import make_split
 from featcache.experiments import bench
 from featcache.experiments import fit as jobs
 from featcache.experiments.bench import run_bench
-from featcache.experiments.finetune import finetune_job
-from featcache.experiments.fit import FitPlan, Ledger, fit_heads
+from featcache.experiments.finetune import run_finetune
+from featcache.experiments.fit import FitPlan, Ledger, run_fit
 from featcache.experiments.grid import load_grid
-from featcache.extraction.feature_cache import Settings, Workbench
-from featcache.finetuning.distributed import Team
+from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.finetuner import not_worse
-from featcache.finetuning.loop import Epoch, Job, Trained, Trial, kept, noise
+from featcache.finetuning.loop import Epoch, TrainContext, Trained, Trial, kept, noise
 from featcache.finetuning.model import SuffixAndHead
-from featcache.heads.baselines import Control, best_on_validation, controls, standardised, statistics
+from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised, statistics
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.reports.tables import NO_GAIN, rows
 from featcache.specs import BackboneSpec
@@ -70,11 +70,11 @@ def parted_groups(record: RunRecord) -> set[int]:
 
 def test_finetune_keeps_groups_on_one_side(subtle: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path) -> None:
     """Patients are whole in the test split of probe and fine-tuning; it is another experiment, and its record says so."""
-    source = open_source(manifest(tmp_path, subtle))
-    workbench = Workbench(source, tiny, settings)
+    source = open_dataset(manifest(tmp_path, subtle))
+    workbench = FeatureCache(source, tiny, settings)
 
-    grouped = finetune_job(workbench, replace(PLAN, epochs=1), group="patient").record
-    plain = finetune_job(workbench, replace(PLAN, epochs=1)).record
+    grouped = run_finetune(workbench, replace(PLAN, epochs=1), group="patient").record
+    plain = run_finetune(workbench, replace(PLAN, epochs=1)).record
 
     assert grouped.test_groups is not None
     assert len(grouped.test_groups) == grouped.split["test"] == len(grouped.right)
@@ -188,7 +188,7 @@ def test_controls_scale_by_training_images_alone() -> None:
     strange = thumbnails.copy()
     strange[split.test[0]] = np.tile([[0], [255]], (16, 32, 1, 3)).reshape(32, 32, 3)
 
-    plain, other = controls(thumbnails, y, split), controls(strange, y, split)
+    plain, other = baselines(thumbnails, y, split), baselines(strange, y, split)
 
     for one, two in zip(plain, other, strict=True):
         assert one.val == two.val
@@ -208,7 +208,7 @@ def test_the_control_to_beat_is_the_best_on_validation() -> None:
     assert best_on_validation([lucky, replace(bad, name="steady", val=good.val)]).name == "steady"
 
 
-def controls_like(y: np.ndarray, split: Any, right: float) -> Control:
+def controls_like(y: np.ndarray, split: Any, right: float) -> Baseline:
     """Return a control that answers such a share of the validation and test images rightly."""
     from featcache.evaluation.metrics import score, scores_on_test
 
@@ -216,7 +216,7 @@ def controls_like(y: np.ndarray, split: Any, right: float) -> Control:
         wrong = np.arange(len(index)) >= right * len(index)
         return np.where(wrong, (y[index] + 1) % 3, y[index])
 
-    return Control("", score(y[split.val], answer(split.val)), scores_on_test(answer, y, split))
+    return Baseline("", score(y[split.val], answer(split.val)), scores_on_test(answer, y, split))
 
 
 # the best probe, no gain, latest records
@@ -320,10 +320,10 @@ def test_records_of_before_are_read(tmp_path: Path) -> None:
 
 def test_the_gap_is_to_the_best_of_three_probes(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Ridge, nearest neighbours and logistic are fitted unasked; the best on validation is named, and the others."""
-    workbench = Workbench(open_source(subtle), tiny, settings)
-    fitted = fit_heads(workbench, FitPlan(("ridge", "knn", "logistic"), controls=False)).heads
+    workbench = FeatureCache(open_dataset(subtle), tiny, settings)
+    fitted = run_fit(workbench, FitPlan(("ridge", "knn", "logistic"), baselines=False)).heads
 
-    record = finetune_job(workbench, GAINS).record
+    record = run_finetune(workbench, GAINS).record
 
     assert record.probe is not None
     assert record.gap is not None
@@ -413,17 +413,17 @@ def test_an_image_without_activations_is_left_out_of_both(
     subtle: Path, settings: Settings, tiny: BackboneSpec, tmp_path: Path
 ) -> None:
     """One overflows float16 at the cut: the gap is taken on the others, which is said, and the grid knows its cell again."""
-    bare = Workbench(open_source(subtle), tiny, settings)
+    bare = FeatureCache(open_dataset(subtle), tiny, settings)
     largest = np.abs(bare.extracted("layer3", "float32").store.features().X.reshape(60, -1)).max(axis=1)
     second, first = np.sort(largest)[-2:]
     weights = load_backbone(tiny).module.state_dict()
     weights["bn1.weight"] = weights["bn1.weight"] * float(65504 / np.sqrt(first * second))
     save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "w.safetensors")
     spec = replace(tiny, random_init=None, weights=str(tmp_path / "w.safetensors"))
-    workbench = Workbench(open_source(subtle), spec, replace(settings, max_bad=0.1))
-    probe = fit_heads(workbench, FitPlan(("ridge",), controls=False)).heads[0].record
+    workbench = FeatureCache(open_dataset(subtle), spec, replace(settings, max_bad=0.1))
+    probe = run_fit(workbench, FitPlan(("ridge",), baselines=False)).heads[0].record
 
-    record = finetune_job(workbench, replace(PLAN, epochs=1, dtype=None), ledger=(ledger := Ledger())).record
+    record = run_finetune(workbench, replace(PLAN, epochs=1, dtype=None), ledger=(ledger := Ledger())).record
 
     assert sum(record.split.values()) == 59
     assert sum(probe.split.values()) == 60
@@ -451,10 +451,10 @@ def test_an_image_without_activations_is_left_out_of_both(
 )
 def test_what_other_targets_do_not_take_is_refused(folder: Path, settings: Settings, plan: FitPlan, match: str) -> None:
     """By its name, before anything is computed."""
-    workbench = Workbench(open_source(folder), BackboneSpec("test_resnet", random_init=0), settings)
+    workbench = FeatureCache(open_dataset(folder), BackboneSpec("test_resnet", random_init=0), settings)
 
     with pytest.raises(UsageError, match=match):
-        fit_heads(workbench, plan)
+        run_fit(workbench, plan)
     assert not settings.cache.exists()
 
 
@@ -465,9 +465,9 @@ def test_a_budget_holds_for_numbers_too(tmp_path: Path, tiny: BackboneSpec, sett
         draw_image(tmp_path / f"{index}.png", (60 + 5 * index, 100, 100), index)
         lines.append(f"{index}.png,{index}")
     (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
-    workbench = Workbench(open_source(tmp_path / "list.csv"), tiny, settings)
+    workbench = FeatureCache(open_dataset(tmp_path / "list.csv"), tiny, settings)
 
-    done = fit_heads(workbench, FitPlan(target="number", budget=0.0))
+    done = run_fit(workbench, FitPlan(target="number", budget=0.0))
 
     assert [job.fitted.head for job in done.targets] == ["ridge"]
 
@@ -478,7 +478,7 @@ def test_probes_that_need_memory_are_left_out_where_there_is_none(
     """The gap is then to the best of those that read from disk, and that is said."""
     monkeypatch.setattr(jobs, "free_memory", lambda: 1000.0)
 
-    record = finetune_job(Workbench(open_source(folder), tiny, settings), replace(PLAN, epochs=1)).record
+    record = run_finetune(FeatureCache(open_dataset(folder), tiny, settings), replace(PLAN, epochs=1)).record
 
     assert record.probe is not None
     assert record.probe["of"] == ["ridge", "logistic"]
@@ -489,15 +489,15 @@ def test_a_probe_that_did_not_converge_is_no_start(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fine-tuning ends with an error instead of starting from it."""
-    workbench = Workbench(open_source(folder), tiny, settings)
+    workbench = FeatureCache(open_dataset(folder), tiny, settings)
     ledger = Ledger()
-    fit_heads(workbench, FitPlan(jobs.PROBES, controls=False), ledger=ledger)
+    run_fit(workbench, FitPlan(jobs.PROBES, baselines=False), ledger=ledger)
     family = heads.HEADS["logistic"]
     short = replace(family, fit=lambda *arguments: (family.fit(*arguments)[0], False))
     monkeypatch.setitem(heads.HEADS, "logistic", short)  # type: ignore[arg-type]  # a dict, whatever its annotation says
 
     with pytest.raises(DataError, match="did not reach its optimum"):
-        finetune_job(workbench, PLAN, ledger=ledger)
+        run_finetune(workbench, PLAN, ledger=ledger)
 
 
 # which epoch, which rate, and how the last training ends
@@ -586,7 +586,7 @@ def test_a_shorter_training_has_a_schedule_of_its_own(folder: Path, tiny: Backbo
         own = prepared.backbone.separate()
         model = SuffixAndHead(own.suffix("layer3"), prepared.probe)
         stages = (tuple(model.suffix.parameters()),)
-        job = Job(model, stages, stored.take, prepared.features.y, plan, Team(), 0, "float32")
+        job = TrainContext(model, stages, stored.take, prepared.features.y, plan, ProcessGroup(), 0, "float32")
         val, loss = job.validate(prepared.split.val)
         start = Epoch(0, None, val, 0.0, scaled_loss=loss)
         trial = Trial(job, 1e-3, prepared.split.train_val, None, start, epochs=count)

@@ -15,10 +15,10 @@ from support import draw_image
 from test_sources_kinds import write_mnist
 
 from featcache import api
-from featcache.datasets import Item, Source, open_source
+from featcache.datasets import Dataset, Sample, open_dataset
 from featcache.errors import DataError
-from featcache.experiments.fit import FitPlan, card_of, fit_heads
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.experiments.fit import FitPlan, card_of, run_fit
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec
 
 
@@ -101,13 +101,13 @@ KINDS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def reopened(source: Source, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings) -> Source:
+def reopened(source: Dataset, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings) -> Dataset:
     """Return what the text in a card opens in another working folder."""
-    done = Workbench(source, BackboneSpec("test_resnet", random_init=0), settings)
+    done = FeatureCache(source, BackboneSpec("test_resnet", random_init=0), settings)
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     card = json.loads(json.dumps(done.source.reopens or done.source.location))
-    return open_source(card)
+    return open_dataset(card)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -117,7 +117,7 @@ def test_every_kind_opens_again(
     """Opened by a relative name in one folder, a set is opened again by its card in another: images, labels, bytes."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    source = open_source(KINDS[kind](folder))
+    source = open_dataset(KINDS[kind](folder))
     first = source.read(source.items[0].path)
 
     again = reopened(source, tmp_path / "there", monkeypatch, settings)
@@ -132,7 +132,7 @@ def test_torchvisions_sets_open_again(tmp_path: Path, settings: Settings, monkey
     (tmp_path / "root").mkdir()
     write_mnist(tmp_path / "root")
     monkeypatch.chdir(tmp_path)
-    source = open_source("torchvision:MNIST", data_root=Path("root"))
+    source = open_dataset("torchvision:MNIST", data_root=Path("root"))
 
     assert reopened(source, tmp_path / "there", monkeypatch, settings).items == source.items
 
@@ -142,7 +142,7 @@ def test_a_card_has_that_text(
 ) -> None:
     """What a card says is what opens the source again."""
     monkeypatch.chdir(tmp_path)
-    bench = Workbench(open_source(_shards(folder)), tiny, settings)
+    bench = FeatureCache(open_dataset(_shards(folder)), tiny, settings)
 
     assert card_of(bench, bench.extracted())["data"] == f"wds:{tmp_path}/set-{{0..1}}.tar"
 
@@ -157,8 +157,8 @@ def test_export_compares_on_the_images_of_then(
     broken = folder / "blue" / "00.png"
     broken.write_bytes(broken.read_bytes()[:60])
     (folder / "blue" / "000.png").write_bytes(b"no image")
-    source = open_source(_shards(folder))
-    head = fit_heads(Workbench(source, tiny, settings), FitPlan(("ridge",), controls=False)).heads[0].bundle
+    source = open_dataset(_shards(folder))
+    head = run_fit(FeatureCache(source, tiny, settings), FitPlan(("ridge",), baselines=False)).heads[0].bundle
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 
@@ -176,8 +176,8 @@ def test_images_in_memory_cannot_be_opened_again(
         blobs[f"{number}.png"] = (tmp_path / "one.png").read_bytes()
     from featcache.datasets import Blobs
 
-    source = Source("mine", "a program's own", tuple(Item(path, str(int(path[:-4]) % 2)) for path in blobs), Blobs(blobs))
-    head = fit_heads(Workbench(source, tiny, settings), FitPlan(("ridge",), controls=False)).heads[0].bundle
+    source = Dataset("mine", "a program's own", tuple(Sample(path, str(int(path[:-4]) % 2)) for path in blobs), Blobs(blobs))
+    head = run_fit(FeatureCache(source, tiny, settings), FitPlan(("ridge",), baselines=False)).heads[0].bundle
 
     with pytest.raises(DataError, match="--check"):
         api.export(head, tmp_path / "model.onnx", settings=settings)

@@ -15,11 +15,11 @@ from support import TINY, Outcome
 from torch import Tensor, nn
 
 from featcache.backbones.timm_models import load_backbone
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.datasets.images import decode
 from featcache.errors import SetupError, UsageError
 from featcache.extraction import runtimes
-from featcache.extraction.feature_cache import Settings, Target, Workbench
+from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.extraction.runtimes import Chosen, TorchRuntime, Workers, choose
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
@@ -195,9 +195,9 @@ def test_pools_of_maps(tiny: BackboneSpec) -> None:
 
 def test_layers_are_the_pooled_stages(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Several layers in one pass are their maps' averages side by side, the last one the embedding itself."""
-    bench = Workbench(open_source(folder), tiny, settings)
+    bench = FeatureCache(open_dataset(folder), tiny, settings)
     layers, stage, embedding = bench.extracted_at(
-        [Target("layer2+layer3+layer4"), Target("layer2", "float32"), Target("pooled")]
+        [Output("layer2+layer3+layer4"), Output("layer2", "float32"), Output("pooled")]
     )
 
     joined = layers.store.features().X
@@ -209,16 +209,16 @@ def test_layers_are_the_pooled_stages(folder: Path, tiny: BackboneSpec, settings
 
 def test_one_pass_fills_every_entry(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Several cuts at once give what each gives alone, also where one has some rows already."""
-    alone = Workbench(open_source(folder), tiny, replace(settings, cache=settings.cache / "alone"))
-    bench = Workbench(open_source(folder), tiny, settings)
+    alone = FeatureCache(open_dataset(folder), tiny, replace(settings, cache=settings.cache / "alone"))
+    bench = FeatureCache(open_dataset(folder), tiny, settings)
     removed = folder / "red" / "00.png"
     content = removed.read_bytes()
     removed.unlink()
-    Workbench(open_source(folder), tiny, settings).extracted("layer2")
+    FeatureCache(open_dataset(folder), tiny, settings).extracted("layer2")
     removed.write_bytes(content)
-    bench = Workbench(open_source(folder), tiny, settings)
+    bench = FeatureCache(open_dataset(folder), tiny, settings)
 
-    several = bench.extracted_at([Target("pooled"), Target("layer2"), Target("input")])
+    several = bench.extracted_at([Output("pooled"), Output("layer2"), Output("input")])
 
     assert [done.report.computed for done in several] == [36, 1, 36]
     for done in several:
@@ -229,11 +229,11 @@ def test_one_pass_fills_every_entry(folder: Path, tiny: BackboneSpec, settings: 
 
 def test_views_are_aligned_and_seeded(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """View 0 is the usual row; the others depend on the image and the seed alone, not on the run or the name."""
-    plain = Workbench(open_source(folder), tiny, settings).extracted().store.features()
-    viewed = Workbench(open_source(folder), tiny, settings).extracted(views=Views(3)).store
+    plain = FeatureCache(open_dataset(folder), tiny, settings).extracted().store.features()
+    viewed = FeatureCache(open_dataset(folder), tiny, settings).extracted(views=Views(3)).store
     other_cache = replace(settings, cache=settings.cache / "other", batch_size=5)
-    again = Workbench(open_source(folder), tiny, other_cache).extracted(views=Views(3)).store.features()
-    seeded = Workbench(open_source(folder), tiny, settings).extracted(views=Views(3, seed=1)).store.features()
+    again = FeatureCache(open_dataset(folder), tiny, other_cache).extracted(views=Views(3)).store.features()
+    seeded = FeatureCache(open_dataset(folder), tiny, settings).extracted(views=Views(3, seed=1)).store.features()
 
     features = viewed.features()
     assert features.X.shape == (36, 3, plain.X.shape[1])
@@ -281,8 +281,8 @@ def test_large_jpegs_are_decoded_small_unless_told_otherwise() -> None:
 
 def test_half_precision_is_another_entry(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """bfloat16 rows are close to float32 ones, and never mistaken for them."""
-    full = Workbench(open_source(folder), tiny, settings).extracted()
-    half = Workbench(open_source(folder), replace(tiny, precision="bfloat16"), settings).extracted()
+    full = FeatureCache(open_dataset(folder), tiny, settings).extracted()
+    half = FeatureCache(open_dataset(folder), replace(tiny, precision="bfloat16"), settings).extracted()
 
     assert half.store.path != full.store.path
     one, other = full.store.features().X, half.store.features().X

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support import TINY, draw_folder, draw_image
 
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import DataError
 from featcache.extraction import extract as stage
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.store import FeatureStore
 
@@ -84,14 +84,14 @@ def test_parts_are_shares_of_the_whole(folder: Path, settings: Settings) -> None
     shutil.copy(folder / "red" / "00.png", folder / "blue" / "copy.png")
     computed = []
     for number in (1, 2, 3):
-        bench = Workbench(open_source(folder), SPEC, Settings(settings.cache, 8, part=(number, 3)))
+        bench = FeatureCache(open_dataset(folder), SPEC, Settings(settings.cache, 8, part=(number, 3)))
         report = bench.extracted().report
         computed.append(report.computed)
 
     assert sum(computed) == 36
     assert min(computed) > 0
     assert (report.left, report.rows, [bad.path for bad in report.quarantined]) == (0, 37, ["red/bad.png"])
-    alone = Workbench(open_source(folder), SPEC, Settings(settings.cache / "alone", 8)).extracted()
+    alone = FeatureCache(open_dataset(folder), SPEC, Settings(settings.cache / "alone", 8)).extracted()
     assert equal_bytes(entry_of(settings.cache), alone.store.path)
 
 
@@ -105,20 +105,20 @@ def test_ray_gives_what_this_process_gives(tmp_path: Path, monkeypatch: pytest.M
     (folder / "red" / "bad.png").write_bytes(b"nothing")
     shutil.copy(folder / "red" / "00.png", folder / "blue" / "copy.png")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    real, killed = stage._Harvest.adopt, []
+    real, killed = stage.EntryWriter.adopt, []
 
     def adopt(harvest: Any, written: Any, number: int) -> None:
         real(harvest, written, number)
         if not killed:
             killed.append(_kill_a_worker())
 
-    monkeypatch.setattr(stage._Harvest, "adopt", adopt)
+    monkeypatch.setattr(stage.EntryWriter, "adopt", adopt)
     try:
-        bench = Workbench(open_source(folder), SPEC, Settings(tmp_path / "ray", 8, engine="ray", workers=2))
+        bench = FeatureCache(open_dataset(folder), SPEC, Settings(tmp_path / "ray", 8, engine="ray", workers=2))
         done = bench.extracted("layer2")
     finally:
         ray.shutdown()
-    alone = Workbench(open_source(folder), SPEC, Settings(tmp_path / "alone", 8)).extracted("layer2")
+    alone = FeatureCache(open_dataset(folder), SPEC, Settings(tmp_path / "alone", 8)).extracted("layer2")
 
     assert killed == [True]
     assert (done.report.rows, alone.report.computed) == (301, 300)
@@ -260,7 +260,7 @@ class History(RuleBasedStateMachine):
     def _extract(self, cache: str, part: tuple[int, int] | None = None) -> bool:
         settings = Settings(self.root / cache, 4, max_bad=1.0, part=part)
         try:
-            Workbench(open_source(self.folder), SPEC, settings).extracted()
+            FeatureCache(open_dataset(self.folder), SPEC, settings).extracted()
         except DataError:
             return False
         return True

@@ -8,18 +8,18 @@ import pytest
 from PIL import Image
 from support import draw_image
 
-from featcache.datasets import Item, open_source
+from featcache.datasets import Sample, open_dataset
 from featcache.errors import DataError, UsageError
 
 
 def test_flat_folder(folder: Path) -> None:
     """The folders of images are the classes, no split is given."""
-    source = open_source(folder)
+    source = open_dataset(folder)
 
     assert source.name == "images"
     assert source.classes == ("blue", "green", "red")
     assert len(source.items) == 36
-    assert source.items[0] == Item("blue/00.png", "blue", "")
+    assert source.items[0] == Sample("blue/00.png", "blue", "")
 
 
 def test_split_folder_and_what_is_beside_it(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_split_folder_and_what_is_beside_it(tmp_path: Path) -> None:
     for place in ("train/a", "train/b", "Validation/a", "test/b", "extras/c"):
         draw_image(tmp_path / place / "1.png", (9, 9, 9), 1)
 
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
 
     found = sorted((item.label, item.split) for item in source.items)
     assert found == [("a", "train"), ("a", "val"), ("b", "test"), ("b", "train")]
@@ -39,7 +39,7 @@ def test_a_class_called_train(tmp_path: Path) -> None:
     for name in ("car", "train"):
         draw_image(tmp_path / name / "1.png", (9, 9, 9), 1)
 
-    assert open_source(tmp_path).classes == ("car", "train")
+    assert open_dataset(tmp_path).classes == ("car", "train")
 
 
 def test_hidden_files_links_to_folders_and_other_files_are_skipped(folder: Path) -> None:
@@ -50,14 +50,14 @@ def test_hidden_files_links_to_folders_and_other_files_are_skipped(folder: Path)
     draw_image(folder / ".hidden" / "00.png", (0, 0, 0), 6)
     (folder / "red" / "notes.txt").write_text("no image")
 
-    assert len(open_source(folder).items) == 36
+    assert len(open_dataset(folder).items) == 36
 
 
 def test_an_empty_class_is_reported(folder: Path) -> None:
     """A class folder without images is said, and no class."""
     (folder / "yellow").mkdir()
 
-    source = open_source(folder)
+    source = open_dataset(folder)
 
     assert source.classes == ("blue", "green", "red")
     assert any("yellow" in note and "no image" in note for note in source.notes)
@@ -68,16 +68,16 @@ def test_class_numbers_sort_as_numbers(tmp_path: Path) -> None:
     for name in ("class10", "class2", "class1"):
         draw_image(tmp_path / name / "1.png", (1, 1, 1), 1)
 
-    assert open_source(tmp_path).classes == ("class1", "class2", "class10")
+    assert open_dataset(tmp_path).classes == ("class1", "class2", "class10")
 
 
 def test_manifest(folder: Path) -> None:
     """A CSV names paths relative to itself, labels and splits."""
     (folder / "list.csv").write_text("path,label,split\nred/00.png,warm,train\nblue/00.png,cold,TEST\n")
 
-    source = open_source(folder / "list.csv")
+    source = open_dataset(folder / "list.csv")
 
-    assert source.items == (Item("red/00.png", "warm", "train"), Item("blue/00.png", "cold", "test"))
+    assert source.items == (Sample("red/00.png", "warm", "train"), Sample("blue/00.png", "cold", "test"))
     assert source.read("red/00.png") == (folder / "red" / "00.png").read_bytes()
 
 
@@ -97,14 +97,14 @@ def test_a_bad_manifest_is_refused(tmp_path: Path, text: str, match: str) -> Non
     (tmp_path / "list.csv").write_text(text)
 
     with pytest.raises(DataError, match=match):
-        open_source(tmp_path / "list.csv")
+        open_dataset(tmp_path / "list.csv")
 
 
 def test_digits_are_images() -> None:
     """scikit-learn's digits come as image files in memory, the values those of the data set."""
     from sklearn.datasets import load_digits
 
-    source = open_source("sklearn:digits")
+    source = open_dataset("sklearn:digits")
     first = np.asarray(Image.open(io.BytesIO(source.read(source.items[0].path))))
 
     assert len(source.items) == 1797
@@ -114,14 +114,14 @@ def test_digits_are_images() -> None:
 def test_what_is_no_source(tmp_path: Path) -> None:
     """Absent, empty and unknown sources are told apart."""
     with pytest.raises(DataError, match="no such folder"):
-        open_source(tmp_path / "absent")
+        open_dataset(tmp_path / "absent")
     with pytest.raises(DataError, match="no image found"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
     with pytest.raises(UsageError, match="digits"):
-        open_source("sklearn:iris")
+        open_dataset("sklearn:iris")
     (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(UsageError, match="not a folder"):
-        open_source(tmp_path / "x.zip")
+        open_dataset(tmp_path / "x.zip")
 
 
 def test_absolute_paths_in_a_manifest(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_absolute_paths_in_a_manifest(tmp_path: Path) -> None:
     manifest = tmp_path / "here" / "list.csv"
     manifest.write_text(f"path,label\n{tmp_path / 'far' / 'a.png'},red\nb.png,blue\n")
 
-    source = open_source(manifest)
+    source = open_dataset(manifest)
 
     assert all(source.read(item.path) for item in source.items)
     assert all(source.stat(item.path) is not None for item in source.items)

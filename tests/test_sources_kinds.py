@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from support import TINY, Outcome, draw_image
 
-from featcache.datasets import Source, open_source
+from featcache.datasets import Dataset, open_dataset
 from featcache.datasets.images import decode, encode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.specs import Transform
@@ -32,14 +32,14 @@ def arrays() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (6, 12, 10, 3), dtype=np.uint8)
 
 
-def same_pixels(source: Source, expected: np.ndarray) -> None:
+def same_pixels(source: Dataset, expected: np.ndarray) -> None:
     """The source's images, in order, are these."""
     transform = Transform(10, decoder="pillow")
     for item, pixels in zip(source.items, expected, strict=True):
         np.testing.assert_array_equal(decode(source.read(item.path), transform), decode(encode(pixels), transform))
 
 
-def described(source: Source) -> list[tuple[str, str]]:
+def described(source: Dataset) -> list[tuple[str, str]]:
     """Labels and splits in order."""
     return [(item.label, item.split) for item in source.items]
 
@@ -58,7 +58,7 @@ def test_parquet_of_paths(folder: Path) -> None:
     """A Parquet manifest reads like a CSV one."""
     columns = {"path": ["red/00.png", "blue/01.png"], "label": ["red", "blue"], "split": ["train", "test"]}
 
-    source = open_source(write_parquet(folder / "list.parquet", columns))
+    source = open_dataset(write_parquet(folder / "list.parquet", columns))
 
     assert described(source) == [("red", "train"), ("blue", "test")]
     assert source.read("blue/01.png") == (folder / "blue" / "01.png").read_bytes()
@@ -69,7 +69,7 @@ def test_parquet_of_bytes(tmp_path: Path) -> None:
     """A binary column, in any order of reading, across row groups."""
     columns = {"image": [encode(pixels) for pixels in arrays()], "label": LABELS, "split": SPLITS}
 
-    source = open_source(write_parquet(tmp_path / "pets.parquet", columns))
+    source = open_dataset(write_parquet(tmp_path / "pets.parquet", columns))
 
     assert described(source) == EXPECTED
     same_pixels(source, arrays())
@@ -85,7 +85,7 @@ def test_parquet_as_the_hub_writes_it(tmp_path: Path) -> None:
     metadata = {b"huggingface": json.dumps(features).encode()}
     columns = {"image": structs, "label": [0, 1, 0, 1, 0, 1]}
 
-    source = open_source(write_parquet(tmp_path / "pets.parquet", columns, metadata))
+    source = open_dataset(write_parquet(tmp_path / "pets.parquet", columns, metadata))
 
     assert [item.label for item in source.items] == LABELS
     assert source.items[2].path == "00000002-2.ppm"
@@ -101,7 +101,7 @@ def test_a_bad_parquet_is_refused(tmp_path: Path) -> None:
         (tmp_path / "none.parquet", "no such file"),
     ):
         with pytest.raises(DataError, match=match):
-            open_source(path)
+            open_dataset(path)
 
 
 @pytest.mark.parametrize("kind", ["npz", "h5"])
@@ -116,7 +116,7 @@ def test_arrays(tmp_path: Path, kind: str) -> None:
         with h5py.File(path, "w") as file:
             file.update(content)
 
-    source = open_source(path)
+    source = open_dataset(path)
 
     assert described(source) == EXPECTED
     same_pixels(source, arrays())
@@ -131,7 +131,7 @@ def test_arrays_in_parts(tmp_path: Path) -> None:
     grey = arrays()[..., 0]
     np.savez(path, train_images=grey[:4], train_labels=[[0], [1], [0], [1]], test_images=grey[4:], test_labels=[[0], [1]])
 
-    source = open_source(path)
+    source = open_dataset(path)
 
     assert described(source) == [(str(int(label == "dog")), split) for label, split in EXPECTED]
     same_pixels(source, grey)
@@ -159,7 +159,7 @@ def test_bad_arrays_are_refused(tmp_path: Path, content: dict[str, np.ndarray], 
 
     for path in (tmp_path / "bad.npz", tmp_path / "bad.h5"):
         with pytest.raises(DataError, match=match):
-            open_source(path)
+            open_dataset(path)
 
 
 def test_an_hdf5_file_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_an_hdf5_file_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
 
     for name, match in (("link.h5", "is a link"), ("outside.h5", "another file")):
         with pytest.raises(DataError, match=match):
-            open_source(tmp_path / name)
+            open_dataset(tmp_path / name)
 
 
 def test_a_pickle_in_an_npz_is_not_loaded(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_pickle_in_an_npz_is_not_loaded(tmp_path: Path) -> None:
     np.savez(tmp_path / "evil.npz", images=np.array([print], dtype=object))
 
     with pytest.raises(DataError, match="plain arrays"):
-        open_source(tmp_path / "evil.npz")
+        open_dataset(tmp_path / "evil.npz")
 
 
 def write_shard(path: Path, samples: dict[str, bytes]) -> None:
@@ -205,8 +205,8 @@ def test_shards_are_read_in_place(tmp_path: Path) -> None:
     )
     write_shard(tmp_path / "test-000.tar", {"../x.ppm": pixels[4], "../x.cls": b"cat", "5.ppm": pixels[5], "5.cls": b"dog"})
 
-    source = open_source(f"wds:{tmp_path}/train-{{000..001}}.tar")
-    test = open_source(f"wds:{tmp_path}/{{test,}}-000.tar".replace(",", ""))
+    source = open_dataset(f"wds:{tmp_path}/train-{{000..001}}.tar")
+    test = open_dataset(f"wds:{tmp_path}/{{test,}}-000.tar".replace(",", ""))
 
     assert described(source) + described(test) == EXPECTED
     same_pixels(source, arrays()[:4])
@@ -223,7 +223,7 @@ def test_bad_shards_are_refused(tmp_path: Path) -> None:
 
     for name, match in (("none.tar", "no such shard"), ("packed.tar", "uncompressed"), ("plain.tar", "no label")):
         with pytest.raises(DataError, match=match):
-            open_source(f"wds:{tmp_path}/{name}")
+            open_dataset(f"wds:{tmp_path}/{name}")
 
 
 def write_mnist(root: Path) -> None:
@@ -246,7 +246,7 @@ def test_torchvision_arrays(tmp_path: Path) -> None:
     """A set that torchvision holds in memory, with its own split."""
     write_mnist(tmp_path)
 
-    source = open_source("torchvision:MNIST", data_root=tmp_path)
+    source = open_dataset("torchvision:MNIST", data_root=tmp_path)
 
     assert [item.split for item in source.items] == ["train"] * 4 + ["test"] * 2
     assert source.items[1].label == "1 - one"
@@ -259,7 +259,7 @@ def test_torchvision_files(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "eurosat").mkdir()
     folder.rename(tmp_path / "eurosat" / "2750")
 
-    source = open_source("torchvision:EuroSAT", data_root=tmp_path)
+    source = open_dataset("torchvision:EuroSAT", data_root=tmp_path)
 
     assert source.classes == ("blue", "green", "red")
     assert source.items[0].path == "blue/00.png"
@@ -277,7 +277,7 @@ def test_torchvision_train_and_val_are_not_read_twice(tmp_path: Path) -> None:
         lines = [f"{number:03d} {'AB'[number % 2]}\n" for number in numbers]
         (data / f"images_variant_{part}.txt").write_text("".join(lines))
 
-    source = open_source("torchvision:FGVCAircraft", data_root=tmp_path)
+    source = open_dataset("torchvision:FGVCAircraft", data_root=tmp_path)
 
     held = {part: {Path(item.path).name for item in source.items if item.split == part} for part in ("train", "val", "test")}
     assert {part: len(names) for part, names in held.items()} == {"train": 4, "val": 4, "test": 4}
@@ -297,7 +297,7 @@ def test_torchvision_trainval_trains_where_there_is_nothing_else(tmp_path: Path)
     (base / "annotations" / "trainval.txt").write_text("".join(lines[:6]))
     (base / "annotations" / "test.txt").write_text("".join(lines[6:]))
 
-    source = open_source("torchvision:OxfordIIITPet", data_root=tmp_path)
+    source = open_dataset("torchvision:OxfordIIITPet", data_root=tmp_path)
 
     assert sorted(item.split for item in source.items) == ["test"] * 2 + ["train"] * 6
     assert len({Path(item.path).name for item in source.items}) == 8
@@ -308,8 +308,8 @@ def test_what_says_where_a_set_was_opens_it_again(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     write_shard(tmp_path / "a.tar", {"0.ppm": encode(arrays()[0]), "0.cls": b"cat"})
 
-    for source in (open_source("torchvision:MNIST", data_root=tmp_path), open_source(f"wds:{tmp_path}/a.tar")):
-        assert open_source(source.location).items == source.items
+    for source in (open_dataset("torchvision:MNIST", data_root=tmp_path), open_dataset(f"wds:{tmp_path}/a.tar")):
+        assert open_dataset(source.location).items == source.items
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_what_says_where_a_set_was_opens_it_again(tmp_path: Path) -> None:
 def test_torchvision_sets_that_cannot_be_one(tmp_path: Path, name: str, error: type[Exception], match: str) -> None:
     """A set that needs other arguments, or has no such splits, says so."""
     with pytest.raises(error, match=match):
-        open_source(f"torchvision:{name}", data_root=tmp_path)
+        open_dataset(f"torchvision:{name}", data_root=tmp_path)
 
 
 def test_torchvision_says_what_is_missing(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_torchvision_says_what_is_missing(tmp_path: Path) -> None:
         ("torchvision:Nothing", tmp_path, UsageError, "no such data set"),
     ):
         with pytest.raises(error, match=match):
-            open_source(text, data_root=root)
+            open_dataset(text, data_root=root)
     assert not list(tmp_path.iterdir())
 
 
@@ -352,13 +352,13 @@ def test_hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         columns = {"image": structs, "label": [0, 1] * (len(structs) // 2)}
         write_parquet(tmp_path / "pets" / f"{split}-0.parquet", columns, {b"huggingface": json.dumps(names).encode()})
 
-    source = open_source(f"hf:{tmp_path / 'pets'}")
+    source = open_dataset(f"hf:{tmp_path / 'pets'}")
 
     assert sorted(described(source)) == sorted(EXPECTED)
     pixels = {source.read(item.path) for item in source.items}
     assert pixels == {encode(one) for one in arrays()}
     with pytest.raises(DataError, match="cannot be loaded"):
-        open_source(f"hf:{tmp_path / 'absent'}")
+        open_dataset(f"hf:{tmp_path / 'absent'}")
 
 
 def test_the_hub_is_not_asked_unless_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,10 +374,10 @@ def test_the_hub_is_not_asked_unless_that_is_wanted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
     with pytest.raises(DataError, match=r"hf:nobody/nothing: cannot be loaded .*--download lets it be fetched"):
-        open_source("hf:nobody/nothing")
+        open_dataset("hf:nobody/nothing")
     assert not asked
     with pytest.raises(DataError, match="hf:nobody/nothing: cannot be loaded"):
-        open_source("hf:nobody/nothing", download=True)
+        open_dataset("hf:nobody/nothing", download=True)
     assert asked
 
 
@@ -386,7 +386,7 @@ def test_a_missing_library_names_its_extra(tmp_path: Path, monkeypatch: pytest.M
     for name, text in (("pyarrow", str(tmp_path / "x.parquet")), ("datasets", "hf:a/b")):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(SetupError, match="pip install 'featcache"):
-            open_source(text)
+            open_dataset(text)
 
 
 def test_every_kind_is_extracted_and_recognised(tmp_path: Path, run: Run) -> None:

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, Outcome, draw_folder, draw_image
 
-from featcache.datasets import Blobs, FileStat, Item, Source, open_source
+from featcache.datasets import Blobs, Dataset, FileStat, Sample, open_dataset
 from featcache.datasets.images import encode
 from featcache.errors import StorageError
 from featcache.extraction import extract as stage
 from featcache.extraction import lookup as caching
-from featcache.extraction.extract import ExtractReport, Plan, Ready, Sink
-from featcache.extraction.feature_cache import Settings, Workbench
-from featcache.extraction.lookup import settled, take_stock
+from featcache.extraction.extract import ExtractPlan, ExtractReport, Ready, Sink
+from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.extraction.lookup import scan, settled
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
 from featcache.store import FeatureStore, Listing, Part, Seen
 
@@ -27,19 +27,19 @@ Run = Callable[..., Outcome]
 SPEC = FeatureSpec(Transform(8), LoadedBackbone("x", "x", "00"))
 
 
-def with_copies() -> Source:
+def with_copies() -> Dataset:
     """Return four images in memory, the second a copy of the first."""
     rng = np.random.default_rng(0)
     images = [encode(rng.integers(0, 255, (8, 8, 3), np.uint8)) for _ in range(3)]
     blobs = {"a.ppm": images[0], "b.ppm": images[0], "c.ppm": images[1], "d.ppm": images[2]}
-    return Source("copies", "memory", [Item(name, "x") for name in blobs], Blobs(blobs))
+    return Dataset("copies", "memory", [Sample(name, "x") for name in blobs], Blobs(blobs))
 
 
-def compute(source: Source, store: FeatureStore, run: Callable[[Any], Any], workers: int = 2) -> ExtractReport:
+def compute(source: Dataset, store: FeatureStore, run: Callable[[Any], Any], workers: int = 2) -> ExtractReport:
     """Extract what is missing with a function of pixels."""
-    sink = Sink(store, take_stock(source, store), "float32", (1,))
+    sink = Sink(store, scan(source, store), "float32", (1,))
     ready = Ready(lambda pixels: (run(pixels),), workers=workers)
-    return stage.extract(source, [sink], lambda *_: ready, Plan(Transform(8), batch_size=1))[0]
+    return stage.extract(source, [sink], lambda *_: ready, ExtractPlan(Transform(8), batch_size=1))[0]
 
 
 def brightness(pixels: np.ndarray) -> np.ndarray:
@@ -101,8 +101,8 @@ def test_a_file_that_was_written_over_is_noticed_though_its_time_was_put_back(
     path = folder / "red" / "00.png"
     content = path.read_bytes()
     before = path.stat()
-    store = Workbench(open_source(folder), tiny, settings).extracted().store
-    assert len(take_stock(open_source(folder), store).known) == 36
+    store = FeatureCache(open_dataset(folder), tiny, settings).extracted().store
+    assert len(scan(open_dataset(folder), store).cached) == 36
     draw_image(folder / "other.png", COLOURS["blue"], 5)
     new = (folder / "other.png").read_bytes()
     (folder / "other.png").unlink()
@@ -113,9 +113,9 @@ def test_a_file_that_was_written_over_is_noticed_though_its_time_was_put_back(
     after = path.stat()
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
 
-    stock = take_stock(open_source(folder), store)
+    stock = scan(open_dataset(folder), store)
 
-    assert [open_source(folder).items[index].path for index in stock.to_read] == ["red/00.png"]
+    assert [open_dataset(folder).items[index].path for index in stock.pending] == ["red/00.png"]
 
 
 @pytest.mark.parametrize(
@@ -132,45 +132,45 @@ def test_a_young_file_is_not_remembered_by_its_times(mtime: int, ctime: int, *, 
 def test_the_time_of_hashing_counts_not_that_of_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that was young when it was hashed stays doubtful, however much later its row is committed."""
     folder = draw_folder(tmp_path / "images")
-    source, store = open_source(folder), FeatureStore.create(tmp_path / "entry", SPEC)
+    source, store = open_dataset(folder), FeatureStore.create(tmp_path / "entry", SPEC)
     later = time.time_ns() + 60 * 10**9
     monkeypatch.setattr(stage, "now_ns", lambda: later)
 
     compute(source, store, brightness)
-    stock = take_stock(source, FeatureStore.open(store.path))
+    stock = scan(source, FeatureStore.open(store.path))
 
     assert {tuple(row) for row in FeatureStore.open(store.path).listing().seen.stat.tolist()} == {(-1, -1, -1, -1)}
-    assert len(stock.known) == 36
+    assert len(stock.cached) == 36
 
 
 def test_a_listing_without_ctime_is_believed_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries of before know size, mtime and inode: their images are not hashed again."""
     monkeypatch.setattr(caching, "_RACY_NS", 0)
     folder = draw_folder(tmp_path / "images")
-    source, store = open_source(folder), FeatureStore.create(tmp_path / "entry", SPEC)
+    source, store = open_dataset(folder), FeatureStore.create(tmp_path / "entry", SPEC)
     compute(source, store, brightness)
     listing = store.listing()
     listing.seen.stat[:, 3] = -1
     store.commit(listing=listing)
     monkeypatch.setattr(type(source.contents), "read", lambda *_: pytest.fail("an image was read"))
 
-    assert len(take_stock(source, FeatureStore.open(store.path)).known) == 36
+    assert len(scan(source, FeatureStore.open(store.path)).cached) == 36
 
 
 def test_what_was_hashed_again_is_hashed_once(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files that only got new times are known by their bytes, and by their times from the next run on."""
-    Workbench(open_source(folder), tiny, settings).extracted()
+    FeatureCache(open_dataset(folder), tiny, settings).extracted()
     monkeypatch.setattr(caching, "_RACY_NS", 0)
     for path in folder.rglob("*.png"):
         aged(path)
-    second = Workbench(open_source(folder), tiny, settings).extracted()
+    second = FeatureCache(open_dataset(folder), tiny, settings).extracted()
     table = (second.store.path / "features.h5").read_bytes()
-    source = open_source(folder)
+    source = open_dataset(folder)
     monkeypatch.setattr(type(source.contents), "read", lambda *_: pytest.fail("an image was read"))
 
-    third = Workbench(source, tiny, settings).extracted()
+    third = FeatureCache(source, tiny, settings).extracted()
 
     assert (second.report.computed, third.report.computed) == (0, 0)
     assert (third.store.path / "features.h5").read_bytes() == table
@@ -181,24 +181,24 @@ def test_an_entry_found_by_its_key_is_remembered(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flags that led to an entry through the backbone lead there without it the next time."""
-    store = Workbench(open_source(folder), tiny, settings).extracted().store
+    store = FeatureCache(open_dataset(folder), tiny, settings).extracted().store
     for path in (store.path / "requests").iterdir():
         path.unlink()
-    Workbench(open_source(folder), tiny, settings).extracted()
-    monkeypatch.setattr(Workbench, "backbone", property(lambda _: pytest.fail("the backbone was loaded")))
+    FeatureCache(open_dataset(folder), tiny, settings).extracted()
+    monkeypatch.setattr(FeatureCache, "backbone", property(lambda _: pytest.fail("the backbone was loaded")))
 
-    assert Workbench(open_source(folder), tiny, settings).extracted().store.path == store.path
+    assert FeatureCache(open_dataset(folder), tiny, settings).extracted().store.path == store.path
 
 
 def test_a_hit_leaves_no_litter(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """What killed writers left anywhere in an entry or its data set's folder goes with the next run, a hit too."""
-    store = Workbench(open_source(folder), tiny, settings).extracted().store
+    store = FeatureCache(open_dataset(folder), tiny, settings).extracted().store
     places = [store.path.parent, store.path, *(store.path / name for name in ("parts", "requests", "heads", "tuned"))]
     for place in places:
         place.mkdir(exist_ok=True)
         (place / f".tmp-{os.uname().nodename.replace('-', '_').replace('.', '_')}-{2**31 - 1}-0123abcd").write_bytes(b"half")
 
-    assert Workbench(open_source(folder), tiny, settings).extracted().report.computed == 0
+    assert FeatureCache(open_dataset(folder), tiny, settings).extracted().report.computed == 0
 
     assert [path.name for path in settings.cache.rglob(".tmp-*")] == []
 
@@ -206,7 +206,7 @@ def test_a_hit_leaves_no_litter(folder: Path, tiny: BackboneSpec, settings: Sett
 @pytest.mark.parametrize("damage", ["another place", "empty", "another folder's"])
 def test_a_binding_is_what_was_written_there(folder: Path, settings: Settings, damage: str) -> None:
     """A changed source.json is an error, not a second entry; --name binds the folder anew."""
-    source = open_source(folder)
+    source = open_dataset(folder)
     note = caching.dataset_folder(settings.cache, source) / "source.json"
     if damage == "another place":
         note.write_text(note.read_text().replace(str(folder), "/elsewhere"))
@@ -224,7 +224,7 @@ def test_a_binding_is_what_was_written_there(folder: Path, settings: Settings, d
 
 def test_a_binding_of_before_is_believed(folder: Path, settings: Settings) -> None:
     """A source.json without its own hash binds as it did."""
-    source = open_source(folder)
+    source = open_dataset(folder)
     note = caching.dataset_folder(settings.cache, source) / "source.json"
     note.write_text(json.dumps({"location": source.location}))
 

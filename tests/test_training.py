@@ -13,23 +13,23 @@ from test_finetune import GAINS, PLAN, Prepared
 from torch import Tensor, nn
 
 from featcache.backbones.timm_models import load_backbone
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import StorageError, UsageError
 from featcache.evaluation.metrics import cka
 from featcache.experiments import finetune as tuning
 from featcache.experiments.bench import run_bench
-from featcache.experiments.finetune import finetune_job, sweep_job
+from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.grid import load_grid
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.augment import flipped_and_shifted, mixed
 from featcache.finetuning.batchnorm_folding import ConvolutionAndNorm, fold_norms
-from featcache.finetuning.checkpoint import Keeper
+from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.finetuner import FineTuned, finetune
 from featcache.finetuning.loop import Trial
 from featcache.finetuning.lora import add_lora, merge_lora
 from featcache.finetuning.model import LinearHead, SuffixAndHead, set_training
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.finetuning.unfreezing import depths, thaw
+from featcache.finetuning.unfreezing import depths, select_trainable
 from featcache.heads.bundle import load as load_bundle
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec, TransformOverrides
@@ -44,10 +44,10 @@ def prepared(folder: Path, tiny: BackboneSpec, settings: Settings) -> Prepared:
     return Prepared(folder, tiny, settings)
 
 
-def tuned(prepared: Prepared, plan: FineTunePlan, keeper: Keeper | None = None, take: Any = None) -> dict[str, Tensor]:
+def tuned(prepared: Prepared, plan: FineTunePlan, keeper: Checkpoint | None = None, take: Any = None) -> dict[str, Tensor]:
     """Fine-tune and return the whole backbone's weights and the head's."""
     own = prepared.backbone.separate()
-    thawed = thaw(own.stages, plan.unfreeze, own.module)
+    thawed = select_trainable(own.stages, plan.unfreeze, own.module)
     stored = prepared.bench.extracted(thawed.cut, "float32" if thawed.cut != "input" else None).store.reader()
     result = finetune(
         own,
@@ -109,7 +109,7 @@ def test_low_rank_updates_stand_beside_layers_that_are_called(name: str, size: i
     """Every update gets a gradient and is merged; a weight that is read as a tensor is left out."""
     spec = BackboneSpec(name, random_init=0, overrides=TransformOverrides(input_size=size))
     backbone = load_backbone(spec)
-    thawed = thaw(backbone.stages, Unfreeze.parse("lora:2:last:1"), backbone.module)
+    thawed = select_trainable(backbone.stages, Unfreeze.parse("lora:2:last:1"), backbone.module)
     suffix = backbone.suffix(thawed.cut)
     with torch.no_grad():
         stored = backbone.prefix(thawed.cut)(torch.rand(2, 3, size, size))
@@ -168,7 +168,7 @@ def test_nothing_of_that_kind(folder: Path, settings: Settings) -> None:
     stages = [replace(stage, parameters=("weight",)) for stage in prepared.backbone.stages]
 
     with pytest.raises(UsageError, match="nothing of that kind"):
-        thaw(stages, Unfreeze.parse("bias:last:1"), nn.Linear(2, 2, bias=False))
+        select_trainable(stages, Unfreeze.parse("bias:last:1"), nn.Linear(2, 2, bias=False))
 
 
 @pytest.mark.parametrize("wish", ["norm:", "lora", "lora:0", "lora:4:", "norm:last:0", "lora:x"])
@@ -206,7 +206,7 @@ def test_a_broken_training_goes_on_exactly(
     monkeypatch.setattr("featcache.finetuning.loop._SAVE_SECONDS", 0.0)
     plan = replace(PLAN, lr=(1e-3, 1e-2), refit=refit, mixup=0.2, ema=0.9, optimiser="adamw")
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
-    keeper = Keeper(tmp_path / "state")
+    keeper = Checkpoint(tmp_path / "state")
     expected = tuned(prepared, plan)
     left = reads
 
@@ -271,7 +271,7 @@ def test_a_damaged_state_is_left_aside(
     prepared: Prepared, tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Training begins again, and says so."""
-    plan, keeper = replace(PLAN, epochs=1, refit=False), Keeper(tmp_path / "state")
+    plan, keeper = replace(PLAN, epochs=1, refit=False), Checkpoint(tmp_path / "state")
     expected = tuned(prepared, plan, keeper)
     (tmp_path / "state").write_bytes(damage((tmp_path / "state").read_bytes()))
 
@@ -286,7 +286,7 @@ def test_a_state_that_another_process_clears_is_none(
     """Cleared between the look and the reading, it is as if it had never been there: nothing is said to be damaged."""
     monkeypatch.setattr(Path, "exists", lambda _: True)
 
-    assert Keeper(tmp_path / "state").load() is None
+    assert Checkpoint(tmp_path / "state").load() is None
     assert not caplog.messages
 
 
@@ -294,7 +294,7 @@ def test_another_users_state_is_left_aside(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whole as it is, training does not go on from it."""
-    plan, keeper = replace(PLAN, epochs=1, refit=False), Keeper(tmp_path / "state")
+    plan, keeper = replace(PLAN, epochs=1, refit=False), Checkpoint(tmp_path / "state")
     tuned(prepared, plan, keeper)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "elsewhere"))
 
@@ -310,7 +310,7 @@ def test_a_training_that_has_ended_is_not_lost(
     folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """Killed at the checkpoint, the head, the record or after it: nothing is trained again, and one record stands."""
-    records, bench = tmp_path / "runs.jsonl", Workbench(open_source(folder), tiny, settings)
+    records, bench = tmp_path / "runs.jsonl", FeatureCache(open_dataset(folder), tiny, settings)
     plan = replace(PLAN, lr=(1e-3, 1e-2))
     places = {"save_checkpoint": "featcache.finetuning.checkpoint.", "clear": "featcache.finetuning.checkpoint.Keeper."}
 
@@ -321,10 +321,10 @@ def test_a_training_that_has_ended_is_not_lost(
     with monkeypatch.context() as patched:
         patched.setattr(places.get(step, "featcache.experiments.finetune.") + step, killed)
         with pytest.raises(KilledError):
-            finetune_job(bench, plan, records=records)
+            run_finetune(bench, plan, records=records)
     assert trained
     trained.clear()
-    job = finetune_job(bench, plan, records=records)
+    job = run_finetune(bench, plan, records=records)
 
     assert trained == []
     assert read_cells(records) == [job.record.cell]
@@ -339,7 +339,7 @@ def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
     folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at the second depth's record, the first two are not trained again, and each depth has one record."""
-    records, bench = tmp_path / "runs.jsonl", Workbench(open_source(folder), tiny, settings)
+    records, bench = tmp_path / "runs.jsonl", FeatureCache(open_dataset(folder), tiny, settings)
     plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
     append = tuning.append_record
 
@@ -352,9 +352,9 @@ def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "append_record", killed)
         with pytest.raises(KilledError):
-            sweep_job(bench, plan, records=records)
+            run_sweep(bench, plan, records=records)
     assert len(trained) == 2
-    jobs = sweep_job(bench, plan, records=records).jobs
+    jobs = run_sweep(bench, plan, records=records).jobs
 
     assert len(trained) == len(jobs) > 2
     assert read_cells(records) == [job.record.cell for job in jobs]
@@ -371,11 +371,11 @@ def test_a_grid_clears_what_a_killed_run_left(
     )
     grid = load_grid(tmp_path / "grid.toml")
 
-    def killed(_: Keeper) -> None:
+    def killed(_: Checkpoint) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Keeper, "clear", killed)
+        patched.setattr(Checkpoint, "clear", killed)
         with pytest.raises(KeyboardInterrupt):
             run_bench(grid, settings, tmp_path / "out")
     assert list(settings.cache.rglob("*.unfinished"))
@@ -386,10 +386,10 @@ def test_a_grid_clears_what_a_killed_run_left(
 
 def test_stages_with_dots_and_seeds_have_files_of_their_own(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Every head answers with its own card and weights, however alike what was asked for is spelt."""
-    bench = Workbench(open_source(folder), tiny, settings)
+    bench = FeatureCache(open_dataset(folder), tiny, settings)
     plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
     asked = [("10.5%", 0), ("10.3%", 0), ("10.5%", 1), ("norm:last:1", 0)]
-    jobs = [finetune_job(bench, replace(plan, unfreeze=Unfreeze.parse(text)), seed=seed) for text, seed in asked]
+    jobs = [run_finetune(bench, replace(plan, unfreeze=Unfreeze.parse(text)), seed=seed) for text, seed in asked]
 
     assert len({job.bundle for job in jobs}) == len({job.checkpoint for job in jobs}) == len(asked)
     for (text, _), job in zip(asked, jobs, strict=True):
@@ -520,19 +520,19 @@ def test_stochastic_depth_acts_in_the_trained_part(folder: Path, settings: Setti
 def test_a_budget_that_holds_nothing(folder: Path, tiny: BackboneSpec, tmp_path: Path) -> None:
     """Where not even the pixels fit, it is said before anything is computed."""
     with pytest.raises(StorageError, match="cache-budget"):
-        finetune_job(Workbench(open_source(folder), tiny, Settings(tmp_path / "cache", budget=1000)), PLAN)
+        run_finetune(FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "cache", budget=1000)), PLAN)
 
 
 def test_budget_between_activations_and_pixels(folder: Path, tiny: BackboneSpec, tmp_path: Path) -> None:
     """Where pixels fit and activations do not, the frozen part runs again: the same result within rounding."""
     plan = replace(PLAN, unfreeze=Unfreeze.parse("last:4"), epochs=1)
-    wide = finetune_job(Workbench(open_source(folder), tiny, Settings(tmp_path / "one", batch_size=8)), plan)
+    wide = run_finetune(FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "one", batch_size=8)), plan)
     stored = sum(path.stat().st_size for path in (tmp_path / "one").glob(f"*/*.{wide.record.cut}-*/parts/*.h5"))
     pixels = 36 * 32 * 32 * 3
     assert pixels < stored
 
-    narrow = Workbench(open_source(folder), tiny, Settings(tmp_path / "two", batch_size=8, budget=pixels + 1))
-    again = finetune_job(narrow, plan)
+    narrow = FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "two", batch_size=8, budget=pixels + 1))
+    again = run_finetune(narrow, plan)
 
     assert again.record.cut == "input"
     assert any("again in every epoch" in note for note in again.record.notes)
@@ -543,8 +543,8 @@ def test_a_sweep_goes_from_the_last_stage_to_all(
     folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path
 ) -> None:
     """Every depth once, from one pass over the images; rates are searched until one depth has gained."""
-    bench = Workbench(open_source(folder), tiny, settings)
-    done = sweep_job(bench, replace(PLAN, epochs=1, lr=(1e-3, 1e-2)), records=tmp_path / "records.jsonl")
+    bench = FeatureCache(open_dataset(folder), tiny, settings)
+    done = run_sweep(bench, replace(PLAN, epochs=1, lr=(1e-3, 1e-2)), records=tmp_path / "records.jsonl")
 
     stages = [stage.name for stage in bench.backbone.stages]
     assert [job.record.cut for job in done.jobs] == [*reversed(stages[:-1]), "input"]
@@ -569,7 +569,7 @@ def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
         return finetune(*others, plan if named["shallower"] is None else wreck, thawed, **named)
 
     monkeypatch.setattr("featcache.finetuning.finetuner.finetune", wrecked)
-    first, *deeper = sweep_job(Workbench(open_source(subtle), tiny, settings), GAINS).jobs
+    first, *deeper = run_sweep(FeatureCache(open_dataset(subtle), tiny, settings), GAINS).jobs
 
     assert first.tuned.best > 0
     assert first.tuned.refitted

@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from featcache.datasets import open_source
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.datasets import open_dataset
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import Reader
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 from featcache.store import FeatureStore
@@ -121,7 +121,7 @@ def spec_of(name: str, size: int) -> BackboneSpec:
 def extract(folder: Path, spec: BackboneSpec, runtime: Any) -> dict[str, Any]:
     """Extract into a new cache; the model is there before, as in the plain script. Durability's share is measured too."""
     with tempfile.TemporaryDirectory() as cache:
-        bench = Workbench(open_source(folder), spec, Settings(Path(cache), runtime=runtime))
+        bench = FeatureCache(open_dataset(folder), spec, Settings(Path(cache), runtime=runtime))
         _ = bench.backbone
         spent: list[float] = []
         with timed_calls(FeatureStore, ("add_part", "commit"), spent):
@@ -170,8 +170,8 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
     from featcache.extraction.runtimes import RUNTIMES, Workers, choose, threads_per_worker
 
     with tempfile.TemporaryDirectory() as cache:
-        source = open_source(folder)
-        bench = Workbench(source, spec, Settings(Path(cache)))
+        source = open_dataset(folder)
+        bench = FeatureCache(source, spec, Settings(Path(cache)))
         backbone, workers = bench.backbone, Workers(CORES, 1)
         plan = bench.plan_for(backbone.transform, Views())
         positions = list(range(len(source.items)))
@@ -291,7 +291,7 @@ def measure_again(data: dict[str, list[Path]], work: Path) -> dict[str, Any]:
             for number in range(30):
                 content = data["flowers"][number].read_bytes() + b"new" + number.to_bytes(8, "big")
                 (folder / "a" / f"new{number}.jpg").write_bytes(content)
-        bench = Workbench(open_source(folder), spec, settings)
+        bench = FeatureCache(open_dataset(folder), spec, settings)
         if run != 1:
             _ = bench.backbone  # the second run needs none
         start = time.perf_counter()
@@ -365,7 +365,7 @@ def measure_gpu(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, A
     folder = multiply(data["flowers"], work / "gpu", 20000)
     for name in ("resnet50", "vit_base_patch16_224"):
         spec = BackboneSpec(name, random_init=0, precision="bfloat16")
-        bench = Workbench(open_source(folder), spec, Settings(work / "cache"))
+        bench = FeatureCache(open_dataset(folder), spec, Settings(work / "cache"))
         plan, workers = bench.plan_for(bench.backbone.transform, Views()), bench._workers.count  # noqa: SLF001 - as it would run
         run = bench._eager(["pooled"])  # noqa: SLF001 - as above
         size = bench.backbone.transform.input_size

@@ -32,16 +32,16 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from featcache.backbones.timm_models import Backbone
-from featcache.datasets import open_source
-from featcache.experiments.finetune import finetune_job, sweep_job
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.datasets import open_dataset
+from featcache.experiments.finetune import run_finetune, run_sweep
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.runtimes import workers_here
-from featcache.finetuning.distributed import Team
+from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.finetuner import open_up
 from featcache.finetuning.loop import Epoch, Job, Trial
 from featcache.finetuning.model import LinearHead, SuffixAndHead, Take
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.finetuning.unfreezing import depths, thaw
+from featcache.finetuning.unfreezing import depths, select_trainable
 from featcache.progress import set_up_notes
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 
@@ -129,11 +129,11 @@ class Ours:
             refit=False,
             precision=precision,
         )
-        thawed = thaw(own.stages, plan.unfreeze, own.module)
+        thawed = select_trainable(own.stages, plan.unfreeze, own.module)
         suffix = own.suffix(cut)
         width = _width(suffix, take)
         model = SuffixAndHead(suffix, LinearHead(np.zeros((CLASSES, width)), np.zeros(CLASSES)))
-        self.job = Job(model, open_up(own, model, thawed, 0), take, y, plan, Team(), 0, precision)
+        self.job = Job(model, open_up(own, model, thawed, 0), take, y, plan, ProcessGroup(), 0, precision)
         self.index = np.arange(len(y))
 
     def epochs(self) -> list[float]:
@@ -158,9 +158,9 @@ def measure_epochs(flowers: Path, work: Path, only: str) -> Iterator[dict[str, A
         if only not in name:
             continue
         folder = copies(flowers, work / name, count)
-        bench = Workbench(open_source(folder), BackboneSpec(name, random_init=0), Settings(work / f"{name}.cache"))
+        bench = FeatureCache(open_dataset(folder), BackboneSpec(name, random_init=0), Settings(work / f"{name}.cache"))
         backbone = bench.backbone
-        thawed = thaw(backbone.stages, Unfreeze.parse(wish), backbone.module)
+        thawed = select_trainable(backbone.stages, Unfreeze.parse(wish), backbone.module)
         start = time.perf_counter()
         entry = bench.extracted(thawed.cut)
         extraction = time.perf_counter() - start
@@ -203,7 +203,7 @@ def measure_pixels(flowers: Path, work: Path) -> Iterator[dict[str, Any]]:
     """Yield seconds an epoch with everything unfrozen, from stored pixels and from files."""
     name, count = "resnet18", 160
     folder = copies(flowers, work / "pixels", count)
-    bench = Workbench(open_source(folder), BackboneSpec(name, random_init=0), Settings(work / "pixels.cache"))
+    bench = FeatureCache(open_dataset(folder), BackboneSpec(name, random_init=0), Settings(work / "pixels.cache"))
     entry = bench.extracted("input")
     features, reader = entry.store.labelled(), entry.store.reader()
     sides: dict[str, Callable[[], float]] = {}
@@ -224,18 +224,18 @@ def measure_sweep(small: Path, work: Path) -> Iterator[dict[str, Any]]:
     spec = BackboneSpec("resnet18", random_init=0, overrides=TransformOverrides(input_size=64))
     plan = FineTunePlan(Unfreeze.parse("all"), epochs=3, patience=3)
 
-    def bench(name: str) -> Workbench:
-        ready = Workbench(open_source(folder), spec, Settings(work / name))
+    def bench(name: str) -> FeatureCache:
+        ready = FeatureCache(open_dataset(folder), spec, Settings(work / name))
         _ = ready.backbone
         return ready
 
     start = time.perf_counter()
-    jobs = sweep_job(bench("together"), plan).jobs
+    jobs = run_sweep(bench("together"), plan).jobs
     together = time.perf_counter() - start
     apart = []
     for wish in depths(bench("none").backbone.stages):
         start = time.perf_counter()
-        finetune_job(bench(f"apart-{wish.text.replace(':', '')}"), replace(plan, unfreeze=wish))
+        run_finetune(bench(f"apart-{wish.text.replace(':', '')}"), replace(plan, unfreeze=wish))
         apart.append(time.perf_counter() - start)
     methods = [job.record.method for job in jobs]
     yield {

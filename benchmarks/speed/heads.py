@@ -184,7 +184,7 @@ def measure_all(X: Any, y: Any) -> dict[str, Any]:
     spent = {}
     for name in heads.HEADS:
         start = time.perf_counter()
-        chosen = heads.choose(name, X, y, [fold], 0)
+        chosen = heads.search_head(name, X, y, [fold], 0)
         heads.train(name, chosen.params, X, y, 0)
         spent[name] = time.perf_counter() - start
     return {"kind": "all", "rows": len(y), "width": X.shape[1], "classes": int(y.max()) + 1, "seconds": spent}

@@ -68,9 +68,9 @@ def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
         scores = ", ".join(f"{name} {value:.3f}" for name, value in test.items() if isinstance(value, float))
         click.echo(f"{target.record.method}: test {scores}; {target.fitted.seconds:.1f} s")
         click.echo(f"          {target.bundle}")
-    if done.controls:
+    if done.baselines:
         click.echo("without a backbone:")
-    for control in done.controls:
+    for control in done.baselines:
         click.echo(f"          test {options.percent(control.summary['test'])}; {control.name}")
     for curve in done.curves:
         slope = "" if curve.slope is None else f"; the error falls as images to the power of {curve.slope:.2f}"

@@ -11,7 +11,7 @@ import click
 from featcache.checked import MAX_SEED
 
 if TYPE_CHECKING:
-    from featcache.datasets import Source
+    from featcache.datasets import Dataset
     from featcache.extraction.feature_cache import Settings
     from featcache.specs import BackboneSpec
 
@@ -305,11 +305,11 @@ def take_settings(options: dict[str, Any]) -> "Settings":
     )
 
 
-def take_source(options: dict[str, Any]) -> "Source":
+def take_source(options: dict[str, Any]) -> "Dataset":
     """Take the options that say where images come from out of a command's and open the source."""
-    from featcache.datasets import open_source
+    from featcache.datasets import open_dataset
 
-    return open_source(
+    return open_dataset(
         options.pop("data"), options.pop("name"), data_root=options.pop("data_root"), download=options.pop("download")
     )
 

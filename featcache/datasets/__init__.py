@@ -7,10 +7,10 @@ from pathlib import Path
 from featcache.datasets.arrays import open_digits, open_hdf5, open_npz
 from featcache.datasets.base import (
     Blobs,
+    Dataset,
     Files,
     FileStat,
-    Item,
-    Source,
+    Sample,
     location_hash,
     read_file,
     require_file,
@@ -27,13 +27,13 @@ from featcache.errors import DataError, FeatcacheError, UsageError
 
 __all__ = [
     "Blobs",
+    "Dataset",
     "FileStat",
     "Files",
-    "Item",
-    "Source",
+    "Sample",
     "image_files",
     "location_hash",
-    "open_source",
+    "open_dataset",
     "read_column",
     "read_file",
     "require_one_label",
@@ -41,7 +41,7 @@ __all__ = [
     "stat_file",
 ]
 
-_FILES: dict[str, Callable[[Path], Source]] = {
+_FILES: dict[str, Callable[[Path], Dataset]] = {
     ".csv": open_csv,
     ".parquet": open_parquet,
     ".npz": open_npz,
@@ -52,9 +52,9 @@ _FILES: dict[str, Callable[[Path], Source]] = {
 _KINDS = "a folder, .csv, .parquet, .npz or .h5 file, torchvision:NAME, hf:ORG/NAME, wds:SHARDS.tar or sklearn:digits"
 
 
-def open_source(
+def open_dataset(
     data: str | Path, name: str | None = None, *, data_root: Path | None = None, download: bool = False
-) -> Source:
+) -> Dataset:
     """Open a data set; its ``notes`` say what lies there and is not read.
 
     Args:
@@ -98,7 +98,7 @@ def _from_anywhere(text: str, location: str) -> str:
     return location
 
 
-def _open(text: str, data_root: Path | None, download: bool) -> Source:  # noqa: FBT001
+def _open(text: str, data_root: Path | None, download: bool) -> Dataset:  # noqa: FBT001
     kind, _, rest = text.partition(":")
     if kind == "sklearn":
         return open_digits(text)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.datasets.base import Blobs, Item, Items, Numbered, Source, looks_like_split, safe_name, split_of
+from featcache.datasets.base import Blobs, Dataset, Numbered, Sample, SampleTable, looks_like_split, safe_name, split_of
 from featcache.datasets.images import MAX_MEGAPIXELS, UnreadableImage, encode
 from featcache.datasets.labels import Labels, labelled
 from featcache.datasets.tree import many
@@ -33,7 +33,7 @@ _MOST_SHOWN = 10
 _TEXTS_AT_ONCE = 64  # texts of variable length may all be one and the same very long one
 
 
-def open_npz(path: Path) -> Source:
+def open_npz(path: Path) -> Dataset:
     """Open a .npz of images uint8 (n, h, w) or (n, h, w, 3) and labels (n,), or one pair a split: ``train_images``, ...
 
     Raises:
@@ -75,7 +75,7 @@ def _declared(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> in
     return size
 
 
-def open_hdf5(path: Path) -> Source:
+def open_hdf5(path: Path) -> Dataset:
     """Open an HDF5 file with the datasets that ``open_npz`` takes; images stay on disk.
 
     Raises:
@@ -117,7 +117,7 @@ def _require_held(path: Path, name: str, found: Any) -> None:
         raise DataError(f"{path}: {name} has chunks of {found.chunks}, over 1 GiB; write it in smaller ones.")
 
 
-def open_digits(text: str) -> Source:
+def open_digits(text: str) -> Dataset:
     """Open scikit-learn's 1,797 scanned digits."""
     if text != "sklearn:digits":
         raise UsageError(f"{text}: of scikit-learn's data sets only sklearn:digits holds images.")
@@ -128,8 +128,8 @@ def open_digits(text: str) -> Source:
     for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = f"{index:04d}.pgm"
         blobs[path] = b"P5 8 8 255\n" + (image * 255 / 16).round().astype("uint8").tobytes()
-        items.append(Item(path, str(label)))
-    return Source("digits", text, tuple(items), Blobs(blobs))
+        items.append(Sample(path, str(label)))
+    return Dataset("digits", text, tuple(items), Blobs(blobs))
 
 
 def from_array(
@@ -140,7 +140,7 @@ def from_array(
     name: str,
     location: str,
     holder: Path | None = None,
-) -> Source:
+) -> Dataset:
     """Return a source over an array of images, uint8 (n, h, w[, 3]), with labels (n,) and optionally splits (n,).
 
     Raises:
@@ -157,9 +157,9 @@ def from_array(
     kept, notes = labelled(labels, given, location, lambda row: f"row {row}")
     if 0 < sum(not given[row] for row in kept) < len(kept):
         raise DataError(f"{location}: some rows have a split and some have none: fill in all of them, or none.")
-    items = (Item(f"{row:08d}", labels[row] or "", given[row]) for row in kept)
-    packed = Items(items)
-    return Source(name, location, packed, Numbered(_RowNumbers(shape[0]), _Rows(images), holder), tuple(notes))
+    items = (Sample(f"{row:08d}", labels[row] or "", given[row]) for row in kept)
+    packed = SampleTable(items)
+    return Dataset(name, location, packed, Numbered(_RowNumbers(shape[0]), _Rows(images), holder), tuple(notes))
 
 
 class _RowNumbers(Mapping[str, int]):
@@ -218,7 +218,7 @@ class _Joined:
         return self._arrays[which][row - (self._ends[which - 1] if which else 0)]
 
 
-def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> Source:
+def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> Dataset:
     name, location = safe_name(path.stem), str(path.resolve())
     called = _find(arrays, _CLASSES, "")
     read = Labels(str(path), [_text(one) for one in _values(path, called, arrays[called])] if called else ())

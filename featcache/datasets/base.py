@@ -29,7 +29,7 @@ SPLIT_FOLDERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Sample:
     """One image of a source: its path relative to the source, its class and, where it is given, its split."""
 
     path: str
@@ -37,10 +37,10 @@ class Item:
     split: str = ""
 
 
-class Items(Sequence[Item]):
+class SampleTable(Sequence[Sample]):
     """Images of a source, packed: millions of them are listed at a time, and looked at one by one."""
 
-    def __init__(self, items: Iterable[Item]) -> None:
+    def __init__(self, items: Iterable[Sample]) -> None:
         self._labels: dict[str, int] = {}
         self._splits: dict[str, int] = {}
         self._text, self._ends, self._kinds = bytearray(), array("q", [0]), array("q")
@@ -61,18 +61,18 @@ class Items(Sequence[Item]):
         return len(self._kinds)
 
     @overload
-    def __getitem__(self, index: int) -> Item: ...
+    def __getitem__(self, index: int) -> Sample: ...
 
     @overload
-    def __getitem__(self, index: slice) -> "Items": ...
+    def __getitem__(self, index: slice) -> "SampleTable": ...
 
-    def __getitem__(self, index: int | slice) -> "Item | Items":
+    def __getitem__(self, index: int | slice) -> "Sample | SampleTable":
         """Return one image, or a slice's."""
         if isinstance(index, slice):
-            return Items(self[number] for number in range(*index.indices(len(self))))
+            return SampleTable(self[number] for number in range(*index.indices(len(self))))
         number = range(len(self))[index]
         label, split = divmod(self._kinds[number], _MOST_SPLITS)
-        return Item(self.path(number), self._label_names[label], self._split_names[split])
+        return Sample(self.path(number), self._label_names[label], self._split_names[split])
 
     def path(self, number: int) -> str:
         """Return one image's path."""
@@ -198,7 +198,7 @@ class Numbered:
 
 
 @dataclass(frozen=True)
-class Source:
+class Dataset:
     """A named list of labelled images.
 
     ``notes`` are things about it that the user should hear: above all what lies there and is not read. ``label_lists`` says
@@ -207,7 +207,7 @@ class Source:
 
     name: str
     location: str
-    items: Sequence[Item]
+    items: Sequence[Sample]
     contents: Contents = field(default_factory=lambda: Blobs({}))
     notes: tuple[str, ...] = ()
     label_lists: bool = False
@@ -215,8 +215,8 @@ class Source:
 
     def __post_init__(self) -> None:
         """Pack the list."""
-        if not isinstance(self.items, Items):
-            object.__setattr__(self, "items", Items(self.items))
+        if not isinstance(self.items, SampleTable):
+            object.__setattr__(self, "items", SampleTable(self.items))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -224,9 +224,9 @@ class Source:
         return tuple(sorted(self.packed.labels, key=natural))
 
     @property
-    def packed(self) -> Items:
+    def packed(self) -> SampleTable:
         """The items, as they are kept."""
-        assert isinstance(self.items, Items)
+        assert isinstance(self.items, SampleTable)
         return self.items
 
     def read(self, path: str) -> bytes:
@@ -297,7 +297,7 @@ def split_within(name: str) -> str:
     return splits.pop() if len(splits) == 1 else ""
 
 
-def require_whole(items: Iterable[Item], where: str) -> None:
+def require_whole(items: Iterable[Sample], where: str) -> None:
     """Refuse a list that names an image twice, by whatever spelling, or gives a split to some only.
 
     Raises:
@@ -313,7 +313,7 @@ def require_whole(items: Iterable[Item], where: str) -> None:
         raise DataError(f"{where}: some rows have a split and some have none: fill in all of them, or none.")
 
 
-def require_one_label(source: Source) -> None:
+def require_one_label(source: Dataset) -> None:
     """Refuse a source whose labels are lists where one class an image is needed.
 
     Raises:

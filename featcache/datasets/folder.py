@@ -7,10 +7,10 @@ from pathlib import Path
 
 from featcache.datasets.base import (
     SPLIT_FOLDERS,
+    Dataset,
     Files,
-    Item,
-    Items,
-    Source,
+    Sample,
+    SampleTable,
     looks_like_split,
     natural,
     safe_name,
@@ -22,7 +22,7 @@ from featcache.errors import DataError
 _FOLDER_SPLITS = SPLIT_FOLDERS | {"testing": "test", "dev": "val"}
 
 
-def open_folder(root: Path) -> Source:
+def open_folder(root: Path) -> Dataset:
     """Open a folder of images.
 
     Links to folders are followed. Hidden files, and what systems leave behind, are left out; what else is not read is noted
@@ -42,16 +42,16 @@ def open_folder(root: Path) -> Source:
     images: Counter[str] = Counter()
     nested: Counter[str] = Counter()  # by the folder that lies in a class folder
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[Sample]:
         for folder, label, split in places:
             files = sorted(tree.files(folder))
-            yield from (Item(path, label, split) for path in files)
+            yield from (Sample(path, label, split) for path in files)
             images[folder] = len(files)
             nested.update(inner for path in files if (inner := _inner(path, len(folder) + 1)))
             if not files:
                 empty.append(f"{root / folder}: no image in it, the class is left out there")
 
-    packed = Items(items())
+    packed = SampleTable(items())
     outside = _outside(root, list(splits), tree.unread)
     if splits:
         beside = _beside(root, folders, splits)
@@ -76,7 +76,7 @@ def open_folder(root: Path) -> Source:
             f"{root}: {many(nested.total(), 'image')} in folders inside class folders are of the class of the outer one "
             f"({tallied(nested)})"
         )
-    return Source(safe_name(root.resolve().name), str(root.resolve()), packed, Files(root.resolve()), tuple(notes))
+    return Dataset(safe_name(root.resolve().name), str(root.resolve()), packed, Files(root.resolve()), tuple(notes))
 
 
 def folders_in(root: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from featcache.datasets.arrays import from_array
-from featcache.datasets.base import Files, Item, Numbered, Source, looks_like_split, read_file, safe_name, split_of
+from featcache.datasets.base import Dataset, Files, Numbered, Sample, looks_like_split, read_file, safe_name, split_of
 from featcache.datasets.images import encode_image
 from featcache.datasets.labels import Labels, labelled
 from featcache.datasets.tree import many
@@ -24,7 +24,7 @@ _HF_SPLITS = {"train": "train", "validation": "val", "val": "val", "valid": "val
 _MOST_LOOKED_AT = 100_000
 
 
-def open_torchvision(name: str, root: Path | None, *, download: bool) -> Source:
+def open_torchvision(name: str, root: Path | None, *, download: bool) -> Dataset:
     """Open one of torchvision's classification sets, its train and test parts where it has them.
 
     Raises:
@@ -69,7 +69,7 @@ def open_torchvision(name: str, root: Path | None, *, download: bool) -> Source:
     return _joined(safe_name(name), location, list(parts), several, notes)
 
 
-def open_hub(name: str, *, download: bool) -> Source:
+def open_hub(name: str, *, download: bool) -> Dataset:
     """Open a set of the Hugging Face hub, or a folder that ``datasets`` can load; images are decoded by featcache.
 
     Of several columns of labels the one called ``label`` is read, else ``labels``, else the first of class labels.
@@ -98,11 +98,11 @@ def open_hub(name: str, *, download: bool) -> Source:
     kept, missing = labelled(
         [label for _, _, label in rows], splits, f"hf:{name}", lambda number: "{}, row {}".format(*rows[number])
     )
-    items: dict[str, list[Item]] = {}
+    items: dict[str, list[Sample]] = {}
     for split, row, label in (rows[number] for number in kept):
-        items.setdefault(split, []).append(Item(f"{row:08d}", label or ""))
+        items.setdefault(split, []).append(Sample(f"{row:08d}", label or ""))
     several = [
-        Source(name, name, items[split], part.contents, (), part.lists)
+        Dataset(name, name, items[split], part.contents, (), part.lists)
         for split, part in zip(parts, read, strict=True)
         if split in items
     ]
@@ -242,7 +242,7 @@ def _torchvision_splits(parameters: Any) -> Iterator[tuple[str, dict[str, Any]]]
         yield "", {}
 
 
-def _torchvision_part(name: str, location: str, part: Any) -> Source:
+def _torchvision_part(name: str, location: str, part: Any) -> Dataset:
     """Return a set's images as files or rows of an array where it keeps them so, else one by one through the set."""
     read = Labels(location, _told_apart([str(one) for one in getattr(part, "classes", None) or []]))
 
@@ -258,8 +258,8 @@ def _torchvision_part(name: str, location: str, part: Any) -> Source:
             places = [Path(str(path)).resolve() for path, _ in pairs]
             root = Path(os.path.commonpath([str(place.parent) for place in places]))
             named = zip(places, texts(label for _, label in pairs), strict=True)
-            items = tuple(Item(place.relative_to(root).as_posix(), label) for place, label in named)
-            return Source(name, location, items, Files(root), (), read.lists)
+            items = tuple(Sample(place.relative_to(root).as_posix(), label) for place, label in named)
+            return Dataset(name, location, items, Files(root), (), read.lists)
     given = next((getattr(part, key) for key in ("targets", "labels", "_labels") if hasattr(part, key)), None)
     data = getattr(part, "data", None)
     if data is not None and given is not None:
@@ -268,9 +268,9 @@ def _torchvision_part(name: str, location: str, part: Any) -> Source:
             pixels = pixels.transpose(0, 2, 3, 1)
         return replace(from_array(pixels, texts(given), name=name, location=location), label_lists=read.lists)
     found_labels = texts(part[row][1] for row in range(len(part))) if given is None else texts(given)
-    items = tuple(Item(f"{row:08d}", label) for row, label in enumerate(found_labels))
+    items = tuple(Sample(f"{row:08d}", label) for row, label in enumerate(found_labels))
     numbers = {item.path: row for row, item in enumerate(items)}
-    return Source(name, location, items, Numbered(numbers, partial(_one, part)), (), read.lists)
+    return Dataset(name, location, items, Numbered(numbers, partial(_one, part)), (), read.lists)
 
 
 def _told_apart(names: list[str]) -> list[str]:
@@ -292,7 +292,7 @@ def _hub_bytes(rows: Any, column: str, row: int) -> bytes:
 class _Parts:
     """Contents of several sources, told apart by the first part of the path."""
 
-    def __init__(self, parts: dict[str, Source]) -> None:
+    def __init__(self, parts: dict[str, Dataset]) -> None:
         self._parts = parts
 
     def read(self, path: str) -> bytes:
@@ -306,12 +306,12 @@ class _Parts:
         return self._parts[part].stat(rest)
 
 
-def _joined(name: str, location: str, splits: list[str], parts: list[Source], notes: list[str]) -> Source:
+def _joined(name: str, location: str, splits: list[str], parts: list[Dataset], notes: list[str]) -> Dataset:
     said, lists = tuple(notes), any(part.label_lists for part in parts)
     if len(parts) == 1:
-        return Source(name, location, parts[0].items, parts[0].contents, said, lists)
+        return Dataset(name, location, parts[0].items, parts[0].contents, said, lists)
     named = {f"{number}-{split}": part for number, (split, part) in enumerate(zip(splits, parts, strict=True))}
     items = tuple(
-        Item(f"{key}/{item.path}", item.label, key.partition("-")[2]) for key, part in named.items() for item in part.items
+        Sample(f"{key}/{item.path}", item.label, key.partition("-")[2]) for key, part in named.items() for item in part.items
     )
-    return Source(name, location, items, _Parts(named), said, lists)
+    return Dataset(name, location, items, _Parts(named), said, lists)

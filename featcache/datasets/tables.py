@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featcache.datasets.base import Files, Item, Numbered, Source, require_whole, safe_name, split_of
+from featcache.datasets.base import Dataset, Files, Numbered, Sample, require_whole, safe_name, split_of
 from featcache.datasets.labels import Labels, labelled
 from featcache.errors import DataError, SetupError
 
@@ -38,22 +38,22 @@ class _Rows:
         self.labels.append(label)
         self.splits.append(split_of(split, where))
 
-    def labelled(self, path: Path, word: str, first: int) -> "tuple[list[int], list[Item], tuple[str, ...]]":
+    def labelled(self, path: Path, word: str, first: int) -> "tuple[list[int], list[Sample], tuple[str, ...]]":
         """Return which rows can be used, those as items, and the notes."""
         kept, notes = labelled(self.labels, self.splits, str(path), lambda number: f"{word} {number + first}")
-        items = [Item(self.names[number], self.labels[number] or "", self.splits[number]) for number in kept]
+        items = [Sample(self.names[number], self.labels[number] or "", self.splits[number]) for number in kept]
         return kept, items, (*self.notes, *notes)
 
 
-def open_csv(path: Path) -> Source:
+def open_csv(path: Path) -> Dataset:
     """Open a manifest with the columns path and label, and optionally split; paths are absolute, or relative to it."""
     rows = _csv_rows(path)
     _, items, notes = rows.labelled(path, "line", 2)
     require_whole(items, str(path))
-    return Source(safe_name(path.stem), str(path.resolve()), tuple(items), Files(path.resolve().parent), notes)
+    return Dataset(safe_name(path.stem), str(path.resolve()), tuple(items), Files(path.resolve().parent), notes)
 
 
-def open_parquet(path: Path) -> Source:
+def open_parquet(path: Path) -> Dataset:
     """Open a Parquet file: path, label and optionally split; or the images' bytes in a column such as ``image``.
 
     A column of bytes is binary, or a struct of bytes and path as Hugging Face writes it; its class names are used.
@@ -65,7 +65,7 @@ def open_parquet(path: Path) -> Source:
     if column is not None:
         numbers = {item.path: row for row, item in zip(kept, items, strict=True)}
         contents = Numbered(numbers, _RowGroups(path, column), path.resolve())
-    return Source(safe_name(path.stem), str(path.resolve()), tuple(items), contents, notes, rows.lists)
+    return Dataset(safe_name(path.stem), str(path.resolve()), tuple(items), contents, notes, rows.lists)
 
 
 def read_column(location: str, column: str) -> list[str]:

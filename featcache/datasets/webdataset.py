@@ -14,9 +14,9 @@ from typing import Any
 from featcache.datasets.base import (
     MOST_IMAGE_BYTES,
     SPLIT_FOLDERS,
+    Dataset,
     FileStat,
-    Item,
-    Source,
+    Sample,
     require_file,
     require_whole,
     safe_name,
@@ -76,7 +76,7 @@ class _Archive(io.FileIO):
         return super().read(size)
 
 
-def open_shards(pattern: str) -> Source:
+def open_shards(pattern: str) -> Dataset:
     """Open ``shards-{000..009}.tar``: samples of an image and a label: ``.cls``, else "label" in ``.json``, else ``.txt``.
 
     Nothing depends on the order of members. Of several images in one sample the first by format is read, ``.jpg`` before
@@ -110,11 +110,11 @@ def open_shards(pattern: str) -> Source:
         notes.append(
             f"{pattern}: left out: {many(more, 'image')} beside another of the same sample: .jpg counts before .png"
         )
-    items = [Item(path, label or "", split) for path, label, split in (rows[number] for number in kept)]
+    items = [Sample(path, label or "", split) for path, label, split in (rows[number] for number in kept)]
     require_whole(items, pattern)
     stem = re.sub(r"[-_.]*\{.*?\}[-_.]*", "", PurePosixPath(pattern).name).removesuffix(".tar") or "shards"
     location = str(Path(pattern).expanduser().absolute())
-    return Source(safe_name(stem), location, tuple(items), Members(places), tuple(notes), read.lists)
+    return Dataset(safe_name(stem), location, tuple(items), Members(places), tuple(notes), read.lists)
 
 
 def _indexed(path: Path, read: Labels) -> _Shard:

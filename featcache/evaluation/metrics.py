@@ -52,7 +52,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestResult:
     """A model on the test split: scores and, image by image, whether it was right (n,) bool."""
 
     scores: Scores
@@ -121,7 +121,7 @@ def scores_on_test(
     y: NDArray[np.int64],
     split: Split,
     temperature: float | None = None,
-) -> Tested:
+) -> TestResult:
     """Score a classifier on the test split, with intervals that respect the split's groups.
 
     Args:
@@ -135,7 +135,7 @@ def scores_on_test(
         DataError: an answer is NaN or infinite.
     """
 
-    def judge(truth: NDArray[Any], answer: Probabilities | NDArray[np.int64]) -> Tested:
+    def judge(truth: NDArray[Any], answer: Probabilities | NDArray[np.int64]) -> TestResult:
         predicted: Any = (answer.argmax(axis=1) if answer.ndim == 2 else answer).astype(np.int64)
         right, classes, groups = predicted == truth, np.unique(y), split.test_groups
         scores = replace(
@@ -144,7 +144,7 @@ def scores_on_test(
             balanced_accuracy_ci=intervals.of_recalls(truth, predicted, classes, groups),
             macro_f1_ci=intervals.of_f1s(truth, predicted, classes, groups),
         )
-        return Tested(scores, right, predicted)
+        return TestResult(scores, right, predicted)
 
     return on_test(predict, y, split, judge)
 

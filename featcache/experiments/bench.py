@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from featcache.datasets import open_source
+from featcache.datasets import open_dataset
 from featcache.errors import FeatcacheError, StorageError
-from featcache.experiments.finetune import finetune_job, forget_state, tune_cell
-from featcache.experiments.fit import FitPlan, Ledger, fit_heads, head_cell, in_memory
+from featcache.experiments.finetune import forget_state, run_finetune, tune_cell
+from featcache.experiments.fit import FitPlan, Ledger, head_cell, in_memory, run_fit
 from featcache.experiments.grid import DataEntry, Grid
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.plan import FineTunePlan
 from featcache.progress import logger
 from featcache.reports import tables as report
@@ -88,13 +88,13 @@ class _Runner:
             self.failures.append(f"{what}: {error}")
 
     def run(self, data: DataEntry, spec: BackboneSpec) -> None:
-        bench = Workbench(open_source(data.data, data.name), spec, self.settings)
+        bench = FeatureCache(open_dataset(data.data, data.name), spec, self.settings)
         done = bench.extracted()
         self.computed_images += done.report.computed
         features, ledger = done.store.labelled(), Ledger(recorded=set(self.there))
         names = self._fitting(in_memory(done.store))
         for head in names:
-            fitting = FitPlan(_with_members(head, self.grid.heads), group=data.group, controls=False)
+            fitting = FitPlan(_with_members(head, self.grid.heads), group=data.group, baselines=False)
             members = [name for name in fitting.heads if name != head]
             for seed in self.grid.seeds:
                 cell = head_cell(bench, features, head, fitting, seed, members)
@@ -130,11 +130,11 @@ class _Runner:
         self.guarded(what, act)
         self.computed_cells += 1
 
-    def _fit(self, bench: Workbench, head: str, plan: FitPlan, seed: int, ledger: Ledger) -> None:
-        fit_heads(bench, plan, seed=seed, records=self.path, ledger=ledger, only={head})
+    def _fit(self, bench: FeatureCache, head: str, plan: FitPlan, seed: int, ledger: Ledger) -> None:
+        run_fit(bench, plan, seed=seed, records=self.path, ledger=ledger, only={head})
 
-    def _tune(self, bench: Workbench, plan: FineTunePlan, group: str | None, seed: int, ledger: Ledger) -> None:
-        job = finetune_job(bench, plan, group=group, seed=seed, records=self.path, ledger=ledger)
+    def _tune(self, bench: FeatureCache, plan: FineTunePlan, group: str | None, seed: int, ledger: Ledger) -> None:
+        job = run_finetune(bench, plan, group=group, seed=seed, records=self.path, ledger=ledger)
         self.computed_images += job.computed_images
 
 

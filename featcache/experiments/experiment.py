@@ -9,14 +9,16 @@ from numpy.typing import NDArray
 
 from featcache.evaluation.draws import copies, remarks
 from featcache.evaluation.splits import Split, items_hash, untested
-from featcache.extraction.feature_cache import Extracted, Workbench
+from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import fingerprint
 from featcache.reports.records import RunRecord, stamp
 from featcache.store import Features, FeatureStore, RowReader
 
 
-def cell_of(bench: Workbench, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int) -> str:
+def cell_of(
+    bench: FeatureCache, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int
+) -> str:
     """Return the name of an experiment: everything that decides its outcome but the code."""
     everything = np.arange(len(features.y))
     return fingerprint(
@@ -31,7 +33,7 @@ def cell_of(bench: Workbench, features: Features, method: str, plan: FineTunePla
     )
 
 
-def new_record(bench: Workbench, done: Extracted, features: Features, split: Split, **facts: Any) -> RunRecord:
+def new_record(bench: FeatureCache, done: Extracted, features: Features, split: Split, **facts: Any) -> RunRecord:
     """Return a record of a model that was trained on an entry; ``facts`` are the fields that depend on the model."""
     request = {"backbone": bench.identity} | facts.pop("request", {})
     counted, notes = look_at(features, split)
@@ -63,12 +65,12 @@ def numbered(groups: NDArray[np.int64] | None) -> list[int] | None:
     return None if groups is None else np.unique(groups, return_inverse=True)[1].tolist()
 
 
-def bits(right: NDArray[np.bool_]) -> str:
+def encode_correct(right: NDArray[np.bool_]) -> str:
     """Return truth values as a text of 0 and 1."""
     return "".join("1" if one else "0" for one in right)
 
 
-def unbits(text: str) -> NDArray[np.bool_]:
+def decode_correct(text: str) -> NDArray[np.bool_]:
     """Return the truth values of a text of 0 and 1."""
     return np.array([char == "1" for char in text])
 

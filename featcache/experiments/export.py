@@ -23,7 +23,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
-from featcache.datasets import Source
+from featcache.datasets import Dataset
 from featcache.datasets.images import UnreadableImage, decode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
@@ -54,7 +54,7 @@ class Exported:
 
 
 @own_randomness()  # of new layers
-def export(bundle: Bundle, path: Path, check: Source, settings: Settings, *, weights: str | None = None) -> Exported:
+def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, weights: str | None = None) -> Exported:
     """Write backbone and head as one ONNX model, once it has agreed with them on real images.
 
     Input ``pixels`` is uint8 (batch, size, size, 3), decoded and cropped as the model's metadata say; normalising is

@@ -14,10 +14,10 @@ from featcache.datasets import require_one_label
 from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.splits import Split, make_split, restricted
-from featcache.experiments.experiment import aligned, bits, cell_of, new_record, unbits
-from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadJob, Ledger, card_of, fit_heads, groups_of, in_memory
-from featcache.extraction.feature_cache import Estimate, Extracted, Target, Workbench
-from featcache.extraction.lookup import identify
+from featcache.experiments.experiment import aligned, cell_of, decode_correct, encode_correct, new_record
+from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, card_of, groups_of, in_memory, run_fit
+from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
+from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
 from featcache.heads import bundle
@@ -29,10 +29,10 @@ from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
     from featcache.backbones.timm_models import Backbone
-    from featcache.finetuning.checkpoint import Keeper
+    from featcache.finetuning.checkpoint import Checkpoint
     from featcache.finetuning.finetuner import FineTuned
     from featcache.finetuning.model import LinearHead, Take
-    from featcache.finetuning.unfreezing import Thawed
+    from featcache.finetuning.unfreezing import Trainable
 
 _DRIFTED = 0.5
 _USABLE = 0.9  # of a disk's free room
@@ -40,7 +40,7 @@ _IN_NAMES = 8  # digits of an experiment's name that its files' names have
 
 
 @dataclass(frozen=True)
-class TuneJob:
+class FineTuneResult:
     """A fine-tuned backbone with its record; ``bundle`` is its head, for predicting and exporting.
 
     ``keeper`` has the finished training's state until it is cleared.
@@ -51,10 +51,10 @@ class TuneJob:
     checkpoint: Path
     bundle: Path
     computed_images: int
-    keeper: "Keeper"
+    keeper: "Checkpoint"
 
     @property
-    def jobs(self) -> "tuple[TuneJob, ...]":
+    def jobs(self) -> "tuple[FineTuneResult, ...]":
         """This one, as of a sweep of one depth."""
         return (self,)
 
@@ -85,8 +85,8 @@ class TuneJob:
         }
 
 
-def finetune_job(
-    bench: Workbench,
+def run_finetune(
+    bench: FeatureCache,
     plan: FineTunePlan,
     *,
     probes: Sequence[str] = (),
@@ -94,7 +94,7 @@ def finetune_job(
     seed: int = 0,
     records: Path | None = None,
     ledger: Ledger | None = None,
-) -> TuneJob:
+) -> FineTuneResult:
     """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images.
 
     Args:
@@ -106,7 +106,7 @@ def finetune_job(
         records: a JSONL file that gets the record.
         ledger: of heads that this command has fitted already.
     """
-    ground = _Ground(bench, probes, group, seed, ledger or Ledger())
+    ground = FineTuneInputs(bench, probes, group, seed, ledger or Ledger())
     thawed = ground.thawed(plan)
     ground.extract([thawed], plan)
     job = _tune_apart(ground, plan, thawed, records)
@@ -115,10 +115,10 @@ def finetune_job(
 
 
 @dataclass(frozen=True)
-class SweepJob:
+class SweepResult:
     """Fine-tuning at every depth, the shallowest first."""
 
-    jobs: tuple[TuneJob, ...]
+    jobs: tuple[FineTuneResult, ...]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -127,15 +127,15 @@ class SweepJob:
         return {"depths": [job.summary for job in self.jobs], "best_on_validation": best.record.method}
 
 
-def sweep_job(
-    bench: Workbench,
+def run_sweep(
+    bench: FeatureCache,
     plan: FineTunePlan,
     *,
     probes: Sequence[str] = (),
     group: str | None = None,
     seed: int = 0,
     records: Path | None = None,
-) -> SweepJob:
+) -> SweepResult:
     """Fine-tune at every depth from the last stage to the whole backbone; ``plan.unfreeze`` is left aside.
 
     All boundaries are extracted in one pass. Each depth starts from the weights of the one before it and takes over its
@@ -143,12 +143,12 @@ def sweep_job(
     """
     from featcache.finetuning.unfreezing import depths
 
-    ground = _Ground(bench, probes, group, seed, Ledger())
+    ground = FineTuneInputs(bench, probes, group, seed, Ledger())
     plans = [replace(plan, unfreeze=wish) for wish in depths(bench.backbone.stages)]
     thawed = [ground.thawed(one) for one in plans]
     ground.extract(thawed, plan)
-    jobs: list[TuneJob] = []
-    gained: TuneJob | None = None
+    jobs: list[FineTuneResult] = []
+    gained: FineTuneResult | None = None
     for one, behind in zip(plans, thawed, strict=True):
         rates = (gained.tuned.lr,) if gained else one.lr
         job = _tune_apart(ground, replace(one, lr=rates), behind, records, after=gained)
@@ -156,38 +156,38 @@ def sweep_job(
         gained = job if job.tuned.best > 0 else gained
     for job in jobs:  # not before: a sweep that is killed finds the depths that it has trained
         job.keeper.clear()
-    return SweepJob(tuple(jobs))
+    return SweepResult(tuple(jobs))
 
 
-class _Ground:
+class FineTuneInputs:
     """What fine-tuning stands on: the probe, and the entries at freeze boundaries."""
 
-    def __init__(self, bench: Workbench, probes: Sequence[str], group: str | None, seed: int, ledger: Ledger) -> None:
+    def __init__(self, bench: FeatureCache, probes: Sequence[str], group: str | None, seed: int, ledger: Ledger) -> None:
         from featcache import heads
-        from featcache.finetuning.distributed import Team
+        from featcache.finetuning.distributed import ProcessGroup
 
         for name in probes:
             heads.require_head(name)
         require_one_label(bench.source)
-        self.team = Team()
+        self.team = ProcessGroup()
         self.bench, self.seed, self.group = bench, seed, group
         self._heads, self._ledger = tuple(dict.fromkeys((*PROBES, *probes))), ledger
         self._notes: dict[str, tuple[str, ...]] = {}
         self._entries: dict[str, Extracted] = {}
 
-    def thawed(self, plan: FineTunePlan) -> "Thawed":
+    def thawed(self, plan: FineTunePlan) -> "Trainable":
         """Return what trains."""
-        from featcache.finetuning.unfreezing import thaw
+        from featcache.finetuning.unfreezing import select_trainable
 
-        return thaw(self.bench.backbone.stages, plan.unfreeze, self.bench.backbone.module)
+        return select_trainable(self.bench.backbone.stages, plan.unfreeze, self.bench.backbone.module)
 
-    def extract(self, several: Sequence["Thawed"], plan: FineTunePlan) -> None:
+    def extract(self, several: Sequence["Trainable"], plan: FineTunePlan) -> None:
         """Extract at some boundaries and for the probe, in one pass; at the input where that cannot be or takes too much."""
         with self.team.one_first():
             self._extract(several, plan)
             _ = self.probes
 
-    def _extract(self, several: Sequence["Thawed"], plan: FineTunePlan) -> None:
+    def _extract(self, several: Sequence["Trainable"], plan: FineTunePlan) -> None:
         cuts = {thawed.cut: self._where(thawed.cut, plan) for thawed in several}
         left = self._within_budget(list(dict.fromkeys(cut for cut, _ in cuts.values())), plan)
         for cut, (where, notes) in cuts.items():
@@ -196,9 +196,9 @@ class _Ground:
                 logger.warning(note)
                 cuts[cut] = (INPUT, (*notes, note))
         wanted = list(dict.fromkeys(cut for cut, _ in cuts.values()))
-        targets = [Target(cut, plan.dtype if cut != INPUT else None) for cut in wanted]
+        targets = [Output(cut, plan.dtype if cut != INPUT else None) for cut in wanted]
         if plan.views == 1:
-            done = self.bench.extracted_at([Target(POOLED), *targets])[1:]
+            done = self.bench.extracted_at([Output(POOLED), *targets])[1:]
         else:
             done = self.bench.extracted_at(targets, Views(plan.views))
         entries = dict(zip(wanted, done, strict=True))
@@ -210,7 +210,7 @@ class _Ground:
         return self._entries[cut], self._notes[cut]
 
     @cached_property
-    def probes(self) -> list[HeadJob]:
+    def probes(self) -> list[HeadResult]:
         """The fitted heads."""
         from featcache import heads
 
@@ -218,8 +218,8 @@ class _Ground:
         if not in_memory(self.bench.extracted().store):
             names = tuple(name for name in names if name in heads.HEADS and heads.HEADS[name].streams)
             logger.warning("the features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
-        plan = FitPlan(names, group=self.group, controls=False)
-        return fit_heads(self.bench, plan, seed=self.seed, ledger=self._ledger, keep=self.team.rank == 0).heads
+        plan = FitPlan(names, group=self.group, baselines=False)
+        return run_fit(self.bench, plan, seed=self.seed, ledger=self._ledger, keep=self.team.rank == 0).heads
 
     @property
     def best_probe(self) -> RunRecord:
@@ -294,7 +294,7 @@ class _Ground:
 
     def _cost(self, cut: str, plan: FineTunePlan) -> Estimate:
         """Return what storing at a cut takes, and say it."""
-        cost = self.bench.estimate([Target(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
+        cost = self.bench.estimate([Output(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
         if cost.to_compute:
             logger.info(
                 "activations at %s: %.1f MB and about %.0f s once; computed anew, that in each of up to %d epochs (%s)",
@@ -308,8 +308,12 @@ class _Ground:
 
 
 def _tune_apart(
-    ground: _Ground, plan: FineTunePlan, thawed: "Thawed", records: Path | None, after: TuneJob | None = None
-) -> TuneJob:
+    ground: FineTuneInputs,
+    plan: FineTunePlan,
+    thawed: "Trainable",
+    records: Path | None,
+    after: FineTuneResult | None = None,
+) -> FineTuneResult:
     """Train, and leave the caller's random numbers as they were: new layers and dropout draw from PyTorch's own."""
     from featcache.extraction.runtimes import own_randomness
 
@@ -318,9 +322,13 @@ def _tune_apart(
 
 
 def _tune(
-    ground: _Ground, plan: FineTunePlan, thawed: "Thawed", records: Path | None, after: TuneJob | None = None
-) -> TuneJob:
-    from featcache.finetuning.checkpoint import Keeper, save_checkpoint
+    ground: FineTuneInputs,
+    plan: FineTunePlan,
+    thawed: "Trainable",
+    records: Path | None,
+    after: FineTuneResult | None = None,
+) -> FineTuneResult:
+    from featcache.finetuning.checkpoint import Checkpoint, save_checkpoint
     from featcache.finetuning.finetuner import finetune
 
     bench, seed = ground.bench, ground.seed
@@ -344,7 +352,7 @@ def _tune(
     cell = tune_cell(bench, ground.features, method, plan, seed, ground.group)
     name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:_IN_NAMES]}"
     folder, team = at_cut.store.path / "tuned", ground.team
-    keeper = Keeper(folder / f"{name}.unfinished", writes=team.rank == 0)
+    keeper = Checkpoint(folder / f"{name}.unfinished", writes=team.rank == 0)
     tuned = finetune(
         own,
         own.suffix(at_cut.cut),
@@ -393,7 +401,7 @@ def _tune(
         },
         val=asdict(tuned.history[tuned.best].val),
         test=asdict(tuned.tested.scores),
-        right=bits(tuned.tested.right),
+        right=encode_correct(tuned.tested.right),
         seconds={"extract": at_cut.cost[0], "train": round(tuned.seconds, 3)},
         images_per_second=round(tuned.images_per_second, 1),
         probe={
@@ -407,7 +415,7 @@ def _tune(
         artefact=checkpoint.relative_to(bench.settings.cache).as_posix(),
     )
     if tuned.best > 0:
-        right = unbits(best_probe.right)[np.isin(ground.split.test, keep)]
+        right = decode_correct(best_probe.right)[np.isin(ground.split.test, keep)]
         record = replace(record, gap=asdict(gap(tuned.tested.right, right, groups=split.test_groups)))
     remarks = _remarks(tuned, record, plan)
     for note in remarks:
@@ -420,7 +428,7 @@ def _tune(
             if records and not _is_recorded(record, records):
                 append_record(records, record)
     head = bundle.head_path(folder / name)
-    return TuneJob(tuned, record, checkpoint, head, at_cut.report.computed, keeper)
+    return FineTuneResult(tuned, record, checkpoint, head, at_cut.report.computed, keeper)
 
 
 def _is_recorded(record: RunRecord, records: Path) -> bool:
@@ -443,7 +451,7 @@ def forget_state(folder: Path, cell: str) -> None:
 
 
 def tune_cell(
-    bench: Workbench, features: Features, method: str, plan: FineTunePlan, seed: int, group: str | None = None
+    bench: FeatureCache, features: Features, method: str, plan: FineTunePlan, seed: int, group: str | None = None
 ) -> str:
     """Return the name of the experiment that a fine-tuning is, by the images that have embeddings."""
     return cell_of(bench, features, method, asdict(plan) | {"group": group} if group else plan, seed)
@@ -462,7 +470,7 @@ def _rows(features: Features, at_cut: Extracted, views: int) -> "tuple[NDArray[n
     return keep, features, one_view
 
 
-def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
+def _trainable(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
     """Return a copy of the backbone that may be changed, with the plan's stochastic depth."""
     if not plan.drop_path:
         backbone = bench.backbone.separate()
@@ -480,7 +488,7 @@ def _trainable(bench: Workbench, plan: FineTunePlan) -> "Backbone":
 
 
 def _save_head(
-    bench: Workbench,
+    bench: FeatureCache,
     at_cut: Extracted,
     features: Features,
     tuned: "FineTuned",
@@ -495,7 +503,7 @@ def _save_head(
     head = tuned.model.linear_head()
     spec: BackboneSpec = replace(bench.spec, weights=str(checkpoint.resolve()), random_init=None)
     card = card_of(bench, at_cut) | {
-        "backbone": identify(spec) | {"name": origins.absolute_name(spec)},
+        "backbone": backbone_identity(spec) | {"name": origins.absolute_name(spec)},
         "weights": spec.weights,
         "loaded": asdict(replace(bench.backbone.loaded, tag="file", weights_sha256=hash_weights(own.module))),
         "transform": asdict(own.transform),

@@ -17,8 +17,8 @@ from featcache.datasets import read_column, require_one_label
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import confusion, gap, per_class
 from featcache.evaluation.splits import Split, few_shot, make_free_split, make_split, restricted
-from featcache.experiments.experiment import aligned, bits, cell_of, look_at, new_record
-from featcache.extraction.feature_cache import Extracted, Workbench
+from featcache.experiments.experiment import aligned, cell_of, encode_correct, look_at, new_record
+from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record
 from featcache.resources import free_memory
@@ -27,7 +27,7 @@ from featcache.store import Features, FeatureStore
 from featcache.store.lazy import LazyRows
 
 if TYPE_CHECKING:
-    from featcache.heads.baselines import Control
+    from featcache.heads.baselines import Baseline
     from featcache.heads.curves import Curve
     from featcache.heads.fit import FittedHead
     from featcache.heads.fit_multioutput import FittedTarget
@@ -40,7 +40,7 @@ _COPIES = 2.5  # of the features in float32, that the heads that take the most m
 
 
 @dataclass(frozen=True)
-class HeadJob:
+class HeadResult:
     """A fitted head with its record."""
 
     fitted: "FittedHead"
@@ -95,7 +95,7 @@ class FitPlan:
     group: str | None = None
     shots: tuple[int, ...] = ()
     curve: bool = False
-    controls: bool = True
+    baselines: bool = True
     format: Literal["joblib", "skops"] = "joblib"
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class FitPlan:
 
 
 @dataclass(frozen=True)
-class TargetJob:
+class MultioutputResult:
     """A fitted head for several labels or a number, with its record."""
 
     fitted: "FittedTarget"
@@ -141,14 +141,14 @@ class TargetJob:
 
 
 @dataclass(frozen=True)
-class HeadJobs:
+class FitResult:
     """What ``fit`` has done: the embeddings' entry, the heads, controls that need no backbone, and curves."""
 
     extracted: Extracted
-    heads: "list[HeadJob]"
-    controls: "list[Control]"
+    heads: "list[HeadResult]"
+    baselines: "list[Baseline]"
     curves: "list[Curve]"
-    targets: "list[TargetJob]" = field(default_factory=list)
+    targets: "list[MultioutputResult]" = field(default_factory=list)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class HeadJobs:
         return {
             "extract": self.extracted.summary,
             "heads": [*(job.summary for job in self.heads), *(job.summary for job in self.targets)],
-            "controls": [control.summary for control in self.controls],
+            "controls": [baseline.summary for baseline in self.baselines],
             "curves": [curve.summary for curve in self.curves],
         }
 
@@ -171,7 +171,7 @@ class Ledger:
         said: what was said of splits.
     """
 
-    jobs: dict[str, HeadJob] = field(default_factory=dict)
+    jobs: dict[str, HeadResult] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
 
@@ -184,8 +184,8 @@ class Ledger:
         }
 
 
-def fit_heads(
-    bench: Workbench,
+def run_fit(
+    bench: FeatureCache,
     plan: FitPlan,
     *,
     seed: int = 0,
@@ -193,7 +193,7 @@ def fit_heads(
     ledger: Ledger | None = None,
     only: Collection[str] | None = None,
     keep: bool = True,
-) -> HeadJobs:
+) -> FitResult:
     """Extract embeddings if needed and train heads on them; records are appended to a JSONL file.
 
     Args:
@@ -217,7 +217,7 @@ def fit_heads(
     features, names = _features(done, plan, names)
     groups = groups_of(bench, features, plan.group)
     if plan.target != "label":
-        return HeadJobs(done, [], [], [], _fit_targets(bench, done, features, groups, plan, seed, records))
+        return FitResult(done, [], [], [], _fit_targets(bench, done, features, groups, plan, seed, records))
     split = make_split(
         features.y, features.splits, features.classes, seed, groups=groups, folds=plan.folds, contents=features.sha256
     )
@@ -225,7 +225,7 @@ def fit_heads(
         few_shot(split, features.y, shots, seed, features.sha256)  # what cannot be drawn is said before anything is trained
     ledger = ledger if ledger is not None else Ledger()
     _say(features, split, ledger)
-    jobs: list[HeadJob] = []
+    jobs: list[HeadResult] = []
     started = time.monotonic()
     for name in names:
         if plan.budget is not None and jobs and time.monotonic() - started > plan.budget:
@@ -244,12 +244,12 @@ def fit_heads(
             append_record(records, job.record)
             ledger.recorded.add(cell)
         jobs.append(job)
-    found = _controls(bench, features, split, jobs, seed) if plan.controls and not isinstance(features.X, LazyRows) else []
-    return HeadJobs(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
+    found = _controls(bench, features, split, jobs, seed) if plan.baselines and not isinstance(features.X, LazyRows) else []
+    return FitResult(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
 
 
 def _fitted(
-    name: str, jobs: "list[HeadJob]", features: Features, split: Split, plan: FitPlan, seed: int
+    name: str, jobs: "list[HeadResult]", features: Features, split: Split, plan: FitPlan, seed: int
 ) -> "FittedHead | None":
     """Train one head; of all heads, one that cannot be trained on these images is said and costs no other."""
     from featcache.heads import ENSEMBLE
@@ -266,7 +266,9 @@ def _fitted(
         return None
 
 
-def head_cell(bench: Workbench, features: Features, head: str, plan: FitPlan, seed: int, members: Sequence[str] = ()) -> str:
+def head_cell(
+    bench: FeatureCache, features: Features, head: str, plan: FitPlan, seed: int, members: Sequence[str] = ()
+) -> str:
     """Return the name of the experiment that a head is; an ensemble's depends on those that it may be made of."""
     return cell_of(bench, features, _method(head, plan), _asked(plan, members), seed)
 
@@ -367,20 +369,20 @@ def _needed(store: FeatureStore) -> float:
 
 
 def _fit_targets(
-    bench: Workbench,
+    bench: FeatureCache,
     done: Extracted,
     features: Features,
     groups: list[str] | None,
     plan: FitPlan,
     seed: int,
     records: Path | None,
-) -> list[TargetJob]:
+) -> list[MultioutputResult]:
     from featcache.heads import NUMBER_HEADS, bundle
     from featcache.heads.fit_multioutput import fit_labels, fit_number
 
     split = make_free_split(len(features.y), features.splits, seed, groups, features.sha256)
     _say(features, split, Ledger())
-    jobs: list[TargetJob] = []
+    jobs: list[MultioutputResult] = []
     wanted = (PROBE,) if plan.target == "labels" else tuple(name for name in plan.heads if name in NUMBER_HEADS)
     started = time.monotonic()
     for name in wanted or NUMBER_HEADS:
@@ -423,7 +425,7 @@ def _fit_targets(
         )
         if records:
             append_record(records, record)
-        jobs.append(TargetJob(fitted, record, path))
+        jobs.append(MultioutputResult(fitted, record, path))
     return jobs
 
 
@@ -433,7 +435,7 @@ def _method(head: str, plan: FitPlan) -> str:
     return " ".join([head, *on])
 
 
-def card_of(bench: Workbench, done: Extracted) -> dict[str, Any]:
+def card_of(bench: FeatureCache, done: Extracted) -> dict[str, Any]:
     """Return what a head's file says of its features: where their backbone is, and what it was when they were computed."""
     return {
         "feature_key": done.store.key,
@@ -446,7 +448,7 @@ def card_of(bench: Workbench, done: Extracted) -> dict[str, Any]:
     }
 
 
-def groups_of(bench: Workbench, features: Features, column: str | None) -> list[str] | None:
+def groups_of(bench: FeatureCache, features: Features, column: str | None) -> list[str] | None:
     """Return what each image belongs to by a column of the source's manifest, ``None`` where none is asked for.
 
     Raises:
@@ -470,15 +472,17 @@ def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: in
     return found
 
 
-def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence[HeadJob], seed: int) -> "list[Control]":
+def _controls(
+    bench: FeatureCache, features: Features, split: Split, jobs: Sequence[HeadResult], seed: int
+) -> "list[Baseline]":
     """Train the controls on the same split, and warn where the best on validation does as well as the best head there."""
-    from featcache.heads.baselines import SIDE, best_on_validation, controls
+    from featcache.heads.baselines import SIDE, baselines, best_on_validation
 
     keep, common, take = aligned(features, bench.thumbnails(SIDE).store)
     if left_out := len(features.y) - len(keep):
         logger.warning("controls: %d images have no thumbnail, they are compared on the others", left_out)
     shared = restricted(split, keep)
-    found = controls(take(np.arange(len(keep))), common.y, shared, seed)
+    found = baselines(take(np.arange(len(keep))), common.y, shared, seed)
     best_head = min(jobs, key=lambda job: job.fitted.val.rank)
     best = best_on_validation(found)
     right = best_head.fitted.tested.right[np.isin(split.test, keep)]
@@ -495,7 +499,7 @@ def _controls(bench: Workbench, features: Features, split: Split, jobs: Sequence
 
 
 def _keep_head(
-    bench: Workbench,
+    bench: FeatureCache,
     done: Extracted,
     features: Features,
     split: Split,
@@ -506,7 +510,7 @@ def _keep_head(
     members: Sequence[str],
     *,
     keep: bool,
-) -> HeadJob:
+) -> HeadResult:
     from featcache.heads import bundle
 
     for note in fitted.notes:
@@ -535,11 +539,11 @@ def _keep_head(
         params=fitted.params,
         val=asdict(fitted.val),
         test=asdict(fitted.tested.scores),
-        right=bits(fitted.tested.right),
+        right=encode_correct(fitted.tested.right),
         seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
         images_per_second=done.cost[1],
         artefact=path.relative_to(bench.settings.cache).as_posix(),
         notes=fitted.notes,
     )
     matrix = confusion(features.y[split.test], fitted.tested.predicted, len(features.classes))
-    return HeadJob(fitted, record, path, matrix, features.classes)
+    return HeadResult(fitted, record, path, matrix, features.classes)

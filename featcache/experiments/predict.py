@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
-from featcache.datasets import FileStat, Item, Source, image_files, read_file, stat_file
+from featcache.datasets import Dataset, FileStat, Sample, image_files, read_file, stat_file
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.metrics import at_temperature
 from featcache.extraction.extract import Ready
-from featcache.extraction.feature_cache import Settings, Workbench
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import Batch, Reader, run_batches, sample
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads import answers, over_views
@@ -85,7 +85,7 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
     )
 
 
-def bench_of(bundle: Bundle, source: Source, settings: Settings, weights: str | None = None) -> Workbench:
+def bench_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str | None = None) -> FeatureCache:
     """Return a workbench whose backbone is loaded, and is the one that a head was trained on.
 
     Of a repository of the hub that has moved on, the local copy that the head was trained on is taken.
@@ -98,7 +98,7 @@ def bench_of(bundle: Bundle, source: Source, settings: Settings, weights: str | 
     names = dict.fromkeys([spec.name, *(origins.other_revisions(spec) if spec.weights is None else ())])
     reasons = []
     for name in names:
-        bench = Workbench(source, replace(spec, name=name), settings)
+        bench = FeatureCache(source, replace(spec, name=name), settings)
         reason = _difference(bundle, bench)
         if not reason:
             return bench
@@ -108,7 +108,7 @@ def bench_of(bundle: Bundle, source: Source, settings: Settings, weights: str | 
     )
 
 
-def _difference(bundle: Bundle, bench: Workbench) -> str:
+def _difference(bundle: Bundle, bench: FeatureCache) -> str:
     """Return what tells a loaded backbone from the one that a head was trained on, "" where nothing does."""
     card, backbone = bundle.card, bench.backbone
     wanted, transform = card.get("loaded"), card.get("transform")
@@ -126,7 +126,7 @@ def _difference(bundle: Bundle, bench: Workbench) -> str:
     return ""
 
 
-def _difference_of_key(bundle: Bundle, bench: Workbench) -> str:
+def _difference_of_key(bundle: Bundle, bench: FeatureCache) -> str:
     """Hold a backbone against the cache key in a card that says no more: of heads of an older version."""
     card, cut = bundle.card, bundle.card.get("cut", "pooled")
     if card["backbone"]["weights"] or card.get("feature_key") is None:
@@ -183,12 +183,12 @@ def label_images(
         UsageError: the backbone is not where it was.
         DataError: it is another one now.
     """
-    items = tuple(Item(path, "") for path in dict.fromkeys(paths))
-    source = Source("images", "images", items, _Anywhere())
+    items = tuple(Sample(path, "") for path in dict.fromkeys(paths))
+    source = Dataset("images", "images", items, _Anywhere())
     return _predictions(bundle, paths, bench_of(bundle, source, settings, weights))
 
 
-def _predictions(bundle: Bundle, paths: Sequence[str], bench: Workbench) -> Iterator[Prediction]:
+def _predictions(bundle: Bundle, paths: Sequence[str], bench: FeatureCache) -> Iterator[Prediction]:
     embedder = _Embedder(bench, bundle.card.get("cut", "pooled"), Views(bundle.card.get("views", 1)))
     position = {item.path: index for index, item in enumerate(bench.source.items)}
     with progress(len(paths), "predict") as bar:
@@ -210,7 +210,7 @@ def _in_order(bundle: Bundle, paths: Sequence[str], position: dict[str, int], em
 class _Embedder:
     """Computes embeddings of images some at a time; the backbone is made ready once, on the first batch."""
 
-    def __init__(self, bench: Workbench, cut: str, views: Views) -> None:
+    def __init__(self, bench: FeatureCache, cut: str, views: Views) -> None:
         self.bench, self.cut, self.views = bench, cut, views
         self._ready: Ready | None = None
 
@@ -259,7 +259,7 @@ def _inside(enter: Callable[[], AbstractContextManager[None]], batches: Iterator
         yield batch
 
 
-def _answer(bundle: Bundle, batch: Batch, source: Source, views: int) -> list[Prediction]:
+def _answer(bundle: Bundle, batch: Batch, source: Dataset, views: int) -> list[Prediction]:
     said = [Prediction(bad.path, reason=bad.reason) for bad in batch.bad]
     if not batch.fresh:
         return said

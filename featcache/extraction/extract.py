@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets import Source
+from featcache.datasets import Dataset
 from featcache.errors import DataError, StorageError
 from featcache.extraction import ray_engine as cluster
 from featcache.extraction.loader import (
@@ -27,10 +27,10 @@ from featcache.extraction.loader import (
     run_batches,
     sample,
 )
-from featcache.extraction.lookup import Hit, Sighted, Sightings, Stock, make_listing, take_stock, with_content
+from featcache.extraction.lookup import FileIndex, FileIndexBuilder, Hit, Scan, make_listing, scan, with_content
 from featcache.extraction.lookup import plan as decide
-from featcache.extraction.ray_engine import Recipe, Written
-from featcache.fingerprint import Digests
+from featcache.extraction.ray_engine import WorkerConfig, WrittenPart
+from featcache.fingerprint import DigestSet
 from featcache.progress import logger, printable, progress
 from featcache.specs import StoredDtype, Transform, Views
 from featcache.store import FeatureStore, Part, Quarantined, now_ns
@@ -47,7 +47,7 @@ class Sink:
     """An entry that takes rows, and what it lacks. ``row`` is one row's shape, without views."""
 
     store: FeatureStore
-    stock: Stock
+    stock: Scan
     dtype: StoredDtype
     row: tuple[int, ...]
 
@@ -66,7 +66,7 @@ Prepare = Callable[[Pixels, int], Ready]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExtractPlan:
     """How a run goes, whichever entries it fills.
 
     ``part`` is (i, n), counted from 1: only that share of the images is computed, by the hash of their paths. ``remote``
@@ -79,12 +79,12 @@ class Plan:
     batch_size: int = 32
     max_bad: float = 0.01
     part: tuple[int, int] | None = None
-    remote: Recipe | None = None
+    remote: WorkerConfig | None = None
     lists: bool = True
     purpose: str = ""
 
 
-def is_mine(source: Source, part: tuple[int, int], position: int) -> bool:
+def is_mine(source: Dataset, part: tuple[int, int], position: int) -> bool:
     """Tell whether an item belongs to a part (i, n), by the checksum of its path."""
     return zlib.crc32(source.items[position].path.encode("utf-8", "surrogateescape")) % part[1] == part[0] - 1
 
@@ -100,7 +100,7 @@ class ExtractReport:
     left: int = 0
     runtime: str = ""
     difference: float = 0.0
-    known: Sighted = field(default_factory=lambda: Sighted.of([]), repr=False)
+    cached: FileIndex = field(default_factory=lambda: FileIndex.of([]), repr=False)
 
     @property
     def reused(self) -> int:
@@ -108,14 +108,14 @@ class ExtractReport:
         return self.rows - self.computed
 
 
-class _Waiting:
-    """Rows that are not yet in a part, in room that every part uses again; see ``Sightings``."""
+class RowBuffer:
+    """Rows that are not yet in a part, in room that every part uses again; see ``FileIndexBuilder``."""
 
     def __init__(self, like: NDArray[Any], batch_size: int) -> None:
         self._full = max(1, min(PART_ROWS, PART_BYTES // max(1, like[:1].nbytes)))
         most = self._full + batch_size
         self._rows = np.empty((most, *like.shape[1:]), like.dtype)
-        self._sightings = Sightings(most)
+        self._sightings = FileIndexBuilder(most)
         self._batches: list[slice] = []
 
     def __len__(self) -> int:
@@ -127,18 +127,18 @@ class _Waiting:
         """Whether they make a part."""
         return len(self) >= self._full
 
-    def add(self, sighted: Sighted, rows: NDArray[Any]) -> None:
+    def add(self, sighted: FileIndex, rows: NDArray[Any]) -> None:
         """Put down a batch's rows."""
         place = slice(len(self), len(self) + len(rows))
         self._rows[place] = rows
         self._sightings.add(sighted)
         self._batches.append(place)
 
-    def in_order(self) -> tuple[Sighted, list[NDArray[Any]]]:
+    def in_order(self) -> tuple[FileIndex, list[NDArray[Any]]]:
         """Return the images and their rows, batch by batch in the source's order."""
         sighted = self._sightings.sighted
         ordered = sorted(self._batches, key=lambda place: int(sighted.index[place.start]))
-        return Sighted.joined([sighted.take(place) for place in ordered]), [self._rows[place] for place in ordered]
+        return FileIndex.joined([sighted.take(place) for place in ordered]), [self._rows[place] for place in ordered]
 
     def clear(self) -> None:
         """Let the room be used again."""
@@ -147,32 +147,32 @@ class _Waiting:
 
 
 @dataclass
-class _Harvest:
+class EntryWriter:
     """What a run has learned for one entry, and the rows that are not yet in a part."""
 
     sink: Sink
     there: set[bytes]
     batch_size: int
     share: float  # of the pass's seconds: those of all its entries add up to them
-    known: Sightings = field(init=False)
+    cached: FileIndexBuilder = field(init=False)
     quarantined: list[Quarantined] = field(default_factory=list)
-    copies: list[Sighted] = field(default_factory=list)
-    have: Digests = field(init=False)
-    waiting: _Waiting | None = None
+    copies: list[FileIndex] = field(default_factory=list)
+    have: DigestSet = field(init=False)
+    waiting: RowBuffer | None = None
     part_started: float = field(default_factory=time.monotonic)
     booked: float = field(default_factory=time.monotonic)
     computed: int = 0
 
     def __post_init__(self) -> None:
-        self.known = Sightings(len(self.sink.stock.to_read))
-        self.have = Digests(len(self.there) + len(self.sink.stock.to_read), self.there)
+        self.cached = FileIndexBuilder(len(self.sink.stock.pending))
+        self.have = DigestSet(len(self.there) + len(self.sink.stock.pending), self.there)
 
-    def take(self, batch: Batch, rows: NDArray[Any], source: Source) -> None:
+    def take(self, batch: Batch, rows: NDArray[Any], source: Dataset) -> None:
         """Sort a batch into rows, known images and bad ones."""
         self.quarantined += batch.bad
         if batch.copies:
-            copies = self._lacked(Sighted.of(batch.copies))
-            self.known.add(copies)
+            copies = self._lacked(FileIndex.of(batch.copies))
+            self.cached.add(copies)
             self.copies.append(copies)
         if not batch.fresh:
             return
@@ -181,21 +181,21 @@ class _Harvest:
         unusable = not_finite(source, sighted.take(~finite), self.sink.dtype)
         say_left_out(unusable)
         self.quarantined += unusable
-        self.known.add(self._lacked(sighted.take(finite)))
+        self.cached.add(self._lacked(sighted.take(finite)))
         new = finite & ~with_content(sighted, self.there)
         if new.any():
             if self.waiting is None:
-                self.waiting = _Waiting(rows, self.batch_size)
+                self.waiting = RowBuffer(rows, self.batch_size)
             which = slice(None) if new.all() else new  # most often all: no copy but the one into the room
             self.waiting.add(sighted.take(which), rows[which])
 
-    def _settled_copies(self) -> tuple[Sighted, Sighted]:
+    def _settled_copies(self) -> tuple[FileIndex, FileIndex]:
         """Return the copies that have their row by now, or their place in quarantine, and the others.
 
         A copy can come before its original, which another worker still computes: were it written down at once, and the
         original lost to an interrupt, every later run would look for a row that nobody computes.
         """
-        copies = Sighted.joined(self.copies)
+        copies = FileIndex.joined(self.copies)
         if not len(copies):
             return copies, copies
         several = (*self.sink.store.manifest.quarantined, *self.quarantined)
@@ -203,11 +203,11 @@ class _Harvest:
         settled = np.array([digest in self.have or digest in bad for digest in copies.digests()], dtype=bool)
         return copies.take(settled), copies.take(~settled)
 
-    def _lacked(self, sighted: Sighted) -> Sighted:
+    def _lacked(self, sighted: FileIndex) -> FileIndex:
         """Return the items that this entry, not only another of the run, had to look at."""
-        lacked = self.sink.stock.to_read
+        lacked = self.sink.stock.pending
         if not len(lacked):
-            return Sighted.of([])
+            return FileIndex.of([])
         found = np.minimum(np.searchsorted(lacked, sighted.index), len(lacked) - 1)
         return sighted.take(lacked[found] == sighted.index)
 
@@ -225,20 +225,20 @@ class _Harvest:
         passed, self.booked = max(0.0, now - self.booked), max(now, self.booked)
         return passed * self.share
 
-    def adopt(self, written: Written, number: int) -> None:
+    def adopt(self, written: WrittenPart, number: int) -> None:
         """Make a part count that a worker has written, as the ``number``-th entry of the run."""
         bad, record = written.bad[number], written.parts[number]
         say_left_out(bad)
         self.quarantined += bad
         for seen in (written.good[number], written.copies):
-            self.known.add(self._lacked(seen))
+            self.cached.add(self._lacked(seen))
         parts = [record] if record else []
         self.sink.store.commit(parts=parts, quarantined=[one for one in bad if one.sha256], seconds=self.seconds())
         self.computed += len(written.good[number])
 
-    def commit(self, source: Source, runtime: str) -> None:
+    def commit(self, source: Dataset, runtime: str) -> None:
         """Make the waiting rows count."""
-        nothing = Sighted.of([]), [np.empty((0, *self.sink.row), self.sink.dtype)]
+        nothing = FileIndex.of([]), [np.empty((0, *self.sink.row), self.sink.dtype)]
         sighted, features = self.waiting.in_order() if self.waiting else nothing
         for digest in sighted.digests():
             self.have.add(digest)
@@ -257,7 +257,7 @@ class _Harvest:
         self.part_started = time.monotonic()
 
 
-def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan) -> list[ExtractReport]:
+def extract(source: Dataset, sinks: Sequence[Sink], prepare: Prepare, plan: ExtractPlan) -> list[ExtractReport]:
     """Compute the rows that entries lack in one pass, commit them part by part, then list the images as they are now.
 
     Killed at any point it loses the parts in flight; run again it goes on. An interrupt commits those too.
@@ -273,12 +273,12 @@ def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan)
         StorageError: the disk failed, or will not hold the rows.
     """
     started = time.monotonic()
-    lacking = sum(len(sink.stock.to_read) for sink in sinks)
+    lacking = sum(len(sink.stock.pending) for sink in sinks)
     harvests = [
-        _Harvest(sink, sink.store.digests(), plan.batch_size, len(sink.stock.to_read) / lacking if lacking else 0.0)
+        EntryWriter(sink, sink.store.digests(), plan.batch_size, len(sink.stock.pending) / lacking if lacking else 0.0)
         for sink in sinks
     ]
-    wanted = np.unique(np.concatenate([np.empty(0, np.int64), *(sink.stock.to_read for sink in sinks)]))
+    wanted = np.unique(np.concatenate([np.empty(0, np.int64), *(sink.stock.pending for sink in sinks)]))
     check_room(sinks, len(wanted), plan.views.count, plan.purpose)
     ready = Ready(lambda pixels: (pixels,))
     if len(wanted) and plan.remote is not None:
@@ -290,7 +290,7 @@ def extract(source: Source, sinks: Sequence[Sink], prepare: Prepare, plan: Plan)
 
 
 def _compute_here(
-    source: Source, wanted: NDArray[np.int64], harvests: Sequence[_Harvest], prepare: Prepare, plan: Plan
+    source: Dataset, wanted: NDArray[np.int64], harvests: Sequence[EntryWriter], prepare: Prepare, plan: ExtractPlan
 ) -> Ready:
     started, ready = time.monotonic(), Ready(lambda pixels: (pixels,))
     done = set.intersection(*(harvest.there for harvest in harvests))
@@ -317,7 +317,9 @@ def _compute_here(
     return ready
 
 
-def _compute_there(source: Source, wanted: NDArray[np.int64], harvests: Sequence[_Harvest], recipe: Recipe) -> Ready:
+def _compute_there(
+    source: Dataset, wanted: NDArray[np.int64], harvests: Sequence[EntryWriter], recipe: WorkerConfig
+) -> Ready:
     done = set.intersection(*(harvest.there for harvest in harvests))
     with (
         progress(len(wanted), f"extract {source.name}") as bar,
@@ -330,7 +332,7 @@ def _compute_there(source: Source, wanted: NDArray[np.int64], harvests: Sequence
     return Ready(lambda pixels: (pixels,), runtime="ray")
 
 
-def measure(source: Source, positions: Sequence[int], plan: Plan, run: Compute | None, workers: int) -> float:
+def measure(source: Dataset, positions: Sequence[int], plan: ExtractPlan, run: Compute | None, workers: int) -> float:
     """Return the seconds that computing some images would take, from a first batch in one worker."""
     reader = Reader(source, positions, plan.transform, plan.views, ())
     batch = reader.fill(plan.batch_size)
@@ -371,49 +373,51 @@ def say_left_out(several: Sequence[Quarantined]) -> None:
         logger.warning("%s: left out: %s", printable(bad.path), printable(bad.reason))
 
 
-def _sort_in(batch: Batch, harvests: Sequence[_Harvest], source: Source) -> None:
+def _sort_in(batch: Batch, harvests: Sequence[EntryWriter], source: Dataset) -> None:
     say_left_out(batch.bad)
     rows: Iterator[NDArray[Any]] = iter(batch.rows)
     for harvest in harvests:
         harvest.take(batch, next(rows, np.empty(0)), source)
 
 
-def _finish(source: Source, harvest: _Harvest, plan: Plan, lasted: tuple[float, float], ready: Ready) -> ExtractReport:
+def _finish(
+    source: Dataset, harvest: EntryWriter, plan: ExtractPlan, lasted: tuple[float, float], ready: Ready
+) -> ExtractReport:
     """List the images as they are now; of several parts, the one that comes last does it."""
     left_over = harvest.seconds(until=lasted[1])
     store, stock = harvest.sink.store, harvest.sink.stock
-    known, quarantined, left = Sighted.joined([stock.known, harvest.known.sighted]), harvest.quarantined, 0
+    cached, quarantined, left = FileIndex.joined([stock.cached, harvest.cached.sighted]), harvest.quarantined, 0
     if plan.part is not None:
         store.refresh()
-        stock = take_stock(source, store, hashes_new=False)
-        known, quarantined, left = stock.known, [], len(stock.to_read)
+        stock = scan(source, store, hashes_new=False)
+        cached, quarantined, left = stock.cached, [], len(stock.pending)
     reasons = {
         bytes.fromhex(bad.sha256): bad.reason for bad in (*store.manifest.quarantined, *harvest.quarantined) if bad.sha256
     }
-    is_bad = with_content(known, reasons)
-    bad = known.take(is_bad)
+    is_bad = with_content(cached, reasons)
+    bad = cached.take(is_bad)
     paths = {one.path for one in quarantined}
     quarantined += [
         Quarantined(source.items[index].path, digest.hex(), reasons[digest])
         for index, digest in zip(bad.index, bad.digests(), strict=True)
         if source.items[index].path not in paths
     ]
-    early = Sighted.joined(harvest.copies).index if plan.part is None else ()
-    orphaned = np.isin(known.index, early)
+    early = FileIndex.joined(harvest.copies).index if plan.part is None else ()
+    orphaned = np.isin(cached.index, early)
     reason = "a copy of an image that could not be read"
-    quarantined += [Quarantined(source.items[index].path, "", reason) for index in known.index[orphaned]]
-    known, all_bad = known.take(~is_bad & ~orphaned), (*quarantined, *stock.unreachable)
+    quarantined += [Quarantined(source.items[index].path, "", reason) for index in cached.index[orphaned]]
+    cached, all_bad = cached.take(~is_bad & ~orphaned), (*quarantined, *stock.unreadable)
     if not plan.lists:
         store.commit(quarantined=[bad for bad in all_bad if bad.sha256], seconds=left_over)
     elif not left and not isinstance(decide(source, store, stock), Hit):
-        _judge(source, len(known), all_bad, plan.max_bad)
-        store.commit(quarantined=all_bad, listing=make_listing(source, known, now_ns()), seconds=left_over)
+        _judge(source, len(cached), all_bad, plan.max_bad)
+        store.commit(quarantined=all_bad, listing=make_listing(source, cached, now_ns()), seconds=left_over)
         store.write_table()
     seconds = time.monotonic() - lasted[0]
-    return ExtractReport(len(known), harvest.computed, all_bad, seconds, left, ready.runtime, ready.difference, known)
+    return ExtractReport(len(cached), harvest.computed, all_bad, seconds, left, ready.runtime, ready.difference, cached)
 
 
-def _judge(source: Source, good: int, quarantined: tuple[Quarantined, ...], max_bad: float) -> None:
+def _judge(source: Dataset, good: int, quarantined: tuple[Quarantined, ...], max_bad: float) -> None:
     bad, total = len(quarantined), len(source.items)
     example = f"{quarantined[0].path}: {quarantined[0].reason}" if quarantined else ""
     if not good:

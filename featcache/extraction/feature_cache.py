@@ -11,13 +11,13 @@ import numpy as np
 
 from featcache.backbones import origins
 from featcache.checked import check_fields
-from featcache.datasets import Source
+from featcache.datasets import Dataset
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as caching
-from featcache.extraction.extract import ExtractReport, Plan, Prepare, Ready, Sink, extract, is_mine, measure
+from featcache.extraction.extract import ExtractPlan, ExtractReport, Prepare, Ready, Sink, extract, is_mine, measure
 from featcache.extraction.loader import Pixels, beside_pixels
-from featcache.extraction.lookup import Sighted
-from featcache.extraction.ray_engine import Recipe
+from featcache.extraction.lookup import FileIndex
+from featcache.extraction.ray_engine import WorkerConfig
 from featcache.fingerprint import fingerprint
 from featcache.progress import logger
 from featcache.specs import (
@@ -80,7 +80,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Target:
+class Output:
     """What is to be extracted: a cut, and the dtype that its rows are stored in."""
 
     cut: str = POOLED
@@ -124,9 +124,9 @@ class Extracted:
         }
 
     @property
-    def known(self) -> Sighted:
+    def cached(self) -> FileIndex:
         """Which of the source's items have which content."""
-        return self.report.known
+        return self.report.cached
 
     @property
     def images_per_second(self) -> float | None:
@@ -150,12 +150,12 @@ class Estimate:
     seconds: float
 
 
-class Workbench:
+class FeatureCache:
     """A source and a backbone, with the backbone loaded only when something has to be computed."""
 
     def __init__(
         self,
-        source: Source,
+        source: Dataset,
         spec: BackboneSpec,
         settings: Settings,
         *,
@@ -179,7 +179,9 @@ class Workbench:
         spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
         settings = replace(self.settings, part=None, engine="local")
         quiet = replace(self.source, notes=())
-        return Workbench(quiet, spec, settings, transform=transform, purpose="thumbnails for the baselines").extracted(INPUT)
+        return FeatureCache(quiet, spec, settings, transform=transform, purpose="thumbnails for the baselines").extracted(
+            INPUT
+        )
 
     @cached_property
     def folder(self) -> Path:
@@ -200,7 +202,7 @@ class Workbench:
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        return caching.identify(self.spec)
+        return caching.backbone_identity(self.spec)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -216,16 +218,16 @@ class Workbench:
 
     def key(self, cut: str, dtype: StoredDtype, views: Views) -> str:
         """Return the cache key that rows of the loaded backbone have."""
-        return self._feature_spec(caching.Request(self.spec, cut, dtype, views)).key
+        return self._feature_spec(caching.CacheRequest(self.spec, cut, dtype, views)).key
 
     def extracted(self, cut: str = POOLED, dtype: StoredDtype | None = None, views: Views | None = None) -> Extracted:
         """Return the entry of a cut, computing what it lacks."""
-        return self.extracted_at([Target(cut, dtype)], views)[0]
+        return self.extracted_at([Output(cut, dtype)], views)[0]
 
-    def extracted_at(self, targets: Sequence[Target], views: Views | None = None) -> list[Extracted]:
+    def extracted_at(self, targets: Sequence[Output], views: Views | None = None) -> list[Extracted]:
         """Return the entries of several cuts, computing what they lack in one pass over the images."""
         views = views or Views()
-        requests = [caching.Request(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
+        requests = [caching.CacheRequest(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
         opened = self._open(requests)
         done = {number: hit for number, (store, stock) in enumerate(opened) if (hit := self._hit(store, stock))}
         for number in done:
@@ -243,12 +245,12 @@ class Workbench:
             for number in range(len(requests))
         ]
 
-    def estimate(self, targets: Sequence[Target], views: Views | None = None) -> Estimate:
+    def estimate(self, targets: Sequence[Output], views: Views | None = None) -> Estimate:
         """Say what an extraction would compute, write and take; measures a first batch, and keeps nothing of it."""
         views = views or Views()
-        requests = [caching.Request(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
+        requests = [caching.CacheRequest(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
         found = [(request, stock) for request, (_, stock) in zip(requests, self._find(requests), strict=True)]
-        wanted = sorted({int(position) for _, stock in found for position in stock.to_read})
+        wanted = sorted({int(position) for _, stock in found for position in stock.pending})
         if not wanted:
             return Estimate(len(self.source.items), 0, 0, 0.0)
         plan = self.plan_for(self.backbone.transform, views)
@@ -259,19 +261,19 @@ class Workbench:
                 self.source, wanted, plan, self._eager(program_cuts) if program_cuts else None, self._workers.count
             )
         sizes = [
-            len(stock.to_read) * views.count * int(np.prod(shape)) * np.dtype(request.dtype).itemsize
+            len(stock.pending) * views.count * int(np.prod(shape)) * np.dtype(request.dtype).itemsize
             for (request, stock), shape in zip(found, shapes, strict=True)
         ]
         return Estimate(len(self.source.items), len(wanted), sum(sizes), seconds)
 
-    def _find(self, requests: Sequence[caching.Request]) -> list[tuple[FeatureStore | None, caching.Stock]]:
+    def _find(self, requests: Sequence[caching.CacheRequest]) -> list[tuple[FeatureStore | None, caching.Scan]]:
         """Return the entries that are there, by the flags or by the key, with what they lack.
 
         A backbone that has to be loaded, or is, decides alone: what it computes must not come beside rows of another that
         its name stood for before, nor be trained on beside those.
         """
-        found = [(store, self._stock(store)) for store in (caching.recognise(self.folder, request) for request in requests)]
-        lacks = any(len(stock.to_read) for _, stock in found)
+        found = [(store, self._stock(store)) for store in (caching.find_entry(self.folder, request) for request in requests)]
+        lacks = any(len(stock.pending) for _, stock in found)
         if "backbone" in self.__dict__ or (lacks and self._transform is None):
             keyed = [self._of_key(self._feature_spec(request)) for request in requests]
             return [
@@ -289,7 +291,7 @@ class Workbench:
         path = caching.find_key(self.folder, spec)
         return FeatureStore.open(path) if path is not None else None
 
-    def _open(self, requests: Sequence[caching.Request]) -> list[tuple[FeatureStore, caching.Stock]]:
+    def _open(self, requests: Sequence[caching.CacheRequest]) -> list[tuple[FeatureStore, caching.Scan]]:
         """Return the entries of some requests, made where they are not there, with what they lack."""
         opened = []
         for (store, stock), request in zip(self._find(requests), requests, strict=True):
@@ -303,14 +305,14 @@ class Workbench:
             opened.append((made, self._stock(made)))
         return opened
 
-    def _stock(self, store: FeatureStore | None) -> caching.Stock:
+    def _stock(self, store: FeatureStore | None) -> caching.Scan:
         """Return what an entry lacks, of this run's share of the images."""
         part = self.settings.part
         if part is None:
-            return caching.take_stock(self.source, store)
-        return caching.take_stock(self.source, store, among=partial(is_mine, self.source, part), hashes_new=False)
+            return caching.scan(self.source, store)
+        return caching.scan(self.source, store, among=partial(is_mine, self.source, part), hashes_new=False)
 
-    def _remember(self, store: FeatureStore, request: caching.Request) -> None:
+    def _remember(self, store: FeatureStore, request: caching.CacheRequest) -> None:
         """Note the flags that led to an entry, and the content of the files behind a name where that is known."""
         loaded = self.backbone if "backbone" in self.__dict__ else None
         if loaded is not None and not loaded.is_current:
@@ -323,21 +325,21 @@ class Workbench:
         with suppress(StorageError):  # a cache that cannot be written answers all the same
             store.remember_request(facts)
 
-    def _hit(self, store: FeatureStore, stock: caching.Stock) -> ExtractReport | None:
+    def _hit(self, store: FeatureStore, stock: caching.Scan) -> ExtractReport | None:
         if self.settings.part is not None or not isinstance(caching.plan(self.source, store, stock), caching.Hit):
             return None
         store.tidy()
         caching.renew(self.source, store, stock)
         store.write_table()
         unusable = [item for item in store.manifest.quarantined if item.sha256]
-        return ExtractReport(len(stock.known) - len(unusable), 0, (*unusable, *stock.unreachable), 0.0, known=stock.known)
+        return ExtractReport(len(stock.cached) - len(unusable), 0, (*unusable, *stock.unreadable), 0.0, cached=stock.cached)
 
-    def _sinks(self, opened: Sequence[tuple[str, FeatureStore, caching.Stock]]) -> tuple[list[Sink], Prepare]:
+    def _sinks(self, opened: Sequence[tuple[str, FeatureStore, caching.Scan]]) -> tuple[list[Sink], Prepare]:
         """Return the entries to fill, and what makes the backbone ready: not even loaded where nothing is computed."""
-        busy = [cut for cut, _, stock in opened if len(stock.to_read)]
+        busy = [cut for cut, _, stock in opened if len(stock.pending)]
         shapes = iter(self._shapes(busy))
         sinks = [
-            Sink(store, stock, store.spec["dtype"], next(shapes) if len(stock.to_read) else ()) for _, store, stock in opened
+            Sink(store, stock, store.spec["dtype"], next(shapes) if len(stock.pending) else ()) for _, store, stock in opened
         ]
         cuts = [cut for cut, _, _ in opened]
         return sinks, lambda first, left: self.prepare(cuts, first, left)
@@ -397,18 +399,18 @@ class Workbench:
         stored = sinks[0].store.spec["transform"]
         three = {name: tuple(stored[name]) if stored[name] else None for name in ("mean", "std")}
         plan = self.plan_for(Transform(**(stored | three)), views)
-        if self.settings.engine == "ray" and any(len(sink.stock.to_read) for sink in sinks):
+        if self.settings.engine == "ray" and any(len(sink.stock.pending) for sink in sinks):
             plan = replace(plan, remote=self._recipe(sinks, plan))
         return extract(self.source, sinks, prepare, plan)
 
-    def _recipe(self, sinks: Sequence[Sink], plan: Plan) -> Recipe:
+    def _recipe(self, sinks: Sequence[Sink], plan: ExtractPlan) -> WorkerConfig:
         weights = self.spec.weights
         anywhere = replace(
             self.spec,
             name=origins.absolute_name(self.spec),  # actors have working folders of their own
             weights=str(Path(weights).resolve()) if weights else None,
         )
-        return Recipe(
+        return WorkerConfig(
             anywhere,
             self.backbone.loaded,
             tuple(sink.store.spec["cut"] for sink in sinks),
@@ -422,17 +424,17 @@ class Workbench:
             self.settings.workers,
         )
 
-    def plan_for(self, transform: Transform, views: Views) -> Plan:
+    def plan_for(self, transform: Transform, views: Views) -> ExtractPlan:
         """Return how images are extracted with these settings."""
         size = self.settings.batch_size
         if size is None:
             on_gpu = "backbone" in self.__dict__ and self.backbone.device.type != "cpu"
             size = _GPU_BATCH if on_gpu else _cpu_batch(transform.input_size)
-        return Plan(
+        return ExtractPlan(
             transform, views, size, self.settings.max_bad, self.settings.part, lists=self.lists, purpose=self._purpose
         )
 
-    def _feature_spec(self, request: caching.Request) -> FeatureSpec:
+    def _feature_spec(self, request: caching.CacheRequest) -> FeatureSpec:
         transform = self._transform or self.backbone.transform
         views, seed = request.views.count, request.views.seed if request.views.count > 1 else 0
         if request.cut == INPUT:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets import FileStat, Source
+from featcache.datasets import Dataset, FileStat
 from featcache.datasets.images import UnreadableImage, decode
-from featcache.extraction.lookup import Sighted, settled, unreadable
-from featcache.fingerprint import Digests, sha256_of_bytes
+from featcache.extraction.lookup import FileIndex, quarantine_unread, settled
+from featcache.fingerprint import DigestSet, sha256_of_bytes
 from featcache.specs import INPUT, StoredDtype, Transform, Views
 from featcache.store import Quarantined
 
@@ -47,9 +47,9 @@ class Batch:
         return len(self.fresh) + len(self.copies) + len(self.bad)
 
     @property
-    def sighted(self) -> Sighted:
+    def sighted(self) -> FileIndex:
         """The images that have a row here."""
-        return Sighted.of(self.fresh)
+        return FileIndex.of(self.fresh)
 
 
 class Reader:
@@ -65,7 +65,7 @@ class Reader:
 
     def __init__(
         self,
-        source: Source,
+        source: Dataset,
         positions: Sequence[int] | NDArray[np.int64],
         transform: Transform,
         views: Views,
@@ -75,7 +75,7 @@ class Reader:
         self._feed = iter(positions)
         self._transform = transform
         self._views = views
-        self._claimed = Digests(len(done) + len(positions), done)
+        self._claimed = DigestSet(len(done) + len(positions), done)
         self._lock = threading.Lock()
         self._one_at_a_time = threading.Lock()
         self._small = False
@@ -112,7 +112,7 @@ class Reader:
             batch.pixels.append(self._decoded(content))
             batch.fresh.append((position, digest, stat))
         except OSError as error:
-            batch.bad.append(unreadable(path, error))
+            batch.bad.append(quarantine_unread(path, error))
         except UnreadableImage as error:
             batch.bad.append(Quarantined(path, digest.hex(), str(error)))
         except Exception as error:  # noqa: BLE001 - one image never ends a run, whatever a reader raises
@@ -190,7 +190,7 @@ def in_dtype(several: Sequence[NDArray[Any]], dtype: StoredDtype) -> tuple[NDArr
     return rows, np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
 
 
-def not_finite(source: Source, sighted: Sighted, dtype: StoredDtype) -> list[Quarantined]:
+def not_finite(source: Dataset, sighted: FileIndex, dtype: StoredDtype) -> list[Quarantined]:
     """Return the places in quarantine of images whose activations overflow."""
     better = ", try --dtype float32" if dtype == "float16" else ""
     reason = f"its activations are not finite in {dtype}{better}"

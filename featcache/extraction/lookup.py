@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featcache.backbones import origins
 from featcache.backbones.origins import Origin
-from featcache.datasets import FileStat, Source, location_hash
+from featcache.datasets import Dataset, FileStat, location_hash
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes
 from featcache.progress import logger, progress
@@ -38,7 +38,7 @@ def default_cache() -> Path:
     return Path(platformdirs.user_cache_dir("featcache", appauthor=False))
 
 
-def dataset_folder(cache: Path, source: Source, *, rebind: bool = False) -> Path:
+def dataset_folder(cache: Path, source: Dataset, *, rebind: bool = False) -> Path:
     """Return the folder of a data set's entries, made and bound to the source's location.
 
     Two sources of one name get two folders, unless ``rebind`` says that the source has moved here.
@@ -96,7 +96,7 @@ def entry_folders(cache: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Request:
+class CacheRequest:
     """What was asked for, in terms that neither timm nor torch is needed for."""
 
     backbone: BackboneSpec
@@ -113,16 +113,16 @@ class Request:
         versions: dict[str, Any] = {"timm": version("timm"), "featcache": featcache.__version__}
         if self.cut not in {POOLED, INPUT} or self.backbone.pool != "default":
             versions["format"] = REVISED  # what version 1 remembered may lead to rows of another tensor
-        return identify(self.backbone) | versions | {"cut": self.cut, "dtype": self.dtype, **asdict(self.views)}
+        return backbone_identity(self.backbone) | versions | {"cut": self.cut, "dtype": self.dtype, **asdict(self.views)}
 
 
 _USUAL = {"pool": "default", "precision": "float32"}
 
 
-def identify(spec: BackboneSpec) -> dict[str, Any]:
+def backbone_identity(spec: BackboneSpec) -> dict[str, Any]:
     """Return a backbone's spec as plain data, a weights file by its content instead of its path.
 
-    What lies behind a name of a folder, of the hub or of timm's published weights is not in it: see ``recognise``.
+    What lies behind a name of a folder, of the hub or of timm's published weights is not in it: see ``find_entry``.
     """
     weights = Path(spec.weights) if spec.weights is not None else None
     rare = {name: value for name, value in (("pool", spec.pool), ("precision", spec.precision)) if value != _USUAL[name]}
@@ -140,7 +140,7 @@ def _plain(value: object) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def recognise(folder: Path, request: Request) -> FeatureStore | None:
+def find_entry(folder: Path, request: CacheRequest) -> FeatureStore | None:
     """Return the entry that the same flags and the same weights led to before, if there is one.
 
     A name is believed only as long as the files behind it are those that the entry's rows came from. Where they are not on
@@ -232,7 +232,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Sighted:
+class FileIndex:
     """Items of a source whose bytes are known, as columns of n rows.
 
     ``index`` int64 (n,) are positions in ``source.items``, ``sha256`` is uint8 (n, 32), ``stat`` int64 (n, 4) is the
@@ -244,7 +244,7 @@ class Sighted:
     stat: NDArray[np.int64]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, bytes, FileStat | None]]) -> "Sighted":
+    def of(cls, rows: Sequence[tuple[int, bytes, FileStat | None]]) -> "FileIndex":
         """Gather single items."""
         stats = [(stat.size, stat.mtime_ns, stat.inode, stat.ctime_ns) if stat else (-1,) * _SIGNS for _, _, stat in rows]
         return cls(
@@ -254,7 +254,7 @@ class Sighted:
         )
 
     @classmethod
-    def joined(cls, several: "Sequence[Sighted]") -> "Sighted":
+    def joined(cls, several: "Sequence[FileIndex]") -> "FileIndex":
         """Put several one after the other."""
         several = [cls.of([]), *several]
         columns = ([getattr(one, name) for one in several] for name in ("index", "sha256", "stat"))
@@ -264,20 +264,20 @@ class Sighted:
         """Return the number of items."""
         return len(self.index)
 
-    def take(self, which: NDArray[Any] | slice) -> "Sighted":
+    def take(self, which: NDArray[Any] | slice) -> "FileIndex":
         """Return some of them, by positions, a mask or a slice."""
-        return Sighted(self.index[which], self.sha256[which], self.stat[which])
+        return FileIndex(self.index[which], self.sha256[which], self.stat[which])
 
     def digests(self) -> list[bytes]:
         """Return the SHA-256 of each item."""
         return [row.tobytes() for row in self.sha256]
 
-    def seen(self, source: Source, checked_ns: int) -> Seen:
+    def seen(self, source: Dataset, checked_ns: int) -> Seen:
         """Return what the store is to remember of the files."""
         return Seen(tuple(map(source.packed.path, self.index.tolist())), self.sha256, self.stat, checked_ns)
 
 
-class Sightings:
+class FileIndexBuilder:
     """Items that a run comes to know, ``most`` of them at most.
 
     Their room is taken before the run begins: what lasts, put down between arrays that come and go with every batch, would
@@ -285,14 +285,14 @@ class Sightings:
     """
 
     def __init__(self, most: int) -> None:
-        self._room = Sighted(np.empty(most, np.int64), np.empty((most, 32), np.uint8), np.empty((most, _SIGNS), np.int64))
+        self._room = FileIndex(np.empty(most, np.int64), np.empty((most, 32), np.uint8), np.empty((most, _SIGNS), np.int64))
         self._count = 0
 
     def clear(self) -> None:
         """Forget them; their room is used again."""
         self._count = 0
 
-    def add(self, sighted: Sighted) -> None:
+    def add(self, sighted: FileIndex) -> None:
         """Put down some more."""
         place = slice(self._count, self._count + len(sighted))
         self._room.index[place] = sighted.index
@@ -301,23 +301,23 @@ class Sightings:
         self._count = place.stop
 
     @property
-    def sighted(self) -> Sighted:
+    def sighted(self) -> FileIndex:
         """All of them, not copied."""
         return self._room.take(slice(self._count))
 
 
 @dataclass(frozen=True)
-class Stock:
+class Scan:
     """A source compared with an entry.
 
-    ``known`` have a row or a place in quarantine; ``to_read`` int64 (m,) are the positions of those that are new, changed,
-    or not looked at; ``unreachable`` could not even be opened. ``renewed`` are known by their bytes alone, and have signs
+    ``cached`` have a row or a place in quarantine; ``pending`` int64 (m,) are the positions of those that are new, changed,
+    or not looked at; ``unreadable`` could not even be opened. ``renewed`` are known by their bytes alone, and have signs
     now that a listing can remember them by.
     """
 
-    known: Sighted
-    to_read: NDArray[np.int64]
-    unreachable: tuple[Quarantined, ...]
+    cached: FileIndex
+    pending: NDArray[np.int64]
+    unreadable: tuple[Quarantined, ...]
     renewed: int = 0
 
 
@@ -328,25 +328,25 @@ class Hit:
 
 @dataclass(frozen=True)
 class Resume:
-    """Some rows are there; ``to_read`` are left. With none left only the listing is out of date."""
+    """Some rows are there; ``pending`` are left. With none left only the listing is out of date."""
 
-    to_read: NDArray[np.int64]
+    pending: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Miss:
     """Nothing is there yet."""
 
-    to_read: NDArray[np.int64]
+    pending: NDArray[np.int64]
 
 
-def take_stock(
-    source: Source,
+def scan(
+    source: Dataset,
     store: FeatureStore | None,
     *,
     among: Callable[[int], bool] = lambda _: True,
     hashes_new: bool = True,
-) -> Stock:
+) -> Scan:
     """Find out which of a source's items an entry knows: by path, size, time and inode, else by their content.
 
     Only items at positions that ``among`` accepts are looked at. Without ``hashes_new`` a path that was never seen is to
@@ -362,11 +362,11 @@ def take_stock(
             recognised.update(row.tobytes() for row in seen.sha256)
 
     if not remembered and not recognised:
-        return Stock(Sighted.of([]), np.array([index for index in range(len(source.items)) if among(index)], np.int64), ())
-    known: list[tuple[int, bytes, FileStat | None]] = []
+        return Scan(FileIndex.of([]), np.array([index for index in range(len(source.items)) if among(index)], np.int64), ())
+    cached: list[tuple[int, bytes, FileStat | None]] = []
     unsure: list[tuple[int, FileStat | None]] = []
-    unreachable: list[Quarantined] = []
-    to_read = array("q")
+    unreadable: list[Quarantined] = []
+    pending = array("q")
     paths = set(where) | {item.path for item in store.manifest.quarantined} if store else set()
     for index, item in enumerate(source.items):
         if not among(index):
@@ -374,22 +374,22 @@ def take_stock(
         try:
             stat = source.stat(item.path)
         except OSError as error:
-            unreachable.append(unreadable(item.path, error))
+            unreadable.append(quarantine_unread(item.path, error))
             continue
         if (place := where.get(item.path)) is not None and stat:
             seen, row = remembered[place[0]], place[1]
             digest = seen.sha256[row].tobytes()
             if digest in recognised and _is_as_seen(seen, row, stat):
-                known.append((index, digest, stat))
+                cached.append((index, digest, stat))
                 continue
         if recognised and (hashes_new or item.path in paths):
             unsure.append((index, stat))
         else:
-            to_read.append(index)
-    believed = len(known)
-    to_read.extend(_hash_unsure(source, recognised, known, unsure, unreachable))
-    renewed = sum(stat is not None for _, _, stat in known[believed:])
-    return Stock(Sighted.of(known), np.sort(np.array(to_read, dtype=np.int64)), tuple(unreachable), renewed)
+            pending.append(index)
+    believed = len(cached)
+    pending.extend(_hash_unsure(source, recognised, cached, unsure, unreadable))
+    renewed = sum(stat is not None for _, _, stat in cached[believed:])
+    return Scan(FileIndex.of(cached), np.sort(np.array(pending, dtype=np.int64)), tuple(unreadable), renewed)
 
 
 def settled(stat: FileStat | None) -> FileStat | None:
@@ -411,53 +411,53 @@ def _is_as_seen(seen: Seen, row: int, stat: FileStat) -> bool:
 
 
 def _hash_unsure(
-    source: Source,
+    source: Dataset,
     recognised: set[bytes],
-    known: list[tuple[int, bytes, FileStat | None]],
+    cached: list[tuple[int, bytes, FileStat | None]],
     unsure: list[tuple[int, FileStat | None]],
-    unreachable: list[Quarantined],
+    unreadable: list[Quarantined],
 ) -> list[int]:
-    to_read: list[int] = []
+    pending: list[int] = []
     with progress(len(unsure), "looking at changed files") as bar:
         for index, stat in unsure:
             item, stat = source.items[index], settled(stat)  # noqa: PLW2901 - what is kept of it
             try:
                 digest = bytes.fromhex(sha256_of_bytes(source.read(item.path)))
             except OSError as error:
-                unreachable.append(unreadable(item.path, error))
+                unreadable.append(quarantine_unread(item.path, error))
                 continue
             finally:
                 bar.update(1)
             if digest in recognised:
-                known.append((index, digest, stat))
+                cached.append((index, digest, stat))
             else:
-                to_read.append(index)
-    return to_read
+                pending.append(index)
+    return pending
 
 
-def plan(source: Source, store: FeatureStore | None, stock: Stock) -> Hit | Resume | Miss:
+def plan(source: Dataset, store: FeatureStore | None, stock: Scan) -> Hit | Resume | Miss:
     """Decide what an extraction has to do; touches nothing."""
     if store is None or not store.manifest.parts:
-        return Miss(stock.to_read)
-    if len(stock.to_read) or store.manifest.listing is None:
-        return Resume(stock.to_read)
+        return Miss(stock.pending)
+    if len(stock.pending) or store.manifest.listing is None:
+        return Resume(stock.pending)
     quarantined = {(item.path, item.sha256) for item in store.manifest.quarantined if item.sha256}
-    known = stock.known.take(np.argsort(stock.known.index, kind="stable"))
-    is_bad = with_content(known, {bytes.fromhex(digest) for _, digest in quarantined})
-    bad = known.take(is_bad)
+    cached = stock.cached.take(np.argsort(stock.cached.index, kind="stable"))
+    is_bad = with_content(cached, {bytes.fromhex(digest) for _, digest in quarantined})
+    bad = cached.take(is_bad)
     found = {(source.items[index].path, digest.hex()) for index, digest in zip(bad.index, bad.digests(), strict=True)}
-    same = found == quarantined and _same_items(source, known.take(~is_bad), store.listing())
-    return Hit() if same else Resume(stock.to_read)
+    same = found == quarantined and _same_items(source, cached.take(~is_bad), store.listing())
+    return Hit() if same else Resume(stock.pending)
 
 
-def with_content(sighted: Sighted, digests: Collection[bytes]) -> NDArray[np.bool_]:
+def with_content(sighted: FileIndex, digests: Collection[bytes]) -> NDArray[np.bool_]:
     """Return which items have one of some contents."""
     if not digests:
         return np.zeros(len(sighted), dtype=bool)
     return np.array([digest in digests for digest in sighted.digests()], dtype=bool)
 
 
-def _same_items(source: Source, wanted: Sighted, listing: Listing) -> bool:
+def _same_items(source: Dataset, wanted: FileIndex, listing: Listing) -> bool:
     if len(wanted) != len(listing.labels) or not np.array_equal(wanted.sha256, listing.seen.sha256):
         return False
     have = zip(listing.seen.paths, listing.labels.tolist(), listing.splits.tolist(), strict=True)
@@ -468,9 +468,9 @@ def _same_items(source: Source, wanted: Sighted, listing: Listing) -> bool:
     )
 
 
-def make_listing(source: Source, known: Sighted, checked_ns: int) -> Listing:
+def make_listing(source: Dataset, cached: FileIndex, checked_ns: int) -> Listing:
     """Return the listing of a source's items that have a row, in the source's order."""
-    ordered = known.take(np.argsort(known.index, kind="stable"))
+    ordered = cached.take(np.argsort(cached.index, kind="stable"))
     classes = source.classes
     label_of = {name: index for index, name in enumerate(classes)}
     of_label, of_split = source.packed.kinds(ordered.index)
@@ -479,7 +479,7 @@ def make_listing(source: Source, known: Sighted, checked_ns: int) -> Listing:
     return Listing(ordered.seen(source, checked_ns), labels, splits, classes)
 
 
-def renew(source: Source, store: FeatureStore, stock: Stock) -> None:
+def renew(source: Dataset, store: FeatureStore, stock: Scan) -> None:
     """Let an entry that answers as it is remember files by their present signs, where it had to hash them again.
 
     Else every later run would hash them too. A cache that cannot be written is only slower.
@@ -490,11 +490,11 @@ def renew(source: Source, store: FeatureStore, stock: Stock) -> None:
     store.refresh()
     if store.manifest.number == before.number:  # what another process has listed meanwhile is newer than this
         bad = {bytes.fromhex(item.sha256) for item in before.quarantined if item.sha256}
-        known = stock.known.take(~with_content(stock.known, bad))
+        cached = stock.cached.take(~with_content(stock.cached, bad))
         with suppress(StorageError):
-            store.commit(quarantined=before.quarantined, listing=make_listing(source, known, now_ns()))
+            store.commit(quarantined=before.quarantined, listing=make_listing(source, cached, now_ns()))
 
 
-def unreadable(path: str, error: OSError) -> Quarantined:
+def quarantine_unread(path: str, error: OSError) -> Quarantined:
     """Return the place in quarantine of a file that could not be read."""
     return Quarantined(path, "", f"cannot be read ({error.strerror or error})")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets import Source
+from featcache.datasets import Dataset
 from featcache.errors import SetupError, UsageError
 from featcache.extraction.loader import Batch, Reader, beside_pixels, compute, in_dtype, not_finite, sample
-from featcache.extraction.lookup import Sighted
+from featcache.extraction.lookup import FileIndex
 from featcache.progress import logger
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Transform, Views
 from featcache.store import FeatureStore, FileRecord, Part, Quarantined
@@ -28,7 +28,7 @@ _RETRIES = 3
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WorkerConfig:
     """What an actor needs to compute as this process would: the backbone as asked for and as it must turn out."""
 
     spec: BackboneSpec
@@ -45,17 +45,19 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenPart:
     """A unit of work that is on disk: a part for each entry (``None`` where no row was good), and what was seen."""
 
     parts: tuple[FileRecord | None, ...]
-    good: tuple[Sighted, ...]
-    copies: Sighted
+    good: tuple[FileIndex, ...]
+    copies: FileIndex
     bad: tuple[tuple[Quarantined, ...], ...]
     images: int
 
 
-def run(source: Source, positions: Sequence[int], done: set[bytes], recipe: Recipe) -> Generator[Written, None, None]:
+def run(
+    source: Dataset, positions: Sequence[int], done: set[bytes], recipe: WorkerConfig
+) -> Generator[WrittenPart, None, None]:
     """Yield units of work as actors finish them; the caller commits them.
 
     Raises:
@@ -85,8 +87,8 @@ def run(source: Source, positions: Sequence[int], done: set[bytes], recipe: Reci
 
 
 def _run(
-    ray: Any, source: Source, positions: Sequence[int], done: set[bytes], recipe: Recipe
-) -> Generator[Written, None, None]:
+    ray: Any, source: Dataset, positions: Sequence[int], done: set[bytes], recipe: WorkerConfig
+) -> Generator[WrittenPart, None, None]:
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     on_gpu = gpus > 0 and (recipe.device or "cuda").startswith("cuda")
@@ -95,7 +97,7 @@ def _run(
     share = {"num_gpus": 1} if on_gpu else {"num_cpus": cores}
     actor = ray.remote(max_restarts=_RETRIES, max_task_retries=_RETRIES, **share)(_Actor)
     decode = ray.remote(num_cpus=cores, max_retries=_RETRIES)(decode_unit)
-    shared, known = ray.put(source), ray.put(done)
+    shared, cached = ray.put(source), ray.put(done)
     actors = [actor.remote(recipe, len(positions) // count) for _ in range(count)]
     size = max(recipe.batch_size, min(UNIT, -(-len(positions) // (4 * count))))
     units = [list(positions[start : start + size]) for start in range(0, len(positions), size)]
@@ -106,7 +108,7 @@ def _run(
     while True:
         while sum(load) < 2 * count and (unit := next(feed, None)) is not None:
             which = int(np.argmin(load))
-            pixels = decode.remote(shared, unit, recipe.transform, recipe.views, known)
+            pixels = decode.remote(shared, unit, recipe.transform, recipe.views, cached)
             waiting[actors[which].work.remote(shared, pixels)] = which
             load[which] += 1
         if not waiting:
@@ -116,7 +118,7 @@ def _run(
         yield ray.get(ready)
 
 
-def decode_unit(source: Source, positions: Sequence[int], transform: Transform, views: Views, done: set[bytes]) -> Batch:
+def decode_unit(source: Dataset, positions: Sequence[int], transform: Transform, views: Views, done: set[bytes]) -> Batch:
     """Return a unit's images, decoded."""
     batch = Reader(source, positions, transform, views, done).fill(len(positions))
     batch.pixels = [np.stack(batch.pixels)] if batch.pixels else []
@@ -126,7 +128,7 @@ def decode_unit(source: Source, positions: Sequence[int], transform: Transform, 
 class _Actor:
     """Holds one loaded backbone and writes the parts that it computes."""
 
-    def __init__(self, recipe: Recipe, images: int) -> None:
+    def __init__(self, recipe: WorkerConfig, images: int) -> None:
         self._recipe = recipe
         self._stores = [FeatureStore.open(path) for path in recipe.entries]
         self._computed = [cut for cut in recipe.cuts if cut != INPUT]
@@ -156,7 +158,7 @@ class _Actor:
         )
         self._run, self._runtime = chosen.run, chosen.name
 
-    def work(self, source: Source, unit: Batch) -> Written:
+    def work(self, source: Dataset, unit: Batch) -> WrittenPart:
         """Compute a unit and write its parts."""
         size = self._recipe.batch_size
         pixels = unit.pixels[0] if unit.pixels else np.empty((0, 1, 1, 1, 3), np.uint8)
@@ -170,24 +172,24 @@ class _Actor:
                 rows.append(new)
         sighted = unit.sighted
         parts: list[FileRecord | None] = []
-        good: list[Sighted] = []
+        good: list[FileIndex] = []
         bad: list[tuple[Quarantined, ...]] = []
         for store, dtype, several in zip(self._stores, self._recipe.dtypes, collected, strict=True):
             record, kept, unusable = write_part(store, dtype, several, sighted, source, self._runtime)
             parts.append(record)
             good.append(kept)
             bad.append((*unit.bad, *unusable))
-        return Written(tuple(parts), tuple(good), Sighted.of(unit.copies), tuple(bad), len(unit))
+        return WrittenPart(tuple(parts), tuple(good), FileIndex.of(unit.copies), tuple(bad), len(unit))
 
 
 def write_part(
     store: FeatureStore,
     dtype: StoredDtype,
     several: Sequence[NDArray[Any]],
-    sighted: Sighted,
-    source: Source,
+    sighted: FileIndex,
+    source: Dataset,
     runtime: str,
-) -> tuple[FileRecord | None, Sighted, list[Quarantined]]:
+) -> tuple[FileRecord | None, FileIndex, list[Quarantined]]:
     """Write rows as a part, not yet committed; those that are not finite in its dtype are returned as unusable."""
     if not len(sighted):
         return None, sighted, []

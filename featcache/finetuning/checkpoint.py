@@ -22,7 +22,7 @@ _STATE = b"featcache: state of a training\n"  # what a signature is for
 _SIGNATURE = 64  # hexadecimal digits
 
 
-class Keeper:
+class Checkpoint:
     """Keeps an unfinished training's state in one file, or nowhere; of several processes only one ``writes``."""
 
     def __init__(self, path: Path | None, *, writes: bool = True) -> None:

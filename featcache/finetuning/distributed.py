@@ -17,7 +17,7 @@ from featcache.evaluation.splits import Index
 _PATIENCE = timedelta(days=7)  # the first process may extract for long
 
 
-class Team:
+class ProcessGroup:
     """The processes of this run; alone, it does nothing."""
 
     def __init__(self) -> None:

@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featcache.backbones.timm_models import Backbone
-from featcache.evaluation.metrics import Tested, cka, scores_on_test
+from featcache.evaluation.metrics import TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.batchnorm_folding import fold_norms
-from featcache.finetuning.checkpoint import Keeper
-from featcache.finetuning.distributed import Team
-from featcache.finetuning.loop import DivergedError, Epoch, Job, Trained, Trial, epoch_of, noise, to_device
+from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.distributed import ProcessGroup
+from featcache.finetuning.loop import DivergedError, Epoch, TrainContext, Trained, Trial, epoch_of, noise, to_device
 from featcache.finetuning.lora import add_lora, merge_lora
 from featcache.finetuning.model import LinearHead, SuffixAndHead, Take, embed, predict
 from featcache.finetuning.plan import FineTunePlan
 from featcache.finetuning.precision import choose_precision
-from featcache.finetuning.unfreezing import Thawed
+from featcache.finetuning.unfreezing import Trainable
 from featcache.progress import progress
 from featcache.resources import keep_freed_memory
 from featcache.specs import Precision
@@ -64,7 +64,7 @@ class FineTuned:
     best: int
     lr: float
     rates: dict[float, float]
-    tested: Tested
+    tested: TestResult
     seconds: float
     images_per_second: float
     similarity: float
@@ -100,14 +100,14 @@ def finetune(
     y: NDArray[np.int64],
     split: Split,
     plan: FineTunePlan,
-    thawed: Thawed,
+    thawed: Trainable,
     *,
     start: LinearHead,
     probe: LinearHead,
     shallower: Whole | None = None,
     seed: int = 0,
-    keeper: Keeper | None = None,
-    team: Team | None = None,
+    keeper: Checkpoint | None = None,
+    team: ProcessGroup | None = None,
 ) -> FineTuned:
     """Train a suffix and its head on ``train``, keep the best rate and epoch on ``val``, refit on both, test that once.
 
@@ -132,7 +132,7 @@ def finetune(
         SetupError: low-rank updates need peft.
         StorageError: the state cannot be kept.
     """
-    timed, team = _Timed(keeper or Keeper(None)), team or Team()
+    timed, team = _Timed(keeper or Checkpoint(None)), team or ProcessGroup()
     keep_freed_memory()
     model = SuffixAndHead(suffix, start).to(backbone.device)
     stages = open_up(backbone, model, thawed, seed)
@@ -144,7 +144,7 @@ def finetune(
     if saved.get("precision") in {None, "auto"}:
         batch = to_device(take(split.train[: plan.batch_size] * plan.views), backbone.device)
         saved["precision"] = choose_precision(model, batch, team, on_cpu=plan.precision == "auto")
-    job = Job(model, stages, take, y, plan, team, seed, saved["precision"])
+    job = TrainContext(model, stages, take, y, plan, team, seed, saved["precision"])
     untouched = copy.deepcopy(model.state_dict())
     first = embed(model, take, split.val * plan.views, plan.batch_size)
     val, scaled = job.validate(split.val)
@@ -200,7 +200,7 @@ def finetune(
 class _Timed:
     """A training's kept state, and the seconds that it has taken: those of killed processes, up to what they kept, too."""
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Checkpoint) -> None:
         self._keeper, self._started, self._before = keeper, time.monotonic(), 0.0
 
     def load(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class _Timed:
 
 
 def _best_rate(
-    job: Job,
+    job: TrainContext,
     split: Split,
     before: Epoch,
     untouched: dict[str, Tensor],
@@ -283,7 +283,7 @@ def _trained(facts: dict[str, Any]) -> Trained:
     return Trained(**(facts | {"history": history, "best": epoch_of(facts["best"])}))
 
 
-def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Thawed, seed: int) -> tuple[tuple[nn.Parameter, ...], ...]:
+def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Trainable, seed: int) -> tuple[tuple[nn.Parameter, ...], ...]:
     """Let the thawed parameters train and no others; return them, stage by stage."""
     named = dict(backbone.module.named_parameters())
     model.requires_grad_(False)
@@ -306,7 +306,7 @@ def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Thawed, seed: int)
     return stages
 
 
-def _as_it_is(backbone: Backbone, model: SuffixAndHead, thawed: Thawed) -> Whole:
+def _as_it_is(backbone: Backbone, model: SuffixAndHead, thawed: Trainable) -> Whole:
     """Return the backbone's weights and the head; low-rank updates are no part of the weights yet."""
     if thawed.wish.what == "lora":
         return {}, model.linear_head()

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
 from featcache.evaluation.splits import Index
 from featcache.finetuning.augment import flipped_and_shifted, mixed
-from featcache.finetuning.distributed import Team
+from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.model import SuffixAndHead, Take, chunks, predict, set_training
 from featcache.finetuning.optim import make_optimiser, parameter_groups, rate
 from featcache.finetuning.plan import FineTunePlan
@@ -79,7 +79,7 @@ class DivergedError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainContext:
     """What stays the same while rates are tried.
 
     Attributes:
@@ -98,7 +98,7 @@ class Job:
     take: Take
     y: NDArray[np.int64]
     plan: FineTunePlan
-    team: Team
+    team: ProcessGroup
     seed: int
     precision: Precision
 
@@ -140,7 +140,7 @@ class Trial:
     """
 
     def __init__(
-        self, job: Job, lr: float, train: Index, val: Index | None, before: Epoch, epochs: int | None = None
+        self, job: TrainContext, lr: float, train: Index, val: Index | None, before: Epoch, epochs: int | None = None
     ) -> None:
         plan = job.plan
         self._job, self._lr, self._train, self._val = job, lr, train, val

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.finetuning.distributed import Team
+from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.model import SuffixAndHead, set_training
 from featcache.specs import Precision
 
@@ -17,7 +17,7 @@ _ROUNDS = 2
 _PAYS = 1.2  # times the speed of float32: what is faster by less may be so by chance
 
 
-def choose_precision(model: SuffixAndHead, rows: Tensor, team: Team, *, on_cpu: bool) -> Precision:
+def choose_precision(model: SuffixAndHead, rows: Tensor, team: ProcessGroup, *, on_cpu: bool) -> Precision:
     """Return bfloat16 on GPUs that have it (since Ampere), and if asked on CPUs (AMX) where a step is clearly faster in it.
 
     Depthwise convolutions, for one, can be slower. All processes of a team come to the same choice.

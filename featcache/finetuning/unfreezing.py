@@ -13,7 +13,7 @@ from featcache.specs import INPUT
 
 
 @dataclass(frozen=True)
-class Thawed:
+class Trainable:
     """The stages that train, in forward order, each with those of its parameters that do, and the cut before them.
 
     Where low-rank updates train, the parameters are the weights that they stand beside.
@@ -24,7 +24,7 @@ class Thawed:
     wish: Unfreeze
 
 
-def thaw(stages: Sequence[Stage], wish: Unfreeze, module: nn.Module | None = None) -> Thawed:
+def select_trainable(stages: Sequence[Stage], wish: Unfreeze, module: nn.Module | None = None) -> Trainable:
     """Return what a wish means for a backbone's stages.
 
     ``P%`` is the fewest last stages that hold at least P percent of the parameters. Norms and low-rank updates are told
@@ -45,7 +45,7 @@ def thaw(stages: Sequence[Stage], wish: Unfreeze, module: nn.Module | None = Non
             f"--unfreeze {wish.text}: there is nothing of that kind in {', '.join(one.name for one in picked)}."
         )
     first += empty
-    return Thawed(tuple(picked[empty:]), stages[first - 1].name if first else INPUT, wish)
+    return Trainable(tuple(picked[empty:]), stages[first - 1].name if first else INPUT, wish)
 
 
 def depths(stages: Sequence[Stage]) -> list[Unfreeze]:

@@ -41,7 +41,7 @@ def mask_of(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Candidate:
     """A candidate on the validation rows of all folds, one fold after the other: answers as of ``answers``.
 
     ``converged``: each fold's fit is at its stated distance from the optimum. Else the answers are nobody's.
@@ -52,7 +52,7 @@ class Attempt:
     converged: bool = True
 
 
-Sweep = Callable[[Sequence[Params], Any, Y_, Sequence[Fold], int], Iterator[Attempt]]
+Sweep = Callable[[Sequence[Params], Any, Y_, Sequence[Fold], int], Iterator[Candidate]]
 Fit = Callable[[Params, Any, Y_, int], tuple[Pipeline, bool]]
 
 
@@ -70,7 +70,7 @@ class HeadFamily:
     """
 
     grid: Callable[[int], list[Params]]
-    sweep: Sweep
+    evaluate_grid: Sweep
     fit: Fit
     coarse: int = 1
     streams: bool = False
@@ -103,17 +103,17 @@ def plain(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Sweep, Fit]
             head = build(params, seed, X, y).fit(X, y)
         return head, _converged(head)
 
-    def sweep(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Attempt]:
+    def evaluate_grid(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Candidate]:
         classes = int(y.max()) + 1
 
-        def attempt(params: Params) -> Attempt:
+        def attempt(params: Params) -> Candidate:
             found, converged = [], True
             for fold in folds:
                 rows, truth = X[fold.train], y[fold.train]
                 head = build(params, seed, rows, truth).fit(rows, truth)
                 found.append(answers(head, X[fold.val], classes))
                 converged &= _converged(head)
-            return Attempt(params, np.concatenate(found), converged)
+            return Candidate(params, np.concatenate(found), converged)
 
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -122,7 +122,7 @@ def plain(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Sweep, Fit]
                 delayed(attempt)(params) for params in grid
             )
 
-    return sweep, fit
+    return evaluate_grid, fit
 
 
 def _converged(head: Pipeline) -> bool:

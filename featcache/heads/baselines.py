@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import heads
-from featcache.evaluation.metrics import Scores, Tested, score, scores_on_test
+from featcache.evaluation.metrics import Scores, TestResult, score, scores_on_test
 from featcache.evaluation.splits import Fold, Index, Split
 
 SIDE = 32  # pixels of the thumbnails that controls look at
@@ -20,20 +20,20 @@ _RAW_SIDE = 16
 
 
 @dataclass(frozen=True)
-class Control:
+class Baseline:
     """A trivial method on the test split."""
 
     name: str
     val: Scores
-    tested: Tested
+    tested: TestResult
 
     @property
     def summary(self) -> dict[str, Any]:
-        """One element of the list ``controls`` of ``featcache fit``."""
+        """One element of the list ``baselines`` of ``featcache fit``."""
         return {"control": self.name, "val": asdict(self.val), "test": asdict(self.tested.scores)}
 
 
-def controls(thumbnails: NDArray[np.uint8], y: NDArray[np.int64], split: Split, seed: int = 0) -> list[Control]:
+def baselines(thumbnails: NDArray[np.uint8], y: NDArray[np.int64], split: Split, seed: int = 0) -> list[Baseline]:
     """Return the majority class, nearest neighbours on image statistics, and a logistic head on 16 x 16 pixels.
 
     Args:
@@ -49,24 +49,24 @@ def controls(thumbnails: NDArray[np.uint8], y: NDArray[np.int64], split: Split, 
         ("image statistics + kNN", "knn", _by_fold(colours, y, split), standardised(colours, split.train_val)),
         ("16 x 16 pixels + logistic", "logistic", (pixels, y, split.folds), pixels),  # the solver scales by itself
     ):
-        chosen = heads.choose(head, rows, labels, folds, seed)
+        chosen = heads.search_head(head, rows, labels, folds, seed)
         estimator = heads.train(head, chosen.params, X[split.train_val], y[split.train_val], seed)
         tested = scores_on_test(lambda index: heads.answers(estimator, X[index], classes), y, split)  # noqa: B023
-        found.append(Control(name, chosen.val, tested))
+        found.append(Baseline(name, chosen.val, tested))
     return found
 
 
-def best_on_validation(found: Sequence[Control]) -> Control:
+def best_on_validation(found: Sequence[Baseline]) -> Baseline:
     """Return the control that the best head is compared with: chosen as heads are, without the test split."""
-    return max(found, key=lambda control: control.val.accuracy)
+    return max(found, key=lambda baseline: baseline.val.accuracy)
 
 
-def _majority(y: NDArray[np.int64], split: Split, classes: int) -> Control:
+def _majority(y: NDArray[np.int64], split: Split, classes: int) -> Baseline:
     commonest = [np.bincount(y[fold.train], minlength=classes).argmax() for fold in split.folds]
     truth = np.concatenate([y[fold.val] for fold in split.folds])
     answers = np.concatenate([np.full(len(fold.val), one) for fold, one in zip(split.folds, commonest, strict=True)])
     final = np.bincount(y[split.train_val], minlength=classes).argmax()
-    return Control(
+    return Baseline(
         "majority class", score(truth, answers), scores_on_test(lambda index: np.full(len(index), final), y, split)
     )
 

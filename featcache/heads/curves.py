@@ -101,7 +101,7 @@ def learning_curve(
 def _accuracy(features: Features, split: Split, head: str, seed: int, *, refit: bool = True) -> float:
     X, y = heads.as_rows(features.X), features.y
     if any(len(fold.val) for fold in split.folds):
-        params = heads.choose(head, X, y, split.folds, seed).params
+        params = heads.search_head(head, X, y, split.folds, seed).params
     else:
         params = heads.HEADS[head].grid(len(split.train))[0]
     rows = split.train_val if refit else split.train

@@ -12,7 +12,7 @@ from sklearn.preprocessing import LabelEncoder
 
 from featcache import heads
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.metrics import Scores, Tested, best_temperature, score, scores_on_test
+from featcache.evaluation.metrics import Scores, TestResult, best_temperature, score, scores_on_test
 from featcache.evaluation.splits import Fold, Split
 from featcache.heads import Params
 from featcache.store import Features
@@ -32,7 +32,7 @@ class FittedHead:
     estimator: Any
     params: dict[str, Any]
     val: Scores
-    tested: Tested
+    tested: TestResult
     seconds: float
     notes: tuple[str, ...]
     answers: NDArray[Any] = field(repr=False)
@@ -62,7 +62,7 @@ def fit(
     folds = [Fold(_rows(fold.train, views), _rows(fold.val, views)) for fold in split.folds]
     rows = _rows(split.train_val, views)
     started = time.monotonic()
-    chosen = heads.choose(name, X, y, folds, seed, grid, views)
+    chosen = heads.search_head(name, X, y, folds, seed, grid, views)
     estimator = heads.train(name, chosen.params, heads.some_of(X, rows), y[rows], seed)
     seconds = time.monotonic() - started
     notes = []

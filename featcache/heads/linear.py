@@ -12,7 +12,7 @@ from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
 from sklearn.svm import LinearSVC
 
 from featcache.evaluation.splits import Fold
-from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Many, Params, mask_of
+from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
 from featcache.heads.solvers import linear, ridge
 from featcache.heads.solvers.linear import Solution
 from featcache.store.lazy import LazyRows
@@ -50,13 +50,13 @@ def probabilities(solution: Solution, X: X_, classes: int) -> NDArray[np.float64
     return found
 
 
-def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     classes, here = int(y.max()) + 1, not isinstance(X, LazyRows)
     found = linear.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)), in_memory=here)
     for number, params in enumerate(grid):
         solutions = [several[number] for several in found]
         answers = [probabilities(one, X[fold.val], classes) for one, fold in zip(solutions, folds, strict=True)]
-        yield Attempt(params, np.concatenate(answers), all(one.converged for one in solutions))
+        yield Candidate(params, np.concatenate(answers), all(one.converged for one in solutions))
 
 
 def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
@@ -69,14 +69,14 @@ def _signs(y: Y_, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.equal(y[:, None], classes if len(classes) > 2 else classes[1:])
 
 
-def _sweep_svm(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+def _sweep_svm(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     X, classes = normalize(X), np.unique(y)
     costs = [params["C"] for params in grid]
     found = linear.solve(X, _signs(y, classes), costs, _masks(folds, len(y)), loss="squared_hinge", standardise=False)
     for number, params in enumerate(grid):
         solutions = [several[number] for several in found]
         answers = [_decided(one, X[fold.val], classes) for one, fold in zip(solutions, folds, strict=True)]
-        yield Attempt(params, np.concatenate(answers), all(one.converged for one in solutions))
+        yield Candidate(params, np.concatenate(answers), all(one.converged for one in solutions))
 
 
 def _decided(solution: Solution, X: X_, classes: NDArray[np.int64]) -> Y_:
@@ -94,14 +94,14 @@ def _fit_svm(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
     return make_pipeline(Normalizer().fit(X), head), solution.converged
 
 
-def _sweep_ridge(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+def _sweep_ridge(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     alphas, found = [params["alpha"] for params in grid], []
     for fold, mask in zip(folds, _masks(folds, len(y)), strict=True):
         classes = np.unique(y[fold.train])
         several = ridge.solve(X, 2.0 * _signs(y, classes) - 1, alphas, mask)
         found.append([_ridge(classes, *one, X.shape[1]).predict(X[fold.val]) for one in several])
     for number, params in enumerate(grid):
-        yield Attempt(params, np.concatenate([several[number] for several in found]))
+        yield Candidate(params, np.concatenate([several[number] for several in found]))
 
 
 def _fit_ridge(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
@@ -121,7 +121,7 @@ def _ridge(
     return head
 
 
-def _sweep_selected(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+def _sweep_selected(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     """Each share's columns are picked once a fold, and all its C are solved together."""
     classes = int(y.max()) + 1
     ranked = [_by_weight(X[fold.train], y[fold.train]) for fold in folds]
@@ -134,7 +134,7 @@ def _sweep_selected(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold],
             found.append([(probabilities(one, X[np.ix_(fold.val, columns)], classes), one.converged) for one in solutions])
         for number, params in enumerate(several):
             answers = [attempts[number][0] for attempts in found]
-            yield Attempt(params, np.concatenate(answers), all(attempts[number][1] for attempts in found))
+            yield Candidate(params, np.concatenate(answers), all(attempts[number][1] for attempts in found))
 
 
 def _fit_selected(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:

@@ -13,7 +13,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, normalize
 
 from featcache.evaluation.splits import Fold
-from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, answers
+from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Params, answers
 from featcache.heads.linear import linear_estimator
 
 TEMPERATURE = 0.07  # a neighbour weighs exp(cosine / T) (Wu et al. 2018; Caron et al. 2021, DINO, appendix F.1)
@@ -25,7 +25,7 @@ def _grid(count: int) -> list[Params]:
     return [{"k": k} for k in _NEIGHBOURS if k <= count // 2] or [{"k": 1}]
 
 
-def _sweep(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Attempt]:
+def _sweep(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     X, classes = normalize(X), int(y.max()) + 1
     most = max(params["k"] for params in grid)
     found = [_nearest(X[fold.train], X[fold.val], min(most, len(fold.train))) for fold in folds]
@@ -37,7 +37,7 @@ def _sweep(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) 
             labels = y[fold.train][index[:, : params["k"]]]
             np.add.at(vote, (np.arange(len(vote))[:, None], labels), weights)
             votes.append(_smoothed(vote / vote.sum(axis=1, keepdims=True), weights.shape[1], np.unique(y[fold.train])))
-        yield Attempt(params, np.concatenate(votes))
+        yield Candidate(params, np.concatenate(votes))
 
 
 def _smoothed(votes: NDArray[np.float64], count: int, known: Y_) -> NDArray[np.float64]:
@@ -77,12 +77,12 @@ def _fit(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
     return make_pipeline(Normalizer(), average).fit(X, y), True
 
 
-def _sweep_centroid(_: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Attempt]:
+def _sweep_centroid(_: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Candidate]:
     classes, found = int(y.max()) + 1, []
     for fold in folds:
         head = _fit_centroid({}, X[fold.train], y[fold.train], seed)[0]
         found.append(answers(head, X[fold.val], classes))
-    yield Attempt({}, np.concatenate(found))
+    yield Candidate({}, np.concatenate(found))
 
 
 def _fit_centroid(_: Params, X: X_, y: Y_, __: int) -> tuple[Pipeline, bool]:

@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featcache.evaluation.splits import Fold
-from featcache.heads.base import X_, Y_, Attempt, HeadFamily, Params, plain
+from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Params, plain
 from featcache.heads.linear import as_logistic, probabilities
 from featcache.heads.solvers import linear
 
@@ -57,7 +57,7 @@ def _kernel(width: float, X: X_, seed: int) -> Pipeline:
     return make_pipeline(StandardScaler(), landmarks)
 
 
-def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Attempt]:
+def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Candidate]:
     """Each width's kernel is mapped once, and all its C are solved together."""
     classes = int(y.max()) + 1
     for width in dict.fromkeys(params["width"] for params in grid):
@@ -72,7 +72,7 @@ def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed
                 answers[number].append(probabilities(solution, val, classes))
                 converged[number] &= solution.converged
         for params, found, good in zip(several, answers, converged, strict=True):
-            yield Attempt(params, np.concatenate(found), good)
+            yield Candidate(params, np.concatenate(found), good)
 
 
 def _fit_rbf(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:

@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Scores, score
 from featcache.evaluation.splits import Fold
-from featcache.heads.base import Y_, Attempt, HeadFamily, Many, Params
+from featcache.heads.base import Y_, Candidate, HeadFamily, Many, Params
 from featcache.heads.linear import LOGISTIC, RIDGE, SELECTED, SVM
 from featcache.heads.neighbours import CENTROID, KNN
 from featcache.heads.nonlinear import BOOSTING, LDA, MLP, RBF
@@ -36,7 +36,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SearchResult:
     """The parameters that did best on validation, with their answers there (n, classes) or (n,).
 
     ``unconverged`` counts the candidates, of all that were ``tried``, whose optimum was not reached: they were left out.
@@ -83,9 +83,9 @@ def in_order(names: Sequence[str]) -> list[str]:
     return [name for name in (*HEADS, ENSEMBLE) if name in wanted]
 
 
-def choose(
+def search_head(
     name: str, X: Many, y: Y_, folds: Sequence[Fold], seed: int, grid: Sequence[Params] | None = None, views: int = 1
-) -> Chosen:
+) -> SearchResult:
     """Fit a head on every fold's train with every candidate and return the one that does best on all their val together.
 
     Best is the highest accuracy, then the lowest log-loss, then the more regular one. A candidate whose optimum was not
@@ -110,15 +110,15 @@ def choose(
     _require_rows(name, y, folds, grid or ())
     truth = np.concatenate([y[fold.val] for fold in folds])[::views]
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
-        outcomes: list[tuple[Attempt, Scores]] = []
+        outcomes: list[tuple[Candidate, Scores]] = []
         tried = 0
 
-        def best() -> tuple[Attempt, Scores]:
+        def best() -> tuple[Candidate, Scores]:
             return min(outcomes, key=lambda outcome: (outcome[1].rank, everything.index(outcome[0].params)))
 
         def try_all(candidates: Sequence[Params]) -> None:
             nonlocal tried
-            for attempt in family.sweep(candidates, X, y, folds, seed):
+            for attempt in family.evaluate_grid(candidates, X, y, folds, seed):
                 tried += 1
                 bar.update(1)
                 if not attempt.converged:
@@ -137,7 +137,7 @@ def choose(
         if step > 1 and tried == len(everything[::step]):
             try_all(family.refine(everything, best()[0].params))
     attempt, val = best()
-    return Chosen(attempt.params, val, attempt.answers, tried, tried - len(outcomes))
+    return SearchResult(attempt.params, val, attempt.answers, tried, tried - len(outcomes))
 
 
 def _require_rows(name: str, y: Y_, folds: Sequence[Fold], grid: Sequence[Params]) -> None:

@@ -48,11 +48,11 @@ class Outcome:
 
 def look_at(data: str, root: Path) -> str:
     """Open a data set, and read and decode all of it as an extraction does."""
-    from featcache.datasets import open_source
+    from featcache.datasets import open_dataset
     from featcache.extraction.loader import Reader
     from featcache.specs import Transform, Views
 
-    source, seen, bad = open_source(data, data_root=root), 0, 0
+    source, seen, bad = open_dataset(data, data_root=root), 0, 0
     reader = Reader(source, range(min(len(source.items), 5000)), Transform(32), Views(), ())
     while len(batch := reader.fill(64)):
         seen, bad = seen + len(batch), bad + len(batch.bad)

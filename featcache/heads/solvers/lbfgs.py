@@ -15,7 +15,7 @@ _SMALLEST_STEP = 1e-6
 _NOISE = {False: 3e-7, True: 1e-15}  # of a value, by whether it was computed in float64
 
 
-class Descent:
+class LBFGS:
     """One smooth convex problem on its way down (Nocedal and Wright 2006, algorithm 7.5; backtracking line search).
 
     Ask for ``trial``, evaluate there, ``tell`` the value and the gradient; until ``done``. ``decrement`` estimates how far

@@ -16,8 +16,8 @@ from scipy.linalg import cho_factor, cho_solve, eigh
 from scipy.special import softmax
 
 from featcache.heads.solvers import newton
-from featcache.heads.solvers.lbfgs import Descent, Precondition
-from featcache.heads.solvers.passes import Ahead, Loss, Passes
+from featcache.heads.solvers.lbfgs import LBFGS, Precondition
+from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss
 from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.resources import cores
 from featcache.store.lazy import LazyRows
@@ -102,7 +102,7 @@ def solve(
     if in_memory and isinstance(X, np.ndarray) and max(map(np.count_nonzero, folds)) <= _FLAT * X.shape[1]:
         return [_in_row_space(X[rows], y[rows], Cs, loss, standardise, tolerance, max_iterations) for rows in folds]
     with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:
-        passes = Passes(features, y, loss)
+        passes = BatchedLoss(features, y, loss)
         if tolerance is None:
             tolerance = TOLERANCE if X.shape[0] * X.shape[1] * passes.outputs >= _LARGE else _SMALL_TOLERANCE
         solver = _Path(passes, [y[rows] for rows in folds], tolerance, max_iterations)
@@ -146,7 +146,7 @@ class _Problem:
 
     fold: int
     C: float
-    descent: Descent
+    descent: LBFGS
     double: bool
     done: bool = False
     curvature: Floats = field(default_factory=lambda: np.zeros(1))
@@ -154,7 +154,7 @@ class _Problem:
 
 
 class _Path:
-    def __init__(self, passes: Passes, y: Sequence[NDArray[Any]], tolerance: float, max_iterations: int) -> None:
+    def __init__(self, passes: BatchedLoss, y: Sequence[NDArray[Any]], tolerance: float, max_iterations: int) -> None:
         self.passes = passes
         self.folds = passes.features.folds
         self.outputs = passes.outputs
@@ -232,7 +232,7 @@ class _Path:
         else:
             ahead = np.log(C / before[-1]) / np.log(before[-1] / before[-2])
             start = points[-1] + min(ahead, 1.0) * (points[-1] - points[-2])
-        return _Problem(fold, C, Descent(start), self.double)
+        return _Problem(fold, C, LBFGS(start), self.double)
 
     def _descend(self, problems: Sequence[_Problem], tolerance: float) -> None:
         """Bring problems near to their optimum, by L-BFGS."""

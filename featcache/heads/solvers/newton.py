@@ -43,7 +43,7 @@ class Seen:
 class Finish:
     """One problem's last way down: Newton steps by conjugate gradients (Nocedal and Wright 2006, algorithm 7.1).
 
-    Driven from outside, as ``Descent``: while ``wish`` is "bend", evaluate the second derivative along ``direction`` and
+    Driven from outside, as ``LBFGS``: while ``wish`` is "bend", evaluate the second derivative along ``direction`` and
     tell it; while it is "look", evaluate the problem at ``point`` plus ``move``; where it is "begin", call that.
 
     What is left is bounded at every look. The penalty alone makes the value grow by half of the squared distance, so that

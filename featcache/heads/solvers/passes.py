@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp, xlogy
 
-from featcache.heads.solvers.scaled import Floats, Rows, Scaled
+from featcache.heads.solvers.scaled import Floats, Rows, ScaledRows
 
 Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 
@@ -20,7 +20,7 @@ WHOLE_CURVATURE = 256  # classes; above it only the diagonal
 
 
 @dataclass
-class Slopes:
+class Gradients:
     """Of p models: losses summed over rows (p,), and gradients by weights (p, k, d) and intercepts (p, k).
 
     ``curvature`` (p, k, k) is the mean of diag(q) - q q', q a row's probabilities; its diagonal (p, k) where there are many
@@ -32,7 +32,7 @@ class Slopes:
     intercept: Floats
     curvature: Floats
 
-    def __iadd__(self, other: "Slopes") -> Self:
+    def __iadd__(self, other: "Gradients") -> Self:
         self.loss += other.loss
         self.weights += other.weights
         self.intercept += other.intercept
@@ -63,7 +63,7 @@ class Ahead:
         return self
 
 
-class Passes:
+class BatchedLoss:
     """Evaluates linear models on scaled features.
 
     Args:
@@ -72,7 +72,7 @@ class Passes:
         loss: log-loss of one class among k; or of each label by itself, by log-loss or squared hinge.
     """
 
-    def __init__(self, features: Scaled, y: NDArray[Any], loss: Loss) -> None:
+    def __init__(self, features: ScaledRows, y: NDArray[Any], loss: Loss) -> None:
         self.features = features
         self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
         self.loss = loss
@@ -87,7 +87,7 @@ class Passes:
         *,
         curvature: bool = False,
         precise: bool = False,
-    ) -> Slopes:
+    ) -> Gradients:
         """Return losses and gradients of p models in their own folds' coordinates.
 
         Args:
@@ -119,11 +119,11 @@ class Passes:
         offset: Rows,
         kind: type,
         curvature: bool,  # noqa: FBT001
-    ) -> Slopes:
+    ) -> Gradients:
         count, outputs, width = weights.shape
         whole = self._signs is None and outputs <= WHOLE_CURVATURE
         bent = (count, outputs, outputs) if whole else (count, outputs)
-        sums = Slopes(np.zeros(count), np.zeros((count, outputs, width)), np.zeros((count, outputs)), np.zeros(bent))
+        sums = Gradients(np.zeros(count), np.zeros((count, outputs, width)), np.zeros((count, outputs)), np.zeros(bent))
         packed: dict[tuple[int, ...], tuple[Rows, Rows]] = {}
         for block in blocks:
             active = tuple(number for number, fold in enumerate(fold_of) if self.features.trains[fold][block].any())

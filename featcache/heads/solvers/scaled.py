@@ -27,7 +27,7 @@ _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner
 
 
 @dataclass(frozen=True)
-class Fold:
+class FoldScale:
     """Rows that train a model: how many, and the place and the spread (d,) of features by which the model sees them."""
 
     count: int
@@ -35,7 +35,7 @@ class Fold:
     scale: Floats
 
 
-class Scaled:
+class ScaledRows:
     """Features (n, d) as (x - mean) / scale over the rows that any fold uses, the others left out.
 
     Args:
@@ -67,7 +67,7 @@ class Scaled:
         self.folds = []
         for number in range(len(rows)):
             count, mean, scale = _spread([moments[group] for group in moments if group >> number & 1])
-            self.folds.append(Fold(count, mean, scale if standardise else np.ones(self.width)))
+            self.folds.append(FoldScale(count, mean, scale if standardise else np.ones(self.width)))
         self.count, mean, self.scale = _spread([moments[group] for group in moments if group])
         self.mean = mean.astype(np.float32).astype(np.float64) if self._single else mean  # what can be taken off exactly
         self._cached: Rows | None = None
@@ -220,10 +220,10 @@ def _libraries() -> ThreadpoolController:
 @contextmanager
 def scaled(
     X: "Rows | LazyRows", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
-) -> Iterator[Scaled]:
+) -> Iterator[ScaledRows]:
     """Yield scaled features; inside, matrix products use one core each, since blocks run side by side."""
     with products_on(1):
-        features = Scaled(X, rows, standardise=standardise, in_memory=in_memory)
+        features = ScaledRows(X, rows, standardise=standardise, in_memory=in_memory)
         try:
             yield features
         finally:
