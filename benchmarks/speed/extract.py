@@ -167,7 +167,8 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
     """Measure decoding on one core and the fastest runtime's forward pass on all, each alone, by turns."""
     import torch
 
-    from featcache.extraction.runtimes import RUNTIMES, Workers, choose, threads_per_worker
+    from featcache.extraction.runtimes import Workers, choose, threads_per_worker
+    from featcache.specs import RUNTIMES
 
     with tempfile.TemporaryDirectory() as cache:
         source = open_dataset(folder)
