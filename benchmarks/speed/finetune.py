@@ -133,7 +133,7 @@ class Ours:
         suffix = own.suffix(cut)
         width = _width(suffix, take)
         model = SuffixAndHead(suffix, LinearHead(np.zeros((CLASSES, width)), np.zeros(CLASSES)))
-        self.job = Job(model, open_up(own, model, thawed, 0), take, y, plan, ProcessGroup(), 0, precision)
+        self.job = TrainContext(model, open_up(own, model, thawed, 0), take, y, plan, ProcessGroup(), 0, precision)
         self.index = np.arange(len(y))
 
     def epochs(self) -> list[float]:
