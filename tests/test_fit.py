@@ -10,7 +10,7 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.preprocessing import normalize
-from support import TINY, Outcome, draw_folder
+from support import TINY, Outcome, draw_folder, draw_image
 
 from featcache import heads
 from featcache.datasets import open_dataset
@@ -422,3 +422,31 @@ def test_shots_that_cannot_be_drawn_are_said_before_anything_is_trained(run: Cal
     assert outcome.code == 3
     assert "--shots 500" in outcome.err
     assert not list((tmp := folder.parent / "cache").rglob("*.joblib")), tmp
+
+
+def test_mistakes_are_the_most_confident_wrong_answers(tmp_path: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """Each is a test image with another class than its own, the most confident first, where a head gives probabilities."""
+    for number in range(40):  # two classes of the same grey: whatever is learned of them is wrong
+        draw_image(tmp_path / "grey" / "ab"[number % 2] / f"{number}.png", (110, 110, 110), number)
+    heads = run_fit(
+        FeatureCache(open_dataset(tmp_path / "grey"), tiny, settings), FitPlan(("ridge", "knn"), baselines=False)
+    ).heads
+    ridge, knn = (next(head for head in heads if head.record.method == name) for name in ("ridge", "knn"))
+
+    several = knn.mistakes(1000)
+
+    assert len(several) == knn.record.right.count("0") > 0
+    assert all(mistake.path.startswith(f"{mistake.label}/") and mistake.label != mistake.predicted for mistake in several)
+    confidences = [mistake.confidence for mistake in several]
+    assert confidences == sorted(confidences, reverse=True)
+    assert knn.mistakes(1) == several[:1]
+    assert {mistake.confidence for mistake in ridge.mistakes(5)} == {None}
+
+
+def test_the_best_head_is_chosen_on_validation(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """However the others do on the test split."""
+    result = run_fit(FeatureCache(open_dataset(folder), tiny, settings), FitPlan(("knn", "ridge"), baselines=False))
+    worse, better = result.heads
+    lucky = replace(worse.fitted, val=replace(better.fitted.val, accuracy=-1.0))
+
+    assert replace(result, heads=[replace(worse, fitted=lucky), better]).best == replace(result, heads=[better]).best

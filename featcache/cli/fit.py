@@ -8,7 +8,7 @@ from featcache.cli import options
 from featcache.finetuning.plan import HEAD_NAMES
 
 _HEADS = f"{', '.join(name for name in HEAD_NAMES if name != 'all')}; all for each, the cheapest first."
-_PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group", "shots", "curve", "controls", "format")
+_PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group", "shots", "curve", "baselines", "format")
 _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 1000 images]"
 
 
@@ -37,7 +37,9 @@ _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 10
 @options.group_option
 @click.option("--shots", type=options.Numbers(), help="Train on so many images a class too, such as 1,2,4,8,16.")
 @click.option("--curve", is_flag=True, help="Train on 1% to 100% of the training images too.")
-@click.option("--controls/--no-controls", default=True, show_default=True, help="Also methods that need no backbone.")
+@click.option(
+    "--controls/--no-controls", "baselines", default=True, show_default=True, help="Also methods that need no backbone."
+)
 @click.option("--format", type=click.Choice(["joblib", "skops"]), default="joblib", show_default=True, help="Of the files.")
 @options.seed_option
 @options.run_options

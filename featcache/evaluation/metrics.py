@@ -53,11 +53,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class TestResult:
-    """A model on the test split: scores and, image by image, whether it was right (n,) bool."""
+    """A model on the test split: scores and, image by image, whether it was right (n,) bool.
+
+    ``confidence`` (n,) is the probability of each predicted class, ``None`` for a model that gives none.
+    """
 
     scores: Scores
     right: NDArray[np.bool_]
     predicted: NDArray[np.int64]
+    confidence: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def scores_on_test(
             balanced_accuracy_ci=intervals.of_recalls(truth, predicted, classes, groups),
             macro_f1_ci=intervals.of_f1s(truth, predicted, classes, groups),
         )
-        return TestResult(scores, right, predicted)
+        return TestResult(scores, right, predicted, answer.max(axis=1) if answer.ndim == 2 else None)
 
     return on_test(predict, y, split, judge)
 

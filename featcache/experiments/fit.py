@@ -40,14 +40,42 @@ _COPIES = 2.5  # of the features in float32, that the heads that take the most m
 
 
 @dataclass(frozen=True)
+class Mistake:
+    """A test image that a head takes for another class, and the probability that it gives that class, if it gives any."""
+
+    path: str
+    label: str
+    predicted: str
+    confidence: float | None
+
+
+@dataclass(frozen=True)
 class HeadResult:
-    """A fitted head with its record."""
+    """A fitted head with its record; ``paths`` and ``labels`` are those of the test images, in its answers' order."""
 
     fitted: "FittedHead"
     record: RunRecord
     bundle: Path
     confusion: NDArray[np.int64]
     classes: tuple[str, ...]
+    paths: tuple[str, ...] = field(default=(), repr=False)
+    labels: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+
+    def mistakes(self, count: int) -> list[Mistake]:
+        """Return wrong answers on the test split, the most confident first; without probabilities in the images' order."""
+        tested = self.fitted.tested
+        wrong = np.flatnonzero(~tested.right)
+        if tested.confidence is not None:
+            wrong = wrong[np.argsort(-tested.confidence[wrong], kind="stable")]  # stable: equal ones keep their order
+        return [
+            Mistake(
+                self.paths[image],
+                self.classes[self.labels[image]],
+                self.classes[tested.predicted[image]],
+                None if tested.confidence is None else float(tested.confidence[image]),
+            )
+            for image in wrong[:count].tolist()
+        ]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -149,6 +177,11 @@ class FitResult:
     baselines: "list[Baseline]"
     curves: "list[Curve]"
     targets: "list[MultioutputResult]" = field(default_factory=list)
+
+    @property
+    def best(self) -> "HeadResult | None":
+        """The head that is best on validation, by accuracy and then log-loss; the test split has no say in it."""
+        return min(self.heads, key=lambda head: head.fitted.val.rank, default=None)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -546,4 +579,5 @@ def _keep_head(
         notes=fitted.notes,
     )
     matrix = confusion(features.y[split.test], fitted.tested.predicted, len(features.classes))
-    return HeadResult(fitted, record, path, matrix, features.classes)
+    paths = tuple(features.paths[image] for image in split.test.tolist())
+    return HeadResult(fitted, record, path, matrix, features.classes, paths, features.y[split.test])
