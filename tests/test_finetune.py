@@ -15,7 +15,8 @@ from featcache.datasets import open_dataset
 from featcache.errors import UsageError
 from featcache.evaluation.splits import make_split
 from featcache.experiments import finetune as tuning
-from featcache.experiments.finetune import run_finetune
+from featcache.experiments.finetune import FineTuneInputs, run_finetune
+from featcache.experiments.fit import PROBE, Ledger
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import precision as choosing
 from featcache.finetuning.checkpoint import save_checkpoint
@@ -170,6 +171,32 @@ def test_frozen_weights_and_batchnorm_statistics_stay(subtle: Path, tiny: Backbo
     assert moved
     assert all(name.startswith("layer4") for name in moved)
     assert not any("running" in name for name in moved)
+
+
+@pytest.mark.parametrize(("given", "solved"), [(True, 0), (False, 1)])
+def test_the_head_of_train_alone_is_the_one_that_the_search_fitted(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch, *, given: bool, solved: int
+) -> None:
+    """Chosen on a given val split, the head that training starts from is not fitted again; folds of a draw have none."""
+    for image in sorted(folder.glob("*/*.png")) if given else []:
+        part = "val" if int(image.stem) % 4 == 0 else "test" if int(image.stem) % 4 == 1 else "train"
+        (folder / part / image.parent.name).mkdir(parents=True, exist_ok=True)
+        image.rename(folder / part / image.parent.name / image.name)
+    for name in ("blue", "green", "red") if given else ():
+        (folder / name).rmdir()
+    inputs = FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings), (), None, 0, Ledger())
+    probe = next(job.fitted for job in inputs.probes if job.record.method == PROBE)
+    train, fitted = heads.train, []
+    monkeypatch.setattr(heads, "train", lambda *arguments: fitted.append(arguments) or train(*arguments))
+
+    start, _ = inputs.linear_probes
+
+    rows = inputs.split.train
+    anew = train(PROBE, probe.params, inputs.features.X[rows], inputs.features.y[rows], 0)
+    weights, bias = heads.linear_weights(anew, 3)
+    assert len(fitted) == solved
+    np.testing.assert_allclose(start.weights, weights, atol=1e-3 * np.abs(weights).max())
+    np.testing.assert_allclose(start.bias, bias, atol=1e-3 * np.abs(bias).max())
 
 
 @pytest.mark.parametrize("asked", [False, True])

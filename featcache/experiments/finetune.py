@@ -247,8 +247,11 @@ class FineTuneInputs:
 
         fitted = next(job.fitted for job in self.probes if job.record.method == PROBE)
         features, train = self.features, self.split.train
-        X = np.ascontiguousarray(features.X[train], dtype=np.float32)
-        alone = heads.train(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
+        if fitted.solutions and not self.split.cross:  # the search's one fold was `train`: its head is the one wanted here
+            (alone,) = fitted.solutions
+        else:  # no fold of a cross-validation trains on all of `train`
+            X = np.ascontiguousarray(features.X[train], dtype=np.float32)
+            alone = heads.train(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
         count = len(features.classes)
         return LinearHead(*heads.linear_weights(alone, count)), LinearHead(*heads.linear_weights(fitted.estimator, count))
 

@@ -45,11 +45,13 @@ class Candidate:
     """A candidate on the validation rows of all folds, one fold after the other: answers as of ``answers``.
 
     ``converged``: each fold's fit is at its stated distance from the optimum. Else the answers are nobody's.
+    ``solutions`` are the heads that gave them, one a fold, where the family has them as such.
     """
 
     params: Params
     answers: NDArray[Any]
     converged: bool = True
+    solutions: tuple[Pipeline, ...] = ()
 
 
 Sweep = Callable[[Sequence[Params], Any, Y_, Sequence[Fold], int], Iterator[Candidate]]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class FittedHead:
     """A head, what was chosen for it, its validation scores before the refit and its test scores after.
 
     ``answers`` are those on validation (n, classes) or (n,), ``temperature`` what scales its logits best there.
+    ``solutions`` gave them: what the search fitted with these parameters, one a fold.
     """
 
     name: str
@@ -37,6 +38,7 @@ class FittedHead:
     notes: tuple[str, ...]
     answers: NDArray[Any] = field(repr=False)
     temperature: float | None = None
+    solutions: tuple[Any, ...] = field(default=(), repr=False)
 
 
 def fit(
@@ -70,7 +72,8 @@ def fit(
         notes.append(
             f"{name}: {chosen.unconverged} of {chosen.tried} candidates did not reach their optimum and are left out"
         )
-    return _tested(name, estimator, chosen.params, chosen.answers, features, split, seconds, notes, views)
+    head = _tested(name, estimator, chosen.params, chosen.answers, features, split, seconds, notes, views)
+    return replace(head, solutions=chosen.solutions)
 
 
 def ensemble(features: Features, split: Split, fitted: Sequence[FittedHead], views: int = 1) -> FittedHead:

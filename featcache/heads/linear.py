@@ -56,7 +56,8 @@ def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold
     for number, params in enumerate(grid):
         solutions = [several[number] for several in found]
         answers = [probabilities(one, X[fold.val], classes) for one, fold in zip(solutions, folds, strict=True)]
-        yield Candidate(params, np.concatenate(answers), all(one.converged for one in solutions))
+        fitted = tuple(make_pipeline(as_logistic(solution)) for solution in solutions)
+        yield Candidate(params, np.concatenate(answers), all(one.converged for one in solutions), fitted)
 
 
 def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:

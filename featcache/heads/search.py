@@ -40,6 +40,7 @@ class SearchResult:
     """The parameters that did best on validation, with their answers there (n, classes) or (n,).
 
     ``unconverged`` counts the candidates, of all that were ``tried``, whose optimum was not reached: they were left out.
+    ``solutions`` are the heads that gave the answers, one a fold, each fitted on that fold's train; only logistic has them.
     """
 
     params: Params
@@ -47,6 +48,7 @@ class SearchResult:
     answers: Any
     tried: int
     unconverged: int
+    solutions: tuple[Pipeline, ...] = ()
 
 
 def require_head(name: str) -> None:
@@ -125,6 +127,8 @@ def search_head(
                     continue
                 pooled = replace(attempt, answers=over_views(attempt.answers, views))
                 outcomes.append((pooled, score(truth, pooled.answers)))
+                leader = best()[0]  # of the others the weights would only take memory: classes x d doubles a fold and C
+                outcomes[:] = [(replace(a, solutions=a.solutions if a is leader else ()), val) for a, val in outcomes]
 
         try_all(everything[::step])
         if not outcomes and step > 1:
@@ -137,7 +141,7 @@ def search_head(
         if step > 1 and tried == len(everything[::step]):
             try_all(family.refine(everything, best()[0].params))
     attempt, val = best()
-    return SearchResult(attempt.params, val, attempt.answers, tried, tried - len(outcomes))
+    return SearchResult(attempt.params, val, attempt.answers, tried, tried - len(outcomes), attempt.solutions)
 
 
 def _require_rows(name: str, y: Y_, folds: Sequence[Fold], grid: Sequence[Params]) -> None:
