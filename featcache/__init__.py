@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.plan import FineTunePlan
     from featcache.reports.records import RunRecord
     from featcache.specs import BackboneSpec, FeatureSpec
-    from featcache.store import FeatureStore
+    from featcache.store.entry import FeatureStore
 
 _HOMES = {
     "extract": "featcache.api",
@@ -32,7 +32,7 @@ _HOMES = {
     "FeatureSpec": "featcache.specs",
     "FineTunePlan": "featcache.finetuning.plan",
     "FeatureExtractor": "featcache.estimator",
-    "FeatureStore": "featcache.store",
+    "FeatureStore": "featcache.store.entry",
 }
 
 __all__ = [

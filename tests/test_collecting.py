@@ -13,8 +13,9 @@ from support import Outcome
 from test_damage import OTHER, entry, seen
 
 from featcache.experiments.collect import collect
-from featcache.store import FeatureStore, Listing, Part
 from featcache.store.atomic import _host
+from featcache.store.entry import FeatureStore
+from featcache.store.hdf5 import Listing, Part
 
 Run = Callable[..., Outcome]
 

@@ -16,8 +16,9 @@ from featcache.errors import StorageError
 from featcache.experiments.verify import verify
 from featcache.fingerprint import fingerprint, sha256_of_file
 from featcache.specs import FeatureSpec, LoadedBackbone, Transform
-from featcache.store import FeatureStore, Listing, Part, Quarantined, Seen
-from featcache.store.manifests import Manifest, encode
+from featcache.store.entry import FeatureStore
+from featcache.store.hdf5 import Listing, Part, Seen
+from featcache.store.manifests import Manifest, Quarantined, encode_manifest
 
 SPEC = FeatureSpec(Transform(), LoadedBackbone("x", "x", "00"))
 OTHER = FeatureSpec(Transform(64), LoadedBackbone("x", "x", "00"))
@@ -189,7 +190,7 @@ def test_an_older_version_that_was_changed_is_found(tmp_path: Path) -> None:
     first = store.path / "manifest-1.json"
     said = json.loads(first.read_bytes())
     forged = Manifest(number=1, previous=said["previous"], seconds=99.0)
-    first.write_bytes(encode(forged, store.key))
+    first.write_bytes(encode_manifest(forged, store.key))
 
     assert [problem for problem in store.verify() if "manifest-1.json: is not the version" in problem]
 
@@ -415,7 +416,7 @@ def replanted(store: FeatureStore, which: str, change: Callable[[h5py.File], Non
         if which == "part"
         else replace(manifest, number=3, listing=new)
     )
-    (store.path / "manifest-3.json").write_bytes(encode(planted, store.key))
+    (store.path / "manifest-3.json").write_bytes(encode_manifest(planted, store.key))
     (store.path / "features.h5").unlink()
 
 

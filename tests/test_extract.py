@@ -22,7 +22,7 @@ from featcache.extraction.feature_cache import Extracted, FeatureCache, Settings
 from featcache.extraction.loader import Batch, Reader
 from featcache.extraction.lookup import scan
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
-from featcache.store import FeatureStore
+from featcache.store.entry import FeatureStore
 
 
 def extract(folder: Path, spec: BackboneSpec, settings: Settings, cut: str = "pooled") -> Extracted:

@@ -27,7 +27,7 @@ from featcache.finetuning.optim import rate
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
 from featcache.specs import BackboneSpec
-from featcache.store import Features
+from featcache.store.rows import Features
 
 PLAN = FineTunePlan(
     Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2, precision="float32"

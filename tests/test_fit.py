@@ -26,7 +26,7 @@ from featcache.heads.curves import learning_curve, shot_curve
 from featcache.heads.fit import ensemble, fit, members_of
 from featcache.heads.solvers import linear
 from featcache.specs import BackboneSpec
-from featcache.store import Features
+from featcache.store.rows import Features
 
 
 def blobs(classes: int, count: int = 40, width: int = 6, spread: float = 1.5, seed: int = 0) -> Features:

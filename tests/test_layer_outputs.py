@@ -16,7 +16,7 @@ from featcache.experiments.finetune import run_finetune
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides
-from featcache.store import FeatureStore
+from featcache.store.entry import FeatureStore
 
 MAP, LAST, TOKENS = "b c h w", "b h w c", "b n c"
 LAYERS: list[tuple[str, dict[str, Any], int, dict[str, str | int]]] = [

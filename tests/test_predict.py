@@ -22,7 +22,7 @@ from featcache.experiments.predict import label_images
 from featcache.extraction.feature_cache import Settings
 from featcache.heads import bundle
 from featcache.specs import BackboneSpec, Transform
-from featcache.store import FeatureStore
+from featcache.store.entry import FeatureStore
 
 Run = Callable[..., Outcome]
 

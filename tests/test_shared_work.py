@@ -24,7 +24,7 @@ from featcache.errors import DataError
 from featcache.extraction import extract as stage
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec, TransformOverrides
-from featcache.store import FeatureStore
+from featcache.store.entry import FeatureStore
 
 SPEC = BackboneSpec("test_resnet", random_init=0, overrides=TransformOverrides(input_size=32))
 

@@ -21,7 +21,8 @@ from featcache.extraction.extract import ExtractPlan, ExtractReport, Ready, Sink
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.lookup import scan, settled
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
-from featcache.store import FeatureStore, Listing, Part, Seen
+from featcache.store.entry import FeatureStore
+from featcache.store.hdf5 import Listing, Part, Seen
 
 Run = Callable[..., Outcome]
 SPEC = FeatureSpec(Transform(8), LoadedBackbone("x", "x", "00"))

@@ -13,7 +13,10 @@ import pytest
 
 from featcache.errors import StorageError
 from featcache.specs import FeatureSpec, LoadedBackbone, Transform
-from featcache.store import FeatureStore, Listing, Part, Quarantined, Seen, atomic
+from featcache.store import atomic
+from featcache.store.entry import FeatureStore
+from featcache.store.hdf5 import Listing, Part, Seen
+from featcache.store.manifests import Quarantined
 
 SPEC = FeatureSpec(Transform(), LoadedBackbone("x", "x", "00"))
 

@@ -37,7 +37,7 @@ from featcache.datasets import open_dataset
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import Reader
 from featcache.specs import BackboneSpec, TransformOverrides, Views
-from featcache.store import FeatureStore
+from featcache.store.entry import FeatureStore
 
 HERE = Path(__file__).parent
 MEMORY = Path("/dev/shm")  # noqa: S108 - memory, not a folder for files that last

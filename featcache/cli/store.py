@@ -26,7 +26,7 @@ def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     from featcache.errors import StorageError
     from featcache.extraction.lookup import default_cache, entry_folders
     from featcache.progress import printable
-    from featcache.store import FeatureStore
+    from featcache.store.entry import FeatureStore
 
     where = cache or default_cache()
     found, broken = [], []
@@ -57,7 +57,7 @@ def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
     import json
     from dataclasses import asdict
 
-    from featcache.store import FeatureStore
+    from featcache.store.entry import FeatureStore
 
     store = FeatureStore.open(entry)
     facts = _facts(store) | {

@@ -7,9 +7,9 @@ from typing import Any
 
 from featcache.errors import StorageError
 from featcache.extraction.lookup import entry_folders
-from featcache.store import FeatureStore
 from featcache.store.atomic import remove_file
-from featcache.store.collecting import Joining, Litter, join, joining_of, litter_in, litter_of
+from featcache.store.entry import FeatureStore
+from featcache.store.maintenance import Joining, Litter, join, joining_of, litter_in, litter_of
 
 
 @dataclass

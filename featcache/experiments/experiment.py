@@ -13,7 +13,8 @@ from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import fingerprint
 from featcache.reports.records import RunRecord, stamp
-from featcache.store import Features, FeatureStore, RowReader
+from featcache.store.entry import FeatureStore
+from featcache.store.rows import Features, RowReader
 
 
 def cell_of(

@@ -24,8 +24,8 @@ from featcache.heads import bundle
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.specs import INPUT, POOLED, BackboneSpec, Views
-from featcache.store import Features
 from featcache.store.atomic import remove_file
+from featcache.store.rows import Features
 
 if TYPE_CHECKING:
     from featcache.backbones.timm_models import Backbone

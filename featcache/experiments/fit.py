@@ -23,8 +23,8 @@ from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record
 from featcache.resources import free_memory
 from featcache.specs import POOLED, Views, cut_of_layers
-from featcache.store import Features, FeatureStore
-from featcache.store.lazy import LazyRows
+from featcache.store.entry import FeatureStore
+from featcache.store.rows import Features, LazyRows
 
 if TYPE_CHECKING:
     from featcache.heads.baselines import Baseline

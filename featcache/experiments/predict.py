@@ -23,7 +23,8 @@ from featcache.heads import answers, over_views
 from featcache.heads.bundle import Bundle
 from featcache.progress import logger, progress
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
-from featcache.store import FeatureStore, Quarantined
+from featcache.store.entry import FeatureStore
+from featcache.store.manifests import Quarantined
 
 _AT_ONCE = 4096  # images whose embeddings and answers are held: copies among them are computed once
 

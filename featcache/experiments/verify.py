@@ -10,7 +10,7 @@ from featcache.extraction.lookup import bound_location, entry_folders
 from featcache.fingerprint import sha256_of_file
 from featcache.heads import bundle
 from featcache.reports.records import broken_lines
-from featcache.store import FeatureStore
+from featcache.store.entry import FeatureStore
 
 _HEADS = (".joblib", ".skops")
 

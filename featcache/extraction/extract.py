@@ -33,7 +33,9 @@ from featcache.extraction.ray_engine import WorkerConfig, WrittenPart
 from featcache.fingerprint import DigestSet
 from featcache.progress import logger, printable, progress
 from featcache.specs import StoredDtype, Transform, Views
-from featcache.store import FeatureStore, Part, Quarantined, now_ns
+from featcache.store.entry import FeatureStore, now_ns
+from featcache.store.hdf5 import Part
+from featcache.store.manifests import Quarantined
 
 PART_ROWS = 4096
 PART_BYTES = 64 << 20

@@ -32,7 +32,7 @@ from featcache.specs import (
     Views,
     stored_dtype,
 )
-from featcache.store import FeatureStore
+from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbones.prefix import TorchRuntime

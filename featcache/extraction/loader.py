@@ -22,7 +22,7 @@ from featcache.datasets.images import UnreadableImage, decode
 from featcache.extraction.lookup import FileIndex, quarantine_unread, settled
 from featcache.fingerprint import DigestSet, sha256_of_bytes
 from featcache.specs import INPUT, StoredDtype, Transform, Views
-from featcache.store import Quarantined
+from featcache.store.manifests import Quarantined
 
 Pixels = NDArray[np.uint8]
 Rows = tuple[NDArray[Any], ...]

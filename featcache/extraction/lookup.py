@@ -19,9 +19,10 @@ from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes
 from featcache.progress import logger, progress
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
-from featcache.store import SPLITS, FeatureStore, Listing, Quarantined, Seen, now_ns
 from featcache.store.atomic import create_file, make_folder, replace_file, sweep
-from featcache.store.json_files import read_note, sealed, unsealed
+from featcache.store.entry import FeatureStore, now_ns
+from featcache.store.hdf5 import SPLITS, Listing, Seen
+from featcache.store.manifests import Quarantined, read_note, sealed, unsealed
 
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
 _SIGNS = 4  # size, mtime, inode, ctime

@@ -21,7 +21,9 @@ from featcache.extraction.loader import Batch, Reader, beside_pixels, compute, i
 from featcache.extraction.lookup import FileIndex
 from featcache.progress import logger
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Transform, Views
-from featcache.store import FeatureStore, FileRecord, Part, Quarantined
+from featcache.store.entry import FeatureStore
+from featcache.store.hdf5 import Part
+from featcache.store.manifests import FileRecord, Quarantined
 
 UNIT = 1024
 _RETRIES = 3

@@ -16,7 +16,7 @@ from featcache.errors import FeatcacheError
 from featcache.finetuning.model import SuffixAndHead
 from featcache.progress import logger
 from featcache.store.atomic import make_folder, remove_file, replace_file, replace_file_by
-from featcache.store.signing import is_signed, sign
+from featcache.store.checksums import is_signed, sign
 
 _STATE = b"featcache: state of a training\n"  # what a signature is for
 _SIGNATURE = 64  # hexadecimal digits

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from featcache.evaluation.splits import Fold
 from featcache.resources import cores
-from featcache.store.lazy import LazyRows
+from featcache.store.rows import LazyRows
 
 Params = dict[str, Any]
 X_ = NDArray[Any]

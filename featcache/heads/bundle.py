@@ -14,7 +14,7 @@ from featcache.fingerprint import sha256_of_bytes
 from featcache.heads.cards import parse_card
 from featcache.progress import logger
 from featcache.store.atomic import make_folder, remove_file, replace_file
-from featcache.store.signing import is_signed, sign
+from featcache.store.checksums import is_signed, sign
 
 Format = Literal["joblib", "skops"]
 _SUFFIX: dict[Format, str] = {"joblib": ".joblib", "skops": ".skops"}

@@ -10,7 +10,7 @@ from featcache import heads
 from featcache.evaluation.metrics import scores_on_test
 from featcache.evaluation.splits import Split, few_shot, part_of
 from featcache.progress import progress
-from featcache.store import Features
+from featcache.store.rows import Features
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 REPEATS = 5

@@ -15,7 +15,7 @@ from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Scores, TestResult, best_temperature, score, scores_on_test
 from featcache.evaluation.splits import Fold, Split
 from featcache.heads import Params
-from featcache.store import Features
+from featcache.store.rows import Features
 
 MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")
 _AT_MOST = 3

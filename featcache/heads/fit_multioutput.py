@@ -21,7 +21,7 @@ from featcache.evaluation.metrics import (
     numbers_on_test,
 )
 from featcache.evaluation.splits import Split
-from featcache.store import Features
+from featcache.store.rows import Features
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from featcache.evaluation.splits import Fold
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
 from featcache.heads.solvers import linear, ridge
 from featcache.heads.solvers.linear import Solution
-from featcache.store.lazy import LazyRows
+from featcache.store.rows import LazyRows
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
 _LOGISTIC = [{"C": float(f"{value:.4g}")} for value in np.logspace(-6, 5, 45)]

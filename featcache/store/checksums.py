@@ -1,17 +1,21 @@
-"""Which files were hashed and found whole, so that reading them again need not hash them again."""
+"""Which bytes are believed: files that were hashed and found whole, and what this user's processes have signed."""
 
 import contextlib
+import hmac
 import json
+import os
+import secrets
+import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from featcache.errors import StorageError
+from featcache.errors import SetupError, StorageError
 from featcache.fingerprint import sha256_of_file
 from featcache.resources import cores
-from featcache.store.atomic import replace_file
-from featcache.store.json_files import read_note, sealed, unsealed
+from featcache.store.atomic import create_file, make_folder, replace_file, sweep
+from featcache.store.manifests import read_note, sealed, unsealed
 
 Signs = tuple[int, int, int, int]
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
@@ -126,3 +130,73 @@ def _hash(file: Path) -> str:
         return sha256_of_file(file)
     except OSError:
         return ""
+
+
+_BYTES = 32
+_OTHERS = 0o077  # any right of the group's or of all
+
+
+def sign(purpose: bytes, content: bytes | memoryview) -> str:
+    """Return the HMAC-SHA-256 of a purpose and some bytes, 64 hexadecimal digits.
+
+    The purpose stands in front, so that what was signed as one thing never counts as another.
+
+    Raises:
+        SetupError: the secret is not one that only this user knows.
+        StorageError: there is none yet, and none can be written.
+    """
+    mac = hmac.new(_secret(), purpose, "sha256")
+    mac.update(content)
+    return mac.hexdigest()
+
+
+def is_signed(signature: str, purpose: bytes, content: bytes | memoryview) -> bool:
+    """Tell whether a signature is this user's, of that purpose and those bytes; raises as ``sign``."""
+    return hmac.compare_digest(signature.encode("utf-8", "surrogateescape"), sign(purpose, content).encode())
+
+
+def secret_path() -> Path:
+    """Return where the secret is kept: in the user's data folder."""
+    from platformdirs import user_data_path
+
+    return user_data_path("featcache") / "secret"
+
+
+def _secret() -> bytes:
+    path = secret_path()
+    sweep(path.parent)  # what a start that was killed left: nothing is written here again
+    if not os.path.lexists(path):
+        make_folder(path.parent)
+        create_file(path, secrets.token_bytes(_BYTES), mode=0o600)
+    try:
+        # neither what a link points to, nor waiting for whoever feeds a pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise SetupError(_advice(path, f"cannot be read ({error.strerror})")) from error
+    try:
+        if why := _why_open(os.fstat(descriptor)):
+            raise SetupError(_advice(path, why))
+        secret = os.read(descriptor, _BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(secret) != _BYTES:
+        raise SetupError(_advice(path, f"holds {len(secret)} bytes instead of {_BYTES}: anyone could guess it"))
+    return secret
+
+
+def _why_open(facts: os.stat_result) -> str:
+    """Return why a file is none that only this user can read and write, "" where it is."""
+    if not stat.S_ISREG(facts.st_mode):
+        return "is no regular file"
+    if facts.st_uid != os.geteuid():
+        return f"belongs to another user ({facts.st_uid}, not {os.geteuid()})"
+    if facts.st_mode & _OTHERS:
+        return f"is open to other users (mode {stat.S_IMODE(facts.st_mode):04o} instead of 0600)"
+    return ""
+
+
+def _advice(path: Path, why: str) -> str:
+    return (
+        f"{path}: this secret, which signs your heads, {why}. Delete it: the next command makes a new one; fit heads that "
+        "were signed with the old one again, or load them with --trust."
+    )

@@ -3,12 +3,11 @@
 import contextlib
 import json
 import math
-import mmap
 import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +19,8 @@ from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
 from featcache.progress import logger
 from featcache.specs import FeatureSpec, Transform
-from featcache.store import collecting, manifests, requests
 from featcache.store import hdf5 as files
+from featcache.store import maintenance, manifests
 from featcache.store.atomic import (
     create_file,
     is_temporary,
@@ -33,63 +32,15 @@ from featcache.store.atomic import (
 )
 from featcache.store.checksums import Signs, Stamps, signs
 from featcache.store.hdf5 import Array, Listing, Part, Seen
-from featcache.store.json_files import parse, read_plain
-from featcache.store.lazy import LazyRows
-from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, Manifest, Quarantined
-from featcache.store.verifying import OTHER_BYTES, Inspection
+from featcache.store.maintenance import OTHER_BYTES, Inspection
+from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, Manifest, Quarantined, parse, read_plain
+from featcache.store.rows import Features, LazyRows, RowReader
 
 TABLE = "features.h5"
 TABLE_LIMIT = 2 << 30
 _NAMED_BY_KEY = re.compile(r".*-([0-9a-f]{8})")
 _BLOCK_BYTES = 2 << 20
 _KEPT_MANIFESTS = 20
-
-
-@dataclass(frozen=True)
-class Features:
-    """The rows of a source's images, in its order: X (n, ...), y (n,) int64 indexing ``classes``.
-
-    X is an array, but for ``LazyRows`` where ``streamed`` gave them.
-    """
-
-    X: Any
-    y: NDArray[np.int64]
-    classes: tuple[str, ...]
-    paths: Sequence[str]
-    splits: Sequence[str]
-    sha256: Sequence[str]
-
-
-@dataclass(frozen=True)
-class RowReader:
-    """Reads rows of an entry from its memory-mapped parts, as Features.X in the same order but not in memory."""
-
-    maps: tuple[Array, ...]
-    part: NDArray[np.int64]
-    row: NDArray[np.int64]
-    shape: tuple[int, ...] = field(default=())
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.row)
-
-    def forget(self) -> None:
-        """Let go of the pages that were read: they stay with the system, and no longer count as this process's memory."""
-        for array in self.maps:
-            held = getattr(array, "_mmap", None)
-            if held is not None and hasattr(held, "madvise"):
-                held.madvise(mmap.MADV_DONTNEED)
-
-    def take(self, index: NDArray[np.int64]) -> Array:
-        """Return rows (k, ...) by their positions (k,)."""
-        if len(self.maps) == 1:
-            return np.asarray(self.maps[0][self.row[index]])
-        out = np.empty((len(index), *self.maps[0].shape[1:]), self.maps[0].dtype)
-        parts = self.part[index]
-        for number in np.unique(parts):
-            chosen = parts == number
-            out[chosen] = self.maps[number][self.row[index[chosen]]]
-        return out
 
 
 class FeatureStore:
@@ -159,7 +110,7 @@ class FeatureStore:
 
     def tidy(self) -> None:
         """Remove what killed writers left; a cache that cannot be written stays as it is."""
-        for folder in collecting.FOLDERS:
+        for folder in maintenance.FOLDERS:
             sweep(self.path / folder)
 
     @property
@@ -220,7 +171,7 @@ class FeatureStore:
             if replace(merged, number=0, previous="") == replace(base, number=0, previous="") and base.number:
                 self._manifest = base
                 return base
-            made = create_file(self._manifest_path(merged.number), manifests.encode(merged, self.key))
+            made = create_file(self._manifest_path(merged.number), manifests.encode_manifest(merged, self.key))
             if made and self._is_in_the_chain(merged):
                 self._manifest = merged
                 self._prune(merged.number)
@@ -457,7 +408,7 @@ class FeatureStore:
 
     def remember_request(self, request: dict[str, Any]) -> None:
         """Keep the flags that led here, so that they are recognised without loading a backbone."""
-        name, content = requests.encode(request, self.key)
+        name, content = manifests.encode_request(request, self.key)
         path = self.path / "requests" / name
         for other in self.broken_requests():
             remove_file(other)
@@ -477,7 +428,7 @@ class FeatureStore:
 
     def _request_in(self, path: Path) -> dict[str, Any] | None:
         try:
-            return requests.read(path, self.key)
+            return manifests.read_request(path, self.key)
         except (OSError, ValueError):
             return None
 
@@ -517,7 +468,7 @@ class FeatureStore:
     def _read_manifest(self, number: int) -> Manifest:
         path = self._manifest_path(number)
         try:
-            return manifests.read(path, self.key)
+            return manifests.read_manifest(path, self.key)
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:

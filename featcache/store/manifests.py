@@ -1,16 +1,89 @@
-"""The versions of an entry: what each lists, how it is written, and that nothing else is believed."""
+"""An entry's small JSON files, read as if anybody could have written them: its versions, and the flags that led to it."""
 
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from featcache.fingerprint import canonical, sha256_of_bytes
-from featcache.store.hdf5 import Listing
-from featcache.store.json_files import parse, read_plain, sealed, unsealed
+from featcache.fingerprint import canonical, fingerprint, sha256_of_bytes
+
+if TYPE_CHECKING:
+    from featcache.store.hdf5 import Listing
+
+_SEAL = "check"
+_MOST_BYTES = 256 << 20  # a manifest of a million parts; a file that is larger is none of ours
+
+
+def read_plain(path: Path, most: int = _MOST_BYTES) -> bytes:
+    """Return the bytes of a file, at most so many.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a device, a pipe or a folder, or larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a plain file")
+        if found.st_size > most:
+            raise ValueError(f"{found.st_size} bytes")
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """Return the one object that a JSON file holds.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        note = json.loads(content, parse_constant=_refused)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(note, dict):
+        raise ValueError("not an object")  # noqa: TRY004 - of the file's content, not of an argument
+    return note
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
+    return parse(read_plain(path))
+
+
+def sealed(note: Mapping[str, Any], *where: str) -> dict[str, Any]:
+    """Return a note with its own hash, so that it is known again whole, and nowhere but ``where`` it belongs."""
+    return {**note, _SEAL: fingerprint([*where, dict(note)])}
+
+
+def unsealed(note: Mapping[str, Any], *where: str) -> dict[str, Any]:
+    """Return a note without its hash; one that was written before there were any passes.
+
+    Raises:
+        ValueError: it is not what was sealed, or from elsewhere.
+    """
+    content = {name: value for name, value in note.items() if name != _SEAL}
+    if _SEAL in note and note[_SEAL] != fingerprint([*where, content]):
+        raise ValueError("its content is not what was written here")
+    return content
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
 
 PART_SUFFIX, LISTING_SUFFIX = ".h5", ".items.h5"
 _NUMBERED = re.compile(r"manifest-([1-9][0-9]{0,17})\.json")
@@ -71,12 +144,12 @@ def hash_of(manifest: Manifest) -> str:
     return sha256_of_bytes(canonical(manifest).encode())
 
 
-def encode(manifest: Manifest, key: str) -> bytes:
+def encode_manifest(manifest: Manifest, key: str) -> bytes:
     """Return a manifest as the bytes of its file, sealed for the entry of a key."""
     return json.dumps(sealed(asdict(manifest), key)).encode()
 
 
-def read(path: Path, key: str) -> Manifest:
+def read_manifest(path: Path, key: str) -> Manifest:
     """Read a manifest.
 
     Raises:
@@ -96,8 +169,8 @@ def as_written(path: Path, key: str) -> Manifest:
         OSError: it cannot be read.
         ValueError: a byte is another.
     """
-    manifest = read(path, key)
-    if read_plain(path) not in {encode(manifest, key), json.dumps(asdict(manifest)).encode()}:
+    manifest = read_manifest(path, key)
+    if read_plain(path) not in {encode_manifest(manifest, key), json.dumps(asdict(manifest)).encode()}:
         raise ValueError("its bytes are not what featcache wrote")
     return manifest
 
@@ -109,7 +182,7 @@ def union(old: tuple[FileRecord, ...], new: Sequence[FileRecord]) -> tuple[FileR
 
 
 def merge_quarantine(
-    old: tuple[Quarantined, ...], new: Sequence[Quarantined], listing: Listing | None
+    old: tuple[Quarantined, ...], new: Sequence[Quarantined], listing: "Listing | None"
 ) -> tuple[Quarantined, ...]:
     """Return the quarantine list, newest word on each path; a listing settles it: what it does not name is stale."""
     if listing is not None:
@@ -174,3 +247,28 @@ def _list(data: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(name)  # noqa: TRY004 - of the file's content, not of an argument
     return value
+
+
+_ENTRY = "entry"
+
+
+def encode_request(request: Mapping[str, Any], key: str) -> tuple[str, bytes]:
+    """Return a request's file name and bytes, bound to the entry of a key."""
+    content = json.dumps({**request, _ENTRY: key}, sort_keys=True, indent=1).encode()
+    return f"{sha256_of_bytes(content)[:_NAMED]}.json", content
+
+
+def read_request(path: Path, key: str) -> dict[str, Any]:
+    """Return a request.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: its content is not what its name says, or it belongs to another entry.
+    """
+    content = read_plain(path)
+    if path.stem != sha256_of_bytes(content)[:_NAMED]:
+        raise ValueError("its bytes are not what its name says")
+    request = parse(content)
+    if request.pop(_ENTRY, key) != key:  # those written before there was a binding have none
+        raise ValueError("it belongs to another entry")
+    return request

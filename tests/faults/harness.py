@@ -341,7 +341,7 @@ def look(root: Path, *, closely: bool = False) -> State:
     """Return what lies below a folder; ``closely``: verify all entries and load all heads."""
     from featcache.errors import FeatcacheError
     from featcache.reports.records import read_records
-    from featcache.store import FeatureStore
+    from featcache.store.entry import FeatureStore
 
     names, tables, rows, problems, unlisted = [], {}, 0, [], 0
     for path in sorted(path for path in root.rglob("*") if path.is_file()):

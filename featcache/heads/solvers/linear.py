@@ -20,7 +20,7 @@ from featcache.heads.solvers.lbfgs import LBFGS, Precondition
 from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss
 from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.resources import cores
-from featcache.store.lazy import LazyRows
+from featcache.store.rows import LazyRows
 
 TOLERANCE = 1e-4
 _LARGE, _SMALL_TOLERANCE = 5_000_000, 1e-7  # rows x features x outputs

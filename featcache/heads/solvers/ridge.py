@@ -8,7 +8,7 @@ from scipy.linalg import eigh
 
 from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.resources import cores
-from featcache.store.lazy import LazyRows
+from featcache.store.rows import LazyRows
 
 
 def solve(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from featcache.resources import cores
-from featcache.store.lazy import LazyRows
+from featcache.store.rows import LazyRows
 
 Rows = NDArray[Any]
 Floats = NDArray[np.float64]

@@ -1,0 +1,87 @@
+"""The rows of an entry: in memory, read from its parts, or too many for memory."""
+
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The rows of a source's images, in its order: X (n, ...), y (n,) int64 indexing ``classes``.
+
+    X is an array, but for ``LazyRows`` where ``streamed`` gave them.
+    """
+
+    X: Any
+    y: NDArray[np.int64]
+    classes: tuple[str, ...]
+    paths: Sequence[str]
+    splits: Sequence[str]
+    sha256: Sequence[str]
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads rows of an entry from its memory-mapped parts, as Features.X in the same order but not in memory."""
+
+    maps: tuple[Array, ...]
+    part: NDArray[np.int64]
+    row: NDArray[np.int64]
+    shape: tuple[int, ...] = field(default=())
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.row)
+
+    def forget(self) -> None:
+        """Let go of the pages that were read: they stay with the system, and no longer count as this process's memory."""
+        for array in self.maps:
+            held = getattr(array, "_mmap", None)
+            if held is not None and hasattr(held, "madvise"):
+                held.madvise(mmap.MADV_DONTNEED)
+
+    def take(self, index: NDArray[np.int64]) -> Array:
+        """Return rows (k, ...) by their positions (k,)."""
+        if len(self.maps) == 1:
+            return np.asarray(self.maps[0][self.row[index]])
+        out = np.empty((len(index), *self.maps[0].shape[1:]), self.maps[0].dtype)
+        parts = self.part[index]
+        for number in np.unique(parts):
+            chosen = parts == number
+            out[chosen] = self.maps[number][self.row[index[chosen]]]
+        return out
+
+
+class LazyRows:
+    """Rows (n, d) float32 that are too many for memory: they are read as they are asked for.
+
+    Args:
+        take: gives rows (k, d) of any float type by their positions (k,).
+        width: d.
+        rows: the positions that count as 0..n-1.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, take: Callable[[Index], Array], width: int, rows: Index) -> None:
+        self._take, self._rows = take, rows
+        self.shape = (len(rows), width)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    def __getitem__(self, index: slice | Index) -> NDArray[np.float32]:
+        """Return some rows (k, d), in memory."""
+        return self._take(self._rows[index]).astype(np.float32, copy=False)
+
+    def only(self, index: Index) -> "LazyRows":
+        """Return some rows, not read yet."""
+        return LazyRows(self._take, self.shape[1], self._rows[index])
