@@ -72,7 +72,7 @@ def extract_cuts(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    return _workbench(data, backbone, name, settings).extracted_at(_targets(cuts, dtype), views)
+    return _workbench(data, backbone, name, settings).features(_targets(cuts, dtype), views)
 
 
 def estimate(

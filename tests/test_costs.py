@@ -26,7 +26,7 @@ def test_cuts_of_one_pass_share_its_seconds(folder: Path, tiny: BackboneSpec, se
     """Entries that lack the same images book the same, together no more than the pass took."""
     bench = FeatureCache(open_dataset(folder), tiny, settings)
 
-    done = bench.extracted_at([Output("pooled"), Output("layer2"), Output("layer3"), Output("input")])
+    done = bench.features([Output("pooled"), Output("layer2"), Output("layer3"), Output("input")])
 
     seconds = booked(done)
     assert 0 < sum(seconds) <= done[0].report.seconds + ROUNDING
@@ -38,8 +38,8 @@ def test_what_is_there_costs_nothing(folder: Path, tiny: BackboneSpec, settings:
     first = FeatureCache(open_dataset(folder), tiny, settings).extracted("layer3")
     before = first.store.manifest.seconds
 
-    done = FeatureCache(open_dataset(folder), tiny, settings).extracted_at([Output("layer3"), Output("pooled")])
-    again = FeatureCache(open_dataset(folder), tiny, settings).extracted_at([Output("layer3"), Output("pooled")])
+    done = FeatureCache(open_dataset(folder), tiny, settings).features([Output("layer3"), Output("pooled")])
+    again = FeatureCache(open_dataset(folder), tiny, settings).features([Output("layer3"), Output("pooled")])
 
     assert booked(done)[0] == before
     assert 0 < booked(done)[1] <= done[1].report.seconds + ROUNDING

@@ -19,7 +19,7 @@ from featcache.errors import DataError, StorageError
 from featcache.extraction import extract as stage
 from featcache.extraction.extract import ExtractPlan, Ready, Sink
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Settings
-from featcache.extraction.loader import Batch, Reader
+from featcache.extraction.loader import Batch, BatchReader
 from featcache.extraction.lookup import scan
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
 from featcache.store.entry import FeatureStore
@@ -301,7 +301,7 @@ def test_a_full_disk_is_refused_early(
 ) -> None:
     """When the rows cannot fit, no image is read, and the error says how much is missing."""
     real = shutil.disk_usage
-    monkeypatch.setattr(Reader, "fill", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(BatchReader, "fill", lambda *_: pytest.fail("an image was read"))
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
 
     with pytest.raises(StorageError, match="GB are free"):

@@ -165,7 +165,7 @@ def test_several_cuts_are_of_one_network(named: Named, folder: Path, settings: S
     extract(folder, named.spec, settings)
     named.put(1)
 
-    pooled, stage = FeatureCache(open_dataset(folder), named.spec, settings).extracted_at(
+    pooled, stage = FeatureCache(open_dataset(folder), named.spec, settings).features(
         [Output(), Output("layer3", "float32")]
     )
 
@@ -187,7 +187,7 @@ def test_a_download_while_a_cut_is_there(
         return real(*given)
 
     monkeypatch.setattr(backbone, "load_backbone", downloading)
-    pooled, stage = FeatureCache(open_dataset(folder), spec, settings).extracted_at([Output(), Output("layer3")])
+    pooled, stage = FeatureCache(open_dataset(folder), spec, settings).features([Output(), Output("layer3")])
 
     assert pooled.store.key != old.store.key
     assert pooled.store.spec["backbone"] == stage.store.spec["backbone"]

@@ -184,7 +184,7 @@ def test_floats_are_whole_classes_in_every_kind(tmp_path: Path, kind: Callable[.
     """A column that pandas made of floats, for a missing value once, has the classes 0 and 1."""
     source = kind(tmp_path, [0.0, 1.0, 0.0, 1.0] if kind is not as_csv else [0, 1, 0, 1])
 
-    assert [item.label for item in source.items] == ["0", "1", "0", "1"]
+    assert [item.label for item in source.samples] == ["0", "1", "0", "1"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,7 +235,7 @@ def test_a_hub_test_part_without_labels_is_left_out(tmp_path: Path) -> None:
         test={"image": images(3), "label": [-1] * 3, "_": dict(kinds)},
     )
 
-    assert [item.label for item in source.items] == ["cat", "dog", "cat", "dog"]
+    assert [item.label for item in source.samples] == ["cat", "dog", "cat", "dog"]
     assert any("left out: 3 images of the split test" in note for note in source.notes)
 
 
@@ -286,7 +286,7 @@ def test_numbers_stay_targets(tmp_path: Path, run: Run) -> None:
     done = run("fit", tmp_path / "x.npz", *TINY, "--target", "number", "--head", "ridge", "--json")
 
     assert done.code == 0
-    assert {float(item.label) for item in open_dataset(tmp_path / "x.npz").items} == set(values.tolist())
+    assert {float(item.label) for item in open_dataset(tmp_path / "x.npz").samples} == set(values.tolist())
 
 
 def test_a_group_that_is_missing_names_its_row(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_group_that_is_missing_names_its_row(tmp_path: Path) -> None:
 
     (tmp_path / "x.csv").write_text("path,label,split,who\na,x,train,1\nb,y,train,2\nc,,test,\n")
     assert read_column(str(tmp_path / "x.csv"), "who") == ["1", "2"]
-    assert len(open_dataset(tmp_path / "x.csv").items) == 2
+    assert len(open_dataset(tmp_path / "x.csv").samples) == 2
 
     (tmp_path / "x.csv").write_text("path,label,who\na,x,1\nb,y,\n")
     with pytest.raises(DataError, match="line 3 has none"):
@@ -340,7 +340,7 @@ def test_the_order_of_members_decides_nothing(tmp_path: Path) -> None:
 
     for order in (members, members[::-1], sorted(members), sorted(members, key=lambda one: one[0][::-1])):
         source = open_dataset(shard(tmp_path / "x.tar", order))
-        assert sorted((item.path.split("/")[1], item.label) for item in source.items) == expected
+        assert sorted((item.path.split("/")[1], item.label) for item in source.samples) == expected
         assert any("1 image beside another of the same sample" in note for note in source.notes)
 
 
@@ -358,7 +358,7 @@ def test_members_that_are_not_read_are_counted(tmp_path: Path) -> None:
 
     source = open_dataset(shard(tmp_path / "x.tar", members))
 
-    assert len(source.items) == 1
+    assert len(source.samples) == 1
     assert "left out: 3 members of shards (.seg.png 1, .npy 1, labels without an image 1)" in source.notes[0]
     for twice in (("0.ppm", image), ("./0.PPM", image), ("0.cls", b"dog")):
         with pytest.raises(DataError, match="is there twice"):
@@ -373,9 +373,9 @@ def test_splits_in_the_middle_of_shards_names(tmp_path: Path) -> None:
 
     source = open_dataset(f"wds:{tmp_path}/pets-{{train,val,test}}-0.tar")
 
-    assert [item.split for item in source.items] == ["train", "val"]
+    assert [item.split for item in source.samples] == ["train", "val"]
     for number, split in enumerate(("train", "test")):
         (tmp_path / split).mkdir()
         shard(tmp_path / split / f"{number}.tar", [("0.ppm", image), ("0.cls", b"a")])
-    assert [item.split for item in open_dataset(f"wds:{tmp_path}/{{train/0,test/1}}.tar").items] == ["train", "test"]
+    assert [item.split for item in open_dataset(f"wds:{tmp_path}/{{train/0,test/1}}.tar").samples] == ["train", "test"]
     assert any("1 images of the split test" in note or "1 image" in note for note in source.notes)

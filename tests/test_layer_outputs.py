@@ -242,7 +242,7 @@ def test_layers_and_tuning_with_another_pooling(folder: Path, tiny: BackboneSpec
     """Layers are extracted and a stage is tuned from its stored activations, not from pixels."""
     bench = FeatureCache(open_dataset(folder), BackboneSpec(**{**vars(tiny), "pool": pool}), settings)
 
-    layers, own = bench.extracted_at([Output("layer2+layer3"), Output("pooled")])
+    layers, own = bench.features([Output("layer2+layer3"), Output("pooled")])
     tuned = run_finetune(bench, FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,)))
 
     assert layers.store.features().X.shape == (36, 96 + 144)

@@ -29,7 +29,7 @@ def draw(root: Path, *places: str) -> Path:
 
 def described(source: Dataset) -> list[tuple[str, str, str]]:
     """Return paths, labels and splits."""
-    return [(item.path, item.label, item.split) for item in source.items]
+    return [(item.path, item.label, item.split) for item in source.samples]
 
 
 def said(source: Dataset) -> str:
@@ -46,7 +46,7 @@ def test_a_linked_test_split_is_read(tmp_path: Path) -> None:
     source = open_dataset(tmp_path / "exp")
 
     assert [place[2] for place in described(source)] == ["test", "test", "train", "train"]
-    assert source.items[0].path == "test/cat/3.png"
+    assert source.samples[0].path == "test/cat/3.png"
     assert source.read("test/cat/3.png") == (tmp_path / "shared" / "test" / "cat" / "3.png").read_bytes()
     assert not source.notes
 
@@ -87,7 +87,7 @@ def test_links_in_a_circle_end(tmp_path: Path, target: str) -> None:
 
     source = open_dataset(tmp_path / "data")
 
-    assert len(source.items) == 2
+    assert len(source.samples) == 2
     assert "1 link " in said(source)
 
 
@@ -126,7 +126,7 @@ def test_every_suffix_of_formats_that_are_decoded_is_read(tmp_path: Path, suffix
     draw(tmp_path, "cat/1.png")
     (tmp_path / "cat" / "1.png").rename(tmp_path / "cat" / f"1{suffix}")
 
-    assert [item.path for item in open_dataset(tmp_path).items] == [f"cat/1{suffix}"]
+    assert [item.path for item in open_dataset(tmp_path).samples] == [f"cat/1{suffix}"]
 
 
 def test_other_files_are_counted(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_usual_names_of_splits_are_read(tmp_path: Path, folder: str, split: str)
     """Splits go by several names, in any case."""
     draw(tmp_path, "Training/a/1.png", f"{folder}/a/2.png")
 
-    assert {item.split for item in open_dataset(tmp_path).items} == {"train", split}
+    assert {item.split for item in open_dataset(tmp_path).samples} == {"train", split}
 
 
 def test_what_lies_beside_train_is_counted(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_what_lies_beside_train_is_counted(tmp_path: Path) -> None:
 
     source = open_dataset(tmp_path)
 
-    assert len(source.items) == 2
+    assert len(source.samples) == 2
     assert "beside train/ (images: extras 2, test_b 1)" in said(source)
     assert "2 images outside class folders (./ 1, test/ 1)" in said(source)
 

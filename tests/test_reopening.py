@@ -106,7 +106,7 @@ def reopened(source: Dataset, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, 
     done = FeatureCache(source, BackboneSpec("test_resnet", random_init=0), settings)
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    card = json.loads(json.dumps(done.source.reopens or done.source.location))
+    card = json.loads(json.dumps(done.dataset.reopens or done.dataset.location))
     return open_dataset(card)
 
 
@@ -118,13 +118,13 @@ def test_every_kind_opens_again(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     source = open_dataset(KINDS[kind](folder))
-    first = source.read(source.items[0].path)
+    first = source.read(source.samples[0].path)
 
     again = reopened(source, tmp_path / "there", monkeypatch, settings)
 
     assert again.location == source.location or kind == "hub"
-    assert [(item.path, item.label) for item in again.items] == [(item.path, item.label) for item in source.items]
-    assert again.read(again.items[0].path) == first
+    assert [(item.path, item.label) for item in again.samples] == [(item.path, item.label) for item in source.samples]
+    assert again.read(again.samples[0].path) == first
 
 
 def test_torchvisions_sets_open_again(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_torchvisions_sets_open_again(tmp_path: Path, settings: Settings, monkey
     monkeypatch.chdir(tmp_path)
     source = open_dataset("torchvision:MNIST", data_root=Path("root"))
 
-    assert reopened(source, tmp_path / "there", monkeypatch, settings).items == source.items
+    assert reopened(source, tmp_path / "there", monkeypatch, settings).samples == source.samples
 
 
 def test_a_card_has_that_text(
@@ -174,9 +174,11 @@ def test_images_in_memory_cannot_be_opened_again(
     for number in range(12):
         draw_image(tmp_path / "one.png", (200 * (number % 2), 40, 40), number)
         blobs[f"{number}.png"] = (tmp_path / "one.png").read_bytes()
-    from featcache.datasets import Blobs
+    from featcache.datasets import MemoryReader
 
-    source = Dataset("mine", "a program's own", tuple(Sample(path, str(int(path[:-4]) % 2)) for path in blobs), Blobs(blobs))
+    source = Dataset(
+        "mine", "a program's own", tuple(Sample(path, str(int(path[:-4]) % 2)) for path in blobs), MemoryReader(blobs)
+    )
     head = run_fit(FeatureCache(source, tiny, settings), FitPlan(("ridge",), baselines=False)).heads[0].bundle
 
     with pytest.raises(DataError, match="--check"):

@@ -196,7 +196,7 @@ def test_pools_of_maps(tiny: BackboneSpec) -> None:
 def test_layers_are_the_pooled_stages(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Several layers in one pass are their maps' averages side by side, the last one the embedding itself."""
     bench = FeatureCache(open_dataset(folder), tiny, settings)
-    layers, stage, embedding = bench.extracted_at(
+    layers, stage, embedding = bench.features(
         [Output("layer2+layer3+layer4"), Output("layer2", "float32"), Output("pooled")]
     )
 
@@ -218,7 +218,7 @@ def test_one_pass_fills_every_entry(folder: Path, tiny: BackboneSpec, settings: 
     removed.write_bytes(content)
     bench = FeatureCache(open_dataset(folder), tiny, settings)
 
-    several = bench.extracted_at([Output("pooled"), Output("layer2"), Output("input")])
+    several = bench.features([Output("pooled"), Output("layer2"), Output("input")])
 
     assert [done.report.computed for done in several] == [36, 1, 36]
     for done in several:

@@ -56,7 +56,7 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
 def test_four_parts_one_killed_give_what_one_run_gives(tmp_path: Path) -> None:
     """Four processes at once on one entry, one of them killed and started again."""
     folder = draw_folder(tmp_path / "images", per_class=200)
-    code = "from featcache.stages import extract; extract.MIN_PART_SECONDS = 0.1; from featcache.cli import main; main()"
+    code = "from featcache.extraction import extract; extract.MIN_PART_SECONDS = 0.1; from featcache.cli import main; main()"
     command = [sys.executable, "-c", code, "extract", str(folder), *TINY, "--input-size", "96", "--workers", "1", "--cache"]
 
     def start(number: int) -> subprocess.Popen[bytes]:

@@ -18,8 +18,8 @@ def test_flat_folder(folder: Path) -> None:
 
     assert source.name == "images"
     assert source.classes == ("blue", "green", "red")
-    assert len(source.items) == 36
-    assert source.items[0] == Sample("blue/00.png", "blue", "")
+    assert len(source.samples) == 36
+    assert source.samples[0] == Sample("blue/00.png", "blue", "")
 
 
 def test_split_folder_and_what_is_beside_it(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_split_folder_and_what_is_beside_it(tmp_path: Path) -> None:
 
     source = open_dataset(tmp_path)
 
-    found = sorted((item.label, item.split) for item in source.items)
+    found = sorted((item.label, item.split) for item in source.samples)
     assert found == [("a", "train"), ("a", "val"), ("b", "test"), ("b", "train")]
     assert any("extras" in note for note in source.notes)
 
@@ -50,7 +50,7 @@ def test_hidden_files_links_to_folders_and_other_files_are_skipped(folder: Path)
     draw_image(folder / ".hidden" / "00.png", (0, 0, 0), 6)
     (folder / "red" / "notes.txt").write_text("no image")
 
-    assert len(open_dataset(folder).items) == 36
+    assert len(open_dataset(folder).samples) == 36
 
 
 def test_an_empty_class_is_reported(folder: Path) -> None:
@@ -77,7 +77,7 @@ def test_manifest(folder: Path) -> None:
 
     source = open_dataset(folder / "list.csv")
 
-    assert source.items == (Sample("red/00.png", "warm", "train"), Sample("blue/00.png", "cold", "test"))
+    assert source.samples == (Sample("red/00.png", "warm", "train"), Sample("blue/00.png", "cold", "test"))
     assert source.read("red/00.png") == (folder / "red" / "00.png").read_bytes()
 
 
@@ -105,9 +105,9 @@ def test_digits_are_images() -> None:
     from sklearn.datasets import load_digits
 
     source = open_dataset("sklearn:digits")
-    first = np.asarray(Image.open(io.BytesIO(source.read(source.items[0].path))))
+    first = np.asarray(Image.open(io.BytesIO(source.read(source.samples[0].path))))
 
-    assert len(source.items) == 1797
+    assert len(source.samples) == 1797
     np.testing.assert_array_equal(np.round(first / 255 * 16), load_digits().images[0])
 
 
@@ -133,5 +133,5 @@ def test_absolute_paths_in_a_manifest(tmp_path: Path) -> None:
 
     source = open_dataset(manifest)
 
-    assert all(source.read(item.path) for item in source.items)
-    assert all(source.stat(item.path) is not None for item in source.items)
+    assert all(source.read(item.path) for item in source.samples)
+    assert all(source.stat(item.path) is not None for item in source.samples)

@@ -35,13 +35,13 @@ def arrays() -> np.ndarray:
 def same_pixels(source: Dataset, expected: np.ndarray) -> None:
     """The source's images, in order, are these."""
     transform = Transform(10, decoder="pillow")
-    for item, pixels in zip(source.items, expected, strict=True):
+    for item, pixels in zip(source.samples, expected, strict=True):
         np.testing.assert_array_equal(decode(source.read(item.path), transform), decode(encode(pixels), transform))
 
 
 def described(source: Dataset) -> list[tuple[str, str]]:
     """Labels and splits in order."""
-    return [(item.label, item.split) for item in source.items]
+    return [(item.label, item.split) for item in source.samples]
 
 
 EXPECTED = list(zip(LABELS, SPLITS, strict=True))
@@ -73,9 +73,9 @@ def test_parquet_of_bytes(tmp_path: Path) -> None:
 
     assert described(source) == EXPECTED
     same_pixels(source, arrays())
-    assert source.read(source.items[5].path) == encode(arrays()[5])
-    assert source.read(source.items[0].path) == encode(arrays()[0])
-    assert pickle.loads(pickle.dumps(source)).read(source.items[3].path) == encode(arrays()[3])  # noqa: S301 - our own
+    assert source.read(source.samples[5].path) == encode(arrays()[5])
+    assert source.read(source.samples[0].path) == encode(arrays()[0])
+    assert pickle.loads(pickle.dumps(source)).read(source.samples[3].path) == encode(arrays()[3])  # noqa: S301 - our own
 
 
 def test_parquet_as_the_hub_writes_it(tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_parquet_as_the_hub_writes_it(tmp_path: Path) -> None:
 
     source = open_dataset(write_parquet(tmp_path / "pets.parquet", columns, metadata))
 
-    assert [item.label for item in source.items] == LABELS
-    assert source.items[2].path == "00000002-2.ppm"
+    assert [item.label for item in source.samples] == LABELS
+    assert source.samples[2].path == "00000002-2.ppm"
     same_pixels(source, arrays())
 
 
@@ -120,7 +120,7 @@ def test_arrays(tmp_path: Path, kind: str) -> None:
 
     assert described(source) == EXPECTED
     same_pixels(source, arrays())
-    stat = source.stat(source.items[1].path)
+    stat = source.stat(source.samples[1].path)
     assert stat is not None
     assert stat.size == path.stat().st_size
 
@@ -212,7 +212,7 @@ def test_shards_are_read_in_place(tmp_path: Path) -> None:
     same_pixels(source, arrays()[:4])
     same_pixels(test, arrays()[4:])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test-000.tar", "train-000.tar", "train-001.tar"]
-    assert pickle.loads(pickle.dumps(test)).read(test.items[0].path) == pixels[4]  # noqa: S301 - our own
+    assert pickle.loads(pickle.dumps(test)).read(test.samples[0].path) == pixels[4]  # noqa: S301 - our own
 
 
 def test_bad_shards_are_refused(tmp_path: Path) -> None:
@@ -248,10 +248,10 @@ def test_torchvision_arrays(tmp_path: Path) -> None:
 
     source = open_dataset("torchvision:MNIST", data_root=tmp_path)
 
-    assert [item.split for item in source.items] == ["train"] * 4 + ["test"] * 2
-    assert source.items[1].label == "1 - one"
-    assert decode(source.read(source.items[5].path), Transform(28)).shape == (1, 28, 28, 3)
-    assert len({item.path for item in source.items}) == 6
+    assert [item.split for item in source.samples] == ["train"] * 4 + ["test"] * 2
+    assert source.samples[1].label == "1 - one"
+    assert decode(source.read(source.samples[5].path), Transform(28)).shape == (1, 28, 28, 3)
+    assert len({item.path for item in source.samples}) == 6
 
 
 def test_torchvision_files(tmp_path: Path, folder: Path) -> None:
@@ -262,7 +262,7 @@ def test_torchvision_files(tmp_path: Path, folder: Path) -> None:
     source = open_dataset("torchvision:EuroSAT", data_root=tmp_path)
 
     assert source.classes == ("blue", "green", "red")
-    assert source.items[0].path == "blue/00.png"
+    assert source.samples[0].path == "blue/00.png"
     assert source.stat("blue/00.png") is not None
 
 
@@ -279,9 +279,11 @@ def test_torchvision_train_and_val_are_not_read_twice(tmp_path: Path) -> None:
 
     source = open_dataset("torchvision:FGVCAircraft", data_root=tmp_path)
 
-    held = {part: {Path(item.path).name for item in source.items if item.split == part} for part in ("train", "val", "test")}
+    held = {
+        part: {Path(item.path).name for item in source.samples if item.split == part} for part in ("train", "val", "test")
+    }
     assert {part: len(names) for part, names in held.items()} == {"train": 4, "val": 4, "test": 4}
-    assert len(source.items) == 12
+    assert len(source.samples) == 12
     assert not held["train"] & held["val"]
 
 
@@ -299,8 +301,8 @@ def test_torchvision_trainval_trains_where_there_is_nothing_else(tmp_path: Path)
 
     source = open_dataset("torchvision:OxfordIIITPet", data_root=tmp_path)
 
-    assert sorted(item.split for item in source.items) == ["test"] * 2 + ["train"] * 6
-    assert len({Path(item.path).name for item in source.items}) == 8
+    assert sorted(item.split for item in source.samples) == ["test"] * 2 + ["train"] * 6
+    assert len({Path(item.path).name for item in source.samples}) == 8
 
 
 def test_what_says_where_a_set_was_opens_it_again(tmp_path: Path) -> None:
@@ -309,7 +311,7 @@ def test_what_says_where_a_set_was_opens_it_again(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", {"0.ppm": encode(arrays()[0]), "0.cls": b"cat"})
 
     for source in (open_dataset("torchvision:MNIST", data_root=tmp_path), open_dataset(f"wds:{tmp_path}/a.tar")):
-        assert open_dataset(source.location).items == source.items
+        assert open_dataset(source.location).samples == source.samples
 
 
 @pytest.mark.parametrize(
@@ -355,7 +357,7 @@ def test_hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_dataset(f"hf:{tmp_path / 'pets'}")
 
     assert sorted(described(source)) == sorted(EXPECTED)
-    pixels = {source.read(item.path) for item in source.items}
+    pixels = {source.read(item.path) for item in source.samples}
     assert pixels == {encode(one) for one in arrays()}
     with pytest.raises(DataError, match="cannot be loaded"):
         open_dataset(f"hf:{tmp_path / 'absent'}")

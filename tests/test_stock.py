@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, Outcome, draw_folder, draw_image
 
-from featcache.datasets import Blobs, Dataset, FileStat, Sample, open_dataset
+from featcache.datasets import Dataset, FileStat, MemoryReader, Sample, open_dataset
 from featcache.datasets.images import encode
 from featcache.errors import StorageError
 from featcache.extraction import extract as stage
@@ -33,7 +33,7 @@ def with_copies() -> Dataset:
     rng = np.random.default_rng(0)
     images = [encode(rng.integers(0, 255, (8, 8, 3), np.uint8)) for _ in range(3)]
     blobs = {"a.ppm": images[0], "b.ppm": images[0], "c.ppm": images[1], "d.ppm": images[2]}
-    return Dataset("copies", "memory", [Sample(name, "x") for name in blobs], Blobs(blobs))
+    return Dataset("copies", "memory", [Sample(name, "x") for name in blobs], MemoryReader(blobs))
 
 
 def compute(source: Dataset, store: FeatureStore, run: Callable[[Any], Any], workers: int = 2) -> ExtractReport:
@@ -116,7 +116,7 @@ def test_a_file_that_was_written_over_is_noticed_though_its_time_was_put_back(
 
     stock = scan(open_dataset(folder), store)
 
-    assert [open_dataset(folder).items[index].path for index in stock.pending] == ["red/00.png"]
+    assert [open_dataset(folder).samples[index].path for index in stock.pending] == ["red/00.png"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_listing_without_ctime_is_believed_as_before(tmp_path: Path, monkeypat
     listing = store.listing()
     listing.seen.stat[:, 3] = -1
     store.commit(listing=listing)
-    monkeypatch.setattr(type(source.contents), "read", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(type(source.reader), "read", lambda *_: pytest.fail("an image was read"))
 
     assert len(scan(source, FeatureStore.open(store.path)).cached) == 36
 
@@ -169,7 +169,7 @@ def test_what_was_hashed_again_is_hashed_once(
     second = FeatureCache(open_dataset(folder), tiny, settings).extracted()
     table = (second.store.path / "features.h5").read_bytes()
     source = open_dataset(folder)
-    monkeypatch.setattr(type(source.contents), "read", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(type(source.reader), "read", lambda *_: pytest.fail("an image was read"))
 
     third = FeatureCache(source, tiny, settings).extracted()
 

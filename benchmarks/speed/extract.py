@@ -35,7 +35,7 @@ from PIL import Image
 
 from featcache.datasets import open_dataset
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.loader import Reader
+from featcache.extraction.loader import BatchReader
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 from featcache.store.entry import FeatureStore
 
@@ -175,7 +175,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
         bench = FeatureCache(source, spec, Settings(Path(cache)))
         backbone, workers = bench.backbone, Workers(CORES, 1)
         plan = bench.plan_for(backbone.transform, Views())
-        positions = list(range(len(source.items)))
+        positions = list(range(len(source.samples)))
         size = backbone.transform.input_size
         first = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)
         runs: dict[str, Any] = {}
@@ -194,7 +194,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
                 runs[name] = chosen.run
             rounded = [
                 (
-                    decode_rate(Reader(source, positions, plan.transform, plan.views, ()), plan.batch_size, seconds),
+                    decode_rate(BatchReader(source, positions, plan.transform, plan.views, ()), plan.batch_size, seconds),
                     {name: forward_rate(run, first, workers.count, seconds) for name, run in runs.items()},
                 )
                 for _ in range(rounds)
@@ -211,7 +211,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
         }
 
 
-def decode_rate(reader: Reader, size: int, seconds: float) -> float:
+def decode_rate(reader: BatchReader, size: int, seconds: float) -> float:
     """Return images a second that one thread reads, hashes and decodes."""
     images, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds and (count := len(reader.fill(size))):
@@ -353,7 +353,7 @@ def seconds_of(act: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _fill(reader: Reader, size: int, _: Any) -> None:
+def _fill(reader: BatchReader, size: int, _: Any) -> None:
     reader.fill(size)
 
 
@@ -372,7 +372,7 @@ def measure_gpu(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, A
         size = bench.backbone.transform.input_size
         batch = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)
         forward = forward_rate(run, batch, workers, 10.0)
-        reader = Reader(bench.source, range(len(bench.source.items)), plan.transform, plan.views, ())
+        reader = BatchReader(bench.dataset, range(len(bench.dataset.samples)), plan.transform, plan.views, ())
         decode = forward_rate(partial(_fill, reader, plan.batch_size), batch, workers, 10.0)
         start = time.perf_counter()
         done = bench.extracted()

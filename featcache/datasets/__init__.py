@@ -6,10 +6,10 @@ from pathlib import Path
 
 from featcache.datasets.arrays import open_digits, open_hdf5, open_npz
 from featcache.datasets.base import (
-    Blobs,
     Dataset,
-    Files,
+    FileReader,
     FileStat,
+    MemoryReader,
     Sample,
     location_hash,
     read_file,
@@ -26,10 +26,10 @@ from featcache.datasets.webdataset import open_shards
 from featcache.errors import DataError, FeatcacheError, UsageError
 
 __all__ = [
-    "Blobs",
     "Dataset",
+    "FileReader",
     "FileStat",
-    "Files",
+    "MemoryReader",
     "Sample",
     "image_files",
     "location_hash",
@@ -76,10 +76,10 @@ def open_dataset(
     except Exception as error:  # the readers of other libraries raise anything: what they cannot read is the data's fault
         said = next(iter(str(error).strip().splitlines()), "")
         raise DataError(f"{data}: cannot be read ({type(error).__name__}{f': {said}' if said else ''}).") from error
-    if not source.items:
+    if not source.samples:
         also = f" {'; '.join(source.notes)}." if source.notes else ""
         raise DataError(f"{data}: no image found in it. A folder needs CLASS/IMAGE or train/CLASS/IMAGE files.{also}")
-    odd = tuple(f"{data}: {note}" for note in odd_names(source.packed.labels))
+    odd = tuple(f"{data}: {note}" for note in odd_names(source.table.labels))
     return replace(
         source,
         name=source.name if name is None else safe_name(name),

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from featcache.datasets.base import Blobs, Dataset, Numbered, Sample, SampleTable, looks_like_split, safe_name, split_of
+from featcache.datasets.base import (
+    ArrayReader,
+    Dataset,
+    MemoryReader,
+    Sample,
+    SampleTable,
+    looks_like_split,
+    safe_name,
+    split_of,
+)
 from featcache.datasets.images import MAX_MEGAPIXELS, UnreadableImage, encode
 from featcache.datasets.labels import Labels, labelled
 from featcache.datasets.tree import many
@@ -129,7 +138,7 @@ def open_digits(text: str) -> Dataset:
         path = f"{index:04d}.pgm"
         blobs[path] = b"P5 8 8 255\n" + (image * 255 / 16).round().astype("uint8").tobytes()
         items.append(Sample(path, str(label)))
-    return Dataset("digits", text, tuple(items), Blobs(blobs))
+    return Dataset("digits", text, tuple(items), MemoryReader(blobs))
 
 
 def from_array(
@@ -159,7 +168,7 @@ def from_array(
         raise DataError(f"{location}: some rows have a split and some have none: fill in all of them, or none.")
     items = (Sample(f"{row:08d}", labels[row] or "", given[row]) for row in kept)
     packed = SampleTable(items)
-    return Dataset(name, location, packed, Numbered(_RowNumbers(shape[0]), _Rows(images), holder), tuple(notes))
+    return Dataset(name, location, packed, ArrayReader(_RowNumbers(shape[0]), _Rows(images), holder), tuple(notes))
 
 
 class _RowNumbers(Mapping[str, int]):

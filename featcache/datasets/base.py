@@ -40,15 +40,15 @@ class Sample:
 class SampleTable(Sequence[Sample]):
     """Images of a source, packed: millions of them are listed at a time, and looked at one by one."""
 
-    def __init__(self, items: Iterable[Sample]) -> None:
+    def __init__(self, samples: Iterable[Sample]) -> None:
         self._labels: dict[str, int] = {}
         self._splits: dict[str, int] = {}
         self._text, self._ends, self._kinds = bytearray(), array("q", [0]), array("q")
-        for item in items:
-            self._text += os.fsencode(item.path)
+        for sample in samples:
+            self._text += os.fsencode(sample.path)
             self._ends.append(len(self._text))
-            label = self._labels.setdefault(item.label, len(self._labels))
-            self._kinds.append(label * _MOST_SPLITS + self._splits.setdefault(item.split, len(self._splits)))
+            label = self._labels.setdefault(sample.label, len(self._labels))
+            self._kinds.append(label * _MOST_SPLITS + self._splits.setdefault(sample.split, len(self._splits)))
         self._label_names, self._split_names = tuple(self._labels), tuple(self._splits)
 
     @property
@@ -138,7 +138,7 @@ def _require_readable(found: os.stat_result) -> None:
         raise OSError(f"{found.st_size / 1e6:.0f} MB, over the limit of {MOST_IMAGE_BYTES / 1e6:.0f} MB an image")
 
 
-class Contents(Protocol):
+class Reader(Protocol):
     """Where the bytes of a source's images are; many threads read at once."""
 
     def read(self, path: str) -> bytes:
@@ -149,7 +149,7 @@ class Contents(Protocol):
 
 
 @dataclass(frozen=True)
-class Files:
+class FileReader:
     """Images that are files below a folder, or anywhere where their path is absolute."""
 
     root: Path
@@ -164,7 +164,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Blobs:
+class MemoryReader:
     """Images in memory."""
 
     content: Mapping[str, bytes]
@@ -178,7 +178,7 @@ class Blobs:
 
 
 @dataclass(frozen=True)
-class Numbered:
+class ArrayReader:
     """Images that one file holds by number: ``read_at`` gives the bytes of the n-th, ``holder`` is that file."""
 
     numbers: Mapping[str, int]
@@ -207,27 +207,27 @@ class Dataset:
 
     name: str
     location: str
-    items: Sequence[Sample]
-    contents: Contents = field(default_factory=lambda: Blobs({}))
+    samples: Sequence[Sample]
+    reader: Reader = field(default_factory=lambda: MemoryReader({}))
     notes: tuple[str, ...] = ()
     label_lists: bool = False
     reopens: str = ""
 
     def __post_init__(self) -> None:
         """Pack the list."""
-        if not isinstance(self.items, SampleTable):
-            object.__setattr__(self, "items", SampleTable(self.items))
+        if not isinstance(self.samples, SampleTable):
+            object.__setattr__(self, "samples", SampleTable(self.samples))
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names in order."""
-        return tuple(sorted(self.packed.labels, key=natural))
+        return tuple(sorted(self.table.labels, key=natural))
 
     @property
-    def packed(self) -> SampleTable:
-        """The items, as they are kept."""
-        assert isinstance(self.items, SampleTable)
-        return self.items
+    def table(self) -> SampleTable:
+        """The samples, as they are kept."""
+        assert isinstance(self.samples, SampleTable)
+        return self.samples
 
     def read(self, path: str) -> bytes:
         """Return an image's bytes.
@@ -236,7 +236,7 @@ class Dataset:
             OSError: it cannot be read.
         """
         try:
-            return self.contents.read(path)
+            return self.reader.read(path)
         except OSError:
             raise
         except Exception as error:  # the readers of other libraries raise anything; one image must not end a run
@@ -249,7 +249,7 @@ class Dataset:
             OSError: it cannot be reached.
         """
         try:
-            return self.contents.stat(path)
+            return self.reader.stat(path)
         except OSError:
             raise
         except Exception as error:  # as above; a NUL in a path is a ValueError

@@ -8,7 +8,7 @@ from pathlib import Path
 from featcache.datasets.base import (
     SPLIT_FOLDERS,
     Dataset,
-    Files,
+    FileReader,
     Sample,
     SampleTable,
     looks_like_split,
@@ -76,7 +76,7 @@ def open_folder(root: Path) -> Dataset:
             f"{root}: {many(nested.total(), 'image')} in folders inside class folders are of the class of the outer one "
             f"({tallied(nested)})"
         )
-    return Dataset(safe_name(root.resolve().name), str(root.resolve()), packed, Files(root.resolve()), tuple(notes))
+    return Dataset(safe_name(root.resolve().name), str(root.resolve()), packed, FileReader(root.resolve()), tuple(notes))
 
 
 def folders_in(root: Path) -> list[str]:

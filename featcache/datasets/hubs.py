@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from featcache.datasets.arrays import from_array
-from featcache.datasets.base import Dataset, Files, Numbered, Sample, looks_like_split, read_file, safe_name, split_of
+from featcache.datasets.base import (
+    ArrayReader,
+    Dataset,
+    FileReader,
+    Sample,
+    looks_like_split,
+    read_file,
+    safe_name,
+    split_of,
+)
 from featcache.datasets.images import encode_image
 from featcache.datasets.labels import Labels, labelled
 from featcache.datasets.tree import many
@@ -102,7 +111,7 @@ def open_hub(name: str, *, download: bool) -> Dataset:
     for split, row, label in (rows[number] for number in kept):
         items.setdefault(split, []).append(Sample(f"{row:08d}", label or ""))
     several = [
-        Dataset(name, name, items[split], part.contents, (), part.lists)
+        Dataset(name, name, items[split], part.reader, (), part.lists)
         for split, part in zip(parts, read, strict=True)
         if split in items
     ]
@@ -116,7 +125,7 @@ def open_hub(name: str, *, download: bool) -> Dataset:
 class _HubPart:
     """One split: what reads its images, its labels, notes on other columns, and whether labels are lists."""
 
-    contents: Numbered
+    reader: ArrayReader
     labels: list[str | None]
     notes: list[str]
     lists: bool
@@ -163,7 +172,7 @@ def _hub_part(name: str, split: str, rows: Any, datasets: Any) -> _HubPart:
         left = [key for key in all_of if key != chosen]
         if left:
             notes.append(f"hf:{name}: the column {chosen} is read, not {', '.join(left)}")
-    return _HubPart(Numbered(numbers, partial(_hub_bytes, undecoded, image)), texts, notes, read.lists)
+    return _HubPart(ArrayReader(numbers, partial(_hub_bytes, undecoded, image)), texts, notes, read.lists)
 
 
 def _first_line(error: Exception) -> str:
@@ -259,7 +268,7 @@ def _torchvision_part(name: str, location: str, part: Any) -> Dataset:
             root = Path(os.path.commonpath([str(place.parent) for place in places]))
             named = zip(places, texts(label for _, label in pairs), strict=True)
             items = tuple(Sample(place.relative_to(root).as_posix(), label) for place, label in named)
-            return Dataset(name, location, items, Files(root), (), read.lists)
+            return Dataset(name, location, items, FileReader(root), (), read.lists)
     given = next((getattr(part, key) for key in ("targets", "labels", "_labels") if hasattr(part, key)), None)
     data = getattr(part, "data", None)
     if data is not None and given is not None:
@@ -270,7 +279,7 @@ def _torchvision_part(name: str, location: str, part: Any) -> Dataset:
     found_labels = texts(part[row][1] for row in range(len(part))) if given is None else texts(given)
     items = tuple(Sample(f"{row:08d}", label) for row, label in enumerate(found_labels))
     numbers = {item.path: row for row, item in enumerate(items)}
-    return Dataset(name, location, items, Numbered(numbers, partial(_one, part)), (), read.lists)
+    return Dataset(name, location, items, ArrayReader(numbers, partial(_one, part)), (), read.lists)
 
 
 def _told_apart(names: list[str]) -> list[str]:
@@ -309,9 +318,11 @@ class _Parts:
 def _joined(name: str, location: str, splits: list[str], parts: list[Dataset], notes: list[str]) -> Dataset:
     said, lists = tuple(notes), any(part.label_lists for part in parts)
     if len(parts) == 1:
-        return Dataset(name, location, parts[0].items, parts[0].contents, said, lists)
+        return Dataset(name, location, parts[0].samples, parts[0].reader, said, lists)
     named = {f"{number}-{split}": part for number, (split, part) in enumerate(zip(splits, parts, strict=True))}
     items = tuple(
-        Sample(f"{key}/{item.path}", item.label, key.partition("-")[2]) for key, part in named.items() for item in part.items
+        Sample(f"{key}/{item.path}", item.label, key.partition("-")[2])
+        for key, part in named.items()
+        for item in part.samples
     )
     return Dataset(name, location, items, _Parts(named), said, lists)

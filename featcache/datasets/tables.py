@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featcache.datasets.base import Dataset, Files, Numbered, Sample, require_whole, safe_name, split_of
+from featcache.datasets.base import ArrayReader, Dataset, FileReader, Sample, require_whole, safe_name, split_of
 from featcache.datasets.labels import Labels, labelled
 from featcache.errors import DataError, SetupError
 
@@ -50,7 +50,7 @@ def open_csv(path: Path) -> Dataset:
     rows = _csv_rows(path)
     _, items, notes = rows.labelled(path, "line", 2)
     require_whole(items, str(path))
-    return Dataset(safe_name(path.stem), str(path.resolve()), tuple(items), Files(path.resolve().parent), notes)
+    return Dataset(safe_name(path.stem), str(path.resolve()), tuple(items), FileReader(path.resolve().parent), notes)
 
 
 def open_parquet(path: Path) -> Dataset:
@@ -61,10 +61,10 @@ def open_parquet(path: Path) -> Dataset:
     rows, column = _parquet_rows(path)
     kept, items, notes = rows.labelled(path, "row", 0)
     require_whole(items, str(path))
-    contents: Any = Files(path.resolve().parent)
+    contents: Any = FileReader(path.resolve().parent)
     if column is not None:
         numbers = {item.path: row for row, item in zip(kept, items, strict=True)}
-        contents = Numbered(numbers, _RowGroups(path, column), path.resolve())
+        contents = ArrayReader(numbers, _RowGroups(path, column), path.resolve())
     return Dataset(safe_name(path.stem), str(path.resolve()), tuple(items), contents, notes, rows.lists)
 
 

@@ -33,7 +33,7 @@ _LABEL_SUFFIXES = (".cls", ".json", ".txt")  # the first that says a label count
 
 
 @dataclass(frozen=True)
-class Members:
+class TarReader:
     """Images inside tar files: for each the archive, its offset and its size."""
 
     places: dict[str, tuple[Path, int, int]]
@@ -114,7 +114,7 @@ def open_shards(pattern: str) -> Dataset:
     require_whole(items, pattern)
     stem = re.sub(r"[-_.]*\{.*?\}[-_.]*", "", PurePosixPath(pattern).name).removesuffix(".tar") or "shards"
     location = str(Path(pattern).expanduser().absolute())
-    return Dataset(safe_name(stem), location, tuple(items), Members(places), tuple(notes), read.lists)
+    return Dataset(safe_name(stem), location, tuple(items), TarReader(places), tuple(notes), read.lists)
 
 
 def _indexed(path: Path, read: Labels) -> _Shard:

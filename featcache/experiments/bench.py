@@ -98,7 +98,7 @@ class _Runner:
             members = [name for name in fitting.heads if name != head]
             for seed in self.grid.seeds:
                 cell = head_cell(bench, features, head, fitting, seed, members)
-                what = f"{bench.source.name} {head}, seed {seed}"
+                what = f"{bench.dataset.name} {head}, seed {seed}"
                 self._cell(cell, what, partial(self._fit, bench, head, fitting, seed, ledger))
                 if ENSEMBLE not in names:
                     ledger.slim()
@@ -108,7 +108,7 @@ class _Runner:
                 cell = tune_cell(bench, features, plan.unfreeze.text, plan, seed, data.group)
                 if cell in self.there:
                     forget_state(bench.folder, cell)
-                what = f"{bench.source.name} {plan.unfreeze.text}, seed {seed}"
+                what = f"{bench.dataset.name} {plan.unfreeze.text}, seed {seed}"
                 self._cell(cell, what, partial(self._tune, bench, plan, data.group, seed, ledger))
 
     def _fitting(self, in_memory: bool) -> list[str]:  # noqa: FBT001

@@ -83,7 +83,7 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         raise SetupError("export needs ONNX: `pip install 'featcache[onnx]'`.") from None
     bench = bench_of(bundle, check, settings, weights)
     transform, pixels = bench.backbone.transform, []
-    for item in check.items:
+    for item in check.samples:
         try:
             pixels.append(decode(check.read(item.path), transform)[0])
         except (OSError, ValueError, UnreadableImage):

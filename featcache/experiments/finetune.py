@@ -168,7 +168,7 @@ class FineTuneInputs:
 
         for name in probes:
             heads.require_head(name)
-        require_one_label(bench.source)
+        require_one_label(bench.dataset)
         self.team = ProcessGroup()
         self.bench, self.seed, self.group = bench, seed, group
         self._heads, self._ledger = tuple(dict.fromkeys((*PROBES, *probes))), ledger
@@ -198,9 +198,9 @@ class FineTuneInputs:
         wanted = list(dict.fromkeys(cut for cut, _ in cuts.values()))
         targets = [Output(cut, plan.dtype if cut != INPUT else None) for cut in wanted]
         if plan.views == 1:
-            done = self.bench.extracted_at([Output(POOLED), *targets])[1:]
+            done = self.bench.features([Output(POOLED), *targets])[1:]
         else:
-            done = self.bench.extracted_at(targets, Views(plan.views))
+            done = self.bench.features(targets, Views(plan.views))
         entries = dict(zip(wanted, done, strict=True))
         self._entries = {cut: entries[where] for cut, (where, _) in cuts.items()}
         self._notes = {cut: notes for cut, (_, notes) in cuts.items()}

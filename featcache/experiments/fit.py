@@ -245,7 +245,7 @@ def run_fit(
 
     names = _heads_of(plan)
     if plan.target != "labels":
-        require_one_label(bench.source)
+        require_one_label(bench.dataset)
     done = bench.extracted(cut_of_layers(plan.layers) if plan.layers else POOLED, views=Views(plan.views))
     features, names = _features(done, plan, names)
     groups = groups_of(bench, features, plan.group)
@@ -476,7 +476,7 @@ def card_of(bench: FeatureCache, done: Extracted) -> dict[str, Any]:
         "loaded": done.store.spec["backbone"],
         "transform": done.store.spec["transform"],
         "weights": str(Path(bench.spec.weights).resolve()) if bench.spec.weights else None,
-        "data": bench.source.reopens or bench.source.location,
+        "data": bench.dataset.reopens or bench.dataset.location,
         "cut": done.cut,
     }
 
@@ -489,8 +489,8 @@ def groups_of(bench: FeatureCache, features: Features, column: str | None) -> li
     """
     if column is None:
         return None
-    values = read_column(bench.source.location, column)
-    of_path = dict(zip((item.path for item in bench.source.items), values, strict=True))
+    values = read_column(bench.dataset.location, column)
+    of_path = dict(zip((item.path for item in bench.dataset.samples), values, strict=True))
     return [of_path[path] for path in features.paths]
 
 

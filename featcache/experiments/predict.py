@@ -17,7 +17,7 @@ from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.metrics import at_temperature
 from featcache.extraction.extract import Ready
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.loader import Batch, Reader, run_batches, sample
+from featcache.extraction.loader import Batch, BatchReader, run_batches, sample
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads import answers, over_views
 from featcache.heads.bundle import Bundle
@@ -191,7 +191,7 @@ def label_images(
 
 def _predictions(bundle: Bundle, paths: Sequence[str], bench: FeatureCache) -> Iterator[Prediction]:
     embedder = _Embedder(bench, bundle.card.get("cut", "pooled"), Views(bundle.card.get("views", 1)))
-    position = {item.path: index for index, item in enumerate(bench.source.items)}
+    position = {item.path: index for index, item in enumerate(bench.dataset.samples)}
     with progress(len(paths), "predict") as bar:
         for start in range(0, len(paths), _AT_ONCE):
             yield from _in_order(bundle, paths[start : start + _AT_ONCE], position, embedder)
@@ -203,7 +203,7 @@ def _in_order(bundle: Bundle, paths: Sequence[str], position: dict[str, int], em
     done: dict[str, Prediction] = {}
     waiting = list(reversed(paths))
     for several in embedder.batches([position[path] for path in dict.fromkeys(paths)]):
-        done.update((one.path, one) for one in _answer(bundle, several, embedder.bench.source, embedder.views.count))
+        done.update((one.path, one) for one in _answer(bundle, several, embedder.bench.dataset, embedder.views.count))
         while waiting and waiting[-1] in done:
             yield done[waiting.pop()]
 
@@ -219,7 +219,7 @@ class _Embedder:
         """Yield images with their embeddings; copies of an image come last, with those of the first."""
         bench = self.bench
         plan = bench.plan_for(bench.backbone.transform, self.views)
-        reader = Reader(bench.source, positions, plan.transform, plan.views, ())
+        reader = BatchReader(bench.dataset, positions, plan.transform, plan.views, ())
         first = reader.fill(plan.batch_size)
         rows: dict[bytes, NDArray[Any]] = {}
         reasons: dict[str, str] = {}
@@ -227,7 +227,7 @@ class _Embedder:
         if first.fresh:
             with bench.threads():
                 if self._ready is None:
-                    self._ready = bench.prepare([self.cut], sample(first, plan.batch_size), len(bench.source.items))
+                    self._ready = bench.prepare([self.cut], sample(first, plan.batch_size), len(bench.dataset.samples))
                 run, workers = self._ready.run, self._ready.workers
             with closing(run_batches(reader, run, plan.batch_size, workers, deque([first]))) as running:
                 for batch in _inside(bench.threads, running):
@@ -243,7 +243,7 @@ class _Embedder:
         known = [copy for copy in copies if copy[1] in rows]
         if known:
             yield Batch(fresh=known, rows=(np.stack([rows[digest] for _, digest, _ in known]),))
-        paths = bench.source.items
+        paths = bench.dataset.samples
         broken = [(paths[index].path, digest.hex()) for index, digest, _ in copies if digest not in rows]
         if broken:  # they are answered too, else what comes behind them would wait for ever
             unread = "a copy of an image that could not be read"
@@ -264,7 +264,7 @@ def _answer(bundle: Bundle, batch: Batch, source: Dataset, views: int) -> list[P
     said = [Prediction(bad.path, reason=bad.reason) for bad in batch.bad]
     if not batch.fresh:
         return said
-    names = [source.items[position].path for position, _, _ in batch.fresh]
+    names = [source.samples[position].path for position, _, _ in batch.fresh]
     X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
     X = X.reshape(-1, X.shape[-1])
     if bundle.card.get("target") == "number":

@@ -17,9 +17,9 @@ from featcache.errors import DataError, StorageError
 from featcache.extraction import ray_engine as cluster
 from featcache.extraction.loader import (
     Batch,
+    BatchReader,
     Compute,
     Pixels,
-    Reader,
     compute,
     in_dtype,
     not_finite,
@@ -86,9 +86,9 @@ class ExtractPlan:
     purpose: str = ""
 
 
-def is_mine(source: Dataset, part: tuple[int, int], position: int) -> bool:
+def is_mine(dataset: Dataset, part: tuple[int, int], position: int) -> bool:
     """Tell whether an item belongs to a part (i, n), by the checksum of its path."""
-    return zlib.crc32(source.items[position].path.encode("utf-8", "surrogateescape")) % part[1] == part[0] - 1
+    return zlib.crc32(dataset.samples[position].path.encode("utf-8", "surrogateescape")) % part[1] == part[0] - 1
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class EntryWriter:
         self.cached = FileIndexBuilder(len(self.sink.stock.pending))
         self.have = DigestSet(len(self.there) + len(self.sink.stock.pending), self.there)
 
-    def take(self, batch: Batch, rows: NDArray[Any], source: Dataset) -> None:
+    def take(self, batch: Batch, rows: NDArray[Any], dataset: Dataset) -> None:
         """Sort a batch into rows, known images and bad ones."""
         self.quarantined += batch.bad
         if batch.copies:
@@ -180,7 +180,7 @@ class EntryWriter:
             return
         sighted = batch.sighted
         rows, finite = in_dtype([rows], self.sink.dtype)
-        unusable = not_finite(source, sighted.take(~finite), self.sink.dtype)
+        unusable = not_finite(dataset, sighted.take(~finite), self.sink.dtype)
         say_left_out(unusable)
         self.quarantined += unusable
         self.cached.add(self._lacked(sighted.take(finite)))
@@ -238,7 +238,7 @@ class EntryWriter:
         self.sink.store.commit(parts=parts, quarantined=[one for one in bad if one.sha256], seconds=self.seconds())
         self.computed += len(written.good[number])
 
-    def commit(self, source: Dataset, runtime: str) -> None:
+    def commit(self, dataset: Dataset, runtime: str) -> None:
         """Make the waiting rows count."""
         nothing = FileIndex.of([]), [np.empty((0, *self.sink.row), self.sink.dtype)]
         sighted, features = self.waiting.in_order() if self.waiting else nothing
@@ -247,8 +247,8 @@ class EntryWriter:
         copies, early = self._settled_copies()
         if len(sighted) or len(copies):
             now = now_ns()
-            also = copies.seen(source, now) if len(copies) else None
-            part = Part(features, sighted.seen(source, now), also)
+            also = copies.seen(dataset, now) if len(copies) else None
+            part = Part(features, sighted.seen(dataset, now), also)
             record = self.sink.store.add_part(part, runtime)
             bad = [bad for bad in self.quarantined if bad.sha256]
             self.sink.store.commit(parts=[record], quarantined=bad, seconds=self.seconds())
@@ -259,13 +259,13 @@ class EntryWriter:
         self.part_started = time.monotonic()
 
 
-def extract(source: Dataset, sinks: Sequence[Sink], prepare: Prepare, plan: ExtractPlan) -> list[ExtractReport]:
+def extract(dataset: Dataset, sinks: Sequence[Sink], prepare: Prepare, plan: ExtractPlan) -> list[ExtractReport]:
     """Compute the rows that entries lack in one pass, commit them part by part, then list the images as they are now.
 
     Killed at any point it loses the parts in flight; run again it goes on. An interrupt commits those too.
 
     Args:
-        source: the images.
+        dataset: the images.
         sinks: the entries that take the rows.
         prepare: makes ready what computes, given a first batch and how many images are left; called only if any is.
         plan: how the run goes.
@@ -284,21 +284,21 @@ def extract(source: Dataset, sinks: Sequence[Sink], prepare: Prepare, plan: Extr
     check_room(sinks, len(wanted), plan.views.count, plan.purpose)
     ready = Ready(lambda pixels: (pixels,))
     if len(wanted) and plan.remote is not None:
-        ready = _compute_there(source, wanted, harvests, plan.remote)
+        ready = _compute_there(dataset, wanted, harvests, plan.remote)
     elif len(wanted):
-        ready = _compute_here(source, wanted, harvests, prepare, plan)
+        ready = _compute_here(dataset, wanted, harvests, prepare, plan)
     ended = time.monotonic()
-    return [_finish(source, harvest, plan, (started, ended), ready) for harvest in harvests]
+    return [_finish(dataset, harvest, plan, (started, ended), ready) for harvest in harvests]
 
 
 def _compute_here(
-    source: Dataset, wanted: NDArray[np.int64], harvests: Sequence[EntryWriter], prepare: Prepare, plan: ExtractPlan
+    dataset: Dataset, wanted: NDArray[np.int64], harvests: Sequence[EntryWriter], prepare: Prepare, plan: ExtractPlan
 ) -> Ready:
     started, ready = time.monotonic(), Ready(lambda pixels: (pixels,))
     done = set.intersection(*(harvest.there for harvest in harvests))
-    reader = Reader(source, wanted, plan.transform, plan.views, done)
+    reader = BatchReader(dataset, wanted, plan.transform, plan.views, done)
     try:
-        with progress(len(wanted), f"extract {source.name}") as bar:
+        with progress(len(wanted), f"extract {dataset.name}") as bar:
             first = reader.fill(plan.batch_size)
             ahead = deque[Batch]()
             if first.fresh:
@@ -308,24 +308,24 @@ def _compute_here(
             del first
             with closing(run_batches(reader, ready.run, plan.batch_size, ready.workers, ahead)) as batches:
                 for batch in batches:
-                    _sort_in(batch, harvests, source)
+                    _sort_in(batch, harvests, dataset)
                     bar.update(len(batch))
                     for harvest in harvests:
                         if harvest.is_due(started):
-                            harvest.commit(source, ready.runtime)
+                            harvest.commit(dataset, ready.runtime)
     finally:
         for harvest in harvests:
-            harvest.commit(source, ready.runtime)
+            harvest.commit(dataset, ready.runtime)
     return ready
 
 
 def _compute_there(
-    source: Dataset, wanted: NDArray[np.int64], harvests: Sequence[EntryWriter], recipe: WorkerConfig
+    dataset: Dataset, wanted: NDArray[np.int64], harvests: Sequence[EntryWriter], recipe: WorkerConfig
 ) -> Ready:
     done = set.intersection(*(harvest.there for harvest in harvests))
     with (
-        progress(len(wanted), f"extract {source.name}") as bar,
-        closing(cluster.run(source, wanted.tolist(), done, recipe)) as units,
+        progress(len(wanted), f"extract {dataset.name}") as bar,
+        closing(cluster.run(dataset, wanted.tolist(), done, recipe)) as units,
     ):
         for written in units:
             for number, harvest in enumerate(harvests):
@@ -334,15 +334,15 @@ def _compute_there(
     return Ready(lambda pixels: (pixels,), runtime="ray")
 
 
-def measure(source: Dataset, positions: Sequence[int], plan: ExtractPlan, run: Compute | None, workers: int) -> float:
+def measure(dataset: Dataset, positions: Sequence[int], plan: ExtractPlan, run: Compute | None, workers: int) -> float:
     """Return the seconds that computing some images would take, from a first batch in one worker."""
-    reader = Reader(source, positions, plan.transform, plan.views, ())
+    reader = BatchReader(dataset, positions, plan.transform, plan.views, ())
     batch = reader.fill(plan.batch_size)
     if not batch.fresh:
         return 0.0
     compute(batch, run or (lambda pixels: (pixels,)), plan.batch_size)  # warms up
     started = time.perf_counter()
-    batch = Reader(source, positions, plan.transform, plan.views, ()).fill(plan.batch_size)
+    batch = BatchReader(dataset, positions, plan.transform, plan.views, ()).fill(plan.batch_size)
     compute(batch, run or (lambda pixels: (pixels,)), plan.batch_size)
     return (time.perf_counter() - started) / max(1, len(batch)) * len(positions) / workers
 
@@ -375,15 +375,15 @@ def say_left_out(several: Sequence[Quarantined]) -> None:
         logger.warning("%s: left out: %s", printable(bad.path), printable(bad.reason))
 
 
-def _sort_in(batch: Batch, harvests: Sequence[EntryWriter], source: Dataset) -> None:
+def _sort_in(batch: Batch, harvests: Sequence[EntryWriter], dataset: Dataset) -> None:
     say_left_out(batch.bad)
     rows: Iterator[NDArray[Any]] = iter(batch.rows)
     for harvest in harvests:
-        harvest.take(batch, next(rows, np.empty(0)), source)
+        harvest.take(batch, next(rows, np.empty(0)), dataset)
 
 
 def _finish(
-    source: Dataset, harvest: EntryWriter, plan: ExtractPlan, lasted: tuple[float, float], ready: Ready
+    dataset: Dataset, harvest: EntryWriter, plan: ExtractPlan, lasted: tuple[float, float], ready: Ready
 ) -> ExtractReport:
     """List the images as they are now; of several parts, the one that comes last does it."""
     left_over = harvest.seconds(until=lasted[1])
@@ -391,7 +391,7 @@ def _finish(
     cached, quarantined, left = FileIndex.joined([stock.cached, harvest.cached.sighted]), harvest.quarantined, 0
     if plan.part is not None:
         store.refresh()
-        stock = scan(source, store, hashes_new=False)
+        stock = scan(dataset, store, hashes_new=False)
         cached, quarantined, left = stock.cached, [], len(stock.pending)
     reasons = {
         bytes.fromhex(bad.sha256): bad.reason for bad in (*store.manifest.quarantined, *harvest.quarantined) if bad.sha256
@@ -400,32 +400,32 @@ def _finish(
     bad = cached.take(is_bad)
     paths = {one.path for one in quarantined}
     quarantined += [
-        Quarantined(source.items[index].path, digest.hex(), reasons[digest])
+        Quarantined(dataset.samples[index].path, digest.hex(), reasons[digest])
         for index, digest in zip(bad.index, bad.digests(), strict=True)
-        if source.items[index].path not in paths
+        if dataset.samples[index].path not in paths
     ]
     early = FileIndex.joined(harvest.copies).index if plan.part is None else ()
     orphaned = np.isin(cached.index, early)
     reason = "a copy of an image that could not be read"
-    quarantined += [Quarantined(source.items[index].path, "", reason) for index in cached.index[orphaned]]
+    quarantined += [Quarantined(dataset.samples[index].path, "", reason) for index in cached.index[orphaned]]
     cached, all_bad = cached.take(~is_bad & ~orphaned), (*quarantined, *stock.unreadable)
     if not plan.lists:
         store.commit(quarantined=[bad for bad in all_bad if bad.sha256], seconds=left_over)
-    elif not left and not isinstance(decide(source, store, stock), Hit):
-        _judge(source, len(cached), all_bad, plan.max_bad)
-        store.commit(quarantined=all_bad, listing=make_listing(source, cached, now_ns()), seconds=left_over)
+    elif not left and not isinstance(decide(dataset, store, stock), Hit):
+        _judge(dataset, len(cached), all_bad, plan.max_bad)
+        store.commit(quarantined=all_bad, listing=make_listing(dataset, cached, now_ns()), seconds=left_over)
         store.write_table()
     seconds = time.monotonic() - lasted[0]
     return ExtractReport(len(cached), harvest.computed, all_bad, seconds, left, ready.runtime, ready.difference, cached)
 
 
-def _judge(source: Dataset, good: int, quarantined: tuple[Quarantined, ...], max_bad: float) -> None:
-    bad, total = len(quarantined), len(source.items)
+def _judge(dataset: Dataset, good: int, quarantined: tuple[Quarantined, ...], max_bad: float) -> None:
+    bad, total = len(quarantined), len(dataset.samples)
     example = f"{quarantined[0].path}: {quarantined[0].reason}" if quarantined else ""
     if not good:
-        raise DataError(f"{source.location}: none of the {total} images can be used ({example}).")
+        raise DataError(f"{dataset.location}: none of the {total} images can be used ({example}).")
     if bad > max(TOLERATED_BAD_IMAGES, max_bad * total):
         raise DataError(
-            f"{source.location}: {bad} of {total} images cannot be used ({example}). The other rows are kept: repair the "
+            f"{dataset.location}: {bad} of {total} images cannot be used ({example}). The other rows are kept: repair the "
             f"files and run again, or allow it with --max-bad {100 * bad / total:.1f}%."
         )

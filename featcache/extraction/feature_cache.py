@@ -155,7 +155,7 @@ class FeatureCache:
 
     def __init__(
         self,
-        source: Dataset,
+        dataset: Dataset,
         spec: BackboneSpec,
         settings: Settings,
         *,
@@ -163,14 +163,14 @@ class FeatureCache:
         transform: Transform | None = None,
         purpose: str = "",
     ) -> None:
-        self.source = source
+        self.dataset = dataset
         self._transform = transform
         self.spec = spec
         self.settings = settings
         self.lists = lists
         self._purpose = purpose
         self._content: str | None = None
-        for note in source.notes:
+        for note in dataset.notes:
             logger.warning(note)
 
     def thumbnails(self, side: int) -> Extracted:
@@ -178,7 +178,7 @@ class FeatureCache:
         transform = Transform(side, crop_mode="squash", interpolation="bilinear")
         spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
         settings = replace(self.settings, part=None, engine="local")
-        quiet = replace(self.source, notes=())
+        quiet = replace(self.dataset, notes=())
         return FeatureCache(quiet, spec, settings, transform=transform, purpose="thumbnails for the baselines").extracted(
             INPUT
         )
@@ -186,7 +186,7 @@ class FeatureCache:
     @cached_property
     def folder(self) -> Path:
         """The data set's folder in the cache."""
-        return caching.dataset_folder(self.settings.cache, self.source, rebind=self.settings.rebind)
+        return caching.dataset_folder(self.settings.cache, self.dataset, rebind=self.settings.rebind)
 
     @cached_property
     def backbone(self) -> "Backbone":
@@ -222,9 +222,9 @@ class FeatureCache:
 
     def extracted(self, cut: str = POOLED, dtype: StoredDtype | None = None, views: Views | None = None) -> Extracted:
         """Return the entry of a cut, computing what it lacks."""
-        return self.extracted_at([Output(cut, dtype)], views)[0]
+        return self.features([Output(cut, dtype)], views)[0]
 
-    def extracted_at(self, targets: Sequence[Output], views: Views | None = None) -> list[Extracted]:
+    def features(self, targets: Sequence[Output], views: Views | None = None) -> list[Extracted]:
         """Return the entries of several cuts, computing what they lack in one pass over the images."""
         views = views or Views()
         requests = [caching.CacheRequest(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
@@ -241,7 +241,7 @@ class FeatureCache:
                 self._remember(opened[number][0], requests[number])
                 done[number] = report
         return [
-            Extracted(opened[number][0], done[number], self.spec.label, requests[number].cut, self.source.notes)
+            Extracted(opened[number][0], done[number], self.spec.label, requests[number].cut, self.dataset.notes)
             for number in range(len(requests))
         ]
 
@@ -252,19 +252,19 @@ class FeatureCache:
         found = [(request, stock) for request, (_, stock) in zip(requests, self._find(requests), strict=True)]
         wanted = sorted({int(position) for _, stock in found for position in stock.pending})
         if not wanted:
-            return Estimate(len(self.source.items), 0, 0, 0.0)
+            return Estimate(len(self.dataset.samples), 0, 0, 0.0)
         plan = self.plan_for(self.backbone.transform, views)
         program_cuts = [request.cut for request, _ in found if request.cut != INPUT]
         shapes = self._shapes([request.cut for request, _ in found])
         with self.threads():
             seconds = measure(
-                self.source, wanted, plan, self._eager(program_cuts) if program_cuts else None, self._workers.count
+                self.dataset, wanted, plan, self._eager(program_cuts) if program_cuts else None, self._workers.count
             )
         sizes = [
             len(stock.pending) * views.count * int(np.prod(shape)) * np.dtype(request.dtype).itemsize
             for (request, stock), shape in zip(found, shapes, strict=True)
         ]
-        return Estimate(len(self.source.items), len(wanted), sum(sizes), seconds)
+        return Estimate(len(self.dataset.samples), len(wanted), sum(sizes), seconds)
 
     def _find(self, requests: Sequence[caching.CacheRequest]) -> list[tuple[FeatureStore | None, caching.Scan]]:
         """Return the entries that are there, by the flags or by the key, with what they lack.
@@ -309,15 +309,15 @@ class FeatureCache:
         """Return what an entry lacks, of this run's share of the images."""
         part = self.settings.part
         if part is None:
-            return caching.scan(self.source, store)
-        return caching.scan(self.source, store, among=partial(is_mine, self.source, part), hashes_new=False)
+            return caching.scan(self.dataset, store)
+        return caching.scan(self.dataset, store, among=partial(is_mine, self.dataset, part), hashes_new=False)
 
     def _remember(self, store: FeatureStore, request: caching.CacheRequest) -> None:
         """Note the flags that led to an entry, and the content of the files behind a name where that is known."""
         loaded = self.backbone if "backbone" in self.__dict__ else None
         if loaded is not None and not loaded.is_current:
             return  # the flags mean another network by now
-        facts = request.described()
+        facts = request.to_json()
         if loaded is not None and loaded.origin is not None and loaded.content is not None:
             facts["origin"] = {"place": asdict(loaded.origin), "content": loaded.content}
         elif origins.by_name(self.spec) and self._transform is None:
@@ -326,10 +326,10 @@ class FeatureCache:
             store.remember_request(facts)
 
     def _hit(self, store: FeatureStore, stock: caching.Scan) -> ExtractReport | None:
-        if self.settings.part is not None or not isinstance(caching.plan(self.source, store, stock), caching.Hit):
+        if self.settings.part is not None or not isinstance(caching.plan(self.dataset, store, stock), caching.Hit):
             return None
         store.tidy()
-        caching.renew(self.source, store, stock)
+        caching.renew(self.dataset, store, stock)
         store.write_table()
         unusable = [item for item in store.manifest.quarantined if item.sha256]
         return ExtractReport(len(stock.cached) - len(unusable), 0, (*unusable, *stock.unreadable), 0.0, cached=stock.cached)
@@ -401,7 +401,7 @@ class FeatureCache:
         plan = self.plan_for(Transform(**(stored | three)), views)
         if self.settings.engine == "ray" and any(len(sink.stock.pending) for sink in sinks):
             plan = replace(plan, remote=self._recipe(sinks, plan))
-        return extract(self.source, sinks, prepare, plan)
+        return extract(self.dataset, sinks, prepare, plan)
 
     def _recipe(self, sinks: Sequence[Sink], plan: ExtractPlan) -> WorkerConfig:
         weights = self.spec.weights

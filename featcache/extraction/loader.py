@@ -52,11 +52,11 @@ class Batch:
         return FileIndex.of(self.fresh)
 
 
-class Reader:
+class BatchReader:
     """Fills batches from a shared feed of positions; many threads may fill at once.
 
     Args:
-        source: the images.
+        dataset: the images.
         positions: which of its items, in this order.
         transform: how files become pixels.
         views: how many views of each.
@@ -65,13 +65,13 @@ class Reader:
 
     def __init__(
         self,
-        source: Dataset,
+        dataset: Dataset,
         positions: Sequence[int] | NDArray[np.int64],
         transform: Transform,
         views: Views,
         done: Collection[bytes],
     ) -> None:
-        self._source = source
+        self._dataset = dataset
         self._feed = iter(positions)
         self._transform = transform
         self._views = views
@@ -99,10 +99,10 @@ class Reader:
         return batch
 
     def _read(self, position: int, batch: Batch) -> None:
-        path, digest = self._source.packed.path(position), b""
+        path, digest = self._dataset.table.path(position), b""
         try:
-            stat = settled(self._source.stat(path))
-            content = self._source.read(path)
+            stat = settled(self._dataset.stat(path))
+            content = self._dataset.read(path)
             digest = bytes.fromhex(sha256_of_bytes(content))
             with self._lock:
                 is_new = self._claimed.add(digest)
@@ -127,7 +127,7 @@ class Reader:
 
 
 @contextmanager
-def reading_ahead(reader: Reader, size: int, room: int = _AHEAD_BYTES) -> Iterator[deque[Batch]]:
+def reading_ahead(reader: BatchReader, size: int, room: int = _AHEAD_BYTES) -> Iterator[deque[Batch]]:
     """Yield a queue that one thread fills with batches, up to ``room`` bytes of pixels, as long as the block lasts."""
     batches: deque[Batch] = deque()
     stop = threading.Event()
@@ -190,18 +190,18 @@ def in_dtype(several: Sequence[NDArray[Any]], dtype: StoredDtype) -> tuple[NDArr
     return rows, np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
 
 
-def not_finite(source: Dataset, sighted: FileIndex, dtype: StoredDtype) -> list[Quarantined]:
+def not_finite(dataset: Dataset, sighted: FileIndex, dtype: StoredDtype) -> list[Quarantined]:
     """Return the places in quarantine of images whose activations overflow."""
     better = ", try --dtype float32" if dtype == "float16" else ""
     reason = f"its activations are not finite in {dtype}{better}"
     return [
-        Quarantined(source.items[index].path, digest.hex(), reason)
+        Quarantined(dataset.samples[index].path, digest.hex(), reason)
         for index, digest in zip(sighted.index, sighted.digests(), strict=True)
     ]
 
 
 def run_batches(
-    reader: Reader, run: Compute, size: int, workers: int, read_already: deque[Batch]
+    reader: BatchReader, run: Compute, size: int, workers: int, read_already: deque[Batch]
 ) -> Generator[Batch, None, None]:
     """Yield batches with their rows as workers finish them; closing it stops the workers.
 

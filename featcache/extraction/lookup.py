@@ -39,7 +39,7 @@ def default_cache() -> Path:
     return Path(platformdirs.user_cache_dir("featcache", appauthor=False))
 
 
-def dataset_folder(cache: Path, source: Dataset, *, rebind: bool = False) -> Path:
+def dataset_folder(cache: Path, dataset: Dataset, *, rebind: bool = False) -> Path:
     """Return the folder of a data set's entries, made and bound to the source's location.
 
     Two sources of one name get two folders, unless ``rebind`` says that the source has moved here.
@@ -47,11 +47,11 @@ def dataset_folder(cache: Path, source: Dataset, *, rebind: bool = False) -> Pat
     Raises:
         StorageError: the cache cannot be written.
     """
-    for name in (source.name, f"{source.name}-{location_hash(source.location)}"):
+    for name in (dataset.name, f"{dataset.name}-{location_hash(dataset.location)}"):
         folder = cache / name
         make_folder(folder)
         note = folder / "source.json"
-        content = json.dumps(sealed({"location": source.location}, name)).encode()
+        content = json.dumps(sealed({"location": dataset.location}, name)).encode()
         if not note.exists() and create_file(note, content):
             return folder
         try:
@@ -60,7 +60,7 @@ def dataset_folder(cache: Path, source: Dataset, *, rebind: bool = False) -> Pat
             if not rebind:
                 raise
             bound = ""
-        if bound == source.location:
+        if bound == dataset.location:
             sweep(folder)
             return folder
         if rebind:
@@ -70,7 +70,7 @@ def dataset_folder(cache: Path, source: Dataset, *, rebind: bool = False) -> Pat
 
 
 def bound_location(note: Path) -> str:
-    """Return the location that a data set's folder is bound to by its ``source.json``.
+    """Return the location that a data set's folder is bound to by its ``dataset.json``.
 
     Raises:
         StorageError: it is not what was written there.
@@ -105,7 +105,7 @@ class CacheRequest:
     dtype: StoredDtype
     views: Views = field(default_factory=Views)
 
-    def described(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the request as plain data, with what identifies the weights."""
         from importlib.metadata import version
 
@@ -150,7 +150,7 @@ def find_entry(folder: Path, request: CacheRequest) -> FeatureStore | None:
     Raises:
         UsageError: a folder that the name spells out is not there.
     """
-    described = request.described()
+    described = request.to_json()
     by_name = origins.by_name(request.backbone)
     spelt = origins.named(request.backbone)
     if request.cut == INPUT and spelt is None:
@@ -236,7 +236,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 class FileIndex:
     """Items of a source whose bytes are known, as columns of n rows.
 
-    ``index`` int64 (n,) are positions in ``source.items``, ``sha256`` is uint8 (n, 32), ``stat`` int64 (n, 4) is the
+    ``index`` int64 (n,) are positions in ``dataset.samples``, ``sha256`` is uint8 (n, 32), ``stat`` int64 (n, 4) is the
     file's size in bytes, mtime in ns, inode and ctime in ns, -1 where there is no file or its times say nothing yet.
     """
 
@@ -273,9 +273,9 @@ class FileIndex:
         """Return the SHA-256 of each item."""
         return [row.tobytes() for row in self.sha256]
 
-    def seen(self, source: Dataset, checked_ns: int) -> Seen:
+    def seen(self, dataset: Dataset, checked_ns: int) -> Seen:
         """Return what the store is to remember of the files."""
-        return Seen(tuple(map(source.packed.path, self.index.tolist())), self.sha256, self.stat, checked_ns)
+        return Seen(tuple(map(dataset.table.path, self.index.tolist())), self.sha256, self.stat, checked_ns)
 
 
 class FileIndexBuilder:
@@ -342,7 +342,7 @@ class Miss:
 
 
 def scan(
-    source: Dataset,
+    dataset: Dataset,
     store: FeatureStore | None,
     *,
     among: Callable[[int], bool] = lambda _: True,
@@ -363,17 +363,19 @@ def scan(
             recognised.update(row.tobytes() for row in seen.sha256)
 
     if not remembered and not recognised:
-        return Scan(FileIndex.of([]), np.array([index for index in range(len(source.items)) if among(index)], np.int64), ())
+        return Scan(
+            FileIndex.of([]), np.array([index for index in range(len(dataset.samples)) if among(index)], np.int64), ()
+        )
     cached: list[tuple[int, bytes, FileStat | None]] = []
     unsure: list[tuple[int, FileStat | None]] = []
     unreadable: list[Quarantined] = []
     pending = array("q")
     paths = set(where) | {item.path for item in store.manifest.quarantined} if store else set()
-    for index, item in enumerate(source.items):
+    for index, item in enumerate(dataset.samples):
         if not among(index):
             continue
         try:
-            stat = source.stat(item.path)
+            stat = dataset.stat(item.path)
         except OSError as error:
             unreadable.append(quarantine_unread(item.path, error))
             continue
@@ -388,7 +390,7 @@ def scan(
         else:
             pending.append(index)
     believed = len(cached)
-    pending.extend(_hash_unsure(source, recognised, cached, unsure, unreadable))
+    pending.extend(_hash_unsure(dataset, recognised, cached, unsure, unreadable))
     renewed = sum(stat is not None for _, _, stat in cached[believed:])
     return Scan(FileIndex.of(cached), np.sort(np.array(pending, dtype=np.int64)), tuple(unreadable), renewed)
 
@@ -412,7 +414,7 @@ def _is_as_seen(seen: Seen, row: int, stat: FileStat) -> bool:
 
 
 def _hash_unsure(
-    source: Dataset,
+    dataset: Dataset,
     recognised: set[bytes],
     cached: list[tuple[int, bytes, FileStat | None]],
     unsure: list[tuple[int, FileStat | None]],
@@ -421,9 +423,9 @@ def _hash_unsure(
     pending: list[int] = []
     with progress(len(unsure), "looking at changed files") as bar:
         for index, stat in unsure:
-            item, stat = source.items[index], settled(stat)  # noqa: PLW2901 - what is kept of it
+            item, stat = dataset.samples[index], settled(stat)  # noqa: PLW2901 - what is kept of it
             try:
-                digest = bytes.fromhex(sha256_of_bytes(source.read(item.path)))
+                digest = bytes.fromhex(sha256_of_bytes(dataset.read(item.path)))
             except OSError as error:
                 unreadable.append(quarantine_unread(item.path, error))
                 continue
@@ -436,7 +438,7 @@ def _hash_unsure(
     return pending
 
 
-def plan(source: Dataset, store: FeatureStore | None, stock: Scan) -> Hit | Resume | Miss:
+def plan(dataset: Dataset, store: FeatureStore | None, stock: Scan) -> Hit | Resume | Miss:
     """Decide what an extraction has to do; touches nothing."""
     if store is None or not store.manifest.parts:
         return Miss(stock.pending)
@@ -446,8 +448,8 @@ def plan(source: Dataset, store: FeatureStore | None, stock: Scan) -> Hit | Resu
     cached = stock.cached.take(np.argsort(stock.cached.index, kind="stable"))
     is_bad = with_content(cached, {bytes.fromhex(digest) for _, digest in quarantined})
     bad = cached.take(is_bad)
-    found = {(source.items[index].path, digest.hex()) for index, digest in zip(bad.index, bad.digests(), strict=True)}
-    same = found == quarantined and _same_items(source, cached.take(~is_bad), store.listing())
+    found = {(dataset.samples[index].path, digest.hex()) for index, digest in zip(bad.index, bad.digests(), strict=True)}
+    same = found == quarantined and _same_items(dataset, cached.take(~is_bad), store.listing())
     return Hit() if same else Resume(stock.pending)
 
 
@@ -458,29 +460,29 @@ def with_content(sighted: FileIndex, digests: Collection[bytes]) -> NDArray[np.b
     return np.array([digest in digests for digest in sighted.digests()], dtype=bool)
 
 
-def _same_items(source: Dataset, wanted: FileIndex, listing: Listing) -> bool:
+def _same_items(dataset: Dataset, wanted: FileIndex, listing: Listing) -> bool:
     if len(wanted) != len(listing.labels) or not np.array_equal(wanted.sha256, listing.seen.sha256):
         return False
     have = zip(listing.seen.paths, listing.labels.tolist(), listing.splits.tolist(), strict=True)
-    items = (source.items[index] for index in wanted.index)
+    items = (dataset.samples[index] for index in wanted.index)
     return all(
         (item.path, item.label, item.split) == (path, listing.classes[label], SPLITS[split])
         for item, (path, label, split) in zip(items, have, strict=True)
     )
 
 
-def make_listing(source: Dataset, cached: FileIndex, checked_ns: int) -> Listing:
+def make_listing(dataset: Dataset, cached: FileIndex, checked_ns: int) -> Listing:
     """Return the listing of a source's items that have a row, in the source's order."""
     ordered = cached.take(np.argsort(cached.index, kind="stable"))
-    classes = source.classes
+    classes = dataset.classes
     label_of = {name: index for index, name in enumerate(classes)}
-    of_label, of_split = source.packed.kinds(ordered.index)
-    labels = np.array([label_of[name] for name in source.packed.labels], np.int64)[of_label]
-    splits = np.array([SPLITS.index(name) for name in source.packed.splits], np.uint8)[of_split]
-    return Listing(ordered.seen(source, checked_ns), labels, splits, classes)
+    of_label, of_split = dataset.table.kinds(ordered.index)
+    labels = np.array([label_of[name] for name in dataset.table.labels], np.int64)[of_label]
+    splits = np.array([SPLITS.index(name) for name in dataset.table.splits], np.uint8)[of_split]
+    return Listing(ordered.seen(dataset, checked_ns), labels, splits, classes)
 
 
-def renew(source: Dataset, store: FeatureStore, stock: Scan) -> None:
+def renew(dataset: Dataset, store: FeatureStore, stock: Scan) -> None:
     """Let an entry that answers as it is remember files by their present signs, where it had to hash them again.
 
     Else every later run would hash them too. A cache that cannot be written is only slower.
@@ -493,7 +495,7 @@ def renew(source: Dataset, store: FeatureStore, stock: Scan) -> None:
         bad = {bytes.fromhex(item.sha256) for item in before.quarantined if item.sha256}
         cached = stock.cached.take(~with_content(stock.cached, bad))
         with suppress(StorageError):
-            store.commit(quarantined=before.quarantined, listing=make_listing(source, cached, now_ns()))
+            store.commit(quarantined=before.quarantined, listing=make_listing(dataset, cached, now_ns()))
 
 
 def quarantine_unread(path: str, error: OSError) -> Quarantined:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from featcache.datasets import Dataset
 from featcache.errors import SetupError, UsageError
-from featcache.extraction.loader import Batch, Reader, beside_pixels, compute, in_dtype, not_finite, sample
+from featcache.extraction.loader import Batch, BatchReader, beside_pixels, compute, in_dtype, not_finite, sample
 from featcache.extraction.lookup import FileIndex
 from featcache.progress import logger
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Transform, Views
@@ -58,7 +58,7 @@ class WrittenPart:
 
 
 def run(
-    source: Dataset, positions: Sequence[int], done: set[bytes], recipe: WorkerConfig
+    dataset: Dataset, positions: Sequence[int], done: set[bytes], recipe: WorkerConfig
 ) -> Generator[WrittenPart, None, None]:
     """Yield units of work as actors finish them; the caller commits them.
 
@@ -71,16 +71,16 @@ def run(
     except ImportError:
         raise SetupError("--engine ray needs Ray: `pip install 'featcache[ray]'`.") from None
     try:
-        pickle.dumps(source)
+        pickle.dumps(dataset)
     except Exception as error:
-        raise UsageError(f"{source.location}: --engine ray cannot send it to other nodes. Use files or shards.") from error
+        raise UsageError(f"{dataset.location}: --engine ray cannot send it to other nodes. Use files or shards.") from error
     started_here = not ray.is_initialized()
     if started_here:
         before = os.environ.get("RAY_USAGE_STATS_ENABLED")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        yield from _run(ray, source, positions, done, recipe)
+        yield from _run(ray, dataset, positions, done, recipe)
     finally:
         if started_here:
             ray.shutdown()
@@ -89,7 +89,7 @@ def run(
 
 
 def _run(
-    ray: Any, source: Dataset, positions: Sequence[int], done: set[bytes], recipe: WorkerConfig
+    ray: Any, dataset: Dataset, positions: Sequence[int], done: set[bytes], recipe: WorkerConfig
 ) -> Generator[WrittenPart, None, None]:
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
@@ -99,7 +99,7 @@ def _run(
     share = {"num_gpus": 1} if on_gpu else {"num_cpus": cores}
     actor = ray.remote(max_restarts=_RETRIES, max_task_retries=_RETRIES, **share)(_Actor)
     decode = ray.remote(num_cpus=cores, max_retries=_RETRIES)(decode_unit)
-    shared, cached = ray.put(source), ray.put(done)
+    shared, cached = ray.put(dataset), ray.put(done)
     actors = [actor.remote(recipe, len(positions) // count) for _ in range(count)]
     size = max(recipe.batch_size, min(UNIT, -(-len(positions) // (4 * count))))
     units = [list(positions[start : start + size]) for start in range(0, len(positions), size)]
@@ -120,9 +120,9 @@ def _run(
         yield ray.get(ready)
 
 
-def decode_unit(source: Dataset, positions: Sequence[int], transform: Transform, views: Views, done: set[bytes]) -> Batch:
+def decode_unit(dataset: Dataset, positions: Sequence[int], transform: Transform, views: Views, done: set[bytes]) -> Batch:
     """Return a unit's images, decoded."""
-    batch = Reader(source, positions, transform, views, done).fill(len(positions))
+    batch = BatchReader(dataset, positions, transform, views, done).fill(len(positions))
     batch.pixels = [np.stack(batch.pixels)] if batch.pixels else []
     return batch
 
@@ -160,7 +160,7 @@ class _Actor:
         )
         self._run, self._runtime = chosen.run, chosen.name
 
-    def work(self, source: Dataset, unit: Batch) -> WrittenPart:
+    def work(self, dataset: Dataset, unit: Batch) -> WrittenPart:
         """Compute a unit and write its parts."""
         size = self._recipe.batch_size
         pixels = unit.pixels[0] if unit.pixels else np.empty((0, 1, 1, 1, 3), np.uint8)
@@ -177,7 +177,7 @@ class _Actor:
         good: list[FileIndex] = []
         bad: list[tuple[Quarantined, ...]] = []
         for store, dtype, several in zip(self._stores, self._recipe.dtypes, collected, strict=True):
-            record, kept, unusable = write_part(store, dtype, several, sighted, source, self._runtime)
+            record, kept, unusable = write_part(store, dtype, several, sighted, dataset, self._runtime)
             parts.append(record)
             good.append(kept)
             bad.append((*unit.bad, *unusable))
@@ -189,7 +189,7 @@ def write_part(
     dtype: StoredDtype,
     several: Sequence[NDArray[Any]],
     sighted: FileIndex,
-    source: Dataset,
+    dataset: Dataset,
     runtime: str,
 ) -> tuple[FileRecord | None, FileIndex, list[Quarantined]]:
     """Write rows as a part, not yet committed; those that are not finite in its dtype are returned as unusable."""
@@ -197,7 +197,7 @@ def write_part(
         return None, sighted, []
     rows, finite = in_dtype(several, dtype)
     kept = sighted.take(finite)
-    bad = not_finite(source, sighted.take(~finite), dtype)
+    bad = not_finite(dataset, sighted.take(~finite), dtype)
     newest = int(sighted.stat[:, [1, 3]].max(initial=0))  # by the clock that dates the files
-    record = store.add_part(Part([rows[finite]], kept.seen(source, newest)), runtime) if len(kept) else None
+    record = store.add_part(Part([rows[finite]], kept.seen(dataset, newest)), runtime) if len(kept) else None
     return record, kept, bad

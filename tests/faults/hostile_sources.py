@@ -49,15 +49,15 @@ class Outcome:
 def look_at(data: str, root: Path) -> str:
     """Open a data set, and read and decode all of it as an extraction does."""
     from featcache.datasets import open_dataset
-    from featcache.extraction.loader import Reader
+    from featcache.extraction.loader import BatchReader
     from featcache.specs import Transform, Views
 
     source, seen, bad = open_dataset(data, data_root=root), 0, 0
-    reader = Reader(source, range(min(len(source.items), 5000)), Transform(32), Views(), ())
+    reader = BatchReader(source, range(min(len(source.samples), 5000)), Transform(32), Views(), ())
     while len(batch := reader.fill(64)):
         seen, bad = seen + len(batch), bad + len(batch.bad)
-    "".join(source.packed.labels).encode("utf-8", "surrogateescape")
-    return f"{len(source.items)} images, {bad} left out of {seen}; {'; '.join(source.notes)}"
+    "".join(source.table.labels).encode("utf-8", "surrogateescape")
+    return f"{len(source.samples)} images, {bad} left out of {seen}; {'; '.join(source.notes)}"
 
 
 def watched(name: str, folder: Path) -> Outcome:
