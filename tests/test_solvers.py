@@ -15,7 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from featcache.heads.solvers import linear, newton, ridge
+from featcache.heads.solvers import linear, newton
+from featcache.heads.solvers.scaled import solve_ridge
 
 
 def data(classes: int, count: int = 200, width: int = 12, noise: float = 1.5, seed: int = 0) -> tuple[Any, Any]:
@@ -359,7 +360,7 @@ def test_ridge_is_scikit_learns(standardise: bool) -> None:  # noqa: FBT001
     targets = np.stack([y, X[:, 0] ** 2], axis=1).astype(float)
 
     for alpha, (coefficients, intercept) in zip(
-        (1e-3, 1.0, 1e3), ridge.solve(X, targets, (1e-3, 1.0, 1e3), standardise=standardise), strict=True
+        (1e-3, 1.0, 1e3), solve_ridge(X, targets, (1e-3, 1.0, 1e3), standardise=standardise), strict=True
     ):
         rows = StandardScaler().fit_transform(X) if standardise else X
         expected = Ridge(alpha=alpha).fit(rows, targets)

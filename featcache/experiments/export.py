@@ -31,7 +31,7 @@ from featcache.experiments.predict import bench_of
 from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
-from featcache.heads.neighbours import TEMPERATURE
+from featcache.heads.nonlinear import TEMPERATURE
 from featcache.progress import logger
 from featcache.store.atomic import replace_file
 

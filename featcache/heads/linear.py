@@ -13,8 +13,9 @@ from sklearn.svm import LinearSVC
 
 from featcache.evaluation.splits import Fold
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
-from featcache.heads.solvers import linear, ridge
+from featcache.heads.solvers import linear
 from featcache.heads.solvers.linear import Solution
+from featcache.heads.solvers.scaled import solve_ridge
 from featcache.store.rows import LazyRows
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
@@ -99,7 +100,7 @@ def _sweep_ridge(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], 
     alphas, found = [params["alpha"] for params in grid], []
     for fold, mask in zip(folds, _masks(folds, len(y)), strict=True):
         classes = np.unique(y[fold.train])
-        several = ridge.solve(X, 2.0 * _signs(y, classes) - 1, alphas, mask)
+        several = solve_ridge(X, 2.0 * _signs(y, classes) - 1, alphas, mask)
         found.append([_ridge(classes, *one, X.shape[1]).predict(X[fold.val]) for one in several])
     for number, params in enumerate(grid):
         yield Candidate(params, np.concatenate([several[number] for several in found]))
@@ -107,7 +108,7 @@ def _sweep_ridge(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], 
 
 def _fit_ridge(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
     classes = np.unique(y)
-    ((coefficients, intercept),) = ridge.solve(X, 2.0 * _signs(y, classes) - 1, [params["alpha"]])
+    ((coefficients, intercept),) = solve_ridge(X, 2.0 * _signs(y, classes) - 1, [params["alpha"]])
     return make_pipeline(_ridge(classes, coefficients, intercept, X.shape[1], params["alpha"])), True
 
 
@@ -150,7 +151,7 @@ def _fit_selected(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]
 
 def _by_weight(X: X_, y: Y_) -> NDArray[np.int64]:
     """Return columns by how much a ridge head uses them, over all classes (Evci et al. 2022, Head2Toe, section 3.2)."""
-    ((coefficients, _),) = ridge.solve(X, 2.0 * _signs(y, np.unique(y)) - 1, [_SELECTING_ALPHA])
+    ((coefficients, _),) = solve_ridge(X, 2.0 * _signs(y, np.unique(y)) - 1, [_SELECTING_ALPHA])
     return np.argsort(-np.linalg.norm(coefficients * X.std(axis=0), axis=0), kind="stable")
 
 

@@ -13,9 +13,10 @@ from sklearn.preprocessing import LabelBinarizer, Normalizer
 from featcache.errors import DataError, UsageError
 from featcache.heads.base import X_, Params, mask_of
 from featcache.heads.linear import ALPHAS, COARSE_CS
-from featcache.heads.neighbours import KNN
-from featcache.heads.solvers import linear, ridge
+from featcache.heads.nonlinear import KNN
+from featcache.heads.solvers import linear
 from featcache.heads.solvers.linear import Solution
+from featcache.heads.solvers.scaled import solve_ridge
 from featcache.progress import logger
 
 Labels = NDArray[np.bool_]
@@ -80,7 +81,7 @@ def sweep_numbers(
     if head == "ridge":
         candidates = list(grid or ALPHAS)
         mask = mask_of(train, len(X))
-        found = ridge.solve(X, y[:, None], [params["alpha"] for params in candidates], mask)
+        found = solve_ridge(X, y[:, None], [params["alpha"] for params in candidates], mask)
         for params, (coefficients, intercept) in zip(candidates, found, strict=True):
             yield params, (X[val] @ coefficients.T + intercept)[:, 0]
         return
@@ -95,7 +96,7 @@ def train_number(head: str, params: Params, X: X_, y: Numbers) -> Pipeline:
         UsageError: there is no such head for numbers.
     """
     if head == "ridge":
-        ((coefficients, intercept),) = ridge.solve(X, y[:, None], [params["alpha"]])
+        ((coefficients, intercept),) = solve_ridge(X, y[:, None], [params["alpha"]])
         model = Ridge(alpha=params["alpha"])
         model.coef_, model.intercept_, model.n_features_in_ = coefficients[0], float(intercept[0]), X.shape[1]
         return make_pipeline(model)

@@ -14,8 +14,7 @@ from featcache.evaluation.metrics import Scores, score
 from featcache.evaluation.splits import Fold
 from featcache.heads.base import Y_, Candidate, HeadFamily, Many, Params
 from featcache.heads.linear import LOGISTIC, RIDGE, SELECTED, SVM
-from featcache.heads.neighbours import CENTROID, KNN
-from featcache.heads.nonlinear import BOOSTING, LDA, MLP, RBF
+from featcache.heads.nonlinear import BOOSTING, CENTROID, KNN, LDA, MLP, RBF
 from featcache.progress import progress
 
 # in the order of their cost

@@ -16,7 +16,7 @@ from scipy.linalg import cho_factor, cho_solve, eigh
 from scipy.special import softmax
 
 from featcache.heads.solvers import newton
-from featcache.heads.solvers.lbfgs import LBFGS, Precondition
+from featcache.heads.solvers.newton import LBFGS, Precondition
 from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss
 from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.resources import cores
