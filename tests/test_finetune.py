@@ -18,7 +18,7 @@ from featcache.experiments import finetune as tuning
 from featcache.experiments.finetune import FineTuneInputs, run_finetune
 from featcache.experiments.fit import PROBE, Ledger
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning import precision as choosing
+from featcache.finetuning import optim as choosing
 from featcache.finetuning.checkpoint import save_checkpoint
 from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.finetuner import FineTuned, finetune
@@ -50,7 +50,7 @@ class Prepared:
 
     def tune(self, backbone: Backbone, suffix: nn.Module, take: object, plan: FineTunePlan = PLAN) -> FineTuned:
         """Fine-tune the last stage."""
-        thawed = select_trainable(backbone.stages, plan.unfreeze)
+        trainable = select_trainable(backbone.stages, plan.unfreeze)
         return finetune(
             backbone,
             suffix,
@@ -58,7 +58,7 @@ class Prepared:
             self.features.y,
             self.split,
             plan,
-            thawed,
+            trainable,
             start=self.probe,
             probe=self.probe,  # type: ignore[arg-type]
         )
@@ -317,9 +317,9 @@ STAGES = tuple(Stage(name, (name,), size) for name, size in (("stem", 10), ("one
 )
 def test_wishes_become_stages(wish: str, first: str, cut: str) -> None:
     """Whole stages train, from the end of the network."""
-    thawed = select_trainable(STAGES, Unfreeze.parse(wish))
+    trainable = select_trainable(STAGES, Unfreeze.parse(wish))
 
-    assert (thawed.stages[0].name, thawed.stages[-1].name, thawed.cut) == (first, "three", cut)
+    assert (trainable.stages[0].name, trainable.stages[-1].name, trainable.cut) == (first, "three", cut)
 
 
 @pytest.mark.parametrize("wish", ["last:5", "layer9"])

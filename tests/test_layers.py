@@ -38,7 +38,7 @@ HOMES = {
     "pyarrow": {"datasets.tables"},
     "ray": {"extraction.ray_engine"},
     "datasets": {"datasets.hubs"},
-    "peft": {"finetuning.lora"},
+    "peft": {"finetuning.network_edits"},
     "matplotlib": {"reports.plots"},
     "torchvision": {"datasets.hubs"},
 }

@@ -21,13 +21,11 @@ from featcache.experiments.bench import run_bench
 from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning.augment import flipped_and_shifted, mixed
-from featcache.finetuning.batchnorm_folding import ConvolutionAndNorm, fold_norms
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.finetuner import FineTuned, finetune
 from featcache.finetuning.loop import Trial
-from featcache.finetuning.lora import add_lora, merge_lora
-from featcache.finetuning.model import LinearHead, SuffixAndHead, set_training
+from featcache.finetuning.model import LinearHead, SuffixAndHead, flipped_and_shifted, mixed, set_training
+from featcache.finetuning.network_edits import ConvolutionAndNorm, add_lora, fold_norms, merge_lora
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import depths, select_trainable
 from featcache.heads.bundle import load as load_bundle
@@ -47,16 +45,16 @@ def prepared(folder: Path, tiny: BackboneSpec, settings: Settings) -> Prepared:
 def tuned(prepared: Prepared, plan: FineTunePlan, keeper: Checkpoint | None = None, take: Any = None) -> dict[str, Tensor]:
     """Fine-tune and return the whole backbone's weights and the head's."""
     own = prepared.backbone.separate()
-    thawed = select_trainable(own.stages, plan.unfreeze, own.module)
-    stored = prepared.bench.extracted(thawed.cut, "float32" if thawed.cut != "input" else None).store.reader()
+    trainable = select_trainable(own.stages, plan.unfreeze, own.module)
+    stored = prepared.bench.extracted(trainable.cut, "float32" if trainable.cut != "input" else None).store.reader()
     result = finetune(
         own,
-        own.suffix(thawed.cut),
+        own.suffix(trainable.cut),
         take or stored.take,
         prepared.features.y,
         prepared.split,
         plan,
-        thawed,
+        trainable,
         start=prepared.probe,
         probe=prepared.probe,
         keeper=keeper,
@@ -109,12 +107,12 @@ def test_low_rank_updates_stand_beside_layers_that_are_called(name: str, size: i
     """Every update gets a gradient and is merged; a weight that is read as a tensor is left out."""
     spec = BackboneSpec(name, random_init=0, overrides=TransformOverrides(input_size=size))
     backbone = load_backbone(spec)
-    thawed = select_trainable(backbone.stages, Unfreeze.parse("lora:2:last:1"), backbone.module)
-    suffix = backbone.suffix(thawed.cut)
+    trainable = select_trainable(backbone.stages, Unfreeze.parse("lora:2:last:1"), backbone.module)
+    suffix = backbone.suffix(trainable.cut)
     with torch.no_grad():
-        stored = backbone.prefix(thawed.cut)(torch.rand(2, 3, size, size))
+        stored = backbone.prefix(trainable.cut)(torch.rand(2, 3, size, size))
         before = suffix(stored)
-    weights = {id(value) for key, value in backbone.module.named_parameters() if key in thawed.stages[-1].parameters}
+    weights = {id(value) for key, value in backbone.module.named_parameters() if key in trainable.stages[-1].parameters}
 
     updates = add_lora(suffix, weights, 2, seed=0)
     suffix.requires_grad_(requires_grad=False)
@@ -312,7 +310,7 @@ def test_a_training_that_has_ended_is_not_lost(
     """Killed at the checkpoint, the head, the record or after it: nothing is trained again, and one record stands."""
     records, bench = tmp_path / "runs.jsonl", FeatureCache(open_dataset(folder), tiny, settings)
     plan = replace(PLAN, lr=(1e-3, 1e-2))
-    places = {"save_checkpoint": "featcache.finetuning.checkpoint.", "clear": "featcache.finetuning.checkpoint.Keeper."}
+    places = {"save_checkpoint": "featcache.finetuning.checkpoint.", "clear": "featcache.finetuning.checkpoint.Checkpoint."}
 
     def killed(*_: object, **__: object) -> None:
         raise KilledError
@@ -565,8 +563,8 @@ def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
     wreck = replace(PLAN, epochs=1, lr=(1e20,))
 
     def wrecked(*arguments: Any, **named: Any) -> FineTuned:
-        *others, plan, thawed = arguments
-        return finetune(*others, plan if named["shallower"] is None else wreck, thawed, **named)
+        *others, plan, trainable = arguments
+        return finetune(*others, plan if named["shallower"] is None else wreck, trainable, **named)
 
     monkeypatch.setattr("featcache.finetuning.finetuner.finetune", wrecked)
     first, *deeper = run_sweep(FeatureCache(open_dataset(subtle), tiny, settings), GAINS).jobs

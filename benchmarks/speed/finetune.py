@@ -129,11 +129,11 @@ class Ours:
             refit=False,
             precision=precision,
         )
-        thawed = select_trainable(own.stages, plan.unfreeze, own.module)
+        trainable = select_trainable(own.stages, plan.unfreeze, own.module)
         suffix = own.suffix(cut)
         width = _width(suffix, take)
         model = SuffixAndHead(suffix, LinearHead(np.zeros((CLASSES, width)), np.zeros(CLASSES)))
-        self.job = TrainContext(model, open_up(own, model, thawed, 0), take, y, plan, ProcessGroup(), 0, precision)
+        self.job = TrainContext(model, open_up(own, model, trainable, 0), take, y, plan, ProcessGroup(), 0, precision)
         self.index = np.arange(len(y))
 
     def epochs(self) -> list[float]:
@@ -160,15 +160,15 @@ def measure_epochs(flowers: Path, work: Path, only: str) -> Iterator[dict[str, A
         folder = copies(flowers, work / name, count)
         bench = FeatureCache(open_dataset(folder), BackboneSpec(name, random_init=0), Settings(work / f"{name}.cache"))
         backbone = bench.backbone
-        thawed = select_trainable(backbone.stages, Unfreeze.parse(wish), backbone.module)
+        trainable = select_trainable(backbone.stages, Unfreeze.parse(wish), backbone.module)
         start = time.perf_counter()
-        entry = bench.extracted(thawed.cut)
+        entry = bench.extracted(trainable.cut)
         extraction = time.perf_counter() - start
         features, reader = entry.store.labelled(), entry.store.reader()
         in_memory = reader.take(np.arange(len(features.y)))
         sides: dict[str, Callable[[], float]] = {}
         for precision in PRECISIONS:
-            trained = {name for stage in thawed.stages for name in stage.parameters}
+            trained = {name for stage in trainable.stages for name in stage.parameters}
             plain = Plain(name, folder, trained.__contains__, precision)
             start = time.perf_counter()
             images, labels = plain.decode()
@@ -179,13 +179,13 @@ def measure_epochs(flowers: Path, work: Path, only: str) -> Iterator[dict[str, A
                 f"files2 {precision}": partial(plain.from_files, 2),
             }
             for side, take in (("cached", reader.take), ("memory", in_memory.__getitem__)):
-                ours = Ours(backbone, wish, thawed.cut, take, features.y, 1, precision)
+                ours = Ours(backbone, wish, trainable.cut, take, features.y, 1, precision)
                 sides[f"{side} {precision}"] = lambda ours=ours: ours.epochs()[0]
         seconds = by_turns(sides)
         ten = {}
         for precision in PRECISIONS:
             start = time.perf_counter()
-            Ours(backbone, wish, thawed.cut, reader.take, features.y, EPOCHS, precision).epochs()
+            Ours(backbone, wish, trainable.cut, reader.take, features.y, EPOCHS, precision).epochs()
             ten[precision] = extraction + time.perf_counter() - start
         yield {
             "kind": "epochs",

@@ -106,10 +106,10 @@ def run_finetune(
         records: a JSONL file that gets the record.
         ledger: of heads that this command has fitted already.
     """
-    ground = FineTuneInputs(bench, probes, group, seed, ledger or Ledger())
-    thawed = ground.thawed(plan)
-    ground.extract([thawed], plan)
-    job = _tune_apart(ground, plan, thawed, records)
+    inputs = FineTuneInputs(bench, probes, group, seed, ledger or Ledger())
+    trainable = inputs.trainable(plan)
+    inputs.extract([trainable], plan)
+    job = _tune_apart(inputs, plan, trainable, records)
     job.keeper.clear()
     return job
 
@@ -143,15 +143,15 @@ def run_sweep(
     """
     from featcache.finetuning.unfreezing import depths
 
-    ground = FineTuneInputs(bench, probes, group, seed, Ledger())
-    plans = [replace(plan, unfreeze=wish) for wish in depths(bench.backbone.stages)]
-    thawed = [ground.thawed(one) for one in plans]
-    ground.extract(thawed, plan)
+    inputs = FineTuneInputs(bench, probes, group, seed, Ledger())
+    plans = [replace(plan, unfreeze=unfreeze) for unfreeze in depths(bench.backbone.stages)]
+    trainable = [inputs.trainable(one) for one in plans]
+    inputs.extract(trainable, plan)
     jobs: list[FineTuneResult] = []
     gained: FineTuneResult | None = None
-    for one, behind in zip(plans, thawed, strict=True):
+    for one, behind in zip(plans, trainable, strict=True):
         rates = (gained.tuned.lr,) if gained else one.lr
-        job = _tune_apart(ground, replace(one, lr=rates), behind, records, after=gained)
+        job = _tune_apart(inputs, replace(one, lr=rates), behind, records, after=gained)
         jobs.append(job)
         gained = job if job.tuned.best > 0 else gained
     for job in jobs:  # not before: a sweep that is killed finds the depths that it has trained
@@ -169,13 +169,13 @@ class FineTuneInputs:
         for name in probes:
             heads.require_head(name)
         require_one_label(bench.dataset)
-        self.team = ProcessGroup()
+        self.processes = ProcessGroup()
         self.bench, self.seed, self.group = bench, seed, group
         self._heads, self._ledger = tuple(dict.fromkeys((*PROBES, *probes))), ledger
         self._notes: dict[str, tuple[str, ...]] = {}
         self._entries: dict[str, Extracted] = {}
 
-    def thawed(self, plan: FineTunePlan) -> "Trainable":
+    def trainable(self, plan: FineTunePlan) -> "Trainable":
         """Return what trains."""
         from featcache.finetuning.unfreezing import select_trainable
 
@@ -183,12 +183,12 @@ class FineTuneInputs:
 
     def extract(self, several: Sequence["Trainable"], plan: FineTunePlan) -> None:
         """Extract at some boundaries and for the probe, in one pass; at the input where that cannot be or takes too much."""
-        with self.team.one_first():
+        with self.processes.one_first():
             self._extract(several, plan)
             _ = self.probes
 
     def _extract(self, several: Sequence["Trainable"], plan: FineTunePlan) -> None:
-        cuts = {thawed.cut: self._where(thawed.cut, plan) for thawed in several}
+        cuts = {trainable.cut: self._where(trainable.cut, plan) for trainable in several}
         left = self._within_budget(list(dict.fromkeys(cut for cut, _ in cuts.values())), plan)
         for cut, (where, notes) in cuts.items():
             if where not in left:
@@ -219,7 +219,7 @@ class FineTuneInputs:
             names = tuple(name for name in names if name in heads.HEADS and heads.HEADS[name].streams)
             logger.warning("the features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
         plan = FitPlan(names, group=self.group, baselines=False)
-        return run_fit(self.bench, plan, seed=self.seed, ledger=self._ledger, keep=self.team.rank == 0).heads
+        return run_fit(self.bench, plan, seed=self.seed, ledger=self._ledger, keep=self.processes.rank == 0).heads
 
     @property
     def best_probe(self) -> RunRecord:
@@ -311,51 +311,51 @@ class FineTuneInputs:
 
 
 def _tune_apart(
-    ground: FineTuneInputs,
+    inputs: FineTuneInputs,
     plan: FineTunePlan,
-    thawed: "Trainable",
+    trainable: "Trainable",
     records: Path | None,
     after: FineTuneResult | None = None,
 ) -> FineTuneResult:
     """Train, and leave the caller's random numbers as they were: new layers and dropout draw from PyTorch's own."""
     from featcache.extraction.runtimes import own_randomness
 
-    with own_randomness(ground.bench.backbone.device):
-        return _tune(ground, plan, thawed, records, after)
+    with own_randomness(inputs.bench.backbone.device):
+        return _tune(inputs, plan, trainable, records, after)
 
 
 def _tune(
-    ground: FineTuneInputs,
+    inputs: FineTuneInputs,
     plan: FineTunePlan,
-    thawed: "Trainable",
+    trainable: "Trainable",
     records: Path | None,
     after: FineTuneResult | None = None,
 ) -> FineTuneResult:
     from featcache.finetuning.checkpoint import Checkpoint, save_checkpoint
     from featcache.finetuning.finetuner import finetune
 
-    bench, seed = ground.bench, ground.seed
-    at_cut, notes = ground.entry(thawed.cut)
-    keep, features, take = _rows(ground.features, at_cut, plan.views)
-    split = restricted(ground.split, keep)
-    if left_out := len(ground.features.y) - len(keep):
-        test = len(ground.split.test) - len(split.test)
+    bench, seed = inputs.bench, inputs.seed
+    at_cut, notes = inputs.entry(trainable.cut)
+    keep, features, take = _rows(inputs.features, at_cut, plan.views)
+    split = restricted(inputs.split, keep)
+    if left_out := len(inputs.features.y) - len(keep):
+        test = len(inputs.split.test) - len(split.test)
         notes = (
             *notes,
             f"{left_out} images have no activations at {at_cut.cut} and are left out, {test} of them test images",
         )
         logger.warning(notes[-1])
-    start, probe = ground.linear_probes
+    start, probe = inputs.linear_probes
     own = _trainable(bench, plan)
     method, shallower = plan.unfreeze.text, None
     if after is not None:
         weights, start = after.tuned.from_train
         own.module.load_state_dict(weights)
         shallower, method = after.tuned.finished, f"{method} after {after.record.method}"
-    cell = tune_cell(bench, ground.features, method, plan, seed, ground.group)
+    cell = tune_cell(bench, inputs.features, method, plan, seed, inputs.group)
     name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:_IN_NAMES]}"
-    folder, team = at_cut.store.path / "tuned", ground.team
-    keeper = Checkpoint(folder / f"{name}.unfinished", writes=team.rank == 0)
+    folder, processes = at_cut.store.path / "tuned", inputs.processes
+    keeper = Checkpoint(folder / f"{name}.unfinished", writes=processes.rank == 0)
     tuned = finetune(
         own,
         own.suffix(at_cut.cut),
@@ -363,13 +363,13 @@ def _tune(
         features.y,
         split,
         plan,
-        thawed,
+        trainable,
         start=start,
         probe=probe,
         shallower=shallower,
         seed=seed,
         keeper=keeper,
-        team=team,
+        processes=processes,
     )
     facts = {
         "backbone": bench.identity,
@@ -378,7 +378,7 @@ def _tune(
         "unfreeze": plan.unfreeze.text,
     }
     checkpoint = folder / f"{name}.safetensors"
-    best_probe = ground.best_probe
+    best_probe = inputs.best_probe
     record = new_record(
         bench,
         at_cut,
@@ -388,12 +388,12 @@ def _tune(
         cell=cell,
         method=method,
         seed=seed,
-        request={"plan": asdict(plan)} | ({"group": ground.group} if ground.group else {}),
+        request={"plan": asdict(plan)} | ({"group": inputs.group} if inputs.group else {}),
         params={
             "best_epoch": tuned.best,
             "lr": tuned.lr,
             "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
-            "stages": [stage.name for stage in thawed.stages],
+            "stages": [stage.name for stage in trainable.stages],
             "cka": round(tuned.similarity, 4),
             "precision": tuned.precision,
             "refitted": tuned.refitted,
@@ -409,7 +409,7 @@ def _tune(
         images_per_second=round(tuned.images_per_second, 1),
         probe={
             "head": best_probe.method,
-            "of": [job.record.method for job in ground.probes],
+            "of": [job.record.method for job in inputs.probes],
             "start": PROBE if after is None else after.record.method,
             "val": best_probe.val,
             "test": best_probe.test,
@@ -418,14 +418,16 @@ def _tune(
         artefact=checkpoint.relative_to(bench.settings.cache).as_posix(),
     )
     if tuned.best > 0:
-        right = decode_correct(best_probe.right)[np.isin(ground.split.test, keep)]
+        right = decode_correct(best_probe.right)[np.isin(inputs.split.test, keep)]
         record = replace(record, gap=asdict(gap(tuned.tested.right, right, groups=split.test_groups)))
     remarks = _remarks(tuned, record, plan)
     for note in remarks:
         logger.warning("%s: %s", method, note)
     record = replace(record, notes=(*notes, *record.notes, *remarks))
-    with team.one_first():
-        if team.rank == 0:  # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
+    with processes.one_first():
+        if (
+            processes.rank == 0
+        ):  # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
             save_checkpoint(own.module, tuned.model, checkpoint, facts)
             _save_head(bench, at_cut, features, tuned, own, checkpoint, plan)
             if records and not _is_recorded(record, records):

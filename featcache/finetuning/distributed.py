@@ -14,7 +14,7 @@ from torch import nn
 
 from featcache.evaluation.splits import Index
 
-_PATIENCE = timedelta(days=7)  # the first process may extract for long
+_PATIENCE = timedelta(days=7)  # the first process may extract for long while the others wait; the default is 30 minutes
 
 
 class ProcessGroup:
@@ -26,10 +26,12 @@ class ProcessGroup:
             on_gpu = torch.cuda.is_available()
             if on_gpu:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # both: gradients are summed on the GPU, barriers and votes are tensors on the CPU
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
 
     def share(self, index: Index) -> Index:
         """Return this process's positions among those of a batch."""
+        # every size-th: shares differ by one image at most, whatever the batch's length
         return index[self.rank :: self.size]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -37,7 +39,7 @@ class ProcessGroup:
         if self.size == 1:
             return
         for parameter in parameters:
-            if parameter.grad is None:
+            if parameter.grad is None:  # this process's share of a last batch may be empty; the sum needs all of them
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from featcache.backbones.timm_models import Backbone
 from featcache.evaluation.metrics import TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
-from featcache.finetuning.batchnorm_folding import fold_norms
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.loop import DivergedError, Epoch, TrainContext, Trained, Trial, epoch_of, noise, to_device
-from featcache.finetuning.lora import add_lora, merge_lora
 from featcache.finetuning.model import LinearHead, SuffixAndHead, Take, embed, predict
+from featcache.finetuning.network_edits import add_lora, fold_norms, merge_lora
+from featcache.finetuning.optim import choose_precision
 from featcache.finetuning.plan import FineTunePlan
-from featcache.finetuning.precision import choose_precision
 from featcache.finetuning.unfreezing import Trainable
 from featcache.progress import progress
 from featcache.resources import keep_freed_memory
@@ -100,14 +99,14 @@ def finetune(
     y: NDArray[np.int64],
     split: Split,
     plan: FineTunePlan,
-    thawed: Trainable,
+    trainable: Trainable,
     *,
     start: LinearHead,
     probe: LinearHead,
     shallower: Whole | None = None,
     seed: int = 0,
     keeper: Checkpoint | None = None,
-    team: ProcessGroup | None = None,
+    processes: ProcessGroup | None = None,
 ) -> FineTuned:
     """Train a suffix and its head on ``train``, keep the best rate and epoch on ``val``, refit on both, test that once.
 
@@ -118,7 +117,7 @@ def finetune(
         y: labels (n,) int64.
         split: which images train, choose and test.
         plan: rates, epochs, patience, ...
-        thawed: which parameters train.
+        trainable: which parameters train.
         start: the probe fitted on ``train`` alone: where training starts, so that ``val`` judges it fairly.
         probe: the probe refitted on train and val: what epoch 0 answers with, where it stays the best, and where the
             refit starts.
@@ -126,25 +125,25 @@ def finetune(
         seed: of the order of images and of dropout.
         keeper: where the state is kept, so that a killed training goes on; it is the caller's to clear, once what came
             out is on the disk: until then a training that has ended is found here as well.
-        team: the processes that share the work.
+        processes: those that share the work.
 
     Raises:
         SetupError: low-rank updates need peft.
         StorageError: the state cannot be kept.
     """
-    timed, team = _Timed(keeper or Checkpoint(None)), team or ProcessGroup()
+    timed, processes = _Timed(keeper or Checkpoint(None)), processes or ProcessGroup()
     keep_freed_memory()
     model = SuffixAndHead(suffix, start).to(backbone.device)
-    stages = open_up(backbone, model, thawed, seed)
+    stages = open_up(backbone, model, trainable, seed)
     saved = timed.load()
-    if not team.agrees(bool(saved), backbone.device):  # all of them go on from there, or all begin
+    if not processes.agrees(bool(saved), backbone.device):  # all of them go on from there, or all begin
         saved = {}
     if saved.get("layout") != _LAYOUT:
         saved = {"layout": _LAYOUT, "finished": [], "best": [], "trial": None, "precision": plan.precision}
     if saved.get("precision") in {None, "auto"}:
         batch = to_device(take(split.train[: plan.batch_size] * plan.views), backbone.device)
-        saved["precision"] = choose_precision(model, batch, team, on_cpu=plan.precision == "auto")
-    job = TrainContext(model, stages, take, y, plan, team, seed, saved["precision"])
+        saved["precision"] = choose_precision(model, batch, processes, on_cpu=plan.precision == "auto")
+    job = TrainContext(model, stages, take, y, plan, processes, seed, saved["precision"])
     untouched = copy.deepcopy(model.state_dict())
     first = embed(model, take, split.val * plan.views, plan.batch_size)
     val, scaled = job.validate(split.val)
@@ -155,7 +154,7 @@ def finetune(
         best, rates, saved = _best_rate(job, split, before, untouched, saved, timed, bar)
         model.load_state_dict(best.state)
         number = best.best.number
-        from_train = _as_it_is(backbone, model, thawed)
+        from_train = _as_it_is(backbone, model, trainable)
         if number == 0 or plan.refit:
             model.load_state_dict(untouched)
             if shallower is not None:
@@ -175,7 +174,7 @@ def finetune(
             if not refitted:
                 model.load_state_dict(best.state)
         bar.update(bar.total - bar.n)
-    if thawed.wish.what == "lora":
+    if trainable.spec.what == "lora":
         merge_lora(model.suffix)
     seconds = timed.seconds
     last = embed(model, take, split.val * plan.views, plan.batch_size)
@@ -283,31 +282,33 @@ def _trained(facts: dict[str, Any]) -> Trained:
     return Trained(**(facts | {"history": history, "best": epoch_of(facts["best"])}))
 
 
-def open_up(backbone: Backbone, model: SuffixAndHead, thawed: Trainable, seed: int) -> tuple[tuple[nn.Parameter, ...], ...]:
+def open_up(
+    backbone: Backbone, model: SuffixAndHead, trainable: Trainable, seed: int
+) -> tuple[tuple[nn.Parameter, ...], ...]:
     """Let the thawed parameters train and no others; return them, stage by stage."""
     named = dict(backbone.module.named_parameters())
     model.requires_grad_(False)
     for parameter in named.values():
         parameter.requires_grad_(False)
-    if thawed.wish.what == "lora":
-        weights = {id(named[name]): stage.name for stage in thawed.stages for name in stage.parameters}
+    if trainable.spec.what == "lora":
+        weights = {id(named[name]): stage.name for stage in trainable.stages for name in stage.parameters}
         size = backbone.transform.input_size
         blank = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=backbone.device)  # untraced, it takes pixels
-        updates = add_lora(model.suffix, weights, thawed.wish.rank, seed, blank)
-        by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in thawed.stages}
+        updates = add_lora(model.suffix, weights, trainable.spec.rank, seed, blank)
+        by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in trainable.stages}
         for weight, parameters in updates:
             by_stage[weights[weight]] += parameters
         stages = tuple(tuple(parameters) for parameters in by_stage.values())
     else:
-        stages = tuple(tuple(named[name] for name in stage.parameters) for stage in thawed.stages)
+        stages = tuple(tuple(named[name] for name in stage.parameters) for stage in trainable.stages)
         fold_norms(model.suffix)
     for parameter in (*model.head.parameters(), *(parameter for stage in stages for parameter in stage)):
         parameter.requires_grad_(True)
     return stages
 
 
-def _as_it_is(backbone: Backbone, model: SuffixAndHead, thawed: Trainable) -> Whole:
+def _as_it_is(backbone: Backbone, model: SuffixAndHead, trainable: Trainable) -> Whole:
     """Return the backbone's weights and the head; low-rank updates are no part of the weights yet."""
-    if thawed.wish.what == "lora":
+    if trainable.spec.what == "lora":
         return {}, model.linear_head()
     return copy.deepcopy(backbone.module.state_dict()), model.linear_head()

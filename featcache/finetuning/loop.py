@@ -17,12 +17,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
 from featcache.evaluation.splits import Index
-from featcache.finetuning.augment import flipped_and_shifted, mixed
 from featcache.finetuning.distributed import ProcessGroup
-from featcache.finetuning.model import SuffixAndHead, Take, chunks, predict, set_training
-from featcache.finetuning.optim import make_optimiser, parameter_groups, rate
+from featcache.finetuning.model import SuffixAndHead, Take, chunks, flipped_and_shifted, mixed, predict, set_training
+from featcache.finetuning.optim import DTYPES, make_optimiser, parameter_groups, rate
 from featcache.finetuning.plan import FineTunePlan
-from featcache.finetuning.precision import DTYPES
 from featcache.progress import logger
 from featcache.specs import Precision
 
@@ -88,7 +86,7 @@ class TrainContext:
         take: gives rows (k, ...) by their positions; the views of an image lie one after the other.
         y: labels (n,) int64.
         plan: how.
-        team: the processes that share the work.
+        processes: those that share the work.
         seed: of the order of images, of views, mixing and dropout.
         precision: what steps are computed in.
     """
@@ -98,7 +96,7 @@ class TrainContext:
     take: Take
     y: NDArray[np.int64]
     plan: FineTunePlan
-    team: ProcessGroup
+    processes: ProcessGroup
     seed: int
     precision: Precision
 
@@ -114,11 +112,11 @@ class TrainContext:
             DivergedError: it answers with no numbers.
         """
         model, everything = model or self.model, np.arange(len(index))
-        mine = self.team.share(everything)
+        mine = self.processes.share(everything)
         answers = np.zeros((len(index), model.head.out_features))
         if len(mine):
             answers[mine] = predict(model, self.take, index[mine] * self.plan.views, self.plan.batch_size)
-        answers = self.team.total(answers, self.device)
+        answers = self.processes.total(answers, self.device)
         if not np.isfinite(answers).all():
             raise DivergedError
         truth = self.y[index]
@@ -225,11 +223,11 @@ class Trial:
         done = min(self._step * plan.batch_size * plan.accumulate, len(order))
         bar.update(done)
         left = [[some[part] for part in chunks(np.arange(len(some)), plan.batch_size)] for some in steps[self._step :]]
-        mine = [job.team.share(part) for parts in left for part in parts]
+        mine = [job.processes.share(part) for parts in left for part in parts]
         stored = iter(_ahead(job.take, [rows[part] for part in mine]))
         for parts in left:
             whole = sum(map(len, parts))
-            self._sums += self._one_step([(next(stored), order[job.team.share(part)]) for part in parts], whole, number)
+            self._sums += self._one_step([(next(stored), order[job.processes.share(part)]) for part in parts], whole, number)
             self._step += 1
             bar.update(whole)
             if time.monotonic() - kept > _SAVE_SECONDS:
@@ -237,7 +235,7 @@ class Trial:
                 self._spent, started = self._spent + now - started, now
                 keep(self.state())
                 kept = time.monotonic()
-        loss, right = job.team.total(self._sums, job.device) / len(order)
+        loss, right = job.processes.total(self._sums, job.device) / len(order)
         seconds = self._spent + time.monotonic() - started
         self._step, self._sums, self._spent = 0, np.zeros(2), 0.0
         self._judge(number, float(loss), float(right), seconds)
@@ -251,7 +249,7 @@ class Trial:
                 continue
             if plan.train_batchnorm:  # one image has no statistics: a last batch of one is normalised by the running ones
                 set_training(job.model, train_batchnorm=len(images) > 1)
-            rng = np.random.default_rng((job.seed, number, self._step, place, job.team.rank))
+            rng = np.random.default_rng((job.seed, number, self._step, place, job.processes.rank))
             rows, y = to_device(stored, job.device), torch.from_numpy(job.y[images]).to(job.device)
             if plan.augment and rows.dtype == torch.uint8:
                 rows = flipped_and_shifted(rows, rng)
@@ -266,7 +264,7 @@ class Trial:
                     loss = loss + (1 - share) * self._cross_entropy(logits, others)
             self._scaler.scale(loss / whole).backward()  # type: ignore[no-untyped-call]
             sums += loss.item(), int((logits.argmax(dim=1) == y).sum())
-        job.team.sum_gradients(self._parameters)
+        job.processes.sum_gradients(self._parameters)
         if plan.clip:
             self._scaler.unscale_(self._optimiser)
             nn.utils.clip_grad_norm_(self._parameters, plan.clip)

@@ -1,4 +1,4 @@
-"""What is trained: the part of a backbone behind a cut, and a linear head."""
+"""What is trained: the part of a backbone behind a cut, and a linear head; and what is drawn of its stored rows."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from featcache.evaluation.splits import Index
 
+_SHIFT = 1 / 8  # of a side: the 4 of 32 pixels of He et al. 2016
 Take = Callable[[Index], NDArray[Any]]
 
 
@@ -48,6 +49,7 @@ class SuffixAndHead(nn.Module):
         if stored.dtype != torch.uint8:
             stored = stored.float()
             if stored.dim() == 4 and stored.shape[-1] != 3:  # pixels, even as floats, have their channels last
+                # rows are stored channels first, convolutions are faster on channels last: copied once, here
                 stored = stored.contiguous(memory_format=torch.channels_last)
         return self.suffix(stored).flatten(1)  # type: ignore[no-any-return]
 
@@ -60,6 +62,7 @@ def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
     """Put what trains in training mode; frozen parts stay in inference mode, and BatchNorm too unless asked otherwise."""
     _set_training(model, parent=True)
     for module in model.modules():
+        # statistics of small batches would change the features that the head was fitted on (LP-FT starts as the probe)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not train_batchnorm:  # noqa: SLF001 - no public name
             module.training = False
 
@@ -74,6 +77,7 @@ def _set_training(module: nn.Module, *, parent: bool) -> None:
 
 def predict(model: SuffixAndHead, take: Take, index: Index, batch_size: int) -> NDArray[np.float64]:
     """Return the probabilities (k, classes) of rows at some positions (k,)."""
+    # softmax in float64: the log-loss is in the digits of probabilities near 0 and 1
     return _in_batches(lambda rows: F.softmax(model(rows).double(), dim=1), model, take, index, batch_size)
 
 
@@ -93,6 +97,37 @@ def _in_batches(
 
 
 def chunks(index: Index, size: int) -> Iterator[Index]:
-    """Yield the positions so many at a time."""
+    """Yield the positions in consecutive chunks of ``size``, the last one shorter."""
     for start in range(0, len(index), size):
         yield index[start : start + size]
+
+
+def flipped_and_shifted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return pixels (b, h, w, 3), half of the images mirrored, each shifted by up to an eighth of its sides.
+
+    What would be empty is filled by reflection (He et al. 2016, section 4.2, on larger images).
+    """
+    count, height, width = pixels.shape[:3]
+    down, across = (rng.integers(-int(_SHIFT * side), int(_SHIFT * side) + 1, count) for side in (height, width))
+    rows = _reflected(np.arange(height) + down[:, None], height)
+    columns = _reflected(np.arange(width) + across[:, None], width)
+    columns = np.where(rng.random(count)[:, None] < 0.5, columns[:, ::-1], columns)
+    images = torch.arange(count)[:, None, None]
+    # one gather of bytes for the batch: an image at a time would cost an interpreted step for each
+    return pixels[images, torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns.copy())[:, None, :]]
+
+
+def _reflected(positions: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    positions = np.abs(positions)
+    return np.where(positions >= size, 2 * (size - 1) - positions, positions)
+
+
+def mixed(rows: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
+    """Return rows (b, ...) each mixed with another, the partners' positions (b,), and the share of the first.
+
+    Zhang et al. 2018 (mixup) on pixels, Verma et al. 2019 (manifold mixup) on activations.
+    """
+    share = float(rng.beta(alpha, alpha))
+    partners = torch.from_numpy(rng.permutation(len(rows))).to(rows.device)
+    rows = rows.float()  # stored as bytes or float16
+    return share * rows + (1 - share) * rows[partners], partners, share

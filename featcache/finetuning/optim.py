@@ -1,14 +1,23 @@
-"""How weights move: groups with their rates, the optimiser, the schedule."""
+"""How weights move: groups with their rates, the optimiser, the schedule, and the precision of a step."""
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from featcache.finetuning.distributed import ProcessGroup
+from featcache.finetuning.model import SuffixAndHead, set_training
 from featcache.finetuning.plan import FineTunePlan
+from featcache.specs import Precision
 
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TRIED: tuple[Precision, Precision] = ("float32", "bfloat16")
+_ROUNDS = 2  # after one that is not counted: the first step of each precision also compiles kernels and finds memory
+_PAYS = 1.2  # times the speed of float32: what is faster by less may be so by chance
 _MOMENTUM = 0.9
 Group = dict[str, Any]
 
@@ -26,9 +35,9 @@ def parameter_groups(
     """
     groups: list[Group] = []
     for depth, tensors in enumerate(reversed(stages)):
-        own = lr * plan.layer_decay**depth
-        groups.append({"params": [tensor for tensor in tensors if tensor.dim() > 1], "lr": own})
-        groups.append({"params": [tensor for tensor in tensors if tensor.dim() <= 1], "lr": own, "weight_decay": 0.0})
+        rate = lr * plan.layer_decay**depth
+        groups.append({"params": [tensor for tensor in tensors if tensor.dim() > 1], "lr": rate})
+        groups.append({"params": [tensor for tensor in tensors if tensor.dim() <= 1], "lr": rate, "weight_decay": 0.0})
     groups.append({"params": [head.weight], "lr": plan.head_lr})
     groups.append({"params": [head.bias], "lr": plan.head_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
@@ -36,6 +45,7 @@ def parameter_groups(
 
 def make_optimiser(groups: Sequence[Group], plan: FineTunePlan) -> torch.optim.Optimizer:
     """Return the plan's optimiser, which reads and writes each weight once a step."""
+    # fused: otherwise every operation of the update is a pass over all weights
     if plan.optimiser == "sgd":
         return torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=plan.weight_decay, fused=True)
     kind = torch.optim.AdamW if plan.optimiser == "adamw" else torch.optim.Adam
@@ -48,3 +58,35 @@ def rate(step: int, steps: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def choose_precision(model: SuffixAndHead, rows: Tensor, processes: ProcessGroup, *, on_cpu: bool) -> Precision:
+    """Return bfloat16 on GPUs that have it (since Ampere), and if asked on CPUs (AMX) where a step is clearly faster in it.
+
+    All processes come to the same choice.
+
+    Args:
+        model: the one to train; neither weights nor statistics are changed.
+        rows: a batch of stored rows on the model's device.
+        processes: those that share the work.
+        on_cpu: try it on CPUs too.
+    """
+    if rows.device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    if not on_cpu or rows.device.type != "cpu" or not features.get("amx_bf16"):
+        return "float32"
+    # measured, since having AMX is not enough: most backbones are two to three times as fast, depthwise ones can be slower
+    set_training(model, train_batchnorm=False)
+    rounds = [[_step_seconds(model, rows, precision) for precision in _TRIED] for _ in range(1 + _ROUNDS)]
+    slow, fast = processes.total(np.min(rounds[1:], axis=0), rows.device)
+    return "bfloat16" if slow > _PAYS * fast else "float32"
+
+
+def _step_seconds(model: SuffixAndHead, rows: Tensor, precision: Precision) -> float:
+    dtype, start = DTYPES[precision], time.perf_counter()
+    with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
+        loss = model(rows).float().square().mean()
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start

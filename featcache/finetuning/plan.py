@@ -50,17 +50,17 @@ class Unfreeze:
         return cls(text, kind, amount, stage, what, int(part[2] or 0))
 
 
-def _stages(wish: str, text: str) -> tuple[Literal["last", "share", "stage", "all"], float, str]:
-    last = re.fullmatch(r"last:(\d+)", wish)
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", wish)
-    if wish == "all":
+def _stages(stages: str, text: str) -> tuple[Literal["last", "share", "stage", "all"], float, str]:
+    last = re.fullmatch(r"last:(\d+)", stages)
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", stages)
+    if stages == "all":
         return "all", 0.0, ""
     if last and int(last[1]) > 0:
         return "last", int(last[1]), ""
     if share and 0 < float(share[1]) <= 100:
         return "share", float(share[1]) / 100, ""
-    if re.fullmatch(r"[A-Za-z_][\w.]*", wish) and wish != "lora":
-        return "stage", 0.0, wish
+    if re.fullmatch(r"[A-Za-z_][\w.]*", stages) and stages != "lora":
+        return "stage", 0.0, stages
     raise UsageError(
         f"--unfreeze {text}: write last:K, P% (up to 100%), the name of a stage, or all; or norm, bias or lora:R, with such "
         "stages behind a colon."

@@ -1,4 +1,4 @@
-"""Turn a wish such as ``last:2`` into the parameters that train and the cut that freezes the rest."""
+"""Turn a text such as ``last:2`` into the parameters that train and the cut that freezes the rest."""
 
 import math
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ class Trainable:
 
     stages: tuple[Stage, ...]
     cut: str
-    wish: Unfreeze
+    spec: Unfreeze
 
 
-def select_trainable(stages: Sequence[Stage], wish: Unfreeze, module: nn.Module | None = None) -> Trainable:
-    """Return what a wish means for a backbone's stages.
+def select_trainable(stages: Sequence[Stage], spec: Unfreeze, module: nn.Module | None = None) -> Trainable:
+    """Return which stages and parameters train, and the cut before them.
 
     ``P%`` is the fewest last stages that hold at least P percent of the parameters. Norms and low-rank updates are told
     by the layers of ``module``.
@@ -33,8 +33,8 @@ def select_trainable(stages: Sequence[Stage], wish: Unfreeze, module: nn.Module 
     Raises:
         UsageError: the backbone has no such stage, or not that many, or nothing of that kind in them.
     """
-    first = _first_trained(stages, wish)
-    allowed = _allowed(module, wish) if module is not None and wish.what != "weights" else None
+    first = _first_trained(stages, spec)
+    allowed = _allowed(module, spec) if module is not None and spec.what != "weights" else None
     picked = [
         replace(stage, parameters=tuple(name for name in stage.parameters if allowed is None or name in allowed))
         for stage in stages[first:]
@@ -42,23 +42,24 @@ def select_trainable(stages: Sequence[Stage], wish: Unfreeze, module: nn.Module 
     empty = next((number for number, stage in enumerate(picked) if stage.parameters), None)
     if empty is None:
         raise UsageError(
-            f"--unfreeze {wish.text}: there is nothing of that kind in {', '.join(one.name for one in picked)}."
+            f"--unfreeze {spec.text}: there is nothing of that kind in {', '.join(stage.name for stage in picked)}."
         )
-    first += empty
-    return Trainable(tuple(picked[empty:]), stages[first - 1].name if first else INPUT, wish)
+    first += empty  # stages with nothing of that kind before the first that has some stay frozen: the cut comes after them
+    return Trainable(tuple(picked[empty:]), stages[first - 1].name if first else INPUT, spec)
 
 
 def depths(stages: Sequence[Stage]) -> list[Unfreeze]:
-    """Return the wishes from the last stage to all: each depth of a short backbone, doubling ones of a long one."""
+    """Return what to unfreeze at each depth, from the last stage to all: every depth up to 8 stages, else doubling ones."""
     count = len(stages)
+    # a long backbone's depths double: 24 blocks one by one would be 24 trainings for a curve that five points show
     numbers = range(1, count) if count <= 8 else (2**power for power in range(count.bit_length()) if 2**power < count)
     return [*(Unfreeze.parse(f"last:{number}") for number in numbers), Unfreeze.parse("all")]
 
 
-def _allowed(module: nn.Module, wish: Unfreeze) -> set[str]:
-    if wish.what == "bias":
+def _allowed(module: nn.Module, spec: Unfreeze) -> set[str]:
+    if spec.what == "bias":
         return {name for name, _ in module.named_parameters() if name.endswith("bias")}
-    if wish.what == "norm":
+    if spec.what == "norm":
         return {
             f"{path}.{name}"
             for path, layer in module.named_modules()
@@ -77,21 +78,21 @@ def _weights(module: nn.Module, kind: type[nn.Module]) -> set[str]:
     }
 
 
-def _first_trained(stages: Sequence[Stage], wish: Unfreeze) -> int:
+def _first_trained(stages: Sequence[Stage], spec: Unfreeze) -> int:
     names = [stage.name for stage in stages]
-    if wish.kind == "all":
+    if spec.kind == "all":
         return 0
-    if wish.kind == "last":
-        if wish.amount > len(stages):
-            raise UsageError(f"--unfreeze {wish.text}: the backbone has {len(stages)} stages ({', '.join(names)}).")
-        return len(stages) - int(wish.amount)
-    if wish.kind == "stage":
-        if wish.stage not in names:
-            raise UsageError(f"--unfreeze {wish.text}: the backbone's stages are {', '.join(names)}.")
-        return names.index(wish.stage)
-    wanted = math.ceil(wish.amount * sum(stage.size for stage in stages))
-    first, held = len(stages), 0
-    while held < wanted:
+    if spec.kind == "last":
+        if spec.amount > len(stages):
+            raise UsageError(f"--unfreeze {spec.text}: the backbone has {len(stages)} stages ({', '.join(names)}).")
+        return len(stages) - int(spec.amount)
+    if spec.kind == "stage":
+        if spec.stage not in names:
+            raise UsageError(f"--unfreeze {spec.text}: the backbone's stages are {', '.join(names)}.")
+        return names.index(spec.stage)
+    least = math.ceil(spec.amount * sum(stage.size for stage in stages))
+    first, parameters = len(stages), 0
+    while parameters < least:
         first -= 1
-        held += stages[first].size
+        parameters += stages[first].size
     return first
