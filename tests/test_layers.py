@@ -20,7 +20,7 @@ LAYERS = (
     ("extraction", "finetuning", "heads", "reports"),
     ("backbones", "datasets", "store"),
     ("evaluation",),
-    ("specs",),
+    ("display", "specs"),
     ("checked", "fingerprint", "progress", "resources"),
     ("errors",),
 )

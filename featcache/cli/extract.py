@@ -1,13 +1,10 @@
 """``featcache extract``."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from featcache.cli import options
-
-if TYPE_CHECKING:
-    from featcache.extraction.feature_cache import Extracted
 
 
 @click.command()
@@ -41,9 +38,11 @@ if TYPE_CHECKING:
 def command(as_json: bool, dry_run: bool, **given: Any) -> None:  # noqa: FBT001
     """Compute the features of DATA once and keep them; run again, only new and changed images are computed."""
     from featcache.api import estimate, extract_cuts
+    from featcache.reports.wording import extract_lines
     from featcache.specs import Views
 
     spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
+    options.announce(source, spec)
     cuts, layers = given.pop("cuts"), given.pop("layers")
     if layers:
         from featcache.specs import cut_of_layers
@@ -53,26 +52,14 @@ def command(as_json: bool, dry_run: bool, **given: Any) -> None:  # noqa: FBT001
     if dry_run:
         _print_estimate(estimate(source, spec, cuts=cuts, settings=settings, **given), as_json=as_json)
         return
-    several = extract_cuts(source, spec, cuts=cuts, settings=settings, **given)
+    results = extract_cuts(source, spec, cuts=cuts, settings=settings, **given)
     if as_json:
-        summaries = [done.summary for done in several]
+        summaries = [result.summary for result in results]
         options.emit(summaries[0] if len(summaries) == 1 else {"extracts": summaries})
         return
-    for done in several:
-        _print(done)
-
-
-def _print(done: "Extracted") -> None:
-    summary = done.summary
-    speed = f", {summary['images_per_second']} images/s" if summary["images_per_second"] else ""
-    runtime = f" with {summary['runtime']}" if summary["runtime"] else ""
-    click.echo(
-        f"{summary['rows']} rows ({summary['computed']} computed in {summary['seconds']:.1f} s{speed}{runtime}, "
-        f"{summary['reused']} reused, {len(summary['quarantined'])} images left out)"
-    )
-    if summary["left"]:
-        click.echo(f"{summary['left']} images are left to the other parts; the last one to end completes the entry")
-    click.echo(f"{done.store.path}/features.h5" if (done.store.path / "features.h5").exists() else done.store.path)
+    for result in results:
+        for line in extract_lines(result):
+            click.echo(line)
 
 
 def _print_estimate(found: Any, *, as_json: bool) -> None:

@@ -106,7 +106,7 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
     from featcache.api import finetune, sweep
     from featcache.finetuning.plan import Unfreeze
     from featcache.reports.plots import draw, require_picture
-    from featcache.reports.tables import NO_GAIN
+    from featcache.reports.wording import finetune_lines
 
     if plot is not None:
         require_picture(plot)
@@ -118,46 +118,23 @@ def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path
         batch_size=given.pop("train_batch"),
         **{name: given.pop(name) for name in _PLAN},
     )
-    done = (sweep if at_every_depth else finetune)(source, spec, plan=plan, settings=settings, **given)
+    options.announce(source, spec)
+    result = (sweep if at_every_depth else finetune)(source, spec, plan=plan, settings=settings, **given)
     if int(os.environ.get("RANK", "0")):  # of several processes one speaks
         return
-    records = [job.record for job in done.jobs]
+    records = [job.record for job in result.jobs]
     if plot is not None:
         draw(records, plot)
-    summary = done.summary | ({"money": [_money(record, price) for record in records]} if price else {})
+    money = [_money(record, price) for record in records] if price else []
     if as_json:
-        options.emit(summary)
+        options.emit(result.summary | ({"money": money} if price else {}))
         return
-    for job in done.jobs:
-        record = job.record
-        seconds = record.seconds
-        click.echo(
-            f"{record.method:10} test {options.percent(record.test)}; epoch {job.tuned.best} at rate {job.tuned.lr:g}; "
-            f"cost: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s"
-        )
-        tried = ", ".join(f"{rate} {100 * val:.1f} %" for rate, val in record.params["val_by_lr"].items())
-        click.echo(f"  on validation: {100 * record.val['accuracy']:.1f} %; by rate {tried}")
-        gap = record.gap
-        if gap is None:
-            click.echo(f"  {NO_GAIN}: no epoch did better than where training started, which is the answer")
-        else:
-            interval = (
-                f"95 % interval {gap['ci'][0]:+.1f} to {gap['ci'][1]:+.1f}"
-                if gap["ci"]
-                else "too few groups for an interval"
-            )
-            click.echo(f"  gap {gap['points']:+.1f} points ({interval}, p = {gap['p_value']:.2g}){_worth(record)}")
-        if price:
-            money = _money(record, price)
-            click.echo(f"  price {money['tuned']:.4f}, of the probe {money['probe']:.4f}")
-        click.echo(f"  {job.checkpoint}\n  {job.bundle}")
-    probe = records[0].probe
-    assert probe is not None
-    cost = probe["seconds"]
-    click.echo(
-        f"{probe['head']:10} test {options.percent(probe['test'])}; best on validation of {', '.join(probe['of'])}; "
-        f"cost: extract {cost['extract']:.1f} s, fit {cost['fit']:.1f} s"
-    )
+    for line in finetune_lines(records):
+        click.echo(line)
+    for name, cost in zip((record.method for record in records), money, strict=False):
+        click.echo(f"{name}: price {cost['tuned']:.4f}, of the probe {cost['probe']:.4f}")
+    for job in result.jobs:
+        click.echo(f"{job.record.method} is kept in {job.checkpoint}, its head in {job.bundle}.")
     if plot is not None:
         click.echo(str(plot))
 
@@ -169,11 +146,3 @@ def _money(record: "RunRecord", price: float | None) -> dict[str, float]:
         name: round(sum(seconds.values()) / 3600 * (price or 0), 6)
         for name, seconds in (("tuned", record.seconds), ("probe", probe["seconds"]))
     }
-
-
-def _worth(record: "RunRecord") -> str:
-    """Return what a point of accuracy has cost beyond the probe, in words."""
-    if record.gap is None or record.probe is None or record.gap["points"] <= 0:
-        return ""
-    more = sum(record.seconds.values()) - sum(record.probe["seconds"].values())
-    return f", {more / record.gap['points']:.1f} s a point" if more > 0 else ""

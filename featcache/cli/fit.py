@@ -41,42 +41,49 @@ _FOLDS = "Choose by cross-validation; 0: by the val split.  [default: 5 below 10
     "--controls/--no-controls", "baselines", default=True, show_default=True, help="Also methods that need no backbone."
 )
 @click.option("--format", type=click.Choice(["joblib", "skops"]), default="joblib", show_default=True, help="Of the files.")
+@click.option(
+    "--per-class", "show_classes", is_flag=True, help="Show the best head's scores class by class, and its confusion matrix."
+)
+@click.option(
+    "--mistakes",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Show the N most confident mistakes of the best head on test.",
+)
 @options.seed_option
 @options.run_options
 @options.json_option
-def command(as_json: bool, **given: Any) -> None:  # noqa: FBT001
+def command(as_json: bool, show_classes: bool, mistakes: int, **given: Any) -> None:  # noqa: FBT001
     """Train heads on the features of DATA, extracted first if needed.
 
     Parameters are chosen on the validation split or by cross-validation, the head is refitted on train and validation, the
     test split is read once.
     """
+    from dataclasses import asdict
+
     from featcache.api import fit
     from featcache.experiments.fit import FitPlan
+    from featcache.reports.wording import fit_lines, mistake_lines, per_class_lines
 
     spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
     given |= {name: given[name] or () for name in ("layers", "shots")}
     plan = FitPlan(**{name: given.pop(name) for name in _PLAN})
-    done = fit(source, spec, plan=plan, settings=settings, **given)
+    options.announce(source, spec)
+    result = fit(source, spec, plan=plan, settings=settings, **given)
     if as_json:
-        options.emit(done.summary)
+        summary = result.summary
+        for head, described in zip(result.heads, summary["heads"], strict=False):  # a number's heads come behind them
+            described.update({"mistakes": [asdict(mistake) for mistake in head.mistakes(mistakes)]} if mistakes else {})
+        options.emit(summary)
         return
-    for job in done.heads:
-        params = ", ".join(f"{name} = {options.short(value)}" for name, value in job.record.params.items())
-        scores = f"test {options.percent(job.record.test)}; {params or 'no parameter'}; {job.fitted.seconds:.1f} s"
-        click.echo(f"{job.record.method:9} {scores}")
-        click.echo(f"          {job.bundle}")
-    for target in done.targets:
-        test = target.record.test
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in test.items() if isinstance(value, float))
-        click.echo(f"{target.record.method}: test {scores}; {target.fitted.seconds:.1f} s")
-        click.echo(f"          {target.bundle}")
-    if done.baselines:
-        click.echo("without a backbone:")
-    for control in done.baselines:
-        click.echo(f"          test {options.percent(control.summary['test'])}; {control.name}")
-    for curve in done.curves:
-        slope = "" if curve.slope is None else f"; the error falls as images to the power of {curve.slope:.2f}"
-        click.echo(f"{curve.head} by training images{slope}:")
-        for point in curve.points:
-            what = f"{point.shots} a class" if point.shots else f"{100 * (point.share or 0):g} %"
-            click.echo(f"          {point.images:6} ({what}): {100 * point.mean:.1f} ± {100 * point.std:.1f} %")
+    for line in fit_lines(result):
+        click.echo(line)
+    if result.best is None:  # a number, or several labels an image, have no classes to be mistaken for each other
+        return
+    if show_classes:
+        for line in per_class_lines(result.best):
+            click.echo(line)
+    if mistakes:
+        for line in mistake_lines(result.best, mistakes, source.location):
+            click.echo(line)

@@ -189,13 +189,6 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # as above
         return int(float(found[1]) * 1000 ** ("kmgt".index(found[2]) + 1 if found[2] else 0))
 
 
-def short(value: Any) -> str:
-    """Return a parameter's value for people."""
-    if isinstance(value, list):
-        return "+".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float | int) else str(value)
-
-
 def _notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's signature
     if value:
         from featcache.progress import set_up_notes
@@ -314,6 +307,14 @@ def take_source(options: dict[str, Any]) -> "Dataset":
     )
 
 
+def announce(source: "Dataset", spec: "BackboneSpec") -> None:
+    """Say on stderr what was found, before anything is computed: images, classes, splits, backbone."""
+    from featcache.progress import logger
+    from featcache.reports.wording import overview
+
+    logger.info(overview(source, spec))
+
+
 def emit(value: dict[str, Any]) -> None:
     """Print one JSON object with its schema version."""
     import json
@@ -321,11 +322,3 @@ def emit(value: dict[str, Any]) -> None:
     from featcache.reports.records import SCHEMA_VERSION
 
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **value}))
-
-
-def percent(test: dict[str, Any]) -> str:
-    """Return an accuracy with its interval, in words."""
-    if not test["accuracy_ci"]:
-        return f"{100 * test['accuracy']:.1f} % (too few groups for an interval)"
-    low, high = test["accuracy_ci"]
-    return f"{100 * test['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})"

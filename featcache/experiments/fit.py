@@ -360,7 +360,7 @@ def _say(features: Features, split: Split, ledger: Ledger) -> None:
     drawn = [name for name in ("val", "test") if name not in features.splits]
     how = f" ({' and '.join(drawn)} drawn)" if drawn else ""
     chosen = f"; parameters are chosen on {len(split.cross)} folds of train and val" if split.cross else ""
-    told = f"{len(features.y)} images: {sizes}{how}{chosen}"
+    told = f"split: {sizes}{how}{chosen}"
     if told not in ledger.said:
         logger.info(told)
     for note in (notes := look_at(features, split)[1]):

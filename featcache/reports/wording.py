@@ -1,0 +1,256 @@
+"""How results are told: the tables and sentences of ``fit``, ``finetune`` and ``extract``, in terminals and notebooks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featcache.display import Table
+from featcache.evaluation.metrics import per_class
+from featcache.reports.records import RunRecord
+from featcache.reports.tables import NO_GAIN
+
+if TYPE_CHECKING:
+    from featcache.datasets.base import Dataset
+    from featcache.experiments.fit import FitResult, HeadResult, MultioutputResult
+    from featcache.extraction.feature_cache import Extracted
+    from featcache.heads.baselines import Baseline
+    from featcache.heads.curves import Curve
+    from featcache.specs import BackboneSpec
+
+_WIDEST_MATRIX = 20  # classes whose confusion matrix still fits a terminal of 120 columns
+_CONFUSIONS = 10
+NO_BACKBONE = "needs no backbone"
+_SCORES = {  # of each kind of record: the score that chooses, what a table calls it, its factor and digits
+    "fit": ("accuracy", "%", 100, 1),
+    "fit-labels": ("mean_average_precision", "mean average precision, %", 100, 1),
+    "fit-number": ("r2", "R2", 1, 3),
+}
+
+
+def overview(dataset: "Dataset", backbone: "BackboneSpec") -> str:
+    """Return what a data set holds and what is to look at it, in a line."""
+    table = dataset.table
+    _, numbers = table.kinds(np.arange(len(table)))
+    counts = np.bincount(numbers, minlength=len(table.splits)).tolist()
+    given = {name: count for name, count in zip(table.splits, counts, strict=True) if name}
+    splits = ", ".join(f"{given[name]} {name}" for name in ("train", "val", "test") if name in given)
+    kind = "labels" if dataset.label_lists else "classes"
+    what = f"{len(table)} images, {len(table.labels)} {kind}; {splits or 'no split'} given"
+    return f"{dataset.name}: {what}; backbone {backbone.label}"
+
+
+def extract_lines(result: "Extracted") -> Iterator[str]:
+    """Yield what an extraction has done, and where its rows are."""
+    summary = result.summary
+    speed = f", {summary['images_per_second']} images/s" if summary["images_per_second"] else ""
+    runtime = f" with {summary['runtime']}" if summary["runtime"] else ""
+    yield (
+        f"{summary['rows']} rows ({summary['computed']} computed in {summary['seconds']:.1f} s{speed}{runtime}, "
+        f"{summary['reused']} reused, {len(summary['quarantined'])} images left out)"
+    )
+    if summary["left"]:
+        yield f"{summary['left']} images are left to the other parts; the last one to end completes the entry"
+    table = result.store.path / "features.h5"
+    yield str(table if table.exists() else result.store.path)
+
+
+def fit_table(result: "FitResult") -> Table:
+    """Return every head and every baseline, the best on validation first."""
+    records = [head.record for head in result.heads] + [head.record for head in result.targets]
+    score, unit, *_ = _SCORES[records[0].kind if records else "fit"]
+    rows = [(_rank(record.val, score), _fit_row(record)) for record in records]
+    rows += [(_rank(asdict(baseline.val), score), _baseline_row(baseline)) for baseline in result.baselines]
+    headers = ("head", f"validation {unit}", f"test {unit}", "95 % interval", "seconds", "chosen")
+    return Table(headers, [row for _, row in sorted(rows, key=lambda ranked: ranked[0])])
+
+
+def _rank(val: dict[str, Any], score: str) -> tuple[float, float]:
+    """Return what the smaller of is better: by the score, then by log-loss, where a head gives probabilities."""
+    loss = val.get("log_loss")
+    return -val[score], float("inf") if loss is None else loss
+
+
+def _fit_row(record: RunRecord) -> tuple[str, ...]:
+    score, _, factor, digits = _SCORES[record.kind]
+    numbers = (f"{factor * record.val[score]:.{digits}f}", f"{factor * record.test[score]:.{digits}f}")
+    interval = _interval(record.test[f"{score}_ci"], factor, digits)
+    return (record.method, *numbers, interval, f"{record.seconds['fit']:.1f}", params_text(record.params))
+
+
+def _baseline_row(baseline: "Baseline") -> tuple[str, ...]:
+    test = baseline.tested.scores
+    numbers = (f"{100 * baseline.val.accuracy:.1f}", f"{100 * test.accuracy:.1f}")
+    return (baseline.name, *numbers, _interval(test.accuracy_ci, 100, 1), f"{baseline.seconds:.1f}", NO_BACKBONE)
+
+
+def _interval(interval: Sequence[float] | None, factor: float, digits: int) -> str:
+    return f"{factor * interval[0]:.{digits}f} to {factor * interval[1]:.{digits}f}" if interval else "too few groups"
+
+
+def params_text(params: dict[str, Any]) -> str:
+    """Return chosen parameters in words."""
+    return ", ".join(f"{name} = {_short(value)}" for name, value in params.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
+
+
+def fit_lines(result: "FitResult") -> Iterator[str]:
+    """Yield the table, the winner in a sentence with its file, and the curves that were asked for."""
+    yield fit_table(result).plain()
+    yield ""
+    heads: list[HeadResult | MultioutputResult] = [*result.heads, *result.targets]
+    score = _SCORES[heads[0].record.kind][0]
+    best = min(heads, key=lambda head: _rank(head.record.val, score))
+    among = f" is the best of {len(heads)} heads on validation" if len(heads) > 1 else ""
+    yield f"{best.record.method}{among}: test {test_text(best.record)}."
+    beside = " (the others' files are beside it)" if len(heads) > 1 else ""
+    yield f"It is kept in {best.bundle}{beside}; `featcache predict` labels images with it."
+    for curve in result.curves:
+        yield from _curve_lines(curve)
+
+
+def test_text(record: RunRecord) -> str:
+    """Return a record's test score with its interval, in words."""
+    if "accuracy" in record.test:
+        return percent(record.test)
+    score, unit, factor, digits = _SCORES[record.kind]
+    interval = _interval(record.test[f"{score}_ci"], factor, digits)
+    error = f", mean absolute error {record.test['mae']:.4g}" if "mae" in record.test else ""
+    return f"{unit} {factor * record.test[score]:.{digits}f} (95 % interval {interval}){error}"
+
+
+def percent(test: dict[str, Any]) -> str:
+    """Return an accuracy with its interval, in words."""
+    if not test["accuracy_ci"]:
+        return f"{100 * test['accuracy']:.1f} % (too few groups for an interval)"
+    return f"{100 * test['accuracy']:.1f} % (95 % interval {_interval(test['accuracy_ci'], 100, 1)})"
+
+
+def _curve_lines(curve: "Curve") -> Iterator[str]:
+    slope = "" if curve.slope is None else f"; the error falls as images to the power of {curve.slope:.2f}"
+    rows = []
+    for point in curve.points:
+        what = f"{point.shots} a class" if point.shots else f"{100 * (point.share or 0):g} %"
+        rows.append((str(point.images), what, f"{100 * point.mean:.1f}", f"{100 * point.std:.1f}"))
+    yield ""
+    headers = ("training images", "that is", "test %", "std over draws")
+    yield Table(headers, rows, f"{curve.head} by training images{slope}").plain()
+
+
+def per_class_lines(head: "HeadResult") -> Iterator[str]:
+    """Yield a head's scores class by class on the test split, and which classes it takes for which."""
+    rows = [
+        (row["class"], str(row["support"]), *(f"{100 * row[name]:.1f}" for name in ("precision", "recall", "f1")))
+        for row in per_class(head.confusion, head.classes)
+    ]
+    headers = ("class", "test images", "precision %", "recall %", "F1 %")
+    yield ""
+    yield Table(headers, rows, f"{head.record.method}, class by class on test").plain()
+    yield ""
+    yield confusion_table(head).plain()
+
+
+def confusion_table(head: "HeadResult") -> Table:
+    """Return the confusion matrix; of more classes than a terminal has room for, the most frequent confusions alone."""
+    matrix, classes = head.confusion, head.classes
+    if len(classes) <= _WIDEST_MATRIX:
+        rows = [(name, *map(str, row)) for name, row in zip(classes, matrix.tolist(), strict=True)]
+        return Table(("true class", *classes), rows, "Confusion: how many images of each class (rows) are taken for which")
+    wrong = matrix - np.diag(np.diag(matrix))
+    places = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
+    pairs = [divmod(int(place), len(classes)) for place in places]
+    rows = [(classes[true], classes[said], str(wrong[true, said])) for true, said in pairs if wrong[true, said]]
+    return Table(("true class", "taken for", "images"), rows, "The most frequent confusions")
+
+
+def mistake_lines(head: "HeadResult", count: int, location: str = "") -> Iterator[str]:
+    """Yield the most confident mistakes on the test split, as paths that open where images are files below ``location``."""
+    mistakes = head.mistakes(count)
+    rows = [
+        (
+            _path_text(location, each.path),
+            each.label,
+            each.predicted,
+            "-" if each.confidence is None else f"{100 * each.confidence:.1f}",
+        )
+        for each in mistakes
+    ]
+    total = int((~head.fitted.tested.right).sum())
+    sure = "most confident " if mistakes and mistakes[0].confidence is not None else ""
+    yield ""
+    title = f"The {len(rows)} {sure}of {total} mistakes of {head.record.method} on test"
+    yield Table(("image", "true class", "taken for", "confidence %"), rows, title).plain()
+
+
+def _path_text(location: str, path: str) -> str:
+    place = Path(location)
+    file = (place if place.is_dir() else place.parent) / path  # a manifest's paths begin beside it
+    return str(file) if file.is_file() else path
+
+
+def finetune_table(records: Sequence[RunRecord]) -> Table:
+    """Return fine-tuned backbones of one data set beside the probe that their gaps are to."""
+    rows = [_tuned_row(record) for record in records]
+    probe = records[0].probe
+    if probe is not None:
+        val, test, seconds = probe["val"]["accuracy"], probe["test"], probe["seconds"]
+        numbers = (f"{100 * val:.1f}", f"{100 * test['accuracy']:.1f}", _interval(test["accuracy_ci"], 100, 1))
+        rows.append(
+            (f"{probe['head']} (best probe)", *numbers, "-", "-", f"{seconds['extract']:.1f}", f"{seconds['fit']:.1f}")
+        )
+    headers = ("trained", "validation %", "test %", "95 % interval", "gap, points", "p", "extract s", "train s")
+    return Table(headers, rows)
+
+
+def _tuned_row(record: RunRecord) -> tuple[str, ...]:
+    gap, test = record.gap, record.test
+    numbers = (
+        f"{100 * record.val['accuracy']:.1f}",
+        f"{100 * test['accuracy']:.1f}",
+        _interval(test["accuracy_ci"], 100, 1),
+    )
+    between = (f"{gap['points']:+.1f}", f"{gap['p_value']:.2g}") if gap else (NO_GAIN, "-")
+    return (record.method, *numbers, *between, f"{record.seconds['extract']:.1f}", f"{record.seconds['train']:.1f}")
+
+
+def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
+    """Yield the table, and of each fine-tuning what it gains over the probe, at which cost, and how it was chosen."""
+    yield finetune_table(records).plain()
+    yield ""
+    for record in records:
+        yield f"{record.method}: {_gain(record)}"
+        tried = ", ".join(f"{rate}: {100 * val:.1f} %" for rate, val in record.params["val_by_lr"].items())
+        yield f"  epoch {record.params['best_epoch']} at rate {record.params['lr']:g} (on validation by rate: {tried})"
+    probe = records[0].probe
+    if probe is not None:
+        cost = probe["seconds"]
+        yield (
+            f"The probe is {probe['head']}, the best on validation of {', '.join(probe['of'])}; its cost: extract "
+            f"{cost['extract']:.1f} s, fit {cost['fit']:.1f} s."
+        )
+
+
+def _gain(record: RunRecord) -> str:
+    """Return what fine-tuning has gained over the probe, with interval and p, and at which cost."""
+    seconds = record.seconds
+    cost = f"cost: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s"
+    if record.gap is None:
+        return f"{NO_GAIN}: no epoch did better than where training started, which is the answer; {cost}."
+    low_high = record.gap["ci"]
+    interval = f"95 % interval {low_high[0]:+.1f} to {low_high[1]:+.1f}" if low_high else "too few groups for an interval"
+    return f"gap {record.gap['points']:+.1f} points ({interval}, p = {record.gap['p_value']:.2g}); {cost}{_worth(record)}."
+
+
+def _worth(record: RunRecord) -> str:
+    """Return what a point of accuracy has cost beyond the probe, in words."""
+    if record.gap is None or record.probe is None or record.gap["points"] <= 0:
+        return ""
+    more = sum(record.seconds.values()) - sum(record.probe["seconds"].values())
+    return f", {more / record.gap['points']:.1f} s a point" if more > 0 else ""
