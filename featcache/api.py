@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featcache.checked import check_seed, check_value
-from featcache.datasets import Dataset, open_dataset
+from featcache.datasets import open_dataset
+from featcache.datasets.base import Dataset
 from featcache.errors import DataError, FeatcacheError, UsageError
 from featcache.experiments.bench import BenchResult, run_bench
 from featcache.experiments.finetune import FineTuneResult, SweepResult, run_finetune, run_sweep

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from support import TINY, Outcome
 
-from featcache.datasets import Dataset, open_dataset
+from featcache.datasets import open_dataset
+from featcache.datasets.base import Dataset
 from featcache.datasets.images import encode
-from featcache.datasets.labels import Labels, labelled, odd_names
+from featcache.datasets.tables import Labels, labelled, odd_names
 from featcache.errors import DataError
 
 Run = Callable[..., Outcome]
@@ -291,7 +292,7 @@ def test_numbers_stay_targets(tmp_path: Path, run: Run) -> None:
 
 def test_a_group_that_is_missing_names_its_row(tmp_path: Path) -> None:
     """An empty group is no group of its own; rows of a split without labels have none."""
-    from featcache.datasets import read_column
+    from featcache.datasets.tables import read_column
 
     (tmp_path / "x.csv").write_text("path,label,split,who\na,x,train,1\nb,y,train,2\nc,,test,\n")
     assert read_column(str(tmp_path / "x.csv"), "who") == ["1", "2"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support import TINY, Outcome, draw_image
 
-from featcache.datasets import Dataset, open_dataset
-from featcache.datasets.base import looks_like_split
+from featcache.datasets import open_dataset
+from featcache.datasets.base import Dataset, looks_like_split
 from featcache.errors import DataError
 from featcache.experiments.predict import find_images
 

@@ -15,7 +15,8 @@ from support import draw_image
 from test_sources_kinds import write_mnist
 
 from featcache import api
-from featcache.datasets import Dataset, Sample, open_dataset
+from featcache.datasets import open_dataset
+from featcache.datasets.base import Dataset, Sample
 from featcache.errors import DataError
 from featcache.experiments.fit import FitPlan, card_of, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
@@ -174,7 +175,7 @@ def test_images_in_memory_cannot_be_opened_again(
     for number in range(12):
         draw_image(tmp_path / "one.png", (200 * (number % 2), 40, 40), number)
         blobs[f"{number}.png"] = (tmp_path / "one.png").read_bytes()
-    from featcache.datasets import MemoryReader
+    from featcache.datasets.base import MemoryReader
 
     source = Dataset(
         "mine", "a program's own", tuple(Sample(path, str(int(path[:-4]) % 2)) for path in blobs), MemoryReader(blobs)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from support import TINY, Outcome, draw_image
 
-from featcache.datasets import Dataset, open_dataset
+from featcache.datasets import open_dataset
+from featcache.datasets.base import Dataset
 from featcache.datasets.images import decode, encode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.specs import Transform

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, Outcome, draw_folder, draw_image
 
-from featcache.datasets import Dataset, FileStat, MemoryReader, Sample, open_dataset
+from featcache.datasets import open_dataset
+from featcache.datasets.base import Dataset, FileStat, MemoryReader, Sample
 from featcache.datasets.images import encode
 from featcache.errors import StorageError
 from featcache.extraction import extract as stage

@@ -11,7 +11,7 @@ import click
 from featcache.checked import MAX_SEED
 
 if TYPE_CHECKING:
-    from featcache.datasets import Dataset
+    from featcache.datasets.base import Dataset
     from featcache.extraction.feature_cache import Settings
     from featcache.specs import BackboneSpec
 

@@ -1,54 +1,12 @@
 """Where images come from. A source lists labelled images and reads their bytes; after that all kinds are alike."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from featcache.datasets.arrays import open_digits, open_hdf5, open_npz
-from featcache.datasets.base import (
-    Dataset,
-    FileReader,
-    FileStat,
-    MemoryReader,
-    Sample,
-    location_hash,
-    read_file,
-    require_file,
-    require_one_label,
-    safe_name,
-    stat_file,
-)
-from featcache.datasets.folder import open_folder
-from featcache.datasets.labels import odd_names
-from featcache.datasets.tables import open_csv, open_parquet, read_column
-from featcache.datasets.tree import image_files
-from featcache.datasets.webdataset import open_shards
+from featcache.datasets.base import Dataset, require_file, safe_name
 from featcache.errors import DataError, FeatcacheError, UsageError
 
-__all__ = [
-    "Dataset",
-    "FileReader",
-    "FileStat",
-    "MemoryReader",
-    "Sample",
-    "image_files",
-    "location_hash",
-    "open_dataset",
-    "read_column",
-    "read_file",
-    "require_one_label",
-    "safe_name",
-    "stat_file",
-]
-
-_FILES: dict[str, Callable[[Path], Dataset]] = {
-    ".csv": open_csv,
-    ".parquet": open_parquet,
-    ".npz": open_npz,
-    ".h5": open_hdf5,
-    ".hdf5": open_hdf5,
-    ".tar": lambda path: open_shards(str(path)),
-}
+_ARRAYS, _TABLES = (".npz", ".h5", ".hdf5"), (".csv", ".parquet")
 _KINDS = "a folder, .csv, .parquet, .npz or .h5 file, torchvision:NAME, hf:ORG/NAME, wds:SHARDS.tar or sklearn:digits"
 
 
@@ -69,6 +27,8 @@ def open_dataset(
         UsageError: the kind of source is unknown.
         SetupError: it needs a library that is not installed.
     """
+    from featcache.datasets.tables import odd_names
+
     try:
         source = _open(str(data), data_root, download)
     except FeatcacheError:
@@ -99,26 +59,47 @@ def _from_anywhere(text: str, location: str) -> str:
 
 
 def _open(text: str, data_root: Path | None, download: bool) -> Dataset:  # noqa: FBT001
+    # Each kind's reader is imported where it is needed: what reads a cache knows only what a data set is.
     kind, _, rest = text.partition(":")
     if kind == "sklearn":
+        from featcache.datasets.arrays import open_digits
+
         return open_digits(text)
     if kind == "wds":
+        from featcache.datasets.webdataset import open_shards
+
         return open_shards(rest)
     if kind in {"torchvision", "hf"} and rest:
         from featcache.datasets.hubs import open_hub, open_torchvision
 
+        if kind == "hf":
+            return open_hub(rest, download=download)
         name, _, place = rest.partition("@")  # as a head's card writes where its images were
-        return (
-            open_torchvision(name, Path(place) if place else data_root, download=download)
-            if kind == "torchvision"
-            else open_hub(rest, download=download)
-        )
+        return open_torchvision(name, Path(place) if place else data_root, download=download)
+    return _open_path(text)
+
+
+def _open_path(text: str) -> Dataset:
     path = Path(text)
+    suffix = path.suffix.lower()
     if path.is_dir():
+        from featcache.datasets.folder import open_folder
+
         return open_folder(path)
-    if path.suffix.lower() in _FILES:
+    if suffix in (*_ARRAYS, *_TABLES, ".tar"):
         require_file(path)
-        return _FILES[path.suffix.lower()](path)
+    if suffix in _TABLES:
+        from featcache.datasets.tables import open_csv, open_parquet
+
+        return open_csv(path) if suffix == ".csv" else open_parquet(path)
+    if suffix in _ARRAYS:
+        from featcache.datasets.arrays import open_hdf5, open_npz
+
+        return open_npz(path) if suffix == ".npz" else open_hdf5(path)
+    if suffix == ".tar":
+        from featcache.datasets.webdataset import open_shards
+
+        return open_shards(str(path))
     if path.exists():
         raise UsageError(f"{text}: not {_KINDS}.")
     raise DataError(f"{text}: there is no such folder or file.")

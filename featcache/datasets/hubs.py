@@ -23,9 +23,9 @@ from featcache.datasets.base import (
     safe_name,
     split_of,
 )
+from featcache.datasets.folder import many
 from featcache.datasets.images import encode_image
-from featcache.datasets.labels import Labels, labelled
-from featcache.datasets.tree import many
+from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError, SetupError, UsageError
 
 _FILE_LISTS = (("samples", None), ("_samples", None), ("imgs", None), ("_image_files", "_labels"), ("_images", "_labels"))

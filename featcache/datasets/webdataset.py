@@ -22,8 +22,8 @@ from featcache.datasets.base import (
     safe_name,
     split_within,
 )
-from featcache.datasets.labels import Labels, labelled
-from featcache.datasets.tree import IMAGE_SUFFIXES, IN_ORDER, is_hidden, many, tallied
+from featcache.datasets.folder import IMAGE_SUFFIXES, IN_ORDER, is_hidden, many, tallied
+from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError
 
 _MOST_LABEL_BYTES = 1 << 20

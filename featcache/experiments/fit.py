@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from featcache.backbones import origins
 from featcache.checked import check_fields
-from featcache.datasets import read_column, require_one_label
+from featcache.datasets.base import require_one_label
+from featcache.datasets.tables import read_column
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import confusion, gap, per_class
 from featcache.evaluation.splits import Split, few_shot, make_free_split, make_split, restricted

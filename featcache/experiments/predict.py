@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
-from featcache.datasets import Dataset, FileStat, Sample, image_files, read_file, stat_file
+from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
+from featcache.datasets.folder import image_files
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.metrics import at_temperature
 from featcache.extraction.extract import Ready

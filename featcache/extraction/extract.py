@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets import Dataset
+from featcache.datasets.base import Dataset
 from featcache.errors import DataError, StorageError
 from featcache.extraction import ray_engine as cluster
 from featcache.extraction.loader import (

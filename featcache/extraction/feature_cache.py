@@ -11,7 +11,7 @@ import numpy as np
 
 from featcache.backbones import origins
 from featcache.checked import check_fields
-from featcache.datasets import Dataset
+from featcache.datasets.base import Dataset
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as caching
 from featcache.extraction.extract import ExtractPlan, ExtractReport, Prepare, Ready, Sink, extract, is_mine, measure

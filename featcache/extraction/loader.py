@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets import Dataset, FileStat
+from featcache.datasets.base import Dataset, FileStat
 from featcache.datasets.images import UnreadableImage, decode
 from featcache.extraction.lookup import FileIndex, quarantine_unread, settled
 from featcache.fingerprint import DigestSet, sha256_of_bytes

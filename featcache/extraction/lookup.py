@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featcache.backbones import origins
 from featcache.backbones.origins import Origin
-from featcache.datasets import Dataset, FileStat, location_hash
+from featcache.datasets.base import Dataset, FileStat, location_hash
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical, sha256_of_bytes
 from featcache.progress import logger, progress

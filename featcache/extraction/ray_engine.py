@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets import Dataset
+from featcache.datasets.base import Dataset
 from featcache.errors import SetupError, UsageError
 from featcache.extraction.loader import Batch, BatchReader, beside_pixels, compute, in_dtype, not_finite, sample
 from featcache.extraction.lookup import FileIndex
