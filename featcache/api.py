@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featcache.checked import check_seed, check_value
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
 from featcache.errors import DataError, FeatcacheError, UsageError
@@ -16,7 +15,7 @@ from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
 from featcache.extraction.lookup import default_cache
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views
+from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, check_seed, check_value
 
 if TYPE_CHECKING:
     from featcache.experiments.export import Exported

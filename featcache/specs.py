@@ -1,13 +1,146 @@
-"""What is asked for, as frozen values: they are checked once, here, and hashed into the cache key."""
+"""What is asked for, as frozen values: fields are checked against their annotations, once, and hashed into the cache key."""
 
+import math
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
 
-from featcache.checked import MAX_SEED, check_fields
 from featcache.errors import UsageError
 from featcache.fingerprint import fingerprint
+
+MAX_SEED = 2**32 - 1  # NumPy's and scikit-learn's generators take no greater one
+_MAX_INT = 2**53  # whole numbers beyond are no longer exact in JSON, and no count of anything here
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+
+
+def check_fields(settings: object) -> None:
+    """Refuse a dataclass whose fields are not what their annotations say; call it first in ``__post_init__``.
+
+    What comes from TOML or Python is made to fit where nothing is lost: a list becomes a tuple, a whole number a float. NaN
+    and infinite numbers are refused everywhere: no setting here means anything by them.
+
+    Raises:
+        UsageError: a field is of another kind; the message names it.
+    """
+    kind: Any = type(settings)
+    for name, hint in _annotations(kind):
+        value = getattr(settings, name)
+        fitted = _fitted(value, hint)
+        if fitted is _MISFIT:
+            raise UsageError(f"{kind.__name__}.{name}: {_as_text(value)}: {describe(hint)} is needed.")
+        if fitted is not value:
+            object.__setattr__(settings, name, fitted)
+
+
+def check_value(value: Any, hint: Any, name: str) -> Any:
+    """Return one value as its annotation wants it, as ``check_fields`` does for a field.
+
+    Raises:
+        UsageError: it is of another kind; ``name`` names it in the message.
+    """
+    fitted = _fitted(value, hint)
+    if fitted is _MISFIT:
+        raise UsageError(f"{name}: {_as_text(value)}: {describe(hint)} is needed.")
+    return fitted
+
+
+def check_seed(seed: Any, name: str = "seed") -> int:
+    """Return a seed that every generator here takes.
+
+    Raises:
+        UsageError: it is no whole number from 0 to 2**32 - 1.
+    """
+    number = _fitted(seed, int)
+    if number is _MISFIT or not 0 <= number <= MAX_SEED:
+        raise UsageError(f"{name}: {_as_text(seed)}: a whole number from 0 to {MAX_SEED} is needed.")
+    return int(number)
+
+
+def describe(hint: Any) -> str:
+    """Return an annotation in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in {Union, types.UnionType}:
+        return " or ".join(describe(each) for each in arguments if each is not type(None))
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is ...:
+            return f"a list (of each: {describe(arguments[0])})"
+        return f"a list of {len(arguments)} ({'; '.join(map(describe, arguments))})"
+    return _KIND_NAMES.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+class _Misfit:
+    """What no value is."""
+
+
+_MISFIT: Any = _Misfit()
+
+
+@cache
+def _annotations(kind: Any) -> tuple[tuple[str, Any], ...]:
+    hints = typing.get_type_hints(kind)
+    return tuple((field.name, hints[field.name]) for field in fields(kind))
+
+
+def _fitted(value: Any, hint: Any) -> Any:
+    """Return a value as the annotation wants it, ``_MISFIT`` where it cannot be."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    fitted = _MISFIT
+    if origin is Literal:
+        # True == 1 and 1.0 == 1: equal is not enough
+        fitted = value if any(type(value) is type(each) and value == each for each in arguments) else _MISFIT
+    elif origin in {Union, types.UnionType}:
+        fits = (each for kind in arguments if (each := _fitted(value, kind)) is not _MISFIT)
+        fitted = next(fits, _MISFIT)
+    elif origin is tuple:
+        fitted = _fit_tuple(value, arguments)
+    elif hint in {int, float}:
+        fitted = _fit_number(value, hint)
+    elif hint is Path and isinstance(value, str):
+        fitted = Path(value)
+    elif hint is Any or isinstance(value, origin or hint):
+        fitted = value
+    return fitted
+
+
+def _fit_number(value: Any, hint: type) -> Any:
+    if isinstance(value, bool) or not hasattr(value, "__index__" if hint is int else "__float__"):
+        return _MISFIT
+    if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
+        return _MISFIT
+    try:
+        number = value.__index__() if hint is int else float(value)
+    except (OverflowError, TypeError, ValueError):
+        return _MISFIT
+    if abs(number) > _MAX_INT if hint is int else not math.isfinite(number):
+        return _MISFIT
+    return value if type(value) is hint else number
+
+
+def _fit_tuple(value: Any, arguments: tuple[Any, ...]) -> Any:
+    if not isinstance(value, tuple | list):
+        return _MISFIT
+    is_repeated = len(arguments) == 2 and arguments[1] is ...
+    if not is_repeated and len(value) != len(arguments):
+        return _MISFIT
+    kinds = (arguments[0],) * len(value) if is_repeated else arguments
+    fitted = tuple(_fitted(each, kind) for each, kind in zip(value, kinds, strict=True))
+    if any(each is _MISFIT for each in fitted):
+        return _MISFIT
+    unchanged = isinstance(value, tuple) and all(new is old for new, old in zip(fitted, value, strict=True))
+    return value if unchanged else fitted
+
+
+def _as_text(value: Any) -> str:
+    text = repr(value) if not isinstance(value, Mapping) else "a table"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
 
 FORMAT_VERSION = 1
 REVISED = 2  # the version of rows that version 1 held otherwise: of another tensor, or pooled over other axes

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 import featcache
-from featcache.checked import MAX_SEED, check_seed
 from featcache.errors import UsageError
 from featcache.experiments.fit import FitPlan
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Output, Settings
 from featcache.finetuning.plan import HEAD_NAMES, FineTunePlan, Unfreeze
 from featcache.heads.search import ALL, ENSEMBLE, HEADS
-from featcache.specs import BackboneSpec, FeatureSpec, Transform, TransformOverrides, Views
+from featcache.specs import MAX_SEED, BackboneSpec, FeatureSpec, Transform, TransformOverrides, Views, check_seed
 
 NEEDED: dict[type, dict[str, Any]] = {
     Transform: {},

@@ -21,7 +21,7 @@ LAYERS = (
     ("backbones", "datasets", "store"),
     ("evaluation",),
     ("display", "specs"),
-    ("checked", "fingerprint", "progress", "resources"),
+    ("fingerprint", "progress", "resources"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from featcache.checked import MAX_SEED
+from featcache.specs import MAX_SEED
 
 if TYPE_CHECKING:
     from featcache.datasets.base import Dataset

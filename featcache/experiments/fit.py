@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
-from featcache.checked import check_fields
 from featcache.datasets.base import require_one_label
 from featcache.datasets.tables import read_column
 from featcache.errors import DataError, UsageError
@@ -23,7 +22,7 @@ from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record
 from featcache.resources import free_memory
-from featcache.specs import POOLED, Views, cut_of_layers
+from featcache.specs import POOLED, Views, check_fields, cut_of_layers
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import Features, LazyRows
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from featcache.checked import check_seed, check_value
 from featcache.errors import UsageError
 from featcache.finetuning.plan import HEAD_NAMES, FineTunePlan, Unfreeze
-from featcache.specs import BackboneSpec, TransformOverrides, freeze_args
+from featcache.specs import BackboneSpec, TransformOverrides, check_seed, check_value, freeze_args
 
 _OVERRIDES = tuple(field.name for field in fields(TransformOverrides))
 _MOST_BYTES = 10_000_000

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from featcache.backbones import origins
-from featcache.checked import check_fields
 from featcache.datasets.base import Dataset
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as caching
@@ -30,6 +29,7 @@ from featcache.specs import (
     Transform,
     TransformOverrides,
     Views,
+    check_fields,
     stored_dtype,
 )
 from featcache.store.entry import FeatureStore

@@ -4,9 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from featcache.checked import check_fields, check_value
 from featcache.errors import UsageError
-from featcache.specs import Precision, StoredDtype, Views
+from featcache.specs import Precision, StoredDtype, Views, check_fields, check_value
 
 HEAD_NAMES = (
     *("centroid", "ridge", "knn", "logistic", "svm", "selected", "lda", "rbf", "mlp", "boosting", "ensemble"),
