@@ -189,13 +189,13 @@ def export(
     bundle = load(Path(head), trust=trust)
     where = check or bundle.card.get("data")
     if where is None:
-        raise DataError(f"{head}: its card does not say on which images it was trained: give some to compare on (--check).")
+        raise DataError(f"{head}: its card does not say on which images it was trained: give some to compare on (`check`).")
     try:
         images = where if isinstance(where, Dataset) else open_dataset(where)
     except FeatcacheError as error:
         if check is not None:
             raise
-        raise DataError(f"{error} The model is compared with the head on images: give some with --check.") from error
+        raise DataError(f"{error} The model is compared with the head on images: give some with `check`.") from error
     return write(bundle, Path(path), images, settings or Settings(default_cache()), weights=weights)
 
 

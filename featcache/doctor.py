@@ -23,12 +23,12 @@ class Finding:
 def examine() -> list[Finding]:
     """Return what was found, broken things with the command that repairs them."""
     checks: tuple[Callable[[], Finding], ...] = (
-        lambda: _loads("torch", "pip install --force-reinstall torch torchvision"),
-        lambda: _loads("torchvision", "pip install --force-reinstall torch torchvision"),
-        lambda: _loads("timm", "pip install --force-reinstall torch torchvision timm"),
-        lambda: _loads("sklearn", "pip install --upgrade scikit-learn", package="scikit-learn"),
-        lambda: _loads("h5py", "pip install --upgrade h5py"),
-        lambda: _loads("PIL.Image", "pip install --upgrade pillow", package="pillow"),
+        lambda: _loads("torch", "pip uninstall -y torch torchvision && pip install torch torchvision"),
+        lambda: _loads("torchvision", "pip uninstall -y torch torchvision && pip install torch torchvision"),
+        lambda: _loads("timm", "pip uninstall -y torch torchvision timm && pip install torch torchvision timm"),
+        lambda: _loads("sklearn", "pip install -U scikit-learn", package="scikit-learn"),
+        lambda: _loads("h5py", "pip install -U h5py"),
+        lambda: _loads("PIL.Image", "pip install -U pillow", package="pillow"),
         _device,
         _runtimes,
         _bundled,
@@ -55,7 +55,12 @@ def _device() -> Finding:
 
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     except Exception as error:  # noqa: BLE001 - as above
-        return Finding("device", ok=False, found=str(error), repair="pip install --force-reinstall torch torchvision")
+        return Finding(
+            "device",
+            ok=False,
+            found=str(error),
+            repair="pip uninstall -y torch torchvision && pip install torch torchvision",
+        )
     return Finding("device", ok=True, found=found)
 
 
@@ -66,13 +71,18 @@ def _runtimes() -> Finding:
 
         found = [name for name in RUNTIMES if name not in {"auto", "torch"} and is_installed(name)]
     except Exception as error:  # noqa: BLE001 - as above
-        return Finding("runtimes", ok=False, found=str(error), repair="pip install --force-reinstall torch torchvision")
+        return Finding(
+            "runtimes",
+            ok=False,
+            found=str(error),
+            repair="pip uninstall -y torch torchvision && pip install torch torchvision",
+        )
     faster = "" if "openvino" in found else "; `pip install openvino` is the fastest on most CPUs"
     return Finding("runtimes", ok=True, found=", ".join(["torch", *found]) + faster)
 
 
 def _bundled() -> Finding:
-    repair = "pip install --force-reinstall featcache"
+    repair = "pip uninstall -y featcache && pip install featcache"
     try:
         from featcache.backbones.timm_models import load_backbone
         from featcache.specs import BackboneSpec

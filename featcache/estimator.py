@@ -42,7 +42,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         cache: where features are kept; default as for the command line.
         device: ``cpu``, ``cuda``, ...
         batch_size: images at a time.
-        runtime: what computes on the CPU, see ``featcache extract --runtime``.
+        runtime: what computes on the CPU, see ``Settings.runtime``.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,9 +14,13 @@ _silent: ContextVar[bool] = ContextVar("silent", default=False)
 class Printable(logging.Formatter):
     """Notes as a terminal may show them: names of files and messages of other libraries can hold escape sequences."""
 
+    def __init__(self, wording: Callable[[str], str]) -> None:
+        super().__init__("%(message)s")
+        self.wording = wording
+
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record's text with control characters spelt out."""
-        return printable(super().format(record))
+        """Return a record's text in the user's words, control characters spelt out."""
+        return printable(self.wording(super().format(record)))
 
 
 def printable(text: str) -> str:
@@ -24,11 +28,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
 
 
-def set_up_notes(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Send notes to stderr, for the command line: errors only, the usual ones, or all."""
+def set_up_notes(*, quiet: bool = False, verbose: bool = False, wording: Callable[[str], str] = str) -> None:
+    """Send notes to stderr, for the command line: errors only, the usual ones, or all; ``wording`` names flags in them."""
     _silent.set(quiet)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Printable("%(message)s"))
+    handler.setFormatter(Printable(wording))
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)

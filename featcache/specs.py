@@ -32,7 +32,7 @@ def check_fields(settings: object) -> None:
         value = getattr(settings, name)
         fitted = _fitted(value, hint)
         if fitted is _MISFIT:
-            raise UsageError(f"{kind.__name__}.{name}: {_as_text(value)}: {describe(hint)} is needed.")
+            raise UsageError(f"`{kind.__name__}.{name}`: {_as_text(value)}: {describe(hint)} is needed.")
         if fitted is not value:
             object.__setattr__(settings, name, fitted)
 
@@ -191,9 +191,9 @@ class Transform:
         check_fields(self)
         check_input_size(self.input_size)
         if not 0 < self.crop_pct <= 1:
-            raise UsageError(f"--crop-pct {self.crop_pct}: a number above 0 and up to 1 is needed.")
+            raise UsageError(f"`crop_pct` {self.crop_pct}: a number above 0 and up to 1 is needed.")
         if self.std is not None and min(self.std) <= 0:
-            raise UsageError(f"--std {self.std}: every value must be above 0.")
+            raise UsageError(f"`std` {self.std}: every value must be above 0.")
 
     def pixels_only(self) -> "Transform":
         """Return the part of the transform that decides stored pixels: mean and std do not."""
@@ -241,11 +241,11 @@ class BackboneSpec:
         """Refuse contradictions."""
         check_fields(self)
         if not self.name or not self.name.isprintable():
-            raise UsageError("--backbone: a name is needed, such as `mini` or `resnet18`.")
+            raise UsageError("`backbone`: a name is needed, such as mini or resnet18.")
         if self.weights is not None and self.random_init is not None:
-            raise UsageError("--weights and --random-init exclude each other: keep one.")
+            raise UsageError("`weights` and `random_init` exclude each other: keep one.")
         if self.random_init is not None and not 0 <= self.random_init <= MAX_SEED:
-            raise UsageError(f"--random-init {self.random_init}: a seed from 0 to {MAX_SEED} is needed.")
+            raise UsageError(f"`random_init` {self.random_init}: a seed from 0 to {MAX_SEED} is needed.")
 
     @property
     def label(self) -> str:
@@ -280,7 +280,7 @@ class Views:
         """Refuse no views, and more than anybody could store."""
         check_fields(self)
         if not (1 <= self.count <= _MAX_VIEWS and 0 <= self.seed <= MAX_SEED):
-            raise UsageError(f"--views: 1 to {_MAX_VIEWS} are possible, and --views-seed goes from 0 to {MAX_SEED}.")
+            raise UsageError(f"`views`: 1 to {_MAX_VIEWS} are possible, and `views_seed` goes from 0 to {MAX_SEED}.")
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class FeatureSpec:
         """Refuse a dtype that the cut cannot have."""
         check_fields(self)
         if (self.cut == INPUT) != (self.dtype == "uint8"):
-            raise UsageError(f"--dtype {self.dtype}: `input` is stored as uint8, every other cut as a float.")
+            raise UsageError(f"`dtype` {self.dtype}: input is stored as uint8, every other cut as a float.")
 
     @property
     def key(self) -> str:
@@ -318,7 +318,7 @@ def check_input_size(pixels: int) -> None:
         UsageError: it is below 1 or above 4,096 pixels.
     """
     if not 1 <= pixels <= _MAX_INPUT:
-        raise UsageError(f"--input-size {pixels}: 1 to {_MAX_INPUT} pixels are possible.")
+        raise UsageError(f"`input_size` {pixels}: 1 to {_MAX_INPUT} pixels are possible.")
 
 
 def layers_of(cut: str) -> tuple[str, ...]:
@@ -334,7 +334,7 @@ def cut_of_layers(layers: Sequence[str]) -> str:
     """
     names = [name.strip() for name in layers]
     if not names or not all(names) or len(set(names)) < len(names) or any("+" in name for name in names):
-        raise UsageError(f"--layers {','.join(layers)}: write the names of layers, each once, with commas between them.")
+        raise UsageError(f"`layers` {','.join(layers)}: write the names of layers, each once, with commas between them.")
     return "+".join(names) if len(names) > 1 else f"{names[0]}+"
 
 
@@ -362,7 +362,7 @@ def parse_model_args(pairs: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise UsageError(f"--model-arg {pair}: write KEY=VALUE, such as pad_type=same.")
+            raise UsageError(f"`model_args` {pair}: write KEY=VALUE, such as pad_type=same.")
         try:
             parsed[key] = json.loads(text)
         except json.JSONDecodeError:

@@ -90,7 +90,7 @@ def test_unreachable_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("socket.getaddrinfo", no_address)
     monkeypatch.setattr("featcache.backbones.timm_models.getproxies", dict)
 
-    with pytest.raises(SetupError, match=r"-b mini.*--weights FILE.*--random-init"):
+    with pytest.raises(SetupError, match=r"`backbone='mini'`.*`weights=FILE`.*`random_init=SEED`"):
         load_backbone(BackboneSpec("resnet18.a1_in1k"))
 
 
@@ -123,7 +123,7 @@ def test_a_size_that_the_backbone_cannot_take() -> None:
     """A transformer of fixed size says which argument it needs."""
     wish = TransformOverrides(input_size=48)
 
-    with pytest.raises(UsageError, match="--model-arg img_size=48"):
+    with pytest.raises(UsageError, match="`model_args='img_size=48'`"):
         load_backbone(BackboneSpec("vit_tiny_patch16_224", random_init=0, overrides=wish))
     assert load_backbone(BackboneSpec("vit_tiny_patch16_224", random_init=0, model_args=(("img_size", 48),), overrides=wish))
 
@@ -178,8 +178,8 @@ def test_a_class_token_is_alone_after_the_last_attention() -> None:
     ("name", "args", "size", "message"),
     [
         ("test_resnet", {"in_chans": 1}, None, r"does not take images of 160 pixels and 3 channels .*in_chans"),
-        ("test_resnet", {"in_chans": 1}, 32, r"--input-size 32: .* 3 channels .*leave out --model-arg in_chans"),
-        ("vit_tiny_patch16_224", {"img_size": 64}, None, r"img_size is 64: give --input-size 64 as well"),
+        ("test_resnet", {"in_chans": 1}, 32, r"`input_size` 32: .* 3 channels .*leave out in_chans of `model_args`"),
+        ("vit_tiny_patch16_224", {"img_size": 64}, None, r"img_size is 64: give `input_size=64` as well"),
         ("test_resnet", {"features_only": True}, None, r"a list comes out for one image"),
     ],
 )

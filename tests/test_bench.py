@@ -78,7 +78,7 @@ def test_an_interrupt_leaves_a_table(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "finetune_job", interrupt)
+    monkeypatch.setattr(bench, "run_finetune", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_bench(load_grid(pipeline), settings, tmp_path / "out")
 

@@ -96,7 +96,7 @@ def test_a_foreign_head_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DataError, match="another SHA-256"):
         bundle.load(path)
     change(path, sha256=bundle.sha256_of_bytes(content))
-    with pytest.raises(UsageError, match="--trust"):
+    with pytest.raises(UsageError, match="`trust=True`"):
         bundle.load(path)
 
     assert not Path("canary").exists()
@@ -147,7 +147,7 @@ def test_a_changed_card_is_refused(fields: dict[str, Any], how: bundle.Format, t
 
     change(path, **fields)
 
-    with pytest.raises(UsageError, match=r"was changed since.*--trust"):
+    with pytest.raises(UsageError, match=r"was changed since.*`trust=True`"):
         bundle.load(path)
 
 
@@ -232,7 +232,7 @@ def test_a_head_of_before_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert not caplog.messages
     of_before(path)
     checksums.secret_path().unlink()
-    with pytest.raises(UsageError, match="--trust"):
+    with pytest.raises(UsageError, match="`trust=True`"):
         bundle.load(path)
 
 
@@ -244,7 +244,7 @@ def test_a_signed_card_is_no_signed_head(tmp_path: Path) -> None:
     for content in (text.replace(b": ", b":").replace(b", ", b","), text):
         path.write_bytes(content)
         change(path, sha256=bundle.sha256_of_bytes(content))
-        with pytest.raises(UsageError, match="--trust"):
+        with pytest.raises(UsageError, match="`trust=True`"):
             bundle.load(path)
 
 
@@ -380,7 +380,7 @@ def test_another_users_head_needs_trust(tmp_path: Path, monkeypatch: pytest.Monk
     path = bundle.save(head, CARD, tmp_path / "head")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "elsewhere"))
 
-    with pytest.raises(UsageError, match="--trust"):
+    with pytest.raises(UsageError, match="`trust=True`"):
         bundle.load(path)
 
     np.testing.assert_array_equal(bundle.load(path, trust=True).estimator.predict(X), head.predict(X))

@@ -176,7 +176,7 @@ def test_too_many_bad_images_end_the_run_but_keep_the_rows(tmp_path: Path, tiny:
     for index in range(11):
         (folder / "red" / f"{index:02d}.png").write_bytes(b"nothing")
 
-    with pytest.raises(DataError, match=r"11 of 36 images cannot be used .*--max-bad"):
+    with pytest.raises(DataError, match=r"11 of 36 images cannot be used .*allow it with `max_bad=0.306`"):
         extract(folder, tiny, settings)
 
     assert extract(folder, tiny, replace(settings, max_bad=0.5)).report.computed == 0
@@ -228,13 +228,15 @@ def test_not_finite_rows_are_refused(folder: Path, tmp_path: Path) -> None:
     (report,) = stage.extract(source, [sink], lambda _, __: Ready(lambda _: (rows,)), plan)
 
     assert report.rows == 27
-    assert {"--dtype float32" in bad.reason for bad in report.quarantined} == {True}
+    assert {"try dtype float32" in bad.reason for bad in report.quarantined} == {True}
 
 
 def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
     """Kill -9 in the middle: the next run computes the rest only, and the table is bit for bit that of one run."""
     folder = draw_folder(tmp_path / "images", per_class=400)
-    eager = "from featcache.stages import extract; extract.MIN_PART_SECONDS = 0.2; from featcache.cli import main; main()"
+    eager = (
+        "from featcache.extraction import extract; extract.MIN_PART_SECONDS = 0.2; from featcache.cli import main; main()"
+    )
     command = [sys.executable, "-c", eager, "extract", str(folder), *TINY, "--input-size", "144", "--cache"]
     slowed = {**os.environ, "OMP_NUM_THREADS": "1"}
     victim = subprocess.Popen(

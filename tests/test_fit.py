@@ -110,9 +110,9 @@ def test_a_search_in_which_nothing_ends_is_an_error(monkeypatch: pytest.MonkeyPa
     features = blobs(3)
     monkeypatch.setattr(nonlinear, "_MOST_EPOCHS", 2)
 
-    with pytest.raises(DataError, match=r"--head mlp: none of 2 candidates reached its optimum.*--grid"):
+    with pytest.raises(DataError, match=r"`heads` mlp: none of 2 candidates reached its optimum.*`grid`"):
         fit(features, split_of(features), "mlp")
-    with pytest.raises(DataError, match=r"--head mlp: the fit with alpha=1 on 120 rows did not reach its optimum"):
+    with pytest.raises(DataError, match=r"`heads` mlp: the fit with alpha=1 on 120 rows did not reach its optimum"):
         heads.train("mlp", {"alpha": 1.0}, features.X, features.y, 0)
 
 
@@ -142,9 +142,9 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
     assert fitted.params["C"] <= limit
     assert any("did not reach their optimum and are left out" in note for note in fitted.notes)
     _never_beyond(-1, monkeypatch)
-    with pytest.raises(DataError, match=f"--head {name}: none of"):
+    with pytest.raises(DataError, match=f"`heads` {name}: none of"):
         heads.search_head(name, features.X, features.y, split.folds, 0)
-    with pytest.raises(DataError, match=f"--head {name}: the fit with .*C=.* did not reach its optimum"):
+    with pytest.raises(DataError, match=f"`heads` {name}: the fit with .*C=.* did not reach its optimum"):
         heads.train(name, heads.HEADS[name].grid(90)[0], features.X, features.y, 0)
     if name == "logistic":
         with pytest.raises(DataError, match="logistic"):
@@ -333,7 +333,7 @@ def test_more_images_help() -> None:
 def test_what_cannot_be_fitted() -> None:
     """Unknown heads and activation maps are refused."""
     features = blobs(2)
-    with pytest.raises(UsageError, match="--head forest: choose from centroid"):
+    with pytest.raises(UsageError, match="`heads` forest: choose from centroid"):
         fit(features, split_of(features), "forest")
     maps = Features(
         np.zeros((80, 2, 2), np.float32), features.y, features.classes, features.paths, features.splits, features.sha256
@@ -391,7 +391,7 @@ def test_features_too_large_for_memory_are_read_from_disk(
         assert one.record.val["accuracy"] == other.record.val["accuracy"]
         first, second = (job.fitted.estimator[-1].coef_ for job in (one, other))
         np.testing.assert_allclose(first, second, atol=2e-2 * np.abs(first).max())
-    with pytest.raises(UsageError, match="only --head ridge and logistic"):
+    with pytest.raises(UsageError, match="only `heads` ridge and logistic"):
         run_fit(bench, FitPlan(("knn",)))
 
 

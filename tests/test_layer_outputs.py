@@ -121,7 +121,7 @@ def test_poolings_leave_out_what_is_no_patch(name: str, args: dict[str, Any], si
 @pytest.mark.parametrize(("name", "size"), [("coat_tiny", 224), ("efficientvim_m1", 64), ("pit_ti_224", 224)])
 def test_a_pooling_that_cannot_be_told_is_refused(name: str, size: int) -> None:
     """Several tensors, or a class token alone, are no activations to pool: the error says so and what to do."""
-    with pytest.raises(UsageError, match=rf"--pool avg: the last activations of {name}.*Leave --pool out"):
+    with pytest.raises(UsageError, match=rf"`pool` avg: the last activations of {name}.*Leave `pool` out"):
         _ = load(name, {}, size, "avg").whole
 
 
@@ -135,7 +135,7 @@ def test_a_pooling_that_cannot_be_told_is_refused(name: str, size: int) -> None:
 )
 def test_a_layer_that_makes_no_one_vector_is_refused(name: str, size: int, layer: str, reason: str) -> None:
     """The error names the layer and the reason."""
-    with pytest.raises(UsageError, match=rf"--layers {layer}: .*({reason})"):
+    with pytest.raises(UsageError, match=rf"`layers` {layer}: .*({reason})"):
         load(name, {}, size).program((f"{layer}+pooled",))
 
 

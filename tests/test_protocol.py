@@ -442,11 +442,11 @@ def test_an_image_without_activations_is_left_out_of_both(
 @pytest.mark.parametrize(
     ("plan", "match"),
     [
-        (FitPlan(target="labels", shots=(1,)), "--target labels chooses on the val split: it does not take --shots"),
-        (FitPlan(target="number", curve=True, folds=3), "it does not take --curve, --folds"),
-        (FitPlan(target="labels", views=2), "--views"),
-        (FitPlan(("mlp",), target="number"), "--head mlp: for --target number choose from ridge, knn"),
-        (FitPlan(("knn",), target="labels"), "--head knn: for --target labels choose from logistic"),
+        (FitPlan(target="labels", shots=(1,)), "`target` labels chooses on the val split: it does not take `shots`"),
+        (FitPlan(target="number", curve=True, folds=3), "it does not take `curve`, `folds`"),
+        (FitPlan(target="labels", views=2), "`views`"),
+        (FitPlan(("mlp",), target="number"), "`heads` mlp: for `target` number choose from ridge, knn"),
+        (FitPlan(("knn",), target="labels"), "`heads` knn: for `target` labels choose from logistic"),
     ],
 )
 def test_what_other_targets_do_not_take_is_refused(folder: Path, settings: Settings, plan: FitPlan, match: str) -> None:

@@ -182,5 +182,5 @@ def test_images_in_memory_cannot_be_opened_again(
     )
     head = run_fit(FeatureCache(source, tiny, settings), FitPlan(("ridge",), baselines=False)).heads[0].bundle
 
-    with pytest.raises(DataError, match="--check"):
+    with pytest.raises(DataError, match="`check`"):
         api.export(head, tmp_path / "model.onnx", settings=settings)

@@ -335,8 +335,8 @@ def test_torchvision_sets_that_cannot_be_one(tmp_path: Path, name: str, error: t
 def test_torchvision_says_what_is_missing(tmp_path: Path) -> None:
     """Nothing is downloaded unasked."""
     for text, root, error, match in (
-        ("torchvision:CIFAR10", tmp_path, DataError, "--download"),
-        ("torchvision:CIFAR10", None, UsageError, "--data-root"),
+        ("torchvision:CIFAR10", tmp_path, DataError, "`download=True`"),
+        ("torchvision:CIFAR10", None, UsageError, "`data_root`"),
         ("torchvision:Nothing", tmp_path, UsageError, "no such data set"),
     ):
         with pytest.raises(error, match=match):
@@ -376,7 +376,7 @@ def test_the_hub_is_not_asked_unless_that_is_wanted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
-    with pytest.raises(DataError, match=r"hf:nobody/nothing: cannot be loaded .*--download lets it be fetched"):
+    with pytest.raises(DataError, match=r"hf:nobody/nothing: cannot be loaded .*`download=True` lets it be fetched"):
         open_dataset("hf:nobody/nothing")
     assert not asked
     with pytest.raises(DataError, match="hf:nobody/nothing: cannot be loaded"):

@@ -244,7 +244,7 @@ def test_shots_are_different_images_while_there_are_some() -> None:
 
     assert len({contents[place] for place in few.train}) == 16
     assert len(few.cross) == 5
-    with pytest.raises(DataError, match="--shots 40: a class has only 32 images"):
+    with pytest.raises(DataError, match="`shots` 40: a class has only 32 images"):
         few_shot(split, y, 40, 0, contents)
 
 
@@ -302,11 +302,11 @@ def test_groups_keep_the_default_folds() -> None:
 @pytest.mark.parametrize(
     ("folds", "groups", "match"),
     [
-        (500, None, "--folds 500: class 'b' has 24 different images"),
+        (500, None, "`folds` 500: class 'b' has 24 different images"),
         (25, None, "class 'b' has 24"),
-        (1, None, "--folds 1: at least 2"),
-        (-3, None, "--folds -3: at least 2"),
-        (12, 10, "--folds 12: there are 8 groups to train"),
+        (1, None, "`folds` 1: at least 2"),
+        (-3, None, "`folds` -3: at least 2"),
+        (12, 10, "`folds` 12: there are 8 groups to train"),
         (30, 40, "class 'b' has"),
     ],
 )

@@ -517,7 +517,7 @@ def test_stochastic_depth_acts_in_the_trained_part(folder: Path, settings: Setti
 
 def test_a_budget_that_holds_nothing(folder: Path, tiny: BackboneSpec, tmp_path: Path) -> None:
     """Where not even the pixels fit, it is said before anything is computed."""
-    with pytest.raises(StorageError, match="cache-budget"):
+    with pytest.raises(StorageError, match="a larger `budget`"):
         run_finetune(FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "cache", budget=1000)), PLAN)
 
 

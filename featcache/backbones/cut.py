@@ -264,7 +264,7 @@ class Cutter:
     def _trained(self, is_trained: Callable[[str], bool]) -> set[int]:
         trained = {id(value) for name, value in self._backbone.named_parameters() if is_trained(name)}
         if not trained:
-            raise CutError("nothing is trained after this cut: use `pooled`.")
+            raise CutError("nothing is trained after this cut: use pooled.")
         return trained
 
     def _hot(self, trained: set[int]) -> set[fx.Node]:

@@ -1,4 +1,4 @@
-"""What ``--layers`` reads: each layer's own output, pooled along axes that are proved to be positions."""
+"""What layers named in a cut give: each layer's own output, pooled along axes that are proved to be positions."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -54,7 +54,7 @@ class Layers:
             layer = self._layer(name)
             run = self.cutter.run(layer)
             parameters = self.cutter.parameters_before(layer)
-            layout = prove_layout(f"--layers {name}", run, parameters, self._counts, instead="Take another layer.")
+            layout = prove_layout(f"`layers` {name}", run, parameters, self._counts, instead="Take another layer.")
             self._read[name] = layer, Pooling(self._kind, layout, f"layer {name} of {self._name}")
         return self._read[name]
 
@@ -83,19 +83,19 @@ class Layers:
     def _layer(self, name: str) -> Layer:
         names = list(self._stages)
         if name not in names and self._inside(name) not in dict(self._whole.named_modules()):
-            raise UsageError(f"--layers {name}: {self._name} has the stages {', '.join(names)}, and no layer of that name.")
+            raise UsageError(f"`layers` {name}: {self._name} has the stages {', '.join(names)}, and no layer of that name.")
         try:
             return self.cutter.layer(self._inside(name))
         except CutError as error:
             if name not in names[:-1] or self.cutter.calls(self._inside(name)):
-                instead = "Take another layer" + (", or `pooled`." if name == names[-1] else ".")
-                raise UsageError(f"--layers {name}: {error} {instead}") from error
+                instead = "Take another layer" + (", or pooled." if name == names[-1] else ".")
+                raise UsageError(f"`layers` {name}: {error} {instead}") from error
         following = names[names.index(name) + 1]
         try:
             return self.cutter.layer(self._inside(following), enters=True)
         except CutError as error:
             raise UsageError(
-                f"--layers {name}: this stage is no module of its own, and what enters the next one, {following}, is not "
+                f"`layers` {name}: this stage is no module of its own, and what enters the next one, {following}, is not "
                 f"known: {error} Take another layer."
             ) from error
 

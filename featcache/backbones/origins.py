@@ -56,10 +56,10 @@ class Origin:
             return _snapshot(self.place, self.revision)
         path = Path(self.place)
         if not path.is_dir():
-            raise UsageError(f"--backbone local-dir:{self.place}: there is no such folder.")
+            raise UsageError(f"`backbone` local-dir:{self.place}: there is no such folder.")
         if not (path / _CONFIG).is_file():
             raise UsageError(
-                f"--backbone local-dir:{self.place}: no {_CONFIG} in it. timm.models.save_for_hf writes such a folder."
+                f"`backbone` local-dir:{self.place}: no {_CONFIG} in it. timm.models.save_for_hf writes such a folder."
             )
         return path
 

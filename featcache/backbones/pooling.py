@@ -186,7 +186,7 @@ class Pooling(nn.Module):
     def __init__(self, kind: Pool, layout: Layout, what: str = "this backbone") -> None:
         super().__init__()
         if "cls" in kind and not layout.class_token:
-            raise UsageError(f"--pool {kind}: {what} has no class token.")
+            raise UsageError(f"`pool` {kind}: {what} has no class token.")
         self.kind = kind
         self.layout = layout
 

@@ -93,7 +93,7 @@ class TorchRuntime:
                 return tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True))
             except torch.OutOfMemoryError:
                 if size == 1:
-                    raise SetupError(f"--device {self._device}: its memory does not hold one image's activations.") from None
+                    raise SetupError(f"`device` {self._device}: its memory does not hold one image's activations.") from None
                 self._piece = size // 2
                 logger.warning("out of memory on %s: going on with %d images at a time", self._device, self._piece)
                 if self._device.type == "cuda":

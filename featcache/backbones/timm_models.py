@@ -26,7 +26,7 @@ except RuntimeError as error:
 
     raise SetupError(
         f"torch {version('torch')} and torchvision {version('torchvision')} come from different builds. Repair: "
-        "`pip install --force-reinstall torch torchvision` (both, in one command)."
+        "`pip uninstall -y torch torchvision && pip install torch torchvision` (both, in one command)."
     ) from error
 import numpy as np
 import torch
@@ -136,9 +136,9 @@ class Backbone:
     @cached_property
     def _last_pooling(self) -> Pooling:
         """The pooling that was asked for, over the last activations' proved positions."""
-        what = f"--pool {self.spec.pool}: the last activations of {self.spec.name}"
+        what = f"`pool` {self.spec.pool}: the last activations of {self.spec.name}"
         if not hasattr(self.module, "forward_features"):
-            raise UsageError(f"--pool {self.spec.pool}: {self.spec.name} does not give its activations before pooling.")
+            raise UsageError(f"`pool` {self.spec.pool}: {self.spec.name} does not give its activations before pooling.")
         features = Features(self.module)
         images = torch.rand(1, 3, *(self.transform.input_size,) * 2, generator=torch.Generator().manual_seed(0))
         images = images.to(self.device)
@@ -146,7 +146,7 @@ class Backbone:
             parameters: Iterable[nn.Parameter] = list(parameters_by_use(features))
         except CutError:  # in order of their creation then, which is nearly that of use
             parameters = reversed(list(self.module.parameters()))
-        instead = "Leave --pool out."
+        instead = "Leave `pool` out."
         layout = prove_layout(what, lambda: features(images), parameters, self._counts, instead=instead)
         if layout.axes == 2:
             raise UsageError(f"{what} are a vector already. {instead}")
@@ -196,7 +196,7 @@ class Backbone:
             return FORMAT_VERSION
         names = layers_of(cut)
         if not names:
-            raise UsageError(f"--cut {cut}: write a stage's name, or those of layers with + between them.")
+            raise UsageError(f"`cut` {cut}: write a stage's name, or those of layers with + between them.")
         layers = [name for name in names if name != POOLED]
         if not is_embedding(cut):
             changed = any(self._cutter.has_moved(self._trained_in_whole(layer)) for layer in layers)
@@ -227,9 +227,9 @@ class Backbone:
         """Return a test for the names of the parameters that lie behind a cut."""
         names = [stage.name for stage in self.stages]
         if cut not in names:
-            raise UsageError(f"--cut {cut}: {self.spec.name} has the stages {', '.join(names)}, besides pooled and input.")
+            raise UsageError(f"`cut` {cut}: {self.spec.name} has the stages {', '.join(names)}, besides pooled and input.")
         if cut == names[-1]:
-            raise UsageError(f"--cut {cut} is the last stage, nothing is left to train behind it: use pooled.")
+            raise UsageError(f"`cut` {cut} is the last stage, nothing is left to train behind it: use pooled.")
         behind = {name for stage in self.stages[names.index(cut) + 1 :] for name in stage.parameters}
         return behind.__contains__
 
@@ -275,7 +275,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
         args = (origins.read_config(folder) if folder is not None else {}) | args
         before, content = content, named.content(folder)
         if before not in {None, content}:
-            raise DataError(f"--backbone {spec.name}: its files changed while they were read. Run again.")
+            raise DataError(f"`backbone` {spec.name}: its files changed while they were read. Run again.")
     elif pretrained:
         named = _published(pretrained_cfg)
         content = named.content() if named is not None else None
@@ -297,7 +297,7 @@ def _fill(module: nn.Module, spec: BackboneSpec, *, bundled: bool) -> str | None
     if spec.weights is not None:
         _load_weights(module, Path(spec.weights))
         if _sha256_of_file(spec) != digest:
-            raise DataError(f"--weights {spec.weights}: changed while it was read. Run again.")
+            raise DataError(f"`weights` {spec.weights}: changed while it was read. Run again.")
     elif bundled and spec.random_init is None:
         with resources.as_file(resources.files("featcache") / "assets" / "mini.safetensors") as path:
             _load_weights(module, path)
@@ -365,7 +365,7 @@ def device_of(text: str) -> torch.device:
     except Exception as error:  # a device that was not built in fails in any way
         here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         here += ["mps"] if torch.backends.mps.is_available() else []
-        raise UsageError(f"--device {text}: PyTorch has no such device here; it has {', '.join(here)}.") from error
+        raise UsageError(f"`device` {text}: PyTorch has no such device here; it has {', '.join(here)}.") from error
     return device
 
 
@@ -428,7 +428,7 @@ def _require_known(name: str) -> None:
 
         close = difflib.get_close_matches(name.partition(".")[0], [*timm.list_models(), BUNDLED], n=3)
         hint = f" Did you mean {', '.join(close)}?" if close else ""
-        raise UsageError(f"--backbone {name}: timm has no such model.{hint} `featcache backbones 'resnet*'` lists them.")
+        raise UsageError(f"`backbone` {name}: timm has no such model.{hint} `featcache backbones 'resnet*'` lists them.")
 
 
 def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | None) -> nn.Module:
@@ -439,16 +439,16 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
             module: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
             return module
     except TypeError as error:
-        raise UsageError(f"--model-arg: {name} does not take it ({error}).") from error
+        raise UsageError(f"`model_args`: {name} does not take it ({error}).") from error
     except Exception as error:
         if not pretrained:
-            raise UsageError(f"--backbone {name}: timm cannot create it ({_first_line(error)}).") from error
+            raise UsageError(f"`backbone` {name}: timm cannot create it ({_first_line(error)}).") from error
         if name.startswith("local-dir:"):
-            raise DataError(f"--backbone {name}: its weights cannot be read ({_first_line(error)}).") from error
+            raise DataError(f"`backbone` {name}: its weights cannot be read ({_first_line(error)}).") from error
         reason = _first_line(error) if reachable else "they are not on this machine, and the hub cannot be reached"
         raise SetupError(
             f"the published weights of {name} cannot be had ({reason}). "
-            "Use `-b mini`, which is bundled, give a checkpoint with --weights FILE, or say --random-init SEED."
+            "Use `backbone='mini'`, which is bundled, give a checkpoint with `weights=FILE`, or say `random_init=SEED`."
         ) from error
 
 
@@ -483,20 +483,21 @@ def _local_weights_only() -> Iterator[None]:
 def _load_weights(module: nn.Module, path: Path) -> None:
     if path.is_dir():
         raise DataError(
-            f"--weights {path}: this is a folder. Name the file in it; a folder with config.json is -b local-dir:."
+            f"`weights` {path}: this is a folder. Name the file in it; a folder with config.json is "
+            "`backbone='local-dir:...'`."
         )
     if not path.is_file():
-        raise DataError(f"--weights {path}: there is no such file.")
+        raise DataError(f"`weights` {path}: there is no such file.")
     try:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a foreign file can be anything
         raise DataError(
-            f"--weights {path}: not a safetensors file or a plain .pth state of tensors{_reason(error)}. A model "
+            f"`weights` {path}: not a safetensors file or a plain .pth state of tensors{_reason(error)}. A model "
             "that was pickled whole is not loaded, since it could run code: save its state_dict()."
         ) from error
     if not all(isinstance(value, Tensor) for value in state.values()):
         known = ", ".join(map(str, list(state)[:4]))
-        raise DataError(f"--weights {path}: no plain state, it holds {known}. Save the network's own state_dict().")
+        raise DataError(f"`weights` {path}: no plain state, it holds {known}. Save the network's own state_dict().")
     config = getattr(module, "pretrained_cfg", None) or {}
     heads = config.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
@@ -510,7 +511,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     if missing or foreign or misfits:
         architecture = config.get("architecture", "this backbone")
         reason = _why_not(own, wanted, state, missing=missing, foreign=foreign, misfits=misfits)
-        raise DataError(f"--weights {path}: not for {architecture}: {reason}")
+        raise DataError(f"`weights` {path}: not for {architecture}: {reason}")
     module.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
 
 
@@ -537,16 +538,16 @@ def _why_not(
         return (
             f"it lacks {len(missing)} of {len(own)} tensors ({missing[0]}, ...)"
             + (f" and has {len(foreign)} others ({foreign[0]}, ...)" if foreign else "")
-            + ". Check -b and --model-arg."
+            + ". Check `backbone` and `model_args`."
         )
     if misfits:
         shapes = f"{tuple(state[misfits[0]].shape)} instead of {tuple(own[misfits[0]].shape)}"
         positions = all("pos" in name for name in misfits)
         return f"it has other shapes of {len(misfits)} of {len(own)} tensors ({misfits[0]}: {shapes}, ...). " + (
-            "Positions of a file are not resampled to another size of images: use the --input-size and img_size that it was "
+            "Positions of a file are not resampled to another size of images: use the `input_size` and img_size that it was "
             "trained with."
             if positions
-            else "Check -b and --model-arg."
+            else "Check `backbone` and `model_args`."
         )
     groups = list(dict.fromkeys(name.partition(".")[0] for name in foreign))
     return (
@@ -574,21 +575,21 @@ def _try_image(module: nn.Module, spec: BackboneSpec, size: int, device: torch.d
         with torch.no_grad():  # what attention keeps of an inference could not be trained
             out = module(torch.zeros(1, 3, size, size, device=device))
     except Exception as error:  # it runs the model's own code, which can fail in any way
-        asked = f"--input-size {size}" if spec.overrides.input_size is not None else f"--backbone {spec.name}"
+        asked = f"`input_size` {size}" if spec.overrides.input_size is not None else f"`backbone` {spec.name}"
         raise UsageError(
             f"{asked}: {spec.name} does not take images of {size} pixels and 3 channels ({_first_line(error)}). "
             f"{_advice(module, spec, size)}"
         ) from error
     if not isinstance(out, Tensor) or out.dim() < 2 or out.shape[0] != 1 or not out.numel() or not out.is_floating_point():
         what = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise UsageError(f"--backbone {spec.name}: {what} comes out for one image, not one vector. Check --model-arg.")
+        raise UsageError(f"`backbone` {spec.name}: {what} comes out for one image, not one vector. Check `model_args`.")
     if not out.isfinite().all():
         bad = [name for name, value in module.named_parameters() if not value.isfinite().all()]
         bad += [
             name for name, value in module.named_buffers() if name.endswith(("mean", "var")) and not value.isfinite().all()
         ]
         if bad:
-            where = f"--weights {spec.weights}" if spec.weights is not None else f"--backbone {spec.name}"
+            where = f"`weights` {spec.weights}" if spec.weights is not None else f"`backbone` {spec.name}"
             raise DataError(f"{where}: NaN or infinity in {len(bad)} tensors ({bad[0]}, ...). Take other weights.")
 
 
@@ -596,12 +597,12 @@ def _advice(module: nn.Module, spec: BackboneSpec, size: int) -> str:
     """Return what may make a model take images that it refused."""
     args = dict(spec.model_args)
     if args.get("in_chans", 3) != 3:
-        return "Images have three channels: leave out --model-arg in_chans."
+        return "Images have three channels: leave out in_chans of `model_args`."
     if "img_size" in args and args["img_size"] != size:
-        return f"Its img_size is {args['img_size']}: give --input-size {args['img_size']} as well."
+        return f"Its img_size is {args['img_size']}: give `input_size={args['img_size']}` as well."
     if "img_size" not in args and "img_size" in inspect.signature(type(module).__init__).parameters:
-        return f"A transformer may need --model-arg img_size={size} as well."
-    return "Check --input-size and --model-arg."
+        return f"A transformer may need `model_args='img_size={size}'` as well."
+    return "Check `input_size` and `model_args`."
 
 
 def _tag(spec: BackboneSpec, pretrained_cfg: dict[str, Any]) -> str:
@@ -617,10 +618,10 @@ def _tag(spec: BackboneSpec, pretrained_cfg: dict[str, Any]) -> str:
 def _transform(config: dict[str, Any], spec: BackboneSpec) -> Transform:
     height, width = config["input_size"][-2:]
     if height != width:
-        raise UsageError(f"--backbone {spec.name}: its input of {height}x{width} pixels is not square; square ones are.")
+        raise UsageError(f"`backbone` {spec.name}: its input of {height}x{width} pixels is not square; square ones are.")
     mode = config.get("crop_mode") or "center"
     if mode not in {"center", "squash"}:
-        raise UsageError(f"--backbone {spec.name}: its crop mode {mode!r} is not one of center, squash.")
+        raise UsageError(f"`backbone` {spec.name}: its crop mode {mode!r} is not one of center, squash.")
     interpolation = config.get("interpolation") or "bicubic"
     fields: dict[str, Any] = {
         "input_size": int(height),

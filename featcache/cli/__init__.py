@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from featcache import __version__
+from featcache.errors import FeatcacheError
 
 COMMANDS = {
     "quickstart": "See it work: bundled images and backbone, from extraction to a table.",
@@ -49,6 +50,11 @@ class LazyGroup(click.Group):
 
             discard_output()
             return 0
+        except FeatcacheError as error:
+            from featcache.cli.border import spelling
+
+            error.args = (spelling(ctx)(str(error)),)
+            raise
         return result
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,9 +72,10 @@ def cli(quiet: bool, verbose: bool) -> None:  # noqa: FBT001 - click calls it by
 
     DATA is a folder (CLASS/IMAGE, or train|val|test/CLASS/IMAGE), a CSV file (path, label, split) or sklearn:digits.
     """
+    from featcache.cli.border import spelling
     from featcache.progress import set_up_notes
 
-    set_up_notes(quiet=quiet, verbose=verbose)
+    set_up_notes(quiet=quiet, verbose=verbose, wording=spelling(click.get_current_context()))
 
 
 def main(arguments: list[str] | None = None) -> None:

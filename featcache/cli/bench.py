@@ -34,6 +34,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
     """Print a grid's table or its JSON; end with 3 where a cell failed."""
     from dataclasses import asdict
 
+    from featcache.cli.border import spelling
     from featcache.reports.tables import plain
 
     if as_json:
@@ -41,7 +42,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
             {
                 "records": [asdict(record) for record in result.records],
                 "tables": result.paths,
-                "failures": list(result.failures),
+                "failures": list(map(spelling(click.get_current_context()), result.failures)),
                 "computed_images": result.computed_images,
                 "computed_cells": result.computed_cells,
             }

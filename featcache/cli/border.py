@@ -4,8 +4,10 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 
 import click
 
@@ -17,6 +19,64 @@ _FAULT = (
     "report."
 )
 UNEXPECTED, DISK, SETUP = 1, 4, 5
+_FIELD = re.compile(r"(?<!`)`((?:[A-Z]\w*\.)?([a-z]\w*))(?:=([^`]*))?`(?!`)")
+_QUOTES = "'\""
+# Options go by their own names; these are the fields that have another one, with their owner where two share a name.
+_RENAMED = {
+    "FineTunePlan.batch_size": "train_batch",
+    "FineTunePlan.precision": "train_precision",
+    "BackboneSpec.name": "backbone",
+    "Views.count": "views",
+    "Views.seed": "views_seed",
+    "budget": "cache_budget",
+    "decoder": "decode",
+    "heads": "probes",
+}
+
+
+def spelling(ctx: click.Context) -> Callable[[str], str]:
+    """Return what spells the fields that a library's text names as flags of the running command.
+
+    "`max_bad=0.1`" becomes "--max-bad 10.0%" where the command has that option. What it has no flag for, such as a key of a
+    pipeline file, stays as the bare name.
+    """
+    root = ctx.find_root()
+    name = root.invoked_subcommand
+    command = root.command.get_command(root, name) if isinstance(root.command, click.Group) and name else None
+    options = {field: option for option in (_options(command) if command else ()) for field in _fields(option)}
+    if name == "bench":
+        options.pop("group", None)  # a key of the pipeline file as well, and more often that
+
+    def spelt(match: re.Match[str]) -> str:
+        owned, field, value = match.groups()
+        names = (_RENAMED[owned],) if owned in _RENAMED and owned != field else (field, _RENAMED.get(field, ""))
+        option = next((options[name] for name in names if name in options), None)
+        if option is None:
+            return field if value is None else f"{field}={value}"
+        return _spelt(option, value)
+
+    return lambda text: _FIELD.sub(spelt, text)
+
+
+def _options(command: click.Command) -> Iterator[click.Option]:
+    """Yield a command's options, a group's with those of all of its commands."""
+    yield from (parameter for parameter in command.params if isinstance(parameter, click.Option))
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        yield from _options(below)
+
+
+def _fields(option: click.Option) -> list[str]:
+    """Return what a field may be called that an option sets: as the function's parameter, or as the flag."""
+    return [option.name or "", *(flag.removeprefix("--").replace("-", "_") for flag in option.opts if flag.startswith("--"))]
+
+
+def _spelt(option: click.Option, value: str | None) -> str:
+    flag = next(flag for flag in option.opts if flag.startswith("--"))
+    if value is None:
+        return flag
+    if option.is_flag:
+        return flag if value == "True" else (option.secondary_opts or [flag])[0]
+    return f"{flag} {getattr(option.type, 'spelt', str)(value.strip(_QUOTES))}"
 
 
 def ended_by(error: BaseException) -> int:

@@ -83,6 +83,11 @@ class Percent(click.ParamType):  # type: ignore[type-arg]  # as above
 
     name = "P%"
 
+    @staticmethod
+    def spelt(share: str) -> str:
+        """Return a share as it is written on the command line."""
+        return f"{100 * float(share):.1f}%"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a share between 0 and 1."""
         if isinstance(value, float):
@@ -189,11 +194,12 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # as above
         return int(float(found[1]) * 1000 ** ("kmgt".index(found[2]) + 1 if found[2] else 0))
 
 
-def _notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's signature
+def _notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
     if value:
+        from featcache.cli.border import spelling
         from featcache.progress import set_up_notes
 
-        set_up_notes(quiet=param.name == "quiet", verbose=param.name == "verbose")
+        set_up_notes(quiet=param.name == "quiet", verbose=param.name == "verbose", wording=spelling(ctx))
 
 
 notes_options = several(

@@ -320,7 +320,9 @@ def require_one_label(source: Dataset) -> None:
         DataError: they are.
     """
     if source.label_lists:
-        raise DataError(f"{source.location}: its labels are lists; only `fit --target labels` trains on several an image.")
+        raise DataError(
+            f"{source.location}: its labels are lists; only fit with `target='labels'` trains on several an image."
+        )
 
 
 def location_hash(location: str) -> str:

@@ -47,7 +47,7 @@ def open_torchvision(name: str, root: Path | None, *, download: bool) -> Dataset
     if not (inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset)) or name in {"VisionDataset", "FakeData"}:
         raise UsageError(f"torchvision:{name}: torchvision has no such data set.")
     if root is None:
-        raise UsageError(f"torchvision:{name}: say where it lies, or is to be downloaded to, with --data-root.")
+        raise UsageError(f"torchvision:{name}: say where it lies, or is to be downloaded to, with `data_root`.")
     parameters = inspect.signature(kind).parameters
     needed = [one.name for one in parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
     if more := [one for one in needed if one not in {"root", "split"}]:
@@ -98,7 +98,7 @@ def open_hub(name: str, *, download: bool) -> Dataset:
         with _no_requests_but(download=download):
             loaded = datasets.load_dataset(name)
     except Exception as error:  # the library's loaders raise anything
-        hint = "" if download else " --download lets it be fetched."
+        hint = "" if download else " `download=True` lets it be fetched."
         raise DataError(f"hf:{name}: cannot be loaded ({_first_line(error)}).{hint}") from error
     parts, notes = _hub_splits(name, {str(split): rows for split, rows in loaded.items()})
     read = [_hub_part(name, split, rows, datasets) for split, rows in parts.items()]
@@ -233,7 +233,7 @@ def _torchvision_open(kind: Any, name: str, root: Path, arguments: dict[str, Any
     except ImportError as error:
         raise SetupError(f"torchvision:{name}: needs a library that is not installed ({_first_line(error)}).") from error
     except (RuntimeError, OSError) as error:
-        hint = " --download fetches it." if "download" in arguments else ""
+        hint = " `download=True` fetches it." if "download" in arguments else ""
         raise DataError(f"torchvision:{name}: not at {root}, or damaged ({_first_line(error)}).{hint}") from error
     except Exception as error:  # damaged pickles, archives and tables raise anything
         if "split" in arguments and isinstance(error, ValueError) and "Unknown value" in str(error):

@@ -18,15 +18,15 @@ from featcache.datasets.base import ArrayReader, Dataset, FileReader, Sample, re
 from featcache.errors import DataError, SetupError
 
 _MOST_CHARACTERS = 10_000
-_BETWEEN = ";"  # what `--target labels` divides a text at
+_BETWEEN = ";"  # what ``target` labels` divides a text at
 _OFTEN_MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "-1"})
 
 
 class Labels:
     """Turns the values of one source into labels.
 
-    Text, whole numbers and true or false are labels; so are other finite numbers, for ``--target number``, where whole
-    ones lose their ".0". A list of those is one text with ``;`` between, for ``--target labels``: ``lists`` says whether
+    Text, whole numbers and true or false are labels; so are other finite numbers, for ```target` number``, where whole
+    ones lose their ".0". A list of those is one text with ``;`` between, for ```target` labels``: ``lists`` says whether
     there was any. None, NaN, "" and, where classes have names, numbers below zero are missing.
 
     Args:
@@ -230,11 +230,11 @@ def read_column(location: str, column: str) -> list[str]:
     elif path.suffix.lower() == ".parquet":
         (rows, _), word, first = _parquet_rows(path, column), "row", 0
     else:
-        raise DataError(f"--group {column}: {location} is no manifest: list its images in a CSV or Parquet file.")
+        raise DataError(f"`group` {column}: {location} is no manifest: list its images in a CSV or Parquet file.")
     kept, _, _ = rows.labelled(path, word, first)
     missing = next((number for number in kept if not rows.asked[number]), None)
     if missing is not None:
-        raise DataError(f"--group {column}: {path}, {word} {missing + first} has none.")
+        raise DataError(f"`group` {column}: {path}, {word} {missing + first} has none.")
     return [rows.asked[number] or "" for number in kept]
 
 
@@ -420,4 +420,4 @@ def _require_single(columns: Sequence[str], path: Path, asked: str | None) -> No
     if twice is not None:
         raise DataError(f"{path}: two columns are called {twice}.")
     if asked is not None and asked not in columns:
-        raise DataError(f"--group {asked}: {path.name} has no such column.")
+        raise DataError(f"`group` {asked}: {path.name} has no such column.")

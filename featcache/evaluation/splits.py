@@ -153,15 +153,15 @@ def _number_of_folds(folds: int | None, drawing: Drawing, split: Split, *, val_g
         fits = len(both) < SMALL and not val_given and min(smallest, groups) >= FOLDS
         return FOLDS if fits else 0
     if folds == 1 or folds < 0:
-        raise UsageError(f"--folds {folds}: at least 2 are needed, or 0 to choose on the val split.")
+        raise UsageError(f"`folds` {folds}: at least 2 are needed, or 0 to choose on the val split.")
     if folds > smallest:
         raise UsageError(
-            f"--folds {folds}: class {drawing.classes[label]!r} has {smallest} different images to train and choose on: "
-            f"{'at most so many folds, or ' if smallest > 1 else ''}--folds 0."
+            f"`folds` {folds}: class {drawing.classes[label]!r} has {smallest} different images to train and choose on: "
+            f"{'at most so many folds, or ' if smallest > 1 else ''}`folds=0`."
         )
     if folds > groups:
         raise UsageError(
-            f"--folds {folds}: there are {groups} groups to train and choose on: at most so many, or --folds 0."
+            f"`folds` {folds}: there are {groups} groups to train and choose on: at most so many, or `folds=0`."
         )
     return folds
 
@@ -180,7 +180,7 @@ def _crossed(split: Split, drawing: Drawing, folds: int, *, required: bool = Fal
     usable = tuple(fold for fold in cross if len(fold.val) and len(np.unique(drawing.y[fold.train])) > 1)
     if len(usable) < folds and required:
         raise UsageError(
-            f"--folds {folds}: a fold would have one class to train on, or nothing to judge, since images stay together: "
+            f"`folds` {folds}: a fold would have one class to train on, or nothing to judge, since images stay together: "
             "ask for fewer."
         )
     return replace(split, cross=usable if len(usable) > 1 else ())
@@ -197,7 +197,7 @@ def few_shot(split: Split, y: NDArray[np.int64], shots: int, seed: int, contents
     both = split.train_val
     counts = np.bincount(y[both])
     if (short := counts[counts > 0].min()) < shots:
-        raise DataError(f"--shots {shots}: a class has only {short} images to train on.")
+        raise DataError(f"`shots` {shots}: a class has only {short} images to train on.")
     units = units_of(len(y), contents, None if split.groups is None else split.groups.tolist())
     drawn = [image_order(units, both[y[both] == label], seed, f"{shots} shots")[:shots] for label in np.unique(y[both])]
     grouped = split.groups is not None

@@ -122,7 +122,7 @@ class SweepResult:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The JSON object of ``featcache finetune --sweep``."""
+        """The JSON object of a sweep."""
         best = max(self.jobs, key=lambda job: job.record.val["accuracy"])
         return {"depths": [job.summary for job in self.jobs], "best_on_validation": best.record.method}
 
@@ -258,7 +258,7 @@ class FineTuneInputs:
     def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
         """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""
         if plan.augment and cut != INPUT:
-            raise UsageError("--augment changes pixels: it needs --unfreeze all, or --views N at a later boundary.")
+            raise UsageError("`augment` changes pixels: it needs `unfreeze='all'`, or `views=N` at a later boundary.")
         try:
             if cut != INPUT:
                 self.bench.backbone.prefix(cut)
@@ -289,8 +289,8 @@ class FineTuneInputs:
             cost = self._cost(INPUT, plan)
             if cost.bytes > room:
                 raise StorageError(
-                    f"{self.bench.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another --cache, "
-                    "a larger --cache-budget, or unfreeze less."
+                    f"{self.bench.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another `cache`, "
+                    "a larger `budget`, or unfreeze less."
                 )
             allowed.add(INPUT)
         return allowed
@@ -488,7 +488,7 @@ def _trainable(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
     spec = replace(bench.spec, model_args=(*bench.spec.model_args, ("drop_path_rate", plan.drop_path)))
     own = load_backbone(spec, bench.backbone.device)
     if own.loaded.weights_sha256 != bench.backbone.loaded.weights_sha256:
-        raise DataError(f"--backbone {spec.name}: its weights changed while this ran. Run again.")
+        raise DataError(f"`backbone` {spec.name}: its weights changed while this ran. Run again.")
     return own
 
 

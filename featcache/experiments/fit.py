@@ -130,15 +130,15 @@ class FitPlan:
         """Refuse values of the wrong kind, and those that nothing could be trained with."""
         check_fields(self)
         if not self.heads:
-            raise UsageError("heads: at least one is needed, such as logistic.")
+            raise UsageError("`heads`: at least one is needed, such as logistic.")
         if self.folds is not None and self.folds < 0:
-            raise UsageError(f"folds {self.folds}: 0 or more is needed.")
+            raise UsageError(f"`folds` {self.folds}: 0 or more is needed.")
         if self.budget is not None and self.budget < 0:
-            raise UsageError(f"budget {self.budget:g}: seconds from 0 are needed.")
+            raise UsageError(f"`budget` {self.budget:g}: seconds from 0 are needed.")
         if not all(1 <= shots <= _MOST_SHOTS for shots in self.shots):
-            raise UsageError(f"shots {self.shots}: whole numbers from 1 to {_MOST_SHOTS} are needed.")
+            raise UsageError(f"`shots` {self.shots}: whole numbers from 1 to {_MOST_SHOTS} are needed.")
         if not all(values for _, values in self.grid):
-            raise UsageError("grid: at least one value a parameter is needed.")
+            raise UsageError("`grid`: at least one value a parameter is needed.")
         Views(self.views)
 
     def candidates(self) -> list[dict[str, Any]] | None:
@@ -263,7 +263,7 @@ def run_fit(
     for name in names:
         if plan.budget is not None and jobs and time.monotonic() - started > plan.budget:
             left = names[names.index(name) :]
-            logger.warning("--budget %g s is spent: without %s", plan.budget, ", ".join(left))
+            logger.warning("`budget` %g s is spent: without %s", plan.budget, ", ".join(left))
             break
         members = [job.fitted.name for job in jobs] if name == heads.ENSEMBLE else []
         cell = head_cell(bench, features, name, plan, seed, members)
@@ -323,11 +323,11 @@ def _heads_of(plan: FitPlan) -> list[str]:
         heads.require_head(name)
     names, candidates = members_of(plan.heads), plan.candidates()
     if candidates and (len(names) != 1 or plan.target != "label"):
-        raise UsageError("--grid is of one --head, for one class an image.")
+        raise UsageError("`grid` is of one head, for one class an image.")
     if candidates:
         heads.require_params(names[0], candidates)
     if plan.views > 1 and (plan.target != "label" or plan.shots or plan.curve):
-        raise UsageError("--views trains heads of one class an image; leave out --target, --shots and --curve.")
+        raise UsageError("`views` trains heads of one class an image; leave out `target`, `shots` and `curve`.")
     _require_target(plan)
     return names
 
@@ -343,15 +343,15 @@ def _require_target(plan: FitPlan) -> None:
     if plan.target == "label":
         return
     given = {
-        "--shots": bool(plan.shots),
-        "--curve": plan.curve,
-        "--folds": bool(plan.folds),
+        "`shots`": bool(plan.shots),
+        "`curve`": plan.curve,
+        "`folds`": bool(plan.folds),
     }
     if refused := [name for name, asked in given.items() if asked]:
-        raise UsageError(f"--target {plan.target} chooses on the val split: it does not take {', '.join(refused)}.")
+        raise UsageError(f"`target` {plan.target} chooses on the val split: it does not take {', '.join(refused)}.")
     able = (PROBE,) if plan.target == "labels" else NUMBER_HEADS
     if plan.heads != FitPlan().heads and (unable := [name for name in plan.heads if name not in {*able, "all"}]):
-        raise UsageError(f"--head {unable[0]}: for --target {plan.target} choose from {', '.join(able)}.")
+        raise UsageError(f"`heads` {unable[0]}: for `target` {plan.target} choose from {', '.join(able)}.")
 
 
 def _say(features: Features, split: Split, ledger: Ledger) -> None:
@@ -384,7 +384,7 @@ def _features(done: Extracted, plan: FitPlan, names: list[str]) -> tuple[Feature
     able = [name for name in names if name in can]
     if plan.target != "label" or plan.views > 1 or not able or ("all" not in plan.heads and able != names):
         raise UsageError(
-            f"{room}: only --head {' and '.join(can)}, of one view and one class an image, read them from disk."
+            f"{room}: only `heads` {' and '.join(can)}, of one view and one class an image, read them from disk."
         )
     if able != names:
         logger.warning("%s: without %s", room, ", ".join(name for name in names if name not in can))
@@ -420,7 +420,7 @@ def _fit_targets(
     started = time.monotonic()
     for name in wanted or NUMBER_HEADS:
         if plan.budget is not None and jobs and time.monotonic() - started > plan.budget:
-            logger.warning("--budget %g s is spent: without %s", plan.budget, name)
+            logger.warning("`budget` %g s is spent: without %s", plan.budget, name)
             break
         fitted = (
             fit_labels(features, split, plan.candidates())

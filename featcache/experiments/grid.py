@@ -92,7 +92,7 @@ def _grid(table: dict[str, Any], path: Path) -> Grid:
 
 
 def _file_name(name: str) -> str:
-    """Return a name that stands for a file in ``--out`` and nowhere else: a pipeline may come from a stranger.
+    """Return a name that stands for a file in the output folder and nowhere else: a pipeline may come from a stranger.
 
     Raises:
         UsageError: it holds a separator or what no file's name should.

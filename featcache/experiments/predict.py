@@ -64,7 +64,7 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
     path, wanted = weights or card.get("weights"), facts["weights"]
     if wanted and wanted.startswith("sha256:"):
         if path is None or not Path(path).is_file():
-            raise UsageError(f"{path or 'the weights'}: no such file; say with --weights where the backbone's weights are.")
+            raise UsageError(f"{path or 'the weights'}: no such file; say with `weights` where the backbone's weights are.")
         if f"sha256:{sha256_of_file(Path(path))}" != wanted:
             raise DataError(f"{path}: not the weights that the head was trained on (another SHA-256).")
     else:
@@ -106,7 +106,7 @@ def bench_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str |
             return bench
         reasons.append(reason)
     raise DataError(
-        f"{bundle.path}: {reasons[0]}. Put the old one back, give its weights with --weights FILE, or train the head again."
+        f"{bundle.path}: {reasons[0]}. Put the old one back, give its weights with `weights=FILE`, or train the head again."
     )
 
 

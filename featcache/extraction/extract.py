@@ -1,5 +1,6 @@
 """Run a frozen prefix once over the images of a source and keep its rows."""
 
+import math
 import shutil
 import time
 import zlib
@@ -360,7 +361,7 @@ def check_room(sinks: Sequence[Sink], images: int, views: int, purpose: str = ""
         if total > free:
             raise StorageError(
                 f"{sink.store.path}: {total / 1e9:.1f} GB would be written ({total / images / 1e3:.0f} kB an image), "
-                f"{free / 1e9:.1f} GB are free. Use another --cache or a later cut."
+                f"{free / 1e9:.1f} GB are free. Use another `cache` or a later cut."
             )
     if images:
         what = f"{purpose}: " if purpose else ""
@@ -427,5 +428,5 @@ def _judge(dataset: Dataset, good: int, quarantined: tuple[Quarantined, ...], ma
     if bad > max(TOLERATED_BAD_IMAGES, max_bad * total):
         raise DataError(
             f"{dataset.location}: {bad} of {total} images cannot be used ({example}). The other rows are kept: repair the "
-            f"files and run again, or allow it with --max-bad {100 * bad / total:.1f}%."
+            f"files and run again, or allow it with `max_bad={math.ceil(1000 * bad / total) / 1000}`."
         )

@@ -70,13 +70,13 @@ class Settings:
         for name, most in (("batch_size", _MOST_IN_A_BATCH), ("workers", _MOST_WORKERS)):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
-                raise UsageError(f"{name.replace('_', ' ')} {value}: 1 to {most} are possible.")
+                raise UsageError(f"`{name}` {value}: 1 to {most} are possible.")
         if not 0 <= self.max_bad <= 1:
-            raise UsageError(f"max_bad {self.max_bad}: a share from 0 to 1 is needed.")
+            raise UsageError(f"`max_bad` {self.max_bad}: a share from 0 to 1 is needed.")
         if self.budget is not None and self.budget < 0:
-            raise UsageError(f"budget {self.budget}: a number of bytes from 0 is needed.")
+            raise UsageError(f"`budget` {self.budget}: a number of bytes from 0 is needed.")
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
-            raise UsageError(f"part {self.part}: (i, n) with i from 1 to n is needed.")
+            raise UsageError(f"`part` {self.part}: (i, n) with i from 1 to n is needed.")
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class FeatureCache:
         device = self.settings.device
         backbone = load_backbone(self.spec, device_of(device) if device is not None else None)
         if backbone.file_sha256 is not None and self._facts["weights"] != f"sha256:{backbone.file_sha256}":
-            raise DataError(f"--weights {self.spec.weights}: changed while this ran. Run again.")
+            raise DataError(f"`weights` {self.spec.weights}: changed while this ran. Run again.")
         self._content = fingerprint([asdict(backbone.loaded), asdict(backbone.transform)])
         return backbone
 

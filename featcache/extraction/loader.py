@@ -192,7 +192,7 @@ def in_dtype(several: Sequence[NDArray[Any]], dtype: StoredDtype) -> tuple[NDArr
 
 def not_finite(dataset: Dataset, sighted: FileIndex, dtype: StoredDtype) -> list[Quarantined]:
     """Return the places in quarantine of images whose activations overflow."""
-    better = ", try --dtype float32" if dtype == "float16" else ""
+    better = ", try dtype float32" if dtype == "float16" else ""
     reason = f"its activations are not finite in {dtype}{better}"
     return [
         Quarantined(dataset.samples[index].path, digest.hex(), reason)

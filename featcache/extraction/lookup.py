@@ -80,7 +80,7 @@ def bound_location(note: Path) -> str:
         if not isinstance(location, str):
             raise ValueError("no location")  # noqa: TRY004 - of the file's content, not of an argument
     except (OSError, ValueError) as error:
-        raise StorageError(f"{note}: damaged ({error}). Delete it and run again, or bind the folder with --name.") from error
+        raise StorageError(f"{note}: damaged ({error}). Delete it and run again, or bind the folder with `name`.") from error
     return location
 
 

@@ -69,11 +69,11 @@ def run(
     try:
         import ray
     except ImportError:
-        raise SetupError("--engine ray needs Ray: `pip install 'featcache[ray]'`.") from None
+        raise SetupError("`engine` ray needs Ray: `pip install 'featcache[ray]'`.") from None
     try:
         pickle.dumps(dataset)
     except Exception as error:
-        raise UsageError(f"{dataset.location}: --engine ray cannot send it to other nodes. Use files or shards.") from error
+        raise UsageError(f"{dataset.location}: `engine` ray cannot send it to other nodes. Use files or shards.") from error
     started_here = not ray.is_initialized()
     if started_here:
         before = os.environ.get("RAY_USAGE_STATS_ENABLED")
@@ -148,7 +148,7 @@ class _Actor:
         device = torch.device(self._recipe.device) if self._recipe.device else None
         backbone = load_backbone(self._recipe.spec, device)
         if backbone.loaded != self._recipe.loaded:
-            raise SetupError(f"--engine ray: {backbone.spec.name} has other weights on this node than on the driver.")
+            raise SetupError(f"`engine` ray: {backbone.spec.name} has other weights on this node than on the driver.")
         chosen = choose(
             backbone.program(self._computed),
             first,

@@ -149,7 +149,7 @@ def _tried(
             run = TorchRuntime(compiled, device, precision)
         got = _timed(run, first)
     except Exception as error:
-        raise SetupError(f"--runtime {name} cannot run this backbone ({_first_line(error)}).") from error
+        raise SetupError(f"`runtime` {name} cannot run this backbone ({_first_line(error)}).") from error
     difference = max(_difference(one, other) for one, other in zip(got.outputs, reference.outputs, strict=True))
     logger.debug(
         "runtime %s: %.2g s a batch, PyTorch %.2g s; differs by %.1g", name, got.seconds, reference.seconds, difference
@@ -248,9 +248,9 @@ def _compiled(program: nn.Module, first: Pixels, workers: Workers) -> Run:  # no
 def _require(name: str, device: torch.device, precision: Precision) -> None:
     if not is_installed(name):
         what = "needs a C++ compiler" if name == "compile" else f"is not installed: `pip install 'featcache[{name}]'`"
-        raise SetupError(f"--runtime {name} {what}, or leave --runtime out.")
+        raise SetupError(f"`runtime` {name} {what}, or leave `runtime` out.")
     if name != "compile" and (device.type != "cpu" or precision != "float32"):
-        raise UsageError(f"--runtime {name} computes on the CPU in float32 only, not on {device} in {precision}.")
+        raise UsageError(f"`runtime` {name} computes on the CPU in float32 only, not on {device} in {precision}.")
 
 
 def is_installed(name: str) -> bool:

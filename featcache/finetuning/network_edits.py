@@ -45,7 +45,7 @@ def add_lora(
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
     except ImportError:
-        raise SetupError("--unfreeze lora:R needs peft: `pip install 'featcache[peft]'`.") from None
+        raise SetupError("`unfreeze` lora:R needs peft: `pip install 'featcache[peft]'`.") from None
     names = _layers_to_update(suffix, weights, example)
     with torch.random.fork_rng(devices=[]):  # the updates' random half comes from the seed, not from what was drawn before
         torch.default_generator.manual_seed(seed)
@@ -64,7 +64,7 @@ def _layers_to_update(suffix: nn.Module, weights: Collection[int], example: Tens
     names = [name for name, module in of_weights.items() if name in called and type(module) in {nn.Linear, nn.Conv2d}]
     if not names:
         raise UsageError(
-            "--unfreeze lora: no layer of these stages can take a low-rank update: their weights are handed to functions, "
+            "`unfreeze` lora: no layer of these stages can take a low-rank update: their weights are handed to functions, "
             "or their layers are not plain ones. Unfreeze more stages, or train norms, biases or weights themselves."
         )
     covered = {id(of_weights[name].weight) for name in names}

@@ -61,7 +61,7 @@ def _stages(stages: str, text: str) -> tuple[Literal["last", "share", "stage", "
     if re.fullmatch(r"[A-Za-z_][\w.]*", stages) and stages != "lora":
         return "stage", 0.0, stages
     raise UsageError(
-        f"--unfreeze {text}: write last:K, P% (up to 100%), the name of a stage, or all; or norm, bias or lora:R, with such "
+        f"`unfreeze` {text}: write last:K, P% (up to 100%), the name of a stage, or all; or norm, bias or lora:R, with such "
         "stages behind a colon."
     )
 
@@ -129,15 +129,19 @@ class FineTunePlan:
         """Refuse values that train nothing."""
         check_fields(self)
         if min(self.epochs, self.batch_size, self.patience, self.views, self.accumulate) < 1:
-            raise UsageError("--epochs, --train-batch, --patience, --views and --accumulate: at least 1 is needed.")
+            raise UsageError(
+                "`epochs`, `FineTunePlan.batch_size`, `patience`, `views` and `accumulate`: at least 1 is needed."
+            )
         Views(self.views)
         if self.train_batchnorm and self.batch_size == 1:
-            raise UsageError("--train-batchnorm: statistics of one image are none: give a --train-batch of 2 or more.")
+            raise UsageError(
+                "`train_batchnorm`: statistics of one image are none: give a `FineTunePlan.batch_size` of 2 or more."
+            )
         if not self.lr or min(*self.lr, self.head_lr) <= 0:
-            raise UsageError("--lr and --head-lr: a rate above 0 is needed.")
+            raise UsageError("`lr` and `head_lr`: a rate above 0 is needed.")
         if not (0 <= self.ema < 1 and 0 <= self.drop_path < 1 and 0 <= self.label_smoothing < 1):
-            raise UsageError("--ema, --drop-path and --label-smoothing: from 0 up to, but not, 1.")
+            raise UsageError("`ema`, `drop_path` and `label_smoothing`: from 0 up to, but not, 1.")
         if self.warmup > 1:
-            raise UsageError(f"--warmup {self.warmup:g}: a share of all steps, from 0 to 1, is needed.")
+            raise UsageError(f"`warmup` {self.warmup:g}: a share of all steps, from 0 to 1, is needed.")
         if min(self.mixup, self.clip, self.weight_decay, self.warmup, self.layer_decay) < 0:
-            raise UsageError("--mixup, --clip, --weight-decay, --warmup and --layer-decay: 0 or more is needed.")
+            raise UsageError("`mixup`, `clip`, `weight_decay`, `warmup` and `layer_decay`: 0 or more is needed.")

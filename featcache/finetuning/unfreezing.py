@@ -42,7 +42,7 @@ def select_trainable(stages: Sequence[Stage], spec: Unfreeze, module: nn.Module 
     empty = next((number for number, stage in enumerate(picked) if stage.parameters), None)
     if empty is None:
         raise UsageError(
-            f"--unfreeze {spec.text}: there is nothing of that kind in {', '.join(stage.name for stage in picked)}."
+            f"`unfreeze` {spec.text}: there is nothing of that kind in {', '.join(stage.name for stage in picked)}."
         )
     first += empty  # stages with nothing of that kind before the first that has some stay frozen: the cut comes after them
     return Trainable(tuple(picked[empty:]), stages[first - 1].name if first else INPUT, spec)
@@ -84,11 +84,11 @@ def _first_trained(stages: Sequence[Stage], spec: Unfreeze) -> int:
         return 0
     if spec.kind == "last":
         if spec.amount > len(stages):
-            raise UsageError(f"--unfreeze {spec.text}: the backbone has {len(stages)} stages ({', '.join(names)}).")
+            raise UsageError(f"`unfreeze` {spec.text}: the backbone has {len(stages)} stages ({', '.join(names)}).")
         return len(stages) - int(spec.amount)
     if spec.kind == "stage":
         if spec.stage not in names:
-            raise UsageError(f"--unfreeze {spec.text}: the backbone's stages are {', '.join(names)}.")
+            raise UsageError(f"`unfreeze` {spec.text}: the backbone's stages are {', '.join(names)}.")
         return names.index(spec.stage)
     least = math.ceil(spec.amount * sum(stage.size for stage in stages))
     first, parameters = len(stages), 0

@@ -214,7 +214,7 @@ def _require_own(path: Path, content: bytes, card: Mapping[str, Any]) -> None:
         return
     raise UsageError(
         f"{path}: it, or its card, was not written by you on this machine, or was changed since. A joblib file can run any "
-        "code, and a card names classes and weights. If you know who made them, say --trust."
+        "code, and a card names classes and weights. If you know who made them, say `trust=True`."
     )
 
 
@@ -238,7 +238,7 @@ def _load_skops(content: bytes, path: Path, *, trust: bool) -> Any:
     foreign = sorted(set(unknown) - _TRUSTED)
     if foreign and not trust:
         raise UsageError(
-            f"{path}: holds {', '.join(foreign)}, which no head of ours does. If you know who made it, say --trust."
+            f"{path}: holds {', '.join(foreign)}, which no head of ours does. If you know who made it, say `trust=True`."
         )
     return skops.loads(content, trusted=unknown)
 

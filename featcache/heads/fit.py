@@ -85,7 +85,7 @@ def ensemble(features: Features, split: Split, fitted: Sequence[FittedHead], vie
     started = time.monotonic()
     known = sorted((head for head in fitted if head.answers.ndim == 2), key=lambda head: head.val.rank)
     if not known:
-        raise UsageError(f"--head ensemble averages probabilities: give some of {', '.join(MEMBERS)} too.")
+        raise UsageError(f"`heads` ensemble averages probabilities: give some of {', '.join(MEMBERS)} too.")
     truth = _truth(features.y, split)
     averages = [
         np.mean([head.answers for head in known[:count]], axis=0) for count in range(1, min(_AT_MOST, len(known)) + 1)
@@ -136,7 +136,7 @@ def _embeddings(features: Features, views: int) -> heads.Many:
     """Return one row a view (n * views, d), the views of an image one after the other."""
     shape = features.X.shape
     if len(shape) != (2 if views == 1 else 3) or (views > 1 and shape[1] != views):
-        raise DataError(f"heads train on embeddings (n, d), these features are {shape}: extract at the cut `pooled`.")
+        raise DataError(f"heads train on embeddings (n, d), these features are {shape}: extract at the cut pooled.")
     return heads.as_rows(features.X)
 
 

@@ -59,7 +59,7 @@ def labels_of(features: Features) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
     sets = [{part.strip() for part in re.split(r"[;|]", name) if part.strip()} for name in features.classes]
     names = tuple(sorted(set().union(*sets)))
     if len(names) < 2:
-        raise DataError(f"--target labels: only one label ({''.join(names)}); write ; between several, as in cat;dog.")
+        raise DataError(f"`target` labels: only one label ({''.join(names)}); write ; between several, as in cat;dog.")
     table = np.array([[name in some for name in names] for some in sets])
     return table[features.y], names
 
@@ -75,9 +75,9 @@ def numbers_of(features: Features) -> NDArray[np.float64]:
         try:
             values.append(float(name))
         except ValueError:
-            raise DataError(f"--target number: the label {name!r} is no number.") from None
+            raise DataError(f"`target` number: the label {name!r} is no number.") from None
         if not math.isfinite(values[-1]):
-            raise DataError(f"--target number: the label {name!r} is not finite.")
+            raise DataError(f"`target` number: the label {name!r} is not finite.")
     return np.array(values)[features.y]
 
 

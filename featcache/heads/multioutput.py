@@ -41,7 +41,7 @@ def sweep_labels(
     (found,) = linear.solve(X, Y, [params["C"] for params in grid], [mask], loss="sigmoid")
     reached = [(params, one) for params, one in zip(grid, found, strict=True) if one.converged]
     if not reached:
-        raise DataError(f"--target labels: none of {len(grid)} candidates reached its optimum. {_REMEDY}")
+        raise DataError(f"`target` labels: none of {len(grid)} candidates reached its optimum. {_REMEDY}")
     if len(reached) < len(grid):
         left_out = len(grid) - len(reached)
         logger.warning("labels: %d of %d candidates did not reach their optimum and are left out", left_out, len(grid))
@@ -57,7 +57,7 @@ def train_labels(params: Params, X: X_, Y: Labels) -> OneVsRestClassifier:
     """
     ((found,),) = linear.solve(X, Y, [params["C"]], loss="sigmoid")
     if not found.converged:
-        raise DataError(f"--target labels: the fit with C={params['C']:g} did not reach its optimum. {_REMEDY}")
+        raise DataError(f"`target` labels: the fit with C={params['C']:g} did not reach its optimum. {_REMEDY}")
     joined = OneVsRestClassifier(LogisticRegression(C=params["C"]))
     joined.label_binarizer_ = LabelBinarizer(sparse_output=True).fit(Y.astype(np.int64))
     joined.classes_, joined.n_features_in_ = joined.label_binarizer_.classes_, X.shape[1]
@@ -103,7 +103,7 @@ def train_number(head: str, params: Params, X: X_, y: Numbers) -> Pipeline:
     if head == "knn":
         neighbours = KNeighborsRegressor(min(params["k"], len(X)), weights="distance", algorithm="brute")
         return make_pipeline(Normalizer(), neighbours).fit(X, y)
-    raise UsageError(f"--head {head}: for numbers choose from {', '.join(NUMBER_HEADS)}.")
+    raise UsageError(f"`heads` {head}: for numbers choose from {', '.join(NUMBER_HEADS)}.")
 
 
 def _probabilities(solution: Solution, X: X_) -> Numbers:

@@ -57,7 +57,7 @@ def require_head(name: str) -> None:
         UsageError: there is no such head.
     """
     if name not in {*HEADS, ENSEMBLE, ALL}:
-        raise UsageError(f"--head {name}: choose from {', '.join([*HEADS, ENSEMBLE, ALL])}.")
+        raise UsageError(f"`heads` {name}: choose from {', '.join([*HEADS, ENSEMBLE, ALL])}.")
 
 
 def require_params(name: str, grid: Sequence[Params]) -> None:
@@ -70,12 +70,12 @@ def require_params(name: str, grid: Sequence[Params]) -> None:
     for params in grid:
         if set(params) != known:
             taken = ", ".join(sorted(known)) or "no parameter"
-            raise UsageError(f"--grid {', '.join(sorted(params))}: {name} takes {taken}.")
+            raise UsageError(f"`grid` {', '.join(sorted(params))}: {name} takes {taken}.")
         for key, value in params.items():
             most = 1 if key in {"share", "shrinkage"} else math.inf
             if not 0 < value <= most or value == math.inf or (key == "k" and value % 1):
                 wanted = "a whole number" if key == "k" else "a number up to 1" if most == 1 else "a number"
-                raise UsageError(f"--grid {key}={value:g}: {wanted}, above 0, is needed.")
+                raise UsageError(f"`grid` {key}={value:g}: {wanted}, above 0, is needed.")
 
 
 def in_order(names: Sequence[str]) -> list[str]:
@@ -134,8 +134,8 @@ def search_head(
             try_all([params for number, params in enumerate(everything) if number % step])
         if not outcomes:
             raise DataError(
-                f"--head {name}: none of {tried} candidates reached its optimum on every fold. Look for extreme values in "
-                "the features, try stronger penalties with --grid, or take another head."
+                f"`heads` {name}: none of {tried} candidates reached its optimum on every fold. Look for extreme values in "
+                "the features, try stronger penalties with `grid`, or take another head."
             )
         if step > 1 and tried == len(everything[::step]):
             try_all(family.refine(everything, best()[0].params))
@@ -146,10 +146,10 @@ def search_head(
 def _require_rows(name: str, y: Y_, folds: Sequence[Fold], grid: Sequence[Params]) -> None:
     least = min(len(fold.train) for fold in folds)
     if too_many := [params["k"] for params in grid if params.get("k", 0) > least]:
-        raise UsageError(f"--grid k={too_many[0]}: {least} images train, so that there are no more neighbours than that.")
+        raise UsageError(f"`grid` k={too_many[0]}: {least} images train, so that there are no more neighbours than that.")
     if name == "lda" and any(len(fold.train) <= len(np.unique(y[fold.train])) for fold in folds):
         raise DataError(
-            f"--head lda: {least} images of {len(np.unique(y))} classes train: more images than classes are needed."
+            f"`heads` lda: {least} images of {len(np.unique(y))} classes train: more images than classes are needed."
         )
 
 
@@ -175,7 +175,7 @@ def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> Pipeline:
     if not converged:
         with_ = ", ".join(f"{key}={value:g}" for key, value in params.items())
         raise DataError(
-            f"--head {name}: the fit with {with_} on {len(y)} rows did not reach its optimum. Look for extreme values in "
-            "the features, give a stronger penalty with --grid, or take another head."
+            f"`heads` {name}: the fit with {with_} on {len(y)} rows did not reach its optimum. Look for extreme values in "
+            "the features, give a stronger penalty with `grid`, or take another head."
         )
     return estimator

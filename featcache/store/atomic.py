@@ -218,7 +218,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "free some space, then run the same command again" if error.errno == errno.ENOSPC else "check --cache"
+        advice = "free some space, then run the same command again" if error.errno == errno.ENOSPC else "check `cache`"
         raise StorageError(f"{path}: cannot be written ({error.strerror or error}): {advice}.") from error
 
 

@@ -198,5 +198,5 @@ def _why_open(facts: os.stat_result) -> str:
 def _advice(path: Path, why: str) -> str:
     return (
         f"{path}: this secret, which signs your heads, {why}. Delete it: the next command makes a new one; fit heads that "
-        "were signed with the old one again, or load them with --trust."
+        "were signed with the old one again, or load them with `trust=True`."
     )

@@ -65,7 +65,7 @@ class FeatureStore:
         note, content = path / "spec.json", json.dumps(asdict(spec) | {"key": spec.key}, indent=1).encode()
         if not note.exists():
             if path.exists() and any(_foreign(inside) for inside in path.iterdir()):
-                raise StorageError(f"{path}: not an entry of featcache and not empty. Move it away, or use another --cache.")
+                raise StorageError(f"{path}: not an entry of featcache and not empty. Move it away, or use another `cache`.")
             make_folder(path / "parts")
             make_folder(path / "requests")
             create_file(note, content)
@@ -77,7 +77,7 @@ class FeatureStore:
             replace_file(note, content)  # torn when the entry was begun: nothing of it counts yet
             store = cls.open(path)
         if store.key != spec.key:
-            raise StorageError(f"{path}: holds features under another key. Move it away, or use another --cache.")
+            raise StorageError(f"{path}: holds features under another key. Move it away, or use another `cache`.")
         store.tidy()
         return store
 
