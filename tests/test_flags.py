@@ -36,12 +36,6 @@ def spelt(command: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_command_line_spells_flags(path: Path) -> None:
-    """Neither code nor comment of the library writes a ``--flag``: its reader may have called it from Python."""
-    assert not re.findall(r"--[a-z][a-z-]*", path.read_text())
-
-
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_field_that_a_text_names_is_there_to_be_set(path: Path) -> None:
     """Each single word in backticks is a field of a public value, or a parameter of a public function."""
     public = {field.name for value in VALUES for field in fields(value)}

@@ -1,6 +1,7 @@
 """The architecture's promises about imports, checked on the source and on running processes."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,6 +100,12 @@ def test_each_third_party_world_has_its_home(name: str, path: Path) -> None:
     }
 
     assert not strays
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_only_the_command_line_spells_flags(name: str, path: Path) -> None:
+    """Neither code nor comment of the library writes a ``--flag``: whoever called it from Python has fields."""
+    assert name.split(".", maxsplit=1)[0] == "cli" or not re.findall(r"--[a-z][a-z-]*", path.read_text())
 
 
 def loaded_after(*arguments: str, cwd: Path) -> set[str]:
