@@ -18,7 +18,9 @@ from featcache import api
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, Sample
 from featcache.errors import DataError
-from featcache.experiments.fit import FitPlan, card_of, run_fit
+from featcache.evaluation.tasks import Task
+from featcache.experiments.experiment import Experiment
+from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec
 
@@ -145,7 +147,9 @@ def test_a_card_has_that_text(
     monkeypatch.chdir(tmp_path)
     bench = FeatureCache(open_dataset(_shards(folder)), tiny, settings)
 
-    assert card_of(bench, bench.extracted())["data"] == f"wds:{tmp_path}/set-{{0..1}}.tar"
+    entry = bench.extracted()
+    experiment = Experiment(bench, Task.of(entry.store.labelled()), "logistic", {}, 0)
+    assert experiment.card(entry)["data"] == f"wds:{tmp_path}/set-{{0..1}}.tar"
 
 
 def test_export_compares_on_the_images_of_then(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from featcache.datasets import open_dataset
 from featcache.errors import FeatcacheError, StorageError
-from featcache.experiments.finetune import forget_state, run_finetune, tune_cell
-from featcache.experiments.fit import FitPlan, Ledger, head_cell, in_memory, run_fit
+from featcache.evaluation.tasks import Task
+from featcache.experiments.experiment import Experiment
+from featcache.experiments.finetune import forget_state, run_finetune
+from featcache.experiments.fit import FitPlan, Ledger, head_experiment, in_memory, run_fit
 from featcache.experiments.grid import DataEntry, Grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.plan import FineTunePlan
@@ -91,13 +93,13 @@ class _Runner:
         bench = FeatureCache(open_dataset(data.data, data.name), spec, self.settings)
         done = bench.extracted()
         self.computed_images += done.report.computed
-        features, ledger = done.store.labelled(), Ledger(recorded=set(self.there))
+        task, ledger = Task.of(done.store.labelled(), group=data.group), Ledger(recorded=set(self.there))
         names = self._fitting(in_memory(done.store))
         for head in names:
             fitting = FitPlan(_with_members(head, self.grid.heads), group=data.group, baselines=False)
             members = [name for name in fitting.heads if name != head]
             for seed in self.grid.seeds:
-                cell = head_cell(bench, features, head, fitting, seed, members)
+                cell = head_experiment(bench, task, head, fitting, seed, members).key
                 what = f"{bench.dataset.name} {head}, seed {seed}"
                 self._cell(cell, what, partial(self._fit, bench, head, fitting, seed, ledger))
                 if ENSEMBLE not in names:
@@ -105,7 +107,7 @@ class _Runner:
         ledger.slim()
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
-                cell = tune_cell(bench, features, plan.unfreeze.text, plan, seed, data.group)
+                cell = Experiment(bench, task, plan.unfreeze.text, plan, seed).key
                 if cell in self.there:
                     forget_state(bench.folder, cell)
                 what = f"{bench.dataset.name} {plan.unfreeze.text}, seed {seed}"

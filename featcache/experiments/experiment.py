@@ -1,64 +1,148 @@
-"""What every job of the pipeline needs to report: the experiment's name, its record, rows of two entries side by side."""
+"""An experiment: one model to be trained and tested. Its key, its record and its head's card are made here alone."""
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.evaluation.draws import copies, remarks
-from featcache.evaluation.splits import Split, items_hash, untested
+from featcache.backbones import origins
+from featcache.evaluation.splits import Split, items_hash
+from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import fingerprint
 from featcache.reports.records import RunRecord, stamp
 from featcache.store.entry import FeatureStore
-from featcache.store.rows import Features, RowReader
+from featcache.store.rows import RowReader
+
+_IN_NAMES = 8  # digits of a key that files are called by: enough for the experiments of one entry
 
 
-def cell_of(
-    bench: FeatureCache, features: Features, method: str, plan: FineTunePlan | dict[str, Any] | None, seed: int
-) -> str:
-    """Return the name of an experiment: everything that decides its outcome but the code."""
-    everything = np.arange(len(features.y))
-    return fingerprint(
-        {
-            "backbone": bench.identity,
-            "items": items_hash(features.sha256, everything, features.y),
-            "splits": list(features.splits),
-            "method": method,
-            "plan": (asdict(plan) if isinstance(plan, FineTunePlan) else plan) if plan else None,
-            "seed": seed,
-        }
-    )
+@dataclass(frozen=True)
+class Outcome:
+    """What training and testing one model came to, on ``split``; ``right`` (t,): which test images it had right."""
+
+    split: Split
+    params: Mapping[str, Any]
+    val: Any
+    test: Any
+    seconds: Mapping[str, float]
+    images_per_second: float | None
+    right: NDArray[np.bool_] | None = None
+    probe: dict[str, Any] | None = None
+    gap: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
-def new_record(bench: FeatureCache, done: Extracted, features: Features, split: Split, **facts: Any) -> RunRecord:
-    """Return a record of a model that was trained on an entry; ``facts`` are the fields that depend on the model."""
-    request = {"backbone": bench.identity} | facts.pop("request", {})
-    counted, notes = look_at(features, split)
-    return RunRecord(
-        dataset=done.store.path.parent.name,
-        backbone=bench.spec.label,
-        cut=done.cut,
-        feature_key=done.store.key,
-        request=request,
-        split=split.sizes(),
-        test_items=items_hash(features.sha256, split.test, features.y),
-        test_groups=numbered(split.test_groups),
-        copies=counted,
-        notes=(*notes, *facts.pop("notes", ())),
-        **facts,
-        **stamp(),
-    )
+@dataclass(frozen=True)
+class Experiment:
+    """One model to be trained and tested on a data set.
 
+    Attributes:
+        cache: the data set and the backbone.
+        task: the images, and what is to be told of them.
+        method: what tables call it.
+        plan: how a backbone is fine-tuned, or what is asked of a head otherwise than usual.
+        seed: of whatever is drawn.
+    """
 
-def look_at(features: Features, split: Split) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return how many images splits or labels take for different that are equal, and what is to be said of a split."""
-    parts = {"train": split.train, "val": split.val, "test": split.test}
-    counted = copies(parts, features.y, features.sha256)
-    return counted, (*remarks(counted, split.sizes()), *untested(split, features.y, features.classes))
+    cache: FeatureCache
+    task: Task
+    method: str
+    plan: FineTunePlan | Mapping[str, Any]
+    seed: int
+
+    @cached_property
+    def key(self) -> str:
+        """The experiment's name: everything that decides its outcome but the code. Records call it ``cell``."""
+        plan = asdict(self.plan) | self._group if isinstance(self.plan, FineTunePlan) else dict(self.plan)
+        return fingerprint(
+            {
+                "backbone": self.cache.identity,
+                "items": self.task.items,
+                "splits": list(self.task.whole.features.splits),
+                "method": self.method,
+                "plan": plan or None,  # records of before name nothing where nothing was asked for
+                "seed": self.seed,
+            }
+        )
+
+    @property
+    def short_key(self) -> str:
+        """The key as it stands in the names of files."""
+        return self.key[:_IN_NAMES]
+
+    def path(self, entry: Extracted, stem: str) -> Path:
+        """Return where what it trains lies, without a suffix: among an entry's heads, or its tuned backbones."""
+        folder = "tuned" if isinstance(self.plan, FineTunePlan) else "heads"
+        return entry.store.path / folder / f"{stem}-seed{self.seed}-{self.short_key}"
+
+    def record(self, entry: Extracted, artefact: Path, outcome: Outcome) -> RunRecord:
+        """Return the record of the experiment.
+
+        Args:
+            entry: whose rows trained the model.
+            artefact: the file that holds it, somewhere below the cache.
+            outcome: what it came to.
+        """
+        features, split = self.task.features, outcome.split
+        plan = {"plan": asdict(self.plan)} | self._group if isinstance(self.plan, FineTunePlan) else dict(self.plan)
+        kind = "finetune" if isinstance(self.plan, FineTunePlan) else "fit"
+        return RunRecord(
+            kind=kind if self.task.kind == "label" else f"{kind}-{self.task.kind}",
+            cell=self.key,
+            dataset=entry.store.path.parent.name,
+            backbone=self.cache.spec.label,
+            method=self.method,
+            cut=entry.cut,
+            seed=self.seed,
+            feature_key=entry.store.key,
+            request={"backbone": self.cache.identity} | plan,
+            params=dict(outcome.params),
+            split=split.sizes(),
+            test_items=items_hash(features.sha256, split.test, features.y),
+            val=asdict(outcome.val),
+            test=asdict(outcome.test),
+            right="" if outcome.right is None else encode_correct(outcome.right),
+            seconds={"extract": entry.cost[0], **outcome.seconds},
+            images_per_second=outcome.images_per_second,
+            probe=outcome.probe,
+            gap=outcome.gap,
+            artefact=artefact.relative_to(self.cache.settings.cache).as_posix(),
+            test_groups=numbered(split.test_groups),
+            copies=self.task.copies(split),
+            notes=(*self.task.remarks(split), *outcome.notes),
+            **stamp(),
+        )
+
+    def card(self, entry: Extracted, **facts: Any) -> dict[str, Any]:
+        """Return what a head's file says of itself: where its backbone is, what that was, how its images are opened again.
+
+        Args:
+            entry: whose rows trained it.
+            facts: what is said of the head; it comes last, so that a tuned backbone names its own weights.
+        """
+        spec, source = self.cache.spec, self.cache.dataset
+        return {
+            "feature_key": entry.store.key,
+            # a path that is relative would mean another file from another folder
+            "backbone": self.cache.identity | {"name": origins.absolute_name(spec)},
+            "loaded": entry.store.spec["backbone"],
+            "transform": entry.store.spec["transform"],
+            "weights": str(Path(spec.weights).resolve()) if spec.weights else None,
+            "data": source.reopens or source.location,
+            "cut": entry.cut,
+            "classes": list(self.task.names),
+            "target": self.task.kind,
+        } | facts
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return {"group": self.task.group} if self.task.group else {}
 
 
 def numbered(groups: NDArray[np.int64] | None) -> list[int] | None:
@@ -76,21 +160,11 @@ def decode_correct(text: str) -> NDArray[np.bool_]:
     return np.array([char == "1" for char in text])
 
 
-def aligned(
-    features: Features, store: FeatureStore
-) -> tuple[NDArray[np.int64], Features, Callable[[NDArray[np.int64]], NDArray[Any]]]:
-    """Return which images (k,) both entries have, those alone, and what reads the second's rows in that order."""
+def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, Callable[[NDArray[np.int64]], NDArray[Any]]]:
+    """Return which of a task's images (k,) an entry has too, the task of those alone, and what reads its rows so."""
     reader: RowReader = store.reader()
     position = {path: index for index, path in enumerate(store.listing().seen.paths)}
-    keep = np.array([index for index, path in enumerate(features.paths) if path in position], dtype=np.int64)
-    if len(keep) < len(features.paths):
-        features = replace(
-            features,
-            X=features.X[keep],
-            y=features.y[keep],
-            paths=tuple(features.paths[index] for index in keep),
-            splits=tuple(features.splits[index] for index in keep),
-            sha256=tuple(features.sha256[index] for index in keep),
-        )
-    where = np.array([position[path] for path in features.paths], dtype=np.int64)
-    return keep, features, lambda index: reader.take(where[index])
+    keep = np.array([index for index, path in enumerate(task.features.paths) if path in position], dtype=np.int64)
+    task = task.restricted(keep)
+    where = np.array([position[path] for path in task.features.paths], dtype=np.int64)
+    return keep, task, lambda index: reader.take(where[index])

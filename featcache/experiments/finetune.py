@@ -14,8 +14,9 @@ from featcache.datasets.base import require_one_label
 from featcache.errors import CutError, DataError, StorageError, UsageError
 from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.splits import Split, make_split, restricted
-from featcache.experiments.experiment import aligned, cell_of, decode_correct, encode_correct, new_record
-from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, card_of, groups_of, in_memory, run_fit
+from featcache.evaluation.tasks import Task
+from featcache.experiments.experiment import Experiment, Outcome, aligned, decode_correct
+from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, groups_of, in_memory, run_fit
 from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
@@ -233,10 +234,14 @@ class FineTuneInputs:
         return self.bench.extracted().store.features()
 
     @cached_property
+    def task(self) -> Task:
+        """The images that have embeddings, with their classes."""
+        return Task.of(self.features, "label", groups_of(self.bench, self.features, self.group), self.group)
+
+    @cached_property
     def split(self) -> Split:
         """The probes' split."""
-        features = self.features
-        groups = groups_of(self.bench, features, self.group)
+        features, groups = self.features, self.task.groups
         return make_split(features.y, features.splits, features.classes, self.seed, groups=groups, contents=features.sha256)
 
     @cached_property
@@ -336,7 +341,7 @@ def _tune(
 
     bench, seed = inputs.bench, inputs.seed
     at_cut, notes = inputs.entry(trainable.cut)
-    keep, features, take = _rows(inputs.features, at_cut, plan.views)
+    keep, task, take = _rows(inputs.task, at_cut, plan.views)
     split = restricted(inputs.split, keep)
     if left_out := len(inputs.features.y) - len(keep):
         test = len(inputs.split.test) - len(split.test)
@@ -352,15 +357,15 @@ def _tune(
         weights, start = after.tuned.from_train
         own.module.load_state_dict(weights)
         shallower, method = after.tuned.finished, f"{method} after {after.record.method}"
-    cell = tune_cell(bench, inputs.features, method, plan, seed, inputs.group)
-    name = f"{plan.unfreeze.text.replace(':', '').replace('%', 'pct')}-seed{seed}-{cell[:_IN_NAMES]}"
-    folder, processes = at_cut.store.path / "tuned", inputs.processes
+    experiment = Experiment(bench, task, method, plan, seed)
+    path = experiment.path(at_cut, plan.unfreeze.text.replace(":", "").replace("%", "pct"))
+    folder, name, processes = path.parent, path.name, inputs.processes
     keeper = Checkpoint(folder / f"{name}.unfinished", writes=processes.rank == 0)
     tuned = finetune(
         own,
         own.suffix(at_cut.cut),
         take,
-        features.y,
+        task.features.y,
         split,
         plan,
         trainable,
@@ -373,22 +378,14 @@ def _tune(
     )
     facts = {
         "backbone": bench.identity,
-        "classes": list(features.classes),
+        "classes": list(task.names),
         "transform": asdict(own.transform),
         "unfreeze": plan.unfreeze.text,
     }
     checkpoint = folder / f"{name}.safetensors"
     best_probe = inputs.best_probe
-    record = new_record(
-        bench,
-        at_cut,
-        features,
+    outcome = Outcome(
         split,
-        kind="finetune",
-        cell=cell,
-        method=method,
-        seed=seed,
-        request={"plan": asdict(plan)} | ({"group": inputs.group} if inputs.group else {}),
         params={
             "best_epoch": tuned.best,
             "lr": tuned.lr,
@@ -402,10 +399,10 @@ def _tune(
                 for epoch in tuned.history
             ],
         },
-        val=asdict(tuned.history[tuned.best].val),
-        test=asdict(tuned.tested.scores),
-        right=encode_correct(tuned.tested.right),
-        seconds={"extract": at_cut.cost[0], "train": round(tuned.seconds, 3)},
+        val=tuned.history[tuned.best].val,
+        test=tuned.tested.scores,
+        right=tuned.tested.right,
+        seconds={"train": round(tuned.seconds, 3)},
         images_per_second=round(tuned.images_per_second, 1),
         probe={
             "head": best_probe.method,
@@ -415,8 +412,8 @@ def _tune(
             "test": best_probe.test,
             "seconds": best_probe.seconds,
         },
-        artefact=checkpoint.relative_to(bench.settings.cache).as_posix(),
     )
+    record = experiment.record(at_cut, checkpoint, outcome)
     if tuned.best > 0:
         right = decode_correct(best_probe.right)[np.isin(inputs.split.test, keep)]
         record = replace(record, gap=asdict(gap(tuned.tested.right, right, groups=split.test_groups)))
@@ -429,7 +426,7 @@ def _tune(
             processes.rank == 0
         ):  # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
             save_checkpoint(own.module, tuned.model, checkpoint, facts)
-            _save_head(bench, at_cut, features, tuned, own, checkpoint, plan)
+            _save_head(experiment, at_cut, tuned, own, checkpoint, plan)
             if records and not _is_recorded(record, records):
                 append_record(records, record)
     head = bundle.head_path(folder / name)
@@ -455,24 +452,17 @@ def forget_state(folder: Path, cell: str) -> None:
         remove_file(path)
 
 
-def tune_cell(
-    bench: FeatureCache, features: Features, method: str, plan: FineTunePlan, seed: int, group: str | None = None
-) -> str:
-    """Return the name of the experiment that a fine-tuning is, by the images that have embeddings."""
-    return cell_of(bench, features, method, asdict(plan) | {"group": group} if group else plan, seed)
-
-
-def _rows(features: Features, at_cut: Extracted, views: int) -> "tuple[NDArray[np.int64], Features, Take]":
+def _rows(task: Task, at_cut: Extracted, views: int) -> "tuple[NDArray[np.int64], Task, Take]":
     """Return which images both entries have, those alone, and what reads the second's rows, view after view."""
-    keep, features, take = aligned(features, at_cut.store)
+    keep, task, take = aligned(task, at_cut.store)
     if views == 1:
-        return keep, features, take
+        return keep, task, take
 
     def one_view(index: NDArray[np.int64]) -> NDArray[Any]:
         rows: NDArray[Any] = take(index // views)[np.arange(len(index)), index % views]
         return rows
 
-    return keep, features, one_view
+    return keep, task, one_view
 
 
 def _trainable(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
@@ -493,9 +483,8 @@ def _trainable(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
 
 
 def _save_head(
-    bench: FeatureCache,
+    experiment: Experiment,
     at_cut: Extracted,
-    features: Features,
     tuned: "FineTuned",
     own: "Backbone",
     checkpoint: Path,
@@ -505,20 +494,19 @@ def _save_head(
     from featcache.backbones.timm_models import hash_weights
     from featcache.heads import linear_estimator
 
-    head = tuned.model.linear_head()
+    head, bench = tuned.model.linear_head(), experiment.cache
     spec: BackboneSpec = replace(bench.spec, weights=str(checkpoint.resolve()), random_init=None)
-    card = card_of(bench, at_cut) | {
-        "backbone": backbone_identity(spec) | {"name": origins.absolute_name(spec)},
-        "weights": spec.weights,
-        "loaded": asdict(replace(bench.backbone.loaded, tag="file", weights_sha256=hash_weights(own.module))),
-        "transform": asdict(own.transform),
-        "cut": POOLED,
-        "classes": list(features.classes),
-        "target": "label",
-        "head": plan.unfreeze.text,
-        "params": {"lr": tuned.lr, "epoch": tuned.best},
-        "test": asdict(tuned.tested.scores),
-    }
+    card = experiment.card(
+        at_cut,
+        backbone=backbone_identity(spec) | {"name": origins.absolute_name(spec)},
+        weights=spec.weights,
+        loaded=asdict(replace(bench.backbone.loaded, tag="file", weights_sha256=hash_weights(own.module))),
+        transform=asdict(own.transform),
+        cut=POOLED,
+        head=plan.unfreeze.text,
+        params={"lr": tuned.lr, "epoch": tuned.best},
+        test=asdict(tuned.tested.scores),
+    )
     bundle.save(
         linear_estimator(head.weights, head.bias), card, checkpoint.with_name(checkpoint.name.removesuffix(".safetensors"))
     )

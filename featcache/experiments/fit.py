@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.backbones import origins
 from featcache.datasets.base import require_one_label
 from featcache.datasets.tables import read_column
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import confusion, gap, per_class
 from featcache.evaluation.splits import Split, few_shot, make_free_split, make_split, restricted
-from featcache.experiments.experiment import aligned, cell_of, encode_correct, look_at, new_record
+from featcache.evaluation.tasks import Task
+from featcache.experiments.experiment import Experiment, Outcome, aligned
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record
@@ -249,15 +249,16 @@ def run_fit(
     done = bench.extracted(cut_of_layers(plan.layers) if plan.layers else POOLED, views=Views(plan.views))
     features, names = _features(done, plan, names)
     groups = groups_of(bench, features, plan.group)
+    task = Task.of(features, plan.target, groups, plan.group)
     if plan.target != "label":
-        return FitResult(done, [], [], [], _fit_targets(bench, done, features, groups, plan, seed, records))
+        return FitResult(done, [], [], [], _fit_targets(bench, done, task, plan, seed, records))
     split = make_split(
         features.y, features.splits, features.classes, seed, groups=groups, folds=plan.folds, contents=features.sha256
     )
     for shots in plan.shots:
         few_shot(split, features.y, shots, seed, features.sha256)  # what cannot be drawn is said before anything is trained
     ledger = ledger if ledger is not None else Ledger()
-    _say(features, split, ledger)
+    _say(task, split, ledger)
     jobs: list[HeadResult] = []
     started = time.monotonic()
     for name in names:
@@ -266,18 +267,19 @@ def run_fit(
             logger.warning("`budget` %g s is spent: without %s", plan.budget, ", ".join(left))
             break
         members = [job.fitted.name for job in jobs] if name == heads.ENSEMBLE else []
-        cell = head_cell(bench, features, name, plan, seed, members)
+        experiment = head_experiment(bench, task, name, plan, seed, members)
+        cell = experiment.key
         if cell not in ledger.jobs:
             fitted = _fitted(name, jobs, features, split, plan, seed)
             if fitted is None:
                 continue
-            ledger.jobs[cell] = _keep_head(bench, done, features, split, fitted, plan, seed, cell, members, keep=keep)
+            ledger.jobs[cell] = _keep_head(experiment, done, split, fitted, plan, keep=keep)
         job = ledger.jobs[cell]
         if records and cell not in ledger.recorded and (only is None or name in only):
             append_record(records, job.record)
             ledger.recorded.add(cell)
         jobs.append(job)
-    found = _controls(bench, features, split, jobs, seed) if plan.baselines and not isinstance(features.X, LazyRows) else []
+    found = _controls(bench, task, split, jobs, seed) if plan.baselines and not isinstance(features.X, LazyRows) else []
     return FitResult(done, jobs, found, _curves(features, split, plan, jobs[0].fitted.name, seed))
 
 
@@ -299,15 +301,14 @@ def _fitted(
         return None
 
 
-def head_cell(
-    bench: FeatureCache, features: Features, head: str, plan: FitPlan, seed: int, members: Sequence[str] = ()
-) -> str:
-    """Return the name of the experiment that a head is; an ensemble's depends on those that it may be made of."""
-    return cell_of(bench, features, _method(head, plan), _asked(plan, members), seed)
-
-
-def _asked(plan: FitPlan, members: Sequence[str]) -> dict[str, Any]:
-    return plan.choice() | ({"members": list(members)} if members else {})
+def head_experiment(
+    cache: FeatureCache, task: Task, head: str, plan: FitPlan, seed: int, members: Sequence[str] = ()
+) -> Experiment:
+    """Return the experiment that a head is; an ensemble's depends on those that it may be made of."""
+    what = head if task.kind == "label" else f"{head} ({task.kind})"
+    return Experiment(
+        cache, task, _method(what, plan), plan.choice() | ({"members": list(members)} if members else {}), seed
+    )
 
 
 def _heads_of(plan: FitPlan) -> list[str]:
@@ -354,8 +355,9 @@ def _require_target(plan: FitPlan) -> None:
         raise UsageError(f"`heads` {unable[0]}: for `target` {plan.target} choose from {', '.join(able)}.")
 
 
-def _say(features: Features, split: Split, ledger: Ledger) -> None:
+def _say(task: Task, split: Split, ledger: Ledger) -> None:
     """Say once a command how images are split, and what is wrong with that."""
+    features = task.features
     sizes = ", ".join(f"{count} {name}" for name, count in split.sizes().items())
     drawn = [name for name in ("val", "test") if name not in features.splits]
     how = f" ({' and '.join(drawn)} drawn)" if drawn else ""
@@ -363,7 +365,7 @@ def _say(features: Features, split: Split, ledger: Ledger) -> None:
     told = f"split: {sizes}{how}{chosen}"
     if told not in ledger.said:
         logger.info(told)
-    for note in (notes := look_at(features, split)[1]):
+    for note in (notes := task.remarks(split)):
         if note not in ledger.said:
             logger.warning(note)
     ledger.said.update((told, *notes))
@@ -402,19 +404,14 @@ def _needed(store: FeatureStore) -> float:
 
 
 def _fit_targets(
-    bench: FeatureCache,
-    done: Extracted,
-    features: Features,
-    groups: list[str] | None,
-    plan: FitPlan,
-    seed: int,
-    records: Path | None,
+    bench: FeatureCache, done: Extracted, task: Task, plan: FitPlan, seed: int, records: Path | None
 ) -> list[MultioutputResult]:
     from featcache.heads import NUMBER_HEADS, bundle
     from featcache.heads.fit_multioutput import fit_labels, fit_number
 
-    split = make_free_split(len(features.y), features.splits, seed, groups, features.sha256)
-    _say(features, split, Ledger())
+    features = task.features
+    split = make_free_split(len(features.y), features.splits, seed, task.groups, features.sha256)
+    _say(task, split, Ledger())
     jobs: list[MultioutputResult] = []
     wanted = (PROBE,) if plan.target == "labels" else tuple(name for name in plan.heads if name in NUMBER_HEADS)
     started = time.monotonic()
@@ -427,35 +424,11 @@ def _fit_targets(
             if plan.target == "labels"
             else fit_number(features, split, name, plan.candidates())
         )
-        method = _method(f"{name} ({plan.target})", plan)
-        cell = cell_of(bench, features, method, plan.choice(), seed)
-        card = card_of(bench, done) | {
-            "classes": list(fitted.names),
-            "target": fitted.target,
-            "head": fitted.head,
-            "params": fitted.params,
-            "test": asdict(fitted.test),
-        }
-        path = done.store.path / "heads" / f"{name}-{plan.target}-seed{seed}-{cell[:8]}"
-        path = bundle.save(fitted.estimator, card, path, plan.format)
-        record = new_record(
-            bench,
-            done,
-            features,
-            split,
-            kind=f"fit-{plan.target}",
-            cell=cell,
-            method=method,
-            seed=seed,
-            request=plan.choice(),
-            params=fitted.params,
-            val=asdict(fitted.val),
-            test=asdict(fitted.test),
-            right="",
-            seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
-            images_per_second=done.cost[1],
-            artefact=path.relative_to(bench.settings.cache).as_posix(),
-        )
+        experiment = head_experiment(bench, task, name, plan, seed)
+        card = experiment.card(done, head=fitted.head, params=fitted.params, test=asdict(fitted.test))
+        path = bundle.save(fitted.estimator, card, experiment.path(done, f"{name}-{plan.target}"), plan.format)
+        outcome = Outcome(split, fitted.params, fitted.val, fitted.test, {"fit": round(fitted.seconds, 3)}, done.cost[1])
+        record = experiment.record(done, path, outcome)
         if records:
             append_record(records, record)
         jobs.append(MultioutputResult(fitted, record, path))
@@ -466,19 +439,6 @@ def _method(head: str, plan: FitPlan) -> str:
     """Return what tables call a head: with what it is trained on, where that is not the usual."""
     on = [*([f"on {'+'.join(plan.layers)}"] if plan.layers else []), *([f"{plan.views} views"] if plan.views > 1 else [])]
     return " ".join([head, *on])
-
-
-def card_of(bench: FeatureCache, done: Extracted) -> dict[str, Any]:
-    """Return what a head's file says of its features: where their backbone is, and what it was when they were computed."""
-    return {
-        "feature_key": done.store.key,
-        "backbone": bench.identity | {"name": origins.absolute_name(bench.spec)},
-        "loaded": done.store.spec["backbone"],
-        "transform": done.store.spec["transform"],
-        "weights": str(Path(bench.spec.weights).resolve()) if bench.spec.weights else None,
-        "data": bench.dataset.reopens or bench.dataset.location,
-        "cut": done.cut,
-    }
 
 
 def groups_of(bench: FeatureCache, features: Features, column: str | None) -> list[str] | None:
@@ -505,14 +465,12 @@ def _curves(features: Features, split: Split, plan: FitPlan, head: str, seed: in
     return found
 
 
-def _controls(
-    bench: FeatureCache, features: Features, split: Split, jobs: Sequence[HeadResult], seed: int
-) -> "list[Baseline]":
+def _controls(bench: FeatureCache, task: Task, split: Split, jobs: Sequence[HeadResult], seed: int) -> "list[Baseline]":
     """Train the controls on the same split, and warn where the best on validation does as well as the best head there."""
     from featcache.heads.baselines import SIDE, baselines, best_on_validation
 
-    keep, common, take = aligned(features, bench.thumbnails(SIDE).store)
-    if left_out := len(features.y) - len(keep):
+    keep, common, take = aligned(task, bench.thumbnails(SIDE).store)
+    if left_out := len(task.features.y) - len(keep):
         logger.warning("controls: %d images have no thumbnail, they are compared on the others", left_out)
     shared = restricted(split, keep)
     found = baselines(take(np.arange(len(keep))), common.y, shared, seed)
@@ -532,52 +490,34 @@ def _controls(
 
 
 def _keep_head(
-    bench: FeatureCache,
-    done: Extracted,
-    features: Features,
-    split: Split,
-    fitted: "FittedHead",
-    plan: FitPlan,
-    seed: int,
-    cell: str,
-    members: Sequence[str],
-    *,
-    keep: bool,
+    experiment: Experiment, done: Extracted, split: Split, fitted: "FittedHead", plan: FitPlan, *, keep: bool
 ) -> HeadResult:
     from featcache.heads import bundle
 
     for note in fitted.notes:
         logger.warning(note)
-    card = card_of(bench, done) | {
-        "classes": list(features.classes),
-        "target": "label",
-        "head": fitted.name,
-        "params": fitted.params,
-        "scaled_by": fitted.temperature,
-        "views": plan.views,
-        "test": asdict(fitted.tested.scores),
-    }
-    path = done.store.path / "heads" / f"{fitted.name}-seed{seed}-{cell[:8]}"
-    path = bundle.save(fitted.estimator, card, path, plan.format) if keep else bundle.head_path(path, plan.format)
-    record = new_record(
-        bench,
+    card = experiment.card(
         done,
-        features,
-        split,
-        kind="fit",
-        cell=cell,
-        method=_method(fitted.name, plan),
-        seed=seed,
-        request=_asked(plan, members),
+        head=fitted.name,
         params=fitted.params,
-        val=asdict(fitted.val),
+        scaled_by=fitted.temperature,
+        views=plan.views,
         test=asdict(fitted.tested.scores),
-        right=encode_correct(fitted.tested.right),
-        seconds={"extract": done.cost[0], "fit": round(fitted.seconds, 3)},
-        images_per_second=done.cost[1],
-        artefact=path.relative_to(bench.settings.cache).as_posix(),
+    )
+    path = experiment.path(done, fitted.name)
+    path = bundle.save(fitted.estimator, card, path, plan.format) if keep else bundle.head_path(path, plan.format)
+    outcome = Outcome(
+        split,
+        fitted.params,
+        fitted.val,
+        fitted.tested.scores,
+        {"fit": round(fitted.seconds, 3)},
+        done.cost[1],
+        right=fitted.tested.right,
         notes=fitted.notes,
     )
+    record = experiment.record(done, path, outcome)
+    features = experiment.task.features
     matrix = confusion(features.y[split.test], fitted.tested.predicted, len(features.classes))
     paths = tuple(features.paths[image] for image in split.test.tolist())
     return HeadResult(fitted, record, path, matrix, features.classes, paths, features.y[split.test])

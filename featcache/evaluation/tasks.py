@@ -1,0 +1,130 @@
+"""What is to be told of an image: one class, several labels, or a number."""
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.errors import DataError
+from featcache.evaluation.draws import copies, remarks
+from featcache.evaluation.splits import Split, items_hash, untested
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from featcache.store.rows import Features
+
+Kind = Literal["label", "labels", "number"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The images of an experiment with what is to be told of them.
+
+    Attributes:
+        features: the images, in the data set's order.
+        kind: a class each, several labels each, or a number.
+        groups: what each image belongs to, such as a patient, where images of one must stay together.
+        group: the column that says so.
+    """
+
+    features: "Features"
+    kind: Kind = "label"
+    groups: "Sequence[str] | None" = None
+    group: str | None = None
+    parent: "Task | None" = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls, features: "Features", kind: Kind = "label", groups: "Sequence[str] | None" = None, group: str | None = None
+    ) -> "Task":
+        """Return the task of a data set's images.
+
+        Raises:
+            DataError: their labels are none of this kind.
+        """
+        task = cls(features, kind, groups, group)
+        _ = task.names if kind == "labels" else task.y  # a label that is no number is refused before anything is computed
+        return task
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The classes, or the labels, that answers number; of numbers there are none."""
+        if self.kind == "label":
+            return self.features.classes
+        return _label_sets(self.features.classes)[1] if self.kind == "labels" else ()
+
+    @cached_property
+    def y(self) -> NDArray[Any]:
+        """What is to be told: classes (n,) int64, which labels there are (n, k) bool, or numbers (n,) float64."""
+        if self.kind == "label":
+            return self.features.y
+        values = _label_sets(self.features.classes)[0] if self.kind == "labels" else _numbers(self.features.classes)
+        return values[self.features.y]
+
+    @property
+    def whole(self) -> "Task":
+        """The task of all images, where only some of them are looked at here."""
+        return self.parent or self
+
+    @cached_property
+    def items(self) -> str:
+        """The hash of all images and their labels."""
+        features = self.whole.features
+        return items_hash(features.sha256, np.arange(len(features.y)), features.y)
+
+    def restricted(self, keep: NDArray[np.int64]) -> "Task":
+        """Return the task of some of its images (k,); it goes by the same name, so that an experiment's key stays."""
+        features = self.features
+        if len(keep) == len(features.y):
+            return self
+        some: dict[str, Any] = {
+            name: tuple(getattr(features, name)[index] for index in keep.tolist()) for name in ("paths", "splits", "sha256")
+        }
+        groups = None if self.groups is None else [self.groups[index] for index in keep.tolist()]
+        kept = replace(features, X=features.X[keep], y=features.y[keep], **some)
+        return replace(self, features=kept, groups=groups, parent=self.whole)
+
+    def copies(self, split: Split) -> dict[str, int]:
+        """Return how many images the split or the labels take for different that are equal (see ``draws.copies``)."""
+        parts = {"train": split.train, "val": split.val, "test": split.test}
+        return copies(parts, self.features.y, self.features.sha256)
+
+    def remarks(self, split: Split) -> tuple[str, ...]:
+        """Return what a reader of scores on this split should know."""
+        said = remarks(self.copies(split), split.sizes())
+        return (*said, *untested(split, self.features.y, self.features.classes))
+
+
+def _label_sets(texts: "Sequence[str]") -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """Return which labels each text names (c, k), and the labels: ``;`` or ``|`` stands between them.
+
+    Raises:
+        DataError: there is only one label.
+    """
+    sets = [{part.strip() for part in re.split(r"[;|]", text) if part.strip()} for text in texts]
+    names = tuple(sorted(set().union(*sets)))
+    if len(names) < 2:
+        raise DataError(f"`target` labels: only one label ({''.join(names)}); write ; between several, as in cat;dog.")
+    return np.array([[name in labels for name in names] for labels in sets]), names
+
+
+def _numbers(texts: "Sequence[str]") -> NDArray[np.float64]:
+    """Return the number that each text is (c,).
+
+    Raises:
+        DataError: one is none.
+    """
+    values = []
+    for text in texts:
+        try:
+            values.append(float(text))
+        except ValueError:
+            raise DataError(f"`target` number: the label {text!r} is no number.") from None
+        if not math.isfinite(values[-1]):
+            raise DataError(f"`target` number: the label {text!r} is not finite.")
+    return np.array(values)
