@@ -1,5 +1,6 @@
 """Errors that a user can act on: one type a remedy, each with the exit code of the command line."""
 
+from collections.abc import Iterable
 from typing import Any
 
 INTERRUPTED = 130  # exit code
@@ -8,6 +9,14 @@ INTERRUPTED = 130  # exit code
 def interrupt(_signal: int, _frame: Any) -> None:
     """Treat SIGTERM as Ctrl-C, which every stage knows how to end on: a signal's handler."""
     raise KeyboardInterrupt
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return " Did you mean X?", with the names that are nearest to a mistyped one, "" where none is near."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), n=3)
+    return f" Did you mean {', '.join(close)}?" if close else ""
 
 
 class FeatcacheError(Exception):

@@ -1,4 +1,4 @@
-"""``featcache bench``."""
+"""``featcache bench`` and ``featcache quickstart``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,17 @@ if TYPE_CHECKING:
 FAILED = 3
 
 
-@click.command()
-@click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for records and tables.")
-@click.option("--group", help="A manifest's column, of all data sets that name none: its values are never in two parts.")
+@click.command("bench", cls=options.Command)
+@click.argument("pipeline", type=options.FILE)
+@options.grouped(
+    "Grid",
+    click.option("--out", type=options.FOLDER, help="Write records and tables to this folder."),
+    options.group_option,
+    options.max_bad_option,
+)
 @options.run_options
 @options.json_option
-def command(pipeline: Path, out: Path | None, group: str | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
+def bench_command(pipeline: Path, out: Path | None, group: str | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
     """Run the missing cells of PIPELINE, a TOML file, and write its records and tables.
 
     Without --out they go to benchmarks/ where there is one, else to the current folder.
@@ -53,3 +57,26 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
         click.echo(f"{result.computed_images} images computed, {result.computed_cells} cells run. {result.paths['md']}")
     if result.failures:
         click.get_current_context().exit(FAILED)
+
+
+@click.command("quickstart", cls=options.Command)
+@options.cache_option
+@options.notes_options
+@options.json_option
+def quickstart_command(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Run probes and fine-tuning on scikit-learn's 1,797 scanned digits with the bundled backbone, and print the table.
+
+    Needs no network. Run again, everything comes from the cache.
+    """
+    from importlib import resources
+
+    from featcache.api import RECORDS, bench
+    from featcache.extraction.feature_cache import Settings
+    from featcache.extraction.lookup import default_cache
+
+    where = cache or default_cache()
+    with resources.as_file(resources.files("featcache") / "assets" / "quickstart.toml") as pipeline:
+        result = bench(pipeline, out=where / RECORDS.parent, settings=Settings(where))
+    show(result, as_json=as_json)
+    if not as_json:
+        click.echo("Now your own images: featcache fit FOLDER --head logistic --head knn")

@@ -7,35 +7,53 @@ import click
 from featcache.cli import options
 
 
-@click.command()
+@click.command("extract", cls=options.Command)
 @options.source_options
+@options.grouped(
+    "What is stored",
+    click.option(
+        "--cut",
+        "cuts",
+        multiple=True,
+        default=["pooled"],
+        show_default=True,
+        help="Store the activations at this cut: pooled, a stage's name, or input; repeat it: all come from one pass.",
+    ),
+    click.option(
+        "--layers", metavar="A,B", help="Store the pooled activations of these layers side by side, instead of --cut."
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float16"]),
+        help="Store rows as this; by default embeddings are float32 and activations of a stage float16.",
+    ),
+    click.option(
+        "--views",
+        type=options.POSITIVE,
+        default=1,
+        show_default=True,
+        help="Store so many views of each image: the usual one first, then seeded augmentations.",
+    ),
+    click.option("--views-seed", type=options.SEED, default=0, show_default=True, help="Draw augmentations from this seed."),
+)
 @options.backbone_options
-@click.option(
-    "--cut",
-    "cuts",
-    multiple=True,
-    default=["pooled"],
-    show_default=True,
-    help="pooled, a stage's name, or input; may be repeated: one pass over the images.",
-)
-@click.option("--layers", metavar="A,B,...", help="Concatenate the pooled activations of several layers.")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Of stored rows; pooled float32, stages float16.")
-@click.option(
-    "--views", type=click.IntRange(min=1), default=1, show_default=True, help="Of each image: the usual one, augmentations."
-)
-@click.option("--views-seed", type=options.SEED, default=0, show_default=True, help="Of the augmentations.")
-@click.option("--part", type=options.Part(), help="Compute this share only, such as 2/4; several processes fill one entry.")
-@click.option(
-    "--engine",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="This machine, or Ray's cluster.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be computed, written and how long it takes.")
 @options.run_options
+@options.grouped(
+    "Computing",
+    click.option(
+        "--part", type=options.PART, help="Compute this share only, such as 2/4: several processes may fill one entry."
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Compute on this machine, or on the Ray cluster that it belongs to.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Say what would be computed and written and how long it takes, and stop."),
+)
 @options.json_option
-def command(as_json: bool, dry_run: bool, **given: Any) -> None:  # noqa: FBT001
+def extract_command(as_json: bool, dry_run: bool, **given: Any) -> None:  # noqa: FBT001
     """Compute the features of DATA once and keep them; run again, only new and changed images are computed."""
     from featcache.api import estimate, extract_cuts
     from featcache.reports.wording import extract_lines
@@ -62,13 +80,13 @@ def command(as_json: bool, dry_run: bool, **given: Any) -> None:  # noqa: FBT001
             click.echo(line)
 
 
-def _print_estimate(found: Any, *, as_json: bool) -> None:
+def _print_estimate(estimate: Any, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
-        options.emit({"dry_run": asdict(found)})
+        options.emit({"dry_run": asdict(estimate)})
         return
     click.echo(
-        f"{found.images} images, {found.to_compute} to compute: {found.bytes / 1e6:.1f} MB to write, "
-        f"about {found.seconds:.0f} s (without a faster runtime)"
+        f"{estimate.images} images, {estimate.to_compute} to compute: {estimate.bytes / 1e6:.1f} MB to write, "
+        f"about {estimate.seconds:.0f} s (without a faster runtime)"
     )

@@ -14,14 +14,57 @@ if TYPE_CHECKING:
     from featcache.reports.records import RunRecord
 
 _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in {"unfreeze", "batch_size"})
-_recipe = options.several(
-    click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="At most."),
+
+
+@click.command("finetune", cls=options.Command)
+@options.source_options
+@options.grouped(
+    "What trains",
     click.option(
-        "--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without gain that end it."
+        "--unfreeze",
+        default="last:1",
+        show_default=True,
+        help="Train this part: last:K stages, P% of the parameters, a stage and all behind it, or all; norm, bias or lora:R "
+        "train those alone, with :last:K behind of the last K stages.",
     ),
-    click.option("--train-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at a time."),
     click.option(
-        "--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches a step of the optimiser."
+        "--sweep", "at_every_depth", is_flag=True, help="Train at every depth instead, from the last stage to all."
+    ),
+    click.option("--train-batchnorm", is_flag=True, help="Let BatchNorm statistics of the trained part move."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "float16"]), help="Store activations as this; by default as float16."
+    ),
+    click.option(
+        "--cache-budget",
+        type=options.BYTES,
+        help="Store at most so many activations, such as 20GB; what needs more is computed again in every epoch.",
+    ),
+    click.option(
+        "--refit/--no-refit",
+        default=True,
+        show_default=True,
+        help="Train once more on train and validation together, as long as the best epoch on validation.",
+    ),
+)
+@options.grouped(
+    "Optimisation",
+    click.option("--epochs", type=options.POSITIVE, default=10, show_default=True, help="Train so many epochs at most."),
+    click.option(
+        "--patience",
+        type=options.POSITIVE,
+        default=3,
+        show_default=True,
+        help="End a training after so many epochs without gain on validation.",
+    ),
+    click.option(
+        "--train-batch", type=options.POSITIVE, default=32, show_default=True, help="Train on so many images at a time."
+    ),
+    click.option(
+        "--accumulate",
+        type=options.POSITIVE,
+        default=1,
+        show_default=True,
+        help="Add up the gradients of so many batches before each step.",
     ),
     click.option(
         "--lr",
@@ -30,76 +73,86 @@ _recipe = options.several(
         type=options.NUMBER,
         default=RATES,
         show_default=True,
-        help="Of the last stage; the best on validation is kept; may be repeated.",
+        help="Try this rate for the last stage; repeat it: the best on validation is kept.",
     ),
-    click.option("--head-lr", type=options.NUMBER, default=1e-3, show_default=True, help="Of the head."),
+    click.option("--head-lr", type=options.NUMBER, default=1e-3, show_default=True, help="Train the head at this rate."),
     click.option(
         "--layer-decay",
         type=options.NUMBER,
         default=0.75,
         show_default=True,
-        help="Factor from each stage to the one before.",
+        help="Multiply the rate by this from each stage to the one before it.",
     ),
-    click.option("--optimiser", type=click.Choice(OPTIMISERS), default="adamw", show_default=True, help="What steps."),
-    click.option("--weight-decay", type=options.NUMBER, default=0.05, show_default=True, help="Of matrices."),
+    click.option("--optimiser", type=click.Choice(OPTIMISERS), default="adamw", show_default=True, help="Step with this."),
     click.option(
-        "--warmup", type=options.NUMBER, default=0.1, show_default=True, help="Share of steps in which rates rise."
+        "--weight-decay", type=options.NUMBER, default=0.05, show_default=True, help="Decay weight matrices by this."
     ),
-    click.option("--label-smoothing", type=options.NUMBER, default=0.1, show_default=True, help="Of the training loss."),
     click.option(
-        "--views",
-        type=click.IntRange(min=1),
-        default=1,
+        "--warmup",
+        type=options.NUMBER,
+        default=0.1,
         show_default=True,
-        help="Stored augmentations an image, view 0 the plain one; every epoch draws one.",
+        help="Let rates rise over this share, from 0 to 1, of all steps.",
     ),
-    click.option("--augment", is_flag=True, help="Flip and shift pixels as they are read (--unfreeze all)."),
-    click.option("--mixup", type=options.NUMBER, default=0.0, show_default=True, help="Alpha of mixing pairs; 0: none."),
-    click.option("--drop-path", type=options.NUMBER, default=0.0, show_default=True, help="Of the last residual branch."),
-    click.option("--ema", type=options.NUMBER, default=0.0, show_default=True, help="Decay of averaged weights; 0: none."),
     click.option(
-        "--clip", type=options.NUMBER, default=0.0, show_default=True, help="Greatest norm of the gradient; 0: none."
+        "--clip", type=options.NUMBER, default=0.0, show_default=True, help="Clip gradients to this norm; 0 does not."
     ),
-    click.option("--train-batchnorm", is_flag=True, help="Let BatchNorm statistics of the trained part move."),
+    click.option(
+        "--ema", type=options.NUMBER, default=0.0, show_default=True, help="Average weights with this decay; 0 does not."
+    ),
     click.option(
         "--train-precision",
         type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
-        help="Of training steps; default: bfloat16 on GPUs that have it, else float32; auto: on CPUs (AMX) too, if faster.",
+        help="Train in this precision; by default bfloat16 on GPUs that have it, else float32; auto: on CPUs, if faster.",
     ),
-    click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Of the stored activations; default float16."),
-    click.option("--refit/--no-refit", default=True, show_default=True, help="Train once more on train and val together."),
 )
-
-
-@click.command()
-@options.source_options
+@options.grouped(
+    "Regularisation",
+    click.option(
+        "--label-smoothing", type=options.NUMBER, default=0.1, show_default=True, help="Smooth labels by this in training."
+    ),
+    click.option(
+        "--mixup", type=options.NUMBER, default=0.0, show_default=True, help="Mix pairs with this alpha; 0 does not."
+    ),
+    click.option(
+        "--drop-path",
+        type=options.NUMBER,
+        default=0.0,
+        show_default=True,
+        help="Leave out the last residual branch this often; 0 never does.",
+    ),
+    click.option(
+        "--views",
+        type=options.POSITIVE,
+        default=1,
+        show_default=True,
+        help="Store so many views of each image, the plain one and augmentations; every epoch draws one of them.",
+    ),
+    click.option("--augment", is_flag=True, help="Flip and shift stored pixels as they are read (with --unfreeze all)."),
+)
+@options.grouped(
+    "Comparison",
+    click.option(
+        "--probe",
+        "probes",
+        multiple=True,
+        type=options.Head(),
+        help="Compare with this head too: the gap is to the best on validation of ridge, knn, logistic and these.",
+    ),
+    options.group_option,
+    options.seed_option,
+)
 @options.backbone_options
-@click.option(
-    "--unfreeze",
-    default="last:1",
-    show_default=True,
-    help="last:K stages, P% of parameters, a stage's name, all; norm, bias or lora:R, with :STAGES behind.",
-)
-@click.option("--sweep", "at_every_depth", is_flag=True, help="Every depth, from the last stage to all, instead.")
-@_recipe
-@click.option(
-    "--cache-budget",
-    type=options.Bytes(),
-    help="Room for stored activations, such as 20GB; beyond it they are computed in every epoch.",
-)
-@click.option(
-    "--probe",
-    "probes",
-    multiple=True,
-    help="One more head beside ridge, knn and logistic: the gap is to the best of them on validation.",
-)
-@options.group_option
-@click.option("--price", type=options.NUMBER, help="Of an hour on this machine, to tell the costs in money.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A picture of the curves: .png, .svg, .pdf.")
-@options.seed_option
 @options.run_options
+@options.grouped(
+    "Output",
+    click.option(
+        "--price", type=options.NUMBER, help="Tell costs in money too, given the price of an hour on this machine."
+    ),
+    click.option("--plot", type=options.FILE, help="Draw loss, accuracy and costs into this file: .png, .svg or .pdf."),
+)
 @options.json_option
-def command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path | None, **given: Any) -> None:  # noqa: FBT001
+def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path | None, **given: Any) -> None:  # noqa: FBT001
     """Train the last part of a backbone from cached activations and print the gap to the best probe."""
     from dataclasses import replace
 

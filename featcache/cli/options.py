@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, what their values are read from, and the help that shows them under headings."""
 
 import math
 import re
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from featcache.finetuning.plan import HEAD_NAMES
 from featcache.specs import MAX_SEED
 
 if TYPE_CHECKING:
@@ -15,22 +17,81 @@ if TYPE_CHECKING:
     from featcache.extraction.feature_cache import Settings
     from featcache.specs import BackboneSpec
 
-SEED = click.IntRange(0, MAX_SEED)
-Command = TypeVar("Command", bound=Callable[..., Any])
+DATA_KINDS = (
+    ("FOLDER", "CLASS/IMAGE files, or train|val|test/CLASS/IMAGE; splits that are missing are drawn."),
+    ("FILE.csv, FILE.parquet", "Columns path, label and perhaps split; in Parquet a column image may hold the bytes."),
+    ("FILE.npz, FILE.h5", "Arrays images, uint8 (n, h, w[, 3]), and labels, or a pair a split: train_images, train_labels."),
+    ("torchvision:NAME", "One of torchvision's sets, such as torchvision:CIFAR10, below --data-root."),
+    ("hf:ORG/NAME", "A set of the Hugging Face hub, or hf:FOLDER for one on disk."),
+    ("wds:NAME-{000..009}.tar", "WebDataset shards, read in place."),
+    ("sklearn:digits", "1,797 scanned digits that come with scikit-learn."),
+)
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-def several(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Return one decorator for several options, in reading order."""
+class Command(click.Command):
+    """A command whose help says what DATA may be, and shows options under the headings that ``grouped`` gave them."""
 
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the kinds of DATA, where the command takes one, then a section a heading."""
+        params = self.get_params(ctx)
+        if any(isinstance(param, click.Argument) and param.name == "data" for param in params):
+            with formatter.section("DATA is one of"):
+                formatter.write_dl(DATA_KINDS)
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in params:
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(param, "heading", "Output"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def grouped(heading: str, *options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
+    """Return one decorator for several options, in reading order; those without a heading yet come under this one."""
+
+    def decorate(command: Decorated) -> Decorated:
+        before = len(getattr(command, "__click_params__", ()))
+        for option in reversed(options):  # click shows the last applied first
             command = option(command)
+        for param in getattr(command, "__click_params__", ())[before:] if heading else ():
+            param.heading = getattr(param, "heading", heading)
         return command
 
     return decorate
 
 
-def finite(text: Any) -> float:
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """A value that a function reads from a text; ``advice`` is what is said where it raises ValueError.
+
+    ``spelt`` turns such a value, as a text of Python, into what is written on the command line.
+    """
+
+    def __init__(self, name: str, read: Callable[[str], Any], advice: str, spelt: Callable[[str], str] = str) -> None:
+        self.name, self.read, self.advice, self.spelt = name, read, advice, spelt
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value; what is no text is a default, and read already."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.read(value)
+        except ValueError:
+            self.fail(f"{value!r}: {self.advice}", param, ctx)
+
+
+class Head(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A head's name; the library says which there are, the shell completes them."""
+
+    name = "HEAD"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002 - click's signature
+        """Return the heads that begin so."""
+        return [CompletionItem(name) for name in HEAD_NAMES if name.startswith(incomplete)]
+
+
+def finite(text: str) -> float:
     """Return a number that can be computed with.
 
     Raises:
@@ -42,159 +103,72 @@ def finite(text: Any) -> float:
     return number
 
 
-class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
-    """A number that is neither NaN nor infinite."""
-
-    name = "NUMBER"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number."""
-        try:
-            return finite(value)
-        except ValueError:
-            self.fail(f"{value!r}: a number is needed.", param, ctx)
+def _three(text: str) -> tuple[float, ...]:
+    numbers = tuple(map(finite, text.split(",")))
+    if len(numbers) not in {1, 3}:
+        raise ValueError(text)
+    return numbers if len(numbers) == 3 else numbers * 3
 
 
-NUMBER = Number()
+def _share(text: str) -> float:
+    share = finite(text.removesuffix("%")) / 100
+    if not 0 <= share <= 1:
+        raise ValueError(text)
+    return share
 
 
-class Three(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
-    """Three numbers with commas between, one a colour channel."""
-
-    name = "R,G,B"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the three numbers, or one number three times."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(finite(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r}: write numbers, such as 0.5,0.5,0.5.", param, ctx)
-        if len(numbers) == 1:
-            numbers *= 3
-        if len(numbers) != 3:
-            self.fail(f"{value!r}: three numbers are needed.", param, ctx)
-        return numbers
+def _part(text: str) -> tuple[int, int]:
+    first, second = map(_count, text.split("/"))
+    if first > second:
+        raise ValueError(text)
+    return first, second
 
 
-class Percent(click.ParamType):  # type: ignore[type-arg]  # as above
-    """A percentage, such as ``1%``."""
-
-    name = "P%"
-
-    @staticmethod
-    def spelt(share: str) -> str:
-        """Return a share as it is written on the command line."""
-        return f"{100 * float(share):.1f}%"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return a share between 0 and 1."""
-        if isinstance(value, float):
-            return value
-        try:
-            share = finite(str(value).removesuffix("%")) / 100
-        except ValueError:
-            self.fail(f"{value!r}: write a percentage, such as 1%.", param, ctx)
-        if not 0 <= share <= 1:
-            self.fail(f"{value!r}: between 0% and 100% is needed.", param, ctx)
-        return share
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or len(text) > 9 or int(text) < 1:  # int() itself takes 1_000, and Arabic digits
+        raise ValueError(text)
+    return int(text)
 
 
-class Part(click.ParamType):  # type: ignore[type-arg]  # as above
-    """One of several shares, such as ``2/4``."""
-
-    name = "I/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number of the share, from 1, and how many there are."""
-        if isinstance(value, tuple):
-            return value
-        first, slash, second = str(value).partition("/")
-        numbers = first.isdecimal() and second.isdecimal() and max(len(first), len(second)) < 10
-        if not (slash and numbers and 1 <= int(first) <= int(second)):
-            self.fail(f"{value!r}: write I/N, such as 2/4 for the second of four parts.", param, ctx)
-        return int(first), int(second)
+def _candidates(text: str) -> tuple[str, tuple[float, ...]]:
+    name, equals, rest = text.partition("=")
+    if not (name and equals):
+        raise ValueError(text)
+    # a number of neighbours is whole: 5.0 would be another parameter in a record
+    return name.strip(), tuple(
+        int(part) if part.strip().isdecimal() and name == "k" else finite(part) for part in rest.split(",")
+    )
 
 
-class Grid(click.ParamType):  # type: ignore[type-arg]  # as above
-    """A parameter's values, such as ``C=0.1,1,10``."""
-
-    name = "NAME=A,B"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name and the values."""
-        if isinstance(value, tuple):
-            return value
-        name, equals, rest = str(value).partition("=")
-        try:
-            values = tuple(
-                int(part) if part.strip().isdecimal() and name == "k" else finite(part) for part in rest.split(",")
-            )
-        except ValueError:
-            values = ()
-        if not (name and equals and values):
-            self.fail(f"{value!r}: write NAME=VALUE,VALUE, such as C=0.1,1,10.", param, ctx)
-        return name.strip(), values
+def _quantity(text: str, units: dict[str, float]) -> float:
+    match = re.fullmatch(rf"(\d{{1,15}}(?:\.\d+)?)\s*({'|'.join(units)})", text.strip().lower(), re.ASCII)
+    if match is None:
+        raise ValueError(text)
+    return float(match[1]) * units[match[2]]
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg]  # as above
-    """Whole numbers with commas between, such as ``1,2,4``."""
-
-    name = "N,N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the numbers."""
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
-            self.fail(f"{value!r}: write whole numbers above 0, such as 1,2,4.", param, ctx)
-        return tuple(int(part) for part in parts)
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-class Names(click.ParamType):  # type: ignore[type-arg]  # as above
-    """Names with commas between."""
-
-    name = "A,B"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002 - click's
-        """Return the names."""
-        return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(",") if part.strip())
-
-
-class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
-    """A time, such as ``60s`` or ``5m``."""
-
-    name = "TIME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return seconds."""
-        if isinstance(value, float):
-            return value
-        text = str(value).strip()
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text, re.ASCII)
-        if found is None:
-            self.fail(f"{value!r}: write a time, such as 60s or 5m.", param, ctx)
-        return float(found[1]) * {"m": 60.0, "h": 3600.0}.get(found[2], 1.0)
+_TIMES = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZES = {f"{unit}{end}": 1000.0**power for power, unit in enumerate(("", "k", "m", "g", "t")) for end in ("", "b")}
+SEED = click.IntRange(0, MAX_SEED)
+POSITIVE = click.IntRange(min=1)
+NUMBER = Parsed("NUMBER", finite, "a number is needed.")
+RGB = Parsed("R,G,B", _three, "write three numbers, such as 0.5,0.5,0.5.")
+PERCENT = Parsed("P%", _share, "write a percentage from 0% to 100%, such as 1%.", lambda share: f"{100 * float(share):.1f}%")
+PART = Parsed("I/N", _part, "write I/N, such as 2/4 for the second of four parts.")
+GRID = Parsed("NAME=A,B", _candidates, "write NAME=VALUE,VALUE, such as C=0.1,1,10.")
+COUNTS = Parsed("N,N", lambda text: tuple(map(_count, text.split(","))), "write whole numbers above 0, such as 1,2,4.")
+NAMES = Parsed("A,B", _names, "write names with commas between.")
+SECONDS = Parsed("TIME", lambda text: _quantity(text, _TIMES), "write a time, such as 60s or 5m.")
+BYTES = Parsed("SIZE", lambda text: int(_quantity(text, _SIZES)), "write a size, such as 500MB or 20GB.")
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-class Bytes(click.ParamType):  # type: ignore[type-arg]  # as above
-    """A number of bytes, such as ``20GB``."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return bytes."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)b?", str(value).strip().lower(), re.ASCII)
-        if found is None:
-            self.fail(f"{value!r}: write a size, such as 500MB or 20GB.", param, ctx)
-        return int(float(found[1]) * 1000 ** ("kmgt".index(found[2]) + 1 if found[2] else 0))
-
-
-def _notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
+def _set_up_notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
     if value:
         from featcache.cli.border import spelling
         from featcache.progress import set_up_notes
@@ -202,70 +176,113 @@ def _notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # 
         set_up_notes(quiet=param.name == "quiet", verbose=param.name == "verbose", wording=spelling(ctx))
 
 
-notes_options = several(
-    click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_notes, help="Errors only on stderr."),
-    click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_notes, help="More notes on stderr."),
+def _complete_data(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's signature
+    kinds = [CompletionItem(kind) for kind, _ in DATA_KINDS if ":" in kind and incomplete and kind.startswith(incomplete)]
+    return kinds or [CompletionItem(incomplete, type="file")]
+
+
+data_argument = click.argument("data", shell_complete=_complete_data)
+cache_option = grouped(
+    "Cache",
+    click.option("--cache", type=FOLDER, help="Use this cache instead of $FEATCACHE_CACHE or the platform's cache folder."),
 )
-data_argument = click.argument("data")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Of drawn splits, heads, training.")
-backbone_options = several(
-    click.option("-b", "--backbone", default="mini", show_default=True, help="`mini` (bundled) or a timm name."),
-    click.option("--weights", type=click.Path(path_type=Path), help="A checkpoint: .safetensors or a plain .pth state."),
-    click.option("--random-init", type=SEED, metavar="SEED", help="Random weights: nothing is pretrained."),
-    click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Passed to timm; may be repeated."),
-    click.option("--input-size", type=click.IntRange(min=1), help="Pixels; default: the backbone's own."),
-    click.option("--crop-pct", type=Number(), help="Share of the scaled short side that is kept."),
-    click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]), help="Resampling."),
-    click.option("--mean", type=Three(), help="Subtracted from pixels in 0..1."),
-    click.option("--std", type=Three(), help="Divides what is left."),
+notes_options = grouped(
+    "Output",
+    click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_up_notes, help="Say nothing but errors on stderr."
+    ),
+    click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_set_up_notes, help="Say more on stderr."),
+)
+json_option = grouped(
+    "Output", click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
+)
+seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Draw splits, and train, from this seed.")
+group_option = click.option(
+    "--group",
+    metavar="COLUMN",
+    help="Keep images of one value of this column of a CSV or Parquet, such as patient, in one part.",
+)
+max_bad_option = click.option(
+    "--max-bad",
+    type=PERCENT,
+    default="1%",
+    show_default=True,
+    help="End the run where a greater share of images is unusable.",
+)
+source_options = grouped(
+    "Data",
+    data_argument,
+    click.option("--name", help="Call the data set so in the cache; under its name a moved one is found again."),
+    click.option("--data-root", type=FOLDER, help="Look for torchvision: sets in this folder."),
+    click.option("--download", is_flag=True, help="Allow a torchvision: or hf: set to be downloaded."),
+    max_bad_option,
+)
+backbone_options = grouped(
+    "Backbone",
+    click.option(
+        "-b",
+        "--backbone",
+        default="mini",
+        show_default=True,
+        help="Take this backbone: mini (bundled), a timm name, hf-hub:ORG/REPO or local-dir:PATH.",
+    ),
+    click.option(
+        "--weights",
+        type=click.Path(path_type=Path),
+        help="Load this checkpoint (.safetensors, or a plain .pth) instead of the published weights.",
+    ),
+    click.option(
+        "--random-init", type=SEED, metavar="SEED", help="Draw random weights from this seed: nothing is pretrained."
+    ),
+    click.option(
+        "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Pass this to timm; repeat it for more."
+    ),
+    click.option("--input-size", type=POSITIVE, help="Scale images to so many pixels a side, not to the backbone's own."),
+    click.option("--crop-pct", type=NUMBER, help="Keep this share, from 0 to 1, of the scaled short side."),
+    click.option(
+        "--interpolation",
+        type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]),
+        help="Resample images so, not in the backbone's own way.",
+    ),
+    click.option("--mean", type=RGB, help="Subtract these from pixels in 0..1 instead of the backbone's own means."),
+    click.option("--std", type=RGB, help="Divide by these instead of the backbone's own standard deviations."),
     click.option(
         "--decode",
         type=click.Choice(["scaled", "exact"]),
-        help="Let libjpeg shrink large JPEGs as it decodes (default), or decode every pixel.",
+        help="Let libjpeg shrink large JPEGs as it decodes (scaled, the default), or decode every pixel.",
     ),
     click.option(
         "--pool",
         type=click.Choice(["default", "avg", "max", "cls", "avg+cls", "gem"]),
         default="default",
         show_default=True,
-        help="Pool the last activations so, without what follows them (norms, layers); default: the backbone's own way.",
+        help="Pool the last activations so, without norms or layers that follow; default is the backbone's own way.",
     ),
     click.option(
         "--precision",
         type=click.Choice(["float32", "bfloat16", "float16"]),
         default="float32",
         show_default=True,
-        help="What is computed in.",
+        help="Compute the backbone in this precision.",
     ),
 )
-compute_options = several(
-    click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time; default: by device and image size."),
-    click.option("--device", help="cpu, cuda, cuda:1, ...; default: the first GPU, else the CPU."),
+compute_options = grouped(
+    "Computing",
+    click.option(
+        "--batch-size", type=POSITIVE, help="Compute so many images at a time; by default it depends on the device."
+    ),
+    click.option("--device", help="Compute on cpu, cuda, cuda:1, ...; by default on the first GPU, else on the CPU."),
     click.option(
         "--runtime",
         type=click.Choice(["auto", "torch", "compile", "openvino", "onnx"]),
         default="auto",
         show_default=True,
-        help="What computes on the CPU; auto: the fastest that is installed, pays, and agrees with torch.",
+        help="Run the backbone on a CPU with this; auto takes the fastest installed one that agrees with torch and pays.",
     ),
-    click.option("--workers", type=click.IntRange(min=1), help="Threads that decode and compute; default: by the cores."),
+    click.option("--workers", type=POSITIVE, help="Decode and compute in so many threads; by default one a core."),
     notes_options,
 )
-run_options = several(
-    click.option("--name", help="The data set's name in the cache; a moved one is recognised by it."),
-    click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where entries go ($FEATCACHE_CACHE)."),
-    click.option("--max-bad", type=Percent(), default="1%", show_default=True, help="More unusable images end the run."),
-    compute_options,
-)
-
-
-group_option = click.option("--group", help="A manifest's column, such as patient: its values are never in two parts.")
-source_options = several(
-    data_argument,
-    click.option("--data-root", type=click.Path(path_type=Path, file_okay=False), help="Where torchvision: data sets lie."),
-    click.option("--download", is_flag=True, help="Allow a torchvision: or hf: data set to be downloaded."),
-)
+run_options = grouped("", cache_option, compute_options)
 
 
 def take_spec(options: dict[str, Any]) -> "BackboneSpec":
@@ -305,7 +322,7 @@ def take_settings(options: dict[str, Any]) -> "Settings":
 
 
 def take_source(options: dict[str, Any]) -> "Dataset":
-    """Take the options that say where images come from out of a command's and open the source."""
+    """Take the options that say where images come from out of a command's and open the data set."""
     from featcache.datasets import open_dataset
 
     return open_dataset(

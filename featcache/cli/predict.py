@@ -1,4 +1,4 @@
-"""``featcache predict``."""
+"""``featcache predict`` and ``featcache export``."""
 
 import csv
 import json
@@ -16,15 +16,24 @@ if TYPE_CHECKING:
     from featcache.heads.bundle import Bundle
 
 
-@click.command()
+head_options = options.grouped(
+    "Head",
+    click.option("--weights", help="Look for the backbone's weights file here, if it has moved."),
+    click.option("--trust", is_flag=True, help="Load a head that somebody else made: it can run any code."),
+)
+
+
+@click.command("predict", cls=options.Command)
 @click.argument("head", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True)
-@click.option("--weights", help="Where the backbone's weights file is now.")
-@click.option("--trust", is_flag=True, help="Load a head that somebody else made: it can run any code.")
-@click.option("--to", "target", type=click.Path(path_type=Path), help="Write there instead of to stdout.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of CSV.")
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@head_options
 @options.compute_options
-def command(head: Path, images: tuple[str, ...], target: Path | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
+@options.grouped(
+    "Output",
+    click.option("--to", "target", type=click.Path(path_type=Path), help="Write to this file instead of to stdout."),
+    click.option("--json", "as_json", is_flag=True, help="Write one JSON object a line instead of CSV."),
+)
+def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
     """Label IMAGES (files, folders, or - for a list on stdin) with a HEAD that ``featcache fit`` wrote.
 
     CSV with path, label and the probability of each class; an image that cannot be read gets a row with its reason.
@@ -70,3 +79,28 @@ def _columns(classes: Sequence[str]) -> list[str]:
     """Return what the columns of probabilities are called: classes' names, marked where one is a column's name already."""
     clash = not {"path", "label", "reason"}.isdisjoint(classes)
     return [f"p({name})" if clash else name for name in classes]
+
+
+@click.command("export", cls=options.Command)
+@click.argument("head", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@head_options
+@options.grouped(
+    "Head",
+    click.option(
+        "--check", metavar="DATA", help="Compare on these images; by default on those that the head was trained on."
+    ),
+)
+@options.compute_options
+@options.json_option
+def export_command(head: Path, out: Path, as_json: bool, **given: Any) -> None:  # noqa: FBT001
+    """Write a HEAD with its backbone as one ONNX model, OUT, after it has agreed with them on real images."""
+    from featcache.api import export
+
+    settings = options.take_settings(given)
+    model = export(head, out, check=given["check"], weights=given["weights"], trust=given["trust"], settings=settings)
+    if as_json:
+        summary = {"model": str(model.path), "difference": model.difference, "images": model.images}
+        options.emit(summary | {"notes": list(model.notes)})
+        return
+    click.echo(f"{model.path}: scores differ by at most {model.difference:.1g} on {model.images} images")

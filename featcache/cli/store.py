@@ -1,4 +1,4 @@
-"""``featcache store``."""
+"""``featcache store``, ``featcache backbones``, ``featcache doctor`` and ``featcache completion``."""
 
 from pathlib import Path
 from typing import Any
@@ -7,49 +7,68 @@ import click
 
 from featcache.cli import options
 
-DAMAGED = 4
-cache_option = click.option(
-    "--cache", type=click.Path(path_type=Path, file_okay=False), help="Which cache ($FEATCACHE_CACHE)."
-)
+BROKEN, DAMAGED = 5, 4
+_entries = click.argument("entries", nargs=-1, type=click.Path(path_type=Path))
 
 
-@click.group()
-def command() -> None:
+@click.group("store")
+def store_command() -> None:
     """List, describe, verify and clean up what the cache holds."""
 
 
-@command.command("ls")
-@cache_option
+@store_command.command("ls", cls=options.Command)
+@options.cache_option
 @options.json_option
 def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
-    """List the entries with their rows and sizes."""
+    """List the entries with their rows and sizes, and what they come to."""
     from featcache.errors import StorageError
     from featcache.extraction.lookup import default_cache, entry_folders
     from featcache.progress import printable
     from featcache.store.entry import FeatureStore
 
     where = cache or default_cache()
-    found, broken = [], []
+    entries, broken = [], []
     for folder in entry_folders(where):
         try:
-            found.append(_facts(FeatureStore.open(folder)))
+            entries.append(_facts(FeatureStore.open(folder)))
         except StorageError as error:
             broken.append(str(error))
     if as_json:
-        options.emit({"cache": str(where), "entries": found, "broken": broken})
+        options.emit({"cache": str(where), "entries": entries, "broken": broken})
     else:
-        for facts in found:
+        for facts in entries:
             state = "" if facts["complete"] else "  not complete"
-            click.echo(f"{facts['rows']:>9} rows {facts['bytes'] / 1e6:>9.1f} MB  {facts['entry']}{state}")
+            click.echo(f"{facts['rows']:>9} rows {facts['bytes'] / 1e6:>9.1f} MB  {printable(facts['entry'])}{state}")
         for problem in broken:
             click.echo(f"   broken: {printable(problem)}")
-        if not found and not broken:
-            click.echo(f"nothing in {where}")
+        size, count = sum(facts["bytes"] for facts in entries), len(entries)
+        click.echo(f"{count} entr{'y' if count == 1 else 'ies'}, {size / 1e6:.1f} MB in {printable(str(where))}")
     if broken:
         click.get_current_context().exit(DAMAGED)
 
 
-@command.command()
+@store_command.command("heads", cls=options.Command)
+@options.cache_option
+@options.json_option
+def list_heads(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """List the trained heads: data set, backbone, head, test score, date, and the file that predict and export take."""
+    from dataclasses import asdict
+
+    from featcache.display import Table
+    from featcache.experiments.collect import kept_heads
+    from featcache.extraction.lookup import default_cache
+
+    where = cache or default_cache()
+    heads = kept_heads(where)
+    if as_json:
+        options.emit({"cache": str(where), "heads": [asdict(head) | {"path": str(head.path)} for head in heads]})
+        return
+    headers = ("data set", "backbone", "head", "test", "made", "file")
+    rows = [(head.dataset, head.backbone, head.head, head.score_text, head.made, str(head.path)) for head in heads]
+    click.echo(Table(headers, rows).plain() if rows else f"no head in {where}: `featcache fit` trains them")
+
+
+@store_command.command(cls=options.Command)
 @click.argument("entry", type=click.Path(path_type=Path))
 @options.json_option
 def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
@@ -71,9 +90,9 @@ def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
         click.echo(json.dumps(facts, indent=1))
 
 
-@command.command()
-@click.argument("entries", nargs=-1, type=click.Path(path_type=Path))
-@cache_option
+@store_command.command(cls=options.Command)
+@_entries
+@options.cache_option
 @options.json_option
 def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Check every byte of ENTRIES (default: the whole cache) against its hash; ends with 4 where one is damaged."""
@@ -92,10 +111,12 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
         click.get_current_context().exit(DAMAGED)
 
 
-@command.command()
-@click.argument("entries", nargs=-1, type=click.Path(path_type=Path))
-@cache_option
-@click.option("--yes", is_flag=True, help="Do it; without it is only said what would be done.")
+@store_command.command(cls=options.Command)
+@_entries
+@options.cache_option
+@options.grouped(
+    "Action", click.option("--yes", is_flag=True, help="Do it: without this it is only said what would be done.")
+)
 @options.json_option
 def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) -> None:  # noqa: FBT001
     """Remove what ENTRIES (default: all) do not need: files of killed runs, old versions, rows of removed images.
@@ -120,6 +141,39 @@ def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) 
         click.get_current_context().exit(DAMAGED)
 
 
+@store_command.command("rm", cls=options.Command)
+@click.argument("entries", nargs=-1, required=True, type=click.Path(path_type=Path))
+@options.cache_option
+@options.grouped("Action", click.option("--yes", is_flag=True, help="Remove without asking, and where nobody can be asked."))
+@options.json_option
+def remove_entries(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) -> None:  # noqa: FBT001
+    """Remove ENTRIES, or all of a data set's, with their rows and the heads and checkpoints that were trained from them.
+
+    An entry is named as `store ls` does, or from the cache's folder on, such as digits/mini.pooled-f84b6cb6. Nothing else
+    may use it meanwhile.
+    """
+    import sys
+
+    from featcache.experiments.collect import contents_of, find_entries, remove_entry
+    from featcache.extraction.lookup import default_cache
+    from featcache.progress import printable
+
+    contents = [contents_of(folder) for folder in find_entries(cache or default_cache(), entries)]
+    size = sum(content.bytes for content in contents)
+    for content in () if as_json else contents:
+        lost = f", {content.trained} trained heads and checkpoints among them" if content.trained else ""
+        click.echo(f"{printable(str(content.path))}: {content.files} files, {content.bytes / 1e6:.1f} MB{lost}")
+    if not yes and not as_json and sys.stdin.isatty():
+        yes = click.confirm(f"Remove {len(contents)} entries, {size / 1e6:.1f} MB?")
+    for content in contents if yes else ():
+        remove_entry(content.path)
+    if as_json:
+        removed = [{"entry": str(content.path), "files": content.files, "bytes": content.bytes} for content in contents]
+        options.emit({"entries": removed, "bytes": size, "done": yes})
+    else:
+        click.echo(f"{size / 1e6:.1f} MB removed" if yes else f"{size / 1e6:.1f} MB: nothing was changed, --yes does it")
+
+
 def _facts(store: Any) -> dict[str, Any]:
     manifest = store.manifest
     return {
@@ -130,3 +184,87 @@ def _facts(store: Any) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file()),
         "complete": manifest.listing is not None,
     }
+
+
+@click.command("backbones", cls=options.Command)
+@click.argument("pattern", default="*")
+@options.cache_option
+@options.grouped(
+    "Output", click.option("--sizes", is_flag=True, help="Show parameters and embedding width too: slow for many.")
+)
+@options.json_option
+def backbones_command(pattern: str, sizes: bool, cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """List the backbones whose name matches PATTERN (a shell pattern such as 'resnet*').
+
+    Up to 20 matches, sizes are shown as well.
+    """
+    from dataclasses import asdict
+
+    from featcache.backbones.timm_models import list_backbones, model_size
+    from featcache.extraction.lookup import default_cache, entry_folders
+
+    cached = {folder.name.split(".")[0] for folder in entry_folders(cache or default_cache())}
+    found = list(list_backbones(pattern))
+    few = 20
+    rows = []
+    for facts in found:
+        row: dict[str, Any] = {
+            "name": facts.name,
+            "input_size": facts.input_size,
+            "pretrained": facts.pretrained,
+            "cached": facts.name.split(".")[0] in cached,
+        }
+        if sizes or len(found) <= few:
+            size = model_size(facts.name)
+            row |= asdict(size) if size else {}
+        rows.append(row)
+    if as_json:
+        options.emit({"backbones": rows})
+        return
+    for row in rows:
+        measured = ""
+        if "width" in row:
+            measured = f"{row['parameters'] / 1e6:7.1f} M parameters {row['gmacs']:7.2f} GMACs  width {row['width']:5}"
+        marks = ("pretrained" if row["pretrained"] else "no weights") + (", cached" if row["cached"] else "")
+        click.echo(f"{row['name']:45} {row['input_size']:4} px {measured}  {marks}")
+    if not rows:
+        click.echo(f"no backbone matches {pattern!r}")
+
+
+@click.command("doctor", cls=options.Command)
+@options.json_option
+def doctor_command(as_json: bool) -> None:  # noqa: FBT001
+    """Check that the installation works, and say the exact repair where it does not."""
+    from dataclasses import asdict
+
+    from featcache.doctor import examine
+
+    findings = examine()
+    if as_json:
+        options.emit({"findings": [asdict(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.found}")
+            if not finding.ok:
+                click.echo(f"     repair: {finding.repair}")
+    if not all(finding.ok for finding in findings):
+        click.get_current_context().exit(BROKEN)
+
+
+@click.command("completion", cls=options.Command)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Print a script that completes commands, options, heads and files of featcache in SHELL.
+
+    bash: featcache completion bash > ~/.local/share/bash-completion/completions/featcache
+
+    zsh: featcache completion zsh > ~/.zfunc/_featcache, where ~/.zfunc is in $fpath before compinit.
+
+    fish: featcache completion fish > ~/.config/fish/completions/featcache.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    writer = get_completion_class(shell)
+    assert writer is not None
+    root = click.get_current_context().find_root().command
+    click.echo(writer(root, {}, "featcache", "_FEATCACHE_COMPLETE").source())
