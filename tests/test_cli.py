@@ -1,15 +1,16 @@
 """The command line: every command runs, every mistake has one plain line and its exit code."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import h5py
 import numpy as np
 import pytest
 from support import TINY, Outcome, draw_image
 
-from featcache.cli import COMMANDS
+from featcache.cli import COMMANDS, cli
 
 Run = Callable[..., Outcome]
 
@@ -76,6 +77,85 @@ def test_backbones_and_doctor(run: Run) -> None:
     assert "512" in run("backbones", "resnet18").out
     assert run("doctor").code == 0
     assert all(finding["ok"] for finding in run("doctor", "--json").json["findings"])
+
+
+def test_entries_are_removed_only_when_that_is_meant(run: Run, folder: Path) -> None:
+    """What would go is counted; without --yes, where nobody can be asked, nothing does; only entries ever do."""
+    entry = Path(run("extract", folder, *TINY, "--json").json["entry"])
+    run("fit", folder, *TINY, "--head", "ridge", "--no-baselines")
+    size = sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
+
+    asked = run("store", "rm", f"images/{entry.name}")
+    assert "1 trained heads" in asked.out
+    assert entry.is_dir()
+    assert run("store", "rm", "images", "--json").json["bytes"] == size
+    one_line(run("store", "rm", folder), 2, "images", "no entry")
+    assert run("store", "rm", "images", "--yes").code == 0
+    assert not entry.exists()
+    assert len(list(folder.rglob("*.png"))) == 36
+    assert "0 entries" in run("store", "ls").out
+
+
+def test_trained_heads_are_listed(run: Run, folder: Path) -> None:
+    """With data set, backbone, head, test score, date, and the file that predict takes."""
+    assert "no head" in run("store", "heads").out
+    kept = run("fit", folder, *TINY, "--head", "ridge", "--no-baselines", "--json").json["heads"][0]
+    (head,) = run("store", "heads", "--json").json["heads"]
+
+    assert (head["dataset"], head["backbone"], head["head"]) == ("images", "test_resnet", "ridge")
+    assert head["path"] == kept["bundle"]
+    assert head["test"] == kept["test"]
+    assert f"accuracy {kept['test']['accuracy']:.1%}" in run("store", "heads").out
+
+
+def test_what_is_nearly_right_is_named(run: Run, folder: Path) -> None:
+    """A mistyped command, option, head or backbone ends with what was meant."""
+    one_line(run("finetuen", folder), 2, "finetuen", "Did you mean finetune?")
+    one_line(run("store", "lss"), 2, "lss")
+    one_line(run("fit", folder, "--hed", "knn"), 2, "--head")
+    one_line(run("fit", folder, *TINY, "--head", "logistik"), 2, "--head logistik", "Did you mean logistic?")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_options_and_heads(run: Run, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    """The script asks featcache itself, which answers without a data set, a backbone or a network."""
+    script = run("completion", shell)
+    assert script.code == 0
+    assert f"_FEATCACHE_COMPLETE={shell}_complete" in script.out
+
+    for words, expected in (("fi", "fit"), ("fit x --hea", "--head"), ("fit x --head logi", "logistic"), ("store r", "rm")):
+        monkeypatch.setenv("_FEATCACHE_COMPLETE", f"{shell}_complete")
+        monkeypatch.setenv("COMP_WORDS", f"featcache {words}")
+        last = words.split()[-1] if shell == "fish" else str(len(words.split()))
+        monkeypatch.setenv("COMP_CWORD", last)
+        assert expected in run().out.replace(",", "\n").split()
+
+
+def commands_below(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    """Yield a command, or those of a group, by what is typed for them."""
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    with click.Context(command) as ctx:
+        for below in command.list_commands(ctx):
+            inner = command.get_command(ctx, below)
+            assert inner is not None
+            yield from commands_below(f"{name} {below}".strip(), inner)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), list(commands_below("", cli)), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_option_is_explained_by_a_sentence(name: str, command: click.Command) -> None:
+    """With a capital first and a full stop last, under a heading; DATA is described where it is taken."""
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    shown = command.get_help(click.Context(command, info_name=name))
+
+    assert [
+        option.opts for option in options if not (option.help or "")[:1].isupper() or not (option.help or "").endswith(".")
+    ] == []
+    assert [option.opts for option in options if not hasattr(option, "heading")] == []
+    assert ("DATA is one of" in shown) == any(param.name == "data" for param in command.params)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -399,7 +399,7 @@ def test_a_head_that_cannot_be_trained_costs_no_other(run: Callable[..., Outcome
     """Of all heads, the one that needs more images is left out and said; asked for by name it is an error."""
     folder = draw_folder(tmp_path / "few", per_class=4)
 
-    every = run("fit", folder, *TINY, "--head", "all", "--no-controls", "--folds", "0")
+    every = run("fit", folder, *TINY, "--head", "all", "--no-baselines", "--folds", "0")
     alone = run("fit", folder, *TINY, "--head", "lda", "--folds", "0")
 
     assert every.code == 0

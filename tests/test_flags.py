@@ -104,6 +104,6 @@ def test_a_plan_s_error_names_key_or_flag(run: Callable[..., Outcome], folder: P
 
 def test_notes_name_flags_too(run: Callable[..., Outcome], folder: Path) -> None:
     """What is noted on the way is spelt as errors are."""
-    outcome = run("fit", folder, "--head", "knn", "--head", "ridge", "--budget", "0s", "--no-controls")
+    outcome = run("fit", folder, "--head", "knn", "--head", "ridge", "--budget", "0s", "--no-baselines")
 
     assert "--budget 0 s is spent: without" in outcome.err

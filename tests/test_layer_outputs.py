@@ -256,7 +256,7 @@ def test_one_layer_is_pooled_as_several_are(folder: Path, run: Any) -> None:
     tiny = ("-b", "test_resnet", "--random-init", "0", "--input-size", "32")
 
     alone = run("extract", folder, *tiny, "--layers", "layer2", "--json").json
-    head = run("fit", folder, *tiny, "--layers", "layer2", "--head", "knn", "--no-controls", "--json")
+    head = run("fit", folder, *tiny, "--layers", "layer2", "--head", "knn", "--no-baselines", "--json")
 
     assert FeatureStore.open(alone["entry"]).features().X.shape == (36, 48)
     assert head.code == 0

@@ -33,7 +33,7 @@ def fit(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
 
     def train(name: str) -> Path:
-        return Path(run("fit", folder, *TINY, "--head", name, "--no-controls", "--json").json["heads"][-1]["bundle"])
+        return Path(run("fit", folder, *TINY, "--head", name, "--no-baselines", "--json").json["heads"][-1]["bundle"])
 
     return train
 
@@ -174,7 +174,7 @@ def test_groups_stay_together(run: Run, folder: Path) -> None:
             lines.append(f"more/{path.name},{label},p{number // 4}")
     manifest.write_text("\n".join(lines) + "\n")
 
-    done = run("fit", manifest, *TINY, "--group", "patient", "--shots", "1,4", "--no-controls", "--json")
+    done = run("fit", manifest, *TINY, "--group", "patient", "--shots", "1,4", "--no-baselines", "--json")
 
     assert done.code == 0, done.err
     assert [point["images"] for point in done.json["curves"][0]["points"]] == [2, 8]
@@ -222,7 +222,7 @@ def test_layers_and_views(run: Run, folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     names = [stage.name for stage in load_backbone(BackboneSpec("test_resnet", random_init=0)).stages[-2:]]
 
-    done = run("fit", folder, *TINY, "--layers", ",".join(names), "--views", "2", "--no-controls", "--json")
+    done = run("fit", folder, *TINY, "--layers", ",".join(names), "--views", "2", "--no-baselines", "--json")
 
     assert done.code == 0, done.err
     assert done.json["extract"]["cut"] == "+".join(names)
@@ -236,7 +236,7 @@ def test_an_exported_model_looks_at_one_view(
     """Its answers are not those of a head that averages several: that is said."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    fitted = run("fit", folder, *TINY, "--views", "2", "--no-controls", "--json").json["heads"][0]["bundle"]
+    fitted = run("fit", folder, *TINY, "--views", "2", "--no-baselines", "--json").json["heads"][0]["bundle"]
 
     done = run("export", fitted, tmp_path / "model.onnx", "--json")
 

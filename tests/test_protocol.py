@@ -90,7 +90,7 @@ def test_groups_from_the_command_line(run: Run, subtle: Path, tmp_path: Path) ->
     path = manifest(tmp_path, subtle)
 
     tuned = run("finetune", path, *TINY, "--group", "patient", "--epochs", "1", "--lr", "1e-3", "--json")
-    fitted = run("fit", path, *TINY, "--group", "patient", "--no-controls", "--json")
+    fitted = run("fit", path, *TINY, "--group", "patient", "--no-baselines", "--json")
     records = read_records([tmp_path / "cache" / "records" / "runs.jsonl"])
     path.write_text(path.read_text().replace("a/00.png,a,p0", "a/00.png,a,"))
     blank = run("finetune", path, *TINY, "--group", "patient", "--epochs", "1", "--lr", "1e-3")
@@ -133,7 +133,7 @@ def test_a_manifest_in_another_order_gives_the_same_numbers(run: Run, subtle: Pa
     head, *lines = path.read_text().splitlines()
     found = []
     for _ in range(2):
-        found.append(run("fit", path, *TINY, "--head", "knn", "--no-controls", "--json").json["heads"][0])
+        found.append(run("fit", path, *TINY, "--head", "knn", "--no-baselines", "--json").json["heads"][0])
         path.write_text("\n".join([head, *np.random.default_rng(0).permutation(lines).tolist()]) + "\n")
 
     for name in ("best_params", "confusion"):
@@ -148,7 +148,7 @@ def test_copies_do_not_teach_the_test(run: Run, tmp_path: Path) -> None:
             for copy in range(3):
                 shutil.copy(tmp_path / "data" / name / f"{index}.png", tmp_path / "data" / name / f"{index}_{copy}.png")
 
-    found = run("fit", tmp_path / "data", *TINY, "--head", "knn", "--no-controls", "--json")
+    found = run("fit", tmp_path / "data", *TINY, "--head", "knn", "--no-baselines", "--json")
     (record,) = read_records([tmp_path / "cache" / "records" / "runs.jsonl"])
 
     assert found.json["heads"][0]["test"]["accuracy"] < 0.9
@@ -166,7 +166,7 @@ def test_copies_across_given_splits_are_said_and_recorded(run: Run, folder: Path
         draw_image(image, (90, 90, 90), 99000 + int(image.stem) + 100 * ord(image.parent.name[0]))
     shutil.copy(root / "train" / "red" / "00.png", root / "train" / "blue" / "other.png")
 
-    found = run("fit", root, *TINY, "--head", "ridge", "--no-controls")
+    found = run("fit", root, *TINY, "--head", "ridge", "--no-baselines")
     (record,) = read_records([tmp_path / "cache" / "records" / "runs.jsonl"])
 
     assert "18 of 36 test images are byte for byte training or validation images too" in found.err

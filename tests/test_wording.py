@@ -44,7 +44,7 @@ def test_fit_prints_one_table_sorted_by_validation(run: Run, tmp_path: Path) -> 
 def test_mistakes_are_printed_as_files_that_are_there(run: Run, tmp_path: Path) -> None:
     """Each line names an image that can be opened, its class, what it was taken for and how sure the head was."""
     folder = draw_grey(tmp_path / "grey")
-    command = ("fit", folder, *TINY, "--head", "knn", "--no-controls", "--mistakes", "2", "--per-class")
+    command = ("fit", folder, *TINY, "--head", "knn", "--no-baselines", "--mistakes", "2", "--per-class")
     shown = run(*command).out
     listed = run(*command, "--json").json["heads"][0]["mistakes"]
     rows = [line for line in shown.splitlines() if line.startswith(str(folder))]

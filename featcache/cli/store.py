@@ -256,9 +256,9 @@ def doctor_command(as_json: bool) -> None:  # noqa: FBT001
 def completion_command(shell: str) -> None:
     """Print a script that completes commands, options, heads and files of featcache in SHELL.
 
-    bash: featcache completion bash > ~/.local/share/bash-completion/completions/featcache
+    bash: write eval "$(featcache completion bash)" into ~/.bashrc.
 
-    zsh: featcache completion zsh > ~/.zfunc/_featcache, where ~/.zfunc is in $fpath before compinit.
+    zsh: write eval "$(featcache completion zsh)" into ~/.zshrc, behind compinit.
 
     fish: featcache completion fish > ~/.config/fish/completions/featcache.fish
     """

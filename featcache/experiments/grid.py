@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import UsageError
+from featcache.errors import UsageError, did_you_mean
 from featcache.finetuning.plan import HEAD_NAMES, FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec, TransformOverrides, check_seed, check_value, freeze_args
 
@@ -79,7 +79,9 @@ def _grid(table: dict[str, Any], path: Path) -> Grid:
     backbones = tuple(_backbone(entry) for entry in _tables(table, "backbone", [{"name": "mini"}]))
     heads = _strings(table, "heads")
     if unknown := [head for head in heads if head not in HEAD_NAMES]:
-        raise UsageError(f"heads: {unknown[0]!r}: choose from {', '.join(HEAD_NAMES)}.")
+        raise UsageError(
+            f"heads: {unknown[0]!r}: choose from {', '.join(HEAD_NAMES)}.{did_you_mean(unknown[0], HEAD_NAMES)}"
+        )
     if not data:
         raise UsageError("at least one [[dataset]] is needed.")
     if not heads and not plans:
@@ -157,4 +159,6 @@ def _typed(table: dict[str, Any], key: str, kind: type, default: Any) -> Any:
 def _only(table: dict[str, Any], allowed: set[str], where: str) -> None:
     unknown = sorted(set(table) - allowed)
     if unknown:
-        raise UsageError(f"{where} has no key {unknown[0]!r}; it takes {', '.join(sorted(allowed))}.")
+        raise UsageError(
+            f"{where} has no key {unknown[0]!r}; it takes {', '.join(sorted(allowed))}.{did_you_mean(unknown[0], allowed)}"
+        )

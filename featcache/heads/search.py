@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
-from featcache.errors import DataError, UsageError
+from featcache.errors import DataError, UsageError, did_you_mean
 from featcache.evaluation.metrics import Scores, score
 from featcache.evaluation.splits import Fold
 from featcache.heads.base import Y_, Candidate, HeadFamily, Many, Params
@@ -56,8 +56,9 @@ def require_head(name: str) -> None:
     Raises:
         UsageError: there is no such head.
     """
-    if name not in {*HEADS, ENSEMBLE, ALL}:
-        raise UsageError(f"`heads` {name}: choose from {', '.join([*HEADS, ENSEMBLE, ALL])}.")
+    names = [*HEADS, ENSEMBLE, ALL]
+    if name not in names:
+        raise UsageError(f"`heads` {name}: choose from {', '.join(names)}.{did_you_mean(name, names)}")
 
 
 def require_params(name: str, grid: Sequence[Params]) -> None:

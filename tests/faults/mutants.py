@@ -98,7 +98,7 @@ def prepare(root: Path, *, tuned: bool) -> World:
     images = str(root / "images")
     done = [ask("extract", images, *BACKBONE, *RUN, "--random-init", str(seed), "--json")[1] for seed in (0, 1)]
     world.facts["entry"], world.facts["other"] = (json.loads(out)["entry"] for out in done)
-    _, out = ask("fit", images, *BACKBONE, *RUN, "--random-init", "0", "--head", "ridge", "--no-controls", "--json")
+    _, out = ask("fit", images, *BACKBONE, *RUN, "--random-init", "0", "--head", "ridge", "--no-baselines", "--json")
     world.facts["head"] = json.loads(out)["heads"][0]["bundle"]
     if tuned:
         command = ("finetune", images, *BACKBONE, *RUN, "--random-init", "0", "--unfreeze", "last:1", "--epochs", "1")
@@ -143,7 +143,7 @@ def answers(world: World) -> Answers:
     for head in ("head", "tuned head"):
         if head in world.facts:
             answer(f"predict with the {head}", "predict", world.facts[head], images, "--json", *RUN, keep=str)
-    answer("fit", "fit", images, *flags, "--head", "ridge", "--no-controls", "--json", keep=_fitted)
+    answer("fit", "fit", images, *flags, "--head", "ridge", "--no-baselines", "--json", keep=_fitted)
     answer("extract", "extract", images, *flags, "--json", keep=lambda _: _table(entry))
     for path in sorted((world.root / "more").rglob("*.png")):
         shutil.copy(path, Path(images) / path.parent.name / path.name)
