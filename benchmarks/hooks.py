@@ -20,7 +20,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from featcache.backbones.timm_models import Backbone, Normalise, load_backbone
+from featcache.backbones.base import Backbone, Normalise
+from featcache.backbones.timm_models import load_backbone
 from featcache.errors import FeatcacheError
 from featcache.specs import POOLS, BackboneSpec
 

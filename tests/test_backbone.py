@@ -88,7 +88,7 @@ def test_unreachable_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("no address")
 
     monkeypatch.setattr("socket.getaddrinfo", no_address)
-    monkeypatch.setattr("featcache.backbones.timm_models.getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
 
     with pytest.raises(SetupError, match=r"`backbone='mini'`.*`weights=FILE`.*`random_init=SEED`"):
         load_backbone(BackboneSpec("resnet18.a1_in1k"))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featcache.backbones.base import Backbone, stages_of
 from featcache.backbones.cut import Cutter, split
-from featcache.backbones.timm_models import Backbone, _stages, load_backbone
+from featcache.backbones.timm_models import load_backbone
 from featcache.errors import CutError, UsageError
 from featcache.specs import BackboneSpec, LoadedBackbone, Pool, Transform, TransformOverrides
 
@@ -52,7 +53,7 @@ def create(name: str, args: dict[str, Any]) -> nn.Module:
 def test_prefix_and_suffix_are_the_whole(name: str, args: dict[str, Any], size: int) -> None:
     """Exactly so in float32, and within half precision when stored as float16, at the first, middle and last boundary."""
     module = create(name, args)
-    stages = _stages(module)
+    stages = stages_of(module)
     images = torch.rand(5, 3, size, size)  # another batch size than traced
     with torch.inference_mode():
         whole = module(images)
@@ -157,9 +158,9 @@ def test_stage_names_are_the_architectures_own() -> None:
     """Stages are called what their modules are called; the last norm belongs to the last stage."""
     vit, resnet = create("test_vit", {"img_size": 64}), create("resnet10t", {})
 
-    assert [stage.name for stage in _stages(resnet)] == ["stem", "layer1", "layer2", "layer3", "layer4"]
-    assert [stage.name for stage in _stages(vit)][:2] == ["stem", "blocks.0"]
-    assert any(name.startswith(("norm", "fc_norm")) for name in _stages(vit)[-1].parameters)
+    assert [stage.name for stage in stages_of(resnet)] == ["stem", "layer1", "layer2", "layer3", "layer4"]
+    assert [stage.name for stage in stages_of(vit)][:2] == ["stem", "blocks.0"]
+    assert any(name.startswith(("norm", "fc_norm")) for name in stages_of(vit)[-1].parameters)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_stage_names_are_the_architectures_own() -> None:
 def test_backbones_without_coarse_groups_have_stages(name: str, expected: list[str] | None) -> None:
     """Children, or blocks, stand in: each parameter is in one stage, and none of them is next to nothing."""
     module = create(name, {})
-    stages = _stages(module)
+    stages = stages_of(module)
 
     assert len(stages) > 3
     assert expected is None or [stage.name for stage in stages] == expected
@@ -179,7 +180,7 @@ def test_backbones_without_coarse_groups_have_stages(name: str, expected: list[s
 def test_every_parameter_is_in_one_stage() -> None:
     """Stages divide the backbone."""
     module = create("mobilenetv3_small_050", {})
-    listed = [name for stage in _stages(module) for name in stage.parameters]
+    listed = [name for stage in stages_of(module) for name in stage.parameters]
 
     assert sorted(listed) == sorted(name for name, _ in module.named_parameters())
 
@@ -266,7 +267,7 @@ def test_tokens_that_are_used_are_computed(args: dict[str, Any]) -> None:
 def test_a_weight_that_is_handed_to_a_function_is_the_functions(name: str, boundary: int, shape: tuple[int, ...]) -> None:
     """No frozen parameter lies behind a cut: standardised convolutions and added positions are done before it."""
     module = create(name, {"img_size": 80} if name == "test_vit" else {})
-    stages = _stages(module)
+    stages = stages_of(module)
     behind = {parameter for stage in stages[boundary + 1 :] for parameter in stage.parameters}
 
     parts = split(module, behind.__contains__, 80)

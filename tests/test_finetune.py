@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from featcache import heads
-from featcache.backbones.timm_models import Backbone, Stage, load_backbone
+from featcache.backbones.base import Backbone, Stage
+from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import UsageError
 from featcache.evaluation.splits import make_split
@@ -269,7 +270,7 @@ def test_what_cannot_be_cut_is_trained_whole(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no cut is found, training runs from pixels and says so."""
-    from featcache.backbones import timm_models as module
+    from featcache.backbones import base as module
     from featcache.errors import CutError
 
     def refuse(*_: object) -> None:

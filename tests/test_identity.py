@@ -328,7 +328,7 @@ def test_pytorchs_downloads_are_looked_at(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "checkpoints").mkdir()
     file = tmp_path / "checkpoints" / "net-1234.pth"
     config = {"url": "https://example.org/models/net-1234.pth"}
-    origin = backbone._published(config)
+    origin = origins.published(config)
     assert origin == Origin("file", "net-1234.pth", filename="net-1234.pth", reads=("weights",))
 
     found = [origin.content()]

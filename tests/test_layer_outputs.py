@@ -8,8 +8,9 @@ import torch
 from support import Outcome
 from torch import Tensor, nn
 
+from featcache.backbones.base import Backbone, Normalise
 from featcache.backbones.pooling import Layout, TokenCounts, prove_layout
-from featcache.backbones.timm_models import Backbone, Normalise, load_backbone
+from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import UsageError
 from featcache.experiments.finetune import run_finetune

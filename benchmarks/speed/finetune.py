@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from featcache.backbones.timm_models import Backbone
+from featcache.backbones.base import Backbone
 from featcache.datasets import open_dataset
 from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.extraction.feature_cache import FeatureCache, Settings

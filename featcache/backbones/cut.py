@@ -15,11 +15,9 @@ from typing import Any
 
 import networkx as nx
 import torch
-from timm.layers import DropPath, get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
-from featcache.backbones.pooling import Pooling
-from featcache.backbones.token_pruning import narrow
+from featcache.backbones.tracing import UNKNOWN, Multiple, Shape, combine, narrow, observe, random_images, trace
 from featcache.errors import CutError
 
 _TOLERANCE = 1e-4
@@ -41,14 +39,6 @@ class SplitBackbone:
     frozen: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Multiple:
-    """A number that is ``factor`` times the batch size."""
-
-    factor: int
-
-
-_Unknown = object()
 _Border = tuple[fx.Node, ...]
 _Reads = dict[fx.Node, set[int]]
 
@@ -62,73 +52,6 @@ class Layer:
 
 Place = Layer | Callable[[str], bool] | None
 """Where activations are taken: one tensor; the cut before the first use of a parameter that trains; the end."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What went into a module's call, first argument alone, and what came out of it."""
-
-    given: Any
-    result: Any
-
-
-class _Tracer(fx.Tracer):
-    """Stops at the modules and functions that timm declares untraceable, and at those that act in training alone.
-
-    ``calls`` says what each module was called with, by its name below the backbone that is traced.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._leaves = (DropPath, Pooling, *get_notrace_modules())
-        self.calls: dict[str, list[_Call]] = {}
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module, and remember what a hook on it would see."""
-        result = super().call_module(m, forward, args, kwargs)
-        name = self.path_of_module(m).removeprefix("backbone.")
-        self.calls.setdefault(name, []).append(_Call(args[0] if args else None, result))
-        return result
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Tell whether a module is called as a whole."""
-        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
-
-
-class _OnlyImages(nn.Module):
-    """Binds every argument of a backbone's ``forward`` but the images to its default."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings (b, d)."""
-        return self.backbone(images)  # type: ignore[no-any-return]
-
-
-class _Observer(fx.Interpreter):
-    """Runs a graph and remembers what each node gave: shapes of tensors, values of numbers."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.seen: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and remember what it gave."""
-        value = super().run_node(n)
-        self.seen[n] = _describe(value)
-        return value
-
-
-@dataclass(frozen=True)
-class _Shape:
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def length(self) -> int:
-        return math.prod(self.sizes)
 
 
 class Cutter:
@@ -145,10 +68,10 @@ class Cutter:
 
     def __init__(self, backbone: nn.Module, image_size: int, *, narrows: bool = True) -> None:
         self._backbone = backbone
-        self._traced, self._calls = _trace(backbone)
-        self._images = _random_images(backbone, 3, image_size)
+        self._traced, self._calls = trace(backbone)
+        self._images = random_images(backbone, 3, image_size)
         self._values = self._observed()
-        if narrows and narrow(self._traced, self._sizes, (DropPath,)):
+        if narrows and narrow(self._traced, self._sizes):
             self._values = self._observed()
         self._dependent = _descendants(node for node in self._traced.graph.nodes if node.op == "placeholder")
         self._held = {node: _parameter_ids(self._traced, node) for node in self._traced.graph.nodes}
@@ -157,12 +80,12 @@ class Cutter:
         self._reproduces = False
 
     def _observed(self) -> dict[fx.Node, Any]:
-        two, three = (_observe(self._traced, self._images[:count]) for count in (2, 3))
-        return {node: _combine(two[node], three[node]) for node in self._traced.graph.nodes}
+        two, three = (observe(self._traced, self._images[:count]) for count in (2, 3))
+        return {node: combine(two[node], three[node]) for node in self._traced.graph.nodes}
 
     def _sizes(self, node: fx.Node) -> tuple[int, ...] | None:
         value = self._values.get(node)
-        return value.sizes if isinstance(value, _Shape) else None
+        return value.sizes if isinstance(value, Shape) else None
 
     def split(self, is_trained: Callable[[str], bool]) -> SplitBackbone:
         """Split before the first use of a trained parameter, told by its name.
@@ -225,7 +148,7 @@ class Cutter:
             )
         value = calls[0].given if enters else calls[0].result
         node = getattr(value, "node", None)
-        if not isinstance(node, fx.Node) or not isinstance(self._values[node], _Shape):
+        if not isinstance(node, fx.Node) or not isinstance(self._values[node], Shape):
             several = isinstance(value, tuple | list | dict) or isinstance(self._values.get(node), tuple)  # type: ignore[arg-type]
             raise CutError("several tensors leave it." if several else "what leaves it is no tensor with one row an image.")
         if not self._reproduces:
@@ -290,7 +213,7 @@ def parameters_by_use(backbone: nn.Module) -> list[nn.Parameter]:
     Raises:
         CutError: it cannot be traced.
     """
-    traced = _trace(backbone)[0]
+    traced = trace(backbone)[0]
     images = [node for node in traced.graph.nodes if node.op == "placeholder"]
     end = next(node for node in traced.graph.nodes if node.op == "output")
     held = {node: _parameter_ids(traced, node) for node in traced.graph.nodes}
@@ -320,9 +243,9 @@ def without_unused_tokens(backbone: nn.Module, image_size: int) -> nn.Module:
     Raises:
         CutError: it cannot be traced, or the trace does not reproduce it.
     """
-    traced, images = _trace(backbone)[0], _random_images(backbone, 2, image_size)
-    seen = _observe(traced, images)
-    narrow(traced, lambda node: seen[node].sizes[1:] if isinstance(seen.get(node), _Shape) else None, (DropPath,))
+    traced, images = trace(backbone)[0], random_images(backbone, 2, image_size)
+    seen = observe(traced, images)
+    narrow(traced, lambda node: seen[node].sizes[1:] if isinstance(seen.get(node), Shape) else None)
     _check(backbone, traced, images)
     return traced.eval()
 
@@ -334,53 +257,6 @@ def _check(backbone: nn.Module, computed: Callable[[Tensor], Tensor], images: Te
         raise CutError("this backbone answers a random image with NaN or infinity.")
     if not torch.allclose(whole, got, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
         raise CutError("what was traced does not reproduce the whole backbone.")
-
-
-def _random_images(backbone: nn.Module, count: int, size: int) -> Tensor:
-    device = next(backbone.parameters()).device
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def _trace(backbone: nn.Module) -> tuple[fx.GraphModule, dict[str, list[_Call]]]:
-    root, tracer = _OnlyImages(backbone).eval(), _Tracer()
-    try:
-        return fx.GraphModule(root, tracer.trace(root)), tracer.calls
-    except Exception as error:  # tracing runs the model's own Python code: it can fail in any way
-        raise CutError(f"this backbone cannot be traced ({type(error).__name__}: {error}).") from error
-
-
-def _observe(traced: fx.GraphModule, images: Tensor) -> dict[fx.Node, Any]:
-    observer = _Observer(traced)
-    with torch.inference_mode():
-        observer.run(images)
-    return observer.seen
-
-
-def _describe(value: object) -> Any:
-    if isinstance(value, Tensor):
-        return _Shape(tuple(value.shape), value.dtype)
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return value
-    if isinstance(value, tuple | list):
-        return tuple(_describe(part) for part in value)
-    return _Unknown
-
-
-def _combine(two: Any, three: Any) -> Any:
-    """Return what is known of a node for every batch size, from batches of two and of three images."""
-    if isinstance(two, _Shape) and isinstance(three, _Shape):
-        rows = two.sizes[:1] == (2,) and three.sizes[:1] == (3,) and two.sizes[1:] == three.sizes[1:]
-        return _Shape(two.sizes[1:], two.dtype) if rows else _Unknown
-    if isinstance(two, tuple) and isinstance(three, tuple) and len(two) == len(three):
-        parts = tuple(_combine(*pair) for pair in zip(two, three, strict=True))
-        return _Unknown if any(part is _Unknown or isinstance(part, _Shape) for part in parts) else parts
-    if two is _Unknown or three is _Unknown or isinstance(two, _Shape | tuple) or isinstance(three, _Shape | tuple):
-        return _Unknown
-    if two == three:
-        return two
-    if isinstance(two, int) and isinstance(three, int) and two % 2 == 0 and two // 2 * 3 == three:
-        return _Multiple(two // 2)
-    return _Unknown
 
 
 def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
@@ -426,9 +302,9 @@ def _minimum_cut(
         if node not in dependent or node in hot:
             continue
         value = values[node]
-        if isinstance(value, _Shape):
+        if isinstance(value, Shape):
             flow.add_edge((node, "in"), (node, "out"), capacity=value.length * value.dtype.itemsize)
-        elif value is _Unknown:
+        elif value is UNKNOWN:
             flow.add_edge((node, "in"), (node, "out"))
         if node.op == "placeholder" or reads[node]:
             flow.add_edge("images", (node, "in"))
@@ -441,7 +317,7 @@ def _minimum_cut(
     except nx.NetworkXUnbounded as error:
         raise CutError("no tensor with one row an image separates the frozen from the trained part.") from error
     border = [node for node in traced.graph.nodes if (node, "in") in before and (node, "out") in after]
-    tensors = tuple(node for node in border if isinstance(values[node], _Shape))
+    tensors = tuple(node for node in border if isinstance(values[node], Shape))
     if len({values[node].dtype for node in tensors}) != 1:
         raise CutError("tensors of several kinds of numbers would have to be stored for this cut.")
     return tensors
@@ -474,7 +350,7 @@ def _suffix(traced: fx.GraphModule, border: _Border, values: dict[fx.Node, Any],
 
     def known(node: fx.Node) -> bool:
         value = values[node]
-        return node in border or (node in dependent and value is not _Unknown and not isinstance(value, _Shape))
+        return node in border or (node in dependent and value is not UNKNOWN and not isinstance(value, Shape))
 
     needed: set[fx.Node] = set()
     waiting = [node for node in traced.graph.nodes if node.op == "output"]
@@ -497,7 +373,7 @@ def _suffix(traced: fx.GraphModule, border: _Border, values: dict[fx.Node, Any],
 
 def _constant(graph: fx.Graph, stored: fx.Node, value: Any) -> Any:
     """Return a value that no longer depends on the images, its batch sizes read off the stored tensor."""
-    if isinstance(value, _Multiple):
+    if isinstance(value, Multiple):
         rows = graph.call_method("size", (stored, 0))
         return rows if value.factor == 1 else graph.call_function(_times, (rows, value.factor))
     if isinstance(value, tuple):

@@ -2,12 +2,15 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from featcache.errors import UsageError
 from featcache.fingerprint import fingerprint, sha256_of_file
@@ -76,7 +79,7 @@ class Origin:
         files = list(self._files(folder)) if folder is not None else []
         if not files:
             return None
-        return fingerprint({file.name: _sha256(file) for file in files})
+        return fingerprint({file.name: sha256_of_weights(file) for file in files})
 
     def _files(self, folder: Path) -> Iterator[Path]:
         if "config" in self.reads and (folder / _CONFIG).is_file():
@@ -166,10 +169,6 @@ def _torch_downloads() -> Path | None:
 
 def sha256_of_weights(path: Path) -> str:
     """Return the SHA-256 of a file; it is read once a process, as long as its size, times and inode stay."""
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
     signs, now = _signs(path), time.time_ns()
     if (known := _hashed.get(signs)) is not None:
         return known
@@ -182,3 +181,78 @@ def _sha256(path: Path) -> str:
 def _signs(path: Path) -> tuple[Any, ...]:
     found = path.stat()
     return (os.path.abspath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)  # noqa: PTH100 - links stay
+
+
+def pinned(name: str, origin: Origin) -> tuple[str, Path | None]:
+    """Return a name that means one network, and the folder of its files.
+
+    A branch of the hub's becomes the commit that it stands for now, so that what is loaded and what is noted are the same.
+
+    Raises:
+        UsageError: a folder is not there, or no network.
+    """
+    if origin.kind == "folder":
+        return name, origin.folder()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with nullcontext() if hub_has_an_address() else local_files_only():
+            config = Path(hf_hub_download(origin.place, "config.json", revision=origin.revision or None))
+    except Exception:  # noqa: BLE001 - timm asks for the same file, and its error is told
+        return name, None
+    return f"hf-hub:{origin.place}@{config.parent.name}", config.parent
+
+
+def published(pretrained_cfg: dict[str, Any]) -> Origin | None:
+    """Return where timm has a name's published weights from; ``None`` where it does not say: they are then never trusted."""
+    from timm.models import _builder
+
+    try:
+        kind, place = _builder._resolve_pretrained_source(pretrained_cfg)  # noqa: SLF001 - the one place that decides it
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    if kind == "hf-hub":
+        identifier, filename = place if isinstance(place, tuple) else (place, "")
+        repository, _, revision = identifier.partition("@")
+        return Origin("hub", repository, revision, filename, ("weights",))
+    if kind == "url":
+        url = place if isinstance(place, str) else place[0]
+        name = Path(urlsplit(url).path).name if isinstance(place, str) else place[1]
+        return Origin("file", name, filename=name, reads=("weights",))
+    return None
+
+
+def hub_has_an_address() -> bool:
+    """Tell whether it is worth asking the hub; a proxy may know its address where this machine does not."""
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies().keys() & {"https", "all"}:
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def local_files_only() -> Iterator[None]:
+    """Let the hub's client look at what was downloaded before, and spare a minute of retries."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def sha256_of_given_weights(spec: BackboneSpec) -> str | None:
+    """Return the SHA-256 of the weights file that a user names, ``None`` where there is none."""
+    path = Path(spec.weights) if spec.weights is not None else None
+    return sha256_of_weights(path) if path is not None and path.is_file() else None

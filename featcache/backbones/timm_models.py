@@ -1,241 +1,26 @@
-"""The world of timm: create a backbone, load its weights, read its transform, name its stages."""
+"""The world of timm: create a backbone, load its weights, read its transform."""
 
-import copy
 import inspect
 import json
-import re
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from featcache.errors import CutError, DataError, SetupError, UsageError
-
-try:
-    import timm
-except RuntimeError as error:
-    if "torchvision::nms" not in str(error):
-        raise
-    from importlib.metadata import version
-
-    raise SetupError(
-        f"torch {version('torch')} and torchvision {version('torchvision')} come from different builds. Repair: "
-        "`pip uninstall -y torch torchvision && pip install torch torchvision` (both, in one command)."
-    ) from error
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
 from featcache.backbones import origins
-from featcache.backbones.cut import Cutter, Layer, Place, parameters_by_use, without_unused_tokens
-from featcache.backbones.layers import Layers, layout_of_version_1
-from featcache.backbones.origins import BUNDLED, Origin
-from featcache.backbones.pooling import Features, PooledFeatures, Pooling, TokenCounts, prove_layout
-from featcache.backbones.prefix import FrozenPrefix, Normalise, TorchRuntime
+from featcache.backbones.base import Backbone, default_device
+from featcache.backbones.origins import BUNDLED
+from featcache.backbones.tracing import timm
+from featcache.errors import DataError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_chunks
-from featcache.specs import (
-    FORMAT_VERSION,
-    INPUT,
-    INTERPOLATIONS,
-    POOLED,
-    REVISED,
-    BackboneSpec,
-    LoadedBackbone,
-    Transform,
-    freeze_args,
-    is_embedding,
-    layers_of,
-)
+from featcache.specs import INTERPOLATIONS, BackboneSpec, LoadedBackbone, Transform, freeze_args
 
-_LIGHT = 0.01  # of all parameters
 OWN_HEAD = "featcache_head."  # in the files of tuned networks that have no classifier of timm's
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of the ordered groups of layers that timm divides a backbone into."""
-
-    name: str
-    parameters: tuple[str, ...]
-    size: int
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A loaded backbone without classifier, in inference mode: images (b, 3, h, w) -> embeddings (b, d)."""
-
-    spec: BackboneSpec
-    loaded: LoadedBackbone
-    transform: Transform
-    module: nn.Module
-    device: torch.device
-    origin: Origin | None = None  # of what was found by a name
-    content: str | None = None  # of the origin's files, as they were loaded
-    file_sha256: str | None = None  # of the weights file, as it was loaded
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the files that it was loaded from are still what they were."""
-        same = self.origin is None or self.origin.content() == self.content
-        return same and _sha256_of_file(self.spec) == self.file_sha256
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages in forward order; a tail without a stage of its own (last norm) belongs to the last one."""
-        return _stages(self.module)
-
-    @cached_property
-    def whole(self) -> nn.Module:
-        """Images (b, 3, h, w) to embeddings (b, d), by the pooling that was asked for."""
-        if self.spec.pool == "default":
-            return self.module
-        return PooledFeatures(self.module, self._last_pooling)
-
-    def prefix(self, cut: str) -> nn.Module:
-        """Return the frozen part up to a stage, images (b, 3, h, w) -> activations (b, ...).
-
-        Raises:
-            UsageError: there is no such stage.
-            CutError: the backbone cannot be cut there.
-        """
-        return self._cutter.split(self._trained_in_whole(cut)).prefix
-
-    def suffix(self, cut: str) -> nn.Module:
-        """Return what follows a cut: stored activations (b, ...) -> embeddings (b, d).
-
-        The suffix of ``input`` takes pixels, uint8 (b, h, w, 3).
-        """
-        if cut == INPUT:
-            return nn.Sequential(Normalise(self.transform), self._traced_whole())
-        return self._cutter.split(self._trained_in_whole(cut)).suffix
-
-    def _traced_whole(self) -> nn.Module:
-        """Return what ``whole`` computes, traced where that can be, without tokens that nobody looks at."""
-        try:
-            return without_unused_tokens(self.whole, self.transform.input_size)
-        except CutError:
-            return self.whole
-
-    @cached_property
-    def _cutter(self) -> Cutter:
-        return Cutter(self.whole, self.transform.input_size)
-
-    def _trained_in_whole(self, cut: str) -> Callable[[str], bool]:
-        is_trained = self.trained_after(cut)
-        inside = "" if self.whole is self.module else PooledFeatures.INSIDE
-        return lambda name: is_trained(name.removeprefix(inside))
-
-    @cached_property
-    def _last_pooling(self) -> Pooling:
-        """The pooling that was asked for, over the last activations' proved positions."""
-        what = f"`pool` {self.spec.pool}: the last activations of {self.spec.name}"
-        if not hasattr(self.module, "forward_features"):
-            raise UsageError(f"`pool` {self.spec.pool}: {self.spec.name} does not give its activations before pooling.")
-        features = Features(self.module)
-        images = torch.rand(1, 3, *(self.transform.input_size,) * 2, generator=torch.Generator().manual_seed(0))
-        images = images.to(self.device)
-        try:
-            parameters: Iterable[nn.Parameter] = list(parameters_by_use(features))
-        except CutError:  # in order of their creation then, which is nearly that of use
-            parameters = reversed(list(self.module.parameters()))
-        instead = "Leave `pool` out."
-        layout = prove_layout(what, lambda: features(images), parameters, self._counts, instead=instead)
-        if layout.axes == 2:
-            raise UsageError(f"{what} are a vector already. {instead}")
-        return Pooling(self.spec.pool, layout, self.spec.name)
-
-    @cached_property
-    def _counts(self) -> TokenCounts:
-        return TokenCounts.of(self.module, self.transform.input_size)
-
-    def program(self, cuts: Sequence[str]) -> nn.Module:
-        """Return the frozen part of several cuts in one pass: pixels uint8 (b, h, w, 3) -> a tuple of activations.
-
-        Raises:
-            UsageError: there is no such stage or layer, or a layer's output makes no one vector.
-            CutError: the backbone cannot be cut there.
-        """
-        layers = [layers_of(cut) for cut in cuts]
-        places: list[Place] = []
-        finish: list[nn.Module] = []
-        for cut, names in zip(cuts, layers, strict=True):
-            for name in names:
-                if name == POOLED:
-                    places.append(None)
-                    finish.append(nn.Flatten())
-                elif not is_embedding(cut):
-                    places.append(self._trained_in_whole(name))
-                    finish.append(nn.Identity())
-                else:
-                    layer, pooling = self._layers.read(name)
-                    places.append(layer)
-                    finish.append(pooling)
-        if places != [None]:
-            has_layers = any(isinstance(place, Layer) for place in places)
-            body = (self._layers.cutter if has_layers else self._cutter).joint_prefix(places)
-        else:  # a trace takes time, and gains where a class token is alone in the end
-            body = self._traced_whole() if getattr(self.module, "global_pool", None) == "token" else self.whole
-        return FrozenPrefix(Normalise(self.transform), body, finish, [len(names) for names in layers]).eval().to(self.device)
-
-    def format_version(self, cut: str) -> int:
-        """Return which version of the format a cut's rows have: entries of another version are not taken for them.
-
-        Raises:
-            UsageError: there is no such stage or layer.
-            CutError: the backbone cannot be cut there.
-        """
-        if cut == INPUT:
-            return FORMAT_VERSION
-        names = layers_of(cut)
-        if not names:
-            raise UsageError(f"`cut` {cut}: write a stage's name, or those of layers with + between them.")
-        layers = [name for name in names if name != POOLED]
-        if not is_embedding(cut):
-            changed = any(self._cutter.has_moved(self._trained_in_whole(layer)) for layer in layers)
-        else:
-            changed = True in {self._layers.has_changed(layer) for layer in layers}  # all are looked at: one may be refused
-        return REVISED if changed or (POOLED in names and self._pools_otherwise) else FORMAT_VERSION
-
-    @cached_property
-    def _pools_otherwise(self) -> bool:
-        """Whether version 1 of the format pooled the last activations over other axes, or other tokens."""
-        if self.spec.pool == "default":
-            return False
-        layout = self._last_pooling.layout
-        return replace(layout, class_token=False) != layout_of_version_1(self.module, layout.axes)
-
-    @cached_property
-    def _layers(self) -> Layers:
-        names = [stage.name for stage in self.stages]
-        behind = {name: None if name == names[-1] else self._trained_in_whole(name) for name in names}
-        return Layers(self.spec.name, self.whole, behind, self.spec.pool, self._counts)
-
-    def runner(self, cut: str) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:
-        """Return the frozen part as a plain function on arrays: pixels uint8 (b, h, w, 3) -> rows float32 (b, ...)."""
-        run = TorchRuntime(self.program((cut,)), self.device, self.spec.precision)
-        return lambda pixels: run(pixels)[0]
-
-    def trained_after(self, cut: str) -> Callable[[str], bool]:
-        """Return a test for the names of the parameters that lie behind a cut."""
-        names = [stage.name for stage in self.stages]
-        if cut not in names:
-            raise UsageError(f"`cut` {cut}: {self.spec.name} has the stages {', '.join(names)}, besides pooled and input.")
-        if cut == names[-1]:
-            raise UsageError(f"`cut` {cut} is the last stage, nothing is left to train behind it: use pooled.")
-        behind = {name for stage in self.stages[names.index(cut) + 1 :] for name in stage.parameters}
-        return behind.__contains__
-
-    def separate(self) -> "Backbone":
-        """Return a copy whose parameters can be trained without touching this one's."""
-        return replace(self, module=copy.deepcopy(self.module))
 
 
 def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Backbone:
@@ -257,7 +42,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
         architecture, args, config = spec.name, dict(spec.model_args), None
         _require_known(architecture)
     if named is not None:
-        architecture, folder = _pinned(spec.name, named)
+        architecture, folder = origins.pinned(spec.name, named)
         content = named.content() if named.kind == "folder" else None  # a commit of the hub's does not change
     pretrained = spec.weights is None and spec.random_init is None and config is None
     module = _create(architecture, args, pretrained=pretrained, seed=spec.random_init)
@@ -277,7 +62,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
         if before not in {None, content}:
             raise DataError(f"`backbone` {spec.name}: its files changed while they were read. Run again.")
     elif pretrained:
-        named = _published(pretrained_cfg)
+        named = origins.published(pretrained_cfg)
         content = named.content() if named is not None else None
     loaded = LoadedBackbone(
         architecture=BUNDLED if config is not None else architecture.partition(".")[0],
@@ -293,80 +78,15 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
 
 def _fill(module: nn.Module, spec: BackboneSpec, *, bundled: bool) -> str | None:
     """Load the weights that timm does not, and return the SHA-256 of the user's file, if there is one."""
-    digest = _sha256_of_file(spec)
+    digest = origins.sha256_of_given_weights(spec)
     if spec.weights is not None:
         _load_weights(module, Path(spec.weights))
-        if _sha256_of_file(spec) != digest:
+        if origins.sha256_of_given_weights(spec) != digest:
             raise DataError(f"`weights` {spec.weights}: changed while it was read. Run again.")
     elif bundled and spec.random_init is None:
         with resources.as_file(resources.files("featcache") / "assets" / "mini.safetensors") as path:
             _load_weights(module, path)
     return digest
-
-
-def _sha256_of_file(spec: BackboneSpec) -> str | None:
-    path = Path(spec.weights) if spec.weights is not None else None
-    return origins.sha256_of_weights(path) if path is not None and path.is_file() else None
-
-
-def _pinned(name: str, origin: Origin) -> tuple[str, Path | None]:
-    """Return a name that means one network, and the folder of its files.
-
-    A branch of the hub's becomes the commit that it stands for now, so that what is loaded and what is noted are the same.
-
-    Raises:
-        UsageError: a folder is not there, or no network.
-    """
-    if origin.kind == "folder":
-        return name, origin.folder()
-    from huggingface_hub import hf_hub_download
-
-    try:
-        with nullcontext() if _hub_has_an_address() else _local_weights_only():
-            config = Path(hf_hub_download(origin.place, "config.json", revision=origin.revision or None))
-    except Exception:  # noqa: BLE001 - timm asks for the same file, and its error is told
-        return name, None
-    return f"hf-hub:{origin.place}@{config.parent.name}", config.parent
-
-
-def _published(pretrained_cfg: dict[str, Any]) -> Origin | None:
-    """Return where timm has a name's published weights from; ``None`` where it does not say: they are then never trusted."""
-    from timm.models import _builder
-
-    try:
-        kind, place = _builder._resolve_pretrained_source(pretrained_cfg)  # noqa: SLF001 - the one place that decides it
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None
-    if kind == "hf-hub":
-        identifier, filename = place if isinstance(place, tuple) else (place, "")
-        repository, _, revision = identifier.partition("@")
-        return Origin("hub", repository, revision, filename, ("weights",))
-    if kind == "url":
-        url = place if isinstance(place, str) else place[0]
-        name = Path(urlsplit(url).path).name if isinstance(place, str) else place[1]
-        return Origin("file", name, filename=name, reads=("weights",))
-    return None
-
-
-def default_device() -> torch.device:
-    """Return the first CUDA device where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_of(text: str) -> torch.device:
-    """Return a device by its name, once it has held a number.
-
-    Raises:
-        UsageError: PyTorch knows no such device, or it is not here.
-    """
-    try:
-        device = torch.device(text)
-        torch.zeros(1).to(device).cpu()
-    except Exception as error:  # a device that was not built in fails in any way
-        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        here += ["mps"] if torch.backends.mps.is_available() else []
-        raise UsageError(f"`device` {text}: PyTorch has no such device here; it has {', '.join(here)}.") from error
-    return device
 
 
 @dataclass(frozen=True)
@@ -432,9 +152,9 @@ def _require_known(name: str) -> None:
 
 
 def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | None) -> nn.Module:
-    reachable = not pretrained or _hub_has_an_address()
+    reachable = not pretrained or origins.hub_has_an_address()
     try:
-        with torch.random.fork_rng(devices=[]), nullcontext() if reachable else _local_weights_only():
+        with torch.random.fork_rng(devices=[]), nullcontext() if reachable else origins.local_files_only():
             torch.default_generator.manual_seed(seed or 0)  # of the CPU alone: a GPU's numbers are the caller's
             module: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
             return module
@@ -452,34 +172,6 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
         ) from error
 
 
-def _hub_has_an_address() -> bool:
-    """Tell whether it is worth asking the hub; a proxy may know its address where this machine does not."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies().keys() & {"https", "all"}:
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def _local_weights_only() -> Iterator[None]:
-    """Let the hub's client look at what was downloaded before, and spare a minute of retries."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def _load_weights(module: nn.Module, path: Path) -> None:
     if path.is_dir():
         raise DataError(
@@ -489,7 +181,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise DataError(f"`weights` {path}: there is no such file.")
     try:
-        state = load_state_dict(str(path), weights_only=True)
+        state = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a foreign file can be anything
         raise DataError(
             f"`weights` {path}: not a safetensors file or a plain .pth state of tensors{_reason(error)}. A model "
@@ -637,78 +329,6 @@ def _transform(config: dict[str, Any], spec: BackboneSpec) -> Transform:
 def _three(values: Any) -> tuple[float, float, float]:
     first, second, third = (float(value) for value in values)
     return first, second, third
-
-
-def _stages(module: nn.Module) -> tuple[Stage, ...]:
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    rules = _rules(module)
-    if rules is None:
-        ordered = _children(module, sizes)
-    else:
-        groups = group_parameters(module, rules, reverse=False)
-        ordered = [list(groups[index]) for index in sorted(groups)]
-        if len(ordered) > 1 and not any(_matched(rules, name) for name in ordered[-1]):
-            tail = ordered.pop()
-            ordered[-1].extend(tail)
-        ordered = [group for group in ordered if group]
-    return tuple(
-        Stage(_stage_name(group, index, sizes), tuple(group), sum(sizes[name] for name in group))
-        for index, group in enumerate(ordered)
-    )
-
-
-def _rules(module: nn.Module) -> Any:
-    """Return timm's rules that order a backbone's parameters by depth; ``None`` where it has none."""
-    matcher = getattr(module, "group_matcher", None)
-    if matcher is None:
-        return None
-    try:
-        return matcher(coarse=True)
-    except AssertionError:  # some know single blocks only
-        return matcher(coarse=False)
-
-
-def _children(module: nn.Module, sizes: dict[str, int]) -> list[list[str]]:
-    """Group parameters by child, and by grandchild in lists, in order; a group of little weight joins the one before."""
-    found: dict[str, list[str]] = {}
-    for name in sizes:
-        parts = name.split(".")
-        is_list = len(parts) > 2 and isinstance(getattr(module, parts[0]), nn.Sequential | nn.ModuleList)
-        found.setdefault(".".join(parts[: 2 if is_list else 1]) if len(parts) > 1 else "", []).append(name)
-    own = found.pop("", [])
-    least = _LIGHT * sum(sizes.values())
-    groups: list[list[str]] = []
-    for group in found.values():
-        if groups and min(sum(sizes[name] for name in one) for one in (group, groups[-1])) < least:
-            groups[-1].extend(group)
-        else:
-            groups.append(group)
-    return [own + groups[0], *groups[1:]] if groups else [own]
-
-
-def _matched(rules: Any, name: str) -> bool:
-    if not isinstance(rules, dict):
-        return True
-    patterns = [
-        pattern
-        for rule in rules.values()
-        if rule is not None
-        for pattern in ([rule] if isinstance(rule, str) else [part[0] for part in rule])
-    ]
-    return any(re.match(pattern, name) for pattern in patterns)
-
-
-def _stage_name(group: list[str], index: int, sizes: dict[str, int]) -> str:
-    """Return the shortest module path that holds most of a group's parameters and none of another's."""
-    others = [name for name in sizes if name not in set(group)]
-    parts = group[0].split(".")
-    for depth in range(1, len(parts)):
-        path = ".".join(parts[:depth])
-        inside = sum(name.startswith(f"{path}.") for name in group)
-        enough = inside == len(group) if index == 0 else 2 * inside > len(group)
-        if enough and not any(name.startswith(f"{path}.") for name in others):
-            return path
-    return "stem" if index == 0 else f"stage{index}"
 
 
 def _reason(error: Exception) -> str:

@@ -29,7 +29,7 @@ from featcache.store.atomic import remove_file
 from featcache.store.rows import Features
 
 if TYPE_CHECKING:
-    from featcache.backbones.timm_models import Backbone
+    from featcache.backbones.base import Backbone
     from featcache.finetuning.checkpoint import Checkpoint
     from featcache.finetuning.finetuner import FineTuned
     from featcache.finetuning.model import LinearHead, Take

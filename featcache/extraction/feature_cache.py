@@ -35,8 +35,7 @@ from featcache.specs import (
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
-    from featcache.backbones.prefix import TorchRuntime
-    from featcache.backbones.timm_models import Backbone
+    from featcache.backbones.base import Backbone, TorchRuntime
     from featcache.extraction.runtimes import Workers
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
@@ -191,7 +190,8 @@ class FeatureCache:
     @cached_property
     def backbone(self) -> "Backbone":
         """The loaded backbone; the first use imports torch."""
-        from featcache.backbones.timm_models import device_of, load_backbone
+        from featcache.backbones.base import device_of
+        from featcache.backbones.timm_models import load_backbone
 
         device = self.settings.device
         backbone = load_backbone(self.spec, device_of(device) if device is not None else None)
@@ -374,7 +374,7 @@ class FeatureCache:
         return [(size, size, 3) if cut == INPUT else next(rows).shape[1:] for cut in cuts]
 
     def _eager(self, cuts: Sequence[str]) -> "TorchRuntime":
-        from featcache.backbones.prefix import TorchRuntime
+        from featcache.backbones.base import TorchRuntime
 
         return TorchRuntime(self.backbone.program(cuts), self.backbone.device, self.spec.precision)
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from featcache.backbones.prefix import Outputs, Pixels, TorchRuntime, as_tuple, to_array
+from featcache.backbones.base import Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.errors import SetupError, UsageError
 from featcache.progress import logger
 from featcache.resources import cores, keep_freed_memory

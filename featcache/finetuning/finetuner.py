@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featcache.backbones.timm_models import Backbone
+from featcache.backbones.base import Backbone
 from featcache.evaluation.metrics import TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.checkpoint import Checkpoint

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from featcache.backbones.timm_models import Stage
+from featcache.backbones.base import Stage
 from featcache.errors import UsageError
 from featcache.finetuning.plan import Unfreeze
 from featcache.specs import INPUT
