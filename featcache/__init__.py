@@ -8,44 +8,103 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from featcache.api import bench, export, extract, finetune, fit, predict, sweep
+    from featcache.api import bench, estimate, export, extract, extract_cuts, finetune, fit, predict, sweep
     from featcache.datasets import open_dataset
+    from featcache.datasets.base import Dataset
+    from featcache.errors import CutError, DataError, FeatcacheError, SetupError, StorageError, UsageError
     from featcache.estimator import FeatureExtractor
-    from featcache.experiments.fit import FitPlan
-    from featcache.finetuning.plan import FineTunePlan
+    from featcache.experiments.bench import BenchResult
+    from featcache.experiments.finetune import FineTuneResult, SweepResult
+    from featcache.experiments.fit import FitPlan, FitResult
+    from featcache.extraction.feature_cache import Extracted, Settings
+    from featcache.finetuning.plan import FineTunePlan, Unfreeze
     from featcache.reports.records import RunRecord
-    from featcache.specs import BackboneSpec, FeatureSpec
+    from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
     from featcache.store.entry import FeatureStore
+    from featcache.store.rows import Features
 
-_HOMES = {
-    "extract": "featcache.api",
-    "fit": "featcache.api",
-    "predict": "featcache.api",
-    "export": "featcache.api",
-    "finetune": "featcache.api",
-    "sweep": "featcache.api",
-    "bench": "featcache.api",
-    "FitPlan": "featcache.experiments.fit",
-    "RunRecord": "featcache.reports.records",
-    "open_dataset": "featcache.datasets",
-    "BackboneSpec": "featcache.specs",
-    "FeatureSpec": "featcache.specs",
-    "FineTunePlan": "featcache.finetuning.plan",
-    "FeatureExtractor": "featcache.estimator",
-    "FeatureStore": "featcache.store.entry",
+_NAMES = {  # of each module
+    "featcache.api": (
+        "bench",
+        "estimate",
+        "export",
+        "extract",
+        "extract_cuts",
+        "finetune",
+        "fit",
+        "predict",
+        "sweep",
+    ),
+    "featcache.datasets": ("open_dataset",),
+    "featcache.datasets.base": ("Dataset",),
+    "featcache.errors": (
+        "CutError",
+        "DataError",
+        "FeatcacheError",
+        "SetupError",
+        "StorageError",
+        "UsageError",
+    ),
+    "featcache.estimator": ("FeatureExtractor",),
+    "featcache.experiments.bench": ("BenchResult",),
+    "featcache.experiments.finetune": (
+        "FineTuneResult",
+        "SweepResult",
+    ),
+    "featcache.experiments.fit": (
+        "FitPlan",
+        "FitResult",
+    ),
+    "featcache.extraction.feature_cache": (
+        "Extracted",
+        "Settings",
+    ),
+    "featcache.finetuning.plan": (
+        "FineTunePlan",
+        "Unfreeze",
+    ),
+    "featcache.reports.records": ("RunRecord",),
+    "featcache.specs": (
+        "BackboneSpec",
+        "FeatureSpec",
+        "TransformOverrides",
+        "Views",
+    ),
+    "featcache.store.entry": ("FeatureStore",),
+    "featcache.store.rows": ("Features",),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "BackboneSpec",
+    "BenchResult",
+    "CutError",
+    "DataError",
+    "Dataset",
+    "Extracted",
+    "FeatcacheError",
     "FeatureExtractor",
     "FeatureSpec",
     "FeatureStore",
+    "Features",
     "FineTunePlan",
+    "FineTuneResult",
     "FitPlan",
+    "FitResult",
     "RunRecord",
+    "Settings",
+    "SetupError",
+    "StorageError",
+    "SweepResult",
+    "TransformOverrides",
+    "Unfreeze",
+    "UsageError",
+    "Views",
     "bench",
+    "estimate",
     "export",
     "extract",
+    "extract_cuts",
     "finetune",
     "fit",
     "open_dataset",
@@ -62,3 +121,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value  # a submodule of the same name, imported meanwhile, must not hide it
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -5,132 +5,122 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset
 from featcache.errors import DataError, FeatcacheError, UsageError
-from featcache.experiments.bench import BenchResult, run_bench
-from featcache.experiments.finetune import FineTuneResult, SweepResult, run_finetune, run_sweep
-from featcache.experiments.fit import FitPlan, FitResult, run_fit
-from featcache.experiments.grid import load_grid
-from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
-from featcache.extraction.lookup import default_cache
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, check_seed, check_value
 
+# What runs is imported by the function that runs it: `featcache.fit` on a hit must not pay for PyTorch, nor a signature
+# for the ten modules behind its types.
 if TYPE_CHECKING:
+    from featcache.datasets.base import Dataset
+    from featcache.experiments.bench import BenchResult
     from featcache.experiments.export import Exported
+    from featcache.experiments.finetune import FineTuneResult, SweepResult
+    from featcache.experiments.fit import FitPlan, FitResult
     from featcache.experiments.predict import Prediction
+    from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
+    from featcache.finetuning.plan import FineTunePlan
     from featcache.heads.bundle import Bundle
 
 RECORDS = Path("records") / "runs.jsonl"
 
 
 def extract(
-    data: str | Path | Dataset,
+    data: "str | Path | Dataset",
     backbone: str | BackboneSpec = "mini",
     *,
     cut: str = POOLED,
     dtype: StoredDtype | None = None,
     views: Views | None = None,
-    name: str | None = None,
-    settings: Settings | None = None,
-) -> Extracted:
+    settings: "Settings | None" = None,
+) -> "Extracted":
     """Compute a frozen backbone's features of a data set, unless they are cached.
 
     >>> import featcache
-    >>> done = featcache.extract("sklearn:digits")  # doctest: +SKIP
-    >>> done.store.features().X.shape  # doctest: +SKIP
+    >>> extracted = featcache.extract("sklearn:digits")  # doctest: +SKIP
+    >>> extracted.store.features().X.shape  # doctest: +SKIP
     (1797, 480)
 
     Args:
-        data: what ``open_dataset`` takes, or a source.
+        data: what ``open_dataset`` takes, or what it has opened, under a name of its own for example.
         backbone: ``mini``, a timm name, or a BackboneSpec.
         cut: ``pooled``, a stage's name, several layers such as ``layer3+layer4``, or ``input``.
         dtype: what rows are stored in; embeddings float32 and activation maps float16 by default.
         views: how many views of each image: rows are then (views, ...).
-        name: the data set's name in the cache, where it is not the folder's.
         settings: cache folder, batch size, device, runtime.
 
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    return extract_cuts(data, backbone, cuts=[cut], dtype=dtype, views=views, name=name, settings=settings)[0]
+    return extract_cuts(data, backbone, cuts=[cut], dtype=dtype, views=views, settings=settings)[0]
 
 
 def extract_cuts(
-    data: str | Path | Dataset,
+    data: "str | Path | Dataset",
     backbone: str | BackboneSpec = "mini",
     *,
     cuts: Sequence[str],
     dtype: StoredDtype | None = None,
     views: Views | None = None,
-    name: str | None = None,
-    settings: Settings | None = None,
-) -> list[Extracted]:
+    settings: "Settings | None" = None,
+) -> "list[Extracted]":
     """As ``extract``, for several cuts in one pass over the images; ``dtype`` is that of all but ``input``.
 
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    return _workbench(data, backbone, name, settings).features(_targets(cuts, dtype), views)
+    return _feature_cache(data, backbone, settings).features(_outputs(cuts, dtype), views)
 
 
 def estimate(
-    data: str | Path | Dataset,
+    data: "str | Path | Dataset",
     backbone: str | BackboneSpec = "mini",
     *,
     cuts: Sequence[str] = (POOLED,),
     dtype: StoredDtype | None = None,
     views: Views | None = None,
-    name: str | None = None,
-    settings: Settings | None = None,
-) -> Estimate:
+    settings: "Settings | None" = None,
+) -> "Estimate":
     """Say what ``extract_cuts`` would compute, write and take.
 
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    return _workbench(data, backbone, name, settings).estimate(_targets(cuts, dtype), views)
-
-
-def _targets(cuts: Sequence[str], dtype: StoredDtype | None) -> list[Output]:
-    names = _names(cuts, "cuts")
-    return [Output(cut, None if cut == INPUT else dtype) for cut in dict.fromkeys(names)]
-
-
-def _names(given: Sequence[str], what: str) -> tuple[str, ...]:
-    """Return some names as a tuple; one text is no list of them, though Python would take it for its letters."""
-    names: tuple[str, ...] = check_value(given, tuple[str, ...], what)
-    if not names:
-        raise UsageError(f"{what}: at least one is needed.")
-    return names
+    return _feature_cache(data, backbone, settings).estimate(_outputs(cuts, dtype), views)
 
 
 def fit(
-    data: str | Path | Dataset,
+    data: "str | Path | Dataset",
     backbone: str | BackboneSpec = "mini",
     *,
-    plan: FitPlan | None = None,
+    heads: Sequence[str] | None = None,
+    plan: "FitPlan | None" = None,
     seed: int = 0,
-    name: str | None = None,
-    settings: Settings | None = None,
-) -> FitResult:
+    settings: "Settings | None" = None,
+) -> "FitResult":
     """Train scikit-learn heads on a data set's embeddings, extracted first if needed.
+
+    >>> import featcache
+    >>> featcache.fit("photos", heads=["logistic", "knn"])  # doctest: +SKIP
 
     Args:
         data: as of ``extract``.
         backbone: as of ``extract``.
-        plan: which heads, and how; a logistic one by default.
+        heads: their names, all else as usual; a logistic one by default.
+        plan: which heads, and how, instead of ``heads``.
         seed: of the drawn splits and of the heads' own randomness.
-        name: as of ``extract``.
         settings: as of ``extract``.
 
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    seed, plan = check_seed(seed), check_value(plan or FitPlan(), FitPlan, "plan")
-    bench = _workbench(data, backbone, name, settings)
-    return run_fit(bench, plan, seed=seed, records=bench.settings.cache / RECORDS)
+    from featcache.experiments.fit import FitPlan, run_fit
+
+    if heads is not None and plan is not None:
+        raise UsageError("`heads` and `plan` are both given: write the heads into the plan, FitPlan(heads=...).")
+    usual = FitPlan() if heads is None else FitPlan(_names(heads, "heads"))
+    seed, plan = check_seed(seed), check_value(plan or usual, FitPlan, "plan")
+    cache = _feature_cache(data, backbone, settings)
+    return run_fit(cache, plan, seed=seed, records=cache.settings.cache / RECORDS)
 
 
 def predict(
@@ -139,7 +129,7 @@ def predict(
     *,
     weights: str | None = None,
     trust: bool = False,
-    settings: Settings | None = None,
+    settings: "Settings | None" = None,
 ) -> "tuple[Bundle, Iterator[Prediction]]":
     """Label images with a head that ``fit`` wrote, in the order given; nothing is kept.
 
@@ -154,21 +144,22 @@ def predict(
         FeatcacheError: its subclass says what to change.
     """
     from featcache.experiments.predict import find_images, label_images
+    from featcache.extraction.feature_cache import Settings
     from featcache.heads.bundle import load
 
     bundle = load(Path(head), trust=trust)
     paths = list(find_images(map(str, images)))
-    return bundle, label_images(bundle, paths, settings or Settings(default_cache()), weights=weights)
+    return bundle, label_images(bundle, paths, settings or Settings(), weights=weights)
 
 
 def export(
     head: str | Path,
     path: str | Path,
     *,
-    check: str | Path | Dataset | None = None,
+    check: "str | Path | Dataset | None" = None,
     weights: str | None = None,
     trust: bool = False,
-    settings: Settings | None = None,
+    settings: "Settings | None" = None,
 ) -> "Exported":
     """Write backbone and head as one ONNX model, once it has agreed with them on real images.
 
@@ -183,7 +174,10 @@ def export(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
+    from featcache.datasets import open_dataset
+    from featcache.datasets.base import Dataset
     from featcache.experiments.export import export as write
+    from featcache.extraction.feature_cache import Settings
     from featcache.heads.bundle import load
 
     bundle = load(Path(head), trust=trust)
@@ -196,21 +190,20 @@ def export(
         if check is not None:
             raise
         raise DataError(f"{error} The model is compared with the head on images: give some with `check`.") from error
-    return write(bundle, Path(path), images, settings or Settings(default_cache()), weights=weights)
+    return write(bundle, Path(path), images, settings or Settings(), weights=weights)
 
 
 def finetune(
-    data: str | Path | Dataset,
+    data: "str | Path | Dataset",
     backbone: str | BackboneSpec = "mini",
     *,
     unfreeze: str = "last:1",
-    plan: FineTunePlan | None = None,
+    plan: "FineTunePlan | None" = None,
     probes: Sequence[str] = (),
     group: str | None = None,
     seed: int = 0,
-    name: str | None = None,
-    settings: Settings | None = None,
-) -> FineTuneResult:
+    settings: "Settings | None" = None,
+) -> "FineTuneResult":
     """Train part of a backbone from cached activations and measure the gap to the best probe.
 
     ``plan`` replaces ``unfreeze`` where it is given. The gap is to the best on validation of ridge, nearest neighbours,
@@ -219,39 +212,44 @@ def finetune(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
+    from featcache.experiments.finetune import run_finetune
+    from featcache.finetuning.plan import FineTunePlan, Unfreeze
+
     plan = check_value(plan or FineTunePlan(Unfreeze.parse(unfreeze)), FineTunePlan, "plan")
     seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
     group = check_value(group, str | None, "group")
-    bench = _workbench(data, backbone, name, settings)
-    return run_finetune(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
+    cache = _feature_cache(data, backbone, settings)
+    return run_finetune(cache, plan, probes=probes, group=group, seed=seed, records=cache.settings.cache / RECORDS)
 
 
 def sweep(
-    data: str | Path | Dataset,
+    data: "str | Path | Dataset",
     backbone: str | BackboneSpec = "mini",
     *,
-    plan: FineTunePlan | None = None,
+    plan: "FineTunePlan | None" = None,
     probes: Sequence[str] = (),
     group: str | None = None,
     seed: int = 0,
-    name: str | None = None,
-    settings: Settings | None = None,
-) -> SweepResult:
+    settings: "Settings | None" = None,
+) -> "SweepResult":
     """Fine-tune at every depth, from the last stage to the whole backbone; ``plan.unfreeze`` is left aside.
 
     Raises:
         FeatcacheError: its subclass says what to change.
     """
+    from featcache.experiments.finetune import run_sweep
+    from featcache.finetuning.plan import FineTunePlan, Unfreeze
+
     plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")
     seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
     group = check_value(group, str | None, "group")
-    bench = _workbench(data, backbone, name, settings)
-    return run_sweep(bench, plan, probes=probes, group=group, seed=seed, records=bench.settings.cache / RECORDS)
+    cache = _feature_cache(data, backbone, settings)
+    return run_sweep(cache, plan, probes=probes, group=group, seed=seed, records=cache.settings.cache / RECORDS)
 
 
 def bench(
-    pipeline: str | Path, *, out: Path | None = None, group: str | None = None, settings: Settings | None = None
-) -> BenchResult:
+    pipeline: str | Path, *, out: Path | None = None, group: str | None = None, settings: "Settings | None" = None
+) -> "BenchResult":
     """Run the missing cells of a pipeline file and write its records and tables.
 
     ``group`` is a manifest's column whose values are never in two parts, of all data sets that name none.
@@ -260,9 +258,13 @@ def bench(
         UsageError: the file asks for what cannot be done.
         StorageError: the disk failed.
     """
+    from featcache.experiments.bench import run_bench
+    from featcache.experiments.grid import load_grid
+    from featcache.extraction.feature_cache import Settings
+
     grid = load_grid(Path(pipeline))
     grid = replace(grid, data=tuple(replace(entry, group=entry.group or group) for entry in grid.data))
-    return run_bench(grid, settings or Settings(default_cache()), out or default_out())
+    return run_bench(grid, settings or Settings(), out or default_out())
 
 
 def default_out() -> Path:
@@ -270,11 +272,29 @@ def default_out() -> Path:
     return Path("benchmarks") if Path("benchmarks").is_dir() else Path()
 
 
-def _workbench(
-    data: str | Path | Dataset, backbone: str | BackboneSpec, name: str | None, settings: Settings | None
-) -> FeatureCache:
+def _outputs(cuts: Sequence[str], dtype: StoredDtype | None) -> "list[Output]":
+    from featcache.extraction.feature_cache import Output
+
+    return [Output(cut, None if cut == INPUT else dtype) for cut in dict.fromkeys(_names(cuts, "cuts"))]
+
+
+def _names(values: Sequence[str], field: str) -> tuple[str, ...]:
+    """Return some names as a tuple; one text is no list of them, though Python would take it for its letters."""
+    names: tuple[str, ...] = check_value(values, tuple[str, ...], field)
+    if not names:
+        raise UsageError(f"{field}: at least one is needed.")
+    return names
+
+
+def _feature_cache(
+    data: "str | Path | Dataset", backbone: str | BackboneSpec, settings: "Settings | None"
+) -> "FeatureCache":
+    """Return a data set and a backbone with their entries; each argument is checked before anything is opened."""
+    from featcache.datasets import open_dataset
+    from featcache.datasets.base import Dataset
+    from featcache.extraction.feature_cache import FeatureCache, Settings
+
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else check_value(backbone, BackboneSpec, "backbone")
-    settings = check_value(settings or Settings(default_cache(), rebind=name is not None), Settings, "settings")
-    name = check_value(name, str | None, "name")
-    source = data if isinstance(data, Dataset) else open_dataset(check_value(data, str | Path, "data"), name)
-    return FeatureCache(source, spec, settings)
+    settings = check_value(settings or Settings(), Settings, "settings")
+    dataset = data if isinstance(data, Dataset) else open_dataset(check_value(data, str | Path, "data"))
+    return FeatureCache(dataset, spec, settings)

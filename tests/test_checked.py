@@ -139,7 +139,8 @@ def test_a_seed_is_a_whole_number_that_every_generator_takes(seed: Any) -> None:
         lambda: featcache.fit("sklearn:digits", backbone=18),  # type: ignore[arg-type]
         lambda: featcache.fit(12),  # type: ignore[arg-type]
         lambda: featcache.extract("sklearn:digits", cut=3),  # type: ignore[arg-type]
-        lambda: featcache.extract("sklearn:digits", name=3),  # type: ignore[arg-type]
+        lambda: featcache.fit("sklearn:digits", heads="knn"),
+        lambda: featcache.fit("sklearn:digits", heads=[]),
         lambda: featcache.finetune("sklearn:digits", unfreeze=1),  # type: ignore[arg-type]
         lambda: featcache.finetune("sklearn:digits", probes="logistic"),
         lambda: featcache.sweep("sklearn:digits", plan=3),  # type: ignore[arg-type]

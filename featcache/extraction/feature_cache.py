@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,7 +52,7 @@ class Settings:
     take; ``part`` (i, n) computes the i-th of n shares of the images, for several processes on one entry.
     """
 
-    cache: Path
+    cache: Path = field(default_factory=caching.default_cache)
     batch_size: int | None = None
     device: str | None = None
     max_bad: float = 0.01

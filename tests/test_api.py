@@ -1,0 +1,51 @@
+"""The package's functions and names: what is exported, what they take, how results show themselves."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import featcache
+from featcache import api
+
+
+def test_every_exported_name_is_there() -> None:
+    """What a star import, a type checker and ``dir`` promise is found, each where it says."""
+    assert sorted(featcache.__all__) == featcache.__all__
+    assert set(featcache.__all__) == set(featcache._HOMES)
+    assert all(getattr(featcache, name).__module__.startswith("featcache") for name in featcache.__all__)
+    assert set(featcache.__all__) <= set(dir(featcache))
+
+
+def test_importing_the_functions_loads_nothing_heavy() -> None:
+    """Signatures of ``featcache.api`` cost neither NumPy nor what computes."""
+    code = "import sys, featcache.api; print({'numpy', 'torch', 'sklearn', 'h5py'} & set(sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_heads_are_named_without_a_plan(folder: Path, tiny: featcache.BackboneSpec, settings: featcache.Settings) -> None:
+    """They go by their names beside a plan's other values; a list and a plan of heads at once are refused by both names."""
+    heads = featcache.fit(folder, tiny, heads=["ridge", "knn"], settings=settings).heads
+
+    assert {head.record.method for head in heads} == {"ridge", "knn"}
+    with pytest.raises(featcache.UsageError, match=r"heads.*plan"):
+        featcache.fit(folder, tiny, heads=["knn"], plan=featcache.FitPlan(), settings=settings)
+
+
+def test_settings_without_a_cache_take_the_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants another device need not say where the cache is."""
+    monkeypatch.setenv("FEATCACHE_CACHE", str(tmp_path))
+
+    assert featcache.Settings(device="cpu").cache == tmp_path
+
+
+@pytest.mark.parametrize(
+    "function", [api.extract, api.extract_cuts, api.estimate, api.fit, api.predict, api.export, api.bench]
+)
+def test_functions_take_six_arguments_at_most(function: object) -> None:
+    """What is more belongs into a value: a spec, a plan, settings."""
+    assert callable(function)
+    assert len(inspect.signature(function).parameters) <= 6
