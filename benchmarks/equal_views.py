@@ -30,7 +30,7 @@ def train(bench: FeatureCache, seed: int, *, cached: bool) -> tuple[float, str]:
     if not cached:
         tuning.FineTuneInputs._where = lambda *_: (INPUT, ())  # type: ignore[method-assign] # noqa: SLF001
     try:
-        job = tuning.run_finetune(bench, plan, seed=seed)
+        job = tuning.run_finetune(tuning.FineTuneInputs(bench, seed=seed), plan)
     finally:
         tuning.FineTuneInputs._where = usual  # type: ignore[method-assign] # noqa: SLF001
     return 100 * job.record.test["accuracy"], job.record.cut

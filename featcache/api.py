@@ -213,13 +213,15 @@ def finetune(
         FeatcacheError: its subclass says what to change.
     """
     from featcache.experiments.finetune import run_finetune
+    from featcache.experiments.finetune_inputs import FineTuneInputs
     from featcache.finetuning.plan import FineTunePlan, Unfreeze
 
     plan = check_value(plan or FineTunePlan(Unfreeze.parse(unfreeze)), FineTunePlan, "plan")
     seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
     group = check_value(group, str | None, "group")
     cache = _feature_cache(data, backbone, settings)
-    return run_finetune(cache, plan, probes=probes, group=group, seed=seed, records=cache.settings.cache / RECORDS)
+    inputs = FineTuneInputs(cache, probes=probes, group=group, seed=seed)
+    return run_finetune(inputs, plan, records=cache.settings.cache / RECORDS)
 
 
 def sweep(
@@ -238,13 +240,15 @@ def sweep(
         FeatcacheError: its subclass says what to change.
     """
     from featcache.experiments.finetune import run_sweep
+    from featcache.experiments.finetune_inputs import FineTuneInputs
     from featcache.finetuning.plan import FineTunePlan, Unfreeze
 
     plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")
     seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
     group = check_value(group, str | None, "group")
     cache = _feature_cache(data, backbone, settings)
-    return run_sweep(cache, plan, probes=probes, group=group, seed=seed, records=cache.settings.cache / RECORDS)
+    inputs = FineTuneInputs(cache, probes=probes, group=group, seed=seed)
+    return run_sweep(inputs, plan, records=cache.settings.cache / RECORDS)
 
 
 def bench(

@@ -9,6 +9,7 @@ from support import TINY, Outcome
 
 from featcache.datasets import open_dataset
 from featcache.experiments.finetune import run_finetune
+from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
@@ -70,10 +71,10 @@ def test_a_killed_training_counts_all_its_time(
 
     monkeypatch.setattr(Checkpoint, "save", dying)
     with pytest.raises(KeyboardInterrupt):
-        run_finetune(FeatureCache(open_dataset(folder), tiny, settings), plan)
+        run_finetune(FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings)), plan)
     monkeypatch.setattr(Checkpoint, "save", real)
 
-    job = run_finetune(FeatureCache(open_dataset(folder), tiny, settings), plan)
+    job = run_finetune(FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings)), plan)
 
     assert 0 < kept[0] <= kept[-1]
     assert job.record.seconds["train"] >= kept[-1]

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from torch import nn
 
 from featcache import heads
 from featcache.backbones.base import Backbone, Stage
@@ -16,14 +16,15 @@ from featcache.datasets import open_dataset
 from featcache.errors import UsageError
 from featcache.evaluation.splits import make_split
 from featcache.experiments import finetune as tuning
-from featcache.experiments.finetune import FineTuneInputs, run_finetune
-from featcache.experiments.fit import PROBE, Ledger
+from featcache.experiments.finetune import run_finetune
+from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.fit import PROBE
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import optim as choosing
 from featcache.finetuning.checkpoint import save_checkpoint
 from featcache.finetuning.distributed import ProcessGroup
-from featcache.finetuning.finetuner import FineTuned, finetune
-from featcache.finetuning.model import LinearHead, SuffixAndHead, predict, set_training
+from featcache.finetuning.finetuner import FineTuned, Finetuner, Start, TrainingSet
+from featcache.finetuning.model import LinearHead, SuffixAndHead, Take, predict, set_training
 from featcache.finetuning.optim import rate
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
@@ -49,20 +50,11 @@ class Prepared:
         self.probe = LinearHead(*heads.linear_weights(self.head, 3))
         self.pixels = self.bench.extracted("input").store.reader()
 
-    def tune(self, backbone: Backbone, suffix: nn.Module, take: object, plan: FineTunePlan = PLAN) -> FineTuned:
-        """Fine-tune the last stage."""
-        trainable = select_trainable(backbone.stages, plan.unfreeze)
-        return finetune(
-            backbone,
-            suffix,
-            take,
-            self.features.y,
-            self.split,
-            plan,
-            trainable,
-            start=self.probe,
-            probe=self.probe,  # type: ignore[arg-type]
-        )
+    def tune(self, backbone: Backbone, cut: str, take: Take, plan: FineTunePlan = PLAN, **more: Any) -> FineTuned:
+        """Fine-tune what a plan unfreezes, from rows at a cut."""
+        trainable = select_trainable(backbone.stages, plan.unfreeze, backbone.module)
+        data = TrainingSet(cut, take, self.features.y, self.split)
+        return Finetuner(backbone, trainable, plan, data, Start(self.probe, self.probe), **more).run()
 
 
 @pytest.fixture
@@ -94,8 +86,8 @@ def test_the_cache_gives_the_same_losses_as_recomputing(prepared: Prepared) -> N
     cached, recomputed = prepared.backbone.separate(), prepared.backbone.separate()
     run = recomputed.runner("layer3")
 
-    one = prepared.tune(cached, cached.suffix("layer3"), stored.take)
-    two = prepared.tune(recomputed, recomputed.suffix("layer3"), lambda index: run(prepared.pixels.take(index)))
+    one = prepared.tune(cached, "layer3", stored.take)
+    two = prepared.tune(recomputed, "layer3", lambda index: run(prepared.pixels.take(index)))
 
     losses = [[epoch.train_loss for epoch in tuned.history[1:]] for tuned in (one, two)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
@@ -108,8 +100,8 @@ def test_a_step_from_the_cache_is_a_step_of_the_whole_model(prepared: Prepared) 
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
     cached, whole = prepared.backbone.separate(), prepared.backbone.separate()
 
-    prepared.tune(cached, cached.suffix("layer3"), stored.take)
-    prepared.tune(whole, whole.suffix("input"), prepared.pixels.take)
+    prepared.tune(cached, "layer3", stored.take)
+    prepared.tune(whole, "input", prepared.pixels.take)
 
     for first, second in zip(cached.module.parameters(), whole.module.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
@@ -122,7 +114,7 @@ def test_half_precision_steps_go_almost_the_same_way(prepared: Prepared) -> None
     for precision in ("float32", "bfloat16"):
         own = prepared.backbone.separate()
         plan = replace(PLAN, lr=(1e-4,), head_lr=1e-4, precision=precision, refit=False)
-        runs.append(prepared.tune(own, own.suffix("layer3"), stored.take, plan))
+        runs.append(prepared.tune(own, "layer3", stored.take, plan))
         assert {parameter.dtype for parameter in own.module.parameters()} == {torch.float32}
     exact, half = ([epoch.train_loss for epoch in run.history[1:]] for run in runs)
     assert half == pytest.approx(exact, rel=0.02)
@@ -165,7 +157,7 @@ def test_frozen_weights_and_batchnorm_statistics_stay(subtle: Path, tiny: Backbo
     """Only the thawed stage's parameters move; no running statistic does, unless asked."""
     prepared = Prepared(subtle, tiny, settings)
     own = prepared.backbone.separate()
-    prepared.tune(own, own.suffix("input"), prepared.pixels.take, GAINS)
+    prepared.tune(own, "input", prepared.pixels.take, GAINS)
 
     before, after = prepared.backbone.module.state_dict(), own.module.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -185,8 +177,8 @@ def test_the_head_of_train_alone_is_the_one_that_the_search_fitted(
         image.rename(folder / part / image.parent.name / image.name)
     for name in ("blue", "green", "red") if given else ():
         (folder / name).rmdir()
-    inputs = FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings), (), None, 0, Ledger())
-    probe = next(job.fitted for job in inputs.probes if job.record.method == PROBE)
+    inputs = FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings))
+    probe = next(job.fitted for job in inputs.fitted if job.record.method == PROBE)
     train, fitted = heads.train, []
     monkeypatch.setattr(heads, "train", lambda *arguments: fitted.append(arguments) or train(*arguments))
 
@@ -220,7 +212,7 @@ def test_ruinous_training_ends_as_the_probe(prepared: Prepared) -> None:
     """Where no epoch is better than the probe, the probe is the result, on the untouched backbone."""
     own = prepared.backbone.separate()
     stored = prepared.bench.extracted("layer3").store.reader()
-    tuned = prepared.tune(own, own.suffix("layer3"), stored.take, replace(PLAN, lr=(30.0,), head_lr=30.0, patience=1))
+    tuned = prepared.tune(own, "layer3", stored.take, replace(PLAN, lr=(30.0,), head_lr=30.0, patience=1))
 
     if tuned.best == 0:
         for first, second in zip(own.module.parameters(), prepared.backbone.module.parameters(), strict=True):
@@ -251,7 +243,9 @@ def test_the_job_reports_gap_costs_and_checkpoint(subtle: Path, tiny: BackboneSp
     """From a folder to a record: gap with interval and p, seconds of every phase, a file that can be loaded again."""
     bench = FeatureCache(open_dataset(subtle), tiny, settings)
 
-    job = run_finetune(bench, replace(GAINS, unfreeze=Unfreeze.parse("last:2"), lr=(1e-4,)), probes=("centroid",))
+    job = run_finetune(
+        FineTuneInputs(bench, probes=("centroid",)), replace(GAINS, unfreeze=Unfreeze.parse("last:2"), lr=(1e-4,))
+    )
 
     summary = job.summary
     assert summary["cut"] == "layer2"
@@ -278,7 +272,7 @@ def test_what_cannot_be_cut_is_trained_whole(
 
     monkeypatch.setattr(module, "Cutter", refuse)
 
-    job = run_finetune(FeatureCache(open_dataset(folder), tiny, settings), PLAN)
+    job = run_finetune(FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings)), PLAN)
 
     assert job.record.cut == "input"
     assert "runs again in every epoch" in job.record.notes[0]
@@ -290,7 +284,7 @@ def test_the_rate_is_chosen_on_validation(prepared: Prepared) -> None:
 
     def tune(*rates: float) -> FineTuned:
         own = prepared.backbone.separate()
-        return prepared.tune(own, own.suffix("layer3"), stored.take, replace(PLAN, lr=rates))
+        return prepared.tune(own, "layer3", stored.take, replace(PLAN, lr=rates))
 
     both, first, second = tune(1e-6, 1e-2), tune(1e-6), tune(1e-2)
 
@@ -346,7 +340,7 @@ def test_no_stochastic_depth_means_none(folder: Path, settings: Settings) -> Non
     bench = FeatureCache(open_dataset(folder), own, settings)
     rates = [module.drop_prob for module in bench.backbone.module.modules() if type(module).__name__ == "DropPath"]
 
-    backbone = tuning._trainable(bench, PLAN)
+    backbone = tuning._trainable_copy(bench, PLAN)
 
     assert max(rates) == 0.5
     assert not any(module.drop_prob for module in backbone.module.modules() if type(module).__name__ == "DropPath")

@@ -27,6 +27,7 @@ from featcache.errors import DataError, SetupError, UsageError
 from featcache.experiments import predict as predicting
 from featcache.experiments.bench import run_bench
 from featcache.experiments.finetune import run_finetune
+from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
@@ -435,7 +436,7 @@ def test_a_tuned_head_refuses_another_config(folder: Path, settings: Settings, t
     named = Named("folder", tmp_path)
     named.put(0)
     plan = FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,))
-    job = run_finetune(FeatureCache(open_dataset(folder), named.spec, settings), plan)
+    job = run_finetune(FineTuneInputs(FeatureCache(open_dataset(folder), named.spec, settings)), plan)
     before = answers(job.bundle, folder, settings)
 
     named.put(1)
@@ -499,10 +500,10 @@ def test_new_weights_are_another_experiment(named: Named, folder: Path, settings
 def test_training_goes_on_with_its_own_weights(named: Named, folder: Path, settings: Settings) -> None:
     """A tuned network of other weights is another experiment, under another name."""
     plan = FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,))
-    first = run_finetune(FeatureCache(open_dataset(folder), named.spec, settings), plan)
+    first = run_finetune(FineTuneInputs(FeatureCache(open_dataset(folder), named.spec, settings)), plan)
     named.put(1)
 
-    second = run_finetune(FeatureCache(open_dataset(folder), named.spec, settings), plan)
+    second = run_finetune(FineTuneInputs(FeatureCache(open_dataset(folder), named.spec, settings)), plan)
 
     assert first.record.cell != second.record.cell
     assert first.checkpoint != second.checkpoint

@@ -14,6 +14,7 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import UsageError
 from featcache.experiments.finetune import run_finetune
+from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides
@@ -244,7 +245,7 @@ def test_layers_and_tuning_with_another_pooling(folder: Path, tiny: BackboneSpec
     bench = FeatureCache(open_dataset(folder), BackboneSpec(**{**vars(tiny), "pool": pool}), settings)
 
     layers, own = bench.features([Output("layer2+layer3"), Output("pooled")])
-    tuned = run_finetune(bench, FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,)))
+    tuned = run_finetune(FineTuneInputs(bench), FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,)))
 
     assert layers.store.features().X.shape == (36, 96 + 144)
     assert own.store.features().X.shape[1] == 96

@@ -27,6 +27,7 @@ from featcache.experiments import bench
 from featcache.experiments import fit as jobs
 from featcache.experiments.bench import run_bench
 from featcache.experiments.finetune import run_finetune
+from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, Ledger, run_fit
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
@@ -73,8 +74,8 @@ def test_finetune_keeps_groups_on_one_side(subtle: Path, tiny: BackboneSpec, set
     source = open_dataset(manifest(tmp_path, subtle))
     workbench = FeatureCache(source, tiny, settings)
 
-    grouped = run_finetune(workbench, replace(PLAN, epochs=1), group="patient").record
-    plain = run_finetune(workbench, replace(PLAN, epochs=1)).record
+    grouped = run_finetune(FineTuneInputs(workbench, group="patient"), replace(PLAN, epochs=1)).record
+    plain = run_finetune(FineTuneInputs(workbench), replace(PLAN, epochs=1)).record
 
     assert grouped.test_groups is not None
     assert len(grouped.test_groups) == grouped.split["test"] == len(grouped.right)
@@ -323,7 +324,7 @@ def test_the_gap_is_to_the_best_of_three_probes(subtle: Path, tiny: BackboneSpec
     workbench = FeatureCache(open_dataset(subtle), tiny, settings)
     fitted = run_fit(workbench, FitPlan(("ridge", "knn", "logistic"), baselines=False)).heads
 
-    record = run_finetune(workbench, GAINS).record
+    record = run_finetune(FineTuneInputs(workbench), GAINS).record
 
     assert record.probe is not None
     assert record.gap is not None
@@ -423,7 +424,7 @@ def test_an_image_without_activations_is_left_out_of_both(
     workbench = FeatureCache(open_dataset(subtle), spec, replace(settings, max_bad=0.1))
     probe = run_fit(workbench, FitPlan(("ridge",), baselines=False)).heads[0].record
 
-    record = run_finetune(workbench, replace(PLAN, epochs=1, dtype=None), ledger=(ledger := Ledger())).record
+    record = run_finetune(FineTuneInputs(workbench, ledger=(ledger := Ledger())), replace(PLAN, epochs=1, dtype=None)).record
 
     assert sum(record.split.values()) == 59
     assert sum(probe.split.values()) == 60
@@ -478,7 +479,7 @@ def test_probes_that_need_memory_are_left_out_where_there_is_none(
     """The gap is then to the best of those that read from disk, and that is said."""
     monkeypatch.setattr(jobs, "free_memory", lambda: 1000.0)
 
-    record = run_finetune(FeatureCache(open_dataset(folder), tiny, settings), replace(PLAN, epochs=1)).record
+    record = run_finetune(FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings)), replace(PLAN, epochs=1)).record
 
     assert record.probe is not None
     assert record.probe["of"] == ["ridge", "logistic"]
@@ -497,7 +498,7 @@ def test_a_probe_that_did_not_converge_is_no_start(
     monkeypatch.setitem(heads.HEADS, "logistic", short)  # type: ignore[arg-type]  # a dict, whatever its annotation says
 
     with pytest.raises(DataError, match="did not reach its optimum"):
-        run_finetune(workbench, PLAN, ledger=ledger)
+        run_finetune(FineTuneInputs(workbench, ledger=ledger), PLAN)
 
 
 # which epoch, which rate, and how the last training ends

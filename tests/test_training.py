@@ -1,5 +1,6 @@
 """How what is unfrozen trains: which parameters, what every option does, and that a killed training goes on exactly."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from featcache.evaluation.metrics import cka
 from featcache.experiments import finetune as tuning
 from featcache.experiments.bench import run_bench
 from featcache.experiments.finetune import run_finetune, run_sweep
+from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.checkpoint import Checkpoint
-from featcache.finetuning.finetuner import FineTuned, finetune
+from featcache.finetuning.finetuner import Finetuner, Start
 from featcache.finetuning.loop import Trial
 from featcache.finetuning.model import LinearHead, SuffixAndHead, flipped_and_shifted, mixed, set_training
 from featcache.finetuning.network_edits import ConvolutionAndNorm, add_lora, fold_norms, merge_lora
@@ -47,18 +49,8 @@ def tuned(prepared: Prepared, plan: FineTunePlan, keeper: Checkpoint | None = No
     own = prepared.backbone.separate()
     trainable = select_trainable(own.stages, plan.unfreeze, own.module)
     stored = prepared.bench.extracted(trainable.cut, "float32" if trainable.cut != "input" else None).store.reader()
-    result = finetune(
-        own,
-        own.suffix(trainable.cut),
-        take or stored.take,
-        prepared.features.y,
-        prepared.split,
-        plan,
-        trainable,
-        start=prepared.probe,
-        probe=prepared.probe,
-        keeper=keeper,
-    )
+    more = {"checkpoint": keeper} if keeper is not None else {}
+    result = prepared.tune(own, trainable.cut, take or stored.take, plan, **more)
     return own.module.state_dict() | {f"head.{name}": value for name, value in result.model.head.state_dict().items()}
 
 
@@ -182,7 +174,7 @@ def test_every_optimiser_steps_from_the_cache_as_on_the_whole_model(prepared: Pr
     plan = replace(PLAN, optimiser=optimiser, epochs=2, clip=1.0)
     prepared.probe = LinearHead(np.zeros_like(prepared.probe.weights), np.zeros_like(prepared.probe.bias))  # any step gains
     own = prepared.backbone.separate()
-    prepared.tune(own, own.suffix("input"), prepared.pixels.take, plan)
+    prepared.tune(own, "input", prepared.pixels.take, plan)
 
     cached = tuned(prepared, plan)
 
@@ -303,26 +295,33 @@ def test_another_users_state_is_left_aside(
     assert "was not written by you" in caplog.text
 
 
-@pytest.mark.parametrize("step", ["save_checkpoint", "_save_head", "append_record", "clear"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "featcache.finetuning.checkpoint.save_checkpoint",
+        "featcache.heads.linear_estimator",  # of the head's file
+        "featcache.experiments.finetune.append_record",
+        "featcache.finetuning.checkpoint.Checkpoint.clear",
+    ],
+)
 def test_a_training_that_has_ended_is_not_lost(
     folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """Killed at the checkpoint, the head, the record or after it: nothing is trained again, and one record stands."""
     records, bench = tmp_path / "runs.jsonl", FeatureCache(open_dataset(folder), tiny, settings)
     plan = replace(PLAN, lr=(1e-3, 1e-2))
-    places = {"save_checkpoint": "featcache.finetuning.checkpoint.", "clear": "featcache.finetuning.checkpoint.Checkpoint."}
 
     def killed(*_: object, **__: object) -> None:
         raise KilledError
 
     trained = epochs_of(monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(places.get(step, "featcache.experiments.finetune.") + step, killed)
+        patched.setattr(step, killed)
         with pytest.raises(KilledError):
-            run_finetune(bench, plan, records=records)
+            run_finetune(FineTuneInputs(bench), plan, records=records)
     assert trained
     trained.clear()
-    job = run_finetune(bench, plan, records=records)
+    job = run_finetune(FineTuneInputs(bench), plan, records=records)
 
     assert trained == []
     assert read_cells(records) == [job.record.cell]
@@ -350,13 +349,38 @@ def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "append_record", killed)
         with pytest.raises(KilledError):
-            run_sweep(bench, plan, records=records)
+            run_sweep(FineTuneInputs(bench), plan, records=records)
     assert len(trained) == 2
-    jobs = run_sweep(bench, plan, records=records).jobs
+    jobs = run_sweep(FineTuneInputs(bench), plan, records=records).jobs
 
     assert len(trained) == len(jobs) > 2
     assert read_cells(records) == [job.record.cell for job in jobs]
     assert not list(settings.cache.rglob("*.unfinished"))
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_what_has_been_trained_is_not_trained_again(
+    folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, sweep: bool
+) -> None:
+    """The same command again reports the record of before; another seed, other heads or a lost file train anew."""
+    records, plan = tmp_path / "runs.jsonl", replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
+    run: Any = run_sweep if sweep else run_finetune
+
+    def again(**more: Any) -> Any:
+        return run(FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings), **more), plan, records=records)
+
+    first = again()
+    trained, lines = epochs_of(monkeypatch), records.read_bytes()
+    assert json.loads(json.dumps(again().summary)) == json.loads(json.dumps(first.summary))
+    assert trained == []
+    assert records.read_bytes() == lines
+
+    again(probes=("centroid",))
+    assert len(trained) == len(first.jobs)
+    first.jobs[-1].checkpoint.unlink()
+    again(seed=1)
+    again(probes=("centroid",))
+    assert len(trained) == 3 * len(first.jobs)
 
 
 def test_a_grid_clears_what_a_killed_run_left(
@@ -387,7 +411,9 @@ def test_stages_with_dots_and_seeds_have_files_of_their_own(folder: Path, tiny: 
     bench = FeatureCache(open_dataset(folder), tiny, settings)
     plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
     asked = [("10.5%", 0), ("10.3%", 0), ("10.5%", 1), ("norm:last:1", 0)]
-    jobs = [run_finetune(bench, replace(plan, unfreeze=Unfreeze.parse(text)), seed=seed) for text, seed in asked]
+    jobs = [
+        run_finetune(FineTuneInputs(bench, seed=seed), replace(plan, unfreeze=Unfreeze.parse(text))) for text, seed in asked
+    ]
 
     assert len({job.bundle for job in jobs}) == len({job.checkpoint for job in jobs}) == len(asked)
     for (text, _), job in zip(asked, jobs, strict=True):
@@ -518,19 +544,23 @@ def test_stochastic_depth_acts_in_the_trained_part(folder: Path, settings: Setti
 def test_a_budget_that_holds_nothing(folder: Path, tiny: BackboneSpec, tmp_path: Path) -> None:
     """Where not even the pixels fit, it is said before anything is computed."""
     with pytest.raises(StorageError, match="a larger `budget`"):
-        run_finetune(FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "cache", budget=1000)), PLAN)
+        run_finetune(
+            FineTuneInputs(FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "cache", budget=1000))), PLAN
+        )
 
 
 def test_budget_between_activations_and_pixels(folder: Path, tiny: BackboneSpec, tmp_path: Path) -> None:
     """Where pixels fit and activations do not, the frozen part runs again: the same result within rounding."""
     plan = replace(PLAN, unfreeze=Unfreeze.parse("last:4"), epochs=1)
-    wide = run_finetune(FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "one", batch_size=8)), plan)
+    wide = run_finetune(
+        FineTuneInputs(FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "one", batch_size=8))), plan
+    )
     stored = sum(path.stat().st_size for path in (tmp_path / "one").glob(f"*/*.{wide.record.cut}-*/parts/*.h5"))
     pixels = 36 * 32 * 32 * 3
     assert pixels < stored
 
     narrow = FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "two", batch_size=8, budget=pixels + 1))
-    again = run_finetune(narrow, plan)
+    again = run_finetune(FineTuneInputs(narrow), plan)
 
     assert again.record.cut == "input"
     assert any("again in every epoch" in note for note in again.record.notes)
@@ -542,7 +572,7 @@ def test_a_sweep_goes_from_the_last_stage_to_all(
 ) -> None:
     """Every depth once, from one pass over the images; rates are searched until one depth has gained."""
     bench = FeatureCache(open_dataset(folder), tiny, settings)
-    done = run_sweep(bench, replace(PLAN, epochs=1, lr=(1e-3, 1e-2)), records=tmp_path / "records.jsonl")
+    done = run_sweep(FineTuneInputs(bench), replace(PLAN, epochs=1, lr=(1e-3, 1e-2)), records=tmp_path / "records.jsonl")
 
     stages = [stage.name for stage in bench.backbone.stages]
     assert [job.record.cut for job in done.jobs] == [*reversed(stages[:-1]), "input"]
@@ -562,12 +592,11 @@ def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
     """Its model is the one that was finished before it, trained on train and validation, image by image."""
     wreck = replace(PLAN, epochs=1, lr=(1e20,))
 
-    def wrecked(*arguments: Any, **named: Any) -> FineTuned:
-        *others, plan, trainable = arguments
-        return finetune(*others, plan if named["shallower"] is None else wreck, trainable, **named)
+    def wrecked(backbone: Any, trainable: Any, plan: FineTunePlan, data: Any, start: Start, **more: Any) -> Finetuner:
+        return Finetuner(backbone, trainable, plan if start.shallower is None else wreck, data, start, **more)
 
-    monkeypatch.setattr("featcache.finetuning.finetuner.finetune", wrecked)
-    first, *deeper = run_sweep(FeatureCache(open_dataset(subtle), tiny, settings), GAINS).jobs
+    monkeypatch.setattr("featcache.finetuning.finetuner.Finetuner", wrecked)
+    first, *deeper = run_sweep(FineTuneInputs(FeatureCache(open_dataset(subtle), tiny, settings)), GAINS).jobs
 
     assert first.tuned.best > 0
     assert first.tuned.refitted
@@ -698,7 +727,7 @@ def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: floa
     own = prepared.backbone.separate()
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
     plan = replace(PLAN, lr=(lr,), epochs=4, patience=4)
-    result = prepared.tune(own, own.suffix("layer3"), stored.take, plan)
+    result = prepared.tune(own, "layer3", stored.take, plan)
 
     val = prepared.split.val
     now = score(prepared.features.y[val], predict(result.model, stored.take, val, 8))

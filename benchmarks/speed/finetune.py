@@ -34,6 +34,7 @@ from torchvision.datasets import ImageFolder
 from featcache.backbones.base import Backbone
 from featcache.datasets import open_dataset
 from featcache.experiments.finetune import run_finetune, run_sweep
+from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.runtimes import workers_here
 from featcache.finetuning.distributed import ProcessGroup
@@ -230,12 +231,12 @@ def measure_sweep(small: Path, work: Path) -> Iterator[dict[str, Any]]:
         return ready
 
     start = time.perf_counter()
-    jobs = run_sweep(bench("together"), plan).jobs
+    jobs = run_sweep(FineTuneInputs(bench("together")), plan).jobs
     together = time.perf_counter() - start
     apart = []
     for wish in depths(bench("none").backbone.stages):
         start = time.perf_counter()
-        run_finetune(bench(f"apart-{wish.text.replace(':', '')}"), replace(plan, unfreeze=wish))
+        run_finetune(FineTuneInputs(bench(f"apart-{wish.text.replace(':', '')}")), replace(plan, unfreeze=wish))
         apart.append(time.perf_counter() - start)
     methods = [job.record.method for job in jobs]
     yield {

@@ -10,6 +10,7 @@ from featcache.errors import FeatcacheError, StorageError
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment
 from featcache.experiments.finetune import forget_state, run_finetune
+from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, Ledger, head_experiment, in_memory, run_fit
 from featcache.experiments.grid import DataEntry, Grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
@@ -136,7 +137,7 @@ class _Runner:
         run_fit(bench, plan, seed=seed, records=self.path, ledger=ledger, only={head})
 
     def _tune(self, bench: FeatureCache, plan: FineTunePlan, group: str | None, seed: int, ledger: Ledger) -> None:
-        job = run_finetune(bench, plan, group=group, seed=seed, records=self.path, ledger=ledger)
+        job = run_finetune(FineTuneInputs(bench, group=group, seed=seed, ledger=ledger), plan, records=self.path)
         self.computed_images += job.computed_images
 
 

@@ -1,42 +1,36 @@
-"""The job of fine-tuning: probe, extraction at the freeze boundary, training behind it, and the gap at its price."""
+"""Fine-tune from stored activations, compare with the best probe on the same images, and tell the gap at its price."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from featcache.backbones import origins
-from featcache.datasets.base import require_one_label
-from featcache.errors import CutError, DataError, StorageError, UsageError
+from featcache.errors import DataError
 from featcache.evaluation.metrics import Gap, gap
-from featcache.evaluation.splits import Split, make_split, restricted
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, Outcome, aligned, decode_correct
-from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, groups_of, in_memory, run_fit
-from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
+from featcache.experiments.experiment import Experiment, Outcome, decode_correct
+from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
+from featcache.experiments.fit import PROBE
+from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
 from featcache.heads import bundle
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, read_records
-from featcache.specs import INPUT, POOLED, BackboneSpec, Views
+from featcache.specs import POOLED, BackboneSpec
 from featcache.store.atomic import remove_file
-from featcache.store.rows import Features
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone
     from featcache.finetuning.checkpoint import Checkpoint
     from featcache.finetuning.finetuner import FineTuned
-    from featcache.finetuning.model import LinearHead, Take
     from featcache.finetuning.unfreezing import Trainable
 
-_DRIFTED = 0.5
-_USABLE = 0.9  # of a disk's free room
+_DRIFTED = 0.5  # CKA below which the embeddings are no longer the probe's
 _IN_NAMES = 8  # digits of an experiment's name that its files' names have
 
 
@@ -44,20 +38,35 @@ _IN_NAMES = 8  # digits of an experiment's name that its files' names have
 class FineTuneResult:
     """A fine-tuned backbone with its record; ``bundle`` is its head, for predicting and exporting.
 
-    ``keeper`` has the finished training's state until it is cleared.
+    Attributes:
+        record: what was asked for and what came out.
+        epochs: of the rate that was kept, epoch 0 the start, as plain values.
+        similarity: linear CKA of the embeddings before and after.
+        checkpoint: the file of the tuned network.
+        bundle: the file of its head.
+        computed_images: whose activations were extracted for it.
+        tuned: the network in memory; ``None`` where an earlier command has trained it.
+        unfinished: the training's state, until it is cleared.
     """
 
-    tuned: "FineTuned"
     record: RunRecord
+    epochs: tuple[dict[str, Any], ...]
+    similarity: float
     checkpoint: Path
     bundle: Path
-    computed_images: int
-    keeper: "Checkpoint"
+    computed_images: int = 0
+    tuned: "FineTuned | None" = None
+    unfinished: "Checkpoint | None" = None
 
     @property
     def jobs(self) -> "tuple[FineTuneResult, ...]":
         """This one, as of a sweep of one depth."""
         return (self,)
+
+    @property
+    def gained(self) -> bool:
+        """Whether an epoch did better on validation than the start."""
+        return bool(self.record.params["best_epoch"] > 0)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -72,47 +81,18 @@ class FineTuneResult:
             "val": record.val,
             "probe": record.probe,
             "gap": record.gap,
-            "gained": self.tuned.best > 0,
+            "gained": self.gained,
             "seconds": record.seconds,
-            "lr": self.tuned.lr,
-            "epochs": [asdict(epoch) for epoch in self.tuned.history],
-            "best_epoch": self.tuned.best,
+            "lr": record.params["lr"],
+            "epochs": list(self.epochs),
+            "best_epoch": record.params["best_epoch"],
             "val_by_lr": record.params["val_by_lr"],
             "copies": record.copies,
-            "cka": self.tuned.similarity,
+            "cka": self.similarity,
             "checkpoint": str(self.checkpoint),
             "bundle": str(self.bundle),
             "notes": list(record.notes),
         }
-
-
-def run_finetune(
-    bench: FeatureCache,
-    plan: FineTunePlan,
-    *,
-    probes: Sequence[str] = (),
-    group: str | None = None,
-    seed: int = 0,
-    records: Path | None = None,
-    ledger: Ledger | None = None,
-) -> FineTuneResult:
-    """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images.
-
-    Args:
-        bench: the data set and the backbone.
-        plan: what trains, and how.
-        probes: heads beside ridge, nearest neighbours and logistic: the gap is to the best of all on validation.
-        group: the column of the source's manifest whose values stay together, such as a patient.
-        seed: of the split, the probe, the order of training.
-        records: a JSONL file that gets the record.
-        ledger: of heads that this command has fitted already.
-    """
-    inputs = FineTuneInputs(bench, probes, group, seed, ledger or Ledger())
-    trainable = inputs.trainable(plan)
-    inputs.extract([trainable], plan)
-    job = _tune_apart(inputs, plan, trainable, records)
-    job.keeper.clear()
-    return job
 
 
 @dataclass(frozen=True)
@@ -128,15 +108,28 @@ class SweepResult:
         return {"depths": [job.summary for job in self.jobs], "best_on_validation": best.record.method}
 
 
-def run_sweep(
-    bench: FeatureCache,
-    plan: FineTunePlan,
-    *,
-    probes: Sequence[str] = (),
-    group: str | None = None,
-    seed: int = 0,
-    records: Path | None = None,
-) -> SweepResult:
+def run_finetune(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | None = None) -> FineTuneResult:
+    """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images.
+
+    What an earlier command has trained to its end and recorded is not trained again.
+
+    Args:
+        inputs: the data set, the backbone, and the heads to compare with.
+        plan: what trains, and how.
+        records: a JSONL file that gets the record.
+    """
+    before = find_finished(inputs, plan, plan.unfreeze.text, records)
+    if inputs.all_agree(before is not None) and before is not None:
+        return _reported_again([before], inputs)[0]
+    trainable = inputs.trainable(plan)
+    inputs.extract([trainable], plan)
+    result = FineTuneJob(inputs, plan, trainable).run(records)
+    if result.unfinished is not None:
+        result.unfinished.clear()
+    return result
+
+
+def run_sweep(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | None = None) -> SweepResult:
     """Fine-tune at every depth from the last stage to the whole backbone; ``plan.unfreeze`` is left aside.
 
     All boundaries are extracted in one pass. Each depth starts from the weights of the one before it and takes over its
@@ -144,302 +137,258 @@ def run_sweep(
     """
     from featcache.finetuning.unfreezing import depths
 
-    inputs = FineTuneInputs(bench, probes, group, seed, Ledger())
-    plans = [replace(plan, unfreeze=unfreeze) for unfreeze in depths(bench.backbone.stages)]
-    trainable = [inputs.trainable(one) for one in plans]
-    inputs.extract(trainable, plan)
-    jobs: list[FineTuneResult] = []
+    plans = [replace(plan, unfreeze=unfreeze) for unfreeze in depths(inputs.bench.backbone.stages)]
+    before = _find_finished_sweep(inputs, plans, records)
+    if inputs.all_agree(bool(before)) and before:
+        return SweepResult(_reported_again(before, inputs))
+    trainables = [inputs.trainable(depth) for depth in plans]
+    inputs.extract(trainables, plan)
+    results: list[FineTuneResult] = []
     gained: FineTuneResult | None = None
-    for one, behind in zip(plans, trainable, strict=True):
-        rates = (gained.tuned.lr,) if gained else one.lr
-        job = _tune_apart(inputs, replace(one, lr=rates), behind, records, after=gained)
-        jobs.append(job)
-        gained = job if job.tuned.best > 0 else gained
-    for job in jobs:  # not before: a sweep that is killed finds the depths that it has trained
-        job.keeper.clear()
-    return SweepResult(tuple(jobs))
+    for depth, trainable in zip(plans, trainables, strict=True):
+        results.append(FineTuneJob(inputs, _after(depth, gained), trainable, gained).run(records))
+        gained = results[-1] if results[-1].gained else gained
+    for result in results:  # not before: a sweep that is killed finds the depths that it has trained
+        if result.unfinished is not None:
+            result.unfinished.clear()
+    return SweepResult(tuple(results))
 
 
-class FineTuneInputs:
-    """What fine-tuning stands on: the probe, and the entries at freeze boundaries."""
+def _after(plan: FineTunePlan, gained: FineTuneResult | None) -> FineTunePlan:
+    """Return a depth's plan: at the rate of the one before that gained, where one has."""
+    return plan if gained is None else replace(plan, lr=(gained.record.params["lr"],))
 
-    def __init__(self, bench: FeatureCache, probes: Sequence[str], group: str | None, seed: int, ledger: Ledger) -> None:
-        from featcache import heads
-        from featcache.finetuning.distributed import ProcessGroup
 
-        for name in probes:
-            heads.require_head(name)
-        require_one_label(bench.dataset)
-        self.processes = ProcessGroup()
-        self.bench, self.seed, self.group = bench, seed, group
-        self._heads, self._ledger = tuple(dict.fromkeys((*PROBES, *probes))), ledger
-        self._notes: dict[str, tuple[str, ...]] = {}
-        self._entries: dict[str, Extracted] = {}
+def _method(plan: FineTunePlan, gained: FineTuneResult | None) -> str:
+    """Return what tables call a fine-tuning: what trains, and after what."""
+    return plan.unfreeze.text if gained is None else f"{plan.unfreeze.text} after {gained.record.method}"
 
-    def trainable(self, plan: FineTunePlan) -> "Trainable":
-        """Return what trains."""
-        from featcache.finetuning.unfreezing import select_trainable
 
-        return select_trainable(self.bench.backbone.stages, plan.unfreeze, self.bench.backbone.module)
+@dataclass(frozen=True)
+class FineTuneJob:
+    """One fine-tuning: what it stands on, what trains and how, and the shallower one that it goes on from."""
 
-    def extract(self, several: Sequence["Trainable"], plan: FineTunePlan) -> None:
-        """Extract at some boundaries and for the probe, in one pass; at the input where that cannot be or takes too much."""
-        with self.processes.one_first():
-            self._extract(several, plan)
-            _ = self.probes
-
-    def _extract(self, several: Sequence["Trainable"], plan: FineTunePlan) -> None:
-        cuts = {trainable.cut: self._where(trainable.cut, plan) for trainable in several}
-        left = self._within_budget(list(dict.fromkeys(cut for cut, _ in cuts.values())), plan)
-        for cut, (where, notes) in cuts.items():
-            if where not in left:
-                note = f"the activations at {where} exceed the room for them: the frozen part runs again in every epoch."
-                logger.warning(note)
-                cuts[cut] = (INPUT, (*notes, note))
-        wanted = list(dict.fromkeys(cut for cut, _ in cuts.values()))
-        targets = [Output(cut, plan.dtype if cut != INPUT else None) for cut in wanted]
-        if plan.views == 1:
-            done = self.bench.features([Output(POOLED), *targets])[1:]
-        else:
-            done = self.bench.features(targets, Views(plan.views))
-        entries = dict(zip(wanted, done, strict=True))
-        self._entries = {cut: entries[where] for cut, (where, _) in cuts.items()}
-        self._notes = {cut: notes for cut, (_, notes) in cuts.items()}
-
-    def entry(self, cut: str) -> tuple[Extracted, tuple[str, ...]]:
-        """Return the entry that stands for a boundary, and what is to be said of it."""
-        return self._entries[cut], self._notes[cut]
+    inputs: FineTuneInputs
+    plan: FineTunePlan
+    trainable: "Trainable"
+    after: FineTuneResult | None = None
 
     @cached_property
-    def probes(self) -> list[HeadResult]:
-        """The fitted heads."""
-        from featcache import heads
+    def rows(self) -> StoredRows:
+        """What is trained on."""
+        return self.inputs.rows(self.trainable.cut, self.plan.views)
 
-        names = self._heads
-        if not in_memory(self.bench.extracted().store):
-            names = tuple(name for name in names if name in heads.HEADS and heads.HEADS[name].streams)
-            logger.warning("the features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
-        plan = FitPlan(names, group=self.group, baselines=False)
-        return run_fit(self.bench, plan, seed=self.seed, ledger=self._ledger, keep=self.processes.rank == 0).heads
+    @cached_property
+    def experiment(self) -> Experiment:
+        """What it is as an experiment: key, files, record, card."""
+        method = _method(self.plan, self.after)
+        return Experiment(self.inputs.bench, self.rows.task, method, self.plan, self.inputs.seed)
+
+    @cached_property
+    def stem(self) -> Path:
+        """What its files' names begin with."""
+        return self.experiment.path(self.rows.entry, self.plan.unfreeze.text.replace(":", "").replace("%", "pct"))
 
     @property
-    def best_probe(self) -> RunRecord:
-        """The head that did best on validation."""
-        records = [job.record for job in self.probes]
-        return max(records, key=lambda record: (record.val["accuracy"], record.method == PROBE))
+    def checkpoint(self) -> Path:
+        """The file of the tuned network."""
+        return self.stem.with_name(f"{self.stem.name}.safetensors")  # dots of a stage's name are no suffix
 
-    @cached_property
-    def features(self) -> Features:
-        """The embeddings that the heads were fitted on."""
-        return self.bench.extracted().store.features()
+    def run(self, records: Path | None) -> FineTuneResult:
+        """Train, compare and write; PyTorch's generators, of which dropout and new layers draw, are left as they were."""
+        from featcache.extraction.runtimes import own_randomness
+        from featcache.finetuning.checkpoint import Checkpoint
 
-    @cached_property
-    def task(self) -> Task:
-        """The images that have embeddings, with their classes."""
-        return Task.of(self.features, "label", groups_of(self.bench, self.features, self.group), self.group)
+        processes = self.inputs.processes
+        with own_randomness(self.inputs.bench.backbone.device):
+            unfinished = Checkpoint(self.stem.with_name(f"{self.stem.name}.unfinished"), writes=processes.rank == 0)
+            backbone = _trainable_copy(self.inputs.bench, self.plan)
+            tuned = self._train(backbone, unfinished)
+            record = self._compared(tuned)
+            with processes.one_first():
+                if processes.rank == 0:
+                    # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
+                    self._save(backbone, tuned)
+                    if records and not _is_recorded(record, records):
+                        append_record(records, record)
+        epochs, head = tuple(asdict(epoch) for epoch in tuned.history), bundle.head_path(self.stem)
+        computed = self.rows.entry.report.computed
+        return FineTuneResult(record, epochs, tuned.similarity, self.checkpoint, head, computed, tuned, unfinished)
 
-    @cached_property
-    def split(self) -> Split:
-        """The probes' split."""
-        features, groups = self.features, self.task.groups
-        return make_split(features.y, features.splits, features.classes, self.seed, groups=groups, contents=features.sha256)
+    def _train(self, backbone: "Backbone", unfinished: "Checkpoint") -> "FineTuned":
+        from featcache.finetuning.finetuner import Finetuner, Start, TrainingSet
 
-    @cached_property
-    def linear_probes(self) -> "tuple[LinearHead, LinearHead]":
-        """The linear probe fitted on train alone, and the one refitted on train and val."""
-        from featcache import heads
-        from featcache.finetuning.model import LinearHead
+        inputs, rows = self.inputs, self.rows
+        start = Start(*inputs.linear_probes)
+        if self.after is not None and self.after.tuned is not None:
+            shallower = self.after.tuned
+            backbone.module.load_state_dict(shallower.from_train.weights)
+            start = Start(shallower.from_train.head, start.refitted, shallower.finished)
+        data = TrainingSet(rows.entry.cut, rows.take, rows.task.features.y, rows.split)
+        return Finetuner(
+            backbone,
+            self.trainable,
+            self.plan,
+            data,
+            start,
+            seed=inputs.seed,
+            checkpoint=unfinished,
+            processes=inputs.processes,
+        ).run()
 
-        fitted = next(job.fitted for job in self.probes if job.record.method == PROBE)
-        features, train = self.features, self.split.train
-        if fitted.solutions and not self.split.cross:  # the search's one fold was `train`: its head is the one wanted here
-            (alone,) = fitted.solutions
-        else:  # no fold of a cross-validation trains on all of `train`
-            X = np.ascontiguousarray(features.X[train], dtype=np.float32)
-            alone = heads.train(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
-        count = len(features.classes)
-        return LinearHead(*heads.linear_weights(alone, count)), LinearHead(*heads.linear_weights(fitted.estimator, count))
-
-    def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
-        """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""
-        if plan.augment and cut != INPUT:
-            raise UsageError("`augment` changes pixels: it needs `unfreeze='all'`, or `views=N` at a later boundary.")
-        try:
-            if cut != INPUT:
-                self.bench.backbone.prefix(cut)
-        except CutError as error:
-            note = f"{error} The frozen part runs again in every epoch."
-            logger.warning(note)
-            return INPUT, (note,)
-        return cut, ()
-
-    def _within_budget(self, cuts: Sequence[str], plan: FineTunePlan) -> set[str]:
-        """Return the cuts whose activations may be stored, the latest first; say what each costs.
-
-        Raises:
-            StorageError: not even the pixels fit.
-        """
-        import shutil
-
-        free = int(shutil.disk_usage(self.bench.folder).free * _USABLE)
-        budget = self.bench.settings.budget
-        room = free if budget is None else min(free, budget)
-        allowed: set[str] = set()
-        for cut in (cut for cut in cuts if cut != INPUT):
-            cost = self._cost(cut, plan)
-            if cost.bytes <= room:
-                allowed.add(cut)
-                room -= cost.bytes
-        if allowed != set(cuts):
-            cost = self._cost(INPUT, plan)
-            if cost.bytes > room:
-                raise StorageError(
-                    f"{self.bench.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another `cache`, "
-                    "a larger `budget`, or unfreeze less."
-                )
-            allowed.add(INPUT)
-        return allowed
-
-    def _cost(self, cut: str, plan: FineTunePlan) -> Estimate:
-        """Return what storing at a cut takes, and say it."""
-        cost = self.bench.estimate([Output(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
-        if cost.to_compute:
-            logger.info(
-                "activations at %s: %.1f MB and about %.0f s once; computed anew, that in each of up to %d epochs (%s)",
-                cut,
-                cost.bytes / 1e6,
-                cost.seconds,
-                plan.epochs * (len(plan.lr) + plan.refit),
-                f"{plan.epochs} a rate{' and in the refit' if plan.refit else ''}",
-            )
-        return cost
-
-
-def _tune_apart(
-    inputs: FineTuneInputs,
-    plan: FineTunePlan,
-    trainable: "Trainable",
-    records: Path | None,
-    after: FineTuneResult | None = None,
-) -> FineTuneResult:
-    """Train, and leave the caller's random numbers as they were: new layers and dropout draw from PyTorch's own."""
-    from featcache.extraction.runtimes import own_randomness
-
-    with own_randomness(inputs.bench.backbone.device):
-        return _tune(inputs, plan, trainable, records, after)
-
-
-def _tune(
-    inputs: FineTuneInputs,
-    plan: FineTunePlan,
-    trainable: "Trainable",
-    records: Path | None,
-    after: FineTuneResult | None = None,
-) -> FineTuneResult:
-    from featcache.finetuning.checkpoint import Checkpoint, save_checkpoint
-    from featcache.finetuning.finetuner import finetune
-
-    bench, seed = inputs.bench, inputs.seed
-    at_cut, notes = inputs.entry(trainable.cut)
-    keep, task, take = _rows(inputs.task, at_cut, plan.views)
-    split = restricted(inputs.split, keep)
-    if left_out := len(inputs.features.y) - len(keep):
-        test = len(inputs.split.test) - len(split.test)
-        notes = (
-            *notes,
-            f"{left_out} images have no activations at {at_cut.cut} and are left out, {test} of them test images",
+    def _compared(self, tuned: "FineTuned") -> RunRecord:
+        """Return the record, with the gap to the best probe and what is to be said of it."""
+        outcome = Outcome(
+            self.rows.split,
+            params=_params(tuned, self.trainable),
+            val=tuned.history[tuned.best].val,
+            test=tuned.tested.scores,
+            right=tuned.tested.right,
+            seconds={"train": round(tuned.seconds, 3)},
+            images_per_second=round(tuned.images_per_second, 1),
+            probe=self._probe(),
         )
-        logger.warning(notes[-1])
-    start, probe = inputs.linear_probes
-    own = _trainable(bench, plan)
-    method, shallower = plan.unfreeze.text, None
-    if after is not None:
-        weights, start = after.tuned.from_train
-        own.module.load_state_dict(weights)
-        shallower, method = after.tuned.finished, f"{method} after {after.record.method}"
-    experiment = Experiment(bench, task, method, plan, seed)
-    path = experiment.path(at_cut, plan.unfreeze.text.replace(":", "").replace("%", "pct"))
-    folder, name, processes = path.parent, path.name, inputs.processes
-    keeper = Checkpoint(folder / f"{name}.unfinished", writes=processes.rank == 0)
-    tuned = finetune(
-        own,
-        own.suffix(at_cut.cut),
-        take,
-        task.features.y,
-        split,
-        plan,
-        trainable,
-        start=start,
-        probe=probe,
-        shallower=shallower,
-        seed=seed,
-        keeper=keeper,
-        processes=processes,
-    )
-    facts = {
-        "backbone": bench.identity,
-        "classes": list(task.names),
-        "transform": asdict(own.transform),
-        "unfreeze": plan.unfreeze.text,
+        record = self.experiment.record(self.rows.entry, self.checkpoint, outcome)
+        if tuned.best > 0:
+            correct = decode_correct(self.inputs.best_probe.right)[self.rows.tested]
+            between = gap(tuned.tested.right, correct, groups=self.rows.split.test_groups)
+            record = replace(record, gap=asdict(between))
+        remarks = _remarks(tuned, record, self.plan)
+        for note in remarks:
+            logger.warning("%s: %s", record.method, note)
+        return replace(record, notes=(*self.rows.notes, *record.notes, *remarks))
+
+    def _probe(self) -> dict[str, Any]:
+        best = self.inputs.best_probe
+        return {
+            "head": best.method,
+            "of": [job.record.method for job in self.inputs.fitted],
+            "start": PROBE if self.after is None else self.after.record.method,
+            "val": best.val,
+            "test": best.test,
+            "seconds": best.seconds,
+        }
+
+    def _save(self, backbone: "Backbone", tuned: "FineTuned") -> None:
+        """Write the tuned network, and its head beside it: with it as its backbone the head predicts as any other."""
+        from featcache.backbones.timm_models import hash_weights
+        from featcache.finetuning.checkpoint import save_checkpoint
+        from featcache.heads import linear_estimator
+
+        bench, transform = self.inputs.bench, asdict(backbone.transform)
+        facts = {
+            "backbone": bench.identity,
+            "classes": list(self.rows.task.names),
+            "transform": transform,
+            "unfreeze": self.plan.unfreeze.text,
+            # the record has the curve alone: with these what an earlier command has trained is reported whole
+            "epochs": [asdict(epoch) for epoch in tuned.history],
+            "cka": tuned.similarity,
+        }
+        save_checkpoint(backbone.module, tuned.model, self.checkpoint, facts)
+        head = tuned.model.linear_head()
+        spec: BackboneSpec = replace(bench.spec, weights=str(self.checkpoint.resolve()), random_init=None)
+        weights = hash_weights(backbone.module)
+        card = self.experiment.card(
+            self.rows.entry,
+            backbone=backbone_identity(spec) | {"name": origins.absolute_name(spec)},
+            weights=spec.weights,
+            loaded=asdict(replace(bench.backbone.loaded, tag="file", weights_sha256=weights)),
+            transform=transform,
+            cut=POOLED,
+            head=self.plan.unfreeze.text,
+            params={"lr": tuned.lr, "epoch": tuned.best},
+            test=asdict(tuned.tested.scores),
+        )
+        bundle.save(linear_estimator(head.weights, head.bias), card, self.stem)
+
+
+def _params(tuned: "FineTuned", trainable: "Trainable") -> dict[str, Any]:
+    return {
+        "best_epoch": tuned.best,
+        "lr": tuned.lr,
+        "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
+        "stages": [stage.name for stage in trainable.stages],
+        "cka": round(tuned.similarity, 4),
+        "precision": tuned.precision,
+        "refitted": tuned.refitted,
+        "curve": [
+            [epoch.train_loss, epoch.train_accuracy, epoch.val.log_loss, epoch.val.accuracy, round(epoch.seconds, 3)]
+            for epoch in tuned.history
+        ],
     }
-    checkpoint = folder / f"{name}.safetensors"
-    best_probe = inputs.best_probe
-    outcome = Outcome(
-        split,
-        params={
-            "best_epoch": tuned.best,
-            "lr": tuned.lr,
-            "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
-            "stages": [stage.name for stage in trainable.stages],
-            "cka": round(tuned.similarity, 4),
-            "precision": tuned.precision,
-            "refitted": tuned.refitted,
-            "curve": [
-                [epoch.train_loss, epoch.train_accuracy, epoch.val.log_loss, epoch.val.accuracy, round(epoch.seconds, 3)]
-                for epoch in tuned.history
-            ],
-        },
-        val=tuned.history[tuned.best].val,
-        test=tuned.tested.scores,
-        right=tuned.tested.right,
-        seconds={"train": round(tuned.seconds, 3)},
-        images_per_second=round(tuned.images_per_second, 1),
-        probe={
-            "head": best_probe.method,
-            "of": [job.record.method for job in inputs.probes],
-            "start": PROBE if after is None else after.record.method,
-            "val": best_probe.val,
-            "test": best_probe.test,
-            "seconds": best_probe.seconds,
-        },
-    )
-    record = experiment.record(at_cut, checkpoint, outcome)
-    if tuned.best > 0:
-        right = decode_correct(best_probe.right)[np.isin(inputs.split.test, keep)]
-        record = replace(record, gap=asdict(gap(tuned.tested.right, right, groups=split.test_groups)))
-    remarks = _remarks(tuned, record, plan)
-    for note in remarks:
-        logger.warning("%s: %s", method, note)
-    record = replace(record, notes=(*notes, *record.notes, *remarks))
-    with processes.one_first():
-        if (
-            processes.rank == 0
-        ):  # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
-            save_checkpoint(own.module, tuned.model, checkpoint, facts)
-            _save_head(experiment, at_cut, tuned, own, checkpoint, plan)
-            if records and not _is_recorded(record, records):
-                append_record(records, record)
-    head = bundle.head_path(folder / name)
-    return FineTuneResult(tuned, record, checkpoint, head, at_cut.report.computed, keeper)
+
+
+def find_finished(inputs: FineTuneInputs, plan: FineTunePlan, method: str, records: Path | None) -> FineTuneResult | None:
+    """Return what an earlier command has trained: the same experiment, its record, checkpoint and head all there."""
+    plan_text = canonical(asdict(plan))
+    alike = [
+        record
+        for record in (read_records([records], warn=False) if records else [])
+        if (record.kind, record.method, record.seed) == ("finetune", method, inputs.seed)
+        and canonical(record.request.get("plan")) == plan_text
+    ]
+    if not alike:  # told without looking at the data set: embeddings that are missing are extracted in one pass, later
+        return None
+    # without the embeddings themselves, and without groups: they are no part of the key but by their column's name
+    task = Task.of(inputs.bench.extracted().store.labelled(), group=inputs.group)
+    key = Experiment(inputs.bench, task, method, plan, inputs.seed).key
+    for record in reversed(alike):
+        # the heads that it was compared with are no part of the experiment's name
+        if record.cell == key and set((record.probe or {})["of"]) == set(inputs.head_names):
+            return _read_again(record, inputs.bench.settings.cache / record.artefact)
+    return None
+
+
+def _find_finished_sweep(
+    inputs: FineTuneInputs, plans: Sequence[FineTunePlan], records: Path | None
+) -> list[FineTuneResult]:
+    """Return all depths that an earlier command has trained, or none: a depth goes on from the weights of the one before."""
+    results: list[FineTuneResult] = []
+    gained: FineTuneResult | None = None
+    for plan in plans:
+        result = find_finished(inputs, _after(plan, gained), _method(plan, gained), records)
+        if result is None:
+            return []
+        results.append(result)
+        gained = result if result.gained else gained
+    return results
+
+
+def _read_again(record: RunRecord, checkpoint: Path) -> FineTuneResult | None:
+    from safetensors import safe_open
+
+    head = bundle.head_path(checkpoint.with_name(checkpoint.name.removesuffix(".safetensors")))
+    if not checkpoint.is_file() or not head.is_file():
+        return None
+    try:
+        with safe_open(checkpoint, framework="numpy") as file:
+            facts = json.loads(file.metadata()["featcache"])
+        return FineTuneResult(record, tuple(facts["epochs"]), facts["cka"], checkpoint, head)
+    except Exception as error:  # noqa: BLE001 - a damaged file fails in any way; one of an earlier version has no epochs
+        logger.info("%s: trained anew (%s: %s)", checkpoint, type(error).__name__, error)
+        return None
+
+
+def _reported_again(results: Sequence[FineTuneResult], inputs: FineTuneInputs) -> tuple[FineTuneResult, ...]:
+    """Say of results that they are an earlier command's, and clear what it may have left when it was killed at its end."""
+    for result in results:
+        logger.info(
+            "%s: trained already (%s); remove %s to train again", result.record.method, result.record.time, result.checkpoint
+        )
+        for note in result.record.notes:
+            logger.warning("%s: %s", result.record.method, note)
+        forget_state(inputs.bench.folder, result.record.cell)
+    return tuple(results)
 
 
 def _is_recorded(record: RunRecord, records: Path) -> bool:
     """Tell whether a file has this very training, to its epochs' seconds: it was killed once that was written."""
 
-    def facts(one: RunRecord) -> str:
-        return canonical([one.cell, one.params, one.right])
+    def identity(trained: RunRecord) -> str:
+        return canonical([trained.cell, trained.params, trained.right])
 
-    return any(facts(one) == facts(record) for one in read_records([records], warn=False))
+    return any(identity(earlier) == identity(record) for earlier in read_records([records], warn=False))
 
 
 def forget_state(folder: Path, cell: str) -> None:
@@ -452,20 +401,7 @@ def forget_state(folder: Path, cell: str) -> None:
         remove_file(path)
 
 
-def _rows(task: Task, at_cut: Extracted, views: int) -> "tuple[NDArray[np.int64], Task, Take]":
-    """Return which images both entries have, those alone, and what reads the second's rows, view after view."""
-    keep, task, take = aligned(task, at_cut.store)
-    if views == 1:
-        return keep, task, take
-
-    def one_view(index: NDArray[np.int64]) -> NDArray[Any]:
-        rows: NDArray[Any] = take(index // views)[np.arange(len(index)), index % views]
-        return rows
-
-    return keep, task, one_view
-
-
-def _trainable(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
+def _trainable_copy(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
     """Return a copy of the backbone that may be changed, with the plan's stochastic depth."""
     if not plan.drop_path:
         backbone = bench.backbone.separate()
@@ -475,58 +411,29 @@ def _trainable(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
         return backbone
     from featcache.backbones.timm_models import load_backbone
 
+    # timm spreads the rate over the blocks as it builds them: the network is built again, from the same weights
     spec = replace(bench.spec, model_args=(*bench.spec.model_args, ("drop_path_rate", plan.drop_path)))
-    own = load_backbone(spec, bench.backbone.device)
-    if own.loaded.weights_sha256 != bench.backbone.loaded.weights_sha256:
+    backbone = load_backbone(spec, bench.backbone.device)
+    if backbone.loaded.weights_sha256 != bench.backbone.loaded.weights_sha256:
         raise DataError(f"`backbone` {spec.name}: its weights changed while this ran. Run again.")
-    return own
-
-
-def _save_head(
-    experiment: Experiment,
-    at_cut: Extracted,
-    tuned: "FineTuned",
-    own: "Backbone",
-    checkpoint: Path,
-    plan: FineTunePlan,
-) -> None:
-    """Write the tuned network's head beside it: with the checkpoint as its backbone it predicts and exports as any other."""
-    from featcache.backbones.timm_models import hash_weights
-    from featcache.heads import linear_estimator
-
-    head, bench = tuned.model.linear_head(), experiment.cache
-    spec: BackboneSpec = replace(bench.spec, weights=str(checkpoint.resolve()), random_init=None)
-    card = experiment.card(
-        at_cut,
-        backbone=backbone_identity(spec) | {"name": origins.absolute_name(spec)},
-        weights=spec.weights,
-        loaded=asdict(replace(bench.backbone.loaded, tag="file", weights_sha256=hash_weights(own.module))),
-        transform=asdict(own.transform),
-        cut=POOLED,
-        head=plan.unfreeze.text,
-        params={"lr": tuned.lr, "epoch": tuned.best},
-        test=asdict(tuned.tested.scores),
-    )
-    bundle.save(
-        linear_estimator(head.weights, head.bias), card, checkpoint.with_name(checkpoint.name.removesuffix(".safetensors"))
-    )
+    return backbone
 
 
 def _remarks(tuned: "FineTuned", record: RunRecord, plan: FineTunePlan) -> tuple[str, ...]:
     """Return what a reader of the gap should know."""
-    found = []
+    remarks = []
     if record.gap is not None and record.probe is not None and (between := Gap(**record.gap)).is_noise:
         interval = f"95 % interval {between.ci[0]:+.1f} to {between.ci[1]:+.1f}" if between.ci else "too few groups to tell"
-        found.append(
+        remarks.append(
             f"the gap of {between.points:+.1f} points to {record.probe['head']} is inside the noise of "
             f"{record.split['test']} test images ({interval})"
         )
     if plan.refit and tuned.best > 0 and not tuned.refitted:
-        found.append("trained again on train and validation it was worse on the latter: the one trained on train is kept")
+        remarks.append("trained again on train and validation it was worse on the latter: the one trained on train is kept")
     if tuned.best == 0:
-        found.append("no gain on validation: no epoch did better there than where training started, which is the answer")
+        remarks.append("no gain on validation: no epoch did better there than where training started, which is the answer")
     if tuned.overfits:
-        found.append(tuned.overfits)
+        remarks.append(tuned.overfits)
     if tuned.similarity < _DRIFTED:
-        found.append(f"the embeddings are other ones now than the probe's (CKA {tuned.similarity:.2f})")
-    return tuple(found)
+        remarks.append(f"the embeddings are other ones now than the probe's (CKA {tuned.similarity:.2f})")
+    return tuple(remarks)

@@ -11,8 +11,8 @@ import contextlib
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from featcache.evaluation.metrics import TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.distributed import ProcessGroup
-from featcache.finetuning.loop import DivergedError, Epoch, TrainContext, Trained, Trial, epoch_of, noise, to_device
+from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, noise, to_device
 from featcache.finetuning.model import LinearHead, SuffixAndHead, Take, embed, predict
 from featcache.finetuning.network_edits import add_lora, fold_norms, merge_lora
 from featcache.finetuning.optim import choose_precision
@@ -34,7 +34,61 @@ from featcache.progress import progress
 from featcache.resources import keep_freed_memory
 from featcache.specs import Precision
 
-Whole = tuple[dict[str, Tensor], LinearHead]  # a backbone's weights and a head
+_RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
+_ROUNDING = 1e-9  # of differences of accuracies
+_LAYOUT = 3  # of a training's state: one of an older version is begun again
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What is trained on: ``take`` gives rows (k, ...) stored at the cut, the views of an image one after the other.
+
+    ``y`` are the labels (n,) int64; the split says which images train, choose and test.
+    """
+
+    cut: str
+    take: Take
+    y: NDArray[np.int64]
+    split: Split
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone's weights and a head; no weights where they are those that the backbone has anyway."""
+
+    weights: dict[str, Tensor]
+    head: LinearHead
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts.
+
+    Attributes:
+        on_train: the probe fitted on ``train`` alone: every rate starts from it, so that ``val`` judges it fairly.
+        refitted: the probe refitted on train and val: what epoch 0 answers with, where it stays the best, and where the
+            refit starts.
+        shallower: the finished network that takes the refitted probe's place, where its training on ``train`` was the start.
+    """
+
+    on_train: LinearHead
+    refitted: LinearHead
+    shallower: Network | None = None
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """What the search came to.
+
+    Attributes:
+        best: the trial of the rate that is kept.
+        rates: for each rate that was tried the validation accuracy of its best epoch.
+        network: trained on ``train`` alone: where a deeper training may start.
+    """
+
+    best: Trained
+    rates: dict[float, float]
+    network: Network
 
 
 @dataclass(frozen=True)
@@ -53,9 +107,8 @@ class FineTuned:
         similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
         precision: what training steps were computed in.
         refitted: whether the model has trained on validation images too; not where that left it worse on them.
-        from_train: backbone and head as they were chosen, trained on ``train`` alone: where a deeper training may start.
-        finished: backbone, not copied, and head as they were tested: what a deeper training answers with that gains
-            nothing.
+        from_train: as it was chosen, trained on ``train`` alone: where a deeper training may start.
+        finished: as it was tested, the weights not copied: what a deeper training answers with that gains nothing.
     """
 
     model: SuffixAndHead
@@ -69,8 +122,8 @@ class FineTuned:
     similarity: float
     precision: Precision
     refitted: bool
-    from_train: Whole
-    finished: Whole
+    from_train: Network
+    finished: Network
 
     @property
     def overfits(self) -> str:
@@ -87,165 +140,223 @@ class FineTuned:
         )
 
 
-_RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
-_ROUNDING = 1e-9  # of differences of accuracies
-_LAYOUT = 3  # of a training's state: one of an older version is begun again
+@dataclass(frozen=True)
+class TrainingState:
+    """How far a training has come: what its checkpoint keeps, beside the seconds.
+
+    Attributes:
+        precision: what steps are computed in, once that is chosen.
+        finished: the rates that were tried to their end, each with its validation accuracy.
+        contenders: of these trials those that may still be the best: only their weights are kept.
+        trial: the state of the one in flight, at a rate or of the refit.
+    """
+
+    precision: Precision | Literal["auto"] | None
+    finished: tuple[tuple[float, float], ...] = ()
+    contenders: tuple[Trained, ...] = ()
+    trial: Plain | None = None
+
+    @classmethod
+    def of(cls, plain: Plain) -> "TrainingState":
+        """Return what ``plain`` gave."""
+        finished = tuple((lr, accuracy) for lr, accuracy in plain["finished"])
+        return cls(plain["precision"], finished, tuple(map(_trained, plain["best"])), plain["trial"])
+
+    def plain(self) -> Plain:
+        """Return it as a checkpoint keeps it; tensors are shared."""
+        best = [asdict(replace(trial, state={})) | {"state": trial.state} for trial in self.contenders]
+        return {
+            "layout": _LAYOUT,
+            "precision": self.precision,
+            "finished": list(self.finished),
+            "best": best,
+            "trial": self.trial,
+        }
+
+    def ended(self, trained: Trained, images: int) -> "TrainingState":
+        """Return it after one more rate, judged by so many images."""
+        finished = (*self.finished, (trained.lr, trained.best.val.accuracy))
+        return TrainingState(self.precision, finished, tuple(not_worse([*self.contenders, trained], images)))
 
 
-def finetune(
-    backbone: Backbone,
-    suffix: nn.Module,
-    take: Take,
-    y: NDArray[np.int64],
-    split: Split,
-    plan: FineTunePlan,
-    trainable: Trainable,
-    *,
-    start: LinearHead,
-    probe: LinearHead,
-    shallower: Whole | None = None,
-    seed: int = 0,
-    keeper: Checkpoint | None = None,
-    processes: ProcessGroup | None = None,
-) -> FineTuned:
-    """Train a suffix and its head on ``train``, keep the best rate and epoch on ``val``, refit on both, test that once.
+def _trained(fields: dict[str, Any]) -> Trained:
+    history = tuple(epoch_of(epoch) for epoch in fields["history"])
+    return Trained(**(fields | {"history": history, "best": epoch_of(fields["best"])}))
 
-    Args:
+
+@dataclass(eq=False)
+class Finetuner:
+    """Trains a suffix and its head: ``search`` for rate and epoch, ``refit``, ``test``, in this order; ``run`` does all.
+
+    A training that was killed goes on: what its checkpoint has of each step is not computed again. The checkpoint is the
+    caller's to clear, once what came out is on the disk: until then a training that has ended is found there as well.
+
+    Attributes:
         backbone: the one whose parameters the suffix shares; they are changed.
-        suffix: stored activations to embeddings.
-        take: gives stored rows (k, ...) for positions (k,), the views of an image one after the other.
-        y: labels (n,) int64.
-        split: which images train, choose and test.
-        plan: rates, epochs, patience, ...
         trainable: which parameters train.
-        start: the probe fitted on ``train`` alone: where training starts, so that ``val`` judges it fairly.
-        probe: the probe refitted on train and val: what epoch 0 answers with, where it stays the best, and where the
-            refit starts.
-        shallower: the finished model that takes the probe's place, where its training on ``train`` was the start.
+        plan: rates, epochs, patience, ...
+        data: what is trained on.
+        start: where training starts.
         seed: of the order of images and of dropout.
-        keeper: where the state is kept, so that a killed training goes on; it is the caller's to clear, once what came
-            out is on the disk: until then a training that has ended is found here as well.
+        checkpoint: where the state is kept.
         processes: those that share the work.
 
     Raises:
         SetupError: low-rank updates need peft.
         StorageError: the state cannot be kept.
     """
-    timed, processes = _Timed(keeper or Checkpoint(None)), processes or ProcessGroup()
-    keep_freed_memory()
-    model = SuffixAndHead(suffix, start).to(backbone.device)
-    stages = open_up(backbone, model, trainable, seed)
-    saved = timed.load()
-    if not processes.agrees(bool(saved), backbone.device):  # all of them go on from there, or all begin
-        saved = {}
-    if saved.get("layout") != _LAYOUT:
-        saved = {"layout": _LAYOUT, "finished": [], "best": [], "trial": None, "precision": plan.precision}
-    if saved.get("precision") in {None, "auto"}:
-        batch = to_device(take(split.train[: plan.batch_size] * plan.views), backbone.device)
-        saved["precision"] = choose_precision(model, batch, processes, on_cpu=plan.precision == "auto")
-    job = TrainContext(model, stages, take, y, plan, processes, seed, saved["precision"])
-    untouched = copy.deepcopy(model.state_dict())
-    first = embed(model, take, split.val * plan.views, plan.batch_size)
-    val, scaled = job.validate(split.val)
-    before = Epoch(0, None, val, 0.0, scaled_loss=scaled)
-    trials = len(plan.lr) * len(split.train) + plan.refit * len(split.train_val)
-    refitted = False
-    with progress(plan.epochs * trials, f"finetune {plan.unfreeze.text}") as bar:
-        best, rates, saved = _best_rate(job, split, before, untouched, saved, timed, bar)
-        model.load_state_dict(best.state)
-        number = best.best.number
-        from_train = _as_it_is(backbone, model, trainable)
-        if number == 0 or plan.refit:
-            model.load_state_dict(untouched)
-            if shallower is not None:
-                backbone.module.load_state_dict(shallower[0])
-            model.set_head(probe if shallower is None else shallower[1])
-        if number > 0 and plan.refit:
-            trial = Trial(job, best.lr, split.train_val, None, before, epochs=number)
-            if saved["trial"] is not None:
-                trial.resume(saved["trial"])
-            again = trial.run(bar, lambda state: timed.save(saved | {"trial": state}))
-            model.load_state_dict(again.state)
-            with contextlib.suppress(DivergedError):  # it has seen these images: worse is broken
-                chosen = best.best.val.accuracy
-                refitted = not again.diverged and job.validate(split.val)[0].accuracy >= chosen - noise(
-                    chosen, len(split.val)
-                )
-            if not refitted:
-                model.load_state_dict(best.state)
-        bar.update(bar.total - bar.n)
-    if trainable.spec.what == "lora":
-        merge_lora(model.suffix)
-    seconds = timed.seconds
-    last = embed(model, take, split.val * plan.views, plan.batch_size)
-    tested = scores_on_test(lambda index: predict(model, take, index * plan.views, plan.batch_size), y, split)
-    return FineTuned(
-        model,
-        best.history,
-        number,
-        best.lr,
-        rates,
-        tested,
-        seconds,
-        best.images_per_second,
-        cka(first, last),
-        job.precision,
-        refitted,
-        from_train,
-        (backbone.module.state_dict(), model.linear_head()),
-    )
 
+    backbone: Backbone
+    trainable: Trainable
+    plan: FineTunePlan
+    data: TrainingSet
+    start: Start
+    seed: int = 0
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
+    processes: ProcessGroup = field(default_factory=ProcessGroup)
 
-class _Timed:
-    """A training's kept state, and the seconds that it has taken: those of killed processes, up to what they kept, too."""
+    def __post_init__(self) -> None:
+        """Put head and suffix together, go back to where the checkpoint is, and judge the start."""
+        self._started, self._seconds_before = time.monotonic(), 0.0
+        keep_freed_memory()
+        self.model = SuffixAndHead(self.backbone.suffix(self.data.cut), self.start.on_train).to(self.backbone.device)
+        stages = open_up(self.backbone, self.model, self.trainable, self.seed)
+        self._state = self._resumed()
+        plan, data, precision = self.plan, self.data, self._state.precision
+        self._context = TrainContext(
+            self.model,
+            stages,
+            data.take,
+            data.y,
+            plan,
+            self.processes,
+            self.seed,
+            precision,  # type: ignore[arg-type]
+        )
+        self._untouched = copy.deepcopy(self.model.state_dict())
+        self._embeddings = self._embed()
+        val, scaled = self._context.validate(data.split.val)
+        self._before = Epoch(0, None, val, 0.0, scaled_loss=scaled)
 
-    def __init__(self, keeper: Checkpoint) -> None:
-        self._keeper, self._started, self._before = keeper, time.monotonic(), 0.0
+    def run(self) -> FineTuned:
+        """Search, refit and test."""
+        found = self.search()
+        return self.test(found, refitted=self.refit(found))
 
-    def load(self) -> dict[str, Any]:
-        """Return what was kept, {} where nothing was."""
-        saved = self._keeper.load() or {}
-        self._before = float(saved.get("seconds", 0.0))
-        return saved
+    def search(self) -> RateSearch:
+        """Train on ``train`` at every rate, each from the start, and keep the best rate and epoch on ``val``."""
+        split, plan = self.data.split, self.plan
+        finished = len(self._state.finished)
+        with progress(plan.epochs * len(plan.lr) * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
+            bar.update(plan.epochs * len(split.train) * finished)
+            for lr in plan.lr[finished:]:
+                self.model.load_state_dict(self._untouched)
+                trained = self._train(Trial(self._context, lr, split.train, split.val, self._before), bar)
+                self._state = self._state.ended(trained, len(split.val))
+                self._save(self._state)
+        # of those that accuracy cannot tell apart
+        best = min(self._state.contenders, key=lambda trial: trial.best.scaled_loss)
+        self.model.load_state_dict(best.state)
+        return RateSearch(best, dict(self._state.finished), self._network())
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Keep a state."""
-        self._keeper.save(state | {"seconds": self.seconds})
+    def refit(self, found: RateSearch) -> bool:
+        """Train on train and val together as long as the kept epoch, from the refitted probe; tell whether that is kept.
+
+        Where no epoch was better than the start, the refitted probe is what the model is then.
+        """
+        best, split = found.best, self.data.split
+        if best.best.number == 0 or self.plan.refit:
+            self._restart()
+        if best.best.number == 0 or not self.plan.refit:
+            return False
+        trial = Trial(self._context, best.lr, split.train_val, None, self._before, epochs=best.best.number)
+        with progress(best.best.number * len(split.train_val), f"refit {self.plan.unfreeze.text}") as bar:
+            again = self._train(trial, bar)
+        self.model.load_state_dict(again.state)
+        if not again.diverged and self._still_good(best.best.val.accuracy):
+            return True
+        self.model.load_state_dict(best.state)
+        return False
+
+    def test(self, found: RateSearch, *, refitted: bool) -> FineTuned:
+        """Test the model as it is now, once, and return it with its history."""
+        if self.trainable.spec.what == "lora":
+            merge_lora(self.model.suffix)
+        seconds = self._seconds  # the test is no training
+        after, data, plan = self._embed(), self.data, self.plan
+        tested = scores_on_test(
+            lambda index: predict(self.model, data.take, index * plan.views, plan.batch_size), data.y, data.split
+        )
+        return FineTuned(
+            self.model,
+            found.best.history,
+            found.best.best.number,
+            found.best.lr,
+            found.rates,
+            tested,
+            seconds,
+            found.best.images_per_second,
+            cka(self._embeddings, after),
+            self._context.precision,
+            refitted,
+            found.network,
+            Network(self.backbone.module.state_dict(), self.model.linear_head()),
+        )
+
+    def _resumed(self) -> TrainingState:
+        """Return the state to go on from, with a precision chosen."""
+        saved = self.checkpoint.load() or {}
+        self._seconds_before = float(saved.get("seconds", 0.0))
+        if not self.processes.agrees(bool(saved), self.backbone.device):  # all of them go on from there, or all begin
+            saved = {}
+        state = TrainingState.of(saved) if saved.get("layout") == _LAYOUT else TrainingState(self.plan.precision)
+        if state.precision not in {None, "auto"}:  # kept with the state: measured again it might come out otherwise
+            return state
+        rows = self.data.take(self.data.split.train[: self.plan.batch_size] * self.plan.views)
+        batch, on_cpu = to_device(rows, self.backbone.device), self.plan.precision == "auto"
+        return replace(state, precision=choose_precision(self.model, batch, self.processes, on_cpu=on_cpu))
 
     @property
-    def seconds(self) -> float:
-        """What it has taken up to now."""
-        return self._before + time.monotonic() - self._started
+    def _seconds(self) -> float:
+        """What training has taken, that of killed processes included up to the last state that they kept."""
+        return self._seconds_before + time.monotonic() - self._started
 
+    def _save(self, state: TrainingState) -> None:
+        self.checkpoint.save(state.plain() | {"seconds": self._seconds})
 
-def _best_rate(
-    job: TrainContext,
-    split: Split,
-    before: Epoch,
-    untouched: dict[str, Tensor],
-    saved: dict[str, Any],
-    timed: "_Timed",
-    bar: Any,
-) -> tuple[Trained, dict[float, float], dict[str, Any]]:
-    """Return the best trial, the accuracy of each, and what is to be kept while the refit runs."""
-    rates: dict[float, float] = dict(saved["finished"])
-    trials = [_trained(facts) for facts in saved["best"]]
-    for number, lr in enumerate(job.plan.lr):
-        if number < len(saved["finished"]):
-            bar.update(job.plan.epochs * len(split.train))
-            continue
-        job.model.load_state_dict(untouched)
-        trial = Trial(job, lr, split.train, split.val, before)
-        if saved["trial"] is not None:
-            trial.resume(saved["trial"])
-        current = saved
-        trained = trial.run(bar, lambda state, current=current: timed.save(current | {"trial": state}))  # type: ignore[misc]
-        rates[lr] = trained.best.val.accuracy
-        trials = not_worse([*trials, trained], len(split.val))
-        finished = [*saved["finished"], (lr, trained.best.val.accuracy)]
-        saved = saved | {"finished": finished, "best": [_plain(one) for one in trials], "trial": None}
-        timed.save(saved)
-    return min(trials, key=lambda one: one.best.scaled_loss), rates, saved
+    def _train(self, trial: Trial, bar: Any) -> Trained:
+        """Run a trial, from where the state has it if it does."""
+        if self._state.trial is not None:
+            trial.resume(self._state.trial)
+        state, self._state = self._state, replace(self._state, trial=None)
+        return trial.run(bar, lambda plain: self._save(replace(state, trial=plain)))
+
+    def _restart(self) -> None:
+        """Put the model where the refit begins: the weights untouched and the probe that was refitted, or the shallower."""
+        shallower = self.start.shallower
+        self.model.load_state_dict(self._untouched)
+        if shallower is not None:
+            self.backbone.module.load_state_dict(shallower.weights)
+        self.model.set_head(self.start.refitted if shallower is None else shallower.head)
+
+    def _still_good(self, chosen: float) -> bool:
+        """Tell whether the model is as accurate on ``val`` as the one that was chosen there, but for noise.
+
+        It has trained on these images since: one that is worse on them is broken.
+        """
+        images = self.data.split.val
+        with contextlib.suppress(DivergedError):
+            return self._context.validate(images)[0].accuracy >= chosen - noise(chosen, len(images))
+        return False
+
+    def _embed(self) -> NDArray[np.float64]:
+        return embed(self.model, self.data.take, self.data.split.val * self.plan.views, self.plan.batch_size)
+
+    def _network(self) -> Network:
+        """Return the weights and the head as they are; low-rank updates are no part of the weights yet."""
+        if self.trainable.spec.what == "lora":
+            return Network({}, self.model.linear_head())
+        return Network(copy.deepcopy(self.backbone.module.state_dict()), self.model.linear_head())
 
 
 def not_worse(trials: Sequence[Trained], images: int) -> list[Trained]:
@@ -263,29 +374,22 @@ def not_worse(trials: Sequence[Trained], images: int) -> list[Trained]:
     return [
         trial
         for place, trial in enumerate(near)
-        if not any(_beats(other, trial, earlier=number < place) for number, other in enumerate(near) if number != place)
+        if not any(_beats(rival, trial, earlier=number < place) for number, rival in enumerate(near) if number != place)
     ]
 
 
-def _beats(one: Trained, other: Trained, *, earlier: bool) -> bool:
+def _beats(trial: Trained, rival: Trained, *, earlier: bool) -> bool:
     """Tell whether a trial is as good as another in accuracy and in loss, better in one of them or run before it."""
-    as_good = one.best.val.accuracy >= other.best.val.accuracy and one.best.scaled_loss <= other.best.scaled_loss
-    return as_good and (earlier or one.best.rank != other.best.rank)
-
-
-def _plain(trained: Trained) -> dict[str, Any]:
-    return asdict(trained) | {"state": trained.state}
-
-
-def _trained(facts: dict[str, Any]) -> Trained:
-    history = tuple(epoch_of(one) for one in facts["history"])
-    return Trained(**(facts | {"history": history, "best": epoch_of(facts["best"])}))
+    as_accurate = trial.best.val.accuracy >= rival.best.val.accuracy
+    return (
+        as_accurate and trial.best.scaled_loss <= rival.best.scaled_loss and (earlier or trial.best.rank != rival.best.rank)
+    )
 
 
 def open_up(
     backbone: Backbone, model: SuffixAndHead, trainable: Trainable, seed: int
 ) -> tuple[tuple[nn.Parameter, ...], ...]:
-    """Let the thawed parameters train and no others; return them, stage by stage."""
+    """Let the trainable parameters train and no others; return them, stage by stage."""
     named = dict(backbone.module.named_parameters())
     model.requires_grad_(False)
     for parameter in named.values():
@@ -305,10 +409,3 @@ def open_up(
     for parameter in (*model.head.parameters(), *(parameter for stage in stages for parameter in stage)):
         parameter.requires_grad_(True)
     return stages
-
-
-def _as_it_is(backbone: Backbone, model: SuffixAndHead, trainable: Trainable) -> Whole:
-    """Return the backbone's weights and the head; low-rank updates are no part of the weights yet."""
-    if trainable.spec.what == "lora":
-        return {}, model.linear_head()
-    return copy.deepcopy(backbone.module.state_dict()), model.linear_head()

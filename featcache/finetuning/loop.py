@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,9 @@ from featcache.finetuning.plan import FineTunePlan
 from featcache.progress import logger
 from featcache.specs import Precision
 
-_SAVE_SECONDS = 60.0
+_SAVE_SECONDS = 60.0  # what a kill costs at most; writing a large model's state takes some seconds
 _ROUNDING = 1e-9  # of differences of accuracies
-State = dict[str, Any]
+Plain = dict[str, Any]  # what torch.load reads with weights_only: numbers, texts, lists, tensors
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Epoch:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What the smaller of is better: by accuracy, then by scaled log-loss."""
+        """The smaller the better: by accuracy, then by scaled log-loss."""
         return (-self.val.accuracy, self.scaled_loss)
 
 
@@ -62,7 +62,7 @@ def noise(accuracy: float, images: int) -> float:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one rate came to: its best epoch and the weights then, and whether a later one ended in no numbers at all."""
+    """What one rate came to: its best epoch and the weights then, and whether a later one diverged."""
 
     lr: float
     history: tuple[Epoch, ...]
@@ -73,7 +73,7 @@ class Trained:
 
 
 class DivergedError(ArithmeticError):
-    """Losses or answers are no numbers any more."""
+    """Losses or probabilities are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -109,27 +109,77 @@ class TrainContext:
         """Return a model's scores on some images and its scaled log-loss, each process looking at its share of them.
 
         Raises:
-            DivergedError: it answers with no numbers.
+            DivergedError: its probabilities are NaN or infinite.
         """
-        model, everything = model or self.model, np.arange(len(index))
-        mine = self.processes.share(everything)
-        answers = np.zeros((len(index), model.head.out_features))
-        if len(mine):
-            answers[mine] = predict(model, self.take, index[mine] * self.plan.views, self.plan.batch_size)
-        answers = self.processes.total(answers, self.device)
-        if not np.isfinite(answers).all():
+        model = model or self.model
+        share = self.processes.share(np.arange(len(index)))
+        predictions = np.zeros((len(index), model.head.out_features))
+        if len(share):  # view 0 is the plain image: the first of each image's rows
+            predictions[share] = predict(model, self.take, index[share] * self.plan.views, self.plan.batch_size)
+        predictions = self.processes.total(predictions, self.device)  # the other processes' rows are zeros here
+        if not np.isfinite(predictions).all():
             raise DivergedError
-        truth = self.y[index]
-        temperature = best_temperature(truth, answers)
-        scaled = answers if temperature is None else at_temperature(answers, temperature)
-        return score(truth, answers), score(truth, scaled).log_loss or 0.0
+        y_true = self.y[index]
+        temperature = best_temperature(y_true, predictions)
+        scaled = predictions if temperature is None else at_temperature(predictions, temperature)
+        return score(y_true, predictions), score(y_true, scaled).log_loss or 0.0
+
+
+@dataclass
+class TrialState:
+    """What a trial has come to, beside the weights in training and their optimiser.
+
+    Attributes:
+        history: the epochs, the first of them the start.
+        best: the epoch that is kept so far.
+        weights: the model's in that epoch.
+        highest: accuracy on validation so far, the start left out.
+        lowest: log-loss there so far.
+        stale: epochs in succession that brought neither.
+        step: how many steps of the epoch in flight have been taken.
+        sums: of losses and of correct predictions in them.
+        seconds: that processes before this one, or states before the last, have spent in it.
+    """
+
+    history: list[Epoch]
+    best: Epoch
+    weights: dict[str, Tensor]
+    highest: float = -1.0
+    lowest: float = math.inf
+    stale: int = 0
+    step: int = 0
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    seconds: float = 0.0
+
+    def plain(self) -> Plain:
+        """Return it as a checkpoint keeps it; tensors are shared."""
+        return {
+            "history": [asdict(epoch) for epoch in self.history],
+            "best": asdict(self.best),
+            "best_state": self.weights,
+            "stale": (self.highest, self.lowest, self.stale),
+            "step": self.step,
+            "sums": self.sums.tolist(),
+            "spent": self.seconds,
+        }
+
+    @classmethod
+    def of(cls, plain: Plain) -> "TrialState":
+        """Return what ``plain`` gave."""
+        history, (highest, lowest, stale) = [epoch_of(fields) for fields in plain["history"]], plain["stale"]
+        best, weights, sums = epoch_of(plain["best"]), plain["best_state"], np.array(plain["sums"])
+        return cls(history, best, weights, highest, lowest, stale, plain["step"], sums, plain["spent"])
+
+    def end_epoch(self) -> None:
+        """Begin to count anew."""
+        self.step, self.sums, self.seconds = 0, np.zeros(2), 0.0
 
 
 class Trial:
     """Training at one rate from the model's present weights.
 
     Args:
-        job: what is trained.
+        context: what is trained.
         lr: of the last stage.
         train: images to train on.
         val: images that judge epochs, or ``None``: then the last epoch is the best.
@@ -138,162 +188,169 @@ class Trial:
     """
 
     def __init__(
-        self, job: TrainContext, lr: float, train: Index, val: Index | None, before: Epoch, epochs: int | None = None
+        self, context: TrainContext, lr: float, train: Index, val: Index | None, before: Epoch, epochs: int | None = None
     ) -> None:
-        plan = job.plan
-        self._job, self._lr, self._train, self._val = job, lr, train, val
+        plan = context.plan
+        self._context, self._lr, self._train, self._val = context, lr, train, val
         self._epochs = epochs or plan.epochs
-        groups = parameter_groups(job.stages, job.model.head, plan, lr)
+        groups = parameter_groups(context.stages, context.model.head, plan, lr)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._optimiser = make_optimiser(groups, plan)
         steps = self._epochs * math.ceil(len(train) / (plan.batch_size * plan.accumulate))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, lambda step: rate(step, steps, plan.warmup))
-        self._scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "float16")
+        # gradients of float16 would underflow; bfloat16 has float32's range
+        self._scaler = torch.amp.GradScaler(context.device.type, enabled=context.precision == "float16")
         average = get_ema_multi_avg_fn(plan.ema)  # type: ignore[no-untyped-call]
-        self._average = AveragedModel(job.model, multi_avg_fn=average, use_buffers=True) if plan.ema else None
-        self._history = [before]
-        self._best, self._state = before, copy.deepcopy(job.model.state_dict())
-        self._accuracy, self._loss, self._stale = -1.0, math.inf, 0
-        self._step, self._sums, self._spent = 0, np.zeros(2), 0.0
+        self._average = AveragedModel(context.model, multi_avg_fn=average, use_buffers=True) if plan.ema else None
+        self._state = TrialState([before], before, copy.deepcopy(context.model.state_dict()))
 
-    def run(self, bar: Any, keep: Callable[[State], None]) -> Trained:
+    def run(self, bar: Any, keep: Callable[[Plain], None]) -> Trained:
         """Train to the end; ``keep`` is given the state now and then, and after every epoch."""
-        plan, images, diverged = self._job.plan, len(self._train), False
-        while len(self._history) <= self._epochs and self._stale < plan.patience:
+        plan, images, diverged, state = self._context.plan, len(self._train), False, self._state
+        while len(state.history) <= self._epochs and state.stale < plan.patience:
             try:
                 self._epoch(bar, keep)
             except DivergedError:
-                logger.warning("at rate %g training diverged in epoch %d: it is too high", self._lr, len(self._history))
+                logger.warning("at rate %g training diverged in epoch %d: it is too high", self._lr, len(state.history))
                 diverged = True
                 break
             keep(self.state())
-            bar.set_postfix_str(f"lr {self._lr:g}, val {100 * self._history[-1].val.accuracy:.1f} %")
-        bar.update((self._epochs + 1 - len(self._history) - diverged) * images)
-        seconds = sum(epoch.seconds for epoch in self._history[1:])
-        speed = (len(self._history) - 1) * images / seconds if seconds else 0.0
-        return Trained(self._lr, tuple(self._history), self._best, self._state, speed, diverged)
+            bar.set_postfix_str(f"lr {self._lr:g}, val {100 * state.history[-1].val.accuracy:.1f} %")
+        bar.update((self._epochs + 1 - len(state.history) - diverged) * images)
+        seconds = sum(epoch.seconds for epoch in state.history[1:])
+        speed = (len(state.history) - 1) * images / seconds if seconds else 0.0
+        return Trained(self._lr, tuple(state.history), state.best, state.weights, speed, diverged)
 
-    def state(self) -> State:
-        """Return everything that decides how training goes on; it shares its tensors, and is to be written at once."""
-        return {
-            "model": self._job.model.state_dict(),
+    def state(self) -> Plain:
+        """Return everything that decides how training goes on; it shares its tensors, and is to be written at once.
+
+        What is drawn comes from (seed, epoch, step); only dropout draws from PyTorch's generators, which are kept.
+        """
+        device = self._context.device
+        return self._state.plain() | {
+            "model": self._context.model.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "schedule": self._schedule.state_dict()["last_epoch"],
             "scaler": self._scaler.state_dict(),
             "average": self._average.state_dict() if self._average else None,
-            "history": [asdict(epoch) for epoch in self._history],
-            "best": asdict(self._best),
-            "best_state": self._state,
-            "stale": (self._accuracy, self._loss, self._stale),
-            "step": self._step,
-            "sums": self._sums.tolist(),
-            "spent": self._spent,
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self._job.device) if self._job.device.type == "cuda" else None,
+            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
-    def resume(self, state: State) -> None:
+    def resume(self, plain: Plain) -> None:
         """Go back to a state that was kept."""
-        self._job.model.load_state_dict(state["model"])
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._schedule.last_epoch = state["schedule"]
+        self._context.model.load_state_dict(plain["model"])
+        self._optimiser.load_state_dict(plain["optimiser"])
+        self._schedule.last_epoch = plain["schedule"]
+        # LambdaLR's own state would need its function pickled: rates follow from the step
         for group, base in zip(self._optimiser.param_groups, self._schedule.base_lrs, strict=True):
-            group["lr"] = base * self._schedule.lr_lambdas[0](state["schedule"])
-        self._scaler.load_state_dict(state["scaler"])
+            group["lr"] = base * self._schedule.lr_lambdas[0](plain["schedule"])
+        self._scaler.load_state_dict(plain["scaler"])
         if self._average:
-            self._average.load_state_dict(state["average"])
-        self._history = [epoch_of(facts) for facts in state["history"]]
-        self._best, self._state = epoch_of(state["best"]), state["best_state"]
-        self._accuracy, self._loss, self._stale = state["stale"]
-        self._step, self._sums, self._spent = state["step"], np.array(state["sums"]), state["spent"]
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"], self._job.device)
+            self._average.load_state_dict(plain["average"])
+        self._state = TrialState.of(plain)
+        torch.set_rng_state(plain["random"])
+        if plain["random_cuda"] is not None:
+            torch.cuda.set_rng_state(plain["random_cuda"], self._context.device)
 
-    def _epoch(self, bar: Any, keep: Callable[[State], None]) -> None:
-        job, plan, number = self._job, self._job.plan, len(self._history)
-        if self._step == 0:
-            _seed(job.seed * 1000 + number, job.device)
-        set_training(job.model, train_batchnorm=plan.train_batchnorm)
-        rng = np.random.default_rng((job.seed, number))
+    def _epoch(self, bar: Any, keep: Callable[[Plain], None]) -> None:
+        context, plan, state, number = self._context, self._context.plan, self._state, len(self._state.history)
+        if state.step == 0:  # else ``resume`` has put the generators where the epoch was left
+            _seed(context.seed * 1000 + number, context.device)
+        set_training(context.model, train_batchnorm=plan.train_batchnorm)
+        rng = np.random.default_rng((context.seed, number))
         order = rng.permutation(self._train)
         rows = order * plan.views + rng.integers(plan.views, size=len(order))
-        started = kept = time.monotonic()
-        steps = list(chunks(np.arange(len(order)), plan.batch_size * plan.accumulate))
-        done = min(self._step * plan.batch_size * plan.accumulate, len(order))
-        bar.update(done)
-        left = [[some[part] for part in chunks(np.arange(len(some)), plan.batch_size)] for some in steps[self._step :]]
-        mine = [job.processes.share(part) for parts in left for part in parts]
-        stored = iter(_ahead(job.take, [rows[part] for part in mine]))
-        for parts in left:
-            whole = sum(map(len, parts))
-            self._sums += self._one_step([(next(stored), order[job.processes.share(part)]) for part in parts], whole, number)
-            self._step += 1
-            bar.update(whole)
-            if time.monotonic() - kept > _SAVE_SECONDS:
+        started = saved = time.monotonic()
+        images_a_step = plan.batch_size * plan.accumulate
+        steps = list(chunks(np.arange(len(order)), images_a_step))
+        bar.update(min(state.step * images_a_step, len(order)))
+        batches = [[step[part] for part in chunks(np.arange(len(step)), plan.batch_size)] for step in steps[state.step :]]
+        shares = [context.processes.share(batch) for step in batches for batch in step]
+        stored = iter(_ahead(context.take, [rows[share] for share in shares]))
+        for step in batches:
+            images = sum(map(len, step))
+            shared = [(next(stored), order[context.processes.share(batch)]) for batch in step]
+            state.sums += self._one_step(shared, images, number)
+            state.step += 1
+            bar.update(images)
+            if time.monotonic() - saved > _SAVE_SECONDS:
                 now = time.monotonic()
-                self._spent, started = self._spent + now - started, now
+                state.seconds, started = state.seconds + now - started, now
                 keep(self.state())
-                kept = time.monotonic()
-        loss, right = job.processes.total(self._sums, job.device) / len(order)
-        seconds = self._spent + time.monotonic() - started
-        self._step, self._sums, self._spent = 0, np.zeros(2), 0.0
-        self._judge(number, float(loss), float(right), seconds)
+                saved = time.monotonic()
+        loss, correct = context.processes.total(state.sums, context.device) / len(order)
+        seconds = state.seconds + time.monotonic() - started
+        state.end_epoch()
+        self._judge(Epoch(number, float(loss), state.history[0].val, seconds, float(correct)))
 
-    def _one_step(self, parts: Sequence[tuple[NDArray[Any], Index]], whole: int, number: int) -> NDArray[np.float64]:
-        """Move the weights once; return the sums of losses and of right answers."""
-        job, plan, dtype = self._job, self._job.plan, DTYPES[self._job.precision]
+    def _one_step(self, batches: Sequence[tuple[NDArray[Any], Index]], images: int, number: int) -> NDArray[np.float64]:
+        """Move the weights once; return the sums of losses and of correct predictions.
+
+        Args:
+            batches: this process's stored rows and their images, batch by batch.
+            images: of the step, in all processes.
+            number: of the epoch.
+        """
+        context, plan = self._context, self._context.plan
         sums = np.zeros(2)
-        for place, (stored, images) in enumerate(parts):
-            if not len(images):
+        for place, (stored, index) in enumerate(batches):
+            if not len(index):
                 continue
             if plan.train_batchnorm:  # one image has no statistics: a last batch of one is normalised by the running ones
-                set_training(job.model, train_batchnorm=len(images) > 1)
-            rng = np.random.default_rng((job.seed, number, self._step, place, job.processes.rank))
-            rows, y = to_device(stored, job.device), torch.from_numpy(job.y[images]).to(job.device)
-            if plan.augment and rows.dtype == torch.uint8:
-                rows = flipped_and_shifted(rows, rng)
-            others, share = y, 1.0
-            if plan.mixup:
-                rows, partner, share = mixed(rows, plan.mixup, rng)
-                others = y[partner]
-            with torch.autocast(job.device.type, dtype, enabled=dtype is not None):
-                logits = job.model(rows).float()
-                loss = share * self._cross_entropy(logits, y)
-                if share < 1:
-                    loss = loss + (1 - share) * self._cross_entropy(logits, others)
-            self._scaler.scale(loss / whole).backward()  # type: ignore[no-untyped-call]
-            sums += loss.item(), int((logits.argmax(dim=1) == y).sum())
-        job.processes.sum_gradients(self._parameters)
+                set_training(context.model, train_batchnorm=len(index) > 1)
+            rng = np.random.default_rng((context.seed, number, self._state.step, place, context.processes.rank))
+            sums += self._backward(to_device(stored, context.device), index, images, rng)
+        context.processes.sum_gradients(self._parameters)
         if plan.clip:
-            self._scaler.unscale_(self._optimiser)
+            self._scaler.unscale_(self._optimiser)  # the norm is that of true gradients
             nn.utils.clip_grad_norm_(self._parameters, plan.clip)
         self._scaler.step(self._optimiser)
         self._scaler.update()
         self._schedule.step()
         self._optimiser.zero_grad(set_to_none=True)
         if self._average:
-            self._average.update_parameters(job.model)
+            self._average.update_parameters(context.model)
         return sums
 
-    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(logits, y, label_smoothing=self._job.plan.label_smoothing, reduction="sum")
+    def _backward(self, rows: Tensor, index: Index, images: int, rng: np.random.Generator) -> tuple[float, int]:
+        """Add a batch's gradients, its part of a step of so many images; return its loss and its correct predictions."""
+        context, plan, dtype = self._context, self._context.plan, DTYPES[self._context.precision]
+        y = torch.from_numpy(context.y[index]).to(context.device)
+        if plan.augment and rows.dtype == torch.uint8:
+            rows = flipped_and_shifted(rows, rng)
+        partners_y, share = y, 1.0
+        if plan.mixup:
+            rows, partners, share = mixed(rows, plan.mixup, rng)
+            partners_y = y[partners]
+        with torch.autocast(context.device.type, dtype, enabled=dtype is not None):
+            logits = context.model(rows).float()  # the loss in float32 whatever the step's precision
+            loss = share * self._cross_entropy(logits, y)
+            if share < 1:
+                loss = loss + (1 - share) * self._cross_entropy(logits, partners_y)
+        # by the images of the whole step, not of the batch: accumulated, or of several processes, it is the same gradient
+        self._scaler.scale(loss / images).backward()  # type: ignore[no-untyped-call]
+        return loss.item(), int((logits.argmax(dim=1) == y).sum())
 
-    def _judge(self, number: int, loss: float, right: float, seconds: float) -> None:
-        """Validate, and keep the weights where they are the ones to keep so far (``kept``)."""
-        if not math.isfinite(loss):
+    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, label_smoothing=self._context.plan.label_smoothing, reduction="sum")
+
+    def _judge(self, trained: Epoch) -> None:
+        """Validate after an epoch, and keep the weights where they are the ones to keep so far (``kept``)."""
+        state, epoch = self._state, trained
+        if not math.isfinite(trained.train_loss or 0.0):
             raise DivergedError
-        model: SuffixAndHead = self._average.module if self._average else self._job.model  # type: ignore[assignment]
-        start = self._history[0]
-        val, scaled = self._job.validate(self._val, model) if self._val is not None else (start.val, start.scaled_loss)
-        epoch = Epoch(number, loss, val, seconds, right, scaled)
-        self._history.append(epoch)
-        if self._val is None or kept(self._history, len(self._val)) == number:
-            self._best, self._state = epoch, copy.deepcopy(model.state_dict())
-        now = val.log_loss if val.log_loss is not None else math.inf
-        gained = val.accuracy > self._accuracy or now < self._loss or self._val is None
-        self._stale = 0 if gained else self._stale + 1
-        self._accuracy, self._loss = max(self._accuracy, val.accuracy), min(self._loss, now)
+        model: SuffixAndHead = self._average.module if self._average else self._context.model  # type: ignore[assignment]
+        start = state.history[0]
+        val, scaled = self._context.validate(self._val, model) if self._val is not None else (start.val, start.scaled_loss)
+        epoch = replace(trained, val=val, scaled_loss=scaled)
+        state.history.append(epoch)
+        if self._val is None or kept(state.history, len(self._val)) == epoch.number:
+            state.best, state.weights = epoch, copy.deepcopy(model.state_dict())
+        loss = val.log_loss if val.log_loss is not None else math.inf
+        gained = val.accuracy > state.highest or loss < state.lowest or self._val is None
+        state.stale = 0 if gained else state.stale + 1
+        state.highest, state.lowest = max(state.highest, val.accuracy), min(state.lowest, loss)
 
 
 def kept(history: Sequence[Epoch], images: int) -> int:
@@ -323,19 +380,20 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.mps.manual_seed(seed)
 
 
-def epoch_of(facts: dict[str, Any]) -> Epoch:
+def epoch_of(fields: dict[str, Any]) -> Epoch:
     """Return an epoch from its fields as plain values."""
-    val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts["val"].items()}
-    return Epoch(**(facts | {"val": Scores(**val)}))
+    val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["val"].items()}
+    return Epoch(**(fields | {"val": Scores(**val)}))
 
 
-def _ahead(take: Take, several: Sequence[Index]) -> Iterator[NDArray[Any]]:
-    """Yield the rows of several batches in order, two of them read before they are asked for."""
-    with ThreadPoolExecutor(1) as beside:
+def _ahead(take: Take, batches: Sequence[Index]) -> Iterator[NDArray[Any]]:
+    """Yield the rows of batches in order, two of them read before they are asked for."""
+    # one thread: HDF5 reads one at a time anyway; two batches: a slow read hides behind a step, and memory stays small
+    with ThreadPoolExecutor(1) as reader:
         waiting: list[Future[NDArray[Any]]] = []
         try:
-            for index in several:
-                waiting.append(beside.submit(take, index))
+            for index in batches:
+                waiting.append(reader.submit(take, index))
                 if len(waiting) > 2:
                     yield waiting.pop(0).result()
             while waiting:
@@ -348,4 +406,5 @@ def _ahead(take: Take, several: Sequence[Index]) -> Iterator[NDArray[Any]]:
 def to_device(rows: NDArray[Any], device: torch.device) -> Tensor:
     """Return stored rows on a device."""
     tensor = torch.from_numpy(rows)
+    # pinned memory is copied while the GPU computes
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

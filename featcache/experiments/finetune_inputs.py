@@ -1,0 +1,250 @@
+"""What fine-tunings of one data set and backbone share: the fitted heads, the split, and the rows stored at their cuts."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.datasets.base import require_one_label
+from featcache.errors import CutError, StorageError, UsageError
+from featcache.evaluation.splits import Split, make_split, restricted
+from featcache.evaluation.tasks import Task
+from featcache.experiments.experiment import aligned
+from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, groups_of, in_memory, run_fit
+from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
+from featcache.finetuning.plan import FineTunePlan
+from featcache.progress import logger
+from featcache.reports.records import RunRecord
+from featcache.specs import INPUT, POOLED, Views
+from featcache.store.rows import Features
+
+if TYPE_CHECKING:
+    from featcache.finetuning.distributed import ProcessGroup
+    from featcache.finetuning.model import LinearHead, Take
+    from featcache.finetuning.unfreezing import Trainable
+
+_USABLE = 0.9  # of a disk's free room: parts are written beside what they replace, and others write too
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """The rows that one fine-tuning trains on.
+
+    Attributes:
+        entry: at the cut.
+        task: the images that have both an embedding and a row there.
+        split: of these images.
+        take: gives their rows by positions, view after view.
+        tested: which of the probes' test images (t,) are among them.
+        notes: what is to be said of them.
+    """
+
+    entry: Extracted
+    task: Task
+    split: Split
+    take: "Take"
+    tested: NDArray[np.bool_]
+    notes: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class FineTuneInputs:
+    """The data set and the backbone, the probes that fine-tuning is compared with, and the entries at freeze boundaries.
+
+    Attributes:
+        bench: the data set and the backbone.
+        probes: heads beside ridge, nearest neighbours and logistic: the gap is to the best of all on validation.
+        group: the column of the source's manifest whose values stay together, such as a patient.
+        seed: of the split, the probe, the order of training.
+        ledger: of heads that this command has fitted already.
+    """
+
+    bench: FeatureCache
+    probes: Sequence[str] = ()
+    group: str | None = None
+    seed: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared, before anything is computed."""
+        from featcache import heads
+
+        for name in self.probes:
+            heads.require_head(name)
+        require_one_label(self.bench.dataset)
+        self._entries: dict[str, tuple[Extracted, tuple[str, ...]]] = {}
+
+    @cached_property
+    def processes(self) -> "ProcessGroup":
+        """Those that train together."""
+        from featcache.finetuning.distributed import ProcessGroup
+
+        return ProcessGroup()
+
+    def all_agree(self, each: bool) -> bool:  # noqa: FBT001 - what is voted on
+        """Tell whether all processes say yes: two that went different ways would wait for each other for ever."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # asked before torch is needed for anything
+            return each
+        import torch
+
+        return self.processes.agrees(each, torch.device("cpu"))
+
+    def trainable(self, plan: FineTunePlan) -> "Trainable":
+        """Return what trains."""
+        from featcache.finetuning.unfreezing import select_trainable
+
+        return select_trainable(self.bench.backbone.stages, plan.unfreeze, self.bench.backbone.module)
+
+    def extract(self, depths: Sequence["Trainable"], plan: FineTunePlan) -> None:
+        """Extract at some boundaries and for the probe, in one pass; at the input where that cannot be or takes too much."""
+        with self.processes.one_first():
+            self._extract([trainable.cut for trainable in depths], plan)
+            _ = self.fitted
+
+    def _extract(self, boundaries: Sequence[str], plan: FineTunePlan) -> None:
+        places = {cut: self._where(cut, plan) for cut in boundaries}
+        affordable = self._within_budget(list(dict.fromkeys(cut for cut, _ in places.values())), plan)
+        for boundary, (cut, notes) in places.items():
+            if cut not in affordable:
+                note = f"the activations at {cut} exceed the room for them: the frozen part runs again in every epoch."
+                logger.warning(note)
+                places[boundary] = (INPUT, (*notes, note))
+        cuts = list(dict.fromkeys(cut for cut, _ in places.values()))
+        outputs = [Output(cut, plan.dtype if cut != INPUT else None) for cut in cuts]
+        if plan.views == 1:
+            entries = self.bench.features([Output(POOLED), *outputs])[1:]
+        else:  # the probes' embeddings are of the plain image: a pass of its own, of one view
+            entries = self.bench.features(outputs, Views(plan.views))
+        at = dict(zip(cuts, entries, strict=True))
+        self._entries = {boundary: (at[cut], notes) for boundary, (cut, notes) in places.items()}
+
+    def rows(self, cut: str, views: int) -> StoredRows:
+        """Return the rows that stand for a boundary, of the images that have embeddings too."""
+        entry, notes = self._entries[cut]
+        keep, task, take = aligned(self.task, entry.store)
+        split = restricted(self.split, keep)
+        if missing := len(self.features.y) - len(keep):  # such as one that overflows float16 there
+            untested = len(self.split.test) - len(split.test)
+            note = f"{missing} images have no activations at {entry.cut} and are left out, {untested} of them test images"
+            notes = (*notes, note)
+            logger.warning(note)
+        tested = np.isin(self.split.test, keep)
+
+        def take_views(index: NDArray[np.int64]) -> NDArray[Any]:
+            stored: NDArray[Any] = take(index // views)[np.arange(len(index)), index % views]
+            return stored
+
+        return StoredRows(entry, task, split, take if views == 1 else take_views, tested, notes)
+
+    @cached_property
+    def head_names(self) -> tuple[str, ...]:
+        """The heads that fine-tuning is compared with: where features do not fit memory, those that read from disk."""
+        from featcache import heads
+
+        names = tuple(dict.fromkeys((*PROBES, *self.probes)))
+        if in_memory(self.bench.extracted().store):
+            return names
+        names = tuple(name for name in names if name in heads.HEADS and heads.HEADS[name].streams)
+        logger.warning("the features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
+        return names
+
+    @cached_property
+    def fitted(self) -> list[HeadResult]:
+        """The fitted heads."""
+        plan = FitPlan(self.head_names, group=self.group, baselines=False)
+        return run_fit(self.bench, plan, seed=self.seed, ledger=self.ledger, keep=self.processes.rank == 0).heads
+
+    @property
+    def best_probe(self) -> RunRecord:
+        """The head that did best on validation; of equals the one that training starts from."""
+        records = [job.record for job in self.fitted]
+        return max(records, key=lambda record: (record.val["accuracy"], record.method == PROBE))
+
+    @cached_property
+    def features(self) -> Features:
+        """The embeddings that the heads were fitted on."""
+        return self.bench.extracted().store.features()
+
+    @cached_property
+    def task(self) -> Task:
+        """The images that have embeddings, with their classes."""
+        return Task.of(self.features, "label", groups_of(self.bench, self.features, self.group), self.group)
+
+    @cached_property
+    def split(self) -> Split:
+        """The probes' split."""
+        features, groups = self.features, self.task.groups
+        return make_split(features.y, features.splits, features.classes, self.seed, groups=groups, contents=features.sha256)
+
+    @cached_property
+    def linear_probes(self) -> "tuple[LinearHead, LinearHead]":
+        """The linear probe fitted on train alone, and the one refitted on train and val."""
+        from featcache import heads
+        from featcache.finetuning.model import LinearHead
+
+        fitted = next(job.fitted for job in self.fitted if job.record.method == PROBE)
+        features, train = self.features, self.split.train
+        if fitted.solutions and not self.split.cross:  # the search's one fold was `train`: its head is the one wanted here
+            (alone,) = fitted.solutions
+        else:  # no fold of a cross-validation trains on all of `train`
+            X = np.ascontiguousarray(features.X[train], dtype=np.float32)
+            alone = heads.train(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
+        count = len(features.classes)
+        return LinearHead(*heads.linear_weights(alone, count)), LinearHead(*heads.linear_weights(fitted.estimator, count))
+
+    def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
+        """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""
+        if plan.augment and cut != INPUT:
+            raise UsageError("`augment` changes pixels: it needs `unfreeze='all'`, or `views=N` at a later boundary.")
+        try:
+            if cut != INPUT:
+                self.bench.backbone.prefix(cut)
+        except CutError as error:
+            note = f"{error} The frozen part runs again in every epoch."
+            logger.warning(note)
+            return INPUT, (note,)
+        return cut, ()
+
+    def _within_budget(self, cuts: Sequence[str], plan: FineTunePlan) -> set[str]:
+        """Return the cuts whose activations may be stored, the latest first; say what each costs.
+
+        Raises:
+            StorageError: not even the pixels fit.
+        """
+        free = int(shutil.disk_usage(self.bench.folder).free * _USABLE)
+        budget = self.bench.settings.budget
+        room = free if budget is None else min(free, budget)
+        allowed: set[str] = set()
+        for cut in (cut for cut in cuts if cut != INPUT):
+            cost = self._cost(cut, plan)
+            if cost.bytes <= room:
+                allowed.add(cut)
+                room -= cost.bytes
+        if allowed != set(cuts):  # one entry of pixels stands for all cuts that do not fit
+            cost = self._cost(INPUT, plan)
+            if cost.bytes > room:
+                raise StorageError(
+                    f"{self.bench.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another `cache`, "
+                    "a larger `budget`, or unfreeze less."
+                )
+            allowed.add(INPUT)
+        return allowed
+
+    def _cost(self, cut: str, plan: FineTunePlan) -> Estimate:
+        """Return what storing at a cut takes, and say it."""
+        cost = self.bench.estimate([Output(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
+        if cost.to_compute:
+            logger.info(
+                "activations at %s: %.1f MB and about %.0f s once; computed anew, that in each of up to %d epochs (%s)",
+                cut,
+                cost.bytes / 1e6,
+                cost.seconds,
+                plan.epochs * (len(plan.lr) + plan.refit),
+                f"{plan.epochs} a rate{' and in the refit' if plan.refit else ''}",
+            )
+        return cost
