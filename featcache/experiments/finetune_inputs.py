@@ -90,9 +90,7 @@ class FineTuneInputs:
         """Tell whether all processes say yes: two that went different ways would wait for each other for ever."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # asked before torch is needed for anything
             return each
-        import torch
-
-        return self.processes.agrees(each, torch.device("cpu"))
+        return self.processes.agrees(each)
 
     def trainable(self, plan: FineTunePlan) -> "Trainable":
         """Return what trains."""

@@ -51,9 +51,9 @@ class ProcessGroup:
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
 
-    def agrees(self, each: bool, device: torch.device) -> bool:  # noqa: FBT001 - what is voted on
+    def agrees(self, each: bool) -> bool:  # noqa: FBT001 - what is voted on
         """Tell whether all processes say yes."""
-        return bool(self.total(np.array([float(each)]), device)[0] == self.size)
+        return bool(self.total(np.array([float(each)]), torch.device("cpu"))[0] == self.size)
 
     @contextmanager
     def one_first(self) -> Iterator[None]:

@@ -307,7 +307,7 @@ class Finetuner:
         """Return the state to go on from, with a precision chosen."""
         saved = self.checkpoint.load() or {}
         self._seconds_before = float(saved.get("seconds", 0.0))
-        if not self.processes.agrees(bool(saved), self.backbone.device):  # all of them go on from there, or all begin
+        if not self.processes.agrees(bool(saved)):  # all of them go on from there, or all begin
             saved = {}
         state = TrainingState.of(saved) if saved.get("layout") == _LAYOUT else TrainingState(self.plan.precision)
         if state.precision not in {None, "auto"}:  # kept with the state: measured again it might come out otherwise
