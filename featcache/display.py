@@ -59,9 +59,8 @@ class Displayed:
 
 def facts_table(title: str, **facts: object) -> Table:
     """Return names and values as a table of two columns; what is ``None`` or empty is left out."""
-    return Table(
-        ("", title), [(name.replace("_", " "), str(fact)) for name, fact in facts.items() if fact not in {None, ""}]
-    )
+    rows = [(name.replace("_", " "), str(fact)) for name, fact in facts.items() if fact is not None]
+    return Table((title, ""), [(name, fact) for name, fact in rows if fact])
 
 
 def _is_number(cell: str) -> bool:

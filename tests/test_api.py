@@ -49,3 +49,18 @@ def test_functions_take_six_arguments_at_most(function: object) -> None:
     """What is more belongs into a value: a spec, a plan, settings."""
     assert callable(function)
     assert len(inspect.signature(function).parameters) <= 6
+
+
+def test_values_show_themselves_in_a_few_lines(
+    folder: Path, tiny: featcache.BackboneSpec, settings: featcache.Settings
+) -> None:
+    """Neither bytes of images nor a thousand paths nor weights; notebooks get a table, in which every text is escaped."""
+    dataset = featcache.open_dataset(folder)
+    result = featcache.fit(dataset, tiny, heads=["ridge"], settings=settings)
+    store = result.extracted.store
+    shown = [dataset, store, store.features(), result.heads[0].record]
+
+    assert all(len(repr(value).splitlines()) <= 20 and len(repr(value)) < 1500 for value in shown)
+    assert "36 images, 3 labels" in repr(dataset)
+    assert "(36, " in repr(store.features())
+    assert "<table>" in result.heads[0].record._repr_html_()

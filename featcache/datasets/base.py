@@ -197,7 +197,7 @@ class ArrayReader:
         return FileStat(found.st_size, found.st_mtime_ns, self.numbers[path], found.st_ctime_ns)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """A named list of labelled images.
 
@@ -217,6 +217,9 @@ class Dataset:
         """Pack the list."""
         if not isinstance(self.samples, SampleTable):
             object.__setattr__(self, "samples", SampleTable(self.samples))
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}: {len(self.samples)} images, {len(self.table.labels)} labels, in {self.location})"
 
     @property
     def classes(self) -> tuple[str, ...]:

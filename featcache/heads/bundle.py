@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from featcache.display import Displayed, Table, facts_table
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads.cards import parse_card
@@ -38,13 +39,23 @@ _TRUSTED = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Bundle:
+@dataclass(frozen=True, repr=False)
+class Bundle(Displayed):
     """A head from a file, and its card: classes, backbone and transform of its features, how it was chosen and tested."""
 
     estimator: Any
     card: dict[str, Any]
     path: Path
+
+    def table(self) -> Table:
+        """Return what the card says in short; weights and estimator are not shown."""
+        backbone = self.card.get("backbone", {}).get("name")
+        accuracy = self.card.get("test", {}).get("accuracy")
+        test = f"{accuracy:.1%}" if isinstance(accuracy, float) else None
+        head = self.card.get("head")
+        return facts_table(
+            "Head", head=head, backbone=backbone, classes=len(self.classes), test_accuracy=test, file=self.path
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -16,14 +16,15 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from featcache.display import Displayed, Table, facts_table
 from featcache.errors import DataError, StorageError
 from featcache.progress import logger
 
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
-class RunRecord:
+@dataclass(frozen=True, repr=False)
+class RunRecord(Displayed):
     """One trained and tested model: what was asked for, on which images, what came out, at what cost.
 
     ``cell`` names the experiment (everything but the outcome); ``right`` tells for each test image whether the model was
@@ -61,6 +62,19 @@ class RunRecord:
     peak_memory_mb: float = 0.0
     time: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    def table(self) -> Table:
+        """Return what stands in a row of a report, not the thousand answers behind it."""
+        scores = {f"{part} {name}": _shown(value) for part in ("val", "test") for name, value in getattr(self, part).items()}
+        main = {name: scores[name] for name in scores if name.split()[1] in {"accuracy", "mean_average_precision", "r2"}}
+        gap = f"{self.gap['points']:+.1f} points" if self.gap else None
+        seconds = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
+        facts = {"data set": self.dataset, "backbone": self.backbone, "cut": self.cut, "seed": self.seed, **main}
+        return facts_table(f"{self.kind} {self.method}", **facts, gap=gap, seconds=seconds)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def stamp() -> dict[str, Any]:

@@ -55,6 +55,9 @@ class FeatureStore:
         self._manifest: Manifest | None = None
         self._just_written: set[FileRecord] = set()
 
+    def __repr__(self) -> str:
+        return f"FeatureStore({str(self.path)!r})"
+
     @classmethod
     def create(cls, path: Path, spec: FeatureSpec) -> "FeatureStore":
         """Open an entry, made first where it is not there yet.

@@ -1,6 +1,7 @@
 """The rows of an entry: in memory, read from its parts, or too many for memory."""
 
 import mmap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.display import Displayed, Table, facts_table
+
 Array = NDArray[Any]
 Index = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Features:
+@dataclass(frozen=True, repr=False)
+class Features(Displayed):
     """The rows of a source's images, in its order: X (n, ...), y (n,) int64 indexing ``classes``.
 
     X is an array, but for ``LazyRows`` where ``streamed`` gave them.
@@ -25,6 +28,12 @@ class Features:
     paths: Sequence[str]
     splits: Sequence[str]
     sha256: Sequence[str]
+
+    def table(self) -> Table:
+        """Return shapes and counts; a million paths are not shown."""
+        splits = ", ".join(f"{count} {name or 'without a split'}" for name, count in sorted(Counter(self.splits).items()))
+        X = f"{self.X.shape} {getattr(self.X, 'dtype', '')}"
+        return facts_table("Features", X=X, y=f"{self.y.shape} in {len(self.classes)} classes", splits=splits)
 
 
 @dataclass(frozen=True)
