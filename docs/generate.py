@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from featcache.cli import COMMANDS, cli
-from featcache.cli.options import DATA_KINDS
+from featcache.cli.options import DATA_KINDS, Glossary
 
 PAGE = Path(__file__).parent / "commands.md"
 INTRODUCTION = """# Commands
@@ -25,8 +25,7 @@ interrupted: the same command goes on from there.
 
 def reference() -> str:
     """Return the page."""
-    parts = [INTRODUCTION, "## What DATA may be\n\n| DATA | what it is |\n|---|---|"]
-    parts[-1] += "".join(f"\n| `{_cell(kind)}` | {_cell(meaning)} |" for kind, meaning in DATA_KINDS) + "\n"
+    parts = [INTRODUCTION, f"## DATA\n\n{_glossary(DATA_KINDS)}"]
     with click.Context(cli, info_name="featcache") as context:
         for name in COMMANDS:
             command = cli.get_command(context, name)
@@ -46,12 +45,21 @@ def _sections(command: click.Command, context: click.Context) -> Iterator[str]:
             assert below is not None
             yield from _sections(below, click.Context(below, info_name=name, parent=context))
         return
+    glossary = getattr(command, "glossary", None)
+    if glossary and glossary is not DATA_KINDS:
+        yield _glossary(glossary)
     rows: dict[str, list[str]] = {}
     for param in command.params:
         if isinstance(param, click.Option):
             rows.setdefault(getattr(param, "heading", "Output"), []).append(_row(param))
     for heading, lines in rows.items():
         yield f"| {heading} | what it does |\n|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _glossary(glossary: Glossary) -> str:
+    heading, meanings = glossary
+    rows = "".join(f"| `{_cell(name)}` | {_cell(meaning)} |\n" for name, meaning in meanings)
+    return f"| {heading} | what it is |\n|---|---|\n{rows}"
 
 
 def _argument(param: click.Argument) -> str:
@@ -72,7 +80,7 @@ def _value(option: click.Option) -> str:
         return ""
     if isinstance(option.type, click.Choice):
         return f" `{_cell('|'.join(option.type.choices))}`"
-    kinds = {"integer range": "N", "integer": "N", "text": "TEXT", "directory": "FOLDER", "path": "FILE", "file": "FILE"}
+    kinds = {"text": "TEXT", "directory": "FOLDER", "path": "FILE", "file": "FILE"}
     return f" `{option.metavar or kinds.get(option.type.name, option.type.name)}`"
 
 

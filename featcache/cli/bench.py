@@ -11,9 +11,23 @@ if TYPE_CHECKING:
     from featcache.experiments.bench import BenchResult
 
 FAILED = 3
+_GRID: options.Glossary = (
+    "PIPELINE's keys",
+    (
+        ("heads, unfreeze", 'Lists of what runs, such as heads = ["logistic", "knn"] and unfreeze = ["last:1"].'),
+        ("seeds", "A list of whole numbers, [0] by default: every cell runs once with each."),
+        ("name, group", "What records and tables are called; a column that groups every data set that names none."),
+        (
+            "[[dataset]]",
+            "A table for each data set: data, which is any DATA of `featcache fit --help`, and options such as name.",
+        ),
+        ("[[backbone]]", "A table for each backbone: name, and options such as weights; without any, mini."),
+        ("[finetune]", "How everything in unfreeze trains: epochs, lr, batch_size and so on."),
+    ),
+)
 
 
-@click.command("bench", cls=options.Command)
+@click.command("bench", cls=options.Command, glossary=_GRID)
 @click.argument("pipeline", type=options.FILE)
 @options.grouped(
     "Grid",
@@ -26,7 +40,8 @@ FAILED = 3
 def bench_command(pipeline: Path, out: Path | None, group: str | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
     """Run the missing cells of PIPELINE, a TOML file, and write its records and tables.
 
-    Without --out they go to benchmarks/ where there is one, else to the current folder.
+    A cell is a data set, a backbone, a head or fine-tuning, and a seed. Without --out records and tables go to benchmarks/
+    where there is one, else to the current folder. docs/grids.md describes every key.
     """
     from featcache.api import bench
 

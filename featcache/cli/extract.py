@@ -14,6 +14,7 @@ from featcache.cli import options
     click.option(
         "--cut",
         "cuts",
+        metavar="CUT",
         multiple=True,
         default=["pooled"],
         show_default=True,

@@ -22,6 +22,7 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
     "What trains",
     click.option(
         "--unfreeze",
+        metavar="PART",
         default="last:1",
         show_default=True,
         help="Train this part: last:K stages, P% of the parameters, a stage and all behind it, or all; norm, bias or lora:R "

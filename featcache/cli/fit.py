@@ -49,7 +49,7 @@ _PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group
     ),
     click.option(
         "--folds",
-        type=click.IntRange(0),
+        type=options.NATURAL,
         help="Choose by cross-validation over so many folds, by the val split with 0; by default 5 below 1000 images.",
     ),
     options.group_option,
@@ -72,7 +72,7 @@ _PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group
     ),
     click.option(
         "--mistakes",
-        type=click.IntRange(0),
+        type=options.NATURAL,
         default=0,
         metavar="N",
         help="Show the N most confident mistakes of the best head on the test split.",

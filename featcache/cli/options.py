@@ -17,27 +17,42 @@ if TYPE_CHECKING:
     from featcache.extraction.feature_cache import Settings
     from featcache.specs import BackboneSpec
 
-DATA_KINDS = (
-    ("FOLDER", "CLASS/IMAGE files, or train|val|test/CLASS/IMAGE; splits that are missing are drawn."),
-    ("FILE.csv, FILE.parquet", "Columns path, label and perhaps split; in Parquet a column image may hold the bytes."),
-    ("FILE.npz, FILE.h5", "Arrays images, uint8 (n, h, w[, 3]), and labels, or a pair a split: train_images, train_labels."),
-    ("torchvision:NAME", "One of torchvision's sets, such as torchvision:CIFAR10, below --data-root."),
-    ("hf:ORG/NAME", "A set of the Hugging Face hub, or hf:FOLDER for one on disk."),
-    ("wds:NAME-{000..009}.tar", "WebDataset shards, read in place."),
-    ("sklearn:digits", "1,797 scanned digits that come with scikit-learn."),
+Glossary = tuple[str, tuple[tuple[str, str], ...]]
+DATA_KINDS: Glossary = (
+    "DATA is one of",
+    (
+        ("FOLDER", "CLASS/IMAGE files, or train|val|test/CLASS/IMAGE; splits that are missing are drawn."),
+        ("FILE.csv, FILE.parquet", "Columns path, label and perhaps split; in Parquet a column image may hold the bytes."),
+        (
+            "FILE.npz, FILE.h5",
+            "Arrays images, uint8 (n, h, w[, 3]), and labels, or a pair a split: train_images, train_labels.",
+        ),
+        ("torchvision:NAME", "One of torchvision's sets, such as torchvision:CIFAR10, below --data-root."),
+        ("hf:ORG/NAME", "A set of the Hugging Face hub, or hf:FOLDER for one on disk."),
+        ("wds:NAME-{000..009}.tar", "WebDataset shards, read in place."),
+        ("sklearn:digits", "1,797 scanned digits that come with scikit-learn."),
+    ),
 )
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 class Command(click.Command):
-    """A command whose help says what DATA may be, and shows options under the headings that ``grouped`` gave them."""
+    """A command whose help shows options under the headings that ``grouped`` gave them.
+
+    ``glossary`` explains what its argument may be: a heading, and names with what they mean. That of DATA comes by itself.
+    """
+
+    def __init__(self, *args: Any, glossary: Glossary | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        takes_data = any(isinstance(param, click.Argument) and param.name == "data" for param in self.params)
+        self.glossary = DATA_KINDS if takes_data else glossary
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the kinds of DATA, where the command takes one, then a section a heading."""
+        """Write the glossary, then a section a heading."""
         params = self.get_params(ctx)
-        if any(isinstance(param, click.Argument) and param.name == "data" for param in params):
-            with formatter.section("DATA is one of"):
-                formatter.write_dl(DATA_KINDS)
+        if self.glossary:
+            with formatter.section(self.glossary[0]):
+                formatter.write_dl(self.glossary[1])
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in params:
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
@@ -124,10 +139,22 @@ def _part(text: str) -> tuple[int, int]:
     return first, second
 
 
-def _count(text: str) -> int:
-    if not text.strip().isdecimal() or len(text) > 9 or int(text) < 1:  # int() itself takes 1_000, and Arabic digits
+def _natural(text: str) -> int:
+    if not re.fullmatch(r"\s*\d{1,15}\s*", text, re.ASCII):  # int() itself takes 1_000, and Arabic digits
         raise ValueError(text)
     return int(text)
+
+
+def _count(text: str) -> int:
+    if (number := _natural(text)) < 1:
+        raise ValueError(text)
+    return number
+
+
+def _seed(text: str) -> int:
+    if (number := _natural(text)) > MAX_SEED:
+        raise ValueError(text)
+    return number
 
 
 def _candidates(text: str) -> tuple[str, tuple[float, ...]]:
@@ -153,8 +180,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 _TIMES = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZES = {f"{unit}{end}": 1000.0**power for power, unit in enumerate(("", "k", "m", "g", "t")) for end in ("", "b")}
-SEED = click.IntRange(0, MAX_SEED)
-POSITIVE = click.IntRange(min=1)
+SEED = Parsed("SEED", _seed, f"a whole number from 0 to {MAX_SEED} is needed.")
+POSITIVE = Parsed("N", _count, "a whole number above 0 is needed.")
+NATURAL = Parsed("N", _natural, "a whole number from 0 is needed.")
 NUMBER = Parsed("NUMBER", finite, "a number is needed.")
 RGB = Parsed("R,G,B", _three, "write three numbers, such as 0.5,0.5,0.5.")
 PERCENT = Parsed("P%", _share, "write a percentage from 0% to 100%, such as 1%.", lambda share: f"{100 * float(share):.1f}%")
@@ -177,7 +205,7 @@ def _set_up_notes(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 
 def _complete_data(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's signature
-    kinds = [CompletionItem(kind) for kind, _ in DATA_KINDS if ":" in kind and incomplete and kind.startswith(incomplete)]
+    kinds = [CompletionItem(kind) for kind, _ in DATA_KINDS[1] if ":" in kind and incomplete and kind.startswith(incomplete)]
     return kinds or [CompletionItem(incomplete, type="file")]
 
 
@@ -212,7 +240,9 @@ max_bad_option = click.option(
 source_options = grouped(
     "Data",
     data_argument,
-    click.option("--name", help="Call the data set so in the cache; under its name a moved one is found again."),
+    click.option(
+        "--name", metavar="NAME", help="Call the data set so in the cache; under its name a moved one is found again."
+    ),
     click.option("--data-root", type=FOLDER, help="Look for torchvision: sets in this folder."),
     click.option("--download", is_flag=True, help="Allow a torchvision: or hf: set to be downloaded."),
     max_bad_option,
@@ -224,6 +254,7 @@ backbone_options = grouped(
         "--backbone",
         default="mini",
         show_default=True,
+        metavar="NAME",
         help="Take this backbone: mini (bundled), a timm name, hf-hub:ORG/REPO or local-dir:PATH.",
     ),
     click.option(
@@ -271,7 +302,9 @@ compute_options = grouped(
     click.option(
         "--batch-size", type=POSITIVE, help="Compute so many images at a time; by default it depends on the device."
     ),
-    click.option("--device", help="Compute on cpu, cuda, cuda:1, ...; by default on the first GPU, else on the CPU."),
+    click.option(
+        "--device", metavar="DEVICE", help="Compute on cpu, cuda, cuda:1, ...; by default on the first GPU, else on the CPU."
+    ),
     click.option(
         "--runtime",
         type=click.Choice(["auto", "torch", "compile", "openvino", "onnx"]),

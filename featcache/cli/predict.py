@@ -34,7 +34,7 @@ head_options = options.grouped(
     click.option("--json", "as_json", is_flag=True, help="Write one JSON object a line instead of CSV."),
 )
 def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
-    """Label IMAGES (files, folders, or - for a list on stdin) with a HEAD that ``featcache fit`` wrote.
+    """Label IMAGES (files, folders, or - for a list on stdin) with a HEAD that `featcache fit` wrote.
 
     CSV with path, label and the probability of each class; an image that cannot be read gets a row with its reason.
     """

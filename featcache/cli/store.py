@@ -16,7 +16,7 @@ def store_command() -> None:
     """List, describe, verify and clean up what the cache holds."""
 
 
-@store_command.command("ls", cls=options.Command)
+@store_command.command("ls", cls=options.Command, short_help="List the entries with rows and sizes.")
 @options.cache_option
 @options.json_option
 def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
@@ -47,7 +47,7 @@ def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
         click.get_current_context().exit(DAMAGED)
 
 
-@store_command.command("heads", cls=options.Command)
+@store_command.command("heads", cls=options.Command, short_help="List the trained heads and their scores.")
 @options.cache_option
 @options.json_option
 def list_heads(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
@@ -68,7 +68,7 @@ def list_heads(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     click.echo(Table(headers, rows).plain() if rows else f"no head in {where}: `featcache fit` trains them")
 
 
-@store_command.command(cls=options.Command)
+@store_command.command("info", cls=options.Command, short_help="Describe one entry.")
 @click.argument("entry", type=click.Path(path_type=Path))
 @options.json_option
 def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
@@ -90,7 +90,7 @@ def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
         click.echo(json.dumps(facts, indent=1))
 
 
-@store_command.command(cls=options.Command)
+@store_command.command("verify", cls=options.Command, short_help="Check every byte against its hash.")
 @_entries
 @options.cache_option
 @options.json_option
@@ -111,7 +111,7 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
         click.get_current_context().exit(DAMAGED)
 
 
-@store_command.command(cls=options.Command)
+@store_command.command("gc", cls=options.Command, short_help="Remove what entries do not need.")
 @_entries
 @options.cache_option
 @options.grouped(
@@ -141,7 +141,7 @@ def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) 
         click.get_current_context().exit(DAMAGED)
 
 
-@store_command.command("rm", cls=options.Command)
+@store_command.command("rm", cls=options.Command, short_help="Remove entries, and what was trained from them.")
 @click.argument("entries", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options.cache_option
 @options.grouped("Action", click.option("--yes", is_flag=True, help="Remove without asking, and where nobody can be asked."))
