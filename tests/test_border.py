@@ -9,8 +9,7 @@ import click
 import pytest
 from support import Outcome
 
-from featcache.cli import main
-from featcache.cli.border import ended_by
+from featcache.cli import ended_by, main
 from featcache.cli.predict import _columns
 from featcache.errors import DataError
 from featcache.progress import printable

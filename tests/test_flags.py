@@ -14,8 +14,7 @@ from support import Outcome
 
 import featcache
 from featcache import api, open_dataset
-from featcache.cli import cli
-from featcache.cli.border import spelling
+from featcache.cli import cli, spelling
 from featcache.errors import DataError, UsageError
 from featcache.experiments.fit import FitPlan
 from featcache.extraction.feature_cache import Settings

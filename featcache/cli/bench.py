@@ -53,7 +53,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
     """Print a grid's table or its JSON; end with 3 where a cell failed."""
     from dataclasses import asdict
 
-    from featcache.cli.border import spelling
+    from featcache.cli import spelling
     from featcache.reports.tables import plain
 
     if as_json:

@@ -198,7 +198,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 def _set_up_notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
     if value:
-        from featcache.cli.border import spelling
+        from featcache.cli import spelling
         from featcache.progress import set_up_notes
 
         set_up_notes(quiet=param.name == "quiet", verbose=param.name == "verbose", wording=spelling(ctx))
