@@ -124,36 +124,36 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
 
     def _embed(self, images: list[Any]) -> tuple[NDArray[np.float32], str]:
         """Return embeddings and the key that they are cached under: of fitting's, where that has been."""
-        contents = _Contents(tuple(images))
-        items = tuple(Sample(contents.path(number), "") for number in range(len(images)))
-        unique = tuple(dict.fromkeys(items))
-        source = Dataset("extractor", "images given to FeatureExtractor", unique, contents)
+        reader = _ImageReader(tuple(images))
+        paths = [reader.path(number) for number in range(len(images))]
+        position = {path: number for number, path in enumerate(dict.fromkeys(paths))}
+        samples = [Sample(path, "") for path in position]
+        dataset = Dataset("extractor", "images given to FeatureExtractor", samples, reader)
         runtime: Any = self.runtime
-        cache = Path(self.cache) if self.cache is not None else default_cache()
-        settings = Settings(cache, self.batch_size, self.device, max_bad=1.0, runtime=runtime)
-        bench = FeatureCache(source, self._spec(), settings, lists=False)
+        folder = Path(self.cache) if self.cache is not None else default_cache()
+        settings = Settings(folder, self.batch_size, self.device, max_bad=1.0, runtime=runtime)
+        cache = FeatureCache(dataset, self._spec(), settings, lists=False)
         loaded = getattr(self, "_loaded", None)
-        if loaded is not None and loaded[0] == (bench.spec, self.device) and loaded[1].is_current:
-            bench.backbone = loaded[1]
-        done = bench.extracted(cut_of_layers(self.layers) if self.layers else POOLED)
-        if "backbone" in bench.__dict__:
-            self._loaded = ((bench.spec, self.device), bench.backbone)
-        if getattr(self, "feature_key_", "") not in {"", done.store.key}:
+        if loaded is not None and loaded[0] == (cache.spec, self.device) and loaded[1].is_current:
+            cache.backbone = loaded[1]
+        extracted = cache.extracted(cut_of_layers(self.layers) if self.layers else POOLED)
+        if "backbone" in cache.__dict__:
+            self._loaded = ((cache.spec, self.device), cache.backbone)
+        if getattr(self, "feature_key_", "") not in {"", extracted.store.key}:
             raise DataError(
                 f"FeatureExtractor: {self.backbone} is not what it was when this was fitted (other weights, transform or "
                 "parameters). Fit it, and what stands behind it, again."
             )
-        if done.report.quarantined:
-            bad = done.report.quarantined[0]
-            raise DataError(f"FeatureExtractor: {bad.path}: {bad.reason} ({len(done.report.quarantined)} such images).")
-        digests = {unique[index].path: digest for index, digest in zip(done.cached.index, done.cached.sha256, strict=True)}
-        rows = done.store.rows_of(np.stack([digests[item.path] for item in items]))
-        return np.asarray(rows, dtype=np.float32), done.store.key
+        if extracted.report.quarantined:
+            bad = extracted.report.quarantined[0]
+            raise DataError(f"FeatureExtractor: {bad.path}: {bad.reason} ({len(extracted.report.quarantined)} such images).")
+        rows = extracted.store.rows_of(cache.files.sha256[[position[path] for path in paths]])
+        return np.asarray(rows, dtype=np.float32), extracted.store.key
 
 
 @dataclass(frozen=True)
-class _Contents:
-    """Paths, PIL images and arrays as the contents of a source."""
+class _ImageReader:
+    """Paths, PIL images and arrays, read as the files of a data set."""
 
     images: tuple[Any, ...]
 

@@ -118,7 +118,7 @@ def test_an_entry_without_listing_keeps_all_rows(tmp_path: Path) -> None:
     after = FeatureStore.open(store.path)
     assert len(after.manifest.parts) == 1
     assert after.rows_of(seen(range(5)).sha256)[:, 0].tolist() == [0, 1, 2, 3, 4]
-    assert [(len(one.paths), rows) for one, rows in after.seen()] == [(5, True), (5, False)]
+    assert [(len(one.paths), rows) for one, rows in after.files()] == [(5, True), (5, False)]
     assert after.verify() == []
 
 

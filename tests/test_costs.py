@@ -82,9 +82,13 @@ def test_a_killed_training_counts_all_its_time(
 
 
 def test_every_pass_says_what_it_is(run: Callable[..., Outcome], folder: Path) -> None:
-    """The pass that nobody asked for is named."""
-    done = run("fit", folder, *TINY, "--head", "ridge")
+    """What nobody asked for is named: thumbnails within a pass, or as one of their own."""
+    together = run("fit", folder, *TINY, "--head", "ridge")
+    run("extract", folder, *TINY, "--cache", folder.parent / "other")
+    apart = run("fit", folder, *TINY, "--head", "ridge", "--cache", folder.parent / "other")
 
-    said = [line for line in done.err.splitlines() if "images to compute" in line]
-    assert len(said) == 2
-    assert said[1].startswith("thumbnails for the baselines: 36 images")
+    (said,) = [line for line in together.err.splitlines() if "images to compute" in line]
+    assert said.startswith("36 images")
+    assert "thumbnails for the baselines" in said
+    (said,) = [line for line in apart.err.splitlines() if "images to compute" in line]
+    assert said.startswith("thumbnails for the baselines: 36 images")

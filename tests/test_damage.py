@@ -17,7 +17,7 @@ from featcache.experiments.verify import verify
 from featcache.fingerprint import fingerprint, sha256_of_file
 from featcache.specs import FeatureSpec, LoadedBackbone, Transform
 from featcache.store.entry import FeatureStore
-from featcache.store.hdf5 import Listing, Part, Seen
+from featcache.store.hdf5 import FileIndex, Listing, Part
 from featcache.store.manifests import Manifest, Quarantined, encode_manifest
 
 SPEC = FeatureSpec(Transform(), LoadedBackbone("x", "x", "00"))
@@ -41,17 +41,17 @@ def entry(root: Path, spec: FeatureSpec = SPEC, first: float = 0.0) -> FeatureSt
     return FeatureStore.open(store.path)
 
 
-def seen(numbers: range) -> Seen:
+def seen(numbers: range) -> FileIndex:
     """Return files, each with a hash of its own."""
     digests = np.zeros((len(numbers), 32), np.uint8)
     digests[:, 0] = numbers
-    return Seen(tuple(f"{number}.png" for number in numbers), digests, np.zeros((len(numbers), 4), np.int64), 1)
+    return FileIndex(tuple(f"{number}.png" for number in numbers), digests, np.zeros((len(numbers), 4), np.int64), 1)
 
 
 def everything(store: FeatureStore) -> None:
     """Use an entry in every way that a command does."""
     again = FeatureStore.open(store.path)
-    list(again.seen())
+    list(again.files())
     again.digests()
     list(again.requests())
     features = again.features()

@@ -17,10 +17,10 @@ from support import COLOURS, TINY, draw_folder, draw_image
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, StorageError
 from featcache.extraction import extract as stage
-from featcache.extraction.extract import ExtractPlan, Ready, Sink
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Settings
-from featcache.extraction.loader import Batch, BatchReader
-from featcache.extraction.lookup import scan
+from featcache.extraction.loader import Batch, BatchReader, Runtime
+from featcache.extraction.scan import DatasetFiles, scan
+from featcache.extraction.writer import EntryWriter, ExtractPlan
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
 from featcache.store.entry import FeatureStore
 
@@ -217,15 +217,15 @@ def test_a_renamed_broken_image_is_listed_under_its_new_name(folder: Path, tiny:
 
 def test_not_finite_rows_are_refused(folder: Path, tmp_path: Path) -> None:
     """What overflows half precision is set aside with its reason, not stored."""
-    source = open_dataset(folder)
     loaded = LoadedBackbone("none", "none", "none")
     store = FeatureStore.create(tmp_path / "entry", FeatureSpec(Transform(16), loaded, "stage", dtype="float16"))
-    sink = Sink(store, scan(source, store), "float16", (1,))
+    files = DatasetFiles(open_dataset(folder))
+    entry = EntryWriter(store, scan(files, store), (1,), 4)
     rows = np.ones((4, 1), np.float32)
     rows[1] = 1e6
 
     plan = ExtractPlan(Transform(16), batch_size=4, max_bad=0.5)
-    (report,) = stage.extract(source, [sink], lambda _, __: Ready(lambda _: (rows,)), plan)
+    (report,) = stage.extract(files, [entry], lambda _, __: Runtime(lambda _: (rows,)), plan)
 
     assert report.rows == 27
     assert {"try dtype float32" in bad.reason for bad in report.quarantined} == {True}
@@ -234,9 +234,7 @@ def test_not_finite_rows_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
     """Kill -9 in the middle: the next run computes the rest only, and the table is bit for bit that of one run."""
     folder = draw_folder(tmp_path / "images", per_class=400)
-    eager = (
-        "from featcache.extraction import extract; extract.MIN_PART_SECONDS = 0.2; from featcache.cli import main; main()"
-    )
+    eager = "from featcache.extraction import writer; writer.MIN_PART_SECONDS = 0.2; from featcache.cli import main; main()"
     command = [sys.executable, "-c", eager, "extract", str(folder), *TINY, "--input-size", "144", "--cache"]
     slowed = {**os.environ, "OMP_NUM_THREADS": "1"}
     victim = subprocess.Popen(
@@ -266,19 +264,19 @@ def test_an_interrupt_keeps_what_was_computed(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C commits the part in flight."""
-    real = stage._sort_in
+    real = stage._Pass._take
     calls: list[int] = []
 
-    def interrupted(batch: Batch, *others: object) -> None:
+    def interrupted(running: stage._Pass, batch: Batch) -> None:
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(len(batch))
-        real(batch, *others)  # type: ignore[arg-type]
+        real(running, batch)
 
-    monkeypatch.setattr(stage, "_sort_in", interrupted)
+    monkeypatch.setattr(stage._Pass, "_take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(folder, tiny, settings)
-    monkeypatch.setattr(stage, "_sort_in", real)
+    monkeypatch.setattr(stage._Pass, "_take", real)
 
     resumed = extract(folder, tiny, settings)
 

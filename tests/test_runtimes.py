@@ -20,7 +20,8 @@ from featcache.datasets.images import decode
 from featcache.errors import SetupError, UsageError
 from featcache.extraction import runtimes
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
-from featcache.extraction.runtimes import Chosen, TorchRuntime, Workers, choose
+from featcache.extraction.loader import Runtime
+from featcache.extraction.runtimes import Machine, TorchRuntime, Workers, select_runtime
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
 Run = Callable[..., Outcome]
@@ -33,19 +34,11 @@ def pixels(size: int, count: int = 4) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def chosen(spec: BackboneSpec, cuts: tuple[str, ...], wish: runtimes.RuntimeName, images_left: int = 10**6) -> Chosen:
+def chosen(spec: BackboneSpec, cuts: tuple[str, ...], wish: runtimes.RuntimeName, images: int = 10**6) -> Runtime:
     """Choose a runtime for a backbone's frozen part."""
     backbone = load_backbone(spec)
     first = pixels(backbone.transform.input_size)
-    return choose(
-        backbone.program(cuts),
-        first,
-        images_left=images_left,
-        wish=wish,
-        device=CPU,
-        precision="float32",
-        workers=Workers(2, 1),
-    )
+    return select_runtime(backbone.program(cuts), first, images, wish, Machine(CPU, "float32", Workers(2, 1)))
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnx", "compile"])
@@ -88,7 +81,7 @@ def test_openvino_reports_nothing_to_its_makers(tmp_path: Path) -> None:
 
 def test_auto_compiles_only_what_pays() -> None:
     """A few images are left to PyTorch."""
-    assert chosen(VIT, ("pooled",), "auto", images_left=8).name == "torch"
+    assert chosen(VIT, ("pooled",), "auto", images=8).name == "torch"
 
 
 @pytest.mark.parametrize("fault", ["differs", "fails", "not finite"])
@@ -97,7 +90,7 @@ def test_a_runtime_that_disagrees_is_dropped(
 ) -> None:
     """It is named in a warning, and PyTorch computes."""
 
-    def broken(program: nn.Module, first: np.ndarray, workers: Workers) -> runtimes.Run:  # noqa: ARG001
+    def broken(program: nn.Module, first: np.ndarray, workers: Workers) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:  # noqa: ARG001
         if fault == "fails":
             raise RuntimeError("no such operation")
         run = TorchRuntime(program, CPU, "float32")
@@ -107,7 +100,7 @@ def test_a_runtime_that_disagrees_is_dropped(
     monkeypatch.setattr(runtimes, "is_installed", lambda name: name == "openvino")
     monkeypatch.setattr(runtimes.logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
-        runtime = chosen(VIT, ("pooled",), "auto", images_left=10**7)
+        runtime = chosen(VIT, ("pooled",), "auto", images=10**7)
 
     assert runtime.name == "torch"
     assert "openvino: left out" in caplog.text
@@ -124,10 +117,7 @@ def test_a_wish_that_cannot_be_met_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     monkeypatch.setattr(runtimes, "is_installed", lambda _: True)
     with pytest.raises(UsageError, match="float32 only"):
-        choose(
-            backbone.program(("pooled",)), first, images_left=9, wish="openvino", device=CPU, precision="bfloat16",
-            workers=Workers(1, 1),
-        )  # fmt: skip
+        select_runtime(backbone.program(("pooled",)), first, 9, "openvino", Machine(CPU, "bfloat16", Workers(1, 1)))
 
 
 class _Hungry(nn.Module):

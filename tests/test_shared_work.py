@@ -21,8 +21,9 @@ from support import TINY, draw_folder, draw_image
 
 from featcache.datasets import open_dataset
 from featcache.errors import DataError
-from featcache.extraction import extract as stage
+from featcache.extraction import writer
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.extraction.writer import EntryWriter
 from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.store.entry import FeatureStore
 
@@ -56,7 +57,7 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
 def test_four_parts_one_killed_give_what_one_run_gives(tmp_path: Path) -> None:
     """Four processes at once on one entry, one of them killed and started again."""
     folder = draw_folder(tmp_path / "images", per_class=200)
-    code = "from featcache.extraction import extract; extract.MIN_PART_SECONDS = 0.1; from featcache.cli import main; main()"
+    code = "from featcache.extraction import writer; writer.MIN_PART_SECONDS = 0.1; from featcache.cli import main; main()"
     command = [sys.executable, "-c", code, "extract", str(folder), *TINY, "--input-size", "96", "--workers", "1", "--cache"]
 
     def start(number: int) -> subprocess.Popen[bytes]:
@@ -105,14 +106,14 @@ def test_ray_gives_what_this_process_gives(tmp_path: Path, monkeypatch: pytest.M
     (folder / "red" / "bad.png").write_bytes(b"nothing")
     shutil.copy(folder / "red" / "00.png", folder / "blue" / "copy.png")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    real, killed = stage.EntryWriter.adopt, []
+    real, killed = EntryWriter.adopt, []
 
     def adopt(harvest: Any, written: Any, number: int) -> None:
         real(harvest, written, number)
         if not killed:
             killed.append(_kill_a_worker())
 
-    monkeypatch.setattr(stage.EntryWriter, "adopt", adopt)
+    monkeypatch.setattr(EntryWriter, "adopt", adopt)
     try:
         bench = FeatureCache(open_dataset(folder), SPEC, Settings(tmp_path / "ray", 8, engine="ray", workers=2))
         done = bench.extracted("layer2")
@@ -233,7 +234,7 @@ class History(RuleBasedStateMachine):
             commits.append(1)
             return real(store, **more)
 
-        patience, stage.MIN_PART_SECONDS = stage.MIN_PART_SECONDS, 0.0
+        patience, writer.MIN_PART_SECONDS = writer.MIN_PART_SECONDS, 0.0
         FeatureStore.commit = dying  # type: ignore[method-assign, assignment]
         try:
             self._extract("cache")
@@ -241,7 +242,7 @@ class History(RuleBasedStateMachine):
             pass
         finally:
             FeatureStore.commit = real  # type: ignore[method-assign]
-            stage.MIN_PART_SECONDS = patience
+            writer.MIN_PART_SECONDS = patience
 
     @rule()
     def resume(self) -> None:

@@ -18,12 +18,15 @@ from featcache.datasets.images import encode
 from featcache.errors import StorageError
 from featcache.extraction import extract as stage
 from featcache.extraction import lookup as caching
-from featcache.extraction.extract import ExtractPlan, ExtractReport, Ready, Sink
+from featcache.extraction import scan as scanning
+from featcache.extraction import writer
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.lookup import scan, settled
+from featcache.extraction.loader import Runtime
+from featcache.extraction.scan import DatasetFiles, is_settled
+from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
 from featcache.store.entry import FeatureStore
-from featcache.store.hdf5 import Listing, Part, Seen
+from featcache.store.hdf5 import FileIndex, Listing, Part
 
 Run = Callable[..., Outcome]
 SPEC = FeatureSpec(Transform(8), LoadedBackbone("x", "x", "00"))
@@ -39,9 +42,15 @@ def with_copies() -> Dataset:
 
 def compute(source: Dataset, store: FeatureStore, run: Callable[[Any], Any], workers: int = 2) -> ExtractReport:
     """Extract what is missing with a function of pixels."""
-    sink = Sink(store, scan(source, store), "float32", (1,))
-    ready = Ready(lambda pixels: (run(pixels),), workers=workers)
-    return stage.extract(source, [sink], lambda *_: ready, ExtractPlan(Transform(8), batch_size=1))[0]
+    scanned = scan(source, store)
+    runtime = Runtime(lambda pixels: (run(pixels),), workers=workers)
+    entry = EntryWriter(store, scanned, (1,), 1)
+    return stage.extract(scanned.files, [entry], lambda *_: runtime, ExtractPlan(Transform(8), batch_size=1))[0]
+
+
+def scan(source: Dataset, store: FeatureStore) -> scanning.Scan:
+    """Hold an entry against files that nothing is known of yet."""
+    return scanning.scan(DatasetFiles(source), store)
 
 
 def brightness(pixels: np.ndarray) -> np.ndarray:
@@ -76,10 +85,10 @@ def test_an_entry_whose_copy_has_no_original_heals(tmp_path: Path) -> None:
     compute(source, store, brightness)
     listing = store.listing()
     broken = FeatureStore.create(tmp_path / "broken", SPEC)
-    of_copy = Seen(("b.ppm",), listing.seen.sha256[1:2], listing.seen.stat[1:2], 1)
-    rest = Seen(listing.seen.paths[2:], listing.seen.sha256[2:], listing.seen.stat[2:], 1)
+    of_copy = FileIndex(("b.ppm",), listing.files.sha256[1:2], listing.files.stat[1:2], 1)
+    rest = FileIndex(listing.files.paths[2:], listing.files.sha256[2:], listing.files.stat[2:], 1)
     part = broken.add_part(Part([store.features().X[2:]], rest, of_copy))
-    broken.commit(parts=[part], listing=Listing(listing.seen, listing.labels, listing.splits, listing.classes))
+    broken.commit(parts=[part], listing=Listing(listing.files, listing.labels, listing.splits, listing.classes))
     assert any("2 images have no row" in problem for problem in broken.verify())
 
     report = compute(source, FeatureStore.open(broken.path), brightness)
@@ -99,7 +108,7 @@ def test_a_file_that_was_written_over_is_noticed_though_its_time_was_put_back(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same name, size, inode and mtime, other bytes: ctime differs, and the new image is computed."""
-    monkeypatch.setattr(caching, "_RACY_NS", 0)  # so that files of this test are old enough to be believed
+    monkeypatch.setattr(scanning, "_RACY_NS", 0)  # so that files of this test are old enough to be believed
     path = folder / "red" / "00.png"
     content = path.read_bytes()
     before = path.stat()
@@ -128,7 +137,7 @@ def test_a_young_file_is_not_remembered_by_its_times(mtime: int, ctime: int, *, 
     now = time.time_ns()
     stat = FileStat(1, now - mtime * 10**9, 1, now - ctime * 10**9 if ctime >= 0 else -1)
 
-    assert (settled(stat) is not None) == believed
+    assert is_settled(stat) == believed
 
 
 def test_the_time_of_hashing_counts_not_that_of_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,23 +145,23 @@ def test_the_time_of_hashing_counts_not_that_of_the_commit(tmp_path: Path, monke
     folder = draw_folder(tmp_path / "images")
     source, store = open_dataset(folder), FeatureStore.create(tmp_path / "entry", SPEC)
     later = time.time_ns() + 60 * 10**9
-    monkeypatch.setattr(stage, "now_ns", lambda: later)
+    monkeypatch.setattr(writer, "time_ns", lambda: later)
 
     compute(source, store, brightness)
     stock = scan(source, FeatureStore.open(store.path))
 
-    assert {tuple(row) for row in FeatureStore.open(store.path).listing().seen.stat.tolist()} == {(-1, -1, -1, -1)}
+    assert {tuple(row) for row in FeatureStore.open(store.path).listing().files.stat.tolist()} == {(-1, -1, -1, -1)}
     assert len(stock.cached) == 36
 
 
 def test_a_listing_without_ctime_is_believed_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries of before know size, mtime and inode: their images are not hashed again."""
-    monkeypatch.setattr(caching, "_RACY_NS", 0)
+    monkeypatch.setattr(scanning, "_RACY_NS", 0)
     folder = draw_folder(tmp_path / "images")
     source, store = open_dataset(folder), FeatureStore.create(tmp_path / "entry", SPEC)
     compute(source, store, brightness)
     listing = store.listing()
-    listing.seen.stat[:, 3] = -1
+    listing.files.stat[:, 3] = -1
     store.commit(listing=listing)
     monkeypatch.setattr(type(source.reader), "read", lambda *_: pytest.fail("an image was read"))
 
@@ -164,7 +173,7 @@ def test_what_was_hashed_again_is_hashed_once(
 ) -> None:
     """Files that only got new times are known by their bytes, and by their times from the next run on."""
     FeatureCache(open_dataset(folder), tiny, settings).extracted()
-    monkeypatch.setattr(caching, "_RACY_NS", 0)
+    monkeypatch.setattr(scanning, "_RACY_NS", 0)
     for path in folder.rglob("*.png"):
         aged(path)
     second = FeatureCache(open_dataset(folder), tiny, settings).extracted()

@@ -15,17 +15,19 @@ from featcache.errors import StorageError
 from featcache.specs import FeatureSpec, LoadedBackbone, Transform
 from featcache.store import atomic
 from featcache.store.entry import FeatureStore
-from featcache.store.hdf5 import Listing, Part, Seen
+from featcache.store.hdf5 import FileIndex, Listing, Part
 from featcache.store.manifests import Quarantined
 
 SPEC = FeatureSpec(Transform(), LoadedBackbone("x", "x", "00"))
 
 
-def seen(first: int, count: int) -> Seen:
+def seen(first: int, count: int) -> FileIndex:
     """Return files ``first`` to ``first + count``, each with a hash of its own."""
     digests = np.zeros((count, 32), np.uint8)
     digests[:, 0] = np.arange(first, first + count)
-    return Seen(tuple(f"{index}.png" for index in range(first, first + count)), digests, np.zeros((count, 4), np.int64), 1)
+    return FileIndex(
+        tuple(f"{index}.png" for index in range(first, first + count)), digests, np.zeros((count, 4), np.int64), 1
+    )
 
 
 def part(first: int, count: int = 4) -> Part:
@@ -36,7 +38,7 @@ def part(first: int, count: int = 4) -> Part:
 def listing(first: int, count: int, order: int = 1) -> Listing:
     """Return a listing of some files, backwards where ``order`` is -1."""
     files = seen(first, count)
-    turned = Seen(files.paths[::order], files.sha256[::order].copy(), files.stat, 1)
+    turned = FileIndex(files.paths[::order], files.sha256[::order].copy(), files.stat, 1)
     return Listing(turned, np.arange(count) % 2, np.zeros(count, np.uint8), ("a", "b"))
 
 
@@ -237,7 +239,7 @@ def test_a_failing_disk_at_any_call_loses_nothing(tmp_path: Path, error: int, mo
 def test_names_that_are_not_unicode_survive(store: FeatureStore) -> None:
     """A file name of any bytes comes back as it was."""
     name = os.fsdecode(b"bad\xff.png")
-    files = Seen((name,), np.zeros((1, 32), np.uint8), np.zeros((1, 4), np.int64), 1)
+    files = FileIndex((name,), np.zeros((1, 32), np.uint8), np.zeros((1, 4), np.int64), 1)
     rows = Part([np.zeros((1, 3), np.float32)], files)
 
     store.commit(parts=[store.add_part(rows)], listing=Listing(files, np.zeros(1, np.int64), np.zeros(1, np.uint8), ("a",)))

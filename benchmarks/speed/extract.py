@@ -36,6 +36,7 @@ from PIL import Image
 from featcache.datasets import open_dataset
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import BatchReader
+from featcache.extraction.scan import DatasetFiles
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 from featcache.store.entry import FeatureStore
 
@@ -167,7 +168,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
     """Measure decoding on one core and the fastest runtime's forward pass on all, each alone, by turns."""
     import torch
 
-    from featcache.extraction.runtimes import Workers, choose, threads_per_worker
+    from featcache.extraction.runtimes import Machine, Workers, select_runtime, threads_per_worker
     from featcache.specs import RUNTIMES
 
     with tempfile.TemporaryDirectory() as cache:
@@ -184,17 +185,17 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
                 if name in {"auto", "compile", "onnx"}:
                     continue
                 try:
-                    chosen = choose(
-                        backbone.program(("pooled",)), first, images_left=10**9, wish=name, device=torch.device("cpu"),
-                        precision="float32", workers=workers,
-                    )  # fmt: skip
+                    machine = Machine(torch.device("cpu"), "float32", workers)
+                    runtime = select_runtime(backbone.program(("pooled",)), first, 10**9, name, machine)
                 except Exception as error:  # noqa: BLE001 - a runtime that is not installed is not measured
                     print(f"  {name}: {error}")
                     continue
-                runs[name] = chosen.run
+                runs[name] = runtime.run
             rounded = [
                 (
-                    decode_rate(BatchReader(source, positions, plan.transform, plan.views, ()), plan.batch_size, seconds),
+                    decode_rate(
+                        BatchReader(DatasetFiles(source), positions, plan.transform, plan.views), plan.batch_size, seconds
+                    ),
                     {name: forward_rate(run, first, workers.count, seconds) for name, run in runs.items()},
                 )
                 for _ in range(rounds)
@@ -372,7 +373,7 @@ def measure_gpu(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, A
         size = bench.backbone.transform.input_size
         batch = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)
         forward = forward_rate(run, batch, workers, 10.0)
-        reader = BatchReader(bench.dataset, range(len(bench.dataset.samples)), plan.transform, plan.views, ())
+        reader = BatchReader(bench.files, range(len(bench.files)), plan.transform, plan.views)
         decode = forward_rate(partial(_fill, reader, plan.batch_size), batch, workers, 10.0)
         start = time.perf_counter()
         done = bench.extracted()

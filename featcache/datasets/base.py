@@ -1,4 +1,4 @@
-"""What a source is: a named list of labelled images, and a way to read each one's bytes."""
+"""What a data set is: a named list of labelled images, and a way to read each one's bytes."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import eq
 from pathlib import Path
-from typing import Protocol, overload
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ SPLIT_FOLDERS = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image of a source: its path relative to the source, its class and, where it is given, its split."""
+    """One image of a data set: its path as its reader knows it, its class and, where it is given, its split."""
 
     path: str
     label: str
@@ -38,7 +38,7 @@ class Sample:
 
 
 class SampleTable(Sequence[Sample]):
-    """Images of a source, packed: millions of them are listed at a time, and looked at one by one."""
+    """Images of a data set, packed: millions of them are listed at a time, and looked at one by one."""
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         self._labels: dict[str, int] = {}
@@ -88,15 +88,14 @@ class SampleTable(Sequence[Sample]):
         """The splits that occur, each once."""
         return self._split_names
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, samples: object) -> bool:
         """Tell whether another sequence has the same images."""
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+        return isinstance(samples, Sequence) and len(self) == len(samples) and all(map(eq, self, samples))
 
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True, slots=True)
-class FileStat:
+class FileStat(NamedTuple):  # a tuple: one is made for every image of a run, and goes into arrays as it is
     """What tells cheaply that an image has not changed since it was hashed: of a file, or of what holds it.
 
     ``ctime_ns`` changes where a file is written over and its mtime put back; -1 where it is not known.
@@ -126,20 +125,20 @@ def stat_file(path: str | os.PathLike[str]) -> FileStat:
     Raises:
         OSError: as of ``read_file``.
     """
-    found = os.stat(path)  # noqa: PTH116 - pathlib is slow
-    _require_readable(found)
-    return FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
+    stat = os.stat(path)  # noqa: PTH116 - pathlib is slow
+    _require_readable(stat)
+    return FileStat(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
 
 
-def _require_readable(found: os.stat_result) -> None:
-    if not modes.S_ISREG(found.st_mode):
-        raise OSError("a folder, not a file" if modes.S_ISDIR(found.st_mode) else "a pipe, socket or device, not a file")
-    if found.st_size > MOST_IMAGE_BYTES:
-        raise OSError(f"{found.st_size / 1e6:.0f} MB, over the limit of {MOST_IMAGE_BYTES / 1e6:.0f} MB an image")
+def _require_readable(stat: os.stat_result) -> None:
+    if not modes.S_ISREG(stat.st_mode):
+        raise OSError("a folder, not a file" if modes.S_ISDIR(stat.st_mode) else "a pipe, socket or device, not a file")
+    if stat.st_size > MOST_IMAGE_BYTES:
+        raise OSError(f"{stat.st_size / 1e6:.0f} MB, over the limit of {MOST_IMAGE_BYTES / 1e6:.0f} MB an image")
 
 
 class Reader(Protocol):
-    """Where the bytes of a source's images are; many threads read at once."""
+    """Where the bytes of a data set's images are; many threads read at once."""
 
     def read(self, path: str) -> bytes:
         """Return an image's bytes, or raise OSError."""
@@ -193,8 +192,8 @@ class ArrayReader:
         """Return the holder's size and time, with the image's number."""
         if self.holder is None:
             return None
-        found = self.holder.stat()
-        return FileStat(found.st_size, found.st_mtime_ns, self.numbers[path], found.st_ctime_ns)
+        stat = self.holder.stat()
+        return FileStat(stat.st_size, stat.st_mtime_ns, self.numbers[path], stat.st_ctime_ns)
 
 
 @dataclass(frozen=True, repr=False)
@@ -290,8 +289,8 @@ _SPLIT_NAME = re.compile(
 
 def looks_like_split(name: str) -> str:
     """Return which split a name such as ``test1`` or ``val_images`` seems to mean, "" where it seems to mean none."""
-    found = _SPLIT_NAME.fullmatch(name.strip().lower())
-    return next((split for split in ("train", "val", "test") if found[split]), "") if found else ""
+    match = _SPLIT_NAME.fullmatch(name.strip().lower())
+    return next((split for split in ("train", "val", "test") if match[split]), "") if match else ""
 
 
 def split_within(name: str) -> str:
@@ -316,27 +315,27 @@ def require_whole(items: Iterable[Sample], where: str) -> None:
         raise DataError(f"{where}: some rows have a split and some have none: fill in all of them, or none.")
 
 
-def require_one_label(source: Dataset) -> None:
-    """Refuse a source whose labels are lists where one class an image is needed.
+def require_one_label(dataset: Dataset) -> None:
+    """Refuse a data set whose labels are lists where one class an image is needed.
 
     Raises:
         DataError: they are.
     """
-    if source.label_lists:
+    if dataset.label_lists:
         raise DataError(
-            f"{source.location}: its labels are lists; only fit with `target='labels'` trains on several an image."
+            f"{dataset.location}: its labels are lists; only fit with `target='labels'` trains on several an image."
         )
 
 
 def location_hash(location: str) -> str:
-    """Return six digits that tell two sources of one name apart."""
+    """Return six digits that tell two data sets of one name apart."""
     return fingerprint(location)[:6]
 
 
 def safe_name(name: str) -> str:
     """Return a data set's name as a folder can bear it."""
-    kept = "".join(char if char.isalnum() or char in "._-" else "-" for char in name).strip(".-")
-    return kept or "data"
+    safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in name).strip(".-")
+    return safe or "data"
 
 
 def natural(name: str) -> tuple[tuple[int, str], ...]:

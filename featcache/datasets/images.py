@@ -5,6 +5,7 @@ import io
 import math
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -54,23 +55,53 @@ def decode(content: bytes, transform: Transform, views: Views | None = None) -> 
             shrunk as it is decoded) or with a side of more than 131,072 pixels.
         MemoryError: there is no room to decode it.
     """
-    views = views or Views()
+    return _decoded(content, transform, views or Views())[0]
+
+
+def decode_both(
+    content: bytes, transform: Transform, views: Views, other: Transform
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """Return what ``decode`` returns, and one view by another transform, ``None`` where that cannot be made.
+
+    The image is decoded once, unless libjpeg would shrink it differently for the two: rows are those of passes apart.
+
+    Raises:
+        UnreadableImage: as of ``decode``, of the first transform.
+        MemoryError: there is no room to decode it.
+    """
+    pixels, beside = _decoded(content, transform, views, other)
+    if beside is None:
+        with suppress(UnreadableImage):  # its own pass says why
+            beside = decode(content, other)
+    return pixels, beside
+
+
+def _decoded(
+    content: bytes, transform: Transform, views: Views, other: Transform | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """Return the views by a transform, and one by the other where the same decoded image serves both."""
     try:
         with _opened(content) as image:
-            scaled = transform.decoder == "pillow-scaled"
-            if image.width * image.height > MAX_MEGAPIXELS * 1e6 or max(image.size) > _MAX_SIDE:
+            full, beside, scaled = image.size, None, transform.decoder == "pillow-scaled"
+            if is_large := image.width * image.height > MAX_MEGAPIXELS * 1e6 or max(full) > _MAX_SIDE:
                 shrinks = scaled and image.format in {"JPEG", "MPO"} and _is_decoded_in_one_scan(content)
-                _require_size(*image.size, most=_MAX_SHRUNK_MEGAPIXELS if shrinks else MAX_MEGAPIXELS)
-            boxes = [_evaluation_box(image.width, image.height, transform)]
+                _require_size(*full, most=_MAX_SHRUNK_MEGAPIXELS if shrinks else MAX_MEGAPIXELS)
+            boxes = [_evaluation_box(*full, transform)]
             if views.count > 1:
-                boxes += _random_boxes(image.width, image.height, content, views)
-            full = image.size
+                boxes += _random_boxes(*full, content, views)
+            is_shared = (
+                other is not None
+                and not is_large  # whether it may be decoded at all is then each transform's own question
+                and _shrinkage(image, transform, boxes) == _shrinkage(image, other, [_evaluation_box(*full, other)])
+            )
             if scaled:
                 _decode_smaller(image, transform.input_size, boxes)
                 _require_size(*image.size)
             rgb = _to_rgb(image)
             pixels = [_resized(rgb, full, box, transform) for box in boxes]
-            return np.stack(pixels) if len(pixels) > 1 else pixels[0][None]
+            if other is not None and is_shared:
+                beside = _resized(rgb, full, _evaluation_box(*full, other), other)[None]
+            return np.stack(pixels) if len(pixels) > 1 else pixels[0][None], beside
     except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -201,10 +232,25 @@ def _random_boxes(width: int, height: int, content: bytes, views: Views) -> list
 
 def _decode_smaller(image: Image.Image, size: int, boxes: list[_Box]) -> None:
     """Let libjpeg scale a large JPEG down as it decodes, as far as no box falls below the size it is scaled to."""
-    if image.format in {"JPEG", "MPO"} and image.mode in {"RGB", "L", "CMYK"}:
-        shrink = min(min(box.right - box.left, box.bottom - box.top) / size for box in boxes)
-        if shrink >= 2:
-            image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    if (least := _least_size(image, size, boxes)) is not None:
+        image.draft(None, least)
+
+
+def _least_size(image: Image.Image, size: int, boxes: list[_Box]) -> tuple[int, int] | None:
+    """Return the least size that a JPEG may be decoded at, ``None`` where it is to be decoded as it is."""
+    if image.format not in {"JPEG", "MPO"} or image.mode not in {"RGB", "L", "CMYK"}:
+        return None
+    shrink = min(min(box.right - box.left, box.bottom - box.top) / size for box in boxes)
+    return (math.ceil(image.width / shrink), math.ceil(image.height / shrink)) if shrink >= 2 else None
+
+
+def _shrinkage(image: Image.Image, transform: Transform, boxes: list[_Box]) -> int:
+    """Return by how much a transform lets libjpeg shrink an image as it decodes, by Pillow's rule: 1, 2, 4 or 8."""
+    least = _least_size(image, transform.input_size, boxes) if transform.decoder == "pillow-scaled" else None
+    if least is None:
+        return 1
+    scale = min(image.width // least[0], image.height // least[1])
+    return next(step for step in (8, 4, 2, 1) if scale >= step)
 
 
 def _resized(image: Image.Image, full: tuple[int, int], box: _Box, transform: Transform) -> NDArray[np.uint8]:

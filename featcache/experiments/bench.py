@@ -14,6 +14,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, Ledger, head_experiment, in_memory, run_fit
 from featcache.experiments.grid import DataEntry, Grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning.plan import FineTunePlan
 from featcache.progress import logger
 from featcache.reports import tables as report
@@ -76,6 +77,7 @@ class _Runner:
         self.path = path
         self.total = len(grid.data) * len(grid.backbones) * (len(_expanded(grid.heads)) + len(grid.plans)) * len(grid.seeds)
         self.there = {record.cell for record in read_records([path])}
+        self.files: dict[DataEntry, DatasetFiles] = {}
         self.cells: list[str] = []
         self.failures: list[str] = []
         self.computed_images = 0
@@ -91,7 +93,10 @@ class _Runner:
             self.failures.append(f"{what}: {error}")
 
     def run(self, data: DataEntry, spec: BackboneSpec) -> None:
-        bench = FeatureCache(open_dataset(data.data, data.name), spec, self.settings)
+        if data not in self.files:  # the files are looked at once, whichever backbones compute from them
+            self.files = {data: DatasetFiles(open_dataset(data.data, data.name))}
+        files = self.files[data]
+        bench = FeatureCache(files.dataset, spec, self.settings, files=files)
         done = bench.extracted()
         self.computed_images += done.report.computed
         task, ledger = Task.of(done.store.labelled(), group=data.group), Ledger(recorded=set(self.there))

@@ -163,7 +163,7 @@ def decode_correct(text: str) -> NDArray[np.bool_]:
 def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, Callable[[NDArray[np.int64]], NDArray[Any]]]:
     """Return which of a task's images (k,) an entry has too, the task of those alone, and what reads its rows so."""
     reader: RowReader = store.reader()
-    position = {path: index for index, path in enumerate(store.listing().seen.paths)}
+    position = {path: index for index, path in enumerate(store.listing().files.paths)}
     keep = np.array([index for index, path in enumerate(task.features.paths) if path in position], dtype=np.int64)
     task = task.restricted(keep)
     where = np.array([position[path] for path in task.features.paths], dtype=np.int64)

@@ -18,7 +18,7 @@ from featcache.evaluation.metrics import confusion, gap, per_class
 from featcache.evaluation.splits import Split, few_shot, make_free_split, make_split, restricted
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment, Outcome, aligned
-from featcache.extraction.feature_cache import Extracted, FeatureCache
+from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record
 from featcache.resources import free_memory
@@ -242,11 +242,14 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     from featcache import heads
+    from featcache.heads.baselines import SIDE
 
     names = _heads_of(plan)
     if plan.target != "labels":
         require_one_label(bench.dataset)
-    done = bench.extracted(cut_of_layers(plan.layers) if plan.layers else POOLED, views=Views(plan.views))
+    output = Output(cut_of_layers(plan.layers) if plan.layers else POOLED)
+    side = SIDE if plan.baselines and plan.target == "label" else None
+    (done,) = bench.features([output], Views(plan.views), thumbnails=side)
     features, names = _features(done, plan, names)
     groups = groups_of(bench, features, plan.group)
     task = Task.of(features, plan.target, groups, plan.group)

@@ -16,9 +16,8 @@ from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_f
 from featcache.datasets.folder import image_files
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.metrics import at_temperature
-from featcache.extraction.extract import Ready
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.loader import Batch, BatchReader, run_batches, sample
+from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches, sample
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads import answers, over_views
 from featcache.heads.bundle import Bundle
@@ -214,26 +213,25 @@ class _Embedder:
 
     def __init__(self, bench: FeatureCache, cut: str, views: Views) -> None:
         self.bench, self.cut, self.views = bench, cut, views
-        self._ready: Ready | None = None
+        self._runtime: Runtime | None = None
 
     def batches(self, positions: Sequence[int]) -> Iterator[Batch]:
         """Yield images with their embeddings; copies of an image come last, with those of the first."""
         bench = self.bench
         plan = bench.plan_for(bench.backbone.transform, self.views)
-        reader = BatchReader(bench.dataset, positions, plan.transform, plan.views, ())
+        files, reader = bench.files, BatchReader(bench.files, positions, plan.transform, plan.views)
         first = reader.fill(plan.batch_size)
         rows: dict[bytes, NDArray[Any]] = {}
         reasons: dict[str, str] = {}
-        copies: list[Any] = []
+        copies: list[int] = []
         if first.fresh:
             with bench.threads():
-                if self._ready is None:
-                    self._ready = bench.prepare([self.cut], sample(first, plan.batch_size), len(bench.dataset.samples))
-                run, workers = self._ready.run, self._ready.workers
-            with closing(run_batches(reader, run, plan.batch_size, workers, deque([first]))) as running:
+                if self._runtime is None:
+                    self._runtime = bench.prepare([self.cut], sample(first, plan.batch_size), len(files))
+            with closing(run_batches(reader, self._runtime, plan.batch_size, deque([first]))) as running:
                 for batch in _inside(bench.threads, running):
                     if batch.fresh:  # the last batch may hold copies and broken images alone
-                        rows.update((digest, row) for (_, digest, _), row in zip(batch.fresh, batch.rows[0], strict=True))
+                        rows.update(zip(map(files.digest, batch.fresh), batch.rows[0], strict=True))
                     reasons.update((bad.sha256, bad.reason) for bad in batch.bad)
                     copies += batch.copies
                     yield batch
@@ -241,11 +239,11 @@ class _Embedder:
             reasons.update((bad.sha256, bad.reason) for bad in first.bad)
             copies += first.copies
             yield first
-        known = [copy for copy in copies if copy[1] in rows]
-        if known:
-            yield Batch(fresh=known, rows=(np.stack([rows[digest] for _, digest, _ in known]),))
-        paths = bench.dataset.samples
-        broken = [(paths[index].path, digest.hex()) for index, digest, _ in copies if digest not in rows]
+        answered = [position for position in copies if files.digest(position) in rows]
+        if answered:
+            yield Batch(fresh=answered, rows=(np.stack([rows[files.digest(position)] for position in answered]),))
+        unanswered = [position for position in copies if files.digest(position) not in rows]
+        broken = [(files.path(position), files.digest(position).hex()) for position in unanswered]
         if broken:  # they are answered too, else what comes behind them would wait for ever
             unread = "a copy of an image that could not be read"
             yield Batch(bad=[Quarantined(path, digest, reasons.get(digest, unread)) for path, digest in broken])
@@ -265,7 +263,7 @@ def _answer(bundle: Bundle, batch: Batch, source: Dataset, views: int) -> list[P
     said = [Prediction(bad.path, reason=bad.reason) for bad in batch.bad]
     if not batch.fresh:
         return said
-    names = [source.samples[position].path for position, _, _ in batch.fresh]
+    names = [source.samples[position].path for position in batch.fresh]
     X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
     X = X.reshape(-1, X.shape[-1])
     if bundle.card.get("target") == "number":

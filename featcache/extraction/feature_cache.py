@@ -1,9 +1,9 @@
-"""A source and a backbone side by side: obtain the entry of a cut, computing only what it lacks."""
+"""A data set and a backbone side by side: obtain the entry of a cut, computing only what it lacks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +12,11 @@ import numpy as np
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
 from featcache.errors import DataError, StorageError, UsageError
-from featcache.extraction import lookup as caching
-from featcache.extraction.extract import ExtractPlan, ExtractReport, Prepare, Ready, Sink, extract, is_mine, measure
-from featcache.extraction.loader import Pixels, beside_pixels
-from featcache.extraction.lookup import FileIndex
-from featcache.extraction.ray_engine import WorkerConfig
+from featcache.extraction import lookup as entries
+from featcache.extraction.extract import extract, measure, positions_of
+from featcache.extraction.loader import NO_RUNTIME, Pixels, Runtime, beside_pixels
+from featcache.extraction.scan import DatasetFiles, Hit, Positions, Scan, lookup, renew, scan
+from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.fingerprint import fingerprint
 from featcache.progress import logger
 from featcache.specs import (
@@ -36,6 +36,7 @@ from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone, TorchRuntime
+    from featcache.extraction.ray_engine import WorkerConfig
     from featcache.extraction.runtimes import Workers
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
@@ -52,7 +53,7 @@ class Settings:
     take; ``part`` (i, n) computes the i-th of n shares of the images, for several processes on one entry.
     """
 
-    cache: Path = field(default_factory=caching.default_cache)
+    cache: Path = field(default_factory=entries.default_cache)
     batch_size: int | None = None
     device: str | None = None
     max_bad: float = 0.01
@@ -92,7 +93,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Extracted:
-    """An entry that is complete for a source, and what it took."""
+    """An entry that is complete for a data set, and what it took."""
 
     store: FeatureStore
     report: ExtractReport
@@ -123,11 +124,6 @@ class Extracted:
         }
 
     @property
-    def cached(self) -> FileIndex:
-        """Which of the source's items have which content."""
-        return self.report.cached
-
-    @property
     def images_per_second(self) -> float | None:
         """Images computed a second in this run, ``None`` where none was."""
         return round(self.report.computed / self.report.seconds, 1) if self.report.computed else None
@@ -141,7 +137,7 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an extraction would take: images in the source and to compute, bytes to write, seconds at PyTorch's speed."""
+    """What an extraction would take: images in the data set and to compute, bytes to write, seconds at PyTorch's speed."""
 
     images: int
     to_compute: int
@@ -150,7 +146,20 @@ class Estimate:
 
 
 class FeatureCache:
-    """A source and a backbone, with the backbone loaded only when something has to be computed."""
+    """A data set and a backbone, which is loaded only when something has to be computed.
+
+    Of one command there is one for each backbone: the data set's files are looked at once in its life, and an entry that
+    has answered answers the same until its end.
+
+    Args:
+        dataset: the images.
+        spec: the backbone.
+        settings: how to compute.
+        lists: whether entries list the images as they are now, beside keeping their rows.
+        transform: of pixels that no backbone asks for.
+        purpose: of a pass that nobody asked for.
+        files: what the command knows of the files already.
+    """
 
     def __init__(
         self,
@@ -161,31 +170,41 @@ class FeatureCache:
         lists: bool = True,
         transform: Transform | None = None,
         purpose: str = "",
+        files: DatasetFiles | None = None,
     ) -> None:
         self.dataset = dataset
-        self._transform = transform
         self.spec = spec
         self.settings = settings
         self.lists = lists
+        self.files = files or DatasetFiles(dataset)
+        self._transform = transform
         self._purpose = purpose
         self._content: str | None = None
+        self._complete: dict[tuple[str, StoredDtype, Views], Extracted] = {}
+        self._thumbnails: dict[int, FeatureCache] = {}
         for note in dataset.notes:
             logger.warning(note)
 
     def thumbnails(self, side: int) -> Extracted:
         """Return the entry of the whole images, squeezed into so many pixels a side; no backbone is loaded."""
-        transform = Transform(side, crop_mode="squash", interpolation="bilinear")
-        spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
-        settings = replace(self.settings, part=None, engine="local")
-        quiet = replace(self.dataset, notes=())
-        return FeatureCache(quiet, spec, settings, transform=transform, purpose="thumbnails for the baselines").extracted(
-            INPUT
-        )
+        return self._thumbnail_cache(side).extracted(INPUT)
+
+    def _thumbnail_cache(self, side: int) -> "FeatureCache":
+        if side not in self._thumbnails:
+            transform = Transform(side, crop_mode="squash", interpolation="bilinear")
+            spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
+            settings = replace(self.settings, part=None, engine="local")
+            quiet = replace(self.dataset, notes=())
+            purpose = "thumbnails for the baselines"
+            self._thumbnails[side] = FeatureCache(
+                quiet, spec, settings, transform=transform, purpose=purpose, files=self.files
+            )
+        return self._thumbnails[side]
 
     @cached_property
     def folder(self) -> Path:
         """The data set's folder in the cache."""
-        return caching.dataset_folder(self.settings.cache, self.dataset, rebind=self.settings.rebind)
+        return entries.dataset_folder(self.settings.cache, self.dataset, rebind=self.settings.rebind)
 
     @cached_property
     def backbone(self) -> "Backbone":
@@ -202,7 +221,7 @@ class FeatureCache:
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        return caching.backbone_identity(self.spec)
+        return entries.backbone_identity(self.spec)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -218,101 +237,126 @@ class FeatureCache:
 
     def key(self, cut: str, dtype: StoredDtype, views: Views) -> str:
         """Return the cache key that rows of the loaded backbone have."""
-        return self._feature_spec(caching.CacheRequest(self.spec, cut, dtype, views)).key
+        return self._feature_spec(self._request(Output(cut, dtype), views)).key
+
+    def _request(self, output: Output, views: Views) -> entries.CacheRequest:
+        return entries.CacheRequest(self.spec, self._facts, output.cut, stored_dtype(output.cut, output.dtype), views)
 
     def extracted(self, cut: str = POOLED, dtype: StoredDtype | None = None, views: Views | None = None) -> Extracted:
         """Return the entry of a cut, computing what it lacks."""
         return self.features([Output(cut, dtype)], views)[0]
 
-    def features(self, targets: Sequence[Output], views: Views | None = None) -> list[Extracted]:
-        """Return the entries of several cuts, computing what they lack in one pass over the images."""
+    def features(
+        self, outputs: Sequence[Output], views: Views | None = None, *, thumbnails: int | None = None
+    ) -> list[Extracted]:
+        """Return the entries of several cuts, computing what they lack in one pass over the images.
+
+        Where ``thumbnails`` of so many pixels a side will be asked for too, those of the images that are decoded anyhow
+        are kept in the same pass.
+        """
         views = views or Views()
-        requests = [caching.CacheRequest(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
+        requests = [self._request(output, views) for output in outputs]
+        keys = [(request.cut, request.dtype, views) for request in requests]
+        answers = {key: self._complete[key] for key in keys if key in self._complete}
+        unanswered = [request for request in requests if (request.cut, request.dtype, views) not in answers]
+        for request, extracted in zip(unanswered, self._extracted(unanswered, thumbnails), strict=True):
+            answers[request.cut, request.dtype, views] = extracted
+            if not extracted.report.left:  # what was computed is told once
+                again = replace(extracted.report, computed=0, seconds=0.0)
+                self._complete[request.cut, request.dtype, views] = replace(extracted, report=again)
+        return [answers[key] for key in keys]
+
+    def _extracted(self, requests: Sequence[entries.CacheRequest], thumbnails: int | None) -> list[Extracted]:
         opened = self._open(requests)
-        done = {number: hit for number, (store, stock) in enumerate(opened) if (hit := self._hit(store, stock))}
-        for number in done:
-            self._remember(opened[number][0], requests[number])
-        left = [number for number in range(len(requests)) if number not in done]
-        if left:
-            sinks, prepare = self._sinks([(requests[number].cut, *opened[number]) for number in left])
-            with self.threads():
-                reports = self._run(sinks, prepare, views)
-            for number, report in zip(left, reports, strict=True):
+        reports = [self._hit(store, scanned) for store, scanned in opened]
+        missing = [number for number, report in enumerate(reports) if report is None]
+        for number, report in enumerate(reports):
+            if report is not None:
                 self._remember(opened[number][0], requests[number])
-                done[number] = report
+        if missing:
+            computed = self._compute([opened[number] for number in missing], requests[missing[0]].views, thumbnails)
+            for number, report in zip(missing, computed, strict=True):
+                self._remember(opened[number][0], requests[number])
+                reports[number] = report
         return [
-            Extracted(opened[number][0], done[number], self.spec.label, requests[number].cut, self.dataset.notes)
-            for number in range(len(requests))
+            Extracted(store, report, self.spec.label, request.cut, self.dataset.notes)
+            for (store, _), report, request in zip(opened, reports, requests, strict=True)
+            if report is not None
         ]
 
-    def estimate(self, targets: Sequence[Output], views: Views | None = None) -> Estimate:
+    def estimate(self, outputs: Sequence[Output], views: Views | None = None) -> Estimate:
         """Say what an extraction would compute, write and take; measures a first batch, and keeps nothing of it."""
         views = views or Views()
-        requests = [caching.CacheRequest(self.spec, one.cut, stored_dtype(one.cut, one.dtype), views) for one in targets]
-        found = [(request, stock) for request, (_, stock) in zip(requests, self._find(requests), strict=True)]
-        wanted = sorted({int(position) for _, stock in found for position in stock.pending})
-        if not wanted:
-            return Estimate(len(self.dataset.samples), 0, 0, 0.0)
+        requests = [self._request(output, views) for output in outputs]
+        scans = [scanned for _, scanned in self._find(requests)]
+        pending = np.unique(np.concatenate([scanned.pending for scanned in scans]))
+        if not len(pending):
+            return Estimate(len(self.files), 0, 0, 0.0)
         plan = self.plan_for(self.backbone.transform, views)
-        program_cuts = [request.cut for request, _ in found if request.cut != INPUT]
-        shapes = self._shapes([request.cut for request, _ in found])
+        computed = [request.cut for request in requests if request.cut != INPUT]
+        shapes = self._shapes([request.cut for request in requests])
         with self.threads():
-            seconds = measure(
-                self.dataset, wanted, plan, self._eager(program_cuts) if program_cuts else None, self._workers.count
-            )
+            run = self._eager(computed) if computed else NO_RUNTIME.run
+            seconds = measure(self.files, pending, plan, Runtime(run, workers=self._workers.count))
         sizes = [
-            len(stock.pending) * views.count * int(np.prod(shape)) * np.dtype(request.dtype).itemsize
-            for (request, stock), shape in zip(found, shapes, strict=True)
+            len(scanned.pending) * views.count * int(np.prod(shape)) * np.dtype(request.dtype).itemsize
+            for request, scanned, shape in zip(requests, scans, shapes, strict=True)
         ]
-        return Estimate(len(self.dataset.samples), len(wanted), sum(sizes), seconds)
+        return Estimate(len(self.files), len(pending), sum(sizes), seconds)
 
-    def _find(self, requests: Sequence[caching.CacheRequest]) -> list[tuple[FeatureStore | None, caching.Scan]]:
+    def _find(self, requests: Sequence[entries.CacheRequest]) -> list[tuple[FeatureStore | None, Scan]]:
         """Return the entries that are there, by the flags or by the key, with what they lack.
 
         A backbone that has to be loaded, or is, decides alone: what it computes must not come beside rows of another that
         its name stood for before, nor be trained on beside those.
         """
-        found = [(store, self._stock(store)) for store in (caching.find_entry(self.folder, request) for request in requests)]
-        lacks = any(len(stock.pending) for _, stock in found)
+        by_flags = [
+            (store, self._scan(store)) for store in (entries.find_entry(self.folder, request) for request in requests)
+        ]
+        lacks = any(len(scanned.pending) for _, scanned in by_flags)
         if "backbone" in self.__dict__ or (lacks and self._transform is None):
-            keyed = [self._of_key(self._feature_spec(request)) for request in requests]
+            by_key = [self._of_key(self._feature_spec(request)) for request in requests]
             return [
                 before
                 if before[0] is not None and store is not None and before[0].path == store.path
-                else (store, self._stock(store))
-                for before, store in zip(found, keyed, strict=True)
+                else (store, self._scan(store))
+                for before, store in zip(by_flags, by_key, strict=True)
             ]
-        for (store, _), request in zip(found, requests, strict=True):
+        for (store, _), request in zip(by_flags, requests, strict=True):
             if store is not None and request.cut != INPUT:
                 self._content = fingerprint([store.spec["backbone"], store.spec["transform"]])
-        return found
+        return by_flags
 
     def _of_key(self, spec: FeatureSpec) -> FeatureStore | None:
-        path = caching.find_key(self.folder, spec)
+        path = entries.find_key(self.folder, spec)
         return FeatureStore.open(path) if path is not None else None
 
-    def _open(self, requests: Sequence[caching.CacheRequest]) -> list[tuple[FeatureStore, caching.Scan]]:
+    def _open(self, requests: Sequence[entries.CacheRequest]) -> list[tuple[FeatureStore, Scan]]:
         """Return the entries of some requests, made where they are not there, with what they lack."""
         opened = []
-        for (store, stock), request in zip(self._find(requests), requests, strict=True):
+        for (store, scanned), request in zip(self._find(requests), requests, strict=True):
             if store is not None:
-                opened.append((store, stock))
+                opened.append((store, scanned))
                 continue
             spec = self._feature_spec(request)
-            if self._transform is None and (reason := caching.why_miss(self.folder, spec)):
+            if self._transform is None and (reason := entries.why_miss(self.folder, spec)):
                 logger.info("not in the cache; the nearest entry differs in %s", reason)
-            made = FeatureStore.create(caching.entry_path(self.folder, self.spec.label, spec), spec)
-            opened.append((made, self._stock(made)))
+            made = FeatureStore.create(entries.entry_path(self.folder, self.spec.label, spec), spec)
+            opened.append((made, self._scan(made)))
         return opened
 
-    def _stock(self, store: FeatureStore | None) -> caching.Scan:
+    def _scan(self, store: FeatureStore | None) -> Scan:
         """Return what an entry lacks, of this run's share of the images."""
-        part = self.settings.part
-        if part is None:
-            return caching.scan(self.dataset, store)
-        return caching.scan(self.dataset, store, among=partial(is_mine, self.dataset, part), hashes_new=False)
+        if self._share is None:
+            return scan(self.files, store)
+        return scan(self.files, store, among=self._share, hashes_new=False)
 
-    def _remember(self, store: FeatureStore, request: caching.CacheRequest) -> None:
+    @cached_property
+    def _share(self) -> Positions | None:
+        part = self.settings.part
+        return positions_of(self.dataset, part) if part is not None else None
+
+    def _remember(self, store: FeatureStore, request: entries.CacheRequest) -> None:
         """Note the flags that led to an entry, and the content of the files behind a name where that is known."""
         loaded = self.backbone if "backbone" in self.__dict__ else None
         if loaded is not None and not loaded.is_current:
@@ -325,43 +369,57 @@ class FeatureCache:
         with suppress(StorageError):  # a cache that cannot be written answers all the same
             store.remember_request(facts)
 
-    def _hit(self, store: FeatureStore, stock: caching.Scan) -> ExtractReport | None:
-        if self.settings.part is not None or not isinstance(caching.plan(self.dataset, store, stock), caching.Hit):
+    def _hit(self, store: FeatureStore, scanned: Scan) -> ExtractReport | None:
+        if self.settings.part is not None or not isinstance(lookup(store, scanned), Hit):
             return None
         store.tidy()
-        caching.renew(self.dataset, store, stock)
+        renew(store, scanned)
         store.write_table()
-        unusable = [item for item in store.manifest.quarantined if item.sha256]
-        return ExtractReport(len(stock.cached) - len(unusable), 0, (*unusable, *stock.unreadable), 0.0, cached=stock.cached)
+        unusable = [image for image in store.manifest.quarantined if image.sha256]
+        has_row = ~self.files.are_among(scanned.cached, {bytes.fromhex(image.sha256) for image in unusable})
+        bad = (*unusable, *scanned.unreadable)
+        return ExtractReport(int(has_row.sum()), 0, bad, 0.0, positions=scanned.cached[has_row])
 
-    def _sinks(self, opened: Sequence[tuple[str, FeatureStore, caching.Scan]]) -> tuple[list[Sink], Prepare]:
-        """Return the entries to fill, and what makes the backbone ready: not even loaded where nothing is computed."""
-        busy = [cut for cut, _, stock in opened if len(stock.pending)]
-        shapes = iter(self._shapes(busy))
-        sinks = [
-            Sink(store, stock, store.spec["dtype"], next(shapes) if len(stock.pending) else ()) for _, store, stock in opened
+    def _compute(
+        self, opened: Sequence[tuple[FeatureStore, Scan]], views: Views, thumbnails: int | None
+    ) -> list[ExtractReport]:
+        """Compute what entries lack in one pass. The backbone is not even loaded where nothing is computed."""
+        busy = iter(self._shapes([store.spec["cut"] for store, scanned in opened if len(scanned.pending)]))
+        shapes = [next(busy) if len(scanned.pending) else () for _, scanned in opened]
+        stored = opened[0][0].spec["transform"]
+        three = {name: tuple(stored[name]) if stored[name] else None for name in ("mean", "std")}
+        plan = self.plan_for(Transform(**(stored | three)), views)
+        writers = [
+            EntryWriter(store, scanned, shape, plan.batch_size)
+            for (store, scanned), shape in zip(opened, shapes, strict=True)
         ]
-        cuts = [cut for cut, _, _ in opened]
-        return sinks, lambda first, left: self.prepare(cuts, first, left)
+        cuts = [store.spec["cut"] for store, _ in opened]
+        beside = None
+        if self.settings.engine == "ray" and any(len(writer.scanned.pending) for writer in writers):
+            plan = replace(plan, remote=self._worker_config(writers, plan))
+        elif thumbnails is not None and self.settings.part is None:
+            beside = self._thumbnail_cache(thumbnails).as_beside(plan.batch_size)
+        with self.threads():
+            return extract(self.files, writers, lambda first, images: self.prepare(cuts, first, images), plan, beside)
 
-    def prepare(self, cuts: Sequence[str], first: Pixels, left: int) -> Ready:
+    def as_beside(self, batch_size: int) -> tuple[EntryWriter, Transform]:
+        """Return what fills this cache's pixels while another one's images are decoded."""
+        assert self._transform is not None
+        ((store, scanned),) = self._open([self._request(Output(INPUT), Views())])
+        size = self._transform.input_size
+        return EntryWriter(store, scanned, (size, size, 3), batch_size), self._transform
+
+    def prepare(self, cuts: Sequence[str], first: Pixels, images: int) -> Runtime:
         """Return what computes some cuts, made ready on a first batch for so many images."""
         computed = [cut for cut in cuts if cut != INPUT]
         if not computed:
-            return Ready(beside_pixels(cuts, None), self._workers.count)
-        from featcache.extraction.runtimes import choose
+            return Runtime(beside_pixels(cuts, None), workers=self._workers.count)
+        from featcache.extraction.runtimes import Machine, select_runtime
 
-        chosen = choose(
-            self.backbone.program(computed),
-            first,
-            images_left=left,
-            wish=self.settings.runtime,
-            device=self.backbone.device,
-            precision=self.spec.precision,
-            workers=self._workers,
-        )
-        logger.debug("runtime %s, %d workers", chosen.name, self._workers.count)
-        return Ready(beside_pixels(cuts, chosen.run), self._workers.count, chosen.name, chosen.difference)
+        machine = Machine(self.backbone.device, self.spec.precision, self._workers)
+        runtime = select_runtime(self.backbone.program(computed), first, images, self.settings.runtime, machine)
+        logger.debug("runtime %s, %d workers", runtime.name, runtime.workers)
+        return replace(runtime, run=beside_pixels(cuts, runtime.run))
 
     def _shapes(self, cuts: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the shape of one row at each cut, found by computing a blank image."""
@@ -395,15 +453,9 @@ class FeatureCache:
         with threads_per_worker(self._workers.threads):
             yield
 
-    def _run(self, sinks: list[Sink], prepare: Prepare, views: Views) -> list[ExtractReport]:
-        stored = sinks[0].store.spec["transform"]
-        three = {name: tuple(stored[name]) if stored[name] else None for name in ("mean", "std")}
-        plan = self.plan_for(Transform(**(stored | three)), views)
-        if self.settings.engine == "ray" and any(len(sink.stock.pending) for sink in sinks):
-            plan = replace(plan, remote=self._recipe(sinks, plan))
-        return extract(self.dataset, sinks, prepare, plan)
+    def _worker_config(self, writers: Sequence[EntryWriter], plan: ExtractPlan) -> "WorkerConfig":
+        from featcache.extraction.ray_engine import WorkerConfig
 
-    def _recipe(self, sinks: Sequence[Sink], plan: ExtractPlan) -> WorkerConfig:
         weights = self.spec.weights
         anywhere = replace(
             self.spec,
@@ -413,9 +465,9 @@ class FeatureCache:
         return WorkerConfig(
             anywhere,
             self.backbone.loaded,
-            tuple(sink.store.spec["cut"] for sink in sinks),
-            tuple(sink.store.path.resolve() for sink in sinks),
-            tuple(sink.dtype for sink in sinks),
+            tuple(writer.store.spec["cut"] for writer in writers),
+            tuple(writer.store.path.resolve() for writer in writers),
+            tuple(writer.dtype for writer in writers),
             plan.transform,
             plan.views,
             plan.batch_size,
@@ -434,7 +486,7 @@ class FeatureCache:
             transform, views, size, self.settings.max_bad, self.settings.part, lists=self.lists, purpose=self._purpose
         )
 
-    def _feature_spec(self, request: caching.CacheRequest) -> FeatureSpec:
+    def _feature_spec(self, request: entries.CacheRequest) -> FeatureSpec:
         transform = self._transform or self.backbone.transform
         views, seed = request.views.count, request.views.seed if request.views.count > 1 else 0
         if request.cut == INPUT:

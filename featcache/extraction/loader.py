@@ -1,9 +1,10 @@
-"""The flow of one machine: worker threads that read, decode and compute whole batches, each by itself.
+"""Worker threads that read, decode and compute whole batches, each by itself.
 
 A worker takes a batch from file to rows without handing anything over, so that all cores stay busy and nothing waits for
 anything but the feed of paths and the queue of results.
 """
 
+import math
 import queue
 import threading
 import time
@@ -17,65 +18,90 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.base import Dataset, FileStat
-from featcache.datasets.images import UnreadableImage, decode
-from featcache.extraction.lookup import FileIndex, quarantine_unread, settled
-from featcache.fingerprint import DigestSet, sha256_of_bytes
-from featcache.specs import INPUT, StoredDtype, Transform, Views
+from featcache.datasets.images import UnreadableImage, decode, decode_both
+from featcache.extraction.scan import DatasetFiles, Positions, quarantine_unread
+from featcache.fingerprint import DigestSet
+from featcache.specs import INPUT, Transform, Views
 from featcache.store.manifests import Quarantined
 
 Pixels = NDArray[np.uint8]
 Rows = tuple[NDArray[Any], ...]
-_SMALL_SECONDS = 0.6e-3  # to read and decode an image
+_SMALL_SECONDS = 0.6e-3  # to read and decode an image; below it the interpreter's share is most of the work
 _AHEAD_BYTES = 256 << 20
 
-Compute = Callable[[Pixels], Rows]
+
+@dataclass(frozen=True)
+class Runtime:
+    """What computes: ``run`` takes pixels uint8 (b, h, w, 3) to rows (b, ...), one a cut, on ``workers`` threads at once.
+
+    ``difference`` is its greatest one from PyTorch's, relative to the greatest activation; ``seconds`` are a batch's.
+    """
+
+    run: Callable[[Pixels], Rows]
+    name: str = ""
+    difference: float = 0.0
+    seconds: float = math.inf
+    workers: int = 1
+
+
+NO_RUNTIME = Runtime(lambda pixels: (pixels,))  # of a run that computes nothing but pixels
 
 
 @dataclass
 class Batch:
-    """Images on their way: ``pixels`` uint8 (b, views, h, w, 3) belong to ``fresh``; ``copies`` have their row elsewhere."""
+    """Images on their way, by their positions: ``pixels`` uint8 (b, views, h, w, 3) and ``rows`` belong to ``fresh``.
 
-    fresh: list[tuple[int, bytes, FileStat | None]] = field(default_factory=list)
-    copies: list[tuple[int, bytes, FileStat | None]] = field(default_factory=list)
+    ``copies`` have their row elsewhere. ``beside`` are those of ``fresh`` that ``thumbnails`` (1, h, w, 3) are of.
+    """
+
+    fresh: list[int] = field(default_factory=list)
+    copies: list[int] = field(default_factory=list)
     bad: list[Quarantined] = field(default_factory=list)
     pixels: list[Pixels] = field(default_factory=list)
     rows: Rows = ()
+    beside: list[int] = field(default_factory=list)
+    thumbnails: list[Pixels] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Return the number of images looked at."""
         return len(self.fresh) + len(self.copies) + len(self.bad)
 
-    @property
-    def sighted(self) -> FileIndex:
-        """The images that have a row here."""
-        return FileIndex.of(self.fresh)
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """What is decoded beside the images of a pass: by another transform, of the files that it is ``asked`` of (n,)."""
+
+    transform: Transform
+    asked: NDArray[np.bool_]
 
 
 class BatchReader:
     """Fills batches from a shared feed of positions; many threads may fill at once.
 
     Args:
-        dataset: the images.
-        positions: which of its items, in this order.
+        files: the images.
+        positions: which of them, in this order.
         transform: how files become pixels.
         views: how many views of each.
-        done: the SHA-256 of images that need no row.
+        cached: the SHA-256 of images that need no row.
+        thumbnails: what is decoded beside.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
-        positions: Sequence[int] | NDArray[np.int64],
+        files: DatasetFiles,
+        positions: Sequence[int] | Positions,
         transform: Transform,
         views: Views,
-        done: Collection[bytes],
+        cached: Collection[bytes] = (),
+        thumbnails: Thumbnails | None = None,
     ) -> None:
-        self._dataset = dataset
+        self._files = files
         self._feed = iter(positions)
         self._transform = transform
         self._views = views
-        self._claimed = DigestSet(len(done) + len(positions), done)
+        self._thumbnails = thumbnails
+        self._claimed = DigestSet(len(cached) + len(positions), cached)
         self._lock = threading.Lock()
         self._one_at_a_time = threading.Lock()
         self._small = False
@@ -99,18 +125,20 @@ class BatchReader:
         return batch
 
     def _read(self, position: int, batch: Batch) -> None:
-        path, digest = self._dataset.table.path(position), b""
+        path, digest = self._files.path(position), b""
         try:
-            stat = settled(self._dataset.stat(path))
-            content = self._dataset.read(path)
-            digest = bytes.fromhex(sha256_of_bytes(content))
+            content, digest = self._files.read(position)
             with self._lock:
                 is_new = self._claimed.add(digest)
             if not is_new:
-                batch.copies.append((position, digest, stat))
+                batch.copies.append(position)
                 return
-            batch.pixels.append(self._decoded(content))
-            batch.fresh.append((position, digest, stat))
+            pixels, thumbnail = self._decoded(content, position)
+            batch.pixels.append(pixels)
+            batch.fresh.append(position)
+            if thumbnail is not None:
+                batch.thumbnails.append(thumbnail)
+                batch.beside.append(position)
         except OSError as error:
             batch.bad.append(quarantine_unread(path, error))
         except UnreadableImage as error:
@@ -118,12 +146,19 @@ class BatchReader:
         except Exception as error:  # noqa: BLE001 - one image never ends a run, whatever a reader raises
             batch.bad.append(Quarantined(path, digest.hex(), f"{type(error).__name__}: {error}"))
 
-    def _decoded(self, content: bytes) -> Pixels:
+    def _decoded(self, content: bytes, position: int) -> tuple[Pixels, Pixels | None]:
+        beside = self._thumbnails
+
+        def act() -> tuple[Pixels, Pixels | None]:
+            if beside is None or not beside.asked[position]:
+                return decode(content, self._transform, self._views), None
+            return decode_both(content, self._transform, self._views, beside.transform)
+
         try:
-            return decode(content, self._transform, self._views)
+            return act()
         except MemoryError:
             with self._lock:  # the others come to rest at the feed: once more, with their room
-                return decode(content, self._transform, self._views)
+                return act()
 
 
 @contextmanager
@@ -133,18 +168,18 @@ def reading_ahead(reader: BatchReader, size: int, room: int = _AHEAD_BYTES) -> I
     stop = threading.Event()
 
     def read() -> None:
-        left = room
-        while left > 0 and len(batch := reader.fill(size, stop.is_set)):
+        free = room
+        while free > 0 and len(batch := reader.fill(size, stop.is_set)):
             batches.append(batch)
-            left -= sum(pixels.nbytes for pixels in batch.pixels)
+            free -= sum(pixels.nbytes for pixels in batch.pixels)
 
     with ThreadPoolExecutor(1) as beside:
-        done = beside.submit(read)
+        reading = beside.submit(read)
         try:
             yield batches
         finally:
             stop.set()
-    done.result()
+    reading.result()
 
 
 def filled_up(pixels: Sequence[Pixels], size: int) -> Pixels:
@@ -158,7 +193,7 @@ def sample(batch: Batch, size: int) -> Pixels:
     return pixels.reshape(-1, *pixels.shape[2:])[:size]
 
 
-def compute(batch: Batch, run: Compute, size: int) -> Batch:
+def compute(batch: Batch, run: Callable[[Pixels], Rows], size: int) -> Batch:
     """Give a batch its rows and drop its pixels."""
     if batch.fresh:
         pixels = filled_up(batch.pixels, size)
@@ -171,7 +206,7 @@ def compute(batch: Batch, run: Compute, size: int) -> Batch:
     return batch
 
 
-def beside_pixels(cuts: Sequence[str], run: Compute | None) -> Compute:
+def beside_pixels(cuts: Sequence[str], run: Callable[[Pixels], Rows] | None) -> Callable[[Pixels], Rows]:
     """Return what computes all cuts, given what computes those behind the input."""
 
     def both(pixels: Pixels) -> Rows:
@@ -181,34 +216,15 @@ def beside_pixels(cuts: Sequence[str], run: Compute | None) -> Compute:
     return both
 
 
-def in_dtype(several: Sequence[NDArray[Any]], dtype: StoredDtype) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Return rows as they will be stored, and which of them are finite."""
-    with np.errstate(over="ignore"):
-        rows = (several[0] if len(several) == 1 else np.concatenate(several)).astype(dtype, copy=False)
-    if dtype == "uint8":
-        return rows, np.ones(len(rows), dtype=bool)
-    return rows, np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
-
-
-def not_finite(dataset: Dataset, sighted: FileIndex, dtype: StoredDtype) -> list[Quarantined]:
-    """Return the places in quarantine of images whose activations overflow."""
-    better = ", try dtype float32" if dtype == "float16" else ""
-    reason = f"its activations are not finite in {dtype}{better}"
-    return [
-        Quarantined(dataset.samples[index].path, digest.hex(), reason)
-        for index, digest in zip(sighted.index, sighted.digests(), strict=True)
-    ]
-
-
 def run_batches(
-    reader: BatchReader, run: Compute, size: int, workers: int, read_already: deque[Batch]
+    reader: BatchReader, runtime: Runtime, size: int, read_already: deque[Batch]
 ) -> Generator[Batch, None, None]:
     """Yield batches with their rows as workers finish them; closing it stops the workers.
 
     Those read already come first, filled up where reading was broken off, and are taken out of their queue, so that their
     rows are not held twice.
     """
-    results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * workers)
+    results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * runtime.workers)
     stop = threading.Event()
 
     def work() -> None:
@@ -222,25 +238,25 @@ def run_batches(
                 batch = reader.fill(size, stop.is_set, begun)
                 if not len(batch):
                     break
-                results.put(compute(batch, run, size))
+                results.put(compute(batch, runtime.run, size))
         except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
             last = error
         results.put(last)
 
-    threads = [threading.Thread(target=work, name=f"featcache-{number}", daemon=True) for number in range(workers)]
+    names = [f"featcache-{number}" for number in range(runtime.workers)]
+    threads = [threading.Thread(target=work, name=name, daemon=True) for name in names]
     for thread in threads:
         thread.start()
-    left = len(threads)
+    working = len(threads)
     try:
-        while left:
-            got = results.get()
-            if isinstance(got, Batch):
-                yield got
-            elif got is None:
-                left -= 1
-            else:
-                left -= 1
-                raise got
+        while working:
+            result = results.get()
+            if isinstance(result, Batch):
+                yield result
+                continue
+            working -= 1
+            if result is not None:
+                raise result
     finally:
         stop.set()
         _drain(results, threads)

@@ -8,7 +8,7 @@ that all nodes share, and so must the images.
 import os
 import pickle
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
 from featcache.errors import SetupError, UsageError
-from featcache.extraction.loader import Batch, BatchReader, beside_pixels, compute, in_dtype, not_finite, sample
-from featcache.extraction.lookup import FileIndex
+from featcache.extraction.loader import Batch, BatchReader, Pixels, beside_pixels, compute, sample
+from featcache.extraction.scan import DatasetFiles, Positions
+from featcache.extraction.writer import in_dtype, not_finite
 from featcache.progress import logger
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Transform, Views
 from featcache.store.entry import FeatureStore
-from featcache.store.hdf5 import Part
+from featcache.store.hdf5 import FileIndex, Part
 from featcache.store.manifests import FileRecord, Quarantined
 
 UNIT = 1024
@@ -48,23 +49,39 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """A unit of work that is on disk: a part for each entry (``None`` where no row was good), and what was seen."""
+    """A unit of work that is on disk: a part for each entry (``None`` where no row was good), and what was seen.
+
+    ``good`` are positions of images that have a row, entry by entry; ``files`` (k,) is what was found at ``positions`` (k,).
+    """
 
     parts: tuple[FileRecord | None, ...]
-    good: tuple[FileIndex, ...]
-    copies: FileIndex
+    good: tuple[Positions, ...]
+    copies: Positions
     bad: tuple[tuple[Quarantined, ...], ...]
     images: int
+    positions: Positions
+    files: FileIndex
+
+
+@dataclass(frozen=True)
+class DecodedUnit:
+    """A unit's images, decoded: pixels (b, views, h, w, 3) of ``fresh`` images, and what was seen on the way."""
+
+    pixels: Pixels
+    fresh: Positions
+    copies: Positions
+    bad: tuple[Quarantined, ...]
+    files: FileIndex  # of the fresh ones, then of the copies
 
 
 def run(
-    dataset: Dataset, positions: Sequence[int], done: set[bytes], recipe: WorkerConfig
+    dataset: Dataset, positions: Sequence[int], cached: set[bytes], config: WorkerConfig
 ) -> Generator[WrittenPart, None, None]:
     """Yield units of work as actors finish them; the caller commits them.
 
     Raises:
         SetupError: Ray is not installed.
-        UsageError: the source lives in this process alone.
+        UsageError: the data set lives in this process alone.
     """
     try:
         import ray
@@ -80,7 +97,7 @@ def run(
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        yield from _run(ray, dataset, positions, done, recipe)
+        yield from _run(ray, dataset, positions, cached, config)
     finally:
         if started_here:
             ray.shutdown()
@@ -89,19 +106,19 @@ def run(
 
 
 def _run(
-    ray: Any, dataset: Dataset, positions: Sequence[int], done: set[bytes], recipe: WorkerConfig
+    ray: Any, dataset: Dataset, positions: Sequence[int], cached: set[bytes], config: WorkerConfig
 ) -> Generator[WrittenPart, None, None]:
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    on_gpu = gpus > 0 and (recipe.device or "cuda").startswith("cuda")
-    count = recipe.actors or (gpus if on_gpu else max(1, cpus // 2))
+    on_gpu = gpus > 0 and (config.device or "cuda").startswith("cuda")
+    count = config.actors or (gpus if on_gpu else max(1, cpus // 2))
     cores = min(1.0, cpus / (2 * count))
     share = {"num_gpus": 1} if on_gpu else {"num_cpus": cores}
     actor = ray.remote(max_restarts=_RETRIES, max_task_retries=_RETRIES, **share)(_Actor)
     decode = ray.remote(num_cpus=cores, max_retries=_RETRIES)(decode_unit)
-    shared, cached = ray.put(dataset), ray.put(done)
-    actors = [actor.remote(recipe, len(positions) // count) for _ in range(count)]
-    size = max(recipe.batch_size, min(UNIT, -(-len(positions) // (4 * count))))
+    shared, without = ray.put(dataset), ray.put(cached)
+    actors = [actor.remote(config, len(positions) // count) for _ in range(count)]
+    size = max(config.batch_size, min(UNIT, -(-len(positions) // (4 * count))))
     units = [list(positions[start : start + size]) for start in range(0, len(positions), size)]
     logger.debug("ray: %d units of %d images, %d actors of %s", len(units), size, count, share)
     waiting: dict[Any, int] = {}
@@ -110,30 +127,37 @@ def _run(
     while True:
         while sum(load) < 2 * count and (unit := next(feed, None)) is not None:
             which = int(np.argmin(load))
-            pixels = decode.remote(shared, unit, recipe.transform, recipe.views, cached)
-            waiting[actors[which].work.remote(shared, pixels)] = which
+            pixels = decode.remote(shared, unit, config.transform, config.views, without)
+            waiting[actors[which].work.remote(pixels)] = which
             load[which] += 1
         if not waiting:
             return
-        (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        load[waiting.pop(ready)] -= 1
-        yield ray.get(ready)
+        (finished,), _ = ray.wait(list(waiting), num_returns=1)
+        load[waiting.pop(finished)] -= 1
+        yield ray.get(finished)
 
 
-def decode_unit(dataset: Dataset, positions: Sequence[int], transform: Transform, views: Views, done: set[bytes]) -> Batch:
+def decode_unit(
+    dataset: Dataset, positions: Sequence[int], transform: Transform, views: Views, cached: set[bytes]
+) -> DecodedUnit:
     """Return a unit's images, decoded."""
-    batch = BatchReader(dataset, positions, transform, views, done).fill(len(positions))
-    batch.pixels = [np.stack(batch.pixels)] if batch.pixels else []
-    return batch
+    files = DatasetFiles(replace(dataset, samples=[dataset.samples[position] for position in positions]))
+    batch = BatchReader(files, range(len(positions)), transform, views, cached).fill(len(positions))
+    pixels = np.stack(batch.pixels) if batch.pixels else np.empty((0, 1, 1, 1, 3), np.uint8)
+    fresh, copies = (np.array(numbers, np.int64) for numbers in (batch.fresh, batch.copies))
+    looked_at = np.concatenate([fresh, copies])
+    newest = int(files.index(looked_at, 0).stat[:, [1, 3]].max(initial=0))  # by the clock that dates the files
+    at = np.asarray(positions, np.int64)
+    return DecodedUnit(pixels, at[fresh], at[copies], tuple(batch.bad), files.index(looked_at, newest))
 
 
 class _Actor:
     """Holds one loaded backbone and writes the parts that it computes."""
 
-    def __init__(self, recipe: WorkerConfig, images: int) -> None:
-        self._recipe = recipe
-        self._stores = [FeatureStore.open(path) for path in recipe.entries]
-        self._computed = [cut for cut in recipe.cuts if cut != INPUT]
+    def __init__(self, config: WorkerConfig, images: int) -> None:
+        self._config = config
+        self._stores = [FeatureStore.open(path) for path in config.entries]
+        self._computed = [cut for cut in config.cuts if cut != INPUT]
         self._images = images
         self._run: Any = None
         self._runtime = ""
@@ -142,62 +166,51 @@ class _Actor:
         import torch
 
         from featcache.backbones.timm_models import load_backbone
-        from featcache.extraction.runtimes import Workers, choose
+        from featcache.extraction.runtimes import Machine, Workers, select_runtime
 
         torch.set_num_threads(1)
-        device = torch.device(self._recipe.device) if self._recipe.device else None
-        backbone = load_backbone(self._recipe.spec, device)
-        if backbone.loaded != self._recipe.loaded:
+        device = torch.device(self._config.device) if self._config.device else None
+        backbone = load_backbone(self._config.spec, device)
+        if backbone.loaded != self._config.loaded:
             raise SetupError(f"`engine` ray: {backbone.spec.name} has other weights on this node than on the driver.")
-        chosen = choose(
-            backbone.program(self._computed),
-            first,
-            images_left=self._images,
-            wish=self._recipe.runtime,
-            device=backbone.device,
-            precision=backbone.spec.precision,
-            workers=Workers(1, 1),
-        )
-        self._run, self._runtime = chosen.run, chosen.name
+        machine = Machine(backbone.device, backbone.spec.precision, Workers(1, 1))
+        program = backbone.program(self._computed)
+        runtime = select_runtime(program, first, self._images, self._config.runtime, machine)
+        self._run, self._runtime = runtime.run, runtime.name
 
-    def work(self, dataset: Dataset, unit: Batch) -> WrittenPart:
+    def work(self, unit: DecodedUnit) -> WrittenPart:
         """Compute a unit and write its parts."""
-        size = self._recipe.batch_size
-        pixels = unit.pixels[0] if unit.pixels else np.empty((0, 1, 1, 1, 3), np.uint8)
-        collected: list[list[NDArray[Any]]] = [[] for _ in self._recipe.cuts]
-        for start in range(0, len(pixels), size):
-            piece = Batch(fresh=unit.fresh[start : start + size], pixels=list(pixels[start : start + size]))
+        size, count = self._config.batch_size, len(unit.fresh)
+        collected: list[list[NDArray[Any]]] = [[] for _ in self._config.cuts]
+        for start in range(0, count, size):
+            piece = Batch(fresh=unit.fresh[start : start + size].tolist(), pixels=list(unit.pixels[start : start + size]))
             if self._computed and self._run is None:
                 self._prepare(sample(piece, size))
-            compute(piece, beside_pixels(self._recipe.cuts, self._run), size)
+            compute(piece, beside_pixels(self._config.cuts, self._run), size)
             for rows, new in zip(collected, piece.rows, strict=True):
                 rows.append(new)
-        sighted = unit.sighted
         parts: list[FileRecord | None] = []
-        good: list[FileIndex] = []
+        good: list[Positions] = []
         bad: list[tuple[Quarantined, ...]] = []
-        for store, dtype, several in zip(self._stores, self._recipe.dtypes, collected, strict=True):
-            record, kept, unusable = write_part(store, dtype, several, sighted, dataset, self._runtime)
+        files = unit.files.take(np.arange(count))
+        for store, dtype, rows in zip(self._stores, self._config.dtypes, collected, strict=True):
+            record, finite, unusable = write_part(store, dtype, rows, files, self._runtime)
             parts.append(record)
-            good.append(kept)
+            good.append(unit.fresh[finite])
             bad.append((*unit.bad, *unusable))
-        return WrittenPart(tuple(parts), tuple(good), FileIndex.of(unit.copies), tuple(bad), len(unit))
+        positions = np.concatenate([unit.fresh, unit.copies])
+        images = len(positions) + len(unit.bad)
+        return WrittenPart(tuple(parts), tuple(good), unit.copies, tuple(bad), images, positions, unit.files)
 
 
 def write_part(
-    store: FeatureStore,
-    dtype: StoredDtype,
-    several: Sequence[NDArray[Any]],
-    sighted: FileIndex,
-    dataset: Dataset,
-    runtime: str,
-) -> tuple[FileRecord | None, FileIndex, list[Quarantined]]:
-    """Write rows as a part, not yet committed; those that are not finite in its dtype are returned as unusable."""
-    if not len(sighted):
-        return None, sighted, []
-    rows, finite = in_dtype(several, dtype)
-    kept = sighted.take(finite)
-    bad = not_finite(dataset, sighted.take(~finite), dtype)
-    newest = int(sighted.stat[:, [1, 3]].max(initial=0))  # by the clock that dates the files
-    record = store.add_part(Part([rows[finite]], kept.seen(dataset, newest)), runtime) if len(kept) else None
-    return record, kept, bad
+    store: FeatureStore, dtype: StoredDtype, pieces: Sequence[NDArray[Any]], files: FileIndex, runtime: str
+) -> tuple[FileRecord | None, NDArray[np.bool_], list[Quarantined]]:
+    """Write rows as a part, not yet committed, but for those that are not finite in its dtype: return which are."""
+    if not len(files):
+        return None, np.zeros(0, bool), []
+    rows, finite = in_dtype(pieces, dtype)
+    unusable = files.take(~finite)
+    bad = not_finite(unusable.paths, [row.tobytes() for row in unusable.sha256], dtype)
+    record = store.add_part(Part([rows[finite]], files.take(finite)), runtime) if finite.any() else None
+    return record, finite, bad

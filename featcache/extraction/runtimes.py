@@ -5,7 +5,6 @@ are faster than one of two threads, and decoding and computing fill the cores wi
 workers decode and copy, and take turns at the device.
 """
 
-import math
 import shutil
 import sys
 import tempfile
@@ -25,20 +24,19 @@ from torch import nn
 
 from featcache.backbones.base import Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.errors import SetupError, UsageError
+from featcache.extraction.loader import Runtime
 from featcache.progress import logger
 from featcache.resources import cores, keep_freed_memory
 from featcache.specs import Precision, RuntimeName
 
-Run = Callable[[Pixels], Outputs]
-
-AGREEMENT = 1e-3
-_MOST_WORKERS = 16
-_PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}
+AGREEMENT = 1e-3  # of the greatest activation: rounding is 1e-6, another operator's arithmetic more
+_MOST_WORKERS = 16  # each holds a batch of pixels and, with OpenVINO, a model
+_PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}  # of work left: less than compiling takes is lost
 _TIMING_SECONDS = 0.4
 _FEW_BATCHES = 8
-_APART_BYTES = (
-    4 << 30
-)  # of weights, up to which each worker has an OpenVINO model of its own: it then runs on the worker's thread
+# Of weights, up to which each worker has an OpenVINO model of its own: it then runs on the worker's thread. One model of
+# many streams would hand every batch to another thread and back, and cores wait meanwhile.
+_APART_BYTES = 4 << 30
 _NEEDS = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnxscript"), "compile": ()}
 
 
@@ -51,16 +49,17 @@ class Workers:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A runtime that is ready.
+class Machine:
+    """What a program is to run on."""
 
-    ``difference`` is its greatest one from PyTorch's, relative to the greatest activation; ``seconds`` are a batch's.
-    """
+    device: torch.device
+    precision: Precision
+    workers: Workers
 
-    name: str
-    run: Run
-    difference: float = 0.0
-    seconds: float = math.inf
+    @property
+    def is_exact(self) -> bool:
+        """Whether it computes on the CPU in float32, as the runtimes beside PyTorch do."""
+        return self.device.type == "cpu" and self.precision == "float32"
 
 
 def workers_here() -> Workers:
@@ -89,72 +88,54 @@ def threads_per_worker(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def choose(
-    program: nn.Module,
-    first: Pixels,
-    *,
-    images_left: int,
-    wish: RuntimeName,
-    device: torch.device,
-    precision: Precision,
-    workers: Workers,
-) -> Chosen:
+def select_runtime(program: nn.Module, first: Pixels, images: int, name: RuntimeName, machine: Machine) -> Runtime:
     """Return the runtime for a program, pixels uint8 (b, h, w, 3) -> a tuple of activations (b, ...).
 
-    ``auto`` takes the fastest that is installed where the images left to compute pay for its compilation; it must give
-    what PyTorch gives on ``first``, within 0.1 % of the greatest activation, and be faster.
+    ``auto`` takes the fastest that is installed where so many images pay for its compilation; it must give what PyTorch
+    gives on ``first``, within 0.1 % of the greatest activation, and be faster.
 
     Raises:
-        SetupError: the wished runtime is not installed, or cannot run this program.
-        UsageError: the wished runtime does not compute on this device or in this precision.
+        SetupError: the runtime that was asked for is not installed, or cannot run this program.
+        UsageError: it does not compute on this device or in this precision.
     """
-    plain = Chosen("torch", eager := TorchRuntime(program, device, precision))
-    exact = device.type == "cpu" and precision == "float32"
-    if wish == "torch" or (wish == "auto" and (not exact or images_left <= _FEW_BATCHES * len(first))):
+    eager = TorchRuntime(program, machine.device, machine.precision)
+    plain = Runtime(eager, "torch", workers=machine.workers.count)
+    if name == "torch" or (name == "auto" and (not machine.is_exact or images <= _FEW_BATCHES * len(first))):
         return plain
-    if wish != "auto":
-        _require(wish, device, precision)
+    if name != "auto":
+        _require(name, machine)
     reference = _timed(eager, first)
-    if wish != "auto":
-        return _tried(wish, program, first, reference, device, precision, workers)
-    left = reference.seconds / len(first) * images_left / workers.count
-    for name in (name for name, worth in _PAYS_FROM_SECONDS.items() if left >= worth and is_installed(name)):
+    if name != "auto":
+        return _tried(name, program, first, reference, machine)
+    remaining = reference.seconds / len(first) * images / machine.workers.count
+    for candidate in (each for each, worth in _PAYS_FROM_SECONDS.items() if remaining >= worth and is_installed(each)):
         try:
-            chosen = _tried(name, program, first, reference, device, precision, workers)
+            runtime = _tried(candidate, program, first, reference, machine)
         except SetupError as error:
-            logger.warning("runtime %s: left out (%s)", name, error)
+            logger.warning("runtime %s: left out (%s)", candidate, error)
             continue
-        if chosen.difference > AGREEMENT:
-            logger.warning("runtime %s: left out, it differs from PyTorch by %.1g", name, chosen.difference)
-        elif chosen.seconds < reference.seconds or _timed(chosen.run, first).seconds < reference.seconds:
-            return chosen  # where it took two tries, a busy moment was to blame
+        if runtime.difference > AGREEMENT:
+            logger.warning("runtime %s: left out, it differs from PyTorch by %.1g", candidate, runtime.difference)
+        elif runtime.seconds < reference.seconds or _timed(runtime.run, first).seconds < reference.seconds:
+            return runtime  # where it took two tries, a busy moment was to blame
     return plain
 
 
-def _tried(
-    name: str,
-    program: nn.Module,
-    first: Pixels,
-    reference: "_Timed",
-    device: torch.device,
-    precision: Precision,
-    workers: Workers,
-) -> Chosen:
+def _tried(name: str, program: nn.Module, first: Pixels, reference: "_Timed", machine: Machine) -> Runtime:
     """Build a runtime and hold it against PyTorch. PyTorch's own run is over by then: exporters patch modules in place."""
     try:
-        if device.type == "cpu" and precision == "float32":
-            run = _build(name, program, first, workers)
+        if machine.is_exact:
+            run = _build(name, program, first, machine.workers)
         else:
             compiled: Any = torch.compile(program, dynamic=False)
-            run = TorchRuntime(compiled, device, precision)
-        got = _timed(run, first)
+            run = TorchRuntime(compiled, machine.device, machine.precision)
+        timed = _timed(run, first)
     except Exception as error:
         raise SetupError(f"`runtime` {name} cannot run this backbone ({_first_line(error)}).") from error
-    difference = max(_difference(one, other) for one, other in zip(got.outputs, reference.outputs, strict=True))
-    logger.debug(
-        "runtime %s: %.2g s a batch, PyTorch %.2g s; differs by %.1g", name, got.seconds, reference.seconds, difference
-    )
-    return Chosen(name, run, difference, got.seconds)
+    difference = max(_difference(*pair) for pair in zip(timed.outputs, reference.outputs, strict=True))
+    seconds = timed.seconds, reference.seconds
+    logger.debug("runtime %s: %.2g s a batch, PyTorch %.2g s; differs by %.1g", name, *seconds, difference)
+    return Runtime(run, name, difference, timed.seconds, machine.workers.count)
 
 
 class _Timed(NamedTuple):
@@ -162,7 +143,7 @@ class _Timed(NamedTuple):
     seconds: float
 
 
-def _timed(run: Run, pixels: Pixels) -> _Timed:
+def _timed(run: Callable[[Pixels], Outputs], pixels: Pixels) -> _Timed:
     """Return what a batch gives and the seconds it takes, the best of several runs where they are short."""
     best, spent = float("inf"), 0.0
     while True:
@@ -174,8 +155,8 @@ def _timed(run: Run, pixels: Pixels) -> _Timed:
             return _Timed(outputs, best)
 
 
-def _build(name: str, program: nn.Module, first: Pixels, workers: Workers) -> Run:
-    builders: dict[str, Callable[[nn.Module, Pixels, Workers], Run]] = {
+def _build(name: str, program: nn.Module, first: Pixels, workers: Workers) -> Callable[[Pixels], Outputs]:
+    builders: dict[str, Callable[[nn.Module, Pixels, Workers], Callable[[Pixels], Outputs]]] = {
         "openvino": _openvino,
         "onnx": _onnx,
         "compile": _compiled,
@@ -185,7 +166,7 @@ def _build(name: str, program: nn.Module, first: Pixels, workers: Workers) -> Ru
         return builders[name](program, first, workers)
 
 
-def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Run:
+def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Callable[[Pixels], Outputs]:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report every conversion
     import openvino
 
@@ -219,7 +200,7 @@ def _openvino(program: nn.Module, first: Pixels, workers: Workers) -> Run:
     return run
 
 
-def _onnx(program: nn.Module, first: Pixels, workers: Workers) -> Run:
+def _onnx(program: nn.Module, first: Pixels, workers: Workers) -> Callable[[Pixels], Outputs]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -233,7 +214,7 @@ def _onnx(program: nn.Module, first: Pixels, workers: Workers) -> Run:
     return lambda pixels: tuple(session.run(None, {name: pixels}))
 
 
-def _compiled(program: nn.Module, first: Pixels, workers: Workers) -> Run:  # noqa: ARG001 - as the others
+def _compiled(program: nn.Module, first: Pixels, workers: Workers) -> Callable[[Pixels], Outputs]:  # noqa: ARG001 - as the others
     import torch._inductor.config as inductor
 
     compiled = torch.compile(program, dynamic=False)
@@ -245,12 +226,13 @@ def _compiled(program: nn.Module, first: Pixels, workers: Workers) -> Run:  # no
     return run
 
 
-def _require(name: str, device: torch.device, precision: Precision) -> None:
+def _require(name: str, machine: Machine) -> None:
     if not is_installed(name):
-        what = "needs a C++ compiler" if name == "compile" else f"is not installed: `pip install 'featcache[{name}]'`"
-        raise SetupError(f"`runtime` {name} {what}, or leave `runtime` out.")
-    if name != "compile" and (device.type != "cpu" or precision != "float32"):
-        raise UsageError(f"`runtime` {name} computes on the CPU in float32 only, not on {device} in {precision}.")
+        lack = "needs a C++ compiler" if name == "compile" else f"is not installed: `pip install 'featcache[{name}]'`"
+        raise SetupError(f"`runtime` {name} {lack}, or leave `runtime` out.")
+    if name != "compile" and not machine.is_exact:
+        where = f"not on {machine.device} in {machine.precision}"
+        raise UsageError(f"`runtime` {name} computes on the CPU in float32 only, {where}.")
 
 
 def is_installed(name: str) -> bool:

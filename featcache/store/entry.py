@@ -19,8 +19,7 @@ from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
 from featcache.progress import logger
 from featcache.specs import FeatureSpec, Transform
-from featcache.store import hdf5 as files
-from featcache.store import maintenance, manifests
+from featcache.store import hdf5, maintenance, manifests
 from featcache.store.atomic import (
     create_file,
     is_temporary,
@@ -31,7 +30,7 @@ from featcache.store.atomic import (
     sweep,
 )
 from featcache.store.checksums import Signs, Stamps, signs
-from featcache.store.hdf5 import Array, Listing, Part, Seen
+from featcache.store.hdf5 import Array, FileIndex, Listing, Part
 from featcache.store.maintenance import OTHER_BYTES, Inspection
 from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, Manifest, Quarantined, parse, read_plain
 from featcache.store.rows import Features, LazyRows, RowReader
@@ -140,7 +139,7 @@ class FeatureStore:
 
     def add_part(self, part: Part, runtime: str = "") -> FileRecord:
         """Write a part to disk; it counts once a commit lists it."""
-        return replace(self._add_file(files.part_chunks(part), PART_SUFFIX, len(part.seen.paths)), runtime=runtime)
+        return replace(self._add_file(hdf5.part_chunks(part), PART_SUFFIX, len(part.files)), runtime=runtime)
 
     def commit(
         self,
@@ -157,7 +156,7 @@ class FeatureStore:
         entry's rows have cost. A commit that another process forestalled is merged with that one's and tried again.
         """
         self._stamps.settle()
-        content = [files.encode_listing(listing)] if listing else []
+        content = [hdf5.encode_listing(listing)] if listing else []
         listed = self._add_file(content, LISTING_SUFFIX, len(listing.labels)) if listing else None
         gone = {record.name for record in instead_of}
         while True:
@@ -182,7 +181,7 @@ class FeatureStore:
 
     def digests(self) -> set[bytes]:
         """Return the SHA-256 of every image that has a row."""
-        return {row.tobytes() for seen in self.rows_seen() for row in seen.sha256}
+        return {digest.tobytes() for files in self.row_files() for digest in files.sha256}
 
     def locate(self, sha256: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Return where images' rows are, by the SHA-256 of their bytes (n, 32): number of the part, row in it (n, 2).
@@ -190,9 +189,9 @@ class FeatureStore:
         Raises:
             StorageError: an image has no row.
         """
-        seen = [one.sha256 for one in self.rows_seen()]
-        sizes = np.array([len(one) for one in seen], dtype=np.int64)
-        have = _as_keys(np.concatenate([np.empty((0, 32), np.uint8), *seen]))
+        digests = [files.sha256 for files in self.row_files()]
+        sizes = np.array([len(column) for column in digests], dtype=np.int64)
+        have = _as_keys(np.concatenate([np.empty((0, 32), np.uint8), *digests]))
         order = np.argsort(have, kind="stable")
         wanted, have = _as_keys(sha256), have[order]
         ascending = np.argsort(wanted, kind="stable")  # a search goes faster where the one before it ended
@@ -210,14 +209,14 @@ class FeatureStore:
         reader = self._reader_of(sha256)
         return reader.take(np.arange(len(reader)))
 
-    def seen(self) -> Iterator[tuple[Seen, bool]]:
+    def files(self) -> Iterator[tuple[FileIndex, bool]]:
         """Yield what is remembered of files, oldest first, and whether it is by their rows."""
-        for record, rows in zip(self.manifest.parts, self.rows_seen(), strict=True):
+        for record, rows in zip(self.manifest.parts, self.row_files(), strict=True):
             yield rows, True
-            if (copies := files.read_copies(self._part_path(record))) is not None:
+            if (copies := hdf5.read_copies(self._part_path(record))) is not None:
                 yield copies, False
         if self.manifest.listing is not None:
-            yield self.listing().seen, False
+            yield self.listing().files, False
 
     def listing(self) -> Listing:
         """Return the images as last seen.
@@ -227,7 +226,7 @@ class FeatureStore:
         """
         if self.manifest.listing is None:
             raise StorageError(f"{self.path}: not complete. Run the same `featcache extract` again to resume.")
-        listing = files.read_listing(self._checked(self.manifest.listing))
+        listing = hdf5.read_listing(self._checked(self.manifest.listing))
         if len(listing.labels) != self.manifest.listing.rows:
             raise StorageError(f"{self._part_path(self.manifest.listing)}: not what its manifest says. {self._remedy}")
         return listing
@@ -239,7 +238,7 @@ class FeatureStore:
             mapped, rows = self._map(path, len(listing.labels)), np.arange(len(listing.labels))
             if self._still(path, current):
                 return RowReader((mapped,), np.zeros_like(rows), rows, mapped.shape[1:])
-        return self._reader_of(listing.seen.sha256)
+        return self._reader_of(listing.files.sha256)
 
     def _reader_of(self, sha256: NDArray[np.uint8]) -> RowReader:
         parts = self.manifest.parts
@@ -250,15 +249,15 @@ class FeatureStore:
         return RowReader(maps, where[:, 0], where[:, 1], maps[0].shape[1:] if maps else ())
 
     def _map(self, path: Path, rows: int) -> Array:
-        mapped = files.map_features(path)
+        mapped = hdf5.map_features(path)
         if len(mapped) != rows or mapped.dtype != np.dtype(self.spec["dtype"]):
             raise StorageError(f"{path}: {len(mapped)} rows of {mapped.dtype} are not what was asked for. {self._remedy}")
         return mapped
 
-    def part_of(self, record: FileRecord) -> tuple[Seen, Seen | None, Array]:
+    def part_of(self, record: FileRecord) -> tuple[FileIndex, FileIndex | None, Array]:
         """Return which images a part has rows of, which copies of them it knows, and the rows, not in memory."""
         path = self._checked(record)
-        return files.read_seen(path), files.read_copies(path), self._map(path, record.rows)
+        return hdf5.read_file_index(path), hdf5.read_copies(path), self._map(path, record.rows)
 
     @property
     def _remedy(self) -> str:
@@ -273,7 +272,7 @@ class FeatureStore:
         path = self.path / TABLE
         if current := self._current_table():
             with ThreadPoolExecutor(1) as beside:
-                rows = beside.submit(files.read_features, path)
+                rows = beside.submit(hdf5.read_features, path)
                 labelled = self.labelled()
             if self._still(path, current):
                 self._map(path, len(labelled.y))
@@ -299,9 +298,9 @@ class FeatureStore:
             X=np.empty((len(listing.labels), 0)),
             y=listing.labels,
             classes=listing.classes,
-            paths=listing.seen.paths,
-            splits=files.Column(listing.splits, files.split_name),
-            sha256=files.Column(listing.seen.sha256, files.hex_of),
+            paths=listing.files.paths,
+            splits=hdf5.Column(listing.splits, hdf5.split_name),
+            sha256=hdf5.Column(listing.files.sha256, hdf5.hex_of),
         )
 
     def write_table(self, limit: int = TABLE_LIMIT) -> Path | None:
@@ -324,13 +323,13 @@ class FeatureStore:
     def _table_pieces(self) -> Iterator[memoryview]:
         """Yield the bytes of ``features.h5`` as the parts and the listing have them, rows block by block."""
         full = self.listing()
-        reader = self._reader_of(full.seen.sha256)
+        reader = self._reader_of(full.files.sha256)
         shape, dtype = (len(reader), *reader.shape), reader.maps[0].dtype
-        before, after = files.frame_table(shape, dtype, full, self._table_attributes())
+        before, after = hdf5.frame_table(shape, dtype, full, self._table_attributes())
         step = max(1, _BLOCK_BYTES // max(1, self._row_bytes()))
         yield from before
         for start in range(0, len(reader), step):
-            yield files.bytes_of(reader.take(np.arange(start, min(start + step, len(reader)))))
+            yield hdf5.bytes_of(reader.take(np.arange(start, min(start + step, len(reader)))))
             reader.forget()
         yield from after
 
@@ -338,8 +337,8 @@ class FeatureStore:
         """Look at what stands where ``features.h5`` goes: ours is written over, another's is not."""
         if not path.exists():
             return
-        attributes, noted = files.table_attributes(path), self._stamps.sha256(TABLE)
-        if attributes is None and (not noted or files.is_foreign(path)):
+        attributes, noted = hdf5.table_attributes(path), self._stamps.sha256(TABLE)
+        if attributes is None and (not noted or hdf5.is_foreign(path)):
             raise StorageError(f"{path}: was not written by featcache. Move it away and run again.")
         if attributes is None or (noted and attributes == self._table_attributes()):
             logger.warning("%s: was changed or damaged, it is written again", path)
@@ -353,7 +352,7 @@ class FeatureStore:
         listing = self.manifest.listing
         return {
             "featcache_key": self.key,
-            "featcache_listing": (files.listing_content(self._checked(listing)) or listing.sha256) if listing else "",
+            "featcache_listing": (hdf5.listing_content(self._checked(listing)) or listing.sha256) if listing else "",
             "featcache_spec": canonical(self.spec),
         }
 
@@ -364,7 +363,7 @@ class FeatureStore:
             before = signs(path)
         except OSError:
             return None
-        if not noted or files.table_attributes(path) != self._table_attributes():
+        if not noted or hdf5.table_attributes(path) != self._table_attributes():
             return None
         return before if self._stamps.is_whole(path, noted) and self._still(path, before) else None
 
@@ -388,7 +387,7 @@ class FeatureStore:
     def _table_problem(self) -> str:
         """Return what is wrong with ``features.h5``; one of which nothing was noted must say what the parts say."""
         path, noted = self.path / TABLE, Stamps(self.path / "checked.json", self.key).sha256(TABLE)
-        attributes = files.table_attributes(path)
+        attributes = hdf5.table_attributes(path)
         if attributes is None and not noted:
             return "was not written by featcache"
         sha256 = sha256_of_file(path) if path.is_file() else ""
@@ -406,8 +405,8 @@ class FeatureStore:
 
     def _says_the_same(self, path: Path) -> bool:
         listing = self.listing()
-        reader = self._reader_of(listing.seen.sha256)
-        return files.same_table(path, listing, lambda start, end: reader.take(np.arange(start, end)))
+        reader = self._reader_of(listing.files.sha256)
+        return hdf5.same_table(path, listing, lambda start, end: reader.take(np.arange(start, end)))
 
     def remember_request(self, request: dict[str, Any]) -> None:
         """Keep the flags that led here, so that they are recognised without loading a backbone."""
@@ -446,7 +445,7 @@ class FeatureStore:
         return record
 
     def _row_shape(self) -> tuple[int, ...]:
-        return files.map_features(self._checked(self.manifest.parts[0])).shape[1:] if self.manifest.parts else ()
+        return hdf5.map_features(self._checked(self.manifest.parts[0])).shape[1:] if self.manifest.parts else ()
 
     def _row_bytes(self) -> int:
         return int(math.prod(self._row_shape()) * np.dtype(self.spec["dtype"]).itemsize)
@@ -512,10 +511,10 @@ class FeatureStore:
                 raise StorageError(f"{path}: {why}. {self._remedy}")
         return paths
 
-    def rows_seen(self) -> list[Seen]:
+    def row_files(self) -> list[FileIndex]:
         """Return which images' rows each part holds, in order."""
         parts = self.manifest.parts
-        seen = [files.read_seen(path) for path in self._paths(parts)]
+        seen = [hdf5.read_file_index(path) for path in self._paths(parts)]
         for record, one in zip(parts, seen, strict=True):
             if len(one.paths) != record.rows:
                 raise StorageError(f"{self._part_path(record)}: not what its manifest says. {self._remedy}")

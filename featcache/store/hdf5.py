@@ -73,8 +73,8 @@ class Column(Sequence[str]):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Which bytes stood at some paths, and by what sign to recognise them: n rows.
+class FileIndex:
+    """Which bytes stood at which paths, and by what sign to recognise them: columns of n rows.
 
     ``sha256`` is uint8 (n, 32); ``stat`` is int64 (n, 4): size in bytes, mtime in ns, inode, ctime in ns (-1 where
     unknown); ``checked_ns`` is a time before which none of the bytes were hashed.
@@ -85,12 +85,28 @@ class Seen:
     stat: NDArray[np.int64]
     checked_ns: int
 
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self.sha256)
+
+    def take(self, rows: NDArray[Any]) -> "FileIndex":
+        """Return some of the files, by row numbers or a mask."""
+        numbers = np.arange(len(self))[rows]
+        return FileIndex(tuple(map(self.paths.__getitem__, numbers)), self.sha256[rows], self.stat[rows], self.checked_ns)
+
+    @classmethod
+    def joined(cls, indexes: "Sequence[FileIndex]") -> "FileIndex":
+        """Return the files of several indexes, one index after the other."""
+        paths = tuple(path for index in indexes for path in index.paths)
+        sha256, stat = (np.concatenate([getattr(index, name) for index in indexes]) for name in ("sha256", "stat"))
+        return cls(paths, sha256, stat, min(index.checked_ns for index in indexes))
+
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source as last seen, in its order; ``labels`` index ``classes``, ``splits`` index SPLITS."""
+    """The images of a data set as last seen, in its order; ``labels`` index ``classes``, ``splits`` index SPLITS."""
 
-    seen: Seen
+    files: FileIndex
     labels: NDArray[np.int64]
     splits: NDArray[np.uint8]
     classes: tuple[str, ...]
@@ -104,8 +120,8 @@ class Part:
     """
 
     features: Sequence[Array]
-    seen: Seen
-    copies: Seen | None = None
+    files: FileIndex
+    copies: FileIndex | None = None
 
 
 def part_chunks(part: Part) -> Chunks:
@@ -113,11 +129,11 @@ def part_chunks(part: Part) -> Chunks:
     first = part.features[0]
 
     def fill(file: h5py.File) -> None:
-        _write_seen(file, part.seen)
+        _write_file_index(file, part.files)
         if part.copies is not None:
-            _write_seen(file.create_group("copies"), part.copies)
+            _write_file_index(file.create_group("copies"), part.copies)
 
-    before, after = _around_rows((len(part.seen.paths), *first.shape[1:]), first.dtype, fill)
+    before, after = _around_rows((len(part.files), *first.shape[1:]), first.dtype, fill)
     return [*before, *map(bytes_of, part.features), *after]
 
 
@@ -130,7 +146,7 @@ def encode_listing(listing: Listing) -> memoryview:
     """Return a listing as the bytes of an HDF5 file; its attribute ``content`` is the hash of all but the files' times."""
 
     def fill(file: h5py.File) -> None:
-        _write_seen(file, listing.seen)
+        _write_file_index(file, listing.files)
         file.create_dataset("label", data=listing.labels)
         file.create_dataset("split", data=listing.splits)
         file.create_dataset("classes", data=_names(listing.classes))
@@ -154,9 +170,9 @@ def frame_table(
         file.attrs.update(attributes)
         file.create_dataset("labels", data=listing.labels)
         _write_texts(file, "class_names", listing.classes)
-        _write_texts(file, "paths", listing.seen.paths)
+        _write_texts(file, "paths", listing.files.paths)
         _write_encoded(file, "splits", np.array(SPLITS, np.bytes_)[listing.splits])
-        digits = np.frombuffer(listing.seen.sha256.tobytes().hex().encode(), "S64")
+        digits = np.frombuffer(listing.files.sha256.tobytes().hex().encode(), "S64")
         _write_encoded(file, "item_sha256", digits, "ascii")
 
     return _around_rows(shape, dtype, fill)
@@ -257,24 +273,24 @@ class _Sparse(io.RawIOBase):
             done += step
 
 
-def read_seen(path: Path) -> Seen:
+def read_file_index(path: Path) -> FileIndex:
     """Read what a part or a listing was made from.
 
     Raises:
         StorageError: the file is not as featcache writes it.
     """
     with _reading(path) as file:
-        return _read_seen(file)
+        return _read_file_index(file)
 
 
-def read_copies(path: Path) -> Seen | None:
+def read_copies(path: Path) -> FileIndex | None:
     """Read which further files a part knows the content of.
 
     Raises:
         StorageError: the file is not as featcache writes it.
     """
     with _reading(path) as file:
-        return _read_seen(_member(file, "copies", h5py.Group)) if "copies" in file else None
+        return _read_file_index(_member(file, "copies", h5py.Group)) if "copies" in file else None
 
 
 def read_listing(path: Path) -> Listing:
@@ -285,12 +301,12 @@ def read_listing(path: Path) -> Listing:
     """
     with _reading(path) as file:
         names = _column(file, "classes", "S")
-        seen = _read_seen(file)
-        labels = _column(file, "label", np.int64, rows=len(seen.paths))
-        splits = _column(file, "split", np.uint8, rows=len(seen.paths))
+        files = _read_file_index(file)
+        labels = _column(file, "label", np.int64, rows=len(files))
+        splits = _column(file, "split", np.uint8, rows=len(files))
         if len(labels) and not (0 <= labels.min() <= labels.max() < len(names) and splits.max() < len(SPLITS)):
             raise ValueError("a label or a split that it does not name")
-        return Listing(seen, labels, splits, tuple(os.fsdecode(bytes(name)) for name in names))
+        return Listing(files, labels, splits, tuple(os.fsdecode(bytes(name)) for name in names))
 
 
 def listing_content(path: Path) -> str:
@@ -328,9 +344,9 @@ def same_table(path: Path, listing: Listing, rows: Callable[[int, int], Array]) 
     with _reading(path) as file:
         expected = {
             "class_names": [_readable(name) for name in listing.classes],
-            "paths": [_readable(name) for name in listing.seen.paths],
+            "paths": [_readable(name) for name in listing.files.paths],
             "splits": [SPLITS[split].encode() for split in listing.splits],
-            "item_sha256": [hex_of(digest).encode() for digest in listing.seen.sha256],
+            "item_sha256": [hex_of(digest).encode() for digest in listing.files.sha256],
         }
         if set(file) != {"features", "labels", *expected}:
             return False
@@ -455,15 +471,15 @@ def _column(group: h5py.Group, name: str, kind: Any, *, rows: int | None = None,
     return values
 
 
-def _write_seen(file: h5py.Group, seen: Seen) -> None:
-    file.attrs["checked_ns"] = seen.checked_ns
-    file.create_dataset("path", data=_names(seen.paths))
-    file.create_dataset("sha256", data=seen.sha256)
-    file.create_dataset("stat", data=seen.stat[:, :_FIRST_SIGNS])
-    file.create_dataset("ctime", data=seen.stat[:, _FIRST_SIGNS])  # beside it, as files without are read too
+def _write_file_index(file: h5py.Group, files: FileIndex) -> None:
+    file.attrs["checked_ns"] = files.checked_ns
+    file.create_dataset("path", data=_names(files.paths))
+    file.create_dataset("sha256", data=files.sha256)
+    file.create_dataset("stat", data=files.stat[:, :_FIRST_SIGNS])
+    file.create_dataset("ctime", data=files.stat[:, _FIRST_SIGNS])  # beside it, as files without are read too
 
 
-def _read_seen(file: h5py.Group) -> Seen:
+def _read_file_index(file: h5py.Group) -> FileIndex:
     names = _column(file, "path", "S")
     sha256 = _column(file, "sha256", np.uint8, rows=len(names), width=_DIGEST_BYTES)
     stat = _column(file, "stat", np.int64, rows=len(names), width=_FIRST_SIGNS)
@@ -472,7 +488,7 @@ def _read_seen(file: h5py.Group) -> Seen:
     checked = file.attrs.get("checked_ns")
     if not isinstance(checked, np.integer):
         raise ValueError("checked_ns")  # noqa: TRY004 - of the file's content, not of an argument
-    return Seen(Column(names, _decode_name), sha256, np.column_stack([stat, changed]), int(checked))
+    return FileIndex(Column(names, _decode_name), sha256, np.column_stack([stat, changed]), int(checked))
 
 
 def _names(names: Sequence[str]) -> Array:

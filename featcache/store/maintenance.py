@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from featcache.errors import StorageError
 from featcache.fingerprint import sha256_of_file
 from featcache.store import checksums as stamps
-from featcache.store import hdf5 as files
-from featcache.store import manifests
+from featcache.store import hdf5, manifests
 from featcache.store.atomic import abandoned
-from featcache.store.hdf5 import Array, Part, Seen
+from featcache.store.hdf5 import Array, FileIndex, Part
 from featcache.store.manifests import FileRecord, Manifest, parse, read_plain, unsealed
 
 if TYPE_CHECKING:
@@ -112,20 +111,20 @@ def _require_rows(found: int, record: FileRecord) -> None:
         raise ValueError(f"{found} rows, its manifest says {record.rows}")
 
 
-def _part(path: Path, record: FileRecord) -> Seen:
+def _part(path: Path, record: FileRecord) -> FileIndex:
     _require_bytes(path, record)
-    seen = files.read_seen(path)
-    files.read_copies(path)
-    _require_rows(len(seen.paths), record)
-    _require_rows(len(files.map_features(path)), record)
+    seen = hdf5.read_file_index(path)
+    hdf5.read_copies(path)
+    _require_rows(len(seen), record)
+    _require_rows(len(hdf5.map_features(path)), record)
     return seen
 
 
-def _listing(path: Path, record: FileRecord) -> Seen:
+def _listing(path: Path, record: FileRecord) -> FileIndex:
     _require_bytes(path, record)
-    listing = files.read_listing(path)
+    listing = hdf5.read_listing(path)
     _require_rows(len(listing.labels), record)
-    return listing.seen
+    return listing.files
 
 
 def _named_by_content(path: Path) -> None:
@@ -185,7 +184,7 @@ def joining_of(store: "FeatureStore") -> Joining:
     wanted = _wanted(store)
     taken: set[bytes] = set()
     several, small, dropped = [], [], 0
-    for record, seen in zip(store.manifest.parts, store.rows_seen(), strict=True):
+    for record, seen in zip(store.manifest.parts, store.row_files(), strict=True):
         kept = _kept(seen, wanted, taken)
         if not _is_old(store.path / "parts" / record.name):
             continue
@@ -207,7 +206,7 @@ def join(store: "FeatureStore", joining: Joining) -> None:
     """
     wanted, taken = _wanted(store), set[bytes]()
     names = {record.name for record in joining.parts}
-    for record, seen in zip(store.manifest.parts, store.rows_seen(), strict=True):
+    for record, seen in zip(store.manifest.parts, store.row_files(), strict=True):
         if record.name not in names:  # the rows that stay where they are count first
             _kept(seen, wanted, taken)
     written: list[FileRecord] = []
@@ -221,48 +220,37 @@ def _joined(
     store: "FeatureStore", records: Sequence[FileRecord], wanted: set[bytes] | None, taken: set[bytes]
 ) -> Iterator[Part]:
     rows: list[Array] = []
-    several: list[Seen] = []
-    copies: list[Seen] = []
+    several: list[FileIndex] = []
+    copies: list[FileIndex] = []
     size = 0
     for record in records:
         seen, also, mapped = store.part_of(record)
         kept = _kept(seen, wanted, taken)
         rows.append(mapped[kept])
-        several.append(_take(seen, kept))
-        copies += [_take(also, _kept(also, wanted, set(), once=False))] if also is not None else []
+        several.append(seen.take(kept))
+        copies += [also.take(_kept(also, wanted, set(), once=False))] if also is not None else []
         size += rows[-1].nbytes
         if size >= PART_BYTES:
-            yield Part(rows, _together(several), _together(copies) if copies else None)
+            yield Part(rows, FileIndex.joined(several), FileIndex.joined(copies) if copies else None)
             rows, several, copies, size = [], [], [], 0
     if any(len(one) for one in rows):
-        yield Part(rows, _together(several), _together(copies) if copies else None)
+        yield Part(rows, FileIndex.joined(several), FileIndex.joined(copies) if copies else None)
 
 
 def _wanted(store: "FeatureStore") -> set[bytes] | None:
     """Return the content of the images that have a place in the entry, ``None`` where all have."""
     if store.manifest.listing is None:
         return None
-    return {digest.tobytes() for digest in store.listing().seen.sha256}
+    return {digest.tobytes() for digest in store.listing().files.sha256}
 
 
-def _kept(seen: Seen, wanted: set[bytes] | None, taken: set[bytes], *, once: bool = True) -> NDArray[np.bool_]:
-    kept = np.zeros(len(seen.paths), dtype=bool)
+def _kept(seen: FileIndex, wanted: set[bytes] | None, taken: set[bytes], *, once: bool = True) -> NDArray[np.bool_]:
+    kept = np.zeros(len(seen), dtype=bool)
     for row, digest in enumerate(map(bytes, seen.sha256)):
         kept[row] = (wanted is None or digest in wanted) and digest not in taken
         if once:
             taken.add(digest)
     return kept
-
-
-def _take(seen: Seen, which: NDArray[np.bool_]) -> Seen:
-    paths = tuple(path for path, is_kept in zip(seen.paths, which, strict=True) if is_kept)
-    return replace(seen, paths=paths, sha256=seen.sha256[which], stat=seen.stat[which])
-
-
-def _together(several: Sequence[Seen]) -> Seen:
-    paths = tuple(path for seen in several for path in seen.paths)
-    sha256, stat = (np.concatenate([getattr(seen, name) for seen in several]) for name in ("sha256", "stat"))
-    return Seen(paths, sha256, stat, min(seen.checked_ns for seen in several))
 
 
 def _is_old(path: Path) -> bool:

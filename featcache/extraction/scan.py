@@ -1,0 +1,296 @@
+"""What a command knows of a data set's files, and what an entry lacks of them."""
+
+import hashlib
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.datasets.base import Dataset, FileStat
+from featcache.errors import StorageError
+from featcache.fingerprint import DigestSet
+from featcache.progress import progress
+from featcache.store.hdf5 import SPLITS, FileIndex, Listing
+from featcache.store.manifests import Quarantined
+
+if TYPE_CHECKING:
+    from featcache.store.entry import FeatureStore
+
+Positions = NDArray[np.int64]
+
+# A file changed this close to being hashed may change again unseen, within the grain of the file system's clock: two
+# seconds on exFAT.
+_RACY_NS = 2_000_000_000
+_MTIME, _CTIME = 1, 3  # columns of a file's stat
+_NO_STAT = (-1, -1, -1, -1)
+_NO_POSITIONS: Positions = np.empty(0, np.int64)
+
+
+class DatasetFiles:
+    """A data set's files as one command finds them: each is looked at once, however many entries ask about it.
+
+    Columns have their final size from the start, by position in the data set's samples: small things that last, put down
+    between the large arrays that come and go with every batch, would keep those from finding their place again. Threads
+    may read different files at once.
+
+    Attributes:
+        sha256: uint8 (n, 32), of those that are ``hashed``.
+        hashed: bool (n,), whose bytes were read, or whose signs an entry remembers.
+        unreadable: those that could not even be reached, by position.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        count = len(dataset.samples)
+        self.dataset = dataset
+        self.sha256 = np.zeros((count, 32), np.uint8)
+        self.hashed = np.zeros(count, bool)
+        self.unreadable: dict[int, Quarantined] = {}
+        self._stat = np.zeros((count, 4), np.int64)
+        self._looked = np.zeros(count, bool)
+        self._settled = np.zeros(count, bool)  # looked at, and old enough to be recognised by what was found
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self.hashed)
+
+    def path(self, position: int) -> str:
+        """Return a file's path, as the data set calls it."""
+        return self.dataset.table.path(position)
+
+    def look(self, positions: Positions) -> None:
+        """Look at files that were not looked at yet; those that cannot be reached become ``unreadable``."""
+        for position in positions[~self._looked[positions]].tolist():
+            if position in self.unreadable:
+                continue
+            try:
+                self._look(position)
+            except OSError as error:
+                self.unreadable[position] = quarantine_unread(self.path(position), error)
+
+    def read(self, position: int) -> tuple[bytes, bytes]:
+        """Return a file's bytes and their SHA-256, which is noted.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        # What was found before the bytes were read is a safe sign of them, however long before: a later change has other
+        # times. A file that was young then is looked at again: by now it may be old enough to be recognised.
+        if not self._settled[position]:
+            self._look(position)
+        content = self.dataset.read(self.path(position))
+        digest = hashlib.sha256(content).digest()
+        self.believe(position, digest)
+        return content, digest
+
+    def hash(self, positions: Positions) -> None:
+        """Find out the content of files that no entry knows by their signs."""
+        with progress(len(positions), "looking at changed files") as bar:
+            for position in positions.tolist():
+                try:
+                    self.read(position)
+                except OSError as error:
+                    self.unreadable[position] = quarantine_unread(self.path(position), error)
+                bar.update(1)
+
+    def believe(self, position: int, digest: bytes) -> None:
+        """Note a file's content."""
+        self.sha256[position] = np.frombuffer(digest, np.uint8)
+        self.hashed[position] = True
+
+    def learn(self, positions: Sequence[int] | Positions, files: FileIndex) -> None:
+        """Note what another process found of files (k,)."""
+        self.sha256[positions], self._stat[positions] = files.sha256, files.stat
+        self.hashed[positions] = self._looked[positions] = True
+        self._settled[positions] = files.stat[:, _MTIME] != -1
+
+    def digest(self, position: int) -> bytes:
+        """Return a file's SHA-256; it must be ``hashed``."""
+        digest: bytes = self.sha256[position].tobytes()
+        return digest
+
+    def digests(self, positions: Positions) -> list[bytes]:
+        """Return the SHA-256 of files (k,)."""
+        return [row.tobytes() for row in self.sha256[positions]]
+
+    def are_among(self, positions: Positions, digests: Collection[bytes] | DigestSet) -> NDArray[np.bool_]:
+        """Return which files (k,) have one of some contents."""
+        if not digests:
+            return np.zeros(len(positions), dtype=bool)
+        return np.array([digest in digests for digest in self.digests(positions)], dtype=bool)
+
+    def index(self, positions: Positions, checked_ns: int) -> FileIndex:
+        """Return what an entry is to remember of files (k,)."""
+        stat = np.where(self._settled[positions][:, None], self._stat[positions], -1)
+        return FileIndex(tuple(map(self.path, positions.tolist())), self.sha256[positions], stat, checked_ns)
+
+    def are_as(self, positions: Positions, files: FileIndex, rows: Positions) -> NDArray[np.bool_]:
+        """Return which files (k,), all looked at, have the signs that an entry remembers of them in rows (k,)."""
+        then, now = files.stat[rows], self._stat[positions]
+        now[then[:, _CTIME] < 0, _CTIME] = -1  # listings from before ctime was kept have three signs
+        newest = np.maximum(now[:, _MTIME], now[:, _CTIME])
+        has_signs = self._stat[positions, _MTIME] != -1
+        same: NDArray[np.bool_] = (then == now).all(axis=1) & has_signs & (newest < files.checked_ns - _RACY_NS)
+        return same
+
+    def are_settled(self, positions: Positions) -> NDArray[np.bool_]:
+        """Return which files (k,) will be recognised by their signs from now on."""
+        return self._settled[positions]
+
+    def _look(self, position: int) -> None:
+        stat = self.dataset.stat(self.path(position))
+        self._stat[position] = stat or _NO_STAT
+        self._settled[position] = is_settled(stat)
+        self._looked[position] = True
+
+
+def is_settled(stat: FileStat | None) -> bool:
+    """Tell whether a file whose bytes are read next will be recognised by its signs: else it is too young, or has none."""
+    return stat is not None and max(stat.mtime_ns, stat.ctime_ns) < time.time_ns() - _RACY_NS
+
+
+@dataclass(frozen=True)
+class Scan:
+    """An entry held against a data set's files, by their positions.
+
+    ``cached`` (k,) have a row or a place in quarantine; ``pending`` (m,), ascending, are new, changed, or not looked at;
+    ``unreadable`` could not even be opened. ``renewed`` are known by their bytes alone, and have signs now that a listing
+    can remember them by.
+    """
+
+    files: DatasetFiles
+    cached: Positions
+    pending: Positions
+    unreadable: tuple[Quarantined, ...] = ()
+    renewed: int = 0
+
+
+@dataclass(frozen=True)
+class Hit:
+    """The entry answers as it is."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Some rows are there; ``pending`` are to be computed. With none only the listing is out of date."""
+
+    pending: Positions
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Nothing is there yet."""
+
+
+def scan(
+    files: DatasetFiles, store: "FeatureStore | None", *, among: Positions | None = None, hashes_new: bool = True
+) -> Scan:
+    """Find out which files an entry knows: by path, size, times and inode, else by their content.
+
+    Only positions ``among`` are looked at. Without ``hashes_new`` a path that was never seen is to be read, whatever its
+    content: who computes one share of many must not read the others'.
+    """
+    among = np.arange(len(files)) if among is None else among
+    where: dict[str, tuple[int, int]] = {}
+    remembered: list[FileIndex] = []
+    quarantined = store.manifest.quarantined if store else ()
+    contents = {bytes.fromhex(image.sha256) for image in quarantined if image.sha256}
+    for number, (index, have_rows) in enumerate(store.files() if store else ()):
+        remembered.append(index)
+        where.update((path, (number, row)) for row, path in enumerate(index.paths))
+        if have_rows:  # a copy's or a listing's word is none: the row may have been lost before it was written
+            contents.update(row.tobytes() for row in index.sha256)
+    if not remembered and not contents:
+        return Scan(files, _NO_POSITIONS, among)
+
+    files.look(among)
+    recognised = _recognised(files, among, remembered, where)
+    if contents:  # else no content is worth reading a file for
+        unsure = among[~files.hashed[among]]
+        if not hashes_new:
+            paths = set(where) | {image.path for image in quarantined}
+            unsure = np.array([position for position in unsure.tolist() if files.path(position) in paths], np.int64)
+        files.hash(np.array([position for position in unsure.tolist() if position not in files.unreadable], np.int64))
+    reached = np.array([position not in files.unreadable for position in among.tolist()], dtype=bool)
+    has_place = reached & files.hashed[among]
+    has_place[has_place] = files.are_among(among[has_place], contents)
+    cached, pending = among[has_place], among[reached & ~has_place]
+    unreadable = tuple(files.unreadable[position] for position in among[~reached].tolist())
+    renewed = int((files.are_settled(cached) & ~recognised[has_place]).sum())
+    return Scan(files, cached, pending, unreadable, renewed)
+
+
+def _recognised(
+    files: DatasetFiles, among: Positions, remembered: Sequence[FileIndex], where: dict[str, tuple[int, int]]
+) -> NDArray[np.bool_]:
+    """Return which files (k,) have the signs by which an entry remembers them; their content is noted."""
+    places = np.array([where.get(files.path(position), (-1, -1)) for position in among.tolist()], np.int64).reshape(-1, 2)
+    recognised = np.zeros(len(among), bool)
+    for number, index in enumerate(remembered):
+        chosen = np.flatnonzero(places[:, 0] == number)
+        chosen = chosen[files.are_as(among[chosen], index, places[chosen, 1])]
+        recognised[chosen] = True
+        unread = chosen[~files.hashed[among[chosen]]]  # what was read in this command is known better
+        files.sha256[among[unread]] = index.sha256[places[unread, 1]]
+        files.hashed[among[unread]] = True
+    return recognised
+
+
+def lookup(store: "FeatureStore | None", scanned: Scan) -> Hit | Resume | Miss:
+    """Decide what an extraction has to do; touches nothing."""
+    if store is None or not store.manifest.parts:
+        return Miss()
+    if len(scanned.pending) or store.manifest.listing is None:
+        return Resume(scanned.pending)
+    files, cached = scanned.files, np.sort(scanned.cached)
+    quarantined = {(image.path, bytes.fromhex(image.sha256)) for image in store.manifest.quarantined if image.sha256}
+    is_bad = files.are_among(cached, {digest for _, digest in quarantined})
+    bad = {(files.path(position), files.digest(position)) for position in cached[is_bad].tolist()}
+    same = bad == quarantined and _is_listed(files, cached[~is_bad], store.listing())
+    return Hit() if same else Resume(scanned.pending)
+
+
+def _is_listed(files: DatasetFiles, positions: Positions, listing: Listing) -> bool:
+    """Tell whether a listing names these files with their present labels and splits."""
+    if len(positions) != len(listing.labels) or not np.array_equal(files.sha256[positions], listing.files.sha256):
+        return False
+    listed = zip(listing.files.paths, listing.labels.tolist(), listing.splits.tolist(), strict=True)
+    samples = (files.dataset.samples[position] for position in positions.tolist())
+    return all(
+        (sample.path, sample.label, sample.split) == (path, listing.classes[label], SPLITS[split])
+        for sample, (path, label, split) in zip(samples, listed, strict=True)
+    )
+
+
+def make_listing(files: DatasetFiles, cached: Positions, checked_ns: int) -> Listing:
+    """Return the listing of the files that have a row, in the data set's order."""
+    positions, table, classes = np.sort(cached), files.dataset.table, files.dataset.classes
+    label_of = {name: number for number, name in enumerate(classes)}
+    of_label, of_split = table.kinds(positions)
+    labels = np.array([label_of[name] for name in table.labels], np.int64)[of_label]
+    splits = np.array([SPLITS.index(name) for name in table.splits], np.uint8)[of_split]
+    return Listing(files.index(positions, checked_ns), labels, splits, classes)
+
+
+def renew(store: "FeatureStore", scanned: Scan) -> None:
+    """Let an entry that answers as it is remember files by their present signs, where it had to hash them again.
+
+    Else every later run would hash them too. A cache that cannot be written is only slower.
+    """
+    if not scanned.renewed:
+        return
+    before = store.manifest
+    store.refresh()
+    if store.manifest.number == before.number:  # what another process has listed meanwhile is newer than this
+        bad = {bytes.fromhex(image.sha256) for image in before.quarantined if image.sha256}
+        cached = scanned.cached[~scanned.files.are_among(scanned.cached, bad)]
+        with suppress(StorageError):
+            store.commit(quarantined=before.quarantined, listing=make_listing(scanned.files, cached, time.time_ns()))
+
+
+def quarantine_unread(path: str, error: OSError) -> Quarantined:
+    """Return the place in quarantine of a file that could not be read."""
+    return Quarantined(path, "", f"cannot be read ({error.strerror or error})")
