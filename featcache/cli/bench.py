@@ -37,7 +37,7 @@ _GRID: options.Glossary = (
 )
 @options.run_options
 @options.json_option
-def bench_command(pipeline: Path, out: Path | None, group: str | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
+def bench_command(pipeline: Path, out: Path | None, group: str | None, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
     """Run the missing cells of PIPELINE, a TOML file, and write its records and tables.
 
     A cell is a data set, a backbone, a head or fine-tuning, and a seed. Without --out records and tables go to benchmarks/
@@ -45,7 +45,7 @@ def bench_command(pipeline: Path, out: Path | None, group: str | None, as_json: 
     """
     from featcache.api import bench
 
-    settings = options.take_settings(given)
+    settings = options.take_settings(flags)
     show(bench(pipeline, out=out, group=group, settings=settings), as_json=as_json)
 
 

@@ -54,24 +54,24 @@ from featcache.cli import options
     click.option("--dry-run", is_flag=True, help="Say what would be computed and written and how long it takes, and stop."),
 )
 @options.json_option
-def extract_command(as_json: bool, dry_run: bool, **given: Any) -> None:  # noqa: FBT001
+def extract_command(as_json: bool, dry_run: bool, **flags: Any) -> None:  # noqa: FBT001
     """Compute the features of DATA once and keep them; run again, only new and changed images are computed."""
     from featcache.api import estimate, extract_cuts
     from featcache.reports.wording import extract_lines
     from featcache.specs import Views
 
-    spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
-    options.announce(source, spec)
-    cuts, layers = given.pop("cuts"), given.pop("layers")
+    spec, settings, dataset = options.take_inputs(flags)
+    options.announce(dataset, spec)
+    cuts, layers = flags.pop("cuts"), flags.pop("layers")
     if layers:
         from featcache.specs import cut_of_layers
 
         cuts = (cut_of_layers(layers.split(",")),)
-    given["views"] = Views(given.pop("views"), given.pop("views_seed"))
+    flags["views"] = Views(flags.pop("views"), flags.pop("views_seed"))
     if dry_run:
-        _print_estimate(estimate(source, spec, cuts=cuts, settings=settings, **given), as_json=as_json)
+        _print_estimate(estimate(dataset, spec, cuts=cuts, settings=settings, **flags), as_json=as_json)
         return
-    results = extract_cuts(source, spec, cuts=cuts, settings=settings, **given)
+    results = extract_cuts(dataset, spec, cuts=cuts, settings=settings, **flags)
     if as_json:
         summaries = [result.summary for result in results]
         options.emit(summaries[0] if len(summaries) == 1 else {"extracts": summaries})

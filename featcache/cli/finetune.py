@@ -153,7 +153,7 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
     click.option("--plot", type=options.FILE, help="Draw loss, accuracy and costs into this file: .png, .svg or .pdf."),
 )
 @options.json_option
-def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path | None, **given: Any) -> None:  # noqa: FBT001
+def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path | None, **flags: Any) -> None:  # noqa: FBT001
     """Train the last part of a backbone from cached activations and print the gap to the best probe."""
     from dataclasses import replace
 
@@ -164,16 +164,16 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
 
     if plot is not None:
         require_picture(plot)
-    spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
-    settings = replace(settings, budget=given.pop("cache_budget"))
-    given["precision"] = given.pop("train_precision")
+    spec, settings, dataset = options.take_inputs(flags)
+    settings = replace(settings, budget=flags.pop("cache_budget"))
+    flags["precision"] = flags.pop("train_precision")
     plan = FineTunePlan(
-        Unfreeze.parse(given.pop("unfreeze")),
-        batch_size=given.pop("train_batch"),
-        **{name: given.pop(name) for name in _PLAN},
+        Unfreeze.parse(flags.pop("unfreeze")),
+        batch_size=flags.pop("train_batch"),
+        **{name: flags.pop(name) for name in _PLAN},
     )
-    options.announce(source, spec)
-    result = (sweep if at_every_depth else finetune)(source, spec, plan=plan, settings=settings, **given)
+    options.announce(dataset, spec)
+    result = (sweep if at_every_depth else finetune)(dataset, spec, plan=plan, settings=settings, **flags)
     if int(os.environ.get("RANK", "0")):  # of several processes one speaks
         return
     records = [job.record for job in result.jobs]
@@ -196,6 +196,7 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
 def _money(record: "RunRecord", price: float | None) -> dict[str, float]:
     """Return what fine-tuning and the probe have cost."""
     probe = record.probe or {"seconds": {}}
+    # extraction is part of the price of both, each counted as if it had been alone
     return {
         name: round(sum(seconds.values()) / 3600 * (price or 0), 6)
         for name, seconds in (("tuned", record.seconds), ("probe", probe["seconds"]))

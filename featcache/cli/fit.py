@@ -79,7 +79,7 @@ _PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group
     ),
 )
 @options.json_option
-def fit_command(as_json: bool, show_classes: bool, mistakes: int, **given: Any) -> None:  # noqa: FBT001
+def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) -> None:  # noqa: FBT001
     """Train heads on the features of DATA, extracted first if needed.
 
     Parameters are chosen on the validation split or by cross-validation, the head is refitted on train and validation, the
@@ -91,11 +91,11 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **given: Any) 
     from featcache.experiments.fit import FitPlan
     from featcache.reports.wording import fit_lines, mistake_lines, per_class_lines
 
-    spec, settings, source = options.take_spec(given), options.take_settings(given), options.take_source(given)
-    given |= {name: given[name] or () for name in ("layers", "shots")}
-    plan = FitPlan(**{name: given.pop(name) for name in _PLAN})
-    options.announce(source, spec)
-    result = fit(source, spec, plan=plan, settings=settings, **given)
+    spec, settings, dataset = options.take_inputs(flags)
+    flags |= {name: flags[name] or () for name in ("layers", "shots")}
+    plan = FitPlan(**{name: flags.pop(name) for name in _PLAN})
+    options.announce(dataset, spec)
+    result = fit(dataset, spec, plan=plan, settings=settings, **flags)
     if as_json:
         summary = result.summary
         for head, described in zip(result.heads, summary["heads"], strict=False):  # a number's heads come behind them
@@ -105,6 +105,6 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **given: Any) 
     lines = [*fit_lines(result)]
     if result.best is not None:  # a number, or several labels an image, have no classes to be mistaken for each other
         lines += per_class_lines(result.best) if show_classes else ()
-        lines += mistake_lines(result.best, mistakes, source.location) if mistakes else ()
+        lines += mistake_lines(result.best, mistakes, dataset.location) if mistakes else ()
     for line in lines:
         click.echo(line)

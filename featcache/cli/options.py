@@ -354,21 +354,22 @@ def take_settings(options: dict[str, Any]) -> "Settings":
     )
 
 
-def take_source(options: dict[str, Any]) -> "Dataset":
-    """Take the options that say where images come from out of a command's and open the data set."""
+def take_inputs(options: dict[str, Any]) -> "tuple[BackboneSpec, Settings, Dataset]":
+    """Take what several commands begin with out of a command's options: the backbone, the settings, the data set, opened."""
     from featcache.datasets import open_dataset
 
-    return open_dataset(
-        options.pop("data"), options.pop("name"), data_root=options.pop("data_root"), download=options.pop("download")
-    )
+    # the data set last: to list a million files takes longer than to find a contradiction between flags
+    spec, settings = take_spec(options), take_settings(options)
+    data, name = options.pop("data"), options.pop("name")
+    return spec, settings, open_dataset(data, name, data_root=options.pop("data_root"), download=options.pop("download"))
 
 
-def announce(source: "Dataset", spec: "BackboneSpec") -> None:
-    """Say on stderr what was found, before anything is computed: images, classes, splits, backbone."""
+def announce(dataset: "Dataset", spec: "BackboneSpec") -> None:
+    """Say on stderr what a data set holds, before anything is computed: images, classes, splits, backbone."""
     from featcache.progress import logger
     from featcache.reports.wording import overview
 
-    logger.info(overview(source, spec))
+    logger.info(overview(dataset, spec))
 
 
 def emit(value: dict[str, Any]) -> None:

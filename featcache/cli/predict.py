@@ -33,7 +33,7 @@ head_options = options.grouped(
     click.option("--to", "target", type=click.Path(path_type=Path), help="Write to this file instead of to stdout."),
     click.option("--json", "as_json", is_flag=True, help="Write one JSON object a line instead of CSV."),
 )
-def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as_json: bool, **given: Any) -> None:  # noqa: FBT001
+def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
     """Label IMAGES (files, folders, or - for a list on stdin) with a HEAD that `featcache fit` wrote.
 
     CSV with path, label and the probability of each class; an image that cannot be read gets a row with its reason.
@@ -41,38 +41,38 @@ def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as
     from featcache.api import predict
 
     paths = [line.rstrip("\n") for line in sys.stdin if line.strip()] if images == ("-",) else list(images)
-    bundle, found = predict(
-        head, paths, settings=options.take_settings(given), weights=given["weights"], trust=given["trust"]
-    )
+    settings = options.take_settings(flags)
+    bundle, predictions = predict(head, paths, settings=settings, weights=flags["weights"], trust=flags["trust"])
     if target is None:
-        _write(sys.stdout, bundle, found, as_json=as_json)
+        _write(sys.stdout, bundle, predictions, as_json=as_json)
         return
+    # paths that are no UTF-8 go out as the bytes they came in
     with target.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        _write(file, bundle, found, as_json=as_json)
+        _write(file, bundle, predictions, as_json=as_json)
 
 
-def _write(file: Any, bundle: "Bundle", found: "Iterator[Prediction]", *, as_json: bool) -> None:
+def _write(file: Any, bundle: "Bundle", predictions: "Iterator[Prediction]", *, as_json: bool) -> None:
     if as_json:
         from featcache.reports.records import SCHEMA_VERSION
 
-        for one in found:
-            known = None if one.probabilities is None else dict(zip(bundle.classes, one.probabilities.tolist(), strict=True))
-            said = {"path": one.path, "label": one.label, "probabilities": known, "reason": one.reason}
-            file.write(json.dumps({"schema_version": SCHEMA_VERSION, **said}) + "\n")
+        for image in predictions:
+            numbers = image.probabilities
+            shares = None if numbers is None else dict(zip(bundle.classes, numbers.tolist(), strict=True))
+            facts = {"path": image.path, "label": image.label, "probabilities": shares, "reason": image.reason}
+            file.write(json.dumps({"schema_version": SCHEMA_VERSION, **facts}) + "\n")
         return
     from featcache.progress import printable
     from featcache.reports.tables import inert
 
     writer = csv.writer(file, lineterminator="\n")
-    knows = hasattr(bundle.estimator, "predict_proba")
     shown = printable if file.isatty() else str  # a terminal obeys what stands in a file's name; a file keeps it
-    writer.writerow(["path", "label", *(map(inert, _columns(bundle.classes)) if knows else ()), "reason"])
-    for one in found:
-        numbers = (
-            [f"{value:.6g}" for value in one.probabilities] if one.probabilities is not None else [""] * len(bundle.classes)
-        )
-        path, label, reason = (shown(inert(text or "")) for text in (one.path, one.label, one.reason))
-        writer.writerow([path, label, *(numbers if knows else ()), reason])
+    columns = _columns(bundle.classes) if hasattr(bundle.estimator, "predict_proba") else []
+    writer.writerow(["path", "label", *map(inert, columns), "reason"])
+    for image in predictions:
+        numbers = image.probabilities
+        cells = [""] * len(columns) if numbers is None else [f"{number:.6g}" for number in numbers][: len(columns)]
+        path, label, reason = (shown(inert(text or "")) for text in (image.path, image.label, image.reason))
+        writer.writerow([path, label, *cells, reason])
 
 
 def _columns(classes: Sequence[str]) -> list[str]:
@@ -93,12 +93,12 @@ def _columns(classes: Sequence[str]) -> list[str]:
 )
 @options.compute_options
 @options.json_option
-def export_command(head: Path, out: Path, as_json: bool, **given: Any) -> None:  # noqa: FBT001
+def export_command(head: Path, out: Path, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
     """Write a HEAD with its backbone as one ONNX model, OUT, after it has agreed with them on real images."""
     from featcache.api import export
 
-    settings = options.take_settings(given)
-    model = export(head, out, check=given["check"], weights=given["weights"], trust=given["trust"], settings=settings)
+    settings = options.take_settings(flags)
+    model = export(head, out, check=flags["check"], weights=flags["weights"], trust=flags["trust"], settings=settings)
     if as_json:
         summary = {"model": str(model.path), "difference": model.difference, "images": model.images}
         options.emit(summary | {"notes": list(model.notes)})

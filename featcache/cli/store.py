@@ -8,6 +8,7 @@ import click
 from featcache.cli import options
 
 BROKEN, DAMAGED = 5, 4
+_MEASURED = 20  # backbones at most that are built unasked to be measured: some tenths of a second each
 _entries = click.argument("entries", nargs=-1, type=click.Path(path_type=Path))
 
 
@@ -127,17 +128,15 @@ def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) 
     from featcache.extraction.lookup import default_cache
     from featcache.progress import printable
 
-    found = collect(cache or default_cache(), entries, act=yes)
+    collected = collect(cache or default_cache(), entries, act=yes)
     if as_json:
-        options.emit(found.summary | {"done": yes})
+        options.emit(collected.summary | {"done": yes})
     else:
-        for line in (*found.lines, *found.broken):
+        for line in (*collected.lines, *collected.broken):
             click.echo(printable(line))
-        size = sum(one.bytes for one in found.litter)
-        click.echo(
-            f"{len(found.litter)} files, {size / 1e6:.1f} MB" + ("" if yes else ": nothing was changed, --yes does it")
-        )
-    if found.broken:
+        size, count = sum(file.bytes for file in collected.litter), len(collected.litter)
+        click.echo(f"{count} files, {size / 1e6:.1f} MB" + ("" if yes else ": nothing was changed, --yes does it"))
+    if collected.broken:
         click.get_current_context().exit(DAMAGED)
 
 
@@ -204,17 +203,16 @@ def backbones_command(pattern: str, sizes: bool, cache: Path | None, as_json: bo
     from featcache.extraction.lookup import default_cache, entry_folders
 
     cached = {folder.name.split(".")[0] for folder in entry_folders(cache or default_cache())}
-    found = list(list_backbones(pattern))
-    few = 20
+    names = list(list_backbones(pattern))
     rows = []
-    for facts in found:
+    for facts in names:
         row: dict[str, Any] = {
             "name": facts.name,
             "input_size": facts.input_size,
             "pretrained": facts.pretrained,
             "cached": facts.name.split(".")[0] in cached,
         }
-        if sizes or len(found) <= few:
+        if sizes or len(names) <= _MEASURED:
             size = model_size(facts.name)
             row |= asdict(size) if size else {}
         rows.append(row)

@@ -35,11 +35,11 @@ def overview(dataset: "Dataset", backbone: "BackboneSpec") -> str:
     table = dataset.table
     _, numbers = table.kinds(np.arange(len(table)))
     counts = np.bincount(numbers, minlength=len(table.splits)).tolist()
-    given = {name: count for name, count in zip(table.splits, counts, strict=True) if name}
-    splits = ", ".join(f"{given[name]} {name}" for name in ("train", "val", "test") if name in given)
+    splits_given = {name: count for name, count in zip(table.splits, counts, strict=True) if name}
+    splits = ", ".join(f"{splits_given[name]} {name}" for name in ("train", "val", "test") if name in splits_given)
     kind = "labels" if dataset.label_lists else "classes"
-    what = f"{len(table)} images, {len(table.labels)} {kind}; {splits or 'no split'} given"
-    return f"{dataset.name}: {what}; backbone {backbone.label}"
+    contents = f"{len(table)} images, {len(table.labels)} {kind}; {splits or 'no split'} given"
+    return f"{dataset.name}: {contents}; backbone {backbone.label}"
 
 
 def extract_lines(result: "Extracted") -> Iterator[str]:
@@ -137,8 +137,8 @@ def _curve_lines(curve: "Curve") -> Iterator[str]:
     slope = "" if curve.slope is None else f"; the error falls as images to the power of {curve.slope:.2f}"
     rows = []
     for point in curve.points:
-        what = f"{point.shots} a class" if point.shots else f"{100 * (point.share or 0):g} %"
-        rows.append((str(point.images), what, f"{100 * point.mean:.1f}", f"{100 * point.std:.1f}"))
+        drawn = f"{point.shots} a class" if point.shots else f"{100 * (point.share or 0):g} %"
+        rows.append((str(point.images), drawn, f"{100 * point.mean:.1f}", f"{100 * point.std:.1f}"))
     yield ""
     headers = ("training images", "that is", "test %", "std over draws")
     yield Table(headers, rows, f"{curve.head} by training images{slope}").plain()
@@ -166,7 +166,7 @@ def confusion_table(head: "HeadResult") -> Table:
     wrong = matrix - np.diag(np.diag(matrix))
     places = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
     pairs = [divmod(int(place), len(classes)) for place in places]
-    rows = [(classes[true], classes[said], str(wrong[true, said])) for true, said in pairs if wrong[true, said]]
+    rows = [(classes[true], classes[taken], str(wrong[true, taken])) for true, taken in pairs if wrong[true, taken]]
     return Table(("true class", "taken for", "images"), rows, "The most frequent confusions")
 
 
