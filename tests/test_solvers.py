@@ -17,6 +17,7 @@ from sklearn.svm import LinearSVC
 
 from featcache.heads.solvers import linear, newton
 from featcache.heads.solvers.scaled import solve_ridge
+from featcache.store.rows import LazyRows
 
 
 def data(classes: int, count: int = 200, width: int = 12, noise: float = 1.5, seed: int = 0) -> tuple[Any, Any]:
@@ -257,8 +258,9 @@ def test_an_optimum_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     """Where no step is left, the distance that is told is still a bound, and above the goal."""
     X, y = many_classes(10, 12, 300, 20)
     monkeypatch.setattr(newton, "_MOST_STEPS", 0)
+    monkeypatch.setattr(linear, "_MAX_ITERATIONS", 2)
 
-    ((found,),) = linear.solve(X, y, [1.0], tolerance=1e-6, max_iterations=2)
+    ((found,),) = linear.solve(X, y, [1.0], tolerance=1e-6)
     monkeypatch.undo()
     ((best,),) = linear.solve(X, y, [1.0], tolerance=1e-10)
 
@@ -308,7 +310,7 @@ def test_features_on_disk_give_the_same_answer(tmp_path: Any) -> None:
     folds = [np.arange(5000) % 2 == 0, np.arange(5000) % 3 != 0]
 
     in_memory = linear.solve(np.asarray(mapped), y, [0.1, 1.0], folds)
-    streamed = linear.solve(mapped, y, [0.1, 1.0], folds, in_memory=False)
+    streamed = linear.solve(LazyRows(mapped.__getitem__, mapped.shape[1], np.arange(len(mapped))), y, [0.1, 1.0], folds)
 
     for one, other in zip(in_memory, streamed, strict=True):
         for first, second in zip(one, other, strict=True):

@@ -109,13 +109,13 @@ def plain(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Sweep, Fit]
         classes = int(y.max()) + 1
 
         def attempt(params: Params) -> Candidate:
-            found, converged = [], True
+            predictions, converged = [], True
             for fold in folds:
-                rows, truth = X[fold.train], y[fold.train]
-                head = build(params, seed, rows, truth).fit(rows, truth)
-                found.append(answers(head, X[fold.val], classes))
+                rows, y_true = X[fold.train], y[fold.train]
+                head = build(params, seed, rows, y_true).fit(rows, y_true)
+                predictions.append(answers(head, X[fold.val], classes))
                 converged &= _converged(head)
-            return Candidate(params, np.concatenate(found), converged)
+            return Candidate(params, np.concatenate(predictions), converged)
 
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)

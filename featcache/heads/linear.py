@@ -16,7 +16,6 @@ from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, ma
 from featcache.heads.solvers import linear
 from featcache.heads.solvers.linear import Solution
 from featcache.heads.solvers.scaled import solve_ridge
-from featcache.store.rows import LazyRows
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
 _LOGISTIC = [{"C": float(f"{value:.4g}")} for value in np.logspace(-6, 5, 45)]
@@ -46,23 +45,25 @@ def probabilities(solution: Solution, X: X_, classes: int) -> NDArray[np.float64
     scores = X @ solution.coefficients.T.astype(X.dtype) + solution.intercept.astype(X.dtype)
     if scores.shape[1] == 1:
         scores = np.concatenate([np.zeros_like(scores), scores], axis=1)
-    found = np.zeros((len(X), classes))
-    found[:, solution.classes] = softmax(scores, axis=1)
-    return found
+    shares = np.zeros((len(X), classes))
+    shares[:, solution.classes] = softmax(scores, axis=1)
+    return shares
 
 
 def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
-    classes, here = int(y.max()) + 1, not isinstance(X, LazyRows)
-    found = linear.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)), in_memory=here)
+    classes = int(y.max()) + 1
+    by_fold = linear.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)))
     for number, params in enumerate(grid):
-        solutions = [several[number] for several in found]
-        answers = [probabilities(one, X[fold.val], classes) for one, fold in zip(solutions, folds, strict=True)]
+        solutions = [solutions_of_fold[number] for solutions_of_fold in by_fold]
+        predictions = [
+            probabilities(solution, X[fold.val], classes) for solution, fold in zip(solutions, folds, strict=True)
+        ]
         fitted = tuple(make_pipeline(as_logistic(solution)) for solution in solutions)
-        yield Candidate(params, np.concatenate(answers), all(one.converged for one in solutions), fitted)
+        yield Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions), fitted)
 
 
 def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
-    ((solution,),) = linear.solve(X, y, [params["C"]], in_memory=not isinstance(X, LazyRows))
+    ((solution,),) = linear.solve(X, y, [params["C"]])
     return make_pipeline(as_logistic(solution)), solution.converged
 
 
@@ -74,11 +75,11 @@ def _signs(y: Y_, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
 def _sweep_svm(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     X, classes = normalize(X), np.unique(y)
     costs = [params["C"] for params in grid]
-    found = linear.solve(X, _signs(y, classes), costs, _masks(folds, len(y)), loss="squared_hinge", standardise=False)
+    by_fold = linear.solve(X, _signs(y, classes), costs, _masks(folds, len(y)), loss="squared_hinge", standardise=False)
     for number, params in enumerate(grid):
-        solutions = [several[number] for several in found]
-        answers = [_decided(one, X[fold.val], classes) for one, fold in zip(solutions, folds, strict=True)]
-        yield Candidate(params, np.concatenate(answers), all(one.converged for one in solutions))
+        solutions = [solutions_of_fold[number] for solutions_of_fold in by_fold]
+        predictions = [_decided(solution, X[fold.val], classes) for solution, fold in zip(solutions, folds, strict=True)]
+        yield Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions))
 
 
 def _decided(solution: Solution, X: X_, classes: NDArray[np.int64]) -> Y_:
@@ -97,13 +98,13 @@ def _fit_svm(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
 
 
 def _sweep_ridge(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
-    alphas, found = [params["alpha"] for params in grid], []
+    alphas, by_fold = [params["alpha"] for params in grid], []
     for fold, mask in zip(folds, _masks(folds, len(y)), strict=True):
         classes = np.unique(y[fold.train])
-        several = solve_ridge(X, 2.0 * _signs(y, classes) - 1, alphas, mask)
-        found.append([_ridge(classes, *one, X.shape[1]).predict(X[fold.val]) for one in several])
+        solutions = solve_ridge(X, 2.0 * _signs(y, classes) - 1, alphas, mask)
+        by_fold.append([_ridge(classes, *solution, X.shape[1]).predict(X[fold.val]) for solution in solutions])
     for number, params in enumerate(grid):
-        yield Candidate(params, np.concatenate([several[number] for several in found]))
+        yield Candidate(params, np.concatenate([solutions[number] for solutions in by_fold]))
 
 
 def _fit_ridge(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
@@ -128,15 +129,22 @@ def _sweep_selected(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold],
     classes = int(y.max()) + 1
     ranked = [_by_weight(X[fold.train], y[fold.train]) for fold in folds]
     for share in dict.fromkeys(params["share"] for params in grid):
-        several = [params for params in grid if params["share"] == share]
-        found = []
+        candidates = [params for params in grid if params["share"] == share]
+        by_fold = []
         for fold, order in zip(folds, ranked, strict=True):
             columns = _first(order, share)
-            (solutions,) = linear.solve(X[np.ix_(fold.train, columns)], y[fold.train], [params["C"] for params in several])
-            found.append([(probabilities(one, X[np.ix_(fold.val, columns)], classes), one.converged) for one in solutions])
-        for number, params in enumerate(several):
-            answers = [attempts[number][0] for attempts in found]
-            yield Candidate(params, np.concatenate(answers), all(attempts[number][1] for attempts in found))
+            (solutions,) = linear.solve(
+                X[np.ix_(fold.train, columns)], y[fold.train], [params["C"] for params in candidates]
+            )
+            by_fold.append(
+                [
+                    (probabilities(solution, X[np.ix_(fold.val, columns)], classes), solution.converged)
+                    for solution in solutions
+                ]
+            )
+        for number, params in enumerate(candidates):
+            predictions = [attempts[number][0] for attempts in by_fold]
+            yield Candidate(params, np.concatenate(predictions), all(attempts[number][1] for attempts in by_fold))
 
 
 def _fit_selected(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:

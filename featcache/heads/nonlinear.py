@@ -37,10 +37,10 @@ def _neighbour_counts(count: int) -> list[Params]:
 def _sweep_knn(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     X, classes = normalize(X), int(y.max()) + 1
     most = max(params["k"] for params in grid)
-    found = [_nearest(X[fold.train], X[fold.val], min(most, len(fold.train))) for fold in folds]
+    nearest = [_nearest(X[fold.train], X[fold.val], min(most, len(fold.train))) for fold in folds]
     for params in grid:
         votes = []
-        for (index, cosines), fold in zip(found, folds, strict=True):
+        for (index, cosines), fold in zip(nearest, folds, strict=True):
             weights = np.exp((cosines[:, : params["k"]] - cosines[:, :1]) / TEMPERATURE)
             vote = np.zeros((len(fold.val), classes))
             labels = y[fold.train][index[:, : params["k"]]]
@@ -49,14 +49,14 @@ def _sweep_knn(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: i
         yield Candidate(params, np.concatenate(votes))
 
 
-def _smoothed(votes: NDArray[np.float64], count: int, known: Y_) -> NDArray[np.float64]:
+def _smoothed(votes: NDArray[np.float64], count: int, classes_there: Y_) -> NDArray[np.float64]:
     """Return shares of votes (n, classes) of so many neighbours with one vote more, which the known classes share.
 
     A class without a vote is not impossible: an exact zero would cost all of the log-loss that there is, and only the
     larger k would escape it. One vote in all, however many classes there are, is Perks's prior (1947).
     """
     smoothed = votes * (count / (count + 1))
-    smoothed[:, known] += 1 / (count + 1) / len(known)
+    smoothed[:, classes_there] += 1 / (count + 1) / len(classes_there)
     return smoothed
 
 
@@ -87,11 +87,11 @@ def _fit_knn(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
 
 
 def _sweep_centroid(_: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Candidate]:
-    classes, found = int(y.max()) + 1, []
+    classes, predictions = int(y.max()) + 1, []
     for fold in folds:
         head = _fit_centroid({}, X[fold.train], y[fold.train], seed)[0]
-        found.append(answers(head, X[fold.val], classes))
-    yield Candidate({}, np.concatenate(found))
+        predictions.append(answers(head, X[fold.val], classes))
+    yield Candidate({}, np.concatenate(predictions))
 
 
 def _fit_centroid(_: Params, X: X_, y: Y_, __: int) -> tuple[Pipeline, bool]:
@@ -100,7 +100,7 @@ def _fit_centroid(_: Params, X: X_, y: Y_, __: int) -> tuple[Pipeline, bool]:
     Not scikit-learn's NearestCentroid, whose probabilities are of another rule than its answers.
     """
     unit, classes = normalize(X), np.unique(y)
-    means = np.stack([unit[y == one].mean(axis=0, dtype=np.float64) for one in classes])
+    means = np.stack([unit[y == number].mean(axis=0, dtype=np.float64) for number in classes])
     head = linear_estimator(means / TEMPERATURE, -(means**2).sum(axis=1) / (2 * TEMPERATURE))[-1]
     head.classes_ = classes
     return make_pipeline(Normalizer().fit(X), head), True
@@ -145,18 +145,18 @@ def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed
     """Each width's kernel is mapped once, and all its C are solved together."""
     classes = int(y.max()) + 1
     for width in dict.fromkeys(params["width"] for params in grid):
-        several = [params for params in grid if params["width"] == width]
-        answers: list[list[X_]] = [[] for _ in several]
-        converged = [True] * len(several)
+        candidates = [params for params in grid if params["width"] == width]
+        predictions: list[list[X_]] = [[] for _ in candidates]
+        converged = [True] * len(candidates)
         for fold in folds:
             kernel = _kernel(width, X[fold.train], seed).fit(X[fold.train])
             train, val = kernel.transform(X[fold.train]), kernel.transform(X[fold.val])
-            (solutions,) = linear.solve(train, y[fold.train], [params["C"] for params in several])
+            (solutions,) = linear.solve(train, y[fold.train], [params["C"] for params in candidates])
             for number, solution in enumerate(solutions):
-                answers[number].append(probabilities(solution, val, classes))
+                predictions[number].append(probabilities(solution, val, classes))
                 converged[number] &= solution.converged
-        for params, found, good in zip(several, answers, converged, strict=True):
-            yield Candidate(params, np.concatenate(found), good)
+        for params, rows, is_optimal in zip(candidates, predictions, converged, strict=True):
+            yield Candidate(params, np.concatenate(rows), is_optimal)
 
 
 def _fit_rbf(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:

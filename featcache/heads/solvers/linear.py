@@ -74,8 +74,6 @@ def solve(
     loss: Loss = "softmax",
     standardise: bool = True,
     tolerance: float | None = None,
-    max_iterations: int = _MAX_ITERATIONS,
-    in_memory: bool = True,
 ) -> list[list[Solution]]:
     """Minimise scikit-learn's ``LogisticRegression`` objective for every C on every fold.
 
@@ -89,8 +87,6 @@ def solve(
         standardise: penalise the weights of (x - mean) / standard deviation, both over the fold's rows.
         tolerance: the share of the objective to which the bound of its distance to the optimum is to fall: 1e-4, and 1e-7
             where that costs next to nothing, if left out.
-        max_iterations: of one problem's L-BFGS, before Newton's method.
-        in_memory: keep a float32 copy of the features.
 
     Returns:
         For each fold the solutions, one a C.
@@ -99,17 +95,18 @@ def solve(
         ValueError: a fold trains on fewer than two classes.
     """
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
-    if in_memory and isinstance(X, np.ndarray) and max(map(np.count_nonzero, folds)) <= _FLAT * X.shape[1]:
-        return [_in_row_space(X[rows], y[rows], Cs, loss, standardise, tolerance, max_iterations) for rows in folds]
+    in_memory = not isinstance(X, LazyRows)  # else every pass reads the rows again, instead of a float32 copy of them
+    if isinstance(X, np.ndarray) and max(map(np.count_nonzero, folds)) <= _FLAT * X.shape[1]:
+        return [_in_row_space(X[rows], y[rows], Cs, loss, standardise, tolerance) for rows in folds]
     with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:
         passes = BatchedLoss(features, y, loss)
         if tolerance is None:
             tolerance = TOLERANCE if X.shape[0] * X.shape[1] * passes.outputs >= _LARGE else _SMALL_TOLERANCE
-        solver = _Path(passes, [y[rows] for rows in folds], tolerance, max_iterations)
+        solver = _Path(passes, [y[rows] for rows in folds], tolerance)
         order = np.argsort(Cs, kind="stable")
-        found = solver.run([float(Cs[index]) for index in order])
+        solutions_by_fold = solver.run([float(Cs[index]) for index in order])
     back = np.argsort(order)
-    return [[solutions[index] for index in back] for solutions in found]
+    return [[solutions[index] for index in back] for solutions in solutions_by_fold]
 
 
 def _in_row_space(
@@ -119,22 +116,19 @@ def _in_row_space(
     loss: Loss,
     standardise: bool,  # noqa: FBT001
     tolerance: float | None,
-    max_iterations: int,
 ) -> list[Solution]:
     """Solve in as many coordinates as there are rows: the weights are sums of rows (representer theorem: Kimeldorf 1971)."""
     with scaled(X, [np.ones(len(y), dtype=bool)], standardise=standardise, in_memory=False) as features:
         (fold,) = features.folds
     rows = (X.astype(np.float64) - fold.mean) / fold.scale
     values, vectors = eigh(rows @ rows.T, driver="evd", overwrite_a=True, check_finite=False)
-    there = values >= values[-1] * len(y) * np.finfo(np.float64).eps
-    lengths, vectors = np.sqrt(np.maximum(values[there], 0)), vectors[:, there]
-    ((*found,),) = solve(
-        vectors * lengths, y, Cs, loss=loss, standardise=False, tolerance=tolerance, max_iterations=max_iterations
-    )
+    is_axis = values >= values[-1] * len(y) * np.finfo(np.float64).eps
+    lengths, vectors = np.sqrt(np.maximum(values[is_axis], 0)), vectors[:, is_axis]
+    ((*solutions,),) = solve(vectors * lengths, y, Cs, loss=loss, standardise=False, tolerance=tolerance)
     shorter = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)  # all 0 where rows are all the same
     axes = (vectors * shorter).T @ rows / fold.scale
     back = []
-    for solution in found:
+    for solution in solutions:
         coefficients = solution.coefficients @ axes
         back.append(replace(solution, coefficients=coefficients, intercept=solution.intercept - coefficients @ fold.mean))
     return back
@@ -148,26 +142,25 @@ class _Problem:
     C: float
     descent: LBFGS
     double: bool
-    done: bool = False
+    is_near: bool = False
     curvature: Floats = field(default_factory=lambda: np.zeros(1))
     end: newton.Finish | None = None
 
 
 class _Path:
-    def __init__(self, passes: BatchedLoss, y: Sequence[NDArray[Any]], tolerance: float, max_iterations: int) -> None:
+    def __init__(self, passes: BatchedLoss, y: Sequence[NDArray[Any]], tolerance: float) -> None:
         self.passes = passes
         self.folds = passes.features.folds
         self.outputs = passes.outputs
-        self.softmax = all(some.ndim == 1 for some in y)
+        self.softmax = all(labels.ndim == 1 for labels in y)
         self.tolerance = tolerance
-        self.max_iterations = max_iterations
         self.double = tolerance < _DOUBLE_FROM
         size = len(passes.features.order) * passes.features.width * passes.outputs
         self.precise = self.double or size < _LARGE
         self.gram = passes.features.gram(sampled=not self.double)
         self.spread = float(np.trace(self.gram))
         self.axes: tuple[Floats, Floats] | None = None
-        self.starts, self.free = zip(*(self._start(some) for some in y), strict=True)
+        self.starts, self.free = zip(*(self._start(labels) for labels in y), strict=True)
 
     def _start(self, y: NDArray[Any]) -> tuple[Floats, NDArray[np.bool_]]:
         """Return a fold's constant model (k, d + 1), and for which of its k outputs there is something to learn."""
@@ -191,7 +184,7 @@ class _Path:
                 values, vectors = eigh(self.gram.astype(kind), driver="evd", check_finite=False)
             self.axes = np.maximum(values, 0).astype(np.float64), vectors.astype(np.float64)
         number = len(self.folds)
-        found: list[list[Solution]] = [[] for _ in range(number)]
+        solutions: list[list[Solution]] = [[] for _ in range(number)]
         points: list[list[Floats]] = [[] for _ in range(number)]
         ends: list[newton.Finish | None] = [None] * number
         before: list[float] = []
@@ -204,10 +197,10 @@ class _Path:
                 point = problem.descent.point
                 if problem.end is not None:
                     point, ends[problem.fold] = problem.end.point, problem.end
-                    found[problem.fold].append(self._solution(problem, problem.end))
+                    solutions[problem.fold].append(self._solution(problem, problem.end))
                 points[problem.fold] = [*points[problem.fold][-1:], point]
             before += group
-        return found
+        return solutions
 
     def _groups(self, Cs: Sequence[float]) -> list[tuple[list[float], bool]]:
         """Return which C are solved side by side, and whether they only lead to those that were asked for."""
@@ -239,7 +232,7 @@ class _Path:
         for turn in count():
             refresh = turn % _REFRESH == 0
             for double in (False, True):
-                active = [problem for problem in problems if not problem.done and problem.double is double]
+                active = [problem for problem in problems if not problem.is_near and problem.double is double]
                 if not active:
                     continue
                 trials = np.stack([problem.descent.trial for problem in active])
@@ -251,7 +244,7 @@ class _Path:
                         problem.descent.precondition = self._preconditioner(problem, problem.curvature)
                     gradient = self._whole(problem, slopes.weights[number], slopes.intercept[number], trials[number])
                     self._tell(problem, trials[number], slopes.loss[number], gradient, tolerance)
-            if all(problem.done for problem in problems):
+            if all(problem.is_near for problem in problems):
                 break
 
     def _finish(self, problems: Sequence[_Problem], before: Sequence[newton.Finish | None]) -> None:
@@ -275,18 +268,18 @@ class _Path:
     def _to_their_ends(self, problems: Sequence[_Problem], ends: Sequence[newton.Finish]) -> None:
         while True:
             for problem, end in zip(problems, ends, strict=True):
-                if end.wish == "begin":
+                if end.asks == "begin":
                     end.begin(self._preconditioner(problem, problem.curvature))
-            waiting = [pair for pair in zip(problems, ends, strict=True) if pair[1].wish]
+            waiting = [pair for pair in zip(problems, ends, strict=True) if pair[1].asks]
             if not waiting:
                 break
-            for wish, precise in product(("bend", "look"), (False, True)):
-                active = [pair for pair in waiting if pair[1].wish == wish and pair[1].precise is precise]
+            for asked, precise in product(("bend", "look"), (False, True)):
+                active = [pair for pair in waiting if pair[1].asks == asked and pair[1].precise is precise]
                 if not active:
                     continue
                 folds = [problem.fold for problem, _ in active]
                 points = np.stack([end.point for _, end in active])
-                if wish == "bend":
+                if asked == "bend":
                     moves = np.stack([end.direction for _, end in active])
                     weights, intercept = self.passes.bends(folds, points, moves, precise=precise)
                     for number, (problem, end) in enumerate(active):
@@ -311,12 +304,14 @@ class _Path:
         scale, fold = self._scale_of(problem), self.folds[problem.fold]
         return newton.Finish(
             point,
-            self.tolerance,
-            self.free[problem.fold],
-            1 + scale * fold.count * _STEEPEST[self.passes.loss] * self.spread,
+            newton.Terms(
+                goal=self.tolerance,
+                free=self.free[problem.fold],
+                top=1 + scale * fold.count * _STEEPEST[self.passes.loss] * self.spread,
+                scale=scale,
+                proven=self.precise or self._fits(problem),
+            ),
             precise=precise,
-            proven=self.precise or self._fits(problem),
-            scale=scale,
             solve=self._exactly(problem) if exactly else None,
         )
 
@@ -328,11 +323,11 @@ class _Path:
         end = self._new_end(problem, point, precise=precise, exactly=exactly)
         if not precise and np.isfinite(descent.value):
             end.tell_look(
-                newton.Seen(
+                newton.Evaluation(
                     descent.value, descent.gradient, np.inf, descent.gradient, scale * fold.count * problem.curvature
                 )
             )
-            if before is not None and end.wish == "begin" and np.array_equal(end.point, before.point):
+            if before is not None and end.asks == "begin" and np.array_equal(end.point, before.point):
                 end.take_over(before, self._preconditioner(problem, problem.curvature))
         return end
 
@@ -340,7 +335,7 @@ class _Path:
         scale, fold = self._scale_of(problem), self.folds[problem.fold]
         problem.curvature = ahead.curvature[number]
         end.tell_look(
-            newton.Seen(
+            newton.Evaluation(
                 scale * float(ahead.loss[number]) + float(np.vdot(point[:, :-1], point[:, :-1])) / 2,
                 self._whole(problem, ahead.weights[number], ahead.intercept[number], point),
                 scale * float(ahead.gap[number]),
@@ -380,7 +375,7 @@ class _Path:
             problem.double = True
             descent.restart()
             return
-        problem.done = near or descent.stalled or descent.iterations >= self.max_iterations
+        problem.is_near = near or descent.stalled or descent.iterations >= _MAX_ITERATIONS
 
     def _preconditioner(self, problem: _Problem, curvature: Floats) -> Precondition:
         fold = self.folds[problem.fold]
@@ -397,8 +392,8 @@ class _Path:
 
         def apply(gradient: Floats) -> Floats:
             turned = turn.T @ gradient if turn is not None else gradient
-            both = np.concatenate([inside(turned[:, :-1]), turned[:, -1:] * by_intercept[:, None]], axis=1)
-            return turn @ both if turn is not None else both
+            parts = np.concatenate([inside(turned[:, :-1]), turned[:, -1:] * by_intercept[:, None]], axis=1)
+            return turn @ parts if turn is not None else parts
 
         return apply
 

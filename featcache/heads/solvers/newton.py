@@ -91,19 +91,19 @@ class LBFGS:
         self.trial = self.point + direction
 
     def _two_loops(self) -> Floats:
-        found, shares = self.gradient, []
+        direction, shares = self.gradient, []
         for move, change, inverse in reversed(self._pairs):
-            share = inverse * float(np.vdot(move, found))
-            found = found - share * change
+            share = inverse * float(np.vdot(move, direction))
+            direction = direction - share * change
             shares.append(share)
-        found = self.precondition(found)
+        direction = self.precondition(direction)
         for (move, change, inverse), share in zip(self._pairs, reversed(shares), strict=True):
-            found = found + (share - inverse * float(np.vdot(change, found))) * move
-        return -found
+            direction = direction + (share - inverse * float(np.vdot(change, direction))) * move
+        return -direction
 
 
 @dataclass(frozen=True)
-class Seen:
+class Evaluation:
     """A problem after a step: its value and gradient (k, d + 1), and what bounds its distance to the optimum.
 
     The losses' derivatives that the second-order model predicts are a point of the dual problem: ``gap`` is what they lose
@@ -118,10 +118,29 @@ class Seen:
     stiffness: Floats
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a problem's last way down keeps to.
+
+    Attributes:
+        goal: the share of the value to which the bound is to fall.
+        free: which of the k outputs there is something to learn for.
+        top: an upper bound of the value's second derivatives by the weights.
+        scale: by which losses are multiplied.
+        proven: the bound is a proof; else conjugate gradients' own view of the curvature may be believed, with a margin.
+    """
+
+    goal: float
+    free: NDArray[np.bool_]
+    top: float
+    scale: float
+    proven: bool
+
+
 class Finish:
     """One problem's last way down: Newton steps by conjugate gradients (Nocedal and Wright 2006, algorithm 7.1).
 
-    Driven from outside, as ``LBFGS``: while ``wish`` is "bend", evaluate the second derivative along ``direction`` and
+    Driven from outside, as ``LBFGS``: while ``asks`` is "bend", evaluate the second derivative along ``direction`` and
     tell it; while it is "look", evaluate the problem at ``point`` plus ``move``; where it is "begin", call that.
 
     What is left is bounded at every look. The penalty alone makes the value grow by half of the squared distance, so that
@@ -131,25 +150,17 @@ class Finish:
 
     Args:
         point: weights and, last, intercepts (k, d + 1).
-        goal: the share of the value to which the bound is to fall.
-        free: which of the k outputs there is something to learn for.
-        top: an upper bound of the value's second derivatives by the weights.
+        terms: what stays as it is on the whole way.
         precise: evaluated in float64.
-        proven: the bound is a proof; else conjugate gradients' own view of the curvature may be believed, with a margin.
-        scale: by which losses are multiplied.
         solve: gives the exact Newton direction at a point and its gradient, in place of conjugate gradients.
     """
 
     def __init__(
         self,
         point: Floats,
-        goal: float,
-        free: NDArray[np.bool_],
-        top: float,
+        terms: Terms,
         *,
         precise: bool,
-        proven: bool,
-        scale: float,
         solve: Callable[[Floats, Floats], Floats] | None = None,
     ) -> None:
         self.point = point
@@ -159,19 +170,20 @@ class Finish:
         self.steps = 0
         self.bends = 0
         self.converged = False
-        self.wish: Literal["bend", "look", "begin", ""] = "look"
+        self.asks: Literal["bend", "look", "begin", ""] = "look"
         self.move: Floats = np.zeros_like(point)
         self.direction: Floats = np.zeros_like(point)
         self.precise = precise
-        self._goal, self._free, self._top, self._proven, self._solve = goal, free, top, proven, solve
-        self.scale = scale
+        self._goal, self._free, self._top, self._proven = terms.goal, terms.free, terms.top, terms.proven
+        self._solve = solve
+        self.scale = terms.scale
         self._length, self._slope, self._idle = 1.0, 0.0, 0
         self._stiffness: Floats = np.zeros(1)
         self._left = np.inf
         self.least = 0.0
         self.rest = self.move
 
-    def tell_look(self, seen: Seen) -> None:
+    def tell_look(self, seen: Evaluation) -> None:
         """Take what is seen at ``point`` plus ``move``; stay there, or ask for a shorter step."""
         noise = _NOISE[self.precise] * abs(self.value) if np.isfinite(self.value) else np.inf
         if -self._slope <= _TINY * abs(self.value):
@@ -180,7 +192,7 @@ class Finish:
             self._length /= 4
             self.move = self.move / 4
             if self._length < _SHORTEST:
-                self.wish = ""
+                self.asks = ""
             return
         first = np.isinf(self.value)
         self._idle = self._idle + 1 if not first and self.value - seen.value <= noise else 0
@@ -193,7 +205,7 @@ class Finish:
         self.bound = min(self.distance(self.gradient), seen.gap + residual)
         self.converged = bool(self.bound <= self._goal * self.value)
         self.steps += not first
-        self.wish = "" if self.converged or self.steps >= _MOST_STEPS or self._idle >= _IDLE else "begin"
+        self.asks = "" if self.converged or self.steps >= _MOST_STEPS or self._idle >= _IDLE else "begin"
 
     def begin(self, precondition: Callable[[Floats], Floats]) -> None:
         """Start a step, with an approximate inverse of the second derivatives at ``point``."""
@@ -212,7 +224,7 @@ class Finish:
         self._shares: list[float] = []
         self.direction = -turned
         self._levelling = False
-        self.wish = "bend"
+        self.asks = "bend"
 
     def take_over(self, before: "Finish", precondition: Callable[[Floats], Floats]) -> None:
         """Try what was found of the curvature at the same point, of losses that counted less: its direction may serve."""
@@ -225,7 +237,7 @@ class Finish:
         left = float(np.vdot(rest, precondition(rest))) / min(before.least, 1.0)
         bound = _MARGIN * promised + _DOUBT * left
         if bound <= self._goal * self.value:
-            self.bound, self.converged, self.wish = bound, True, ""
+            self.bound, self.converged, self.asks = bound, True, ""
             self.move, self.rest, self.least = before.move, rest, before.least
 
     def tell_bend(self, bend: Floats) -> None:
@@ -253,7 +265,7 @@ class Finish:
         goal = self._goal * self.value
         estimate = _MARGIN * self._promised + _DOUBT * self._left
         if not self._proven and estimate <= goal and len(self._lengths) >= _FEWEST:
-            self.bound, self.converged, self.wish = estimate, True, ""
+            self.bound, self.converged, self.asks = estimate, True, ""
         elif self._promised > _NEAR * goal and self._measure <= _FORCING**2 * self._first:
             self._step()
         elif self._left <= _ENOUGH * goal or len(self._lengths) >= _MOST_BENDS:
@@ -272,15 +284,15 @@ class Finish:
         The least of them relative to the preconditioner is an eigenvalue of the tridiagonal matrix that conjugate gradients
         build (Golub and Meurant 2010, section 12.1), or a little above one.
         """
-        left = float(np.linalg.norm(self.rest[:, :-1])) ** 2 / 2 + self._share(self.rest) / 2
+        bound = float(np.linalg.norm(self.rest[:, :-1])) ** 2 / 2 + self._share(self.rest) / 2
         if self._proven:
-            return left
+            return bound
         lengths, shares = np.array(self._lengths), np.array(self._shares)
         diagonal = 1 / lengths
         diagonal[1:] += shares[:-1] / lengths[:-1]
         beside = np.sqrt(shares[:-1]) / lengths[:-1]
         self.least = float(eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(0, 0))[0])
-        return left if len(lengths) < _FEWEST else min(left, self._measure / max(self.least, 1e-300))
+        return bound if len(lengths) < _FEWEST else min(bound, self._measure / max(self.least, 1e-300))
 
     def _share(self, gradient: Floats) -> float:
         return max(float(np.vdot(gradient[:, -1], self._lift(gradient))), 0.0)
@@ -288,12 +300,12 @@ class Finish:
     def _lift(self, gradient: Floats) -> Floats:
         """Return by how much the intercepts (k,) are to fall for their part of a gradient to vanish."""
         if self._stiffness.ndim == 1:
-            there = self._stiffness > _FLAT * self._stiffness.max(initial=0)
-            return np.where(there, gradient[:, -1] / np.where(there, self._stiffness, 1), 0)
+            is_stiff = self._stiffness > _FLAT * self._stiffness.max(initial=0)
+            return np.where(is_stiff, gradient[:, -1] / np.where(is_stiff, self._stiffness, 1), 0)
         values, vectors = np.linalg.eigh(self._stiffness)
-        there = values > _FLAT * max(values[-1], 0)
+        is_stiff = values > _FLAT * max(values[-1], 0)
         turned = vectors.T @ gradient[:, -1]
-        lifted: Floats = vectors @ np.where(there, turned / np.where(there, values, 1), 0)
+        lifted: Floats = vectors @ np.where(is_stiff, turned / np.where(is_stiff, values, 1), 0)
         return lifted
 
     def _level(self) -> None:
@@ -307,7 +319,7 @@ class Finish:
 
     def _step(self) -> None:
         self._slope = min(float(np.vdot(self.gradient, self.move)), 0.0)
-        self.wish = "look"
+        self.asks = "look"
 
 
 def direction(matrix: Floats, gradient: Floats) -> Floats:
@@ -321,8 +333,8 @@ def direction(matrix: Floats, gradient: Floats) -> Floats:
             diagonal += more
             more *= 100
             continue
-        found: Floats = -cho_solve(factor, gradient.reshape(-1), check_finite=False).reshape(gradient.shape)
-        return found
+        step: Floats = -cho_solve(factor, gradient.reshape(-1), check_finite=False).reshape(gradient.shape)
+        return step
 
 
 def hessian(affine: Floats, shares: Floats, C: float) -> Floats:
@@ -334,13 +346,13 @@ def hessian(affine: Floats, shares: Floats, C: float) -> Floats:
         C: inverse penalty. Intercepts that all rise together cost something, so that there is an inverse.
     """
     outputs, width = shares.shape[1], affine.shape[1]
-    whole = np.empty((outputs, width, outputs, width))
-    for one in range(outputs):
-        for other in range(one + 1):
-            weight = C * shares[:, one] * ((one == other) - shares[:, other])
-            whole[one, :, other] = whole[other, :, one] = (affine * weight[:, None]).T @ affine
-    for one in range(outputs):
-        diagonal = np.einsum("ii->i", whole[one, :, one])
+    blocks = np.empty((outputs, width, outputs, width))
+    for row in range(outputs):
+        for column in range(row + 1):
+            weight = C * shares[:, row] * ((row == column) - shares[:, column])
+            blocks[row, :, column] = blocks[column, :, row] = (affine * weight[:, None]).T @ affine
+    for row in range(outputs):
+        diagonal = np.einsum("ii->i", blocks[row, :, row])
         diagonal[:-1] += 1
-    whole[:, -1, :, -1] += np.trace(whole[:, -1, :, -1]) / outputs + 1
-    return whole.reshape(outputs * width, outputs * width)
+    blocks[:, -1, :, -1] += np.trace(blocks[:, -1, :, -1]) / outputs + 1
+    return blocks.reshape(outputs * width, outputs * width)

@@ -104,14 +104,14 @@ class BatchedLoss:
         flat: Rows = (weights * stretch).astype(kind)
         offset = (intercept + (weights * shift).sum(axis=2)).astype(kind)
         blocks = self.features.blocks if offset.size > _FEW_COLUMNS or precise else self.features.long_blocks
-        first, *others = self.features.shared(lambda some: self._some(some, fold_of, flat, offset, kind, curvature), blocks)
-        for other in others:
-            first += other
+        first, *shares = self.features.shared(lambda part: self._sums(part, fold_of, flat, offset, kind, curvature), blocks)
+        for share in shares:
+            first += share
         first.weights = first.weights * stretch + first.intercept[:, :, None] * shift
         first.curvature /= np.array([fold.count for fold in folds]).reshape(-1, *[1] * (first.curvature.ndim - 1))
         return first
 
-    def _some(
+    def _sums(
         self,
         blocks: Sequence[slice],
         fold_of: Sequence[int],
@@ -121,8 +121,8 @@ class BatchedLoss:
         curvature: bool,  # noqa: FBT001
     ) -> Gradients:
         count, outputs, width = weights.shape
-        whole = self._signs is None and outputs <= WHOLE_CURVATURE
-        bent = (count, outputs, outputs) if whole else (count, outputs)
+        is_whole = self._signs is None and outputs <= WHOLE_CURVATURE
+        bent = (count, outputs, outputs) if is_whole else (count, outputs)
         sums = Gradients(np.zeros(count), np.zeros((count, outputs, width)), np.zeros((count, outputs)), np.zeros(bent))
         packed: dict[tuple[int, ...], tuple[Rows, Rows]] = {}
         for block in blocks:
@@ -132,21 +132,21 @@ class BatchedLoss:
             index: Any = slice(None) if len(active) == count else list(active)
             if active not in packed:
                 packed[active] = weights[index].reshape(-1, width), offset[index][:, :, None]
-            some, start = packed[active]
+            flat, start = packed[active]
             rows = self.features.block(block, kind)
-            wide = _products(some, rows)
+            wide = _products(flat, rows)
             values = wide.reshape(len(active), outputs, len(rows))
             values += start
             counts: Rows = np.stack([self.features.trains[fold_of[number]][block] for number in active]).astype(kind)
             with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
                 if self._signs is None:
-                    wish = ("whole" if whole else "diagonal") if curvature else "none"
-                    loss, found = _softmax(values, self.y[block], counts, wish)
+                    wanted_part = ("whole" if is_whole else "diagonal") if curvature else "none"
+                    loss, curved = _softmax(values, self.y[block], counts, wanted_part)
                 else:
-                    loss, found = _ONE_BY_ONE[self.loss](values, self._signs[:, block], counts[:, None])
+                    loss, curved = _ONE_BY_ONE[self.loss](values, self._signs[:, block], counts[:, None])
             sums.loss[index] += loss
             if curvature:
-                sums.curvature[index] += found
+                sums.curvature[index] += curved
             sums.intercept[index] += values.sum(axis=2, dtype=np.float64)
             sums.weights[index] += _summed_products(wide, rows).reshape(len(active), outputs, width)
         return sums
@@ -162,7 +162,7 @@ class BatchedLoss:
         """
         count, outputs, width = len(points), self.outputs, self.features.width
 
-        def some(blocks: Sequence[slice], flat: Rows, offset: Rows, kind: type) -> tuple[Floats, Floats]:
+        def bend_blocks(blocks: Sequence[slice], flat: Rows, offset: Rows, kind: type) -> tuple[Floats, Floats]:
             weights, intercept = np.zeros((count, outputs, width)), np.zeros((count, outputs))
             for block, active, rows, scores, shifts, counts in self._pairs(blocks, fold_of, flat, offset, kind):
                 if self._signs is None:
@@ -170,18 +170,18 @@ class BatchedLoss:
                 else:
                     _BENT[self.loss](scores, shifts, self._signs[:, block], counts[:, None])
                 intercept[active] += shifts.sum(axis=2, dtype=np.float64)
-                found = _summed_products(shifts.reshape(-1, len(rows)), rows)
-                weights[active] += found.reshape(len(shifts), outputs, width)
+                products = _summed_products(shifts.reshape(-1, len(rows)), rows)
+                weights[active] += products.reshape(len(shifts), outputs, width)
             return weights, intercept
 
-        (weights, intercept), stretch, shift = self._both(some, fold_of, points, moves, precise=precise)
+        (weights, intercept), stretch, shift = self._both(bend_blocks, fold_of, points, moves, precise=precise)
         return weights * stretch + intercept[:, :, None] * shift, intercept
 
     def ahead(self, fold_of: Sequence[int], points: Floats, moves: Floats, *, precise: bool) -> Ahead:
         """Return what p models are after a step each, and what their second-order models said of it; see ``bends``."""
         count, outputs, width = len(points), self.outputs, self.features.width
 
-        def some(blocks: Sequence[slice], flat: Rows, offset: Rows, kind: type) -> tuple[Ahead]:
+        def look_ahead(blocks: Sequence[slice], flat: Rows, offset: Rows, kind: type) -> tuple[Ahead]:
             def zeros(*shape: int) -> Floats:
                 return np.zeros((count, *shape))
 
@@ -193,23 +193,23 @@ class BatchedLoss:
                 scores, shifts = narrow.astype(np.float64), moved.astype(np.float64)
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of a step that is too long
                     if self._signs is None:
-                        loss, gap, there, dual, bent = _softmax_ahead(scores, shifts, self.y[block], counts)
+                        loss, gap, slopes, dual, bent = _softmax_ahead(scores, shifts, self.y[block], counts)
                     else:
                         signs = self._signs[:, block].astype(np.float64)
-                        loss, gap, there, dual, bent = _AHEAD[self.loss](scores, shifts, signs, counts[:, None])
+                        loss, gap, slopes, dual, bent = _AHEAD[self.loss](scores, shifts, signs, counts[:, None])
                 sums.loss[active] += loss
                 sums.gap[active] += gap
                 sums.curvature[active] += bent
-                sums.intercept[active] += there.sum(axis=2)
+                sums.intercept[active] += slopes.sum(axis=2)
                 sums.dual_intercept[active] += dual.sum(axis=2)
-                both: Rows = np.concatenate([there.reshape(-1, len(rows)), dual.reshape(-1, len(rows))]).astype(kind)
-                found = _summed_products(both, rows).reshape(2, len(loss), outputs, width)
-                sums.weights[active] += found[0]
-                sums.dual_weights[active] += found[1]
+                pairs: Rows = np.concatenate([slopes.reshape(-1, len(rows)), dual.reshape(-1, len(rows))]).astype(kind)
+                products = _summed_products(pairs, rows).reshape(2, len(loss), outputs, width)
+                sums.weights[active] += products[0]
+                sums.dual_weights[active] += products[1]
             return (sums,)
 
-        found, stretch, shift = self._both(some, fold_of, points, moves, precise=precise)
-        sums: Ahead = found[0]
+        (sums,), stretch, shift = self._both(look_ahead, fold_of, points, moves, precise=precise)
+        assert isinstance(sums, Ahead)
         sums.weights = sums.weights * stretch + sums.intercept[:, :, None] * shift
         sums.dual_weights = sums.dual_weights * stretch + sums.dual_intercept[:, :, None] * shift
         counts = np.array([self.features.folds[number].count for number in fold_of])
@@ -217,21 +217,21 @@ class BatchedLoss:
         return sums
 
     def _both(
-        self, some: Any, fold_of: Sequence[int], points: Floats, moves: Floats, *, precise: bool
+        self, evaluate: Any, fold_of: Sequence[int], points: Floats, moves: Floats, *, precise: bool
     ) -> tuple[Any, Floats, Floats]:
         """Sum over all blocks what a function finds for points and moves, given in the coordinates of the cached rows."""
         kind: type = np.float64 if precise else np.float32
         folds = [self.features.folds[number] for number in fold_of]
         stretch = np.stack([self.features.scale / fold.scale for fold in folds])[:, None]
         shift = np.stack([(self.features.mean - fold.mean) / fold.scale for fold in folds])[:, None]
-        both = np.stack([points, moves], axis=1)  # (p, 2, k, d + 1)
-        flat: Rows = (both[..., :-1] * stretch[:, None]).astype(kind)
-        offset = (both[..., -1] + (both[..., :-1] * shift[:, None]).sum(axis=3)).astype(kind)
+        pairs = np.stack([points, moves], axis=1)  # (p, 2, k, d + 1)
+        flat: Rows = (pairs[..., :-1] * stretch[:, None]).astype(kind)
+        offset = (pairs[..., -1] + (pairs[..., :-1] * shift[:, None]).sum(axis=3)).astype(kind)
         blocks = self.features.blocks if offset.size > _FEW_COLUMNS or precise else self.features.long_blocks
-        first, *others = self.features.shared(lambda share: some(share, flat, offset, kind), blocks)
-        for other in others:
-            for mine, its in zip(first, other, strict=True):
-                mine += its  # noqa: PLW2901 - in place
+        first, *shares = self.features.shared(lambda share: evaluate(share, flat, offset, kind), blocks)
+        for share in shares:
+            for total, addend in zip(first, share, strict=True):
+                total += addend  # noqa: PLW2901 - in place
         return first, stretch, shift
 
     def _pairs(
@@ -259,20 +259,20 @@ def _products(weights: Rows, rows: Rows) -> Rows:
         return weights @ rows.T
     turned, out = np.ascontiguousarray(weights.T), np.empty((len(rows), len(weights)), weights.dtype)
     pieces, step = _pieces(len(rows), weights.size)
-    whole = pieces * step
-    by_piece = rows[:whole].reshape(pieces, step, rows.shape[1])
-    np.matmul(by_piece, turned, out=out[:whole].reshape(pieces, step, len(weights)))
-    np.matmul(rows[whole:], turned, out=out[whole:])
+    even = pieces * step
+    by_piece = rows[:even].reshape(pieces, step, rows.shape[1])
+    np.matmul(by_piece, turned, out=out[:even].reshape(pieces, step, len(weights)))
+    np.matmul(rows[even:], turned, out=out[even:])
     return np.ascontiguousarray(out.T)
 
 
 def _summed_products(values: Rows, rows: Rows) -> Rows:
     """Return values (m, r) times rows (r, d), (m, d)."""
     pieces, step = _pieces(len(rows), len(values) * rows.shape[1])
-    whole = pieces * step
-    by_piece = values[:, :whole].reshape(len(values), pieces, step).transpose(1, 0, 2)
-    total: Rows = np.matmul(by_piece, rows[:whole].reshape(pieces, step, rows.shape[1])).sum(axis=0)
-    return total + values[:, whole:] @ rows[whole:] if whole < len(rows) else total
+    even = pieces * step
+    by_piece = values[:, :even].reshape(len(values), pieces, step).transpose(1, 0, 2)
+    total: Rows = np.matmul(by_piece, rows[:even].reshape(pieces, step, rows.shape[1])).sum(axis=0)
+    return total + values[:, even:] @ rows[even:] if even < len(rows) else total
 
 
 def _pieces(rows: int, cost: int) -> tuple[int, int]:
@@ -285,32 +285,32 @@ def _pieces(rows: int, cost: int) -> tuple[int, int]:
     return (rows // step, step) if 0 < step < rows else (1, rows)
 
 
-def _softmax(outputs: Rows, truth: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:
+def _softmax(outputs: Rows, y_true: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:
     """Return the losses (p,) of outputs (p, k, r), C-contiguous, and the "whole" curvature, its "diagonal" or "none" (0,).
 
     The outputs become the losses' derivatives.
     """
-    flat, true = outputs.reshape(len(outputs), -1), truth * len(truth) + np.arange(len(truth))
+    flat, true = outputs.reshape(len(outputs), -1), y_true * len(y_true) + np.arange(len(y_true))
     outputs -= outputs.max(axis=1, keepdims=True)
-    of_truth = np.take(flat, true, axis=1)
+    score_of_true = np.take(flat, true, axis=1)
     np.exp(outputs, out=outputs)
-    right = np.take(flat, true, axis=1)
+    of_true = np.take(flat, true, axis=1)
     flat[:, true] = 0
-    wrong = outputs.sum(axis=1)  # without the right class: 1 - p and log(p) of a p near 1 keep their digits
-    total = wrong + right
-    near = np.log1p(wrong / np.maximum(right, _UNLIKELY))
-    spent = (np.where(right > _UNLIKELY, near, np.log(total) - of_truth) * counts).sum(axis=1, dtype=np.float64)
-    flat[:, true] = right
+    of_others = outputs.sum(axis=1)  # without the right class: 1 - p and log(p) of a p near 1 keep their digits
+    total = of_others + of_true
+    near = np.log1p(of_others / np.maximum(of_true, _UNLIKELY))
+    spent = (np.where(of_true > _UNLIKELY, near, np.log(total) - score_of_true) * counts).sum(axis=1, dtype=np.float64)
+    flat[:, true] = of_true
     outputs *= (counts / total)[:, None]
-    found = np.zeros(0)
+    bent = np.zeros(0)
     if curvature == "whole":
-        found = -np.matmul(outputs, outputs.transpose(0, 2, 1)).astype(np.float64)
+        bent = -np.matmul(outputs, outputs.transpose(0, 2, 1)).astype(np.float64)
         diagonal = np.arange(outputs.shape[1])
-        found[:, diagonal, diagonal] += outputs.sum(axis=2, dtype=np.float64)
+        bent[:, diagonal, diagonal] += outputs.sum(axis=2, dtype=np.float64)
     elif curvature == "diagonal":
-        found = (outputs * (1 - outputs)).sum(axis=2, dtype=np.float64)
-    flat[:, true] = -wrong / total * counts
-    return spent, found
+        bent = (outputs * (1 - outputs)).sum(axis=2, dtype=np.float64)
+    flat[:, true] = -of_others / total * counts
+    return spent, bent
 
 
 def _sigmoid(outputs: Rows, signs: Rows, counts: Rows) -> tuple[Floats, Floats]:
@@ -318,9 +318,9 @@ def _sigmoid(outputs: Rows, signs: Rows, counts: Rows) -> tuple[Floats, Floats]:
     outputs *= signs
     spent = (np.logaddexp(0, -outputs) * counts).sum(axis=(1, 2), dtype=np.float64)
     wrong = counts / (1 + np.exp(np.minimum(outputs, 80)))
-    found = (wrong * (1 - wrong)).sum(axis=2, dtype=np.float64)
+    curvature = (wrong * (1 - wrong)).sum(axis=2, dtype=np.float64)
     np.multiply(wrong, -signs, out=outputs)
-    return spent, found
+    return spent, curvature
 
 
 def _squared_hinge(outputs: Rows, signs: Rows, counts: Rows) -> tuple[Floats, Floats]:
@@ -328,22 +328,22 @@ def _squared_hinge(outputs: Rows, signs: Rows, counts: Rows) -> tuple[Floats, Fl
     outputs *= signs
     slack = np.maximum(0, 1 - outputs) * counts
     spent = np.einsum("pkr,pkr->p", slack, slack, dtype=np.float64)
-    found = 2 * (slack > 0).sum(axis=2, dtype=np.float64)
+    curvature = 2 * (slack > 0).sum(axis=2, dtype=np.float64)
     np.multiply(slack, -2 * signs, out=outputs)
-    return spent, found
+    return spent, curvature
 
 
 def _shares(outputs: Rows) -> Rows:
     """Return the softmax (p, k, r) of outputs."""
-    found: Rows = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    found /= found.sum(axis=1, keepdims=True)
-    return found
+    shares: Rows = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return shares
 
 
-def _softmax_bend(outputs: Rows, moves: Rows, truth: NDArray[np.int64], counts: Rows) -> None:
+def _softmax_bend(outputs: Rows, moves: Rows, y_true: NDArray[np.int64], counts: Rows) -> None:
     """Turn moves of outputs (p, k, r) into those of the losses' derivatives."""
     shares = _shares(outputs)
-    moves -= moves[:, None, truth, np.arange(len(truth))]  # nothing is cancelled where the right class is nearly certain
+    moves -= moves[:, None, y_true, np.arange(len(y_true))]  # nothing is cancelled where the right class is nearly certain
     moves -= (shares * moves).sum(axis=1, keepdims=True)
     moves *= shares
     moves *= counts
@@ -362,7 +362,7 @@ _BENT = {"sigmoid": _sigmoid_bend, "squared_hinge": _squared_hinge_bend}
 _Seen = tuple[Floats, Floats, Floats, Floats, Floats]
 
 
-def _softmax_ahead(outputs: Floats, moves: Floats, truth: NDArray[np.int64], counts: Rows) -> _Seen:
+def _softmax_ahead(outputs: Floats, moves: Floats, y_true: NDArray[np.int64], counts: Rows) -> _Seen:
     """Return losses (p,), gaps (p,), derivatives, predicted ones (p, k, r) and curvature, when outputs have moved.
 
     A row's gap is the divergence of its new probabilities from what was predicted of them: p (1 + z), where z is the move
@@ -378,16 +378,16 @@ def _softmax_ahead(outputs: Floats, moves: Floats, truth: NDArray[np.int64], cou
     ratios = np.log(np.where(raised > 0, raised / total, 1)) - z + rise
     gap = ((dual * ratios).sum(axis=1) * counts).sum(axis=1)
     after = outputs + moves
-    row = np.arange(len(truth))
-    loss = ((logsumexp(after, axis=1) - after[:, truth, row]) * counts).sum(axis=1)
-    there = _shares(after) * counts[:, None]
-    curvature = -np.matmul(there, there.transpose(0, 2, 1))
-    diagonal = np.arange(there.shape[1])
-    curvature[:, diagonal, diagonal] += there.sum(axis=2)
+    row = np.arange(len(y_true))
+    loss = ((logsumexp(after, axis=1) - after[:, y_true, row]) * counts).sum(axis=1)
+    slopes = _shares(after) * counts[:, None]
+    curvature = -np.matmul(slopes, slopes.transpose(0, 2, 1))
+    diagonal = np.arange(slopes.shape[1])
+    curvature[:, diagonal, diagonal] += slopes.sum(axis=2)
     dual *= counts[:, None]
-    there[:, truth, row] -= counts
-    dual[:, truth, row] -= counts
-    return loss, np.maximum(gap, 0), there, dual, curvature
+    slopes[:, y_true, row] -= counts
+    dual[:, y_true, row] -= counts
+    return loss, np.maximum(gap, 0), slopes, dual, curvature
 
 
 def _sigmoid_ahead(outputs: Floats, moves: Floats, signs: Floats, counts: Rows) -> _Seen:
@@ -398,13 +398,13 @@ def _sigmoid_ahead(outputs: Floats, moves: Floats, signs: Floats, counts: Rows) 
     right_z, wrong_z = wrong * steps, -right * steps
     rise = np.log1p(right * np.expm1(np.minimum(right_z, 700)) + wrong * np.expm1(np.minimum(wrong_z, 700)))
     dual = np.clip(wrong * (1 + wrong_z), 0, 1)
-    other = np.clip(right * (1 + right_z), 0, 1)
+    dual_right = np.clip(right * (1 + right_z), 0, 1)
     gap = xlogy(dual, np.maximum(1 + wrong_z, 0)) + dual * (rise - wrong_z)
-    gap += xlogy(other, np.maximum(1 + right_z, 0)) + other * (rise - right_z)
-    there = expit(-after)
+    gap += xlogy(dual_right, np.maximum(1 + right_z, 0)) + dual_right * (rise - right_z)
+    slopes = expit(-after)
     loss = (np.logaddexp(0, -after) * counts).sum(axis=(1, 2))
-    curvature = (there * (1 - there) * counts).sum(axis=2)
-    return loss, np.maximum((gap * counts).sum(axis=(1, 2)), 0), -signs * there * counts, -signs * dual * counts, curvature
+    curvature = (slopes * (1 - slopes) * counts).sum(axis=2)
+    return loss, np.maximum((gap * counts).sum(axis=(1, 2)), 0), -signs * slopes * counts, -signs * dual * counts, curvature
 
 
 def _squared_hinge_ahead(outputs: Floats, moves: Floats, signs: Floats, counts: Rows) -> _Seen:

@@ -50,14 +50,14 @@ class ScaledRows:
         self, X: "Rows | LazyRows", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
     ) -> None:
         groups = np.zeros(len(X), np.int64)
-        for number, some in enumerate(rows):
-            groups |= some.astype(np.int64) << number
+        for number, is_used in enumerate(rows):
+            groups |= is_used.astype(np.int64) << number
         self.order = np.argsort(groups, kind="stable")[np.count_nonzero(groups == 0) :] if in_memory else np.arange(len(X))
         self.trains = [(groups[self.order] >> number & 1).astype(bool) for number in range(len(rows))]
         self.width = X.shape[1]
         self.blocks = _slices(len(self.order), max(64, _BLOCK_BYTES // (4 * max(1, self.width))))
-        wanted = math.ceil(4 * self.width * len(self.order) / _LONG_BLOCK_BYTES / cores()) * cores()
-        self.long_blocks = _slices(len(self.order), max(64, math.ceil(len(self.order) / max(1, wanted))))
+        long_count = math.ceil(4 * self.width * len(self.order) / _LONG_BLOCK_BYTES / cores()) * cores()
+        self.long_blocks = _slices(len(self.order), max(64, math.ceil(len(self.order) / max(1, long_count))))
         self._groups = groups[self.order]
         self._source = X
         self._moved = bool((self.order != np.arange(len(self.order))).any())
@@ -98,8 +98,8 @@ class ScaledRows:
         """Call a function once a core with its share of the blocks, all of them if left out."""
         blocks = self.blocks if blocks is None else blocks
         count = min(cores(), len(blocks))
-        others = [self._workers.submit(act, blocks[number::count]) for number in range(1, count)]
-        return [act(blocks[::count]), *(other.result() for other in others)]
+        waiting = [self._workers.submit(act, blocks[number::count]) for number in range(1, count)]
+        return [act(blocks[::count]), *(share.result() for share in waiting)]
 
     def block(self, block: slice, kind: type = np.float32) -> Rows:
         """Return some rows (b, d), centred and scaled."""
@@ -114,9 +114,9 @@ class ScaledRows:
         """
         stretch = np.ones(self.width) if self._standardise else self.scale
         kind: type = np.float32 if sampled else np.float64
-        wanted = self.sample(_GRAM_ROWS * self.width) if sampled else self.blocks
+        sampled_blocks = self.sample(_GRAM_ROWS * self.width) if sampled else self.blocks
 
-        def some(blocks: Sequence[slice]) -> tuple[Floats, int]:
+        def gram_of(blocks: Sequence[slice]) -> tuple[Floats, int]:
             total: Rows = np.zeros((self.width, self.width), kind)
             count = 0
             for block in blocks:
@@ -126,7 +126,7 @@ class ScaledRows:
                 count += len(rows)
             return total.astype(np.float64), count
 
-        parts = self.shared(some, wanted)
+        parts = self.shared(gram_of, sampled_blocks)
         total, count = sum(part for part, _ in parts), sum(count for _, count in parts)
         return total / count * stretch[:, None] * stretch
 
@@ -139,14 +139,14 @@ class ScaledRows:
         """Return the mean of x t' (d, t) over the rows in use, ``targets`` (n, t), in the same coordinates."""
         stretch = np.ones(self.width) if self._standardise else self.scale
 
-        def some(blocks: Sequence[slice]) -> Floats:
+        def cross_of(blocks: Sequence[slice]) -> Floats:
             total = np.zeros((self.width, targets.shape[1]))
             for block in blocks:
                 used = self._groups[block] > 0
                 total += self.block(block, np.float64)[used].T @ targets[self.order[block]][used]
             return total
 
-        return np.sum(self.shared(some), axis=0) / self.count * stretch[:, None]  # type: ignore[no-any-return]
+        return np.sum(self.shared(cross_of), axis=0) / self.count * stretch[:, None]  # type: ignore[no-any-return]
 
     def _centred(self, block: slice) -> Floats:
         return (self._raw(block).astype(np.float64) - self.mean) / self.scale
@@ -158,19 +158,19 @@ class ScaledRows:
     def _moments_by_group(self) -> "dict[int, _Moments]":
         """Return number, mean and squared deviations of the rows that belong to the same folds, in one pass."""
 
-        def one(block: slice) -> "list[tuple[int, _Moments]]":
+        def moments_of(block: slice) -> "list[tuple[int, _Moments]]":
             rows, groups = self._raw(block), self._groups[block]
-            found = []
+            moments = []
             for group in np.unique(groups):
                 same = groups == group
-                found.append((int(group), _Moments.of(rows if same.all() else rows[same])))
-            return found
+                moments.append((int(group), _Moments.of(rows if same.all() else rows[same])))
+            return moments
 
         gathered: dict[int, list[_Moments]] = {}
-        for block in self.each(one):
+        for block in self.each(moments_of):
             for group, moments in block:
                 gathered.setdefault(group, []).append(moments)
-        return {group: _Moments.joined(several) for group, several in gathered.items()}
+        return {group: _Moments.joined(parts) for group, parts in gathered.items()}
 
 
 def _slices(rows: int, step: int) -> list[slice]:
@@ -192,17 +192,17 @@ class _Moments(NamedTuple):
         return cls(len(rows), near + further, np.maximum(squares, 0))
 
     @classmethod
-    def joined(cls, several: "Sequence[_Moments]") -> "_Moments":
+    def joined(cls, parts: "Sequence[_Moments]") -> "_Moments":
         """Put together what was measured apart (Chan, Golub and LeVeque 1983)."""
-        count = sum(one.rows for one in several)
-        mean = np.sum([one.mean * (one.rows / count) for one in several], axis=0)
-        squares = np.sum([one.squares + one.rows * (one.mean - mean) ** 2 for one in several], axis=0)
+        count = sum(part.rows for part in parts)
+        mean = np.sum([part.mean * (part.rows / count) for part in parts], axis=0)
+        squares = np.sum([part.squares + part.rows * (part.mean - mean) ** 2 for part in parts], axis=0)
         return cls(count, mean, squares)
 
 
-def _spread(several: Sequence[_Moments]) -> tuple[int, Floats, Floats]:
+def _spread(parts: Sequence[_Moments]) -> tuple[int, Floats, Floats]:
     """Return number, mean and standard deviation; features without spread get 1, by StandardScaler's rule."""
-    count, mean, squares = _Moments.joined(several)
+    count, mean, squares = _Moments.joined(parts)
     variance, eps = squares / count, np.finfo(np.float64).eps
     flat = variance <= count * eps * variance + (count * mean * eps) ** 2
     return count, mean, np.where(flat, 1.0, np.sqrt(variance))
@@ -259,9 +259,9 @@ def solve_ridge(
     with products_on(cores()):
         values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
         turned = vectors.T @ cross
-        found = []
+        solutions = []
         for alpha in alphas:
             shrunk = turned / (np.maximum(values, 0.0) + alpha / count)[:, None]
             coefficients = (vectors @ shrunk).T / fold.scale
-            found.append((coefficients, centre - coefficients @ fold.mean))
-    return found
+            solutions.append((coefficients, centre - coefficients @ fold.mean))
+    return solutions
