@@ -13,12 +13,10 @@ from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment, Outcome, decode_correct
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
-from featcache.experiments.fit import PROBE
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
-from featcache.heads import bundle
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.specs import POOLED, BackboneSpec
@@ -159,7 +157,7 @@ def _after(plan: FineTunePlan, gained: FineTuneResult | None) -> FineTunePlan:
     return plan if gained is None else replace(plan, lr=(gained.record.params["lr"],))
 
 
-def _method(plan: FineTunePlan, gained: FineTuneResult | None) -> str:
+def _method_after(plan: FineTunePlan, gained: FineTuneResult | None) -> str:
     """Return what tables call a fine-tuning: what trains, and after what."""
     return plan.unfreeze.text if gained is None else f"{plan.unfreeze.text} after {gained.record.method}"
 
@@ -181,7 +179,7 @@ class FineTuneJob:
     @cached_property
     def experiment(self) -> Experiment:
         """What it is as an experiment: key, files, record, card."""
-        method = _method(self.plan, self.after)
+        method = _method_after(self.plan, self.after)
         return Experiment(self.inputs.bench, self.rows.task, method, self.plan, self.inputs.seed)
 
     @cached_property
@@ -198,6 +196,7 @@ class FineTuneJob:
         """Train, compare and write; PyTorch's generators, of which dropout and new layers draw, are left as they were."""
         from featcache.extraction.runtimes import own_randomness
         from featcache.finetuning.checkpoint import Checkpoint
+        from featcache.heads.bundle import head_path
 
         processes = self.inputs.processes
         with own_randomness(self.inputs.bench.backbone.device):
@@ -211,7 +210,7 @@ class FineTuneJob:
                     self._save(backbone, tuned)
                     if records and not _is_recorded(record, records):
                         append_record(records, record)
-        epochs, head = tuple(asdict(epoch) for epoch in tuned.history), bundle.head_path(self.stem)
+        epochs, head = tuple(asdict(epoch) for epoch in tuned.history), head_path(self.stem)
         computed = self.rows.entry.report.computed
         return FineTuneResult(record, epochs, tuned.similarity, self.checkpoint, head, computed, tuned, unfinished)
 
@@ -259,6 +258,8 @@ class FineTuneJob:
         return replace(record, notes=(*self.rows.notes, *record.notes, *remarks))
 
     def _probe(self) -> dict[str, Any]:
+        from featcache.experiments.fit import PROBE
+
         best = self.inputs.best_probe
         return {
             "head": best.method,
@@ -273,7 +274,7 @@ class FineTuneJob:
         """Write the tuned network, and its head beside it: with it as its backbone the head predicts as any other."""
         from featcache.backbones.timm_models import hash_weights
         from featcache.finetuning.checkpoint import save_checkpoint
-        from featcache.heads import linear_estimator
+        from featcache.heads import bundle, linear_estimator
 
         bench, transform = self.inputs.bench, asdict(backbone.transform)
         facts = {
@@ -347,7 +348,7 @@ def _find_finished_sweep(
     results: list[FineTuneResult] = []
     gained: FineTuneResult | None = None
     for plan in plans:
-        result = find_finished(inputs, _after(plan, gained), _method(plan, gained), records)
+        result = find_finished(inputs, _after(plan, gained), _method_after(plan, gained), records)
         if result is None:
             return []
         results.append(result)
@@ -358,7 +359,9 @@ def _find_finished_sweep(
 def _read_again(record: RunRecord, checkpoint: Path) -> FineTuneResult | None:
     from safetensors import safe_open
 
-    head = bundle.head_path(checkpoint.with_name(checkpoint.name.removesuffix(".safetensors")))
+    from featcache.heads.bundle import head_path
+
+    head = head_path(checkpoint.with_name(checkpoint.name.removesuffix(".safetensors")))
     if not checkpoint.is_file() or not head.is_file():
         return None
     try:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +14,18 @@ from featcache.datasets.base import require_one_label
 from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation.splits import Split, make_split, restricted
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import aligned
-from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, groups_of, in_memory, run_fit
 from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
 from featcache.finetuning.plan import FineTunePlan
 from featcache.progress import logger
-from featcache.reports.records import RunRecord
 from featcache.specs import INPUT, POOLED, Views
 from featcache.store.rows import Features
 
 if TYPE_CHECKING:
+    from featcache.experiments.fit import HeadResult, Ledger
     from featcache.finetuning.distributed import ProcessGroup
     from featcache.finetuning.model import LinearHead, Take
     from featcache.finetuning.unfreezing import Trainable
+    from featcache.reports.records import RunRecord
 
 _USABLE = 0.9  # of a disk's free room: parts are written beside what they replace, and others write too
 
@@ -68,7 +67,7 @@ class FineTuneInputs:
     probes: Sequence[str] = ()
     group: str | None = None
     seed: int = 0
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: "Ledger | None" = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared, before anything is computed."""
@@ -123,6 +122,8 @@ class FineTuneInputs:
 
     def rows(self, cut: str, views: int) -> StoredRows:
         """Return the rows that stand for a boundary, of the images that have embeddings too."""
+        from featcache.experiments.experiment import aligned
+
         entry, notes = self._entries[cut]
         keep, task, take = aligned(self.task, entry.store)
         split = restricted(self.split, keep)
@@ -143,6 +144,7 @@ class FineTuneInputs:
     def head_names(self) -> tuple[str, ...]:
         """The heads that fine-tuning is compared with: where features do not fit memory, those that read from disk."""
         from featcache import heads
+        from featcache.experiments.fit import PROBES, in_memory
 
         names = tuple(dict.fromkeys((*PROBES, *self.probes)))
         if in_memory(self.bench.extracted().store):
@@ -152,14 +154,18 @@ class FineTuneInputs:
         return names
 
     @cached_property
-    def fitted(self) -> list[HeadResult]:
+    def fitted(self) -> "list[HeadResult]":
         """The fitted heads."""
+        from featcache.experiments.fit import FitPlan, run_fit
+
         plan = FitPlan(self.head_names, group=self.group, baselines=False)
         return run_fit(self.bench, plan, seed=self.seed, ledger=self.ledger, keep=self.processes.rank == 0).heads
 
     @property
-    def best_probe(self) -> RunRecord:
+    def best_probe(self) -> "RunRecord":
         """The head that did best on validation; of equals the one that training starts from."""
+        from featcache.experiments.fit import PROBE
+
         records = [job.record for job in self.fitted]
         return max(records, key=lambda record: (record.val["accuracy"], record.method == PROBE))
 
@@ -171,6 +177,8 @@ class FineTuneInputs:
     @cached_property
     def task(self) -> Task:
         """The images that have embeddings, with their classes."""
+        from featcache.experiments.fit import groups_of
+
         return Task.of(self.features, "label", groups_of(self.bench, self.features, self.group), self.group)
 
     @cached_property
@@ -183,6 +191,7 @@ class FineTuneInputs:
     def linear_probes(self) -> "tuple[LinearHead, LinearHead]":
         """The linear probe fitted on train alone, and the one refitted on train and val."""
         from featcache import heads
+        from featcache.experiments.fit import PROBE
         from featcache.finetuning.model import LinearHead
 
         fitted = next(job.fitted for job in self.fitted if job.record.method == PROBE)

@@ -81,7 +81,7 @@ def _is_own(path: Path) -> bool:
     """Tell whether a state's file ends in this user's signature of what stands before it."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         signature = content[-_SIGNATURE:].decode("ascii")
-        with memoryview(content) as whole, whole[:-_SIGNATURE] as signed:
+        with memoryview(content) as view, view[:-_SIGNATURE] as signed:
             return is_signed(signature, _STATE, signed)
 
 
@@ -113,14 +113,15 @@ def save_checkpoint(module: nn.Module, model: SuffixAndHead, path: Path, facts: 
 
 
 def _timm_classifier(module: nn.Module, classes: int, width: int) -> nn.Linear | None:
+    """Return a module's classifier, set to so many classes; ``None`` where it is no one linear layer of that width."""
     reset = getattr(module, "reset_classifier", None)
     if reset is None:
         return None
-    trial = copy.deepcopy(module)
+    trial = copy.deepcopy(module)  # some architectures' classifiers have layers before the last: those are left as they are
     trial.reset_classifier(classes)  # type: ignore[operator]
-    found = trial.get_classifier()  # type: ignore[operator]
-    if not isinstance(found, nn.Linear) or found.in_features != width:
+    classifier = trial.get_classifier()  # type: ignore[operator]
+    if not isinstance(classifier, nn.Linear) or classifier.in_features != width:
         return None
     reset(classes)
-    own = module.get_classifier()  # type: ignore[operator]
-    return own if isinstance(own, nn.Linear) else None
+    classifier = module.get_classifier()  # type: ignore[operator]
+    return classifier if isinstance(classifier, nn.Linear) else None

@@ -34,6 +34,7 @@ from featcache.progress import progress
 from featcache.resources import keep_freed_memory
 from featcache.specs import Precision
 
+# what is called overfitting: the validation loss rose by this share and this much, and training is so far ahead in accuracy
 _RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
 _ROUNDING = 1e-9  # of differences of accuracies
 _LAYOUT = 3  # of a training's state: one of an older version is begun again
@@ -160,7 +161,7 @@ class TrainingState:
     def of(cls, plain: Plain) -> "TrainingState":
         """Return what ``plain`` gave."""
         finished = tuple((lr, accuracy) for lr, accuracy in plain["finished"])
-        return cls(plain["precision"], finished, tuple(map(_trained, plain["best"])), plain["trial"])
+        return cls(plain["precision"], finished, tuple(map(_trial_of, plain["best"])), plain["trial"])
 
     def plain(self) -> Plain:
         """Return it as a checkpoint keeps it; tensors are shared."""
@@ -179,7 +180,7 @@ class TrainingState:
         return TrainingState(self.precision, finished, tuple(not_worse([*self.contenders, trained], images)))
 
 
-def _trained(fields: dict[str, Any]) -> Trained:
+def _trial_of(fields: dict[str, Any]) -> Trained:
     history = tuple(epoch_of(epoch) for epoch in fields["history"])
     return Trained(**(fields | {"history": history, "best": epoch_of(fields["best"])}))
 
@@ -218,7 +219,7 @@ class Finetuner:
     def __post_init__(self) -> None:
         """Put head and suffix together, go back to where the checkpoint is, and judge the start."""
         self._started, self._seconds_before = time.monotonic(), 0.0
-        keep_freed_memory()
+        keep_freed_memory()  # activations of the same sizes come and go at every step
         self.model = SuffixAndHead(self.backbone.suffix(self.data.cut), self.start.on_train).to(self.backbone.device)
         stages = open_up(self.backbone, self.model, self.trainable, self.seed)
         self._state = self._resumed()
@@ -240,8 +241,8 @@ class Finetuner:
 
     def run(self) -> FineTuned:
         """Search, refit and test."""
-        found = self.search()
-        return self.test(found, refitted=self.refit(found))
+        outcome = self.search()
+        return self.test(outcome, refitted=self.refit(outcome))
 
     def search(self) -> RateSearch:
         """Train on ``train`` at every rate, each from the start, and keep the best rate and epoch on ``val``."""
@@ -259,12 +260,12 @@ class Finetuner:
         self.model.load_state_dict(best.state)
         return RateSearch(best, dict(self._state.finished), self._network())
 
-    def refit(self, found: RateSearch) -> bool:
+    def refit(self, outcome: RateSearch) -> bool:
         """Train on train and val together as long as the kept epoch, from the refitted probe; tell whether that is kept.
 
         Where no epoch was better than the start, the refitted probe is what the model is then.
         """
-        best, split = found.best, self.data.split
+        best, split = outcome.best, self.data.split
         if best.best.number == 0 or self.plan.refit:
             self._restart()
         if best.best.number == 0 or not self.plan.refit:
@@ -278,7 +279,7 @@ class Finetuner:
         self.model.load_state_dict(best.state)
         return False
 
-    def test(self, found: RateSearch, *, refitted: bool) -> FineTuned:
+    def test(self, outcome: RateSearch, *, refitted: bool) -> FineTuned:
         """Test the model as it is now, once, and return it with its history."""
         if self.trainable.spec.what == "lora":
             merge_lora(self.model.suffix)
@@ -289,17 +290,17 @@ class Finetuner:
         )
         return FineTuned(
             self.model,
-            found.best.history,
-            found.best.best.number,
-            found.best.lr,
-            found.rates,
+            outcome.best.history,
+            outcome.best.best.number,
+            outcome.best.lr,
+            outcome.rates,
             tested,
             seconds,
-            found.best.images_per_second,
+            outcome.best.images_per_second,
             cka(self._embeddings, after),
             self._context.precision,
             refitted,
-            found.network,
+            outcome.network,
             Network(self.backbone.module.state_dict(), self.model.linear_head()),
         )
 

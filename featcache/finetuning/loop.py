@@ -256,7 +256,7 @@ class Trial:
     def _epoch(self, bar: Any, keep: Callable[[Plain], None]) -> None:
         context, plan, state, number = self._context, self._context.plan, self._state, len(self._state.history)
         if state.step == 0:  # else ``resume`` has put the generators where the epoch was left
-            _seed(context.seed * 1000 + number, context.device)
+            _seed_dropout(context.seed * 1000 + number, context.device)
         set_training(context.model, train_batchnorm=plan.train_batchnorm)
         rng = np.random.default_rng((context.seed, number))
         order = rng.permutation(self._train)
@@ -370,7 +370,7 @@ def kept(history: Sequence[Epoch], images: int) -> int:
     return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - _ROUNDING)
 
 
-def _seed(seed: int, device: torch.device) -> None:
+def _seed_dropout(seed: int, device: torch.device) -> None:
     """Seed dropout; whoever trains takes care that the caller's generators are put back."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -107,8 +107,8 @@ def merge_lora(suffix: nn.Module) -> None:
     for name, module in list(suffix.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge()
-            parent, _, own = name.rpartition(".")
-            setattr(suffix.get_submodule(parent), own, module.get_base_layer())
+            parent, _, child = name.rpartition(".")
+            setattr(suffix.get_submodule(parent), child, module.get_base_layer())
 
 
 _PAYS = 2  # positions a weight of one output channel, from which on a pass over activations costs more than over weights

@@ -44,9 +44,9 @@ class Unfreeze:
         part = re.fullmatch(rf"(?:(norm|bias)|lora:([1-9]\d*))(?::({_STAGES}))?", text)
         if part is None:
             return cls(text, *_stages(text, text))
-        what: Literal["norm", "bias", "lora"] = part[1] or "lora"  # type: ignore[assignment]
+        parameters: Literal["norm", "bias", "lora"] = part[1] or "lora"  # type: ignore[assignment]
         kind, amount, stage = _stages(part[3] or "all", text)
-        return cls(text, kind, amount, stage, what, int(part[2] or 0))
+        return cls(text, kind, amount, stage, parameters, int(part[2] or 0))
 
 
 def _stages(stages: str, text: str) -> tuple[Literal["last", "share", "stage", "all"], float, str]:
