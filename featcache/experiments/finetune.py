@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbones import origins
+from featcache.display import Displayed, Table
 from featcache.errors import DataError
 from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.tasks import Task
@@ -19,6 +20,7 @@ from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, read_records
+from featcache.reports.wording import finetune_table
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store.atomic import remove_file
 
@@ -32,8 +34,8 @@ _DRIFTED = 0.5  # CKA below which the embeddings are no longer the probe's
 _IN_NAMES = 8  # digits of an experiment's name that its files' names have
 
 
-@dataclass(frozen=True)
-class FineTuneResult:
+@dataclass(frozen=True, repr=False)
+class FineTuneResult(Displayed):
     """A fine-tuned backbone with its record; ``bundle`` is its head, for predicting and exporting.
 
     Attributes:
@@ -55,6 +57,10 @@ class FineTuneResult:
     computed_images: int = 0
     tuned: "FineTuned | None" = None
     unfinished: "Checkpoint | None" = None
+
+    def table(self) -> Table:
+        """Return it beside the probe that its gap is to."""
+        return finetune_table([self.record])
 
     @property
     def jobs(self) -> "tuple[FineTuneResult, ...]":
@@ -93,11 +99,15 @@ class FineTuneResult:
         }
 
 
-@dataclass(frozen=True)
-class SweepResult:
+@dataclass(frozen=True, repr=False)
+class SweepResult(Displayed):
     """Fine-tuning at every depth, the shallowest first."""
 
     jobs: tuple[FineTuneResult, ...]
+
+    def table(self) -> Table:
+        """Return the depths beside the probe."""
+        return finetune_table([job.record for job in self.jobs])
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
+from featcache.display import Displayed, Table, facts_table
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as entries
 from featcache.extraction.extract import extract, measure, positions_of
@@ -91,8 +92,8 @@ class Output:
         check_fields(self)
 
 
-@dataclass(frozen=True)
-class Extracted:
+@dataclass(frozen=True, repr=False)
+class Extracted(Displayed):
     """An entry that is complete for a data set, and what it took."""
 
     store: FeatureStore
@@ -100,6 +101,13 @@ class Extracted:
     backbone: str
     cut: str
     notes: tuple[str, ...] = ()
+
+    def table(self) -> Table:
+        """Return what there is and what this run computed of it."""
+        report, bad = self.report, len(self.report.quarantined)
+        title = f"{self.store.path.parent.name}, {self.backbone}, {self.cut}"
+        rows = f"{report.rows}, {report.computed} computed in {report.seconds:.1f} s"
+        return facts_table(title, rows=rows, images_left_out=bad or None, entry=self.store.path)
 
     @property
     def summary(self) -> dict[str, Any]:
