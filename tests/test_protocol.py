@@ -1,7 +1,6 @@
 """What is printed is what benchmarks/PROTOCOL.md says: groups, copies, common images, the best probe, latest records."""
 
 import csv
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from featcache import heads
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.metrics import Scores, gap
+from featcache.evaluation.metrics import Scores
 from featcache.evaluation.splits import make_split
 from featcache.experiments import bench
 from featcache.experiments import fit as jobs
@@ -36,8 +35,8 @@ from featcache.finetuning.finetuner import not_worse
 from featcache.finetuning.loop import Epoch, TrainContext, Trained, Trial, kept, noise
 from featcache.finetuning.model import SuffixAndHead
 from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised, statistics
-from featcache.reports.records import RunRecord, append_record, read_records
-from featcache.reports.tables import NO_GAIN, rows
+from featcache.reports.records import RunRecord, read_records
+from featcache.reports.tables import rows
 from featcache.specs import BackboneSpec
 
 Run = Callable[..., Outcome]
@@ -221,102 +220,6 @@ def controls_like(y: np.ndarray, split: Any, right: float) -> Baseline:
 
 
 # the best probe, no gain, latest records
-
-
-def record_of(kind: str = "fit", method: str = "ridge", val: float = 0.9, right: str = "1" * 40, **facts: Any) -> RunRecord:
-    """Return a record as runs write them."""
-    accuracy = right.count("1") / len(right)
-    base = RunRecord(
-        kind=kind,
-        cell=facts.pop("cell", method),
-        dataset="d",
-        backbone="b",
-        method=method,
-        cut="pooled",
-        seed=facts.pop("seed", 0),
-        feature_key="",
-        request={"backbone": "b"} | facts.pop("request", {}),
-        params=facts.pop("params", {}),
-        split={"train": 1, "val": 1, "test": len(right)},
-        test_items=facts.pop("test_items", "t"),
-        val={"accuracy": val},
-        test={"accuracy": accuracy, "accuracy_ci": [0.0, 1.0]},
-        right=right,
-        seconds={"extract": 0.0, "fit": 0.0, "train": 0.0},
-    )
-    return replace(base, **facts)
-
-
-def tuned_record(val: float, own: str = "ridge", points: float = 5.0, epoch: int = 2, **facts: Any) -> RunRecord:
-    """Return a fine-tuning's record with a gap of its own."""
-    probe = {"head": own, "of": ["ridge", "knn", "logistic"], "start": "logistic", "val": {"accuracy": val}, "seconds": {}}
-    between = {"points": points, "ci": [points - 1, points + 1], "p_value": 0.01} if epoch else None
-    return record_of("finetune", "last:1", probe=probe, gap=between, params={"best_epoch": epoch}, **facts)
-
-
-def gaps(*records: RunRecord) -> dict[str, str]:
-    """Return what the table says of each method's gap."""
-    return {row[2]: row[5] for row in rows(records)}
-
-
-def test_a_row_without_a_gain_says_so() -> None:
-    """Where no epoch beat the start there is no gap, interval or p, whatever the table holds; seeds are counted."""
-    idle = tuned_record(0.9, epoch=0, right="1" * 30 + "0" * 10)
-    assert rows([record_of(), idle])[1][5:8] == [NO_GAIN, "-", "-"]
-
-    second = tuned_record(0.9, points=4.0, seed=1, cell="other")
-    assert gaps(idle, second)["last:1"] == "+2.0 (no gain in 1 of 2)"
-
-
-def test_the_gap_is_to_the_better_of_the_table_and_the_runs_own_probes() -> None:
-    """On validation: a grid of one weak head does not make fine-tuning look better than it is."""
-    weak, strong = record_of(val=0.5, right="0" * 40), record_of(method="svm", val=0.97, right="1" * 38 + "00")
-
-    assert gaps(weak, tuned_record(0.95))["last:1"] == "+5.0"
-    assert gaps(weak, strong, tuned_record(0.95))["last:1"] == "+5.0" == f"{100 * 2 / 40:+.1f}"
-    assert gaps(weak, strong, tuned_record(0.95, points=1.0))["last:1"] == "+5.0"
-    assert gaps(weak, tuned_record(0.95, test_items="fewer"))["last:1"] == "+5.0"
-    assert gaps(strong, tuned_record(0.99, points=-3.0))["last:1"] == "-3.0"
-
-
-def test_other_groups_are_another_experiment() -> None:
-    """A head that was fitted without groups is no rival of one with, though both are tested on the same images."""
-    leaking = record_of(method="svm", val=1.0)
-    honest = record_of(val=0.8, request={"group": "patient"}, test_groups=[place // 4 for place in range(40)])
-    tuned = tuned_record(0.7, request={"group": "patient"}, right="1" * 36 + "0" * 4, test_groups=honest.test_groups)
-
-    (*_, row) = rows([leaking, honest, tuned])
-
-    expected = gap(np.arange(40) < 36, np.ones(40, bool), groups=np.arange(40) // 4)
-    assert expected.ci is not None
-    assert row[5] == "-10.0"
-    assert row[6] == f"{expected.ci[0]:+.1f} to {expected.ci[1]:+.1f}"
-
-
-def test_the_latest_record_of_a_cell_counts() -> None:
-    """For its row, and as the probe that others are compared with."""
-    old, new = record_of(right="1" * 40), record_of(right="1" * 20 + "0" * 20)
-    other = record_of(method="knn", val=0.5, right="1" * 30 + "0" * 10)
-
-    table = rows([old, other, new])
-
-    assert [row[3] for row in table] == ["50.0", "75.0"]
-    assert table[1][5] == "+25.0"
-
-
-def test_records_of_before_are_read(tmp_path: Path) -> None:
-    """Without groups, copies and what the probe was the best of: their gaps are taken in the table, as they were."""
-    probe = {"head": "logistic", "test": {}, "seconds": {}}
-    olden = replace(tuned_record(0.9, right="1" * 38 + "00"), probe=probe, gap={"points": 9.0, "ci": [0, 1], "p_value": 1.0})
-    append_record(tmp_path / "r.jsonl", olden)
-    append_record(tmp_path / "r.jsonl", record_of())
-    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    for line in lines:
-        for name in ("checksum", "test_groups", "copies"):
-            line.pop(name)
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    assert gaps(*read_records([tmp_path / "r.jsonl"]))["last:1"] == "-5.0"
 
 
 def test_the_gap_is_to_the_best_of_three_probes(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Several processes on one entry, a Ray cluster, and any history of changes: always what one run from scratch gives."""
+"""Several processes on one entry, and any history of changes: always what one run from scratch gives."""
 
 import os
 import shutil
@@ -12,7 +12,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -23,7 +22,6 @@ from featcache.datasets import open_dataset
 from featcache.errors import DataError
 from featcache.extraction import writer
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.writer import EntryWriter
 from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.store.entry import FeatureStore
 
@@ -94,51 +92,6 @@ def test_parts_are_shares_of_the_whole(folder: Path, settings: Settings) -> None
     assert (report.left, report.rows, [bad.path for bad in report.quarantined]) == (0, 37, ["red/bad.png"])
     alone = FeatureCache(open_dataset(folder), SPEC, Settings(settings.cache / "alone", 8)).extracted()
     assert equal_bytes(entry_of(settings.cache), alone.store.path)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_ray_gives_what_this_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers, one of them killed on the way: several cuts, a bad image and copies come out as without a cluster."""
-    ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    folder = draw_folder(tmp_path / "images", per_class=100)
-    (folder / "red" / "bad.png").write_bytes(b"nothing")
-    shutil.copy(folder / "red" / "00.png", folder / "blue" / "copy.png")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    real, killed = EntryWriter.adopt, []
-
-    def adopt(harvest: Any, written: Any, number: int) -> None:
-        real(harvest, written, number)
-        if not killed:
-            killed.append(_kill_a_worker())
-
-    monkeypatch.setattr(EntryWriter, "adopt", adopt)
-    try:
-        bench = FeatureCache(open_dataset(folder), SPEC, Settings(tmp_path / "ray", 8, engine="ray", workers=2))
-        done = bench.extracted("layer2")
-    finally:
-        ray.shutdown()
-    alone = FeatureCache(open_dataset(folder), SPEC, Settings(tmp_path / "alone", 8)).extracted("layer2")
-
-    assert killed == [True]
-    assert (done.report.rows, alone.report.computed) == (301, 300)
-    assert [bad.path for bad in done.report.quarantined] == ["red/bad.png"]
-    assert equal_bytes(done.store.path, alone.store.path)
-    assert not done.store.verify()
-    assert 0 < done.store.manifest.seconds <= done.report.seconds + 0.01  # the run's own, not its actors' added up
-
-
-def _kill_a_worker() -> bool:
-    """Kill the process of one backbone actor."""
-    for status in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if status.read_bytes().startswith(b"ray::_Actor"):
-                os.kill(int(status.parent.name), signal.SIGKILL)
-                return True
-        except OSError:
-            continue
-    return False
 
 
 class History(RuleBasedStateMachine):

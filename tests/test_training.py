@@ -618,15 +618,6 @@ def test_a_rate_that_diverges_is_left(prepared: Prepared, caplog: pytest.LogCapt
     torch.testing.assert_close(none["head.weight"], torch.from_numpy(prepared.probe.weights).float())
 
 
-def test_a_picture_is_drawn_where_every_rate_diverged(run: Run, folder: Path, tmp_path: Path) -> None:
-    """There is one epoch then, the start."""
-    done = run("finetune", folder, *TINY, "--epochs", "1", "--lr", "1e20", "--plot", tmp_path / "curve.png")
-
-    assert done.code == 0, done.err
-    assert "training diverged" in done.err
-    assert (tmp_path / "curve.png").exists()
-
-
 def read_cells(path: Path) -> list[str]:
     """Return the names of the experiments in a file of records."""
     return [record.cell for record in read_records([path])]
@@ -653,18 +644,6 @@ def test_the_tuned_network_predicts_and_exports(
 
     assert labels.code == exported.code == probed.code == 0, labels.err + exported.err + probed.err
     assert (tmp_path / "model.onnx").exists()
-
-
-def test_a_picture_of_the_curves(run: Run, folder: Path, tmp_path: Path) -> None:
-    """Drawn where it was asked for; a format that cannot be drawn is refused before anything is computed."""
-    refused = run("finetune", folder, *TINY, "--plot", tmp_path / "curve.gif")
-    done = run("finetune", folder, *TINY, "--epochs", "1", "--lr", "1e-3", "--plot", tmp_path / "curve.png", "--price", "3")
-
-    assert refused.code == 2
-    assert not (tmp_path / "cache").exists() or ".gif" in refused.err
-    assert done.code == 0, done.err
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "price" in done.out
 
 
 def test_two_processes_train_as_one(subtle: Path, tmp_path: Path) -> None:
