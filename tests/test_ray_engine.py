@@ -82,7 +82,7 @@ def test_a_unit_s_images_are_those_of_this_process(folder: Path) -> None:
     assert len(paths) == 35
     assert dataset.samples[0].path not in paths
     assert [bad.path for bad in unit.bad] == ["red/bad.png"]
-    for path, pixels in zip(paths, unit.pixels[0], strict=True):
+    for path, pixels in zip(paths, unit.pixels, strict=True):
         np.testing.assert_array_equal(pixels, decode(dataset.read(path), transform, views))
 
 
