@@ -67,6 +67,7 @@ def _argument(param: click.Argument) -> str:
     return f"{name}..." if param.nargs == -1 else f"[{name}]" if not param.required else name
 
 
+# not the lines of the help itself: each version of click wraps and marks them otherwise
 def _row(option: click.Option) -> str:
     flags = ", ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
     default = option.default if option.show_default and not option.is_flag else None

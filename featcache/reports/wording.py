@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 _WIDEST_MATRIX = 20  # classes whose confusion matrix still fits a terminal of 120 columns
 _CONFUSIONS = 10
 NO_BACKBONE = "needs no backbone"
+TOO_FEW = "too few to tell"  # images or groups, for an interval
 _SCORES = {  # of each kind of record: the score that chooses, what a table calls it, its factor and digits
     "fit": ("accuracy", "%", 100, 1),
-    "fit-labels": ("mean_average_precision", "mean average precision, %", 100, 1),
+    "fit-labels": ("mean_average_precision", "mAP %", 100, 1),
     "fit-number": ("r2", "R2", 1, 3),
 }
 
@@ -62,6 +63,7 @@ def fit_table(result: "FitResult") -> Table:
     records = [head.record for head in result.heads] + [head.record for head in result.targets]
     score, unit, *_ = _SCORES[records[0].kind if records else "fit"]
     rows = [(_rank(record.val, score), _fit_row(record)) for record in records]
+    # baselines stand among the heads, not below them: a head that one of them beats must look so
     rows += [(_rank(asdict(baseline.val), score), _baseline_row(baseline)) for baseline in result.baselines]
     headers = ("head", f"validation {unit}", f"test {unit}", "95 % interval", "seconds", "chosen")
     return Table(headers, [row for _, row in sorted(rows, key=lambda ranked: ranked[0])])
@@ -69,7 +71,7 @@ def fit_table(result: "FitResult") -> Table:
 
 def _rank(val: dict[str, Any], score: str) -> tuple[float, float]:
     """Return what the smaller of is better: by the score, then by log-loss, where a head gives probabilities."""
-    loss = val.get("log_loss")
+    loss = val.get("log_loss")  # accuracy ties often on some hundred images
     return -val[score], float("inf") if loss is None else loss
 
 
@@ -87,7 +89,7 @@ def _baseline_row(baseline: "Baseline") -> tuple[str, ...]:
 
 
 def _interval(interval: Sequence[float] | None, factor: float, digits: int) -> str:
-    return f"{factor * interval[0]:.{digits}f} to {factor * interval[1]:.{digits}f}" if interval else "too few groups"
+    return f"{factor * interval[0]:.{digits}f} to {factor * interval[1]:.{digits}f}" if interval else TOO_FEW
 
 
 def params_text(params: dict[str, Any]) -> str:
@@ -107,6 +109,7 @@ def fit_lines(result: "FitResult") -> Iterator[str]:
     yield ""
     heads: list[HeadResult | MultioutputResult] = [*result.heads, *result.targets]
     score = _SCORES[heads[0].record.kind][0]
+    # by validation, as parameters were chosen: the best of many test scores would be the luckiest
     best = min(heads, key=lambda head: _rank(head.record.val, score))
     among = f" is the best of {len(heads)} heads on validation" if len(heads) > 1 else ""
     yield f"{best.record.method}{among}: test {test_text(best.record)}."
@@ -121,9 +124,10 @@ def test_text(record: RunRecord) -> str:
     if "accuracy" in record.test:
         return percent(record.test)
     score, unit, factor, digits = _SCORES[record.kind]
-    interval = _interval(record.test[f"{score}_ci"], factor, digits)
+    interval = record.test[f"{score}_ci"]
+    told = f"95 % interval {_interval(interval, factor, digits)}" if interval else "too few images for an interval"
     error = f", mean absolute error {record.test['mae']:.4g}" if "mae" in record.test else ""
-    return f"{unit} {factor * record.test[score]:.{digits}f} (95 % interval {interval}){error}"
+    return f"{unit.removesuffix(' %')} {factor * record.test[score]:.{digits}f} ({told}){error}"
 
 
 def percent(test: dict[str, Any]) -> str:
@@ -160,6 +164,7 @@ def per_class_lines(head: "HeadResult") -> Iterator[str]:
 def confusion_table(head: "HeadResult") -> Table:
     """Return the confusion matrix; of more classes than a terminal has room for, the most frequent confusions alone."""
     matrix, classes = head.confusion, head.classes
+    # rows are true classes, as in scikit-learn
     if len(classes) <= _WIDEST_MATRIX:
         rows = [(name, *map(str, row)) for name, row in zip(classes, matrix.tolist(), strict=True)]
         return Table(("true class", *classes), rows, "Confusion: how many images of each class (rows) are taken for which")
