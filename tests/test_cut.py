@@ -339,3 +339,15 @@ def test_another_pooling_can_be_cut(kind: Pool) -> None:
         stored = backbone.prefix("layer2")(images)
         torch.testing.assert_close(backbone.suffix("layer2")(stored), backbone.whole(images), rtol=1e-5, atol=1e-6)
     assert stored.shape[2:] == (4, 4)
+
+
+def test_a_class_token_belongs_to_the_stage_that_reads_it() -> None:
+    """ConViT joins its class token ten blocks behind the stem: no cut leaves it frozen behind itself."""
+    backbone = load_backbone(BackboneSpec("convit_tiny", random_init=0))
+    stages = {name: stage.name for stage in backbone.stages for name in stage.parameters}
+
+    assert {name: stages[name] for name in ("cls_token", "pos_embed")} == {"cls_token": "blocks.10", "pos_embed": "stem"}
+    for cut in ("stem", "blocks.8"):
+        is_trained = backbone.trained_after(cut)
+        behind = {id(value) for name, value in backbone.module.named_parameters() if is_trained(name)}
+        assert all(id(value) in behind for value in backbone.suffix(cut).parameters())

@@ -128,6 +128,29 @@ def _stage_name(group: list[str], index: int, sizes: dict[str, int]) -> str:
     return "stem" if index == 0 else f"stage{index}"
 
 
+def _where_read(module: nn.Module, stages: tuple[Stage, ...], loose: set[str], names: Sequence[str]) -> tuple[Stage, ...]:
+    """Return stages with each loose parameter in the one that reads it.
+
+    timm counts a class token to the stem even where it joins the others ten blocks later (ConViT): every cut between would
+    leave a frozen parameter behind itself.
+    """
+    stage_of = {name: number for number, stage in enumerate(stages) for name in stage.parameters}
+    reached = 0
+    for place, name in enumerate(names):
+        if name not in loose:
+            reached = max(reached, stage_of[name])
+        elif reached > stage_of[name]:
+            stage_of[name] = next((stage_of[later] for later in names[place:] if later not in loose), reached)
+    if all(name in stages[number].parameters for name, number in stage_of.items()):
+        return stages
+    named = dict(module.named_parameters())
+    groups = [tuple(name for name in stage_of if stage_of[name] == number) for number in range(len(stages))]
+    return tuple(
+        Stage(stage.name, group, sum(named[name].numel() for name in group))
+        for stage, group in zip(stages, groups, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A loaded backbone without classifier, in inference mode: images (b, 3, h, w) -> embeddings (b, d)."""
@@ -147,10 +170,22 @@ class Backbone:
         same = self.origin is None or self.origin.content() == self.content
         return same and origins.sha256_of_given_weights(self.spec) == self.file_sha256
 
-    @property
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The stages in forward order; a tail without a stage of its own (last norm) belongs to the last one."""
-        return stages_of(self.module)
+        stages = stages_of(self.module)
+        loose = {name for stage in stages[:-1] for name in stage.parameters if "." not in name}
+        if not loose:
+            return stages
+        try:
+            names = [name.removeprefix(self._inside) for name in self._cutter.names_by_use()]
+        except CutError:  # nothing can be cut then, and nothing is behind a cut
+            return stages
+        return _where_read(self.module, stages, loose, names)
+
+    @property
+    def _inside(self) -> str:
+        return "" if self.whole is self.module else PooledFeatures.INSIDE
 
     @cached_property
     def whole(self) -> nn.Module:
@@ -190,8 +225,7 @@ class Backbone:
 
     def _trained_in_whole(self, cut: str) -> Callable[[str], bool]:
         is_trained = self.trained_after(cut)
-        inside = "" if self.whole is self.module else PooledFeatures.INSIDE
-        return lambda name: is_trained(name.removeprefix(inside))
+        return lambda name: is_trained(name.removeprefix(self._inside))
 
     @cached_property
     def _last_pooling(self) -> Pooling:

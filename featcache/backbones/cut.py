@@ -119,6 +119,12 @@ class Cutter:
         )
         return now != then
 
+    def names_by_use(self) -> list[str]:
+        """Return the names of the parameters, in the order in which what depends on the images first reads them."""
+        names = {id(value): name for name, value in self._backbone.named_parameters()}
+        readers = (node for node in self._traced.graph.nodes if node in self._dependent)
+        return list(dict.fromkeys(names[number] for node in readers for number in self._read[node] if number in names))
+
     def joint_prefix(self, places: Sequence[Place]) -> nn.Module:
         """Return what computes several cuts in one pass: images -> a tuple of activations, or the only one.
 
