@@ -214,7 +214,7 @@ def test_what_is_swept_together_is_what_is_trained_alone(name: str, classes: int
     fold = split_of(features).folds[0]
     grid = heads.HEADS[name].grid(len(fold.train))[::4]
 
-    for attempt in heads.HEADS[name].sweep(grid, features.X, features.y, [fold], 0):
+    for attempt in heads.HEADS[name].evaluate_grid(grid, features.X, features.y, [fold], 0):
         estimator = heads.train(name, attempt.params, features.X[fold.train], features.y[fold.train], 0)
         answers = heads.answers(estimator, features.X[fold.val], classes)
         np.testing.assert_allclose(attempt.answers, answers, atol=2e-2)
@@ -231,7 +231,7 @@ def test_neighbours_hold_no_class_impossible(k: int) -> None:
     fold = replace(fold, train=fold.train[features.y[fold.train] != 2])
     count = min(k, len(fold.train))
 
-    (attempt,) = heads.HEADS["knn"].sweep([{"k": k}], features.X, features.y, [fold], 0)
+    (attempt,) = heads.HEADS["knn"].evaluate_grid([{"k": k}], features.X, features.y, [fold], 0)
     estimator = heads.train("knn", {"k": k}, features.X[fold.train], features.y[fold.train], 0)
 
     np.testing.assert_allclose(attempt.answers, heads.answers(estimator, features.X[fold.val], 4), atol=1e-4)
