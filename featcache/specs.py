@@ -201,6 +201,24 @@ class Transform:
 
 
 @dataclass(frozen=True)
+class Tokenisation:
+    """How a text becomes the numbers that a backbone sees: so many ids, cut off or filled up with ``padding``.
+
+    ``vocabulary`` tells what turns texts into ids: the SHA-256 of a vocabulary, or the name of a rule that needs none.
+    """
+
+    vocabulary: str
+    length: int
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be carried out."""
+        check_fields(self)
+        if not self.vocabulary or self.length < 1 or self.padding < 0:
+            raise UsageError(f"{self}: a vocabulary, a length from 1 and a padding from 0 are needed.")
+
+
+@dataclass(frozen=True)
 class TransformOverrides:
     """What the user wants otherwise than the backbone's own data configuration; ``None`` leaves it."""
 
@@ -290,7 +308,7 @@ class FeatureSpec:
     At the cut ``input`` the rows are pixels, so that ``backbone`` is ``None`` and all backbones share them.
     """
 
-    transform: Transform
+    transform: Transform | Tokenisation
     backbone: LoadedBackbone | None
     cut: str = POOLED
     compute: str = "float32"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcache.backbones.base import Backbone, stages_of
+from featcache.backbones.base import TimmBackbone, stages_of
 from featcache.backbones.cut import Cutter, split
 from featcache.backbones.timm_models import load_backbone
 from featcache.errors import CutError, UsageError
@@ -188,7 +188,7 @@ def test_every_parameter_is_in_one_stage() -> None:
 def test_unknown_and_last_stages_are_refused() -> None:
     """A cut names a stage that has something behind it."""
     module = create("resnet10t", {})
-    backbone = Backbone(BackboneSpec("x"), LoadedBackbone("x", "x", "x"), Transform(), module, torch.device("cpu"))
+    backbone = TimmBackbone(BackboneSpec("x"), LoadedBackbone("x", "x", "x"), Transform(), module, torch.device("cpu"))
 
     with pytest.raises(UsageError, match=r"has the stages stem, layer1"):
         backbone.trained_after("layer9")
@@ -199,7 +199,7 @@ def test_unknown_and_last_stages_are_refused() -> None:
 def test_input_cut_equals_normalised_images() -> None:
     """The suffix of the cut `input` takes pixels."""
     transform = Transform(input_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    backbone = Backbone(
+    backbone = TimmBackbone(
         BackboneSpec("x"), LoadedBackbone("x", "x", "x"), transform, create("test_resnet", {}), torch.device("cpu")
     )
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)

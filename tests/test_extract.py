@@ -15,6 +15,7 @@ import pytest
 from support import COLOURS, TINY, draw_folder, draw_image
 
 from featcache.datasets import open_dataset
+from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, StorageError
 from featcache.extraction import extract as stage
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Settings
@@ -224,7 +225,7 @@ def test_not_finite_rows_are_refused(folder: Path, tmp_path: Path) -> None:
     rows = np.ones((4, 1), np.float32)
     rows[1] = 1e6
 
-    plan = ExtractPlan(Transform(16), batch_size=4, max_bad=0.5)
+    plan = ExtractPlan(ImagePreprocess(Transform(16)), batch_size=4, max_bad=0.5)
     (report,) = stage.extract(files, [entry], lambda _, __: Runtime(lambda _: (rows,)), plan)
 
     assert report.rows == 27

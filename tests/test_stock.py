@@ -14,7 +14,7 @@ from support import COLOURS, TINY, Outcome, draw_folder, draw_image
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, FileStat, MemoryReader, Sample
-from featcache.datasets.images import encode
+from featcache.datasets.images import ImagePreprocess, encode
 from featcache.errors import StorageError
 from featcache.extraction import extract as stage
 from featcache.extraction import lookup as caching
@@ -45,7 +45,9 @@ def compute(source: Dataset, store: FeatureStore, run: Callable[[Any], Any], wor
     scanned = scan(source, store)
     runtime = Runtime(lambda pixels: (run(pixels),), workers=workers)
     entry = EntryWriter(store, scanned, (1,), 1)
-    return stage.extract(scanned.files, [entry], lambda *_: runtime, ExtractPlan(Transform(8), batch_size=1))[0]
+    return stage.extract(
+        scanned.files, [entry], lambda *_: runtime, ExtractPlan(ImagePreprocess(Transform(8)), batch_size=1)
+    )[0]
 
 
 def scan(source: Dataset, store: FeatureStore) -> scanning.Scan:

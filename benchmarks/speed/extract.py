@@ -175,7 +175,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
         source = open_dataset(folder)
         bench = FeatureCache(source, spec, Settings(Path(cache)))
         backbone, workers = bench.backbone, Workers(CORES, 1)
-        plan = bench.plan_for(backbone.transform, Views())
+        plan = bench.plan_for(backbone.preprocess, Views())
         positions = list(range(len(source.samples)))
         size = backbone.transform.input_size
         first = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)
@@ -194,7 +194,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
             rounded = [
                 (
                     decode_rate(
-                        BatchReader(DatasetFiles(source), positions, plan.transform, plan.views), plan.batch_size, seconds
+                        BatchReader(DatasetFiles(source), positions, plan.preprocess, plan.views), plan.batch_size, seconds
                     ),
                     {name: forward_rate(run, first, workers.count, seconds) for name, run in runs.items()},
                 )
@@ -368,12 +368,12 @@ def measure_gpu(data: dict[str, list[Path]], work: Path) -> Iterator[dict[str, A
     for name in ("resnet50", "vit_base_patch16_224"):
         spec = BackboneSpec(name, random_init=0, precision="bfloat16")
         bench = FeatureCache(open_dataset(folder), spec, Settings(work / "cache"))
-        plan, workers = bench.plan_for(bench.backbone.transform, Views()), bench._workers.count  # noqa: SLF001 - as it would run
+        plan, workers = bench.plan_for(bench.backbone.preprocess, Views()), bench._workers.count  # noqa: SLF001 - as it would run
         run = bench._eager(["pooled"])  # noqa: SLF001 - as above
         size = bench.backbone.transform.input_size
         batch = np.random.default_rng(0).integers(0, 255, (plan.batch_size, size, size, 3), dtype=np.uint8)
         forward = forward_rate(run, batch, workers, 10.0)
-        reader = BatchReader(bench.files, range(len(bench.files)), plan.transform, plan.views)
+        reader = BatchReader(bench.files, range(len(bench.files)), plan.preprocess, plan.views)
         decode = forward_rate(partial(_fill, reader, plan.batch_size), batch, workers, 10.0)
         start = time.perf_counter()
         done = bench.extracted()

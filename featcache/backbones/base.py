@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from featcache.backbones.pooling import (
     prove_layout,
 )
 from featcache.backbones.tracing import timm
+from featcache.datasets.images import ImagePreprocess
 from featcache.errors import CutError, SetupError, UsageError
 from featcache.progress import logger
 from featcache.specs import (
@@ -36,7 +37,9 @@ from featcache.specs import (
     BackboneSpec,
     LoadedBackbone,
     Precision,
+    Tokenisation,
     Transform,
+    Views,
     is_embedding,
     layers_of,
 )
@@ -151,8 +154,96 @@ def _where_read(module: nn.Module, stages: tuple[Stage, ...], loose: set[str], n
     )
 
 
+class Preprocess(Protocol):
+    """How a sample's bytes become the array that a backbone takes: frozen, and hashed into the cache key by its spec."""
+
+    @property
+    def spec(self) -> Transform | Tokenisation:
+        """What decides the array besides the bytes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one view of a sample."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What the array is made of."""
+
+    def __call__(self, content: bytes, views: Views) -> NDArray[Any]:
+        """Return a sample's views (views, ...); raises where its bytes cannot be used, the text says why."""
+
+
+class Backbone(Protocol):
+    """What the cache, heads and training ask of a network, whatever world it comes from.
+
+    Samples are bytes in every world. ``module`` holds all parameters; those of a stage are called as there.
+    """
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """What was asked for."""
+
+    @property
+    def loaded(self) -> LoadedBackbone:
+        """What of it decides a row: it is hashed into the cache key."""
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How samples become arrays."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, in inference mode."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where the files behind a name lie, where there are any."""
+
+    @property
+    def content(self) -> str | None:
+        """The hash of those files, as they were loaded."""
+
+    @property
+    def file_sha256(self) -> str | None:
+        """The hash of the user's own weights file, as it was loaded."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files that it was loaded from are still what they were."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Groups of layers in forward order: boundaries between them are cuts."""
+
+    @property
+    def whole(self) -> nn.Module:
+        """Prepared samples to embeddings (b, d); raises UsageError where the pooling that was asked for is impossible."""
+
+    def example_inputs(self, count: int) -> NDArray[Any]:
+        """Return blank samples (count, ...), as ``preprocess`` prepares them."""
+
+    def prefix(self, cut: str) -> nn.Module:
+        """Return the frozen part up to a stage; raises UsageError or CutError where there is no such cut."""
+
+    def suffix(self, cut: str) -> nn.Module:
+        """Return what follows a cut: stored rows (b, ...) to embeddings (b, d)."""
+
+    def program(self, cuts: Sequence[str]) -> nn.Module:
+        """Return the frozen part of several cuts in one pass: prepared samples (b, ...) to a tuple of rows."""
+
+    def format_version(self, cut: str) -> int:
+        """Return which version of the format a cut's rows have."""
+
+    def separate(self) -> "Backbone":
+        """Return a copy whose parameters can be trained without touching this one's."""
+
+
 @dataclass(frozen=True)
-class Backbone:
+class TimmBackbone:
     """A loaded backbone without classifier, in inference mode: images (b, 3, h, w) -> embeddings (b, d)."""
 
     spec: BackboneSpec
@@ -163,6 +254,15 @@ class Backbone:
     origin: Origin | None = None  # of what was found by a name
     content: str | None = None  # of the origin's files, as they were loaded
     file_sha256: str | None = None  # of the weights file, as it was loaded
+
+    @property
+    def preprocess(self) -> ImagePreprocess:
+        """How image files become pixels."""
+        return ImagePreprocess(self.transform)
+
+    def example_inputs(self, count: int) -> NDArray[np.uint8]:
+        """Return blank images, uint8 (count, h, w, 3)."""
+        return np.zeros((count, *self.preprocess.shape), np.uint8)
 
     @property
     def is_current(self) -> bool:
@@ -327,7 +427,7 @@ class Backbone:
         behind = {name for stage in self.stages[names.index(cut) + 1 :] for name in stage.parameters}
         return behind.__contains__
 
-    def separate(self) -> "Backbone":
+    def separate(self) -> "TimmBackbone":
         """Return a copy whose parameters can be trained without touching this one's."""
         return replace(self, module=copy.deepcopy(self.module))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.backbones import origins
-from featcache.backbones.base import Backbone, default_device
+from featcache.backbones.base import TimmBackbone, default_device
 from featcache.backbones.origins import BUNDLED
 from featcache.backbones.tracing import timm
 from featcache.errors import DataError, SetupError, UsageError
@@ -23,7 +23,7 @@ from featcache.specs import INTERPOLATIONS, BackboneSpec, LoadedBackbone, Transf
 OWN_HEAD = "featcache_head."  # in the files of tuned networks that have no classifier of timm's
 
 
-def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Backbone:
+def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> TimmBackbone:
     """Create a backbone and load its weights.
 
     Raises:
@@ -73,7 +73,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Bac
     )
     transform = _transform(published, spec)
     _try_image(module, spec, transform.input_size, device)
-    return Backbone(spec, loaded, transform, module, device, named, content, file_sha256)
+    return TimmBackbone(spec, loaded, transform, module, device, named, content, file_sha256)
 
 
 def _fill(module: nn.Module, spec: BackboneSpec, *, bundled: bool) -> str | None:

@@ -40,6 +40,23 @@ class _Box:
     flip: bool = False
 
 
+@dataclass(frozen=True)
+class ImagePreprocess:
+    """Image files to pixels, uint8 (views, size, size, 3), by a transform."""
+
+    spec: Transform
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one view."""
+        return (self.spec.input_size, self.spec.input_size, 3)
+
+    def __call__(self, content: bytes, views: Views) -> NDArray[np.uint8]:
+        """Return an image's views; see ``decode``."""
+        return decode(content, self.spec, views)
+
+
 class UnreadableImage(Exception):  # noqa: N818 - it names what was met, and becomes a reason in the quarantine list
     """An image cannot be used; the text says why."""
 

@@ -23,8 +23,9 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
+from featcache.backbones.base import TorchRuntime
 from featcache.datasets.base import Dataset
-from featcache.datasets.images import UnreadableImage, decode
+from featcache.datasets.images import ImagePreprocess, UnreadableImage
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
 from featcache.experiments.predict import bench_of
@@ -33,6 +34,7 @@ from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
 from featcache.heads.nonlinear import TEMPERATURE
 from featcache.progress import logger
+from featcache.specs import Views
 from featcache.store.atomic import replace_file
 
 AGREEMENT = 1e-4
@@ -82,10 +84,12 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
     except ImportError:
         raise SetupError("export needs ONNX: `pip install 'featcache[onnx]'`.") from None
     bench = bench_of(bundle, check, settings, weights)
-    transform, pixels = bench.backbone.transform, []
+    preprocess, pixels = bench.backbone.preprocess, []
+    if not isinstance(preprocess, ImagePreprocess):
+        raise UsageError(f"{bundle.path}: only backbones of images can be exported.")
     for item in check.samples:
         try:
-            pixels.append(decode(check.read(item.path), transform)[0])
+            pixels.append(preprocess(check.read(item.path), Views())[0])
         except (OSError, ValueError, UnreadableImage):
             continue
         if len(pixels) == _CHECKED:
@@ -110,12 +114,13 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
             verbose=False,
         )
         proto = onnx.load(str(draft))
-    facts = {"classes": list(bundle.classes), "transform": asdict(transform), "head": bundle.card.get("head", "")}
+    facts = {"classes": list(bundle.classes), "transform": asdict(preprocess.spec), "head": bundle.card.get("head", "")}
     for name, value in facts.items():
         proto.metadata_props.add(key=name, value=json.dumps(value))
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    features = bench.backbone.runner(bundle.card.get("cut", "pooled"))(images)
+    program = bench.backbone.program((bundle.card.get("cut", "pooled"),))
+    (features,) = TorchRuntime(program, bench.backbone.device, bench.spec.precision)(images)
     expected = _expected(bundle, features)
     got = np.concatenate([session.run(None, {"pixels": images[:1]})[0], session.run(None, {"pixels": images})[0][1:]])
     difference = _difference(got, expected)

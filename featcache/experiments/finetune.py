@@ -286,7 +286,7 @@ class FineTuneJob:
         from featcache.finetuning.checkpoint import save_checkpoint
         from featcache.heads import bundle, linear_estimator
 
-        bench, transform = self.inputs.bench, asdict(backbone.transform)
+        bench, transform = self.inputs.bench, asdict(backbone.preprocess.spec)
         facts = {
             "backbone": bench.identity,
             "classes": list(self.rows.task.names),

@@ -119,7 +119,7 @@ def _difference(bundle: Bundle, bench: FeatureCache) -> str:
     if wanted.get("weights_sha256") != loaded["weights_sha256"]:
         then, now = str(wanted.get("weights_sha256"))[:12], loaded["weights_sha256"][:12]
         return f"the weights of {bench.spec.name} have changed since it was trained (SHA-256 {then}... then, {now}... now)"
-    if canonical(transform) != canonical(backbone.transform):
+    if canonical(transform) != canonical(backbone.preprocess.spec):
         return f"{bench.spec.name} prepares images otherwise than when it was trained"
     # the tag says where weights came from: with their hash it decides nothing
     if canonical(wanted | {"tag": ""}) != canonical(loaded | {"tag": ""}):
@@ -218,8 +218,8 @@ class _Embedder:
     def batches(self, positions: Sequence[int]) -> Iterator[Batch]:
         """Yield images with their embeddings; copies of an image come last, with those of the first."""
         bench = self.bench
-        plan = bench.plan_for(bench.backbone.transform, self.views)
-        files, reader = bench.files, BatchReader(bench.files, positions, plan.transform, plan.views)
+        plan = bench.plan_for(bench.backbone.preprocess, self.views)
+        files, reader = bench.files, BatchReader(bench.files, positions, plan.preprocess, plan.views)
         first = reader.fill(plan.batch_size)
         rows: dict[bytes, NDArray[Any]] = {}
         reasons: dict[str, str] = {}

@@ -75,10 +75,10 @@ def extract(
         runtime = _compute_remotely(files, pending, cached, writers, plan.remote)
     elif len(pending):
         thumbnails = None
-        if beside is not None:
+        if beside is not None and isinstance(transform := plan.preprocess.spec, Transform):
             beside[0].start(0.0)  # the pass is the others' doing: theirs are its seconds
-            thumbnails = Thumbnails(beside[1], beside[0].lacks)
-        reader = BatchReader(files, pending, plan.transform, plan.views, cached, thumbnails)
+            thumbnails = Thumbnails(transform, beside[1], beside[0].lacks)
+        reader = BatchReader(files, pending, plan.preprocess, plan.views, cached, thumbnails)
         runtime = _Pass(reader, writers, beside[0] if beside else None, len(pending)).run(select, plan)
     lasted = started, time.monotonic()
     return [writer.finish(plan, lasted, runtime) for writer in writers]
@@ -150,10 +150,10 @@ def _compute_remotely(
 
 def measure(files: DatasetFiles, positions: Positions, plan: ExtractPlan, runtime: Runtime) -> float:
     """Return the seconds that computing some images would take, from a first batch in one worker."""
-    size = plan.transform.input_size
-    runtime.run(np.zeros((plan.batch_size, size, size, 3), np.uint8))  # what is computed first takes longer
+    blank = np.zeros((plan.batch_size, *plan.preprocess.shape), plan.preprocess.dtype)
+    runtime.run(blank)  # what is computed first takes longer
     started = time.perf_counter()
-    batch = BatchReader(files, positions, plan.transform, plan.views).fill(plan.batch_size)
+    batch = BatchReader(files, positions, plan.preprocess, plan.views).fill(plan.batch_size)
     if not batch.fresh:
         return 0.0
     compute(batch, runtime.run, plan.batch_size)

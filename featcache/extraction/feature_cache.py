@@ -11,6 +11,7 @@ import numpy as np
 
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
+from featcache.datasets.images import ImagePreprocess
 from featcache.display import Displayed, Table, facts_table
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as entries
@@ -36,7 +37,7 @@ from featcache.specs import (
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
-    from featcache.backbones.base import Backbone, TorchRuntime
+    from featcache.backbones.base import Backbone, Preprocess, TorchRuntime
     from featcache.extraction.ray_engine import WorkerConfig
     from featcache.extraction.runtimes import Workers
 
@@ -164,7 +165,7 @@ class FeatureCache:
         spec: the backbone.
         settings: how to compute.
         lists: whether entries list the images as they are now, beside keeping their rows.
-        transform: of pixels that no backbone asks for.
+        preprocess: of arrays that no backbone asks for.
         purpose: of a pass that nobody asked for.
         files: what the command knows of the files already.
     """
@@ -176,7 +177,7 @@ class FeatureCache:
         settings: Settings,
         *,
         lists: bool = True,
-        transform: Transform | None = None,
+        preprocess: "Preprocess | None" = None,
         purpose: str = "",
         files: DatasetFiles | None = None,
     ) -> None:
@@ -185,7 +186,7 @@ class FeatureCache:
         self.settings = settings
         self.lists = lists
         self.files = files or DatasetFiles(dataset)
-        self._transform = transform
+        self._preprocess = preprocess
         self._purpose = purpose
         self._content: str | None = None
         self._complete: dict[tuple[str, StoredDtype, Views], Extracted] = {}
@@ -199,13 +200,13 @@ class FeatureCache:
 
     def _thumbnail_cache(self, side: int) -> "FeatureCache":
         if side not in self._thumbnails:
-            transform = Transform(side, crop_mode="squash", interpolation="bilinear")
+            preprocess = ImagePreprocess(Transform(side, crop_mode="squash", interpolation="bilinear"))
             spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
             settings = replace(self.settings, part=None, engine="local")
             quiet = replace(self.dataset, notes=())
             purpose = "thumbnails for the baselines"
             self._thumbnails[side] = FeatureCache(
-                quiet, spec, settings, transform=transform, purpose=purpose, files=self.files
+                quiet, spec, settings, preprocess=preprocess, purpose=purpose, files=self.files
             )
         return self._thumbnails[side]
 
@@ -224,7 +225,7 @@ class FeatureCache:
         backbone = load_backbone(self.spec, device_of(device) if device is not None else None)
         if backbone.file_sha256 is not None and self._facts["weights"] != f"sha256:{backbone.file_sha256}":
             raise DataError(f"`weights` {self.spec.weights}: changed while this ran. Run again.")
-        self._content = fingerprint([asdict(backbone.loaded), asdict(backbone.transform)])
+        self._content = fingerprint([asdict(backbone.loaded), asdict(backbone.preprocess.spec)])
         return backbone
 
     @cached_property
@@ -300,7 +301,7 @@ class FeatureCache:
         pending = np.unique(np.concatenate([scanned.pending for scanned in scans]))
         if not len(pending):
             return Estimate(len(self.files), 0, 0, 0.0)
-        plan = self.plan_for(self.backbone.transform, views)
+        plan = self.plan_for(self.backbone.preprocess, views)
         computed = [request.cut for request in requests if request.cut != INPUT]
         shapes = self._shapes([request.cut for request in requests])
         with self.threads():
@@ -322,7 +323,7 @@ class FeatureCache:
             (store, self._scan(store)) for store in (entries.find_entry(self.folder, request) for request in requests)
         ]
         lacks = any(len(scanned.pending) for _, scanned in by_flags)
-        if "backbone" in self.__dict__ or (lacks and self._transform is None):
+        if "backbone" in self.__dict__ or (lacks and self._preprocess is None):
             by_key = [self._of_key(self._feature_spec(request)) for request in requests]
             return [
                 before
@@ -347,7 +348,7 @@ class FeatureCache:
                 opened.append((store, scanned))
                 continue
             spec = self._feature_spec(request)
-            if self._transform is None and (reason := entries.why_miss(self.folder, spec)):
+            if self._preprocess is None and (reason := entries.why_miss(self.folder, spec)):
                 logger.info("not in the cache; the nearest entry differs in %s", reason)
             made = FeatureStore.create(entries.entry_path(self.folder, self.spec.label, spec), spec)
             opened.append((made, self._scan(made)))
@@ -372,7 +373,7 @@ class FeatureCache:
         facts = request.to_json()
         if loaded is not None and loaded.origin is not None and loaded.content is not None:
             facts["origin"] = {"place": asdict(loaded.origin), "content": loaded.content}
-        elif origins.by_name(self.spec) and self._transform is None:
+        elif origins.by_name(self.spec) and self._preprocess is None:
             return  # recognised by what was noted before; nothing new is known
         with suppress(StorageError):  # a cache that cannot be written answers all the same
             store.remember_request(facts)
@@ -394,9 +395,9 @@ class FeatureCache:
         """Compute what entries lack in one pass. The backbone is not even loaded where nothing is computed."""
         busy = iter(self._shapes([store.spec["cut"] for store, scanned in opened if len(scanned.pending)]))
         shapes = [next(busy) if len(scanned.pending) else () for _, scanned in opened]
-        stored = opened[0][0].spec["transform"]
-        three = {name: tuple(stored[name]) if stored[name] else None for name in ("mean", "std")}
-        plan = self.plan_for(Transform(**(stored | three)), views)
+        # without a backbone that was loaded nothing is read: only the listing is out of date
+        preprocess = self._preprocess or (self.backbone.preprocess if any(shapes) else ImagePreprocess(Transform()))
+        plan = self.plan_for(preprocess, views)
         writers = [
             EntryWriter(store, scanned, shape, plan.batch_size)
             for (store, scanned), shape in zip(opened, shapes, strict=True)
@@ -412,10 +413,9 @@ class FeatureCache:
 
     def as_beside(self, batch_size: int) -> tuple[EntryWriter, Transform]:
         """Return what fills this cache's pixels while another one's images are decoded."""
-        assert self._transform is not None
+        assert isinstance(self._preprocess, ImagePreprocess)
         ((store, scanned),) = self._open([self._request(Output(INPUT), Views())])
-        size = self._transform.input_size
-        return EntryWriter(store, scanned, (size, size, 3), batch_size), self._transform
+        return EntryWriter(store, scanned, self._preprocess.shape, batch_size), self._preprocess.spec
 
     def prepare(self, cuts: Sequence[str], first: Pixels, images: int) -> Runtime:
         """Return what computes some cuts, made ready on a first batch for so many images."""
@@ -433,11 +433,10 @@ class FeatureCache:
         """Return the shape of one row at each cut, found by computing a blank image."""
         if not cuts:
             return []
-        size = (self._transform or self.backbone.transform).input_size
         computed = [cut for cut in cuts if cut != INPUT]
-        blank = np.zeros((1, size, size, 3), np.uint8)
-        rows = iter(self._eager(computed)(blank) if computed else ())
-        return [(size, size, 3) if cut == INPUT else next(rows).shape[1:] for cut in cuts]
+        rows = iter(self._eager(computed)(self.backbone.example_inputs(1)) if computed else ())
+        preprocess = self._preprocess or self.backbone.preprocess
+        return [preprocess.shape if cut == INPUT else next(rows).shape[1:] for cut in cuts]
 
     def _eager(self, cuts: Sequence[str]) -> "TorchRuntime":
         from featcache.backbones.base import TorchRuntime
@@ -476,7 +475,7 @@ class FeatureCache:
             tuple(writer.store.spec["cut"] for writer in writers),
             tuple(writer.store.path.resolve() for writer in writers),
             tuple(writer.dtype for writer in writers),
-            plan.transform,
+            plan.preprocess,
             plan.views,
             plan.batch_size,
             self.settings.device,
@@ -484,20 +483,22 @@ class FeatureCache:
             self.settings.workers,
         )
 
-    def plan_for(self, transform: Transform, views: Views) -> ExtractPlan:
+    def plan_for(self, preprocess: "Preprocess", views: Views) -> ExtractPlan:
         """Return how images are extracted with these settings."""
         size = self.settings.batch_size
         if size is None:
             on_gpu = "backbone" in self.__dict__ and self.backbone.device.type != "cpu"
-            size = _GPU_BATCH if on_gpu else _cpu_batch(transform.input_size)
+            size = _GPU_BATCH if on_gpu else _cpu_batch(preprocess.shape[0])
         return ExtractPlan(
-            transform, views, size, self.settings.max_bad, self.settings.part, lists=self.lists, purpose=self._purpose
+            preprocess, views, size, self.settings.max_bad, self.settings.part, lists=self.lists, purpose=self._purpose
         )
 
     def _feature_spec(self, request: entries.CacheRequest) -> FeatureSpec:
-        transform = self._transform or self.backbone.transform
+        transform = (self._preprocess or self.backbone.preprocess).spec
         views, seed = request.views.count, request.views.seed if request.views.count > 1 else 0
         if request.cut == INPUT:
+            if not isinstance(transform, Transform):
+                raise UsageError("`cut` input: token ids are not stored. Choose a stage, or pooled.")
             return FeatureSpec(transform.pixels_only(), None, INPUT, dtype="uint8", views=views, views_seed=seed)
         _ = self.backbone.whole  # an impossible pooling is refused before an entry is made
         backbone, precision = self.backbone.loaded, self.spec.precision

@@ -13,16 +13,19 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.images import UnreadableImage, decode, decode_both
+from featcache.datasets.images import UnreadableImage, decode_both
 from featcache.extraction.scan import DatasetFiles, Positions, quarantine_unread
 from featcache.fingerprint import DigestSet
 from featcache.specs import INPUT, Transform, Views
 from featcache.store.manifests import Quarantined
+
+if TYPE_CHECKING:
+    from featcache.backbones.base import Preprocess
 
 Pixels = NDArray[np.uint8]
 Rows = tuple[NDArray[Any], ...]
@@ -69,8 +72,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Thumbnails:
-    """What is decoded beside the images of a pass: by another transform, of the files that it is ``asked`` of (n,)."""
+    """What is decoded beside the images ``of`` a transform: by another, for the files that it is ``asked`` of (n,)."""
 
+    of: Transform
     transform: Transform
     asked: NDArray[np.bool_]
 
@@ -81,7 +85,7 @@ class BatchReader:
     Args:
         files: the images.
         positions: which of them, in this order.
-        transform: how files become pixels.
+        preprocess: how files become arrays.
         views: how many views of each.
         cached: the SHA-256 of images that need no row.
         thumbnails: what is decoded beside.
@@ -91,14 +95,14 @@ class BatchReader:
         self,
         files: DatasetFiles,
         positions: Sequence[int] | Positions,
-        transform: Transform,
+        preprocess: "Preprocess",
         views: Views,
         cached: Collection[bytes] = (),
         thumbnails: Thumbnails | None = None,
     ) -> None:
         self._files = files
         self._feed = iter(positions)
-        self._transform = transform
+        self._preprocess = preprocess
         self._views = views
         self._thumbnails = thumbnails
         self._claimed = DigestSet(len(cached) + len(positions), cached)
@@ -151,8 +155,8 @@ class BatchReader:
 
         def act() -> tuple[Pixels, Pixels | None]:
             if beside is None or not beside.asked[position]:
-                return decode(content, self._transform, self._views), None
-            return decode_both(content, self._transform, self._views, beside.transform)
+                return self._preprocess(content, self._views), None
+            return decode_both(content, beside.of, self._views, beside.transform)
 
         try:
             return act()

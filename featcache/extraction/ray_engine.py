@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,13 @@ from featcache.extraction.loader import Batch, BatchReader, Pixels, beside_pixel
 from featcache.extraction.scan import DatasetFiles, Positions
 from featcache.extraction.writer import in_dtype, not_finite
 from featcache.progress import logger
-from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Transform, Views
+from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Views
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import FileIndex, Part
 from featcache.store.manifests import FileRecord, Quarantined
+
+if TYPE_CHECKING:
+    from featcache.backbones.base import Preprocess
 
 UNIT = 1024
 _RETRIES = 3
@@ -39,7 +42,7 @@ class WorkerConfig:
     cuts: tuple[str, ...]
     entries: tuple[Path, ...]
     dtypes: tuple[StoredDtype, ...]
-    transform: Transform
+    preprocess: "Preprocess"
     views: Views
     batch_size: int
     device: str | None
@@ -127,7 +130,7 @@ def _run(
     while True:
         while sum(load) < 2 * count and (unit := next(feed, None)) is not None:
             which = int(np.argmin(load))
-            pixels = decode.remote(shared, unit, config.transform, config.views, without)
+            pixels = decode.remote(shared, unit, config.preprocess, config.views, without)
             waiting[actors[which].work.remote(pixels)] = which
             load[which] += 1
         if not waiting:
@@ -138,11 +141,11 @@ def _run(
 
 
 def decode_unit(
-    dataset: Dataset, positions: Sequence[int], transform: Transform, views: Views, cached: set[bytes]
+    dataset: Dataset, positions: Sequence[int], preprocess: "Preprocess", views: Views, cached: set[bytes]
 ) -> DecodedUnit:
     """Return a unit's images, decoded."""
     files = DatasetFiles(replace(dataset, samples=[dataset.samples[position] for position in positions]))
-    batch = BatchReader(files, range(len(positions)), transform, views, cached).fill(len(positions))
+    batch = BatchReader(files, range(len(positions)), preprocess, views, cached).fill(len(positions))
     pixels = np.stack(batch.pixels) if batch.pixels else np.empty((0, 1, 1, 1, 3), np.uint8)
     fresh, copies = (np.array(numbers, np.int64) for numbers in (batch.fresh, batch.copies))
     looked_at = np.concatenate([fresh, copies])

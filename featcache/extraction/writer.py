@@ -15,11 +15,12 @@ from featcache.errors import DataError
 from featcache.extraction.scan import Hit, Positions, Scan, lookup, make_listing, scan
 from featcache.fingerprint import DigestSet
 from featcache.progress import logger, printable
-from featcache.specs import StoredDtype, Transform, Views
+from featcache.specs import StoredDtype, Views
 from featcache.store.hdf5 import Part
 from featcache.store.manifests import Quarantined
 
 if TYPE_CHECKING:
+    from featcache.backbones.base import Preprocess
     from featcache.extraction.loader import Batch, Runtime
     from featcache.extraction.ray_engine import WorkerConfig, WrittenPart
     from featcache.store.entry import FeatureStore
@@ -42,7 +43,7 @@ class ExtractPlan:
     the entry's listing stays as it is.
     """
 
-    transform: Transform
+    preprocess: "Preprocess"
     views: Views = field(default_factory=Views)
     batch_size: int = 32
     max_bad: float = 0.01

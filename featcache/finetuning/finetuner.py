@@ -397,8 +397,7 @@ def open_up(
         parameter.requires_grad_(False)
     if trainable.spec.what == "lora":
         weights = {id(named[name]): stage.name for stage in trainable.stages for name in stage.parameters}
-        size = backbone.transform.input_size
-        blank = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=backbone.device)  # untraced, it takes pixels
+        blank = torch.from_numpy(backbone.example_inputs(1)).to(backbone.device)  # untraced, it takes prepared samples
         updates = add_lora(model.suffix, weights, trainable.spec.rank, seed, blank)
         by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in trainable.stages}
         for weight, parameters in updates:

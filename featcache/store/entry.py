@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
 from featcache.progress import logger
-from featcache.specs import FeatureSpec, Transform
+from featcache.specs import FeatureSpec, Tokenisation, Transform
 from featcache.store import hdf5, maintenance, manifests
 from featcache.store.atomic import (
     create_file,
@@ -530,12 +530,12 @@ def _is_spec(spec: dict[str, Any]) -> bool:
     """Tell whether a spec that fits its key has the kinds of values that are relied upon."""
     transform, backbone = spec.get("transform"), spec.get("backbone")
     try:
-        Transform(**transform)  # type: ignore[arg-type]  # refuses what is none
+        kind = Transform if {"mean", "std"} <= set(transform or ()) else Tokenisation
+        kind(**transform)  # type: ignore[arg-type]  # refuses what is none
     except (TypeError, UsageError):
         return False
     return (
-        {"mean", "std"} <= set(transform or ())
-        and (backbone is None or (isinstance(backbone, dict) and isinstance(backbone.get("weights_sha256"), str)))
+        (backbone is None or (isinstance(backbone, dict) and isinstance(backbone.get("weights_sha256"), str)))
         and isinstance(spec.get("cut"), str)
         and spec.get("dtype") in {"float32", "float16", "uint8"}
     )

@@ -49,12 +49,15 @@ class Outcome:
 def look_at(data: str, root: Path) -> str:
     """Open a data set, and read and decode all of it as an extraction does."""
     from featcache.datasets import open_dataset
+    from featcache.datasets.images import ImagePreprocess
     from featcache.extraction.loader import BatchReader
     from featcache.extraction.scan import DatasetFiles
     from featcache.specs import Transform, Views
 
     source, seen, bad = open_dataset(data, data_root=root), 0, 0
-    reader = BatchReader(DatasetFiles(source), range(min(len(source.samples), 5000)), Transform(32), Views())
+    reader = BatchReader(
+        DatasetFiles(source), range(min(len(source.samples), 5000)), ImagePreprocess(Transform(32)), Views()
+    )
     while len(batch := reader.fill(64)):
         seen, bad = seen + len(batch), bad + len(batch.bad)
     "".join(source.table.labels).encode("utf-8", "surrogateescape")
