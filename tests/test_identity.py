@@ -149,7 +149,7 @@ def test_new_weights_behind_a_name_are_another_entry(
     draw_image(folder / "red" / "new.png", (200, 50, 40), 5)
     third = extract(folder, named.spec, settings, cut, views=Views(views))
 
-    assert second.report.computed == len(second.known) == 36
+    assert second.report.computed == len(second.report.positions) == 36
     assert second.store.key != first.store.key
     assert (third.store.key, third.report.computed, third.report.reused) == (second.store.key, 1, 36)
     if views == 1:
