@@ -53,7 +53,7 @@ def _device() -> Finding:
     try:
         import torch
 
-        found = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     except Exception as error:  # noqa: BLE001 - as above
         return Finding(
             "device",
@@ -61,7 +61,7 @@ def _device() -> Finding:
             found=str(error),
             repair="pip uninstall -y torch torchvision && pip install torch torchvision",
         )
-    return Finding("device", ok=True, found=found)
+    return Finding("device", ok=True, found=device)
 
 
 def _runtimes() -> Finding:
@@ -69,7 +69,7 @@ def _runtimes() -> Finding:
         from featcache.extraction.runtimes import is_installed
         from featcache.specs import RUNTIMES
 
-        found = [name for name in RUNTIMES if name not in {"auto", "torch"} and is_installed(name)]
+        installed = [name for name in RUNTIMES if name not in {"auto", "torch"} and is_installed(name)]
     except Exception as error:  # noqa: BLE001 - as above
         return Finding(
             "runtimes",
@@ -77,8 +77,8 @@ def _runtimes() -> Finding:
             found=str(error),
             repair="pip uninstall -y torch torchvision && pip install torch torchvision",
         )
-    faster = "" if "openvino" in found else "; `pip install openvino` is the fastest on most CPUs"
-    return Finding("runtimes", ok=True, found=", ".join(["torch", *found]) + faster)
+    faster = "" if "openvino" in installed else "; `pip install openvino` is the fastest on most CPUs"
+    return Finding("runtimes", ok=True, found=", ".join(["torch", *installed]) + faster)
 
 
 def _bundled() -> Finding:

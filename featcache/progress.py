@@ -39,12 +39,12 @@ def set_up_notes(*, quiet: bool = False, verbose: bool = False, wording: Callabl
 
 
 @contextmanager
-def progress(total: int, what: str, unit: str = "img", done: int = 0) -> Iterator[Any]:
+def progress(total: int, title: str, unit: str = "img", start: int = 0) -> Iterator[Any]:
     """Yield a bar with an ``update(n)``; shown on a terminal only, and once it has run for a second."""
     from tqdm import tqdm
 
     hidden = _silent.get() or not sys.stderr.isatty()
     with tqdm(
-        total=total, desc=what, unit=unit, initial=done, delay=1, disable=hidden, dynamic_ncols=True, file=sys.stderr
+        total=total, desc=title, unit=unit, initial=start, delay=1, disable=hidden, dynamic_ncols=True, file=sys.stderr
     ) as bar:
         yield bar

@@ -361,11 +361,11 @@ def is_embedding(cut: str) -> bool:
     return cut == POOLED or "+" in cut
 
 
-def stored_dtype(cut: str, wish: StoredDtype | None = None) -> StoredDtype:
+def stored_dtype(cut: str, dtype: StoredDtype | None = None) -> StoredDtype:
     """Return the dtype that a cut is stored in: embeddings float32, activation maps float16, pixels uint8."""
     if cut == INPUT:
         return "uint8"
-    return wish or ("float32" if is_embedding(cut) else "float16")
+    return dtype or ("float32" if is_embedding(cut) else "float16")
 
 
 def parse_model_args(pairs: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:

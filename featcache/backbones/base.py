@@ -90,20 +90,20 @@ def _rules(module: nn.Module) -> Any:
 
 def _children(module: nn.Module, sizes: dict[str, int]) -> list[list[str]]:
     """Group parameters by child, and by grandchild in lists, in order; a group of little weight joins the one before."""
-    found: dict[str, list[str]] = {}
+    by_child: dict[str, list[str]] = {}
     for name in sizes:
         parts = name.split(".")
         is_list = len(parts) > 2 and isinstance(getattr(module, parts[0]), nn.Sequential | nn.ModuleList)
-        found.setdefault(".".join(parts[: 2 if is_list else 1]) if len(parts) > 1 else "", []).append(name)
-    own = found.pop("", [])
+        by_child.setdefault(".".join(parts[: 2 if is_list else 1]) if len(parts) > 1 else "", []).append(name)
+    direct = by_child.pop("", [])
     least = _LIGHT * sum(sizes.values())
     groups: list[list[str]] = []
-    for group in found.values():
-        if groups and min(sum(sizes[name] for name in one) for one in (group, groups[-1])) < least:
+    for group in by_child.values():
+        if groups and min(sum(sizes[name] for name in members) for members in (group, groups[-1])) < least:
             groups[-1].extend(group)
         else:
             groups.append(group)
-    return [own + groups[0], *groups[1:]] if groups else [own]
+    return [direct + groups[0], *groups[1:]] if groups else [direct]
 
 
 def _matched(rules: Any, name: str) -> bool:
@@ -120,13 +120,13 @@ def _matched(rules: Any, name: str) -> bool:
 
 def _stage_name(group: list[str], index: int, sizes: dict[str, int]) -> str:
     """Return the shortest module path that holds most of a group's parameters and none of another's."""
-    others = [name for name in sizes if name not in set(group)]
+    foreign = [name for name in sizes if name not in set(group)]
     parts = group[0].split(".")
     for depth in range(1, len(parts)):
         path = ".".join(parts[:depth])
         inside = sum(name.startswith(f"{path}.") for name in group)
         enough = inside == len(group) if index == 0 else 2 * inside > len(group)
-        if enough and not any(name.startswith(f"{path}.") for name in others):
+        if enough and not any(name.startswith(f"{path}.") for name in foreign):
             return path
     return "stem" if index == 0 else f"stage{index}"
 
@@ -330,7 +330,7 @@ class TimmBackbone:
     @cached_property
     def _last_pooling(self) -> Pooling:
         """The pooling that was asked for, over the last activations' proved positions."""
-        what = f"`pool` {self.spec.pool}: the last activations of {self.spec.name}"
+        subject = f"`pool` {self.spec.pool}: the last activations of {self.spec.name}"
         if not hasattr(self.module, "forward_features"):
             raise UsageError(f"`pool` {self.spec.pool}: {self.spec.name} does not give its activations before pooling.")
         features = LastActivations(self.module)
@@ -341,9 +341,9 @@ class TimmBackbone:
         except CutError:  # in order of their creation then, which is nearly that of use
             parameters = reversed(list(self.module.parameters()))
         instead = "Leave `pool` out."
-        layout = prove_layout(what, lambda: features(images), parameters, self._counts, instead=instead)
+        layout = prove_layout(subject, lambda: features(images), parameters, self._counts, instead=instead)
         if layout.axes == 2:
-            raise UsageError(f"{what} are a vector already. {instead}")
+            raise UsageError(f"{subject} are a vector already. {instead}")
         return Pooling(self.spec.pool, layout, self.spec.name)
 
     @cached_property
@@ -516,9 +516,9 @@ class TorchRuntime:
             with self._turn:
                 outputs = self._whole(images.to(self._device, non_blocking=True))
                 copies = [output.float().to("cpu", non_blocking=True) for output in outputs]
-                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                done.record()
-            done.synchronize()
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                copied.record()
+            copied.synchronize()
             return tuple(to_array(copy) for copy in copies)
 
     def _whole(self, images: Tensor) -> tuple[Tensor, ...]:

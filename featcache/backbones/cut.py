@@ -104,7 +104,7 @@ class Cutter:
             _check(self._backbone, lambda images: suffix(prefix(images)), self._images)
             self._checked.add(border)
         shapes = [self._values[node] for node in border]
-        shape = shapes[0].sizes if len(border) == 1 else (sum(one.length for one in shapes),)
+        shape = shapes[0].sizes if len(border) == 1 else (sum(tensor.length for tensor in shapes),)
         return SplitBackbone(prefix, suffix, shape, len(border), frozen)
 
     def has_moved(self, is_trained: Callable[[str], bool]) -> bool:
@@ -152,11 +152,13 @@ class Cutter:
             raise CutError(
                 "no module of that name is called." if not calls else f"it is called {len(calls)} times an image."
             )
-        value = calls[0].given if enters else calls[0].result
+        value = calls[0].argument if enters else calls[0].result
         node = getattr(value, "node", None)
         if not isinstance(node, fx.Node) or not isinstance(self._values[node], Shape):
-            several = isinstance(value, tuple | list | dict) or isinstance(self._values.get(node), tuple)  # type: ignore[arg-type]
-            raise CutError("several tensors leave it." if several else "what leaves it is no tensor with one row an image.")
+            is_sequence = isinstance(value, tuple | list | dict) or isinstance(self._values.get(node), tuple)  # type: ignore[arg-type]
+            raise CutError(
+                "several tensors leave it." if is_sequence else "what leaves it is no tensor with one row an image."
+            )
         if not self._reproduces:
             _check(self._backbone, self._traced, self._images)
             self._reproduces = True
@@ -207,10 +209,10 @@ class Cutter:
         """
         names = {id(value): name for name, value in self._backbone.named_parameters()}
         held = {id(value) for value in suffix.parameters()} - trained
-        shared = {one for node in hot & self._dependent for one in self._read[node]}
-        if again := sorted(names.get(one, "?") for one in held - shared):
+        shared = {parameter for node in hot & self._dependent for parameter in self._read[node]}
+        if again := sorted(names.get(parameter, "?") for parameter in held - shared):
             raise CutError(f"{len(again)} frozen parameters ({again[0]}, ...) would lie behind this cut.")
-        return tuple(sorted(names.get(one, "?") for one in held))
+        return tuple(sorted(names.get(parameter, "?") for parameter in held))
 
 
 def parameters_by_use(backbone: nn.Module) -> list[nn.Parameter]:
@@ -229,11 +231,11 @@ def parameters_by_use(backbone: nn.Module) -> list[nn.Parameter]:
 def _latest_first(backbone: nn.Module, traced: fx.GraphModule, end: fx.Node, reads: _Reads) -> Iterator[nn.Parameter]:
     """Yield the parameters that a node depends on, the last read first; no tables, such as those of positions."""
     named = {id(value): (name, value) for name, value in backbone.named_parameters()}
-    known: set[int] = set()
+    yielded: set[int] = set()
     for node in reversed(_ancestors_in_order(traced, (end,))):
-        for one in sorted((reads[node] & named.keys()) - known, key=list(named).index, reverse=True):
-            known.add(one)
-            name, value = named[one]
+        for parameter in sorted((reads[node] & named.keys()) - yielded, key=list(named).index, reverse=True):
+            yielded.add(parameter)
+            name, value = named[parameter]
             if name.endswith("weight") or sum(size > 1 for size in value.shape) <= 1:
                 yield value
 
@@ -258,22 +260,22 @@ def without_unused_tokens(backbone: nn.Module, image_size: int) -> nn.Module:
 
 def _check(backbone: nn.Module, computed: Callable[[Tensor], Tensor], images: Tensor) -> None:
     with torch.inference_mode():
-        whole, got = backbone(images), computed(images)
-    if not whole.isfinite().all():
+        expected, got = backbone(images), computed(images)
+    if not expected.isfinite().all():
         raise CutError("this backbone answers a random image with NaN or infinity.")
-    if not torch.allclose(whole, got, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max())):
+    if not torch.allclose(expected, got, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())):
         raise CutError("what was traced does not reproduce the whole backbone.")
 
 
 def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     waiting = list(starts)
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
+        if node not in reached:
+            reached.add(node)
             waiting.extend(node.users)
-    return found
+    return reached
 
 
 def _with_handed_over(traced: fx.GraphModule, held: _Reads, dependent: set[fx.Node]) -> _Reads:
@@ -281,7 +283,7 @@ def _with_handed_over(traced: fx.GraphModule, held: _Reads, dependent: set[fx.No
     parameters = {id(value) for value in traced.parameters()}  # a buffer, such as a mask, costs nothing to apply again
     reads: _Reads = {}
     for node in traced.graph.nodes:
-        handed = (reads[given] & parameters for given in node.all_input_nodes if given not in dependent)
+        handed = (reads[source] & parameters for source in node.all_input_nodes if source not in dependent)
         reads[node] = held[node].union(*handed)
     return reads
 
@@ -334,13 +336,13 @@ def _prefix(traced: fx.GraphModule, borders: tuple[_Border, ...]) -> fx.GraphMod
     copies: dict[fx.Node, fx.Node] = {}
     ends = {node for border in borders for node in border}
     needed = _ancestors_in_order(traced, list(ends))
-    kept: dict[fx.Node, fx.Node] = {}
+    stored: dict[fx.Node, fx.Node] = {}
     for node in needed:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node in ends:  # what follows may write into it: an activation, or a sum, that works in place
             used = not node.users.keys().isdisjoint(needed)
-            kept[node] = graph.call_method("clone", (copies[node],)) if used else copies[node]
-    rows = [tuple(kept[node] for node in border) for border in borders]
+            stored[node] = graph.call_method("clone", (copies[node],)) if used else copies[node]
+    rows = [tuple(stored[node] for node in border) for border in borders]
     outputs = tuple(row[0] if len(row) == 1 else graph.call_function(_packed, row) for row in rows)
     graph.output(outputs if len(outputs) > 1 else outputs[0])
     return fx.GraphModule(traced, graph).eval()

@@ -170,8 +170,8 @@ def _torch_downloads() -> Path | None:
 def sha256_of_weights(path: Path) -> str:
     """Return the SHA-256 of a file; it is read once a process, as long as its size, times and inode stay."""
     signs, now = _signs(path), time.time_ns()
-    if (known := _hashed.get(signs)) is not None:
-        return known
+    if (digest := _hashed.get(signs)) is not None:
+        return digest
     digest = sha256_of_file(path)
     if now - max(signs[-2:]) > _RACY_NS and _signs(path) == signs:
         _hashed[signs] = digest
@@ -179,8 +179,8 @@ def sha256_of_weights(path: Path) -> str:
 
 
 def _signs(path: Path) -> tuple[Any, ...]:
-    found = path.stat()
-    return (os.path.abspath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)  # noqa: PTH100 - links stay
+    facts = path.stat()
+    return (os.path.abspath(path), facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)  # noqa: PTH100 - links stay
 
 
 def pinned(name: str, origin: Origin) -> tuple[str, Path | None]:

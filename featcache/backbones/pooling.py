@@ -67,7 +67,7 @@ class TokenCounts:
 
 
 def prove_layout(
-    what: str, run: Callable[[], Tensor], parameters: Iterable[nn.Parameter], counts: TokenCounts, *, instead: str
+    subject: str, run: Callable[[], Tensor], parameters: Iterable[nn.Parameter], counts: TokenCounts, *, instead: str
 ) -> Layout:
     """Find out what the axes of some activations are, by what changes when one channel's parameter does.
 
@@ -76,7 +76,7 @@ def prove_layout(
     and the tokens that are known to precede them.
 
     Args:
-        what: the activations, as an error calls them.
+        subject: the activations, as an error calls them.
         run: computes them anew, (b, ...).
         parameters: those they depend on, the last used first; each is changed for a moment.
         counts: of the backbone's tokens.
@@ -88,21 +88,21 @@ def prove_layout(
     with torch.inference_mode():
         before = run()
     if not isinstance(before, Tensor) or before.dim() < 2:
-        raise UsageError(f"{what}: {_kind(before)} comes out, not one tensor an image. {instead}")
+        raise UsageError(f"{subject}: {_kind(before)} comes out, not one tensor an image. {instead}")
     if before.dim() == 2:
         return Layout(2, 1)
     shape = tuple(before.shape[1:])
-    channels = next((axis for one in _few(parameters) if (axis := _moved_axis(run, one, before))), None)
+    channels = next((axis for parameter in _few(parameters) if (axis := _moved_axis(run, parameter, before))), None)
     if channels is None:
-        raise UsageError(f"{what}: which axis of {shape} holds the channels cannot be proved. {instead}")
+        raise UsageError(f"{subject}: which axis of {shape} holds the channels cannot be proved. {instead}")
     positions = shape[: channels - 1] + shape[channels:]
     if len(positions) == 2 and positions[0] == positions[1] and channels in {1, 3}:
         return Layout(4, channels)
     prefix = counts.prefix_of(positions[0]) if len(positions) == 1 else None
     if prefix is None:
         raise UsageError(
-            f"{what}: beside {shape[channels - 1]} channels it has {' x '.join(map(str, positions))}, which are neither a "
-            f"square of positions nor one behind the tokens that this backbone is known to have. {instead}"
+            f"{subject}: beside {shape[channels - 1]} channels it has {' x '.join(map(str, positions))}, which are neither "
+            f"a square of positions nor one behind the tokens that this backbone is known to have. {instead}"
         )
     return Layout(3, channels, prefix, counts.class_token and prefix > 0)
 
@@ -138,15 +138,15 @@ def _moved_axis(run: Callable[[], Tensor], parameter: nn.Parameter, before: Tens
     axis = _rows(parameter)
     assert axis is not None
     size = parameter.shape[axis]
-    one, other = (_changed(run, parameter, axis, row, before) for row in (size // 2, size // 2 - 1))
-    if one is None or other is None:
+    first, second = (_changed(run, parameter, axis, row, before) for row in (size // 2, size // 2 - 1))
+    if first is None or second is None:
         return None
     axes = range(1, before.dim())
-    few = [number for number in axes if 0 < int(one[number].sum()) <= max(1, _FEW * before.shape[number])]
+    few = [number for number in axes if 0 < int(first[number].sum()) <= max(1, _FEW * before.shape[number])]
     few = [number for number in few if before.shape[number] > 1]
-    many = all(int(one[number].sum()) >= _MANY * before.shape[number] for number in axes if number not in few)
-    apart = len(few) == 1 and not torch.equal(one[few[0]], other[few[0]])
-    return few[0] if many and apart else None
+    rest_moves = all(int(first[number].sum()) >= _MANY * before.shape[number] for number in axes if number not in few)
+    apart = len(few) == 1 and not torch.equal(first[few[0]], second[few[0]])
+    return few[0] if rest_moves and apart else None
 
 
 def _changed(
@@ -154,7 +154,7 @@ def _changed(
 ) -> dict[int, Tensor] | None:
     """Return at which places of each axis some activation changes with a row of a parameter, ``None`` if none does."""
     row = parameter.data.select(axis, number)
-    kept = row.clone()
+    before_row = row.clone()
     try:
         # no constant: standardised weights would not change with it
         slope = torch.linspace(0.5, 1.5, row.numel(), dtype=row.dtype, device=row.device).reshape(row.shape)
@@ -162,13 +162,13 @@ def _changed(
         with torch.inference_mode():
             moved = (run() - before).abs()
     finally:
-        row.copy_(kept)
+        row.copy_(before_row)
     peak = float(moved.max())
     if not math.isfinite(peak) or peak <= _VISIBLE * float(before.abs().max()):
         return None
     changed = moved > peak * _RELEVANT
     every = range(before.dim())
-    return {one: changed.any(dim=[each for each in every if each != one]) for one in every if one > 0}
+    return {along: changed.any(dim=[each for each in every if each != along]) for along in every if along > 0}
 
 
 @register_notrace_module  # traced as one call: what depends on shapes inside stays out of the graph
@@ -187,10 +187,10 @@ class Pooling(nn.Module):
         UsageError: a class token is asked for, and there is none.
     """
 
-    def __init__(self, kind: Pool, layout: Layout, what: str = "this backbone") -> None:
+    def __init__(self, kind: Pool, layout: Layout, subject: str = "this backbone") -> None:
         super().__init__()
         if "cls" in kind and not layout.class_token:
-            raise UsageError(f"`pool` {kind}: {what} has no class token.")
+            raise UsageError(f"`pool` {kind}: {subject} has no class token.")
         self.kind = kind
         self.layout = layout
 
@@ -257,12 +257,12 @@ class Layers:
     def __init__(
         self,
         name: str,
-        whole: nn.Module,
+        module: nn.Module,
         stages: Mapping[str, Callable[[str], bool] | None],
         kind: Pool,
         counts: TokenCounts,
     ) -> None:
-        self._name, self._whole, self._stages, self._kind, self._counts = name, whole, stages, kind, counts
+        self._name, self._whole, self._stages, self._kind, self._counts = name, module, stages, kind, counts
         self._read: dict[str, tuple[Layer, Pooling]] = {}
 
     @cached_property

@@ -188,28 +188,28 @@ def _load_weights(module: nn.Module, path: Path) -> None:
             "that was pickled whole is not loaded, since it could run code: save its state_dict()."
         ) from error
     if not all(isinstance(value, Tensor) for value in state.values()):
-        known = ", ".join(map(str, list(state)[:4]))
-        raise DataError(f"`weights` {path}: no plain state, it holds {known}. Save the network's own state_dict().")
+        first_names = ", ".join(map(str, list(state)[:4]))
+        raise DataError(f"`weights` {path}: no plain state, it holds {first_names}. Save the network's own state_dict().")
     config = getattr(module, "pretrained_cfg", None) or {}
     heads = config.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    own = module.state_dict()
-    misfits = [name for name, value in state.items() if name in own and own[name].shape != value.shape]
-    wanted = [name for name in own if not name.endswith("num_batches_tracked")]
-    missing = [name for name in wanted if name not in state]
+    expected = module.state_dict()
+    misfits = [name for name, value in state.items() if name in expected and expected[name].shape != value.shape]
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in state]
     foreign = [
-        name for name in state if name not in own and not name.startswith((OWN_HEAD, *(f"{head}." for head in heads)))
+        name for name in state if name not in expected and not name.startswith((OWN_HEAD, *(f"{head}." for head in heads)))
     ]
     if missing or foreign or misfits:
         architecture = config.get("architecture", "this backbone")
-        reason = _why_not(own, wanted, state, missing=missing, foreign=foreign, misfits=misfits)
+        reason = _why_not(expected, needed, state, missing=missing, foreign=foreign, misfits=misfits)
         raise DataError(f"`weights` {path}: not for {architecture}: {reason}")
-    module.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    module.load_state_dict({name: value for name, value in state.items() if name in expected}, strict=False)
 
 
 def _why_not(
-    own: Mapping[str, Tensor],
-    wanted: Sequence[str],
+    expected: Mapping[str, Tensor],
+    needed: Sequence[str],
     state: Mapping[str, Tensor],
     *,
     missing: Sequence[str],
@@ -220,22 +220,22 @@ def _why_not(
     if missing:
         ends = (name[: -len(missing[0])] for name in state if name.endswith(f".{missing[0]}"))
         for prefix in ends:
-            under = sum(f"{prefix}{name}" in state for name in wanted)
-            if under > len(wanted) - len(missing):
-                all_or_some = "all" if under == len(wanted) else f"{under} of"
+            under = sum(f"{prefix}{name}" in state for name in needed)
+            if under > len(needed) - len(missing):
+                all_or_some = "all" if under == len(needed) else f"{under} of"
                 return (
-                    f"{all_or_some} {len(wanted)} tensors are there behind the prefix {prefix!r}. Save them without it: "
+                    f"{all_or_some} {len(needed)} tensors are there behind the prefix {prefix!r}. Save them without it: "
                     f"{{name.removeprefix({prefix!r}): value}}."
                 )
         return (
-            f"it lacks {len(missing)} of {len(own)} tensors ({missing[0]}, ...)"
+            f"it lacks {len(missing)} of {len(expected)} tensors ({missing[0]}, ...)"
             + (f" and has {len(foreign)} others ({foreign[0]}, ...)" if foreign else "")
             + ". Check `backbone` and `model_args`."
         )
     if misfits:
-        shapes = f"{tuple(state[misfits[0]].shape)} instead of {tuple(own[misfits[0]].shape)}"
+        shapes = f"{tuple(state[misfits[0]].shape)} instead of {tuple(expected[misfits[0]].shape)}"
         positions = all("pos" in name for name in misfits)
-        return f"it has other shapes of {len(misfits)} of {len(own)} tensors ({misfits[0]}: {shapes}, ...). " + (
+        return f"it has other shapes of {len(misfits)} of {len(expected)} tensors ({misfits[0]}: {shapes}, ...). " + (
             "Positions of a file are not resampled to another size of images: use the `input_size` and img_size that it was "
             "trained with."
             if positions
@@ -243,7 +243,7 @@ def _why_not(
         )
     groups = list(dict.fromkeys(name.partition(".")[0] for name in foreign))
     return (
-        f"all {len(wanted)} of {len(wanted)} tensors are there, and {len(foreign)} more ({', '.join(groups[:4])}), which "
+        f"all {len(needed)} of {len(needed)} tensors are there, and {len(foreign)} more ({', '.join(groups[:4])}), which "
         "may be a part of another network. Save the file without them."
     )
 
@@ -273,8 +273,10 @@ def _try_image(module: nn.Module, spec: BackboneSpec, size: int, device: torch.d
             f"{_advice(module, spec, size)}"
         ) from error
     if not isinstance(out, Tensor) or out.dim() < 2 or out.shape[0] != 1 or not out.numel() or not out.is_floating_point():
-        what = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise UsageError(f"`backbone` {spec.name}: {what} comes out for one image, not one vector. Check `model_args`.")
+        description = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise UsageError(
+            f"`backbone` {spec.name}: {description} comes out for one image, not one vector. Check `model_args`."
+        )
     if not out.isfinite().all():
         bad = [name for name, value in module.named_parameters() if not value.isfinite().all()]
         bad += [

@@ -43,7 +43,7 @@ UNKNOWN = object()
 class Call:
     """What went into a module's call, first argument alone, and what came out of it."""
 
-    given: Any
+    argument: Any
     result: Any
 
 
@@ -187,10 +187,10 @@ def narrow(traced: fx.GraphModule, sizes: Sizes) -> bool:
         traced: is changed in place.
         sizes: the shape of what a node gives, without the batch; ``None`` where it is no tensor with one row an image.
     """
-    found = _needed_first_only(traced, sizes)
+    narrowed = _needed_first_only(traced, sizes)
     graph = traced.graph
     slices: dict[fx.Node, fx.Node] = {}
-    for node in [node for node in graph.nodes if node in found]:
+    for node in [node for node in graph.nodes if node in narrowed]:
         attention = _attention_behind(node)
         if attention is not None:
             query: Any = attention.args[0]
@@ -199,30 +199,30 @@ def narrow(traced: fx.GraphModule, sizes: Sizes) -> bool:
             attention.update_arg(0, first)
             node.update_arg(2, 1)
             continue
-        for given in node.all_input_nodes:
-            if given in found or not _are_tokens(sizes(given)):
+        for source in node.all_input_nodes:
+            if source in narrowed or not _are_tokens(sizes(source)):
                 continue
-            if given not in slices:
-                with graph.inserting_after(given):
-                    slices[given] = graph.call_function(operator.getitem, (given, (_ALL, _ONE)))
-            node.replace_input_with(given, slices[given])
+            if source not in slices:
+                with graph.inserting_after(source):
+                    slices[source] = graph.call_function(operator.getitem, (source, (_ALL, _ONE)))
+            node.replace_input_with(source, slices[source])
     traced.recompile()
-    return bool(found)
+    return bool(narrowed)
 
 
 def _needed_first_only(traced: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
     """Return the nodes that work token by token, and of whose tokens only the first is used."""
-    found: set[fx.Node] = set()
+    narrowed: set[fx.Node] = set()
     waiting = [node.args[0] for node in traced.graph.nodes if _takes_first(node)]
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, fx.Node) or node in found or not _are_tokens(sizes(node)):
+        if not isinstance(node, fx.Node) or node in narrowed or not _are_tokens(sizes(node)):
             continue
-        unused = all(_takes_first(user) or user in found for user in node.users)
+        unused = all(_takes_first(user) or user in narrowed for user in node.users)
         if unused and (_is_tokenwise(traced, node, sizes) or _attention_behind(node) is not None):
-            found.add(node)
+            narrowed.add(node)
             waiting.extend(node.all_input_nodes)
-    return found
+    return narrowed
 
 
 def _are_tokens(sizes: tuple[int, ...] | None) -> bool:
@@ -245,18 +245,18 @@ def _is_tokenwise(traced: fx.GraphModule, node: fx.Node, sizes: Sizes) -> bool:
     if node.target is F.layer_norm:
         return len(node.args) > 1 and len(node.args[1]) == 1  # type: ignore[arg-type]
     if node.target in _OF_TWO:
-        return all(_is_alike(traced, given, sizes(node), sizes) for given in node.args)
+        return all(_is_alike(traced, operand, sizes(node), sizes) for operand in node.args)
     return node.target in _FUNCTIONS
 
 
-def _is_alike(traced: fx.GraphModule, given: object, expected: tuple[int, ...] | None, sizes: Sizes) -> bool:
+def _is_alike(traced: fx.GraphModule, operand: object, expected: tuple[int, ...] | None, sizes: Sizes) -> bool:
     """Tell whether an operand has as many tokens, or is the same for all of them."""
-    if not isinstance(given, fx.Node):
-        return isinstance(given, int | float)
-    if given.op != "get_attr":
-        return sizes(given) == expected
+    if not isinstance(operand, fx.Node):
+        return isinstance(operand, int | float)
+    if operand.op != "get_attr":
+        return sizes(operand) == expected
     value: Any = traced
-    for name in str(given.target).split("."):
+    for name in str(operand.target).split("."):
         value = getattr(value, name)
     return isinstance(value, Tensor) and value.dim() <= 1
 
@@ -276,6 +276,6 @@ def _attention_behind(node: fx.Node) -> fx.Node | None:
     attention = turned.args[0]
     if turned.args[1:] not in {(1, 2), (2, 1)} or not isinstance(attention, fx.Node) or len(attention.users) > 1:
         return None
-    known = attention.op == "call_function" and attention.target is F.scaled_dot_product_attention
+    is_attention = attention.op == "call_function" and attention.target is F.scaled_dot_product_attention
     plain = len(attention.args) == 3 and not any(attention.kwargs.values())  # no mask, no dropout, not causal
-    return attention if known and plain else None
+    return attention if is_attention and plain else None

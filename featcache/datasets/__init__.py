@@ -34,8 +34,8 @@ def open_dataset(
     except FeatcacheError:
         raise
     except Exception as error:  # the readers of other libraries raise anything: what they cannot read is the data's fault
-        said = next(iter(str(error).strip().splitlines()), "")
-        raise DataError(f"{data}: cannot be read ({type(error).__name__}{f': {said}' if said else ''}).") from error
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise DataError(f"{data}: cannot be read ({type(error).__name__}{f': {reason}' if reason else ''}).") from error
     if not source.samples:
         also = f" {'; '.join(source.notes)}." if source.notes else ""
         raise DataError(f"{data}: no image found in it. A folder needs CLASS/IMAGE or train/CLASS/IMAGE files.{also}")

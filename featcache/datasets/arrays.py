@@ -51,11 +51,11 @@ def open_npz(path: Path) -> Dataset:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            wanted = [name for name, info in infos.items() if name in _KNOWN and info.filename.endswith(".npy")]
-            if sum(_declared(path, archive, infos[name]) for name in wanted) > free_memory() / 2:
+            members = [name for name, info in infos.items() if name in _KNOWN and info.filename.endswith(".npy")]
+            if sum(_declared(path, archive, infos[name]) for name in members) > free_memory() / 2:
                 raise DataError(f"{path}: its arrays do not fit into memory; as HDF5 they may stay on disk.")
             arrays: dict[str, Any] = {}
-            for name in wanted:
+            for name in members:
                 with archive.open(f"{name}.npy") as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
     except FileNotFoundError:
@@ -102,28 +102,28 @@ def open_hdf5(path: Path) -> Dataset:
     for name in file:
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise DataError(f"{path}: {name} is a link; only datasets in the file itself are read.")
-        found = file[name] if name in _KNOWN else None
-        if isinstance(found, h5py.Dataset):
-            _require_held(path, name, found)
-            arrays[name] = found
+        dataset = file[name] if name in _KNOWN else None
+        if isinstance(dataset, h5py.Dataset):
+            _require_held(path, name, dataset)
+            arrays[name] = dataset
     return _from_arrays(path, arrays, sorted(set(file) - arrays.keys()))
 
 
-def _require_held(path: Path, name: str, found: Any) -> None:
+def _require_held(path: Path, name: str, dataset: Any) -> None:
     """Refuse a dataset that keeps its values elsewhere, or declares more than its file can hold.
 
     Raises:
         DataError: as said.
     """
-    if found.external or found.is_virtual:
+    if dataset.external or dataset.is_virtual:
         raise DataError(f"{path}: {name} keeps its values in another file; only datasets in the file are read.")
-    if found.shape is None or not found.ndim:
+    if dataset.shape is None or not dataset.ndim:
         raise DataError(f"{path}: {name} is no array.")
     size = path.stat().st_size
-    if len(found) > size or math.prod(found.shape) * found.dtype.itemsize > _MOST_RATIO * size:
-        raise DataError(f"{path}: {name} declares {found.shape} values, more than a file of {size} bytes can hold.")
-    if found.chunks and math.prod(found.chunks) * found.dtype.itemsize > _MOST_CHUNK:
-        raise DataError(f"{path}: {name} has chunks of {found.chunks}, over 1 GiB; write it in smaller ones.")
+    if len(dataset) > size or math.prod(dataset.shape) * dataset.dtype.itemsize > _MOST_RATIO * size:
+        raise DataError(f"{path}: {name} declares {dataset.shape} values, more than a file of {size} bytes can hold.")
+    if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > _MOST_CHUNK:
+        raise DataError(f"{path}: {name} has chunks of {dataset.chunks}, over 1 GiB; write it in smaller ones.")
 
 
 def open_digits(text: str) -> Dataset:
@@ -160,13 +160,15 @@ def from_array(
         raise DataError(f"{location}: images must be uint8 (n, h, w) or (n, h, w, 3), not {dtype} {shape}.")
     if not 0 < shape[1] * shape[2] <= MAX_MEGAPIXELS * 1e6:
         raise DataError(f"{location}: images of {shape[1]} x {shape[2]} pixels; 1 to {MAX_MEGAPIXELS:.0f} million are read.")
-    given = [""] * len(labels) if splits is None else list(splits)
-    if not len(labels) == len(given) == shape[0]:
-        raise DataError(f"{location}: {shape[0]} images need one label each, found {len(labels)}; splits {len(given)}.")
-    kept, notes = labelled(labels, given, location, lambda row: f"row {row}")
-    if 0 < sum(not given[row] for row in kept) < len(kept):
+    split_names = [""] * len(labels) if splits is None else list(splits)
+    if not len(labels) == len(split_names) == shape[0]:
+        raise DataError(
+            f"{location}: {shape[0]} images need one label each, found {len(labels)}; splits {len(split_names)}."
+        )
+    usable, notes = labelled(labels, split_names, location, lambda row: f"row {row}")
+    if 0 < sum(not split_names[row] for row in usable) < len(usable):
         raise DataError(f"{location}: some rows have a split and some have none: fill in all of them, or none.")
-    items = (Sample(f"{row:08d}", labels[row] or "", given[row]) for row in kept)
+    items = (Sample(f"{row:08d}", labels[row] or "", split_names[row]) for row in usable)
     packed = SampleTable(items)
     return Dataset(name, location, packed, ArrayReader(_RowNumbers(shape[0]), _Rows(images), holder), tuple(notes))
 
@@ -230,7 +232,7 @@ class _Joined:
 def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> Dataset:
     name, location = safe_name(path.stem), str(path.resolve())
     called = _find(arrays, _CLASSES, "")
-    read = Labels(str(path), [_text(one) for one in _values(path, called, arrays[called])] if called else ())
+    read = Labels(str(path), [_text(value) for value in _values(path, called, arrays[called])] if called else ())
     parts = [part for part in _PARTS if _find(arrays, _IMAGES, f"{part}_")]
     _require_all_splits(path, [*arrays, *unread], parts)
     if parts:
@@ -250,12 +252,12 @@ def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> D
                 f"{path}: arrays named images and labels are needed, found {_some(sorted([*arrays, *unread])) or 'none'}."
             )
         images, labels = arrays[image], _labels(path, label, arrays[label], len(arrays[image]), read)
-        found = _values(path, split, arrays[split]) if split else []
-        splits = [split_of(_text(one), f"{path}, row {row}") for row, one in enumerate(found)] if split else None
+        values = _values(path, split, arrays[split]) if split else []
+        splits = [split_of(_text(value), f"{path}, row {row}") for row, value in enumerate(values)] if split else None
         used = {called, image, label, split}
     source = from_array(images, labels, splits, name=name, location=location, holder=path.resolve())
-    left = sorted([*unread, *(arrays.keys() - used)])
-    notes = [f"{path}: left out: {many(len(left), 'array')} of other names ({_some(left)})"] if left else []
+    unused = sorted([*unread, *(arrays.keys() - used)])
+    notes = [f"{path}: left out: {many(len(unused), 'array')} of other names ({_some(unused)})"] if unused else []
     return replace(source, notes=(*source.notes, *notes), label_lists=read.lists)
 
 
@@ -283,28 +285,28 @@ def _find(arrays: dict[str, Any], names: tuple[str, ...], prefix: str) -> str:
     return next((f"{prefix}{name}" for name in names if f"{prefix}{name}" in arrays), "")
 
 
-def _labels(path: Path, name: str, found: Any, count: int, read: Labels) -> list[str | None]:
-    if found.ndim == 2 and found.shape[1] == 1:
-        shape: tuple[int, ...] = found.shape[:1]
+def _labels(path: Path, name: str, column: Any, count: int, read: Labels) -> list[str | None]:
+    if column.ndim == 2 and column.shape[1] == 1:
+        shape: tuple[int, ...] = column.shape[:1]
     else:
-        shape = tuple(found.shape)
+        shape = tuple(column.shape)
     if shape != (count,):
-        raise DataError(f"{path}: {count} images need one label each, found {name} of shape {tuple(found.shape)}.")
-    return [read.read(value, f"row {row}") for row, value in enumerate(_values(path, name, found))]
+        raise DataError(f"{path}: {count} images need one label each, found {name} of shape {tuple(column.shape)}.")
+    return [read.read(value, f"row {row}") for row, value in enumerate(_values(path, name, column))]
 
 
-def _values(path: Path, name: str, found: Any) -> Iterator[Any]:
+def _values(path: Path, name: str, column: Any) -> Iterator[Any]:
     """Yield the values of an array of one column, a few at a time.
 
     Raises:
         DataError: it has another shape.
     """
-    if found.ndim != 1 and not (found.ndim == 2 and found.shape[1] == 1):
-        raise DataError(f"{path}: {name} must be one column, not {tuple(found.shape)}.")
-    step = _TEXTS_AT_ONCE if found.dtype.kind == "O" else 1 << 16
-    for start in range(0, len(found), step):
-        several = np.asarray(found[start : start + step])
-        yield from several.reshape(-1)
+    if column.ndim != 1 and not (column.ndim == 2 and column.shape[1] == 1):
+        raise DataError(f"{path}: {name} must be one column, not {tuple(column.shape)}.")
+    step = _TEXTS_AT_ONCE if column.dtype.kind == "O" else 1 << 16
+    for start in range(0, len(column), step):
+        values = np.asarray(column[start : start + step])
+        yield from values.reshape(-1)
 
 
 def _text(value: Any) -> str:

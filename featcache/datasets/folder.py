@@ -37,20 +37,20 @@ class Unread:
 
     suffixes: Counter[str] = field(default_factory=Counter)
     dead: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Return how many things there are."""
-        return self.suffixes.total() + len(self.dead) + len(self.known) + len(self.closed)
+        return self.suffixes.total() + len(self.dead) + len(self.repeated) + len(self.closed)
 
     def said(self) -> list[str]:
         """Return what the user is told, each with its number."""
-        others = f"{many(self.suffixes.total(), 'file')} with other suffixes ({tallied(self.suffixes)})"
+        unknown = f"{many(self.suffixes.total(), 'file')} with other suffixes ({tallied(self.suffixes)})"
         return [
-            *([others] if self.suffixes else []),
+            *([unknown] if self.suffixes else []),
             *_listed(self.dead, "link", "that {go} nowhere"),
-            *_listed(self.known, "link", "to folders that are read already"),
+            *_listed(self.repeated, "link", "to folders that are read already"),
             *_listed(self.closed, "folder", "that cannot be opened"),
         ]
 
@@ -82,13 +82,13 @@ class Tree:
         """Yield the relative POSIX paths of the image files below a folder, in no order."""
         real = os.path.realpath(os.path.join(self._real, folder))  # noqa: PTH118 - as below
         if folder and self._is_linked(folder) and self._is_read_elsewhere(real):
-            self.unread.known.append(folder)
+            self.unread.repeated.append(folder)
             return
         waiting = [(folder, real)]
         while waiting:
             where, real = waiting.pop()
             if real in self._seen:
-                self.unread.known.append(where)
+                self.unread.repeated.append(where)
                 continue
             self._seen.add(real)
             yield from self._files_in(where, real, waiting)
@@ -106,7 +106,7 @@ class Tree:
                     elif entry.is_symlink() and leads(entry.is_dir):
                         target = os.path.realpath(entry.path)
                         if self._is_read_elsewhere(target):
-                            self.unread.known.append(path)
+                            self.unread.repeated.append(path)
                         else:
                             waiting.append((path, target))
                     elif suffix_of(entry.name) in IMAGE_SUFFIXES:
@@ -171,11 +171,11 @@ def tallied(counts: Counter[str]) -> str:
     return ", ".join([*first, *([f"{more} more"] if more else [])])
 
 
-def _listed(names: Sequence[str], word: str, what: str) -> list[str]:
+def _listed(names: Sequence[str], word: str, ending: str) -> list[str]:
     if not names:
         return []
     shown = ", ".join([*sorted(names)[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])])
-    return [f"{many(len(names), word)} {what.format(go='goes' if len(names) == 1 else 'go')} ({shown})"]
+    return [f"{many(len(names), word)} {ending.format(go='goes' if len(names) == 1 else 'go')} ({shown})"]
 
 
 _FOLDER_SPLITS = SPLIT_FOLDERS | {"testing": "test", "dev": "val"}
@@ -250,7 +250,7 @@ def folders_in(root: Path) -> list[str]:
 
 def _outside(root: Path, tops: Collection[str], unread: Unread) -> Counter[str]:
     """Return how many images lie directly in the folder or its splits; what else lies there is added to the rest."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for top in ("", *tops):
         with os.scandir(root / top) as entries:
             for entry in entries:
@@ -258,7 +258,7 @@ def _outside(root: Path, tops: Collection[str], unread: Unread) -> Counter[str]:
                 if is_hidden(entry.name) or leads(entry.is_dir):
                     continue
                 if suffix_of(entry.name) in IMAGE_SUFFIXES:
-                    found[f"{top or '.'}/"] += 1
+                    counts[f"{top or '.'}/"] += 1
                 elif entry.is_symlink() and not leads(entry.is_file):
                     unread.dead.append(path)
                 else:
@@ -266,7 +266,7 @@ def _outside(root: Path, tops: Collection[str], unread: Unread) -> Counter[str]:
     lost = next((path for path in unread.dead if "/" not in path and _FOLDER_SPLITS.get(path.lower())), None)
     if lost:
         raise DataError(f"{root / lost}: a link that goes nowhere, where a split should be. Repair it or take it away.")
-    return found
+    return counts
 
 
 def _beside(root: Path, folders: Sequence[str], splits: dict[str, str]) -> Counter[str]:
@@ -275,19 +275,19 @@ def _beside(root: Path, folders: Sequence[str], splits: dict[str, str]) -> Count
     Raises:
         DataError: one of them looks like a split that is not there by its usual name.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for name in folders:
         if name in splits:
             continue
         tree = Tree(root, [name])
-        found[name] = sum(1 for _ in tree.files(name))
+        counts[name] = sum(1 for _ in tree.files(name))
         split = looks_like_split(name)
-        if split and split not in splits.values() and (found[name] or tree.unread):
+        if split and split not in splits.values() and (counts[name] or tree.unread):
             raise DataError(
                 f"{root / name}: looks like the {split} split, which is read from a folder {split}/ only. Rename it, "
                 "or move it away if it is none."
             )
-    return found
+    return counts
 
 
 def _require_split(root: Path, top: str, images: Counter[str], outside: Counter[str]) -> None:
@@ -299,12 +299,12 @@ def _require_split(root: Path, top: str, images: Counter[str], outside: Counter[
     if any(number for folder, number in images.items() if folder.startswith(f"{top}/")):
         return
     tree = Tree(root, [top])
-    there = sum(1 for _ in tree.files(top))
-    if there or tree.unread:
+    count = sum(1 for _ in tree.files(top))
+    if count or tree.unread:
         why = f"{many(outside[f'{top}/'], 'image')} lie outside class folders" if outside[f"{top}/"] else ""
-        what = why or ", ".join(tree.unread.said()) or "what lies there is read under another name already"
+        reason = why or ", ".join(tree.unread.said()) or "what lies there is read under another name already"
         raise DataError(
-            f"{root / top}: this split would be lost: {what}. A split is {top}/CLASS/IMAGE; move it away if it has no "
+            f"{root / top}: this split would be lost: {reason}. A split is {top}/CLASS/IMAGE; move it away if it has no "
             "labels."
         )
 
@@ -328,10 +328,10 @@ def _require_classes(root: Path, folders: Sequence[str], nested: Counter[str]) -
         outer, _, inner = place.rpartition("/")
         if inner.lower() in _FOLDER_SPLITS:
             inside.setdefault(outer, set()).add(inner)
-    for folder, several in inside.items():
-        if len({_FOLDER_SPLITS[name.lower()] for name in several}) > 1:
+    for folder, names in inside.items():
+        if len({_FOLDER_SPLITS[name.lower()] for name in names}) > 1:
             raise DataError(
-                f"{root / folder}: holds the splits {', '.join(sorted(several))}, and would be one class. What is read is "
+                f"{root / folder}: holds the splits {', '.join(sorted(names))}, and would be one class. What is read is "
                 f"train|val|test/CLASS/IMAGE; if these are in {folder}, name that folder instead."
             )
 

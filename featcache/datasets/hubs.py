@@ -49,33 +49,37 @@ def open_torchvision(name: str, root: Path | None, *, download: bool) -> Dataset
     if root is None:
         raise UsageError(f"torchvision:{name}: say where it lies, or is to be downloaded to, with `data_root`.")
     parameters = inspect.signature(kind).parameters
-    needed = [one.name for one in parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-    if more := [one for one in needed if one not in {"root", "split"}]:
+    needed = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if more := [parameter for parameter in needed if parameter not in {"root", "split"}]:
         raise UsageError(f"torchvision:{name}: needs {', '.join(more)}, and is no set of images with one label each.")
     _require_files_below(root, f"torchvision:{name}")
     parts: dict[str, Any] = {}
-    others: set[str] = set()
+    other_splits: set[str] = set()
     for split, arguments in _torchvision_splits(parameters):
         if split in parts or (arguments.get("split") == "trainval" and "val" in parts):
             continue  # trainval is train and val together: it would train on what chooses; valid is val
         if "download" in parameters:
             arguments["download"] = download
-        found = _torchvision_open(kind, name, root, arguments)
-        if isinstance(found, _NoSuchSplit):
-            others |= found.others
+        opened = _torchvision_open(kind, name, root, arguments)
+        if isinstance(opened, _NoSuchSplit):
+            other_splits |= opened.others_there
         else:
-            parts[split] = found
+            parts[split] = opened
     if not parts:
         raise DataError(
-            f"torchvision:{name}: its splits are {', '.join(sorted(others))}: none is train, val or test."
-            if others
+            f"torchvision:{name}: its splits are {', '.join(sorted(other_splits))}: none is train, val or test."
+            if other_splits
             else f"torchvision:{name}: none of its splits can be opened at {root}."
         )
     location = f"torchvision:{name}@{root.resolve()}"
-    several = [_torchvision_part(safe_name(name), location, part) for part in parts.values()]
-    left = sorted(others - {"train", "val", "valid", "test", "trainval"})
-    notes = [f"torchvision:{name}: left out: {many(len(left), 'other split')} ({', '.join(left)})"] if left else []
-    return _joined(safe_name(name), location, list(parts), several, notes)
+    datasets_by_split = [_torchvision_part(safe_name(name), location, part) for part in parts.values()]
+    unread = sorted(other_splits - {"train", "val", "valid", "test", "trainval"})
+    notes = [f"torchvision:{name}: left out: {many(len(unread), 'other split')} ({', '.join(unread)})"] if unread else []
+    return _joined(safe_name(name), location, list(parts), datasets_by_split, notes)
 
 
 def open_hub(name: str, *, download: bool) -> Dataset:
@@ -104,21 +108,21 @@ def open_hub(name: str, *, download: bool) -> Dataset:
     read = [_hub_part(name, split, rows, datasets) for split, rows in parts.items()]
     rows = [(split, row, label) for split, part in zip(parts, read, strict=True) for row, label in enumerate(part.labels)]
     splits = [_HF_SPLITS[split] for split, _, _ in rows]
-    kept, missing = labelled(
+    usable, missing = labelled(
         [label for _, _, label in rows], splits, f"hf:{name}", lambda number: "{}, row {}".format(*rows[number])
     )
     items: dict[str, list[Sample]] = {}
-    for split, row, label in (rows[number] for number in kept):
+    for split, row, label in (rows[number] for number in usable):
         items.setdefault(split, []).append(Sample(f"{row:08d}", label or ""))
-    several = [
+    by_split = [
         Dataset(name, name, items[split], part.reader, (), part.lists)
         for split, part in zip(parts, read, strict=True)
         if split in items
     ]
     stem = Path(name).name if is_folder else name
     notes += [*missing, *dict.fromkeys(note for part in read for note in part.notes)]
-    found = [_HF_SPLITS[split] for split in parts if split in items] if len(parts) > 1 else [""]
-    return _joined(safe_name(stem), f"hf:{name}", found, several, notes)
+    split_names = [_HF_SPLITS[split] for split in parts if split in items] if len(parts) > 1 else [""]
+    return _joined(safe_name(stem), f"hf:{name}", split_names, by_split, notes)
 
 
 @dataclass(frozen=True)
@@ -137,21 +141,23 @@ def _hub_splits(name: str, loaded: dict[str, Any]) -> tuple[dict[str, Any], list
     Raises:
         DataError: there is none, or one by another name would be lost.
     """
-    known = {split: rows for split, rows in loaded.items() if split in _HF_SPLITS}
-    others = {split: len(rows) for split, rows in loaded.items() if split not in known}
-    if not known:
+    splits = {split: rows for split, rows in loaded.items() if split in _HF_SPLITS}
+    unread = {split: len(rows) for split, rows in loaded.items() if split not in splits}
+    if not splits:
         raise DataError(
-            f"hf:{name}: it has none of the splits train, validation, test, but {', '.join(others) or 'nothing'}."
+            f"hf:{name}: it has none of the splits train, validation, test, but {', '.join(unread) or 'nothing'}."
         )
-    have = {_HF_SPLITS[split] for split in known}
-    lost = next((split for split in others if looks_like_split(split) and looks_like_split(split) not in have), None)
+    covered = {_HF_SPLITS[split] for split in splits}
+    lost = next((split for split in unread if looks_like_split(split) and looks_like_split(split) not in covered), None)
     if lost is not None:
         raise DataError(
             f"hf:{name}: the split {lost} would be lost: only {', '.join(_HF_SPLITS)} are read. Save the set with one of "
             "these names."
         )
-    said = ", ".join(f"{split} {number}" for split, number in others.items())
-    return known, [f"hf:{name}: left out: {many(sum(others.values()), 'image')} of other splits ({said})"] if others else []
+    counts = ", ".join(f"{split} {number}" for split, number in unread.items())
+    return splits, [
+        f"hf:{name}: left out: {many(sum(unread.values()), 'image')} of other splits ({counts})"
+    ] if unread else []
 
 
 def _hub_part(name: str, split: str, rows: Any, datasets: Any) -> _HubPart:
@@ -163,28 +169,28 @@ def _hub_part(name: str, split: str, rows: Any, datasets: Any) -> _HubPart:
         raise DataError(f"hf:{name}: a column of images and one of labels are needed, found {sorted(rows.features)}.")
     label, kind = labels[0], rows.features[labels[0]]
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None) or ()
-    read = Labels(f"hf:{name}, {split}", [str(one) for one in names])
+    read = Labels(f"hf:{name}, {split}", [str(class_name) for class_name in names])
     texts = [read.read(value, f"row {row}") for row, value in enumerate(rows[label])]
     numbers = {f"{row:08d}": row for row in range(len(texts))}
     undecoded = rows.cast_column(image, datasets.Image(decode=False))
     notes = []
     for chosen, all_of in ((label, list(dict.fromkeys(labels))), (image, images)):
-        left = [key for key in all_of if key != chosen]
-        if left:
-            notes.append(f"hf:{name}: the column {chosen} is read, not {', '.join(left)}")
+        unread = [key for key in all_of if key != chosen]
+        if unread:
+            notes.append(f"hf:{name}: the column {chosen} is read, not {', '.join(unread)}")
     return _HubPart(ArrayReader(numbers, partial(_hub_bytes, undecoded, image)), texts, notes, read.lists)
 
 
 def _first_line(error: Exception) -> str:
-    said = next(iter(str(error).strip().splitlines()), "")
+    line = next(iter(str(error).strip().splitlines()), "")
     return (
-        said
-        if said and isinstance(error, RuntimeError | OSError)
-        else f"{type(error).__name__}{f': {said}' if said else ''}"
+        line
+        if line and isinstance(error, RuntimeError | OSError)
+        else f"{type(error).__name__}{f': {line}' if line else ''}"
     )
 
 
-def _require_files_below(root: Path, what: str) -> None:
+def _require_files_below(root: Path, subject: str) -> None:
     """Refuse pipes and devices among the first files of a folder: a library that reads them would wait for ever.
 
     Raises:
@@ -198,7 +204,7 @@ def _require_files_below(root: Path, what: str) -> None:
                 return
             path = Path(where, file)
             if path.exists() and not path.is_file():
-                raise DataError(f"{what}: {path}: a pipe, socket or device, not a file.")
+                raise DataError(f"{subject}: {path}: a pipe, socket or device, not a file.")
 
 
 @contextmanager
@@ -224,7 +230,7 @@ def _no_requests_but(*, download: bool) -> Iterator[None]:
 class _NoSuchSplit:
     """A set has no split of a name; it has others."""
 
-    others: frozenset[str]
+    others_there: frozenset[str]
 
 
 def _torchvision_open(kind: Any, name: str, root: Path, arguments: dict[str, Any]) -> Any:
@@ -253,30 +259,30 @@ def _torchvision_splits(parameters: Any) -> Iterator[tuple[str, dict[str, Any]]]
 
 def _torchvision_part(name: str, location: str, part: Any) -> Dataset:
     """Return a set's images as files or rows of an array where it keeps them so, else one by one through the set."""
-    read = Labels(location, _told_apart([str(one) for one in getattr(part, "classes", None) or []]))
+    read = Labels(location, _told_apart([str(class_name) for class_name in getattr(part, "classes", None) or []]))
 
     def texts(values: Any) -> list[str]:
-        found = [read.read(value, f"row {row}") for row, value in enumerate(values)]
-        labelled(found, [""] * len(found), location, "row {}".format)
-        return [text or "" for text in found]
+        files_or_labels = [read.read(value, f"row {row}") for row, value in enumerate(values)]
+        labelled(files_or_labels, [""] * len(files_or_labels), location, "row {}".format)
+        return [text or "" for text in files_or_labels]
 
     for files, labels in _FILE_LISTS:
-        found = getattr(part, files, None)
-        if isinstance(found, list) and found and (labels is None or hasattr(part, labels)):
-            pairs = found if labels is None else list(zip(found, getattr(part, labels), strict=True))
+        files_or_labels = getattr(part, files, None)
+        if isinstance(files_or_labels, list) and files_or_labels and (labels is None or hasattr(part, labels)):
+            pairs = files_or_labels if labels is None else list(zip(files_or_labels, getattr(part, labels), strict=True))
             places = [Path(str(path)).resolve() for path, _ in pairs]
             root = Path(os.path.commonpath([str(place.parent) for place in places]))
             named = zip(places, texts(label for _, label in pairs), strict=True)
             items = tuple(Sample(place.relative_to(root).as_posix(), label) for place, label in named)
             return Dataset(name, location, items, FileReader(root), (), read.lists)
-    given = next((getattr(part, key) for key in ("targets", "labels", "_labels") if hasattr(part, key)), None)
+    targets = next((getattr(part, key) for key in ("targets", "labels", "_labels") if hasattr(part, key)), None)
     data = getattr(part, "data", None)
-    if data is not None and given is not None:
+    if data is not None and targets is not None:
         pixels = np.asarray(data)
         if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
             pixels = pixels.transpose(0, 2, 3, 1)
-        return replace(from_array(pixels, texts(given), name=name, location=location), label_lists=read.lists)
-    found_labels = texts(part[row][1] for row in range(len(part))) if given is None else texts(given)
+        return replace(from_array(pixels, texts(targets), name=name, location=location), label_lists=read.lists)
+    found_labels = texts(part[row][1] for row in range(len(part))) if targets is None else texts(targets)
     items = tuple(Sample(f"{row:08d}", label) for row, label in enumerate(found_labels))
     numbers = {item.path: row for row, item in enumerate(items)}
     return Dataset(name, location, items, ArrayReader(numbers, partial(_one, part)), (), read.lists)
@@ -316,13 +322,13 @@ class _Parts:
 
 
 def _joined(name: str, location: str, splits: list[str], parts: list[Dataset], notes: list[str]) -> Dataset:
-    said, lists = tuple(notes), any(part.label_lists for part in parts)
+    all_notes, lists = tuple(notes), any(part.label_lists for part in parts)
     if len(parts) == 1:
-        return Dataset(name, location, parts[0].samples, parts[0].reader, said, lists)
+        return Dataset(name, location, parts[0].samples, parts[0].reader, all_notes, lists)
     named = {f"{number}-{split}": part for number, (split, part) in enumerate(zip(splits, parts, strict=True))}
     items = tuple(
         Sample(f"{key}/{item.path}", item.label, key.partition("-")[2])
         for key, part in named.items()
         for item in part.samples
     )
-    return Dataset(name, location, items, _Parts(named), said, lists)
+    return Dataset(name, location, items, _Parts(named), all_notes, lists)

@@ -33,10 +33,10 @@ _RESAMPLING = {
 class _Box:
     """The part of an image that a view shows, in pixels."""
 
-    left: float
-    top: float
-    right: float
-    bottom: float
+    x_from: float
+    y_from: float
+    x_to: float
+    y_to: float
     flip: bool = False
 
 
@@ -76,7 +76,7 @@ def decode(content: bytes, transform: Transform, views: Views | None = None) -> 
 
 
 def decode_both(
-    content: bytes, transform: Transform, views: Views, other: Transform
+    content: bytes, transform: Transform, views: Views, thumbnail: Transform
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """Return what ``decode`` returns, and one view by another transform, ``None`` where that cannot be made.
 
@@ -86,15 +86,15 @@ def decode_both(
         UnreadableImage: as of ``decode``, of the first transform.
         MemoryError: there is no room to decode it.
     """
-    pixels, beside = _decoded(content, transform, views, other)
+    pixels, beside = _decoded(content, transform, views, thumbnail)
     if beside is None:
         with suppress(UnreadableImage):  # its own pass says why
-            beside = decode(content, other)
+            beside = decode(content, thumbnail)
     return pixels, beside
 
 
 def _decoded(
-    content: bytes, transform: Transform, views: Views, other: Transform | None = None
+    content: bytes, transform: Transform, views: Views, thumbnail: Transform | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """Return the views by a transform, and one by the other where the same decoded image serves both."""
     try:
@@ -107,17 +107,17 @@ def _decoded(
             if views.count > 1:
                 boxes += _random_boxes(*full, content, views)
             is_shared = (
-                other is not None
+                thumbnail is not None
                 and not is_large  # whether it may be decoded at all is then each transform's own question
-                and _shrinkage(image, transform, boxes) == _shrinkage(image, other, [_evaluation_box(*full, other)])
+                and _shrinkage(image, transform, boxes) == _shrinkage(image, thumbnail, [_evaluation_box(*full, thumbnail)])
             )
             if scaled:
                 _decode_smaller(image, transform.input_size, boxes)
                 _require_size(*image.size)
             rgb = _to_rgb(image)
             pixels = [_resized(rgb, full, box, transform) for box in boxes]
-            if other is not None and is_shared:
-                beside = _resized(rgb, full, _evaluation_box(*full, other), other)[None]
+            if thumbnail is not None and is_shared:
+                beside = _resized(rgb, full, _evaluation_box(*full, thumbnail), thumbnail)[None]
             return np.stack(pixels) if len(pixels) > 1 else pixels[0][None], beside
     except (UnreadableImage, MemoryError):
         raise
@@ -226,12 +226,12 @@ def _evaluation_box(width: int, height: int, transform: Transform) -> _Box:
     else:
         short = min(width, height)
         wide, high = int(scaled * width / short), int(scaled * height / short)
-    left, top = round((wide - size) / 2), round((high - size) / 2)
+    x_from, y_from = round((wide - size) / 2), round((high - size) / 2)
     return _Box(
-        left * width / wide,
-        top * height / high,
-        min((left + size) * width / wide, width),
-        min((top + size) * height / high, height),
+        x_from * width / wide,
+        y_from * height / high,
+        min((x_from + size) * width / wide, width),
+        min((y_from + size) * height / high, height),
     )
 
 
@@ -242,8 +242,10 @@ def _random_boxes(width: int, height: int, content: bytes, views: Views) -> list
         rng = np.random.default_rng([digest, views.seed, view])
         area, ratio = rng.uniform(0.25, 1.0) * width * height, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         wide, high = min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)
-        left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
-        boxes.append(_Box(left, top, min(left + wide, width), min(top + high, height), flip=bool(rng.random() < 0.5)))
+        x_from, y_from = rng.uniform(0, width - wide), rng.uniform(0, height - high)
+        boxes.append(
+            _Box(x_from, y_from, min(x_from + wide, width), min(y_from + high, height), flip=bool(rng.random() < 0.5))
+        )
     return boxes
 
 
@@ -257,7 +259,7 @@ def _least_size(image: Image.Image, size: int, boxes: list[_Box]) -> tuple[int, 
     """Return the least size that a JPEG may be decoded at, ``None`` where it is to be decoded as it is."""
     if image.format not in {"JPEG", "MPO"} or image.mode not in {"RGB", "L", "CMYK"}:
         return None
-    shrink = min(min(box.right - box.left, box.bottom - box.top) / size for box in boxes)
+    shrink = min(min(box.x_to - box.x_from, box.y_to - box.y_from) / size for box in boxes)
     return (math.ceil(image.width / shrink), math.ceil(image.height / shrink)) if shrink >= 2 else None
 
 
@@ -274,8 +276,10 @@ def _resized(image: Image.Image, full: tuple[int, int], box: _Box, transform: Tr
     """Crop and scale in one resampling step; the box is given in the undecoded image's pixels, ``full``."""
     size = transform.input_size
     across, down = image.width / full[0], image.height / full[1]
-    edges = (box.left * across, box.top * down, min(box.right * across, image.width), min(box.bottom * down, image.height))
-    if image.size != (size, size) or any(edge != whole for edge, whole in zip(edges, (0, 0, size, size), strict=True)):
+    edges = (box.x_from * across, box.y_from * down, min(box.x_to * across, image.width), min(box.y_to * down, image.height))
+    if image.size != (size, size) or any(
+        edge != full_edge for edge, full_edge in zip(edges, (0, 0, size, size), strict=True)
+    ):
         image = image.resize((size, size), _RESAMPLING[transform.interpolation], box=edges)
     pixels = np.asarray(image)
     return pixels[:, ::-1] if box.flip else pixels

@@ -100,12 +100,12 @@ def labelled(
         return list(range(len(labels))), []
     having = {split for label, split in zip(labels, splits, strict=True) if label is not None}
     unlabelled = {split for split in splits if split} - having
-    left = [number for number in missing if splits[number] not in unlabelled]
-    if left or not having:
-        first = (left or missing)[0]
+    unexplained = [number for number in missing if splits[number] not in unlabelled]
+    if unexplained or not having:
+        first = (unexplained or missing)[0]
         raise DataError(
-            f"{where}, {name(first)}: no label ({len(left or missing)} such of {len(labels)}). Fill in what is missing, or "
-            "take these images out."
+            f"{where}, {name(first)}: no label ({len(unexplained or missing)} such of {len(labels)}). "
+            "Fill in what is missing, or take these images out."
         )
     notes = [
         f"{where}: left out: {splits.count(split)} images of the split {split}, none of which has a label"
@@ -135,10 +135,10 @@ def odd_names(names: Iterable[str]) -> list[str]:
 
 def _looks(name: str) -> str:
     """Return what two names share that look alike: to the eye, or as a number."""
-    kept = "".join(char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
-    folded = " ".join(kept.split()).casefold()
+    visible = "".join(char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+    folded = " ".join(visible.split()).casefold()
     if len(folded) < 2:  # a and A are two letters
-        return f"text {' '.join(kept.split())}" if not folded.isdecimal() else f"number {float(folded)!r}"
+        return f"text {' '.join(visible.split())}" if not folded.isdecimal() else f"number {float(folded)!r}"
     try:
         return f"number {float(folded)!r}"
     except ValueError:
@@ -190,9 +190,9 @@ class _Rows:
 
     def labelled(self, path: Path, word: str, first: int) -> "tuple[list[int], list[Sample], tuple[str, ...]]":
         """Return which rows can be used, those as items, and the notes."""
-        kept, notes = labelled(self.labels, self.splits, str(path), lambda number: f"{word} {number + first}")
-        items = [Sample(self.names[number], self.labels[number] or "", self.splits[number]) for number in kept]
-        return kept, items, (*self.notes, *notes)
+        usable, notes = labelled(self.labels, self.splits, str(path), lambda number: f"{word} {number + first}")
+        items = [Sample(self.names[number], self.labels[number] or "", self.splits[number]) for number in usable]
+        return usable, items, (*self.notes, *notes)
 
 
 def open_csv(path: Path) -> Dataset:
@@ -209,11 +209,11 @@ def open_parquet(path: Path) -> Dataset:
     A column of bytes is binary, or a struct of bytes and path as Hugging Face writes it; its class names are used.
     """
     rows, column = _parquet_rows(path)
-    kept, items, notes = rows.labelled(path, "row", 0)
+    usable, items, notes = rows.labelled(path, "row", 0)
     require_whole(items, str(path))
     contents: Any = FileReader(path.resolve().parent)
     if column is not None:
-        numbers = {item.path: row for row, item in zip(kept, items, strict=True)}
+        numbers = {item.path: row for row, item in zip(usable, items, strict=True)}
         contents = ArrayReader(numbers, _RowGroups(path, column), path.resolve())
     return Dataset(safe_name(path.stem), str(path.resolve()), tuple(items), contents, notes, rows.lists)
 
@@ -231,11 +231,11 @@ def read_column(location: str, column: str) -> list[str]:
         (rows, _), word, first = _parquet_rows(path, column), "row", 0
     else:
         raise DataError(f"`group` {column}: {location} is no manifest: list its images in a CSV or Parquet file.")
-    kept, _, _ = rows.labelled(path, word, first)
-    missing = next((number for number in kept if not rows.asked[number]), None)
+    usable, _, _ = rows.labelled(path, word, first)
+    missing = next((number for number in usable if not rows.asked[number]), None)
     if missing is not None:
         raise DataError(f"`group` {column}: {path}, {word} {missing + first} has none.")
-    return [rows.asked[number] or "" for number in kept]
+    return [rows.asked[number] or "" for number in usable]
 
 
 def _csv_rows(path: Path, asked: str | None = None) -> _Rows:
@@ -247,11 +247,11 @@ def _csv_rows(path: Path, asked: str | None = None) -> _Rows:
             _require_columns(columns, path)
             _require_single(columns, path, asked)
             at = {name: columns.index(name) for name in columns}
-            for line, found in enumerate((cells for cells in reader if cells), start=2):
+            for line, cells_read in enumerate((cells for cells in reader if cells), start=2):
                 where = f"{path}, line {line}"
-                if any(found[len(columns) :]):
+                if any(cells_read[len(columns) :]):
                     raise DataError(f"{where}: more cells than columns; a path or label with a comma needs quotes.")
-                cells = found + [""] * (len(columns) - len(found))
+                cells = cells_read + [""] * (len(columns) - len(cells_read))
                 label = read.read(cells[at["label"]], f"line {line}")
                 rows.add(cells[at["path"]], label, cells[at["split"]] if "split" in at else None, where)
                 if asked is not None:
@@ -300,10 +300,10 @@ def _parquet_rows(path: Path, asked: str | None = None) -> tuple[_Rows, str | No
         classes, broken = _class_names(schema.metadata or {})
         rows, read = _Rows(notes=(f"{path}: {broken}",) if broken else ()), Labels(str(path), classes)
         for number, row in enumerate(_records(file, column, asked)):
-            given = row.get("path", row.get("inner"))
-            name = given or ""
+            inner_path = row.get("path", row.get("inner"))
+            name = inner_path or ""
             if column is not None:
-                name = f"{number:08d}" + (f"-{PurePosixPath(given).name}" if given else "")
+                name = f"{number:08d}" + (f"-{PurePosixPath(inner_path).name}" if inner_path else "")
             rows.add(name, read.read(row["label"], f"row {number}"), row.get("split"), f"{path}, row {number}")
             if asked is not None:
                 rows.asked.append("" if row[asked] is None else str(row[asked]))
@@ -323,14 +323,16 @@ def _records(file: Any, column: str | None, asked: str | None) -> Iterator[dict[
     for group in range(file.num_row_groups):
         facts = file.metadata.row_group(group)
         parts = [facts.column(number) for number in range(facts.num_columns)]
-        wanted = [part for part in parts if part.path_in_schema.split(".")[0] in names or part.path_in_schema in columns]
-        size = max(1, _BATCH_BYTES // max(1, *(part.total_uncompressed_size for part in wanted)))
+        columns_read = [
+            part for part in parts if part.path_in_schema.split(".")[0] in names or part.path_in_schema in columns
+        ]
+        size = max(1, _BATCH_BYTES // max(1, *(part.total_uncompressed_size for part in columns_read)))
         for batch in file.iter_batches(size, row_groups=[group], columns=columns):
             values = {name: batch.column(name).to_pylist() for name in names}
             if inner:
                 values["inner"] = [(value or {}).get("path") for value in batch.column(column).to_pylist()]
             for row in range(batch.num_rows):
-                yield {name: several[row] for name, several in values.items()}
+                yield {name: cells[row] for name, cells in values.items()}
 
 
 class _RowGroups:

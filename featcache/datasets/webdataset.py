@@ -53,8 +53,8 @@ class TarReader:
     def stat(self, path: str) -> FileStat:
         """Return the image's size and offset and the archive's time."""
         archive, offset, size = self.places[path]
-        found = archive.stat()
-        return FileStat(size, found.st_mtime_ns, offset, found.st_ctime_ns)
+        facts = archive.stat()
+        return FileStat(size, facts.st_mtime_ns, offset, facts.st_ctime_ns)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class _Shard:
 
     images: dict[str, dict[str, tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(dict))
     labels: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
-    others: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
 
 
 class _Archive(io.FileIO):
@@ -87,12 +87,12 @@ def open_shards(pattern: str) -> Dataset:
         DataError: a shard is absent, compressed or no tar file, or a sample has no label.
     """
     paths = [Path(text).expanduser() for text in _braces(pattern)]
-    read, others, more = Labels(pattern), Counter[str](), 0
+    read, unread, more = Labels(pattern), Counter[str](), 0
     rows: list[tuple[str, str | None, str]] = []
     places: dict[str, tuple[Path, int, int]] = {}
     for path, split in zip(paths, _splits(paths), strict=True):
         shard = _indexed(path, read)
-        others += shard.others
+        unread += shard.unread
         for key, formats in shard.images.items():
             name, offset, size = formats[min(formats, key=IN_ORDER.index)]
             more += len(formats) - 1
@@ -101,16 +101,16 @@ def open_shards(pattern: str) -> Dataset:
             rows.append((f"{path.name}/{name}", label, split))
             places[rows[-1][0]] = (path.resolve(), offset, size)
         lone = sum(key not in shard.images for key in shard.labels)
-        others.update({"labels without an image": lone} if lone else {})
+        unread.update({"labels without an image": lone} if lone else {})
     labels, splits = [row[1] for row in rows], [row[2] for row in rows]
-    kept, notes = labelled(labels, splits, pattern, lambda number: f"{rows[number][0]} (.cls, label in .json, or .txt)")
-    if others:
-        notes.append(f"{pattern}: left out: {many(others.total(), 'member')} of shards ({tallied(others)})")
+    usable, notes = labelled(labels, splits, pattern, lambda number: f"{rows[number][0]} (.cls, label in .json, or .txt)")
+    if unread:
+        notes.append(f"{pattern}: left out: {many(unread.total(), 'member')} of shards ({tallied(unread)})")
     if more:
         notes.append(
             f"{pattern}: left out: {many(more, 'image')} beside another of the same sample: .jpg counts before .png"
         )
-    items = [Sample(path, label or "", split) for path, label, split in (rows[number] for number in kept)]
+    items = [Sample(path, label or "", split) for path, label, split in (rows[number] for number in usable)]
     require_whole(items, pattern)
     stem = re.sub(r"[-_.]*\{.*?\}[-_.]*", "", PurePosixPath(pattern).name).removesuffix(".tar") or "shards"
     location = str(Path(pattern).expanduser().absolute())
@@ -142,7 +142,7 @@ def _sort_in(
     stem, _, suffix = name.name.partition(".")
     key, suffix = (name.parent / stem).as_posix(), f".{suffix.lower()}" if suffix else ""
     if not member.isreg():
-        shard.others["links and devices"] += 1
+        shard.unread["links and devices"] += 1
     elif suffix in IMAGE_SUFFIXES and member.sparse is None:
         if suffix in shard.images[key]:
             raise DataError(f"{path}: {member.name} is there twice.")
@@ -153,7 +153,7 @@ def _sort_in(
         if label is not None and shard.labels[key].setdefault(suffix, label) != label:
             raise DataError(f"{path}: {member.name} is there twice, with different labels.")
     else:
-        shard.others[suffix] += 1
+        shard.unread[suffix] += 1
 
 
 def _label(content: bytes, suffix: str, read: Labels, name: str) -> str | None:
@@ -161,15 +161,15 @@ def _label(content: bytes, suffix: str, read: Labels, name: str) -> str | None:
     if suffix != ".json":
         return read.read(text, name)
     try:
-        found = json.loads(text)
+        content_read = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return read.read(found.get("label"), name) if isinstance(found, dict) else None
+    return read.read(content_read.get("label"), name) if isinstance(content_read, dict) else None
 
 
 def _splits(paths: list[Path]) -> list[str]:
     words = [re.findall(r"[a-z]+", path.name.lower()) for path in paths]
-    first = [SPLIT_FOLDERS.get(several[0], "") if several and path.name[0].isalpha() else "" for several, path in
+    first = [SPLIT_FOLDERS.get(parts[0], "") if parts and path.name[0].isalpha() else "" for parts, path in
              zip(words, paths, strict=True)]  # fmt: skip
     if any(first):
         return first
@@ -199,5 +199,5 @@ def _braces(pattern: str) -> list[str]:
     count = math.prod(len(choice) for choice in choices)
     if count > _MOST_SHARDS:
         raise DataError(f"{pattern}: names {count} shards; {_MOST_SHARDS} are the most.")
-    texts = [[str(one).zfill(width) for one in choice] for choice, width in zip(choices, zeros, strict=True)]
+    texts = [[str(option).zfill(width) for option in choice] for choice, width in zip(choices, zeros, strict=True)]
     return ["".join(choice) for choice in product(*texts)]

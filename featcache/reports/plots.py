@@ -48,12 +48,13 @@ def draw(records: Sequence[RunRecord], path: Path) -> Path:
         epochs = range(len(curve))
         for column, style, axes in ((0, ":", losses), (2, "-", losses), (1, ":", accuracies), (3, "-", accuracies)):
             values = [
-                float("nan") if one[column] is None else one[column] * (100 if axes is accuracies else 1) for one in curve
+                float("nan") if epoch[column] is None else epoch[column] * (100 if axes is accuracies else 1)
+                for epoch in curve
             ]
             name = record.method if style == "-" else None
             axes.plot(epochs, values, style, color=colour, label=name, marker="o", markersize=3)
-            if style == "-" and (kept := record.params["best_epoch"]) < len(values):
-                axes.plot(kept, values[kept], "o", color=colour, markersize=9, fillstyle="none")
+            if style == "-" and (best := record.params["best_epoch"]) < len(values):
+                axes.plot(best, values[best], "o", color=colour, markersize=9, fillstyle="none")
         seconds = sum(record.seconds.values())
         _point(prices, seconds, record.test, record.method, colour)
     first = records[0]

@@ -219,13 +219,13 @@ def _check_fields(data: dict[str, Any]) -> None:
     Raises:
         DataError: a field is missing, unknown, or of another kind.
     """
-    for one in fields(RunRecord):
-        if one.name not in data:
-            if one.default is MISSING and one.default_factory is MISSING:
-                raise DataError(f"{one.name} is missing")
+    for each in fields(RunRecord):
+        if each.name not in data:
+            if each.default is MISSING and each.default_factory is MISSING:
+                raise DataError(f"{each.name} is missing")
             continue
-        if not isinstance(data[one.name], _KINDS[one.name]) or isinstance(data[one.name], bool):
-            raise DataError(f"{one.name} is {type(data[one.name]).__name__}")
+        if not isinstance(data[each.name], _KINDS[each.name]) or isinstance(data[each.name], bool):
+            raise DataError(f"{each.name} is {type(data[each.name]).__name__}")
     if unknown := sorted(set(data) - set(_KINDS)):
         raise DataError(f"{unknown[0][:40]!r} is no field of it")
     if data["kind"] in {"fit", "finetune"}:
@@ -239,7 +239,9 @@ def _check_cells(data: dict[str, Any]) -> None:
         DataError: a number is missing, or none.
     """
     phase = "fit" if data["kind"] == "fit" else "train"
-    needed = [(data[name], "accuracy") for name in ("val", "test")] + [(data["seconds"], one) for one in ("extract", phase)]
+    needed = [(data[name], "accuracy") for name in ("val", "test")] + [
+        (data["seconds"], part) for part in ("extract", phase)
+    ]
     for of, name in needed:
         if not isinstance(of.get(name), float | int):
             raise DataError(f"{name} is missing")
@@ -282,7 +284,7 @@ def _git_revision() -> str:
     if not (here / ".git").exists():
         return ""
     try:
-        found = subprocess.run(  # noqa: S603 - fixed arguments
+        answer = subprocess.run(  # noqa: S603 - fixed arguments
             ["git", "-C", str(here), "rev-parse", "HEAD"],  # noqa: S607
             capture_output=True,
             text=True,
@@ -290,4 +292,4 @@ def _git_revision() -> str:
         )
     except OSError:
         return ""
-    return found.stdout.strip()
+    return answer.stdout.strip()

@@ -136,7 +136,7 @@ def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, s
         only = compared[0]
         spread = f"{only.ci[0]:+.1f} to {only.ci[1]:+.1f}" if only.ci else "-"
         return (f"{only.points:+.1f}", spread, f"{only.p_value:.2g}")
-    points = [one.points for one in compared]
+    points = [between.points for between in compared]
     count = f" ({len(points)} seeds)" if len(points) < len(group.records) else ""
     none = f" (no gain in {len(idle)} of {len(group.records)})" if idle else ""
     spread = f"± {statistics.stdev(points):.2f}" if len(points) > 1 else "-"
@@ -150,12 +150,12 @@ def has_no_gain(record: RunRecord) -> bool:
 
 def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
     """Return a record's gap to the best probe; where no epoch gained, the probe is kept, and the gap is none."""
-    own = record.probe or {}
-    if has_no_gain(record) and own.get("start", "logistic") == "logistic":
+    compared = record.probe or {}
+    if has_no_gain(record) and compared.get("start", "logistic") == "logistic":
         return Gap(0.0, None, 1.0)
     rival = _best_probe(record, records)
-    known = own.get("val", {}).get("accuracy", -1.0)
-    if record.gap is not None and (rival is None or rival.val["accuracy"] <= known) and "of" in own:
+    probe_accuracy = compared.get("val", {}).get("accuracy", -1.0)
+    if record.gap is not None and (rival is None or rival.val["accuracy"] <= probe_accuracy) and "of" in compared:
         return Gap(record.gap["points"], record.gap["ci"], record.gap["p_value"])
     if rival is None or rival.cell == record.cell:
         return None
@@ -169,13 +169,13 @@ def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
 def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
     """Return the head that did best on validation among those tested on the same images under the same seed."""
     rivals = [
-        other
-        for other in records
-        if other.kind == "fit"
-        and (other.dataset, other.seed, other.test_items) == (record.dataset, record.seed, record.test_items)
-        and all(other.request.get(name) == record.request.get(name) for name in ("backbone", "group"))
+        rival
+        for rival in records
+        if rival.kind == "fit"
+        and (rival.dataset, rival.seed, rival.test_items) == (record.dataset, record.seed, record.test_items)
+        and all(rival.request.get(name) == record.request.get(name) for name in ("backbone", "group"))
     ]
-    return max(rivals, key=lambda other: (other.val["accuracy"], other.method == "logistic"), default=None)
+    return max(rivals, key=lambda rival: (rival.val["accuracy"], rival.method == "logistic"), default=None)
 
 
 def _right(record: RunRecord) -> NDArray[np.bool_]:

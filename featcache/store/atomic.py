@@ -97,15 +97,15 @@ def sweep(folder: Path) -> None:
 
 def abandoned(folder: Path, *, remove: bool = False) -> list[Path]:
     """Return the temporary files in a folder whose writer is gone, and ``remove`` them if asked to."""
-    found = []
+    leftovers = []
     with contextlib.suppress(OSError), os.scandir(folder) as inside:
         for entry in inside:
             named = _TEMPORARY.fullmatch(entry.name)
             if named and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):
                     path = Path(entry.path)
-                    found += [path] if _is_abandoned(path, named["host"], int(named["process"]), remove=remove) else []
-    return found
+                    leftovers += [path] if _is_abandoned(path, named["host"], int(named["process"]), remove=remove) else []
+    return leftovers
 
 
 def _is_abandoned(path: Path, host: str, process: int, *, remove: bool) -> bool:

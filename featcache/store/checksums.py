@@ -70,10 +70,10 @@ class Stamps:
         now = time.time_ns()  # before, not after: what changes while it is hashed is younger than this
         before = {file: signs(file) for file, sha256 in doubtful if file.is_file() and self._can_be(file, sha256)}
         with ThreadPoolExecutor(cores()) as hashers:
-            found = dict(zip(before, hashers.map(_hash, before), strict=True))
-        whole = {(file, sha256) for file, sha256 in doubtful if file in found and found[file] == sha256}
-        self._keep({file.name: [sha256, *before[file], now] for file, sha256 in whole})
-        return [one in whole or one not in doubtful for one in files]
+            digests = dict(zip(before, hashers.map(_hash, before), strict=True))
+        intact = {(file, sha256) for file, sha256 in doubtful if file in digests and digests[file] == sha256}
+        self._keep({file.name: [sha256, *before[file], now] for file, sha256 in intact})
+        return [pair in intact or pair not in doubtful for pair in files]
 
     def _can_be(self, file: Path, sha256: str) -> bool:
         """Tell whether a file is as long as what was noted under a hash: the terabyte in its place is not read."""
@@ -121,8 +121,8 @@ def signs(file: Path) -> Signs:
     Raises:
         OSError: it cannot be reached.
     """
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    facts = file.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
 
 
 def _hash(file: Path) -> str:

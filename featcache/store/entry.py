@@ -191,15 +191,15 @@ class FeatureStore:
         """
         digests = [files.sha256 for files in self.row_files()]
         sizes = np.array([len(column) for column in digests], dtype=np.int64)
-        have = _as_keys(np.concatenate([np.empty((0, 32), np.uint8), *digests]))
-        order = np.argsort(have, kind="stable")
-        wanted, have = _as_keys(sha256), have[order]
-        ascending = np.argsort(wanted, kind="stable")  # a search goes faster where the one before it ended
-        found = np.empty(len(wanted), np.int64)
-        found[ascending] = np.searchsorted(have, wanted[ascending])
-        if len(wanted) and (not len(have) or (have[np.minimum(found, len(have) - 1)] != wanted).any()):
+        stored = _as_keys(np.concatenate([np.empty((0, 32), np.uint8), *digests]))
+        order = np.argsort(stored, kind="stable")
+        asked, stored = _as_keys(sha256), stored[order]
+        ascending = np.argsort(asked, kind="stable")  # a search goes faster where the one before it ended
+        places = np.empty(len(asked), np.int64)
+        places[ascending] = np.searchsorted(stored, asked[ascending])
+        if len(asked) and (not len(stored) or (stored[np.minimum(places, len(stored) - 1)] != asked).any()):
             raise StorageError(f"{self.path}: an image of its listing has no row. Run the same `featcache extract` again.")
-        rows = order[found] if len(wanted) else np.empty(0, np.int64)
+        rows = order[places] if len(asked) else np.empty(0, np.int64)
         ends = np.cumsum(sizes)
         parts = np.searchsorted(ends, rows, side="right")
         return np.stack([parts, rows - (ends - sizes)[parts] if len(rows) else rows], axis=1)
@@ -243,7 +243,7 @@ class FeatureStore:
     def _reader_of(self, sha256: NDArray[np.uint8]) -> RowReader:
         parts = self.manifest.parts
         maps = tuple(self._map(path, record.rows) for path, record in zip(self._paths(parts), parts, strict=True))
-        if len({one.shape[1:] for one in maps}) > 1:
+        if len({mapped.shape[1:] for mapped in maps}) > 1:
             raise StorageError(f"{self.path}: rows of several shapes. {self._remedy}")
         where = self.locate(sha256)
         return RowReader(maps, where[:, 0], where[:, 1], maps[0].shape[1:] if maps else ())
@@ -412,8 +412,8 @@ class FeatureStore:
         """Keep the flags that led here, so that they are recognised without loading a backbone."""
         name, content = manifests.encode_request(request, self.key)
         path = self.path / "requests" / name
-        for other in self.broken_requests():
-            remove_file(other)
+        for broken in self.broken_requests():
+            remove_file(broken)
         if not path.exists():
             make_folder(path.parent)
             create_file(path, content)
@@ -504,9 +504,11 @@ class FeatureStore:
         for path, record in zip(paths, records, strict=True):
             if path.is_file() and path.stat().st_size != record.bytes:
                 raise StorageError(f"{path}: {OTHER_BYTES}. {self._remedy}")
-        doubtful = [(path, record.sha256) for path, record, known in zip(paths, records, fresh, strict=True) if not known]
-        for (path, _), whole in zip(doubtful, self._stamps.are_whole(doubtful), strict=True):
-            if not whole:
+        doubtful = [
+            (path, record.sha256) for path, record, is_fresh in zip(paths, records, fresh, strict=True) if not is_fresh
+        ]
+        for (path, _), is_whole in zip(doubtful, self._stamps.are_whole(doubtful), strict=True):
+            if not is_whole:
                 why = OTHER_BYTES if path.exists() else "missing"
                 raise StorageError(f"{path}: {why}. {self._remedy}")
         return paths
@@ -515,8 +517,8 @@ class FeatureStore:
         """Return which images' rows each part holds, in order."""
         parts = self.manifest.parts
         seen = [hdf5.read_file_index(path) for path in self._paths(parts)]
-        for record, one in zip(parts, seen, strict=True):
-            if len(one.paths) != record.rows:
+        for record, rows in zip(parts, seen, strict=True):
+            if len(rows.paths) != record.rows:
                 raise StorageError(f"{self._part_path(record)}: not what its manifest says. {self._remedy}")
         return seen
 
@@ -555,6 +557,6 @@ def _written(file: BinaryIO, pieces: Iterator[memoryview]) -> Iterator[memoryvie
     """Write pieces while the one who takes them looks at them."""
     with ThreadPoolExecutor(1) as beside:
         for piece in pieces:
-            done = beside.submit(file.write, piece)
+            writing = beside.submit(file.write, piece)
             yield piece
-            done.result()
+            writing.result()

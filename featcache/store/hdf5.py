@@ -54,19 +54,19 @@ class Column(Sequence[str]):
 
     def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
         """Return one text, or a slice's as a tuple."""
-        found = self._values[index]
-        return tuple(map(self._decode, found)) if isinstance(index, slice) else self._decode(found)
+        values = self._values[index]
+        return tuple(map(self._decode, values)) if isinstance(index, slice) else self._decode(values)
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, texts: object) -> bool:
         """Tell whether another sequence has the same texts."""
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+        return isinstance(texts, Sequence) and tuple(self) == tuple(texts)
 
     __hash__ = None  # type: ignore[assignment]
 
     def encoded(self, start: int, end: int) -> Array | None:
         """Return some texts as the bytes (k,) that they are kept as, ``None`` where those are not all ASCII."""
-        some = self._values[start:end]
-        return some if some.dtype.kind == "S" and some.tobytes().isascii() else None
+        values = self._values[start:end]
+        return values if values.dtype.kind == "S" and values.tobytes().isascii() else None
 
     def __repr__(self) -> str:
         return f"Column({', '.join(map(repr, self[:3]))}{', ...' if len(self) > 3 else ''})"
@@ -200,8 +200,8 @@ def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
 
     def piece(start: int) -> Array:
         end = start + _TEXTS_AT_ONCE
-        kept = texts.encoded(start, end) if isinstance(texts, Column) else None
-        return kept if kept is not None else np.array([_readable(text) for text in texts[start:end]], np.bytes_)
+        encoded = texts.encoded(start, end) if isinstance(texts, Column) else None
+        return encoded if encoded is not None else np.array([_readable(text) for text in texts[start:end]], np.bytes_)
 
     pieces = [piece(start) for start in range(0, len(texts), _TEXTS_AT_ONCE)]
     _write_encoded(file, name, np.concatenate(pieces) if pieces else np.empty(0, "S1"))
@@ -265,12 +265,12 @@ class _Sparse(io.RawIOBase):
         return len(view)
 
     def _spans(self, length: int) -> Iterator[tuple[int, int, int, int]]:
-        done = 0
-        while done < length:
-            page, inside = divmod(self._at + done, self._PAGE)
-            step = min(length - done, self._PAGE - inside)
-            yield done, page, inside, step
-            done += step
+        covered = 0
+        while covered < length:
+            page, inside = divmod(self._at + covered, self._PAGE)
+            step = min(length - covered, self._PAGE - inside)
+            yield covered, page, inside, step
+            covered += step
 
 
 def read_file_index(path: Path) -> FileIndex:
@@ -369,21 +369,21 @@ def read_features(path: Path) -> Array:
     if not rows.size:
         return rows
     start: int = mapped.offset  # type: ignore[attr-defined]
-    whole = memoryview(rows.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-    step = max(_PIECE_BYTES, -(-len(whole) // cores()))
+    content = memoryview(rows.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    step = max(_PIECE_BYTES, -(-len(content) // cores()))
 
-    def read(done: int) -> None:
+    def read(begin: int) -> None:
         with path.open("rb", buffering=0) as file:
-            file.seek(start + done)
-            left = whole[done : done + step]
-            while left:
-                count = file.readinto(left)
+            file.seek(start + begin)
+            rest = content[begin : begin + step]
+            while rest:
+                count = file.readinto(rest)
                 if not count:
                     raise StorageError(f"{path}: shorter than it says. `featcache store verify` says what is damaged.")
-                left = left[count:]
+                rest = rest[count:]
 
     with ThreadPoolExecutor(cores()) as readers:
-        list(readers.map(read, range(0, len(whole), step)))
+        list(readers.map(read, range(0, len(content), step)))
     return rows
 
 
@@ -391,10 +391,10 @@ def table_attributes(path: Path) -> dict[str, str] | None:
     """Return the attributes of a ``features.h5``, ``None`` where the file is not one of featcache's."""
     try:
         with _reading(path) as file:
-            found = {str(name): str(value) for name, value in file.attrs.items()}
+            attributes = {str(name): str(value) for name, value in file.attrs.items()}
     except StorageError:
         return None
-    return found if "featcache_key" in found else None
+    return attributes if "featcache_key" in attributes else None
 
 
 def is_foreign(path: Path) -> bool:
@@ -436,10 +436,10 @@ def _member(group: h5py.Group, name: str, kind: type) -> Any:
     """Return a member of a group that is really in it: a link may lead into any file of the user's."""
     if name not in group or group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
         raise ValueError(f"no {name}")
-    found = group[name]
-    if not isinstance(found, kind):
+    member = group[name]
+    if not isinstance(member, kind):
         raise ValueError(f"{name} is another kind of thing")  # noqa: TRY004 - of the file's content, not of an argument
-    return found
+    return member
 
 
 def _plain(group: h5py.Group, name: str) -> Any:

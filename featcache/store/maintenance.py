@@ -60,19 +60,19 @@ class Inspection:
 
     def parts(self, manifest: Manifest) -> None:
         """Look at listed parts, at the listing, whether its images have rows, and at parts that nothing lists."""
-        rows, whole = set[bytes](), True
+        rows, all_whole = set[bytes](), True
         for record in manifest.parts:
             seen = self._try(self._part(record), lambda path, record=record: _part(path, record))  # type: ignore[misc]
-            whole = whole and seen is not None
+            all_whole = all_whole and seen is not None
             rows.update(digest.tobytes() for digest in (seen.sha256 if seen else ()))
         if (listed := manifest.listing) is not None:
             seen = self._try(self._part(listed), lambda path: _listing(path, listed))
-            without = sum(digest.tobytes() not in rows for digest in seen.sha256) if whole and seen else 0
+            without = sum(digest.tobytes() not in rows for digest in seen.sha256) if all_whole and seen else 0
             if without:
                 self.problems.append(f"{self._part(listed)}: {without} images have no row, `featcache extract` computes it")
-        known = {record.name for record in (*manifest.parts, *([listed] if listed else []))}
+        listed_names = {record.name for record in (*manifest.parts, *([listed] if listed else []))}
         for path in sorted((self._folder / "parts").glob(f"*{manifests.PART_SUFFIX}")):
-            if path.name not in known:
+            if path.name not in listed_names:
                 self._try(path, _named_by_content)
 
     def _try(self, path: Path, look: Callable[[Path], _Read]) -> _Read | None:
@@ -106,9 +106,9 @@ def _require_bytes(path: Path, record: FileRecord) -> None:
         raise ValueError(OTHER_BYTES)
 
 
-def _require_rows(found: int, record: FileRecord) -> None:
-    if found != record.rows:
-        raise ValueError(f"{found} rows, its manifest says {record.rows}")
+def _require_rows(count: int, record: FileRecord) -> None:
+    if count != record.rows:
+        raise ValueError(f"{count} rows, its manifest says {record.rows}")
 
 
 def _part(path: Path, record: FileRecord) -> FileIndex:
@@ -169,8 +169,8 @@ def litter_of(store: "FeatureStore") -> Iterator[Litter]:
     listed = {record.name for record in (*manifest.parts, *([manifest.listing] if manifest.listing else []))}
     for path in sorted((store.path / "parts").glob(f"*{manifests.PART_SUFFIX}")):
         if path.name not in listed and _is_old(path):
-            what = "an old listing" if path.name.endswith(manifests.LISTING_SUFFIX) else "a part that no version lists"
-            yield Litter(path, what, _size(path))
+            why = "an old listing" if path.name.endswith(manifests.LISTING_SUFFIX) else "a part that no version lists"
+            yield Litter(path, why, _size(path))
     for number in manifests.numbers_in(store.path):
         if number < manifest.number:
             path = store.path / f"manifest-{number}.json"
@@ -181,20 +181,20 @@ def litter_of(store: "FeatureStore") -> Iterator[Litter]:
 
 def joining_of(store: "FeatureStore") -> Joining:
     """Return which parts are to be joined: small ones, where there are several, and those with rows that nothing needs."""
-    wanted = _wanted(store)
+    listed = _wanted(store)
     taken: set[bytes] = set()
-    several, small, dropped = [], [], 0
+    to_join, small, dropped = [], [], 0
     for record, seen in zip(store.manifest.parts, store.row_files(), strict=True):
-        kept = _kept(seen, wanted, taken)
+        keep = _kept(seen, listed, taken)
         if not _is_old(store.path / "parts" / record.name):
             continue
-        if not kept.all():
-            several.append(record)
-            dropped += int((~kept).sum())
+        if not keep.all():
+            to_join.append(record)
+            dropped += int((~keep).sum())
         elif record.bytes < _SMALL_BYTES:
             small.append(record)
-    several += small if len(small) > 1 or several else []
-    names = {record.name for record in several}
+    to_join += small if len(small) > 1 or to_join else []
+    names = {record.name for record in to_join}
     return Joining(tuple(record for record in store.manifest.parts if record.name in names), dropped)
 
 
@@ -204,37 +204,37 @@ def join(store: "FeatureStore", joining: Joining) -> None:
     Raises:
         StorageError: a part is damaged, or the disk failed.
     """
-    wanted, taken = _wanted(store), set[bytes]()
+    listed, taken = _wanted(store), set[bytes]()
     names = {record.name for record in joining.parts}
     for record, seen in zip(store.manifest.parts, store.row_files(), strict=True):
         if record.name not in names:  # the rows that stay where they are count first
-            _kept(seen, wanted, taken)
+            _kept(seen, listed, taken)
     written: list[FileRecord] = []
     for runtime in dict.fromkeys(record.runtime for record in joining.parts):
         group = [record for record in joining.parts if record.runtime == runtime]
-        written += (store.add_part(part, runtime) for part in _joined(store, group, wanted, taken))
+        written += (store.add_part(part, runtime) for part in _joined(store, group, listed, taken))
     store.commit(parts=written, instead_of=joining.parts)
 
 
 def _joined(
-    store: "FeatureStore", records: Sequence[FileRecord], wanted: set[bytes] | None, taken: set[bytes]
+    store: "FeatureStore", records: Sequence[FileRecord], listed: set[bytes] | None, taken: set[bytes]
 ) -> Iterator[Part]:
     rows: list[Array] = []
-    several: list[FileIndex] = []
+    seen_parts: list[FileIndex] = []
     copies: list[FileIndex] = []
     size = 0
     for record in records:
         seen, also, mapped = store.part_of(record)
-        kept = _kept(seen, wanted, taken)
-        rows.append(mapped[kept])
-        several.append(seen.take(kept))
-        copies += [also.take(_kept(also, wanted, set(), once=False))] if also is not None else []
+        keep = _kept(seen, listed, taken)
+        rows.append(mapped[keep])
+        seen_parts.append(seen.take(keep))
+        copies += [also.take(_kept(also, listed, set(), once=False))] if also is not None else []
         size += rows[-1].nbytes
         if size >= PART_BYTES:
-            yield Part(rows, FileIndex.joined(several), FileIndex.joined(copies) if copies else None)
-            rows, several, copies, size = [], [], [], 0
-    if any(len(one) for one in rows):
-        yield Part(rows, FileIndex.joined(several), FileIndex.joined(copies) if copies else None)
+            yield Part(rows, FileIndex.joined(seen_parts), FileIndex.joined(copies) if copies else None)
+            rows, seen_parts, copies, size = [], [], [], 0
+    if any(len(piece) for piece in rows):
+        yield Part(rows, FileIndex.joined(seen_parts), FileIndex.joined(copies) if copies else None)
 
 
 def _wanted(store: "FeatureStore") -> set[bytes] | None:
@@ -244,13 +244,13 @@ def _wanted(store: "FeatureStore") -> set[bytes] | None:
     return {digest.tobytes() for digest in store.listing().files.sha256}
 
 
-def _kept(seen: FileIndex, wanted: set[bytes] | None, taken: set[bytes], *, once: bool = True) -> NDArray[np.bool_]:
-    kept = np.zeros(len(seen), dtype=bool)
+def _kept(seen: FileIndex, listed: set[bytes] | None, taken: set[bytes], *, once: bool = True) -> NDArray[np.bool_]:
+    keep = np.zeros(len(seen), dtype=bool)
     for row, digest in enumerate(map(bytes, seen.sha256)):
-        kept[row] = (wanted is None or digest in wanted) and digest not in taken
+        keep[row] = (listed is None or digest in listed) and digest not in taken
         if once:
             taken.add(digest)
-    return kept
+    return keep
 
 
 def _is_old(path: Path) -> bool:

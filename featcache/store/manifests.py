@@ -28,11 +28,11 @@ def read_plain(path: Path, most: int = _MOST_BYTES) -> bytes:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
             raise ValueError("not a plain file")
-        if found.st_size > most:
-            raise ValueError(f"{found.st_size} bytes")
+        if facts.st_size > most:
+            raise ValueError(f"{facts.st_size} bytes")
         with os.fdopen(os.dup(descriptor), "rb") as file:
             return file.read()
     finally:
@@ -135,8 +135,8 @@ def name_of(sha256: str, suffix: str) -> str:
 
 def numbers_in(folder: Path) -> list[int]:
     """Return the numbers of the manifests in a folder, newest first; files of any other name are none."""
-    found = (_NUMBERED.fullmatch(path.name) for path in folder.iterdir())
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    matches = (_NUMBERED.fullmatch(path.name) for path in folder.iterdir())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def hash_of(manifest: Manifest) -> str:

@@ -234,8 +234,8 @@ class Finish:
         rest = more * before.rest
         rest[:, :-1] -= (more - 1) * (self.point + before.move)[:, :-1]
         promised = -float(np.vdot(self.gradient, before.move) + np.vdot(before.move, rest)) / 2
-        left = float(np.vdot(rest, precondition(rest))) / min(before.least, 1.0)
-        bound = _MARGIN * promised + _DOUBT * left
+        remainder = float(np.vdot(rest, precondition(rest))) / min(before.least, 1.0)
+        bound = _MARGIN * promised + _DOUBT * remainder
         if bound <= self._goal * self.value:
             self.bound, self.converged, self.asks = bound, True, ""
             self.move, self.rest, self.least = before.move, rest, before.least

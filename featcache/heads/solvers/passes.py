@@ -32,11 +32,11 @@ class Gradients:
     intercept: Floats
     curvature: Floats
 
-    def __iadd__(self, other: "Gradients") -> Self:
-        self.loss += other.loss
-        self.weights += other.weights
-        self.intercept += other.intercept
-        self.curvature += other.curvature
+    def __iadd__(self, addend: "Gradients") -> Self:
+        self.loss += addend.loss
+        self.weights += addend.weights
+        self.intercept += addend.intercept
+        self.curvature += addend.curvature
         return self
 
 
@@ -57,9 +57,9 @@ class Ahead:
     dual_weights: Floats
     dual_intercept: Floats
 
-    def __iadd__(self, other: "Ahead") -> Self:
+    def __iadd__(self, addend: "Ahead") -> Self:
         for name in vars(self):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            setattr(self, name, getattr(self, name) + getattr(addend, name))
         return self
 
 
