@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from featcache.progress import printable
-
 
 @dataclass(frozen=True)
 class Table:
@@ -19,6 +17,8 @@ class Table:
     def plain(self) -> str:
         """Return the table for a terminal: numbers stand on the right, what would move its cursor is spelt out."""
         from tabulate import tabulate  # 20 ms that a command without a table does not pay
+
+        from featcache.progress import printable
 
         cells = [[printable(cell) for cell in row] for row in self.rows]
         columns = list(zip(*cells, strict=True)) or [()] * len(self.headers)

@@ -31,7 +31,7 @@ def examine() -> list[Finding]:
         lambda: _loads("PIL.Image", "pip install -U pillow", package="pillow"),
         _device,
         _runtimes,
-        _bundled,
+        _bundled_backbone,
         _cache,
     )
     return [check() for check in checks]
@@ -81,7 +81,7 @@ def _runtimes() -> Finding:
     return Finding("runtimes", ok=True, found=", ".join(["torch", *installed]) + faster)
 
 
-def _bundled() -> Finding:
+def _bundled_backbone() -> Finding:
     repair = "pip uninstall -y featcache && pip install featcache"
     try:
         from featcache.backbones.timm_models import load_backbone

@@ -55,7 +55,7 @@ def canonical(value: object) -> str:
     Raises:
         TypeError: the value holds something that JSON cannot say.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_as_json, allow_nan=False)
 
 
 def fingerprint(value: object) -> str:
@@ -82,7 +82,7 @@ def sha256_of_file(path: Path) -> str:
         return sha256_of_chunks(iter(lambda: file.read(_BLOCK), b""))
 
 
-def _plain(value: object) -> Any:
+def _as_json(value: object) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, Path):

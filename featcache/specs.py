@@ -30,7 +30,7 @@ def check_fields(settings: object) -> None:
     kind: Any = type(settings)
     for name, hint in _annotations(kind):
         value = getattr(settings, name)
-        fitted = _fitted(value, hint)
+        fitted = _made_to_fit(value, hint)
         if fitted is _MISFIT:
             raise UsageError(f"`{kind.__name__}.{name}`: {_as_text(value)}: {describe(hint)} is needed.")
         if fitted is not value:
@@ -43,7 +43,7 @@ def check_value(value: Any, hint: Any, name: str) -> Any:
     Raises:
         UsageError: it is of another kind; ``name`` names it in the message.
     """
-    fitted = _fitted(value, hint)
+    fitted = _made_to_fit(value, hint)
     if fitted is _MISFIT:
         raise UsageError(f"{name}: {_as_text(value)}: {describe(hint)} is needed.")
     return fitted
@@ -55,7 +55,7 @@ def check_seed(seed: Any, name: str = "seed") -> int:
     Raises:
         UsageError: it is no whole number from 0 to 2**32 - 1.
     """
-    number = _fitted(seed, int)
+    number = _made_to_fit(seed, int)
     if number is _MISFIT or not 0 <= number <= MAX_SEED:
         raise UsageError(f"{name}: {_as_text(seed)}: a whole number from 0 to {MAX_SEED} is needed.")
     return int(number)
@@ -88,7 +88,7 @@ def _annotations(kind: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((field.name, hints[field.name]) for field in fields(kind))
 
 
-def _fitted(value: Any, hint: Any) -> Any:
+def _made_to_fit(value: Any, hint: Any) -> Any:
     """Return a value as the annotation wants it, ``_MISFIT`` where it cannot be."""
     origin, arguments = get_origin(hint), get_args(hint)
     fitted = _MISFIT
@@ -96,7 +96,7 @@ def _fitted(value: Any, hint: Any) -> Any:
         # True == 1 and 1.0 == 1: equal is not enough
         fitted = value if any(type(value) is type(each) and value == each for each in arguments) else _MISFIT
     elif origin in {Union, types.UnionType}:
-        fits = (each for kind in arguments if (each := _fitted(value, kind)) is not _MISFIT)
+        fits = (each for kind in arguments if (each := _made_to_fit(value, kind)) is not _MISFIT)
         fitted = next(fits, _MISFIT)
     elif origin is tuple:
         fitted = _fit_tuple(value, arguments)
@@ -130,7 +130,7 @@ def _fit_tuple(value: Any, arguments: tuple[Any, ...]) -> Any:
     if not is_repeated and len(value) != len(arguments):
         return _MISFIT
     kinds = (arguments[0],) * len(value) if is_repeated else arguments
-    fitted = tuple(_fitted(each, kind) for each, kind in zip(value, kinds, strict=True))
+    fitted = tuple(_made_to_fit(each, kind) for each, kind in zip(value, kinds, strict=True))
     if any(each is _MISFIT for each in fitted):
         return _MISFIT
     unchanged = isinstance(value, tuple) and all(new is old for new, old in zip(fitted, value, strict=True))

@@ -13,7 +13,7 @@ import pytest
 
 from featcache.errors import StorageError
 from featcache.store import atomic
-from featcache.store.atomic import create_file, replace_file, sweep
+from featcache.store.atomic import create_file, remove_abandoned, replace_file
 
 KILLED = 9
 ABROAD = "another"
@@ -132,9 +132,9 @@ def test_a_living_writers_file_stays(tmp_path: Path) -> None:
     with path.open("xb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         os.utime(path, (1, 1))
-        sweep(tmp_path)
+        remove_abandoned(tmp_path)
         assert path.exists()
-    sweep(tmp_path)
+    remove_abandoned(tmp_path)
 
     assert not path.exists()
 
@@ -146,7 +146,7 @@ def test_our_own_files_are_locked_while_they_are_written(tmp_path: Path) -> None
     def look(_file: object) -> None:
         (temporary,) = tmp_path.iterdir()
         renamed = temporary.rename(tmp_path / temporary_name(a_dead_process()))
-        sweep(tmp_path)
+        remove_abandoned(tmp_path)
         seen.append(renamed.exists())
         renamed.rename(temporary)
 
@@ -184,7 +184,7 @@ def test_other_machines_and_file_systems_without_locks_are_given_a_day(
     os.utime(old, (time.time() - 2 * 86400,) * 2)
     monkeypatch.setattr(atomic.fcntl, "flock", refuse(errno.ENOLCK))
 
-    sweep(tmp_path)
+    remove_abandoned(tmp_path)
 
     assert sorted(tmp_path.iterdir()) == sorted([young, unknown])
 
@@ -195,7 +195,7 @@ def test_files_of_other_names_are_not_swept(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"mine")
     os.utime(tmp_path / name, (1, 1))
 
-    sweep(tmp_path)
+    remove_abandoned(tmp_path)
 
     assert (tmp_path / name).exists()
 
@@ -204,7 +204,7 @@ def test_a_process_number_of_any_size_is_no_error(tmp_path: Path) -> None:
     """A number that no process can have is that of a dead one."""
     (tmp_path / temporary_name(10**17)).write_bytes(b"")
 
-    sweep(tmp_path)
+    remove_abandoned(tmp_path)
 
     assert [each.name for each in tmp_path.iterdir()] == []
 

@@ -169,16 +169,16 @@ def _torch_downloads() -> Path | None:
 
 def sha256_of_weights(path: Path) -> str:
     """Return the SHA-256 of a file; it is read once a process, as long as its size, times and inode stay."""
-    signs, now = _signs(path), time.time_ns()
+    signs, now = _file_facts(path), time.time_ns()
     if (digest := _hashed.get(signs)) is not None:
         return digest
     digest = sha256_of_file(path)
-    if now - max(signs[-2:]) > _RACY_NS and _signs(path) == signs:
+    if now - max(signs[-2:]) > _RACY_NS and _file_facts(path) == signs:
         _hashed[signs] = digest
     return digest
 
 
-def _signs(path: Path) -> tuple[Any, ...]:
+def _file_facts(path: Path) -> tuple[Any, ...]:
     facts = path.stat()
     return (os.path.abspath(path), facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)  # noqa: PTH100 - links stay
 

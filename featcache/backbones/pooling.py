@@ -117,12 +117,12 @@ def _few(parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
     """Yield the first parameters that have one row a channel: vectors, and weights of more than one row."""
     tried = 0
     for parameter in parameters:
-        if parameter.is_floating_point() and _rows(parameter) is not None and tried < _TRIES:
+        if parameter.is_floating_point() and _row_axis(parameter) is not None and tried < _TRIES:
             tried += 1
             yield parameter
 
 
-def _rows(parameter: nn.Parameter) -> int | None:
+def _row_axis(parameter: nn.Parameter) -> int | None:
     """Return the axis that counts output channels, ``None`` for scalars and tables such as embeddings of positions."""
     wide = [axis for axis, size in enumerate(parameter.shape) if size > 1]
     if len(wide) == 1:
@@ -135,7 +135,7 @@ def _moved_axis(run: Callable[[], Tensor], parameter: nn.Parameter, before: Tens
 
     Where a class token alone is worked on, every row changes the same place of the tokens' axis.
     """
-    axis = _rows(parameter)
+    axis = _row_axis(parameter)
     assert axis is not None
     size = parameter.shape[axis]
     first, second = (_changed(run, parameter, axis, row, before) for row in (size // 2, size // 2 - 1))

@@ -270,7 +270,7 @@ def _try_image(module: nn.Module, spec: BackboneSpec, size: int, device: torch.d
         asked = f"`input_size` {size}" if spec.overrides.input_size is not None else f"`backbone` {spec.name}"
         raise UsageError(
             f"{asked}: {spec.name} does not take images of {size} pixels and 3 channels ({_first_line(error)}). "
-            f"{_advice(module, spec, size)}"
+            f"{_how_to_fit(module, spec, size)}"
         ) from error
     if not isinstance(out, Tensor) or out.dim() < 2 or out.shape[0] != 1 or not out.numel() or not out.is_floating_point():
         description = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
@@ -287,7 +287,7 @@ def _try_image(module: nn.Module, spec: BackboneSpec, size: int, device: torch.d
             raise DataError(f"{where}: NaN or infinity in {len(bad)} tensors ({bad[0]}, ...). Take other weights.")
 
 
-def _advice(module: nn.Module, spec: BackboneSpec, size: int) -> str:
+def _how_to_fit(module: nn.Module, spec: BackboneSpec, size: int) -> str:
     """Return what may make a model take images that it refused."""
     args = dict(spec.model_args)
     if args.get("in_chans", 3) != 3:
@@ -322,13 +322,13 @@ def _transform(config: dict[str, Any], spec: BackboneSpec) -> Transform:
         "crop_pct": float(config.get("crop_pct") or 1.0),
         "crop_mode": mode,
         "interpolation": interpolation if interpolation in INTERPOLATIONS else "bicubic",
-        "mean": _three(config["mean"]),
-        "std": _three(config["std"]),
+        "mean": _by_channel(config["mean"]),
+        "std": _by_channel(config["std"]),
     }
     return Transform(**fields | spec.overrides.given())
 
 
-def _three(values: Any) -> tuple[float, float, float]:
+def _by_channel(values: Any) -> tuple[float, float, float]:
     first, second, third = (float(value) for value in values)
     return first, second, third
 

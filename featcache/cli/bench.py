@@ -54,7 +54,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from featcache.cli import spelling
-    from featcache.reports.tables import plain
+    from featcache.reports.tables import as_text
 
     if as_json:
         options.emit(
@@ -67,7 +67,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
             }
         )
     else:
-        click.echo(plain(result.records))
+        click.echo(as_text(result.records))
         click.echo("gap: points of test accuracy to the head that is best on validation, on the same images")
         click.echo(f"{result.computed_images} images computed, {result.computed_cells} cells run. {result.paths['md']}")
     if result.failures:

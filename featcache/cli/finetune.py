@@ -159,7 +159,7 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
 
     from featcache.api import finetune, sweep
     from featcache.finetuning.plan import Unfreeze
-    from featcache.reports.plots import draw, require_picture
+    from featcache.reports.plots import draw_records, require_picture
     from featcache.reports.wording import finetune_lines
 
     if plot is not None:
@@ -178,7 +178,7 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
         return
     records = [job.record for job in result.jobs]
     if plot is not None:
-        draw(records, plot)
+        draw_records(records, plot)
     money = [_money(record, price) for record in records] if price else []
     if as_json:
         options.emit(result.summary | ({"money": money} if price else {}))

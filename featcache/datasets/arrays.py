@@ -170,7 +170,7 @@ def from_array(
         raise DataError(f"{location}: some rows have a split and some have none: fill in all of them, or none.")
     items = (Sample(f"{row:08d}", labels[row] or "", split_names[row]) for row in usable)
     packed = SampleTable(items)
-    return Dataset(name, location, packed, ArrayReader(_RowNumbers(shape[0]), _Rows(images), holder), tuple(notes))
+    return Dataset(name, location, packed, ArrayReader(_RowNumbers(shape[0]), _ArrayRows(images), holder), tuple(notes))
 
 
 class _RowNumbers(Mapping[str, int]):
@@ -190,7 +190,7 @@ class _RowNumbers(Mapping[str, int]):
         return self._count
 
 
-class _Rows:
+class _ArrayRows:
     """Reads single rows of an array, one thread at a time: HDF5 allows no more."""
 
     def __init__(self, images: Any) -> None:
@@ -198,7 +198,7 @@ class _Rows:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
-        return _Rows, (self._images,)
+        return _ArrayRows, (self._images,)
 
     def __call__(self, row: int) -> bytes:
         """Return a row as the bytes of an image file."""
@@ -232,7 +232,7 @@ class _Joined:
 def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> Dataset:
     name, location = safe_name(path.stem), str(path.resolve())
     called = _find(arrays, _CLASSES, "")
-    read = Labels(str(path), [_text(value) for value in _values(path, called, arrays[called])] if called else ())
+    read = Labels(str(path), [_decoded_text(value) for value in _values(path, called, arrays[called])] if called else ())
     parts = [part for part in _PARTS if _find(arrays, _IMAGES, f"{part}_")]
     _require_all_splits(path, [*arrays, *unread], parts)
     if parts:
@@ -253,7 +253,9 @@ def _from_arrays(path: Path, arrays: dict[str, Any], unread: Sequence[str]) -> D
             )
         images, labels = arrays[image], _labels(path, label, arrays[label], len(arrays[image]), read)
         values = _values(path, split, arrays[split]) if split else []
-        splits = [split_of(_text(value), f"{path}, row {row}") for row, value in enumerate(values)] if split else None
+        splits = (
+            [split_of(_decoded_text(value), f"{path}, row {row}") for row, value in enumerate(values)] if split else None
+        )
         used = {called, image, label, split}
     source = from_array(images, labels, splits, name=name, location=location, holder=path.resolve())
     unused = sorted([*unread, *(arrays.keys() - used)])
@@ -309,5 +311,5 @@ def _values(path: Path, name: str, column: Any) -> Iterator[Any]:
         yield from values.reshape(-1)
 
 
-def _text(value: Any) -> str:
+def _decoded_text(value: Any) -> str:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

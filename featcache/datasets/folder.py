@@ -218,7 +218,7 @@ def open_folder(root: Path) -> Dataset:
             _require_split(root, top, images, outside)
     else:
         beside = Counter()
-        _require_classes(root, [folder for folder in folders if images[folder]], nested)
+        _require_no_splits(root, [folder for folder in folders if images[folder]], nested)
     if not packed and outside:
         raise DataError(
             f"{root}: {many(outside.total(), 'image')} lie outside class folders: put them into one folder a class "
@@ -309,7 +309,7 @@ def _require_split(root: Path, top: str, images: Counter[str], outside: Counter[
         )
 
 
-def _require_classes(root: Path, folders: Sequence[str], nested: Counter[str]) -> None:
+def _require_no_splits(root: Path, folders: Sequence[str], nested: Counter[str]) -> None:
     """Refuse splits in the place of classes, or in classes.
 
     Raises:

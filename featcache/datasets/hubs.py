@@ -79,7 +79,7 @@ def open_torchvision(name: str, root: Path | None, *, download: bool) -> Dataset
     datasets_by_split = [_torchvision_part(safe_name(name), location, part) for part in parts.values()]
     unread = sorted(other_splits - {"train", "val", "valid", "test", "trainval"})
     notes = [f"torchvision:{name}: left out: {many(len(unread), 'other split')} ({', '.join(unread)})"] if unread else []
-    return _joined(safe_name(name), location, list(parts), datasets_by_split, notes)
+    return _with_splits(safe_name(name), location, list(parts), datasets_by_split, notes)
 
 
 def open_hub(name: str, *, download: bool) -> Dataset:
@@ -103,7 +103,7 @@ def open_hub(name: str, *, download: bool) -> Dataset:
             loaded = datasets.load_dataset(name)
     except Exception as error:  # the library's loaders raise anything
         hint = "" if download else " `download=True` lets it be fetched."
-        raise DataError(f"hf:{name}: cannot be loaded ({_first_line(error)}).{hint}") from error
+        raise DataError(f"hf:{name}: cannot be loaded ({_error_in_words(error)}).{hint}") from error
     parts, notes = _hub_splits(name, {str(split): rows for split, rows in loaded.items()})
     read = [_hub_part(name, split, rows, datasets) for split, rows in parts.items()]
     rows = [(split, row, label) for split, part in zip(parts, read, strict=True) for row, label in enumerate(part.labels)]
@@ -122,7 +122,7 @@ def open_hub(name: str, *, download: bool) -> Dataset:
     stem = Path(name).name if is_folder else name
     notes += [*missing, *dict.fromkeys(note for part in read for note in part.notes)]
     split_names = [_HF_SPLITS[split] for split in parts if split in items] if len(parts) > 1 else [""]
-    return _joined(safe_name(stem), f"hf:{name}", split_names, by_split, notes)
+    return _with_splits(safe_name(stem), f"hf:{name}", split_names, by_split, notes)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _hub_part(name: str, split: str, rows: Any, datasets: Any) -> _HubPart:
     return _HubPart(ArrayReader(numbers, partial(_hub_bytes, undecoded, image)), texts, notes, read.lists)
 
 
-def _first_line(error: Exception) -> str:
+def _error_in_words(error: Exception) -> str:
     line = next(iter(str(error).strip().splitlines()), "")
     return (
         line
@@ -237,14 +237,14 @@ def _torchvision_open(kind: Any, name: str, root: Path, arguments: dict[str, Any
     try:
         return kind(str(root), **arguments)
     except ImportError as error:
-        raise SetupError(f"torchvision:{name}: needs a library that is not installed ({_first_line(error)}).") from error
+        raise SetupError(f"torchvision:{name}: needs a library that is not installed ({_error_in_words(error)}).") from error
     except (RuntimeError, OSError) as error:
         hint = " `download=True` fetches it." if "download" in arguments else ""
-        raise DataError(f"torchvision:{name}: not at {root}, or damaged ({_first_line(error)}).{hint}") from error
+        raise DataError(f"torchvision:{name}: not at {root}, or damaged ({_error_in_words(error)}).{hint}") from error
     except Exception as error:  # damaged pickles, archives and tables raise anything
         if "split" in arguments and isinstance(error, ValueError) and "Unknown value" in str(error):
             return _NoSuchSplit(frozenset(re.findall(r"'([^']+)'", str(error).partition("Valid values")[2])))
-        raise DataError(f"torchvision:{name}: cannot be read at {root} ({_first_line(error)}).") from error
+        raise DataError(f"torchvision:{name}: cannot be read at {root} ({_error_in_words(error)}).") from error
 
 
 def _torchvision_splits(parameters: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -321,7 +321,7 @@ class _Parts:
         return self._parts[part].stat(rest)
 
 
-def _joined(name: str, location: str, splits: list[str], parts: list[Dataset], notes: list[str]) -> Dataset:
+def _with_splits(name: str, location: str, splits: list[str], parts: list[Dataset], notes: list[str]) -> Dataset:
     all_notes, lists = tuple(notes), any(part.label_lists for part in parts)
     if len(parts) == 1:
         return Dataset(name, location, parts[0].samples, parts[0].reader, all_notes, lists)

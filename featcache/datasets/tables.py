@@ -72,7 +72,7 @@ class Labels:
         if isinstance(value, bool):
             return str(value)
         if not isinstance(value, int | float | Decimal) or not math.isfinite(value):
-            raise DataError(f"{self._where}, {row}: {_shown(value)} is no label: text or a whole number is.")
+            raise DataError(f"{self._where}, {row}: {_abbreviated(value)} is no label: text or a whole number is.")
         number = int(value) if value == int(value) else value
         return self._named(number, row) if self._names else str(number)
 
@@ -151,13 +151,13 @@ def _storable(text: str, where: str) -> str:
     try:
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise DataError(f"{where}: the label {_shown(text)} is no text that UTF-8 can write.") from None
+        raise DataError(f"{where}: the label {_abbreviated(text)} is no text that UTF-8 can write.") from None
     if "\0" in text:
-        raise DataError(f"{where}: the label {_shown(text)} has a NUL in it.")
+        raise DataError(f"{where}: the label {_abbreviated(text)} has a NUL in it.")
     return text
 
 
-def _shown(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
@@ -242,7 +242,7 @@ def _csv_rows(path: Path, asked: str | None = None) -> _Rows:
     rows, read = _Rows(), Labels(str(path))
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(_lines(file, path))
+            reader = csv.reader(_sane_lines(file, path))
             columns = next(reader, [])
             _require_columns(columns, path)
             _require_single(columns, path, asked)
@@ -263,7 +263,7 @@ def _csv_rows(path: Path, asked: str | None = None) -> _Rows:
     return rows
 
 
-def _lines(file: Any, path: Path) -> Iterator[str]:
+def _sane_lines(file: Any, path: Path) -> Iterator[str]:
     """Yield lines of a sane length: a file that is no manifest may be one line of any size."""
     while line := file.readline(_MOST_LINE):
         if len(line) == _MOST_LINE:

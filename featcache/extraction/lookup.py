@@ -14,7 +14,7 @@ from featcache.errors import StorageError
 from featcache.fingerprint import canonical
 from featcache.progress import logger
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
-from featcache.store.atomic import create_file, make_folder, replace_file, sweep
+from featcache.store.atomic import create_file, make_folder, remove_abandoned, replace_file
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import read_note, sealed, unsealed
 
@@ -52,7 +52,7 @@ def dataset_folder(cache: Path, dataset: Dataset, *, rebind: bool = False) -> Pa
                 raise
             bound = ""
         if bound == dataset.location:
-            sweep(folder)
+            remove_abandoned(folder)
             return folder
         if rebind:
             replace_file(note, content)

@@ -131,7 +131,7 @@ def _tried(name: str, program: nn.Module, first: Pixels, reference: "_Timed", ma
             run = TorchRuntime(compiled, machine.device, machine.precision)
         timed = _timed(run, first)
     except Exception as error:
-        raise SetupError(f"`runtime` {name} cannot run this backbone ({_first_line(error)}).") from error
+        raise SetupError(f"`runtime` {name} cannot run this backbone ({_named_error(error)}).") from error
     difference = max(_difference(*pair) for pair in zip(timed.outputs, reference.outputs, strict=True))
     seconds = timed.seconds, reference.seconds
     logger.debug("runtime %s: %.2g s a batch, PyTorch %.2g s; differs by %.1g", name, *seconds, difference)
@@ -248,6 +248,6 @@ def _difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(got - expected).max(initial=0) / max(float(np.abs(expected).max(initial=0)), 1e-30))
 
 
-def _first_line(error: Exception) -> str:
+def _named_error(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

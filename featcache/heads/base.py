@@ -93,7 +93,7 @@ def answers(head: Any, X: X_, classes: int) -> NDArray[Any]:
     return probabilities
 
 
-def plain(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Sweep, Fit]:
+def by_estimator(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Sweep, Fit]:
     """Return how scikit-learn's own estimators are tried and trained: side by side, one BLAS thread each.
 
     Faster on these shapes than one after the other with all threads.

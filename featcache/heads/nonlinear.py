@@ -17,7 +17,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler, normalize
 
 from featcache.evaluation.splits import Fold
-from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Params, answers, plain
+from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Params, answers, by_estimator
 from featcache.heads.linear import as_logistic, linear_estimator, probabilities
 from featcache.heads.solvers import linear
 
@@ -136,7 +136,7 @@ def _boosting(_: Params, seed: int, X: X_, __: Y_) -> Pipeline:
     return make_pipeline(PCA(min(_COMPONENTS, *X.shape), random_state=seed), trees)
 
 
-def _kernel(width: float, X: X_, seed: int) -> Pipeline:
+def _rbf_features(width: float, X: X_, seed: int) -> Pipeline:
     landmarks = Nystroem(gamma=width / X.shape[1], n_components=min(_LANDMARKS, len(X)), random_state=seed)
     return make_pipeline(StandardScaler(), landmarks)
 
@@ -149,7 +149,7 @@ def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed
         predictions: list[list[X_]] = [[] for _ in candidates]
         converged = [True] * len(candidates)
         for fold in folds:
-            kernel = _kernel(width, X[fold.train], seed).fit(X[fold.train])
+            kernel = _rbf_features(width, X[fold.train], seed).fit(X[fold.train])
             train, val = kernel.transform(X[fold.train]), kernel.transform(X[fold.val])
             (solutions,) = linear.solve(train, y[fold.train], [params["C"] for params in candidates])
             for number, solution in enumerate(solutions):
@@ -160,18 +160,18 @@ def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed
 
 
 def _fit_rbf(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
-    kernel = _kernel(params["width"], X, seed).fit(X)
+    kernel = _rbf_features(params["width"], X, seed).fit(X)
     ((solution,),) = linear.solve(kernel.transform(X), y, [params["C"]])
     return make_pipeline(*(step for _, step in kernel.steps), as_logistic(solution)), solution.converged
 
 
 KNN = HeadFamily(_neighbour_counts, _sweep_knn, _fit_knn)
 CENTROID = HeadFamily(lambda _: [{}], _sweep_centroid, _fit_centroid)
-MLP = HeadFamily(lambda _: [{"alpha": alpha} for alpha in (1.0, 1e-2)], *plain(_mlp))
-LDA = HeadFamily(lambda _: [{"shrinkage": share} for share in (0.9, 0.5, 0.1, 0.01)], *plain(_lda))
+MLP = HeadFamily(lambda _: [{"alpha": alpha} for alpha in (1.0, 1e-2)], *by_estimator(_mlp))
+LDA = HeadFamily(lambda _: [{"shrinkage": share} for share in (0.9, 0.5, 0.1, 0.01)], *by_estimator(_lda))
 RBF = HeadFamily(
     lambda _: [{"width": width, "C": C} for width in (0.1, 0.3, 1.0) for C in (1e-4, 1e-3, 1e-2, 0.1, 1.0)],
     _sweep_rbf,
     _fit_rbf,
 )
-BOOSTING = HeadFamily(lambda _: [{}], *plain(_boosting))
+BOOSTING = HeadFamily(lambda _: [{}], *by_estimator(_boosting))

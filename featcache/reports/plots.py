@@ -26,7 +26,7 @@ def require_picture(path: Path) -> None:
     _figure(1)
 
 
-def draw(records: Sequence[RunRecord], path: Path) -> Path:
+def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
     """Draw fine-tuning records: loss and accuracy over the epochs, and test accuracy against seconds beside the probe.
 
     Args:

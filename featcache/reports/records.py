@@ -130,7 +130,7 @@ def append_record(path: Path, record: RunRecord) -> None:
         finally:
             os.close(descriptor)
         if not size:
-            _sync_folder(path.parent)
+            _sync_new_name(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: the record cannot be written ({error.strerror}).") from error
 
@@ -156,7 +156,7 @@ def read_records(paths: Iterable[Path], *, warn: bool = True) -> list[RunRecord]
         except OSError as error:
             raise StorageError(f"{path}: the records cannot be read ({error.strerror}).") from error
         for number, line in enumerate(content.split(b"\n"), start=1):
-            record = _read(line)
+            record = _record_or_error(line)
             if isinstance(record, RunRecord):
                 records.append(record)
             elif record is not None and warn:
@@ -172,16 +172,16 @@ def broken_lines(path: Path) -> list[str]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         return [f"{path}: cannot be read ({error.strerror})"]
-    read = ((number, _read(line)) for number, line in enumerate(lines, start=1))
+    read = ((number, _record_or_error(line)) for number, line in enumerate(lines, start=1))
     return [f"{path}, line {number}: not a run record ({error})" for number, error in read if isinstance(error, Exception)]
 
 
-def _read(line: bytes) -> RunRecord | Exception | None:
+def _record_or_error(line: bytes) -> RunRecord | Exception | None:
     """Return a line's record, why it holds none, or nothing where it is empty."""
     if not line.strip():
         return None
     try:
-        return _record(line)
+        return _parsed_record(line)
     except (DataError, ValueError, RecursionError) as error:
         return error
 
@@ -195,7 +195,7 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _record(line: bytes) -> RunRecord:
+def _parsed_record(line: bytes) -> RunRecord:
     """Return the record of a line; those of before have no checksum.
 
     Raises:
@@ -263,7 +263,7 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 _KINDS = {name: _kinds(hint) for name, hint in get_type_hints(RunRecord).items()}
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_new_name(folder: Path) -> None:
     """Make a new file's name last; some file systems cannot be asked to, and the record itself is safe there."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

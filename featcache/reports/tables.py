@@ -58,7 +58,7 @@ def markdown(records: Sequence[RunRecord]) -> str:
     return tabulate(escaped, headers=COLUMNS, tablefmt="pipe", disable_numparse=True)
 
 
-def plain(records: Sequence[RunRecord]) -> str:
+def as_text(records: Sequence[RunRecord]) -> str:
     """Return the table for a terminal, in fewer columns."""
     short = [[*row[:4], row[4], row[5], row[6], *row[8:]] for row in rows(records)]
     headers = [

@@ -90,7 +90,7 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def sweep(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove temporary files whose writer is gone; of another machine's those older than a day."""
     abandoned(folder, remove=True)
 
@@ -127,7 +127,7 @@ def _is_abandoned(path: Path, host: str, process: int, *, remove: bool) -> bool:
 
 @contextmanager
 def _temporary(folder: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
-    sweep(folder)
+    remove_abandoned(folder)
     path, file = _new_temporary(folder)
     try:
         with file:

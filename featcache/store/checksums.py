@@ -14,8 +14,8 @@ from pathlib import Path
 from featcache.errors import SetupError, StorageError
 from featcache.fingerprint import sha256_of_file
 from featcache.resources import cores
-from featcache.store.atomic import create_file, make_folder, replace_file, sweep
-from featcache.store.manifests import read_note, sealed, unsealed
+from featcache.store.atomic import create_file, make_folder, remove_abandoned, replace_file
+from featcache.store.manifests import parse_stamps, read_note, sealed, unsealed
 
 Signs = tuple[int, int, int, int]
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
@@ -97,22 +97,9 @@ class Stamps:
 
     def _read(self) -> dict[str, list[str | int]]:
         try:
-            return parsed(unsealed(read_note(self._path), self._key))
+            return parse_stamps(unsealed(read_note(self._path), self._key))
         except (OSError, ValueError):
             return {}
-
-
-def parsed(note: dict[str, object]) -> dict[str, list[str | int]]:
-    """Return what a note says of each file: SHA-256, then five numbers.
-
-    Raises:
-        ValueError: it says something else.
-    """
-    for name, stamp in note.items():
-        kinds = [type(value) for value in stamp] if isinstance(stamp, list) else []
-        if kinds != [str, int, int, int, int, int]:
-            raise ValueError(f"what it says of {name}")
-    return note  # type: ignore[return-value]  # as just checked
 
 
 def signs(file: Path) -> Signs:
@@ -164,7 +151,7 @@ def secret_path() -> Path:
 
 def _secret() -> bytes:
     path = secret_path()
-    sweep(path.parent)  # what a start that was killed left: nothing is written here again
+    remove_abandoned(path.parent)  # what a start that was killed left: nothing is written here again
     if not os.path.lexists(path):
         make_folder(path.parent)
         create_file(path, secrets.token_bytes(_BYTES), mode=0o600)

@@ -24,10 +24,10 @@ from featcache.store.atomic import (
     create_file,
     is_temporary,
     make_folder,
+    remove_abandoned,
     remove_file,
     replace_file,
     replace_file_by,
-    sweep,
 )
 from featcache.store.checksums import Signs, Stamps, signs
 from featcache.store.hdf5 import Array, FileIndex, Listing, Part
@@ -113,7 +113,7 @@ class FeatureStore:
     def tidy(self) -> None:
         """Remove what killed writers left; a cache that cannot be written stays as it is."""
         for folder in maintenance.FOLDERS:
-            sweep(self.path / folder)
+            remove_abandoned(self.path / folder)
 
     @property
     def spec(self) -> dict[str, Any]:

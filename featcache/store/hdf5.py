@@ -149,7 +149,7 @@ def encode_listing(listing: Listing) -> memoryview:
         _write_file_index(file, listing.files)
         file.create_dataset("label", data=listing.labels)
         file.create_dataset("split", data=listing.splits)
-        file.create_dataset("classes", data=_names(listing.classes))
+        file.create_dataset("classes", data=_encoded_names(listing.classes))
         columns = (file[name][:] for name in ("path", "sha256", "label", "split", "classes"))
         file.attrs["content"] = sha256_of_chunks(
             chunk for column in columns for chunk in (f"{column.dtype}{column.shape}".encode(), bytes_of(column))
@@ -201,7 +201,7 @@ def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
     def piece(start: int) -> Array:
         end = start + _TEXTS_AT_ONCE
         encoded = texts.encoded(start, end) if isinstance(texts, Column) else None
-        return encoded if encoded is not None else np.array([_readable(text) for text in texts[start:end]], np.bytes_)
+        return encoded if encoded is not None else np.array([_in_utf8(text) for text in texts[start:end]], np.bytes_)
 
     pieces = [piece(start) for start in range(0, len(texts), _TEXTS_AT_ONCE)]
     _write_encoded(file, name, np.concatenate(pieces) if pieces else np.empty(0, "S1"))
@@ -326,7 +326,7 @@ def map_features(path: Path) -> Array:
         StorageError: the file is not as featcache writes it.
     """
     with _reading(path) as file:
-        dataset = _plain(file, "features")
+        dataset = _contiguous(file, "features")
         shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
         if dtype not in _STORED or not shape:
             raise ValueError(f"features of {dtype}, {shape}")
@@ -343,8 +343,8 @@ def same_table(path: Path, listing: Listing, rows: Callable[[int, int], Array]) 
     """
     with _reading(path) as file:
         expected = {
-            "class_names": [_readable(name) for name in listing.classes],
-            "paths": [_readable(name) for name in listing.files.paths],
+            "class_names": [_in_utf8(name) for name in listing.classes],
+            "paths": [_in_utf8(name) for name in listing.files.paths],
             "splits": [SPLITS[split].encode() for split in listing.splits],
             "item_sha256": [hex_of(digest).encode() for digest in listing.files.sha256],
         }
@@ -442,7 +442,7 @@ def _member(group: h5py.Group, name: str, kind: type) -> Any:
     return member
 
 
-def _plain(group: h5py.Group, name: str) -> Any:
+def _contiguous(group: h5py.Group, name: str) -> Any:
     """Return a data set whose bytes all lie in this very file, one behind the other, as many as it says."""
     dataset = _member(group, name, h5py.Dataset)
     made = dataset.id.get_create_plist()
@@ -461,7 +461,7 @@ def _column(group: h5py.Group, name: str, kind: Any, *, rows: int | None = None,
     Raises:
         ValueError: it is another, or has not so many ``rows``.
     """
-    dataset = _plain(group, name)
+    dataset = _contiguous(group, name)
     shape, dtype = dataset.shape, dataset.dtype
     is_kind = dtype.kind == "S" if kind == "S" else dtype == np.dtype(kind)
     fits = shape[:1] == (rows,) if rows is not None else len(shape) > 0
@@ -473,7 +473,7 @@ def _column(group: h5py.Group, name: str, kind: Any, *, rows: int | None = None,
 
 def _write_file_index(file: h5py.Group, files: FileIndex) -> None:
     file.attrs["checked_ns"] = files.checked_ns
-    file.create_dataset("path", data=_names(files.paths))
+    file.create_dataset("path", data=_encoded_names(files.paths))
     file.create_dataset("sha256", data=files.sha256)
     file.create_dataset("stat", data=files.stat[:, :_FIRST_SIGNS])
     file.create_dataset("ctime", data=files.stat[:, _FIRST_SIGNS])  # beside it, as files without are read too
@@ -491,7 +491,7 @@ def _read_file_index(file: h5py.Group) -> FileIndex:
     return FileIndex(Column(names, _decode_name), sha256, np.column_stack([stat, changed]), int(checked))
 
 
-def _names(names: Sequence[str]) -> Array:
+def _encoded_names(names: Sequence[str]) -> Array:
     """Return file names as fixed-length bytes: names that are not UTF-8 survive."""
     return np.array([os.fsencode(name) for name in names] or [b""], dtype=np.bytes_)[: len(names)]
 
@@ -510,7 +510,7 @@ def split_name(split: int) -> str:
     return SPLITS[split]
 
 
-def _readable(name: str) -> bytes:
+def _in_utf8(name: str) -> bytes:
     """Return a name in UTF-8, bytes that are none spelt out."""
     content = os.fsencode(name)
     try:

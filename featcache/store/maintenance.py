@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from featcache.errors import StorageError
 from featcache.fingerprint import sha256_of_file
-from featcache.store import checksums as stamps
 from featcache.store import hdf5, manifests
 from featcache.store.atomic import abandoned
 from featcache.store.hdf5 import Array, FileIndex, Part
@@ -40,11 +39,11 @@ class Inspection:
 
     def notes(self) -> None:
         """Look at spec.json, the requests and checked.json."""
-        self._try(self._folder / "spec.json", lambda path: _spelt(path, indent=1))
+        self._try(self._folder / "spec.json", lambda path: _as_spelt(path, indent=1))
         for path in sorted((self._folder / "requests").glob("*.json")):
             self._try(path, lambda path: manifests.read_request(path, self._key))
         if (checked := self._folder / "checked.json").exists():
-            self._try(checked, lambda path: stamps.parsed(unsealed(_spelt(path), self._key)))
+            self._try(checked, lambda path: manifests.parse_stamps(unsealed(_as_spelt(path), self._key)))
 
     def manifests(self) -> Manifest | None:
         """Look at all versions, each of which must name the one before; return the newest that can be read."""
@@ -62,14 +61,16 @@ class Inspection:
         """Look at listed parts, at the listing, whether its images have rows, and at parts that nothing lists."""
         rows, all_whole = set[bytes](), True
         for record in manifest.parts:
-            seen = self._try(self._part(record), lambda path, record=record: _part(path, record))  # type: ignore[misc]
+            seen = self._try(self._read_part(record), lambda path, record=record: _read_part(path, record))  # type: ignore[misc]
             all_whole = all_whole and seen is not None
             rows.update(digest.tobytes() for digest in (seen.sha256 if seen else ()))
         if (listed := manifest.listing) is not None:
-            seen = self._try(self._part(listed), lambda path: _listing(path, listed))
+            seen = self._try(self._read_part(listed), lambda path: _listing(path, listed))
             without = sum(digest.tobytes() not in rows for digest in seen.sha256) if all_whole and seen else 0
             if without:
-                self.problems.append(f"{self._part(listed)}: {without} images have no row, `featcache extract` computes it")
+                self.problems.append(
+                    f"{self._read_part(listed)}: {without} images have no row, `featcache extract` computes it"
+                )
         listed_names = {record.name for record in (*manifest.parts, *([listed] if listed else []))}
         for path in sorted((self._folder / "parts").glob(f"*{manifests.PART_SUFFIX}")):
             if path.name not in listed_names:
@@ -89,11 +90,11 @@ class Inspection:
     def _manifest(self, number: int) -> Path:
         return self._folder / f"manifest-{number}.json"
 
-    def _part(self, record: FileRecord) -> Path:
+    def _read_part(self, record: FileRecord) -> Path:
         return self._folder / "parts" / record.name
 
 
-def _spelt(path: Path, indent: int | None = None) -> dict[str, object]:
+def _as_spelt(path: Path, indent: int | None = None) -> dict[str, object]:
     content = read_plain(path)
     note = parse(content)
     if json.dumps(note, indent=indent).encode() != content:
@@ -106,24 +107,24 @@ def _require_bytes(path: Path, record: FileRecord) -> None:
         raise ValueError(OTHER_BYTES)
 
 
-def _require_rows(count: int, record: FileRecord) -> None:
+def _require_row_count(count: int, record: FileRecord) -> None:
     if count != record.rows:
         raise ValueError(f"{count} rows, its manifest says {record.rows}")
 
 
-def _part(path: Path, record: FileRecord) -> FileIndex:
+def _read_part(path: Path, record: FileRecord) -> FileIndex:
     _require_bytes(path, record)
     seen = hdf5.read_file_index(path)
     hdf5.read_copies(path)
-    _require_rows(len(seen), record)
-    _require_rows(len(hdf5.map_features(path)), record)
+    _require_row_count(len(seen), record)
+    _require_row_count(len(hdf5.map_features(path)), record)
     return seen
 
 
 def _listing(path: Path, record: FileRecord) -> FileIndex:
     _require_bytes(path, record)
     listing = hdf5.read_listing(path)
-    _require_rows(len(listing.labels), record)
+    _require_row_count(len(listing.labels), record)
     return listing.files
 
 
@@ -212,11 +213,11 @@ def join(store: "FeatureStore", joining: Joining) -> None:
     written: list[FileRecord] = []
     for runtime in dict.fromkeys(record.runtime for record in joining.parts):
         group = [record for record in joining.parts if record.runtime == runtime]
-        written += (store.add_part(part, runtime) for part in _joined(store, group, listed, taken))
+        written += (store.add_part(part, runtime) for part in _joined_parts(store, group, listed, taken))
     store.commit(parts=written, instead_of=joining.parts)
 
 
-def _joined(
+def _joined_parts(
     store: "FeatureStore", records: Sequence[FileRecord], listed: set[bytes] | None, taken: set[bytes]
 ) -> Iterator[Part]:
     rows: list[Array] = []

@@ -81,6 +81,19 @@ def unsealed(note: Mapping[str, Any], *where: str) -> dict[str, Any]:
     return content
 
 
+def parse_stamps(note: dict[str, object]) -> dict[str, list[str | int]]:
+    """Return what ``checked.json`` says of each file: SHA-256, size, mtime, ctime, inode, and when it was hashed.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    for name, stamp in note.items():
+        kinds = [type(value) for value in stamp] if isinstance(stamp, list) else []
+        if kinds != [str, int, int, int, int, int]:
+            raise ValueError(f"what it says of {name}")
+    return note  # type: ignore[return-value]  # as just checked
+
+
 def _refused(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
 
@@ -195,47 +208,47 @@ def _parsed(data: Mapping[str, Any]) -> Manifest:
     listing, seconds = data.get("listing"), data.get("seconds")
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise ValueError("seconds")
-    previous = _text(data, "previous")
+    previous = _string(data, "previous")
     if previous and not _DIGITS.fullmatch(previous):
         raise ValueError("previous")
     return Manifest(
-        number=_count(data, "number"),
+        number=_whole_number(data, "number"),
         previous=previous,
-        parts=tuple(_record(part, PART_SUFFIX) for part in _list(data, "parts")),
+        parts=tuple(_file_record(part, PART_SUFFIX) for part in _list(data, "parts")),
         quarantined=tuple(_quarantined(item) for item in _list(data, "quarantined")),
-        listing=_record(listing, LISTING_SUFFIX) if listing is not None else None,
+        listing=_file_record(listing, LISTING_SUFFIX) if listing is not None else None,
         seconds=float(seconds),
     )
 
 
-def _record(data: object, suffix: str) -> FileRecord:
+def _file_record(data: object, suffix: str) -> FileRecord:
     """Return a listed file; its name must be that of its content, so that it leads nowhere else."""
     if not isinstance(data, dict):
         raise ValueError("a file in it")  # noqa: TRY004 - of the file's content, not of an argument
-    sha256 = _text(data, "sha256")
-    if not _DIGITS.fullmatch(sha256) or _text(data, "name") != name_of(sha256, suffix):
+    sha256 = _string(data, "sha256")
+    if not _DIGITS.fullmatch(sha256) or _string(data, "name") != name_of(sha256, suffix):
         raise ValueError("the name of a file in it")
-    runtime = _text(data, "runtime") if "runtime" in data else ""
-    return FileRecord(name_of(sha256, suffix), sha256, _count(data, "bytes"), _count(data, "rows"), runtime)
+    runtime = _string(data, "runtime") if "runtime" in data else ""
+    return FileRecord(name_of(sha256, suffix), sha256, _whole_number(data, "bytes"), _whole_number(data, "rows"), runtime)
 
 
 def _quarantined(data: object) -> Quarantined:
     if not isinstance(data, dict):
         raise ValueError("an image left out")  # noqa: TRY004 - of the file's content, not of an argument
-    sha256 = _text(data, "sha256")
+    sha256 = _string(data, "sha256")
     if sha256 and not _DIGITS.fullmatch(sha256):
         raise ValueError("the hash of an image left out")
-    return Quarantined(_text(data, "path"), sha256, _text(data, "reason"))
+    return Quarantined(_string(data, "path"), sha256, _string(data, "reason"))
 
 
-def _text(data: Mapping[str, Any], name: str) -> str:
+def _string(data: Mapping[str, Any], name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str):
         raise ValueError(name)  # noqa: TRY004 - of the file's content, not of an argument
     return value
 
 
-def _count(data: Mapping[str, Any], name: str) -> int:
+def _whole_number(data: Mapping[str, Any], name: str) -> int:
     value = data.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
         raise ValueError(name)

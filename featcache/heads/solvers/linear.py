@@ -8,7 +8,7 @@ covariance of the features, plus the penalty (the block structure of Böhning 19
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,9 @@ from featcache.heads.solvers.newton import LBFGS, Precondition
 from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss
 from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
 from featcache.resources import cores
-from featcache.store.rows import LazyRows
+
+if TYPE_CHECKING:
+    from featcache.store.rows import LazyRows
 
 TOLERANCE = 1e-4
 _LARGE, _SMALL_TOLERANCE = 5_000_000, 1e-7  # rows x features x outputs
@@ -66,7 +68,7 @@ class Solution:
 
 
 def solve(
-    X: Rows | LazyRows,
+    X: "Rows | LazyRows",
     y: NDArray[Any],
     Cs: Sequence[float],
     folds: Sequence[NDArray[np.bool_]] | None = None,
@@ -95,7 +97,7 @@ def solve(
         ValueError: a fold trains on fewer than two classes.
     """
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
-    in_memory = not isinstance(X, LazyRows)  # else every pass reads the rows again, instead of a float32 copy of them
+    in_memory = isinstance(X, np.ndarray)  # else every pass reads the rows again, instead of a float32 copy of them
     if isinstance(X, np.ndarray) and max(map(np.count_nonzero, folds)) <= _FLAT * X.shape[1]:
         return [_in_row_space(X[rows], y[rows], Cs, loss, standardise, tolerance) for rows in folds]
     with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigvalsh_tridiagonal
 
-from featcache.heads.solvers.scaled import Floats
-
+Floats = NDArray[np.float64]
 Precondition = Callable[[Floats], Floats]
 
 _MEMORY = 12

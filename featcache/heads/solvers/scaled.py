@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ from scipy.linalg import eigh
 from threadpoolctl import ThreadpoolController
 
 from featcache.resources import cores
-from featcache.store.rows import LazyRows
+
+if TYPE_CHECKING:
+    from featcache.store.rows import LazyRows
 
 Rows = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -232,7 +234,7 @@ def scaled(
 
 
 def solve_ridge(
-    X: Rows | LazyRows,
+    X: "Rows | LazyRows",
     targets: Rows,
     alphas: Sequence[float],
     rows: NDArray[np.bool_] | None = None,
