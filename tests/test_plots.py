@@ -11,7 +11,7 @@ import pytest
 from support import TINY, Outcome
 
 from featcache.errors import SetupError, StorageError, UsageError
-from featcache.reports.plots import draw, require_picture
+from featcache.reports.plots import draw_records, require_picture
 from featcache.reports.records import RunRecord
 
 pytest.importorskip("matplotlib")
@@ -47,7 +47,7 @@ def shown(path: Path) -> str:
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_a_picture_is_of_its_name_s_format(tmp_path: Path, suffix: str, magic: bytes) -> None:
     """Written whole into a folder that is made for it."""
-    path = draw([RECORD], tmp_path / "new" / f"curve.{suffix}")
+    path = draw_records([RECORD], tmp_path / "new" / f"curve.{suffix}")
 
     assert path.read_bytes().startswith(magic)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
@@ -55,14 +55,14 @@ def test_a_picture_is_of_its_name_s_format(tmp_path: Path, suffix: str, magic: b
 
 def test_a_picture_has_three_panels(tmp_path: Path) -> None:
     """Side by side, 5 x 4 inches each at 120 dots: losses, accuracies, prices."""
-    content = draw([RECORD], tmp_path / "curve.png").read_bytes()
+    content = draw_records([RECORD], tmp_path / "curve.png").read_bytes()
 
     assert struct.unpack(">II", content[16:24]) == (3 * 5 * 120, 4 * 120)
 
 
 def test_a_picture_names_what_it_shows(tmp_path: Path) -> None:
     """Data set, backbone, each depth and the probe; that the training loss is of smoothed labels."""
-    text = shown(draw([RECORD, replace(RECORD, method="all", cell="1")], tmp_path / "curve.svg"))
+    text = shown(draw_records([RECORD, replace(RECORD, method="all", cell="1")], tmp_path / "curve.svg"))
 
     for label in ("photos &amp; more, mini", "last:1", "all", "probe (knn)", "labels smoothed by 0.1"):
         assert f"<!-- {label}" in text or label in text
@@ -82,7 +82,7 @@ def test_a_picture_names_what_it_shows(tmp_path: Path) -> None:
 )
 def test_a_picture_is_drawn_of_any_curve(tmp_path: Path, change: dict[str, Any]) -> None:
     """What a training did not come to leaves a hole, no error and no warning."""
-    assert draw([replace(RECORD, **change)], tmp_path / "curve.png").stat().st_size > 10_000
+    assert draw_records([replace(RECORD, **change)], tmp_path / "curve.png").stat().st_size > 10_000
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +92,10 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match=r"curve.gif: pictures end in .png, .svg, .pdf"):
         require_picture(tmp_path / "curve.gif")
     with pytest.raises(StorageError, match="file"):
-        draw([RECORD], tmp_path / "file" / "curve.png")
+        draw_records([RECORD], tmp_path / "file" / "curve.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SetupError, match="pip install 'featcache"):
-        draw([RECORD], tmp_path / "curve.png")
+        draw_records([RECORD], tmp_path / "curve.png")
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 

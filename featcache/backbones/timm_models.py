@@ -27,30 +27,20 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
     """Create a backbone and load its weights.
 
     Raises:
-        UsageError: timm has no such model, or refuses the model arguments; a folder that is named is not there; the model
-            does not turn an image of its size and three channels into a vector.
-        DataError: the weights file is broken, or not for this architecture; files changed while they were read; weights
-            are NaN or infinite.
+        UsageError: timm has no such model, or refuses the arguments; a folder is not there; no vector comes out.
+        DataError: the weights are broken, of another architecture, NaN or infinite, or changed while they were read.
         SetupError: the published weights cannot be downloaded.
     """
     device = device or default_device()
     named, folder, content = origins.named(spec), None, None
-    if spec.name == BUNDLED:
-        architecture, args, config = _bundled()
-        args |= dict(spec.model_args)
-    else:
-        architecture, args, config = spec.name, dict(spec.model_args), None
-        _require_known(architecture)
+    architecture, args, config = _architecture_of(spec)
     if named is not None:
         architecture, folder = origins.pinned(spec.name, named)
         content = named.content() if named.kind == "folder" else None  # a commit of the hub's does not change
-    pretrained = spec.weights is None and spec.random_init is None and config is None
-    module = _create(architecture, args, pretrained=pretrained, seed=spec.random_init)
+    is_published = spec.weights is None and spec.random_init is None and config is None
+    module = _create(architecture, args, pretrained=is_published, seed=spec.random_init)
     file_sha256 = _fill(module, spec, bundled=config is not None)
-    module.eval().requires_grad_(False).to(device)
-    for value in (*module.parameters(), *module.buffers()):
-        if value.dim() == 4:  # weights of five axes, such as a lambda layer's, have no such format
-            value.data = value.data.to(memory_format=torch.channels_last)
+    _freeze(module, device)
     published = config or timm.data.resolve_model_data_config(module)
     pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
     if named is not None:
@@ -61,19 +51,32 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
         before, content = content, named.content(folder)
         if before not in {None, content}:
             raise DataError(f"`backbone` {spec.name}: its files changed while they were read. Run again.")
-    elif pretrained:
+    elif is_published:
         named = origins.published(pretrained_cfg)
         content = named.content() if named is not None else None
-    loaded = LoadedBackbone(
-        architecture=BUNDLED if config is not None else architecture.partition(".")[0],
-        tag=_tag(spec, pretrained_cfg),
-        weights_sha256=hash_weights(module),
-        model_args=freeze_args(args),
-        pool=spec.pool,
-    )
+    # the part behind the dot names the weights, which their hash says better
+    base = BUNDLED if config is not None else architecture.partition(".")[0]
+    loaded = LoadedBackbone(base, _tag(spec, pretrained_cfg), hash_weights(module), freeze_args(args), spec.pool)
     transform = _transform(published, spec)
     _try_image(module, spec, transform.input_size, device)
     return TimmBackbone(spec, loaded, transform, module, device, named, content, file_sha256)
+
+
+def _architecture_of(spec: BackboneSpec) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """Return timm's name, the arguments, and the data configuration where it is not timm's to say."""
+    if spec.name != BUNDLED:
+        _require_known(spec.name)
+        return spec.name, dict(spec.model_args), None
+    architecture, args, config = _bundled()
+    return architecture, args | dict(spec.model_args), config
+
+
+def _freeze(module: nn.Module, device: torch.device) -> None:
+    """Put a network into inference mode: BatchNorm that stayed in training mode would let a row depend on its batch."""
+    module.eval().requires_grad_(False).to(device)
+    for value in (*module.parameters(), *module.buffers()):
+        if value.dim() == 4:  # weights of five axes, such as a lambda layer's, have no such format
+            value.data = value.data.to(memory_format=torch.channels_last)
 
 
 def _fill(module: nn.Module, spec: BackboneSpec, *, bundled: bool) -> str | None:

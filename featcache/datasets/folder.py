@@ -191,51 +191,62 @@ def open_folder(root: Path) -> Dataset:
         DataError: splits would be taken for classes, a split would be lost, or images lie outside class folders only.
     """
     folders = folders_in(root)
-    splits = {name: _FOLDER_SPLITS[name.lower()] for name in folders if name.lower() in _FOLDER_SPLITS}
-    if not any(split == "train" and folders_in(root / name) for name, split in splits.items()):
-        splits = {}
+    splits = _splits_in(root, folders)
     places = [(f"{top}/{label}", label, split) for top, split in splits.items() for label in folders_in(root / top)]
     places = places if splits else [(label, label, "") for label in folders]
     tree = Tree(root, [folder for folder, _, _ in places])
-    empty: list[str] = []
     images: Counter[str] = Counter()
     nested: Counter[str] = Counter()  # by the folder that lies in a class folder
 
-    def items() -> Iterator[Sample]:
+    def samples() -> Iterator[Sample]:
         for folder, label, split in places:
             files = sorted(tree.files(folder))
             yield from (Sample(path, label, split) for path in files)
             images[folder] = len(files)
             nested.update(inner for path in files if (inner := _inner(path, len(folder) + 1)))
-            if not files:
-                empty.append(f"{root / folder}: no image in it, the class is left out there")
 
-    packed = SampleTable(items())
-    outside = _outside(root, list(splits), tree.unread)
+    table = SampleTable(samples())
+    outside, beside = _outside(root, list(splits), tree.unread), Counter[str]()
     if splits:
         beside = _beside(root, folders, splits)
         for top in splits:
             _require_split(root, top, images, outside)
     else:
-        beside = Counter()
         _require_no_splits(root, [folder for folder in folders if images[folder]], nested)
-    if not packed and outside:
+    if not table and outside:
         raise DataError(
             f"{root}: {many(outside.total(), 'image')} lie outside class folders: put them into one folder a class "
             "(CLASS/IMAGE), or list them with their labels in a CSV file."
         )
-    unread = [
-        *tree.unread.said(),
+    notes = _folder_notes(root, [*tree.unread.said(), *_strays(outside, beside)], images, nested)
+    return Dataset(safe_name(root.resolve().name), str(root.resolve()), table, FileReader(root.resolve()), notes)
+
+
+def _splits_in(root: Path, folders: Sequence[str]) -> dict[str, str]:
+    """Return the folders that are splits, and which; none but beside a ``train`` that holds classes: ``val`` may be one."""
+    splits = {name: _FOLDER_SPLITS[name.lower()] for name in folders if name.lower() in _FOLDER_SPLITS}
+    return splits if any(split == "train" and folders_in(root / name) for name, split in splits.items()) else {}
+
+
+def _strays(outside: Counter[str], beside: Counter[str]) -> list[str]:
+    return [
         *([f"{many(outside.total(), 'image')} outside class folders ({tallied(outside)})"] if outside else []),
         *([f"what lies beside train/ (images: {tallied(beside)})"] if beside else []),
     ]
-    notes = [*([f"{root}: left out: {', '.join(unread)}"] if unread else []), *empty]
+
+
+def _folder_notes(root: Path, unread: Sequence[str], images: Counter[str], nested: Counter[str]) -> tuple[str, ...]:
+    """Return what the user should hear: what is not read, classes without images, images deeper than a class."""
+    notes = [f"{root}: left out: {', '.join(unread)}"] if unread else []
+    notes += [
+        f"{root / folder}: no image in it, the class is left out there" for folder, count in images.items() if not count
+    ]
     if nested:
         notes.append(
             f"{root}: {many(nested.total(), 'image')} in folders inside class folders are of the class of the outer one "
             f"({tallied(nested)})"
         )
-    return Dataset(safe_name(root.resolve().name), str(root.resolve()), packed, FileReader(root.resolve()), tuple(notes))
+    return tuple(notes)
 
 
 def folders_in(root: Path) -> list[str]:

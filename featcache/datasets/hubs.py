@@ -41,45 +41,47 @@ def open_torchvision(name: str, root: Path | None, *, download: bool) -> Dataset
         DataError: it is not at the root, or damaged.
         SetupError: it needs a library that is not installed.
     """
-    from torchvision import datasets
-
-    kind: Any = getattr(datasets, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset)) or name in {"VisionDataset", "FakeData"}:
-        raise UsageError(f"torchvision:{name}: torchvision has no such data set.")
+    kind = _torchvision_kind(name)
     if root is None:
         raise UsageError(f"torchvision:{name}: say where it lies, or is to be downloaded to, with `data_root`.")
     parameters = inspect.signature(kind).parameters
-    needed = [
+    needed = {
         parameter.name
         for parameter in parameters.values()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    if more := [parameter for parameter in needed if parameter not in {"root", "split"}]:
+    }
+    if more := sorted(needed - {"root", "split"}):
         raise UsageError(f"torchvision:{name}: needs {', '.join(more)}, and is no set of images with one label each.")
     _require_files_below(root, f"torchvision:{name}")
+    options = {"download": download} if "download" in parameters else {}
     parts: dict[str, Any] = {}
     other_splits: set[str] = set()
     for split, arguments in _torchvision_splits(parameters):
         if split in parts or (arguments.get("split") == "trainval" and "val" in parts):
             continue  # trainval is train and val together: it would train on what chooses; valid is val
-        if "download" in parameters:
-            arguments["download"] = download
-        opened = _torchvision_open(kind, name, root, arguments)
+        opened = _torchvision_open(kind, name, root, arguments | options)
         if isinstance(opened, _NoSuchSplit):
             other_splits |= opened.others_there
         else:
             parts[split] = opened
     if not parts:
-        raise DataError(
-            f"torchvision:{name}: its splits are {', '.join(sorted(other_splits))}: none is train, val or test."
-            if other_splits
-            else f"torchvision:{name}: none of its splits can be opened at {root}."
-        )
+        names = ", ".join(sorted(other_splits))
+        reason = f"its splits are {names}: none is train, val or test" if names else f"no split can be opened at {root}"
+        raise DataError(f"torchvision:{name}: {reason}.")
     location = f"torchvision:{name}@{root.resolve()}"
-    datasets_by_split = [_torchvision_part(safe_name(name), location, part) for part in parts.values()]
     unread = sorted(other_splits - {"train", "val", "valid", "test", "trainval"})
     notes = [f"torchvision:{name}: left out: {many(len(unread), 'other split')} ({', '.join(unread)})"] if unread else []
-    return _with_splits(safe_name(name), location, list(parts), datasets_by_split, notes)
+    by_split = [_torchvision_part(safe_name(name), location, part) for part in parts.values()]
+    return _with_splits(safe_name(name), location, list(parts), by_split, notes)
+
+
+def _torchvision_kind(name: str) -> Any:
+    from torchvision import datasets
+
+    kind: Any = getattr(datasets, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset)) or name in {"VisionDataset", "FakeData"}:
+        raise UsageError(f"torchvision:{name}: torchvision has no such data set.")
+    return kind
 
 
 def open_hub(name: str, *, download: bool) -> Dataset:
@@ -98,12 +100,7 @@ def open_hub(name: str, *, download: bool) -> Dataset:
     is_folder = os.path.isdir(name)  # noqa: PTH112 - a name of the hub is no path
     if is_folder:
         _require_files_below(Path(name), f"hf:{name}")
-    try:
-        with _no_requests_but(download=download):
-            loaded = datasets.load_dataset(name)
-    except Exception as error:  # the library's loaders raise anything
-        hint = "" if download else " `download=True` lets it be fetched."
-        raise DataError(f"hf:{name}: cannot be loaded ({_error_in_words(error)}).{hint}") from error
+    loaded = _load_hub(datasets, name, download=download)
     parts, notes = _hub_splits(name, {str(split): rows for split, rows in loaded.items()})
     read = [_hub_part(name, split, rows, datasets) for split, rows in parts.items()]
     rows = [(split, row, label) for split, part in zip(parts, read, strict=True) for row, label in enumerate(part.labels)]
@@ -123,6 +120,15 @@ def open_hub(name: str, *, download: bool) -> Dataset:
     notes += [*missing, *dict.fromkeys(note for part in read for note in part.notes)]
     split_names = [_HF_SPLITS[split] for split in parts if split in items] if len(parts) > 1 else [""]
     return _with_splits(safe_name(stem), f"hf:{name}", split_names, by_split, notes)
+
+
+def _load_hub(datasets: Any, name: str, *, download: bool) -> Any:
+    try:
+        with _no_requests_but(download=download):
+            return datasets.load_dataset(name)
+    except Exception as error:  # the library's loaders raise anything
+        hint = "" if download else " `download=True` lets it be fetched."
+        raise DataError(f"hf:{name}: cannot be loaded ({_error_in_words(error)}).{hint}") from error
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -13,9 +13,11 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from featcache.evaluation.splits import Fold
 from featcache.resources import cores
 from featcache.store.rows import LazyRows
+
+if TYPE_CHECKING:
+    from featcache.evaluation.splits import Fold
 
 Params = dict[str, Any]
 X_ = NDArray[Any]
@@ -54,7 +56,7 @@ class Candidate:
     solutions: tuple[Pipeline, ...] = ()
 
 
-Sweep = Callable[[Sequence[Params], Any, Y_, Sequence[Fold], int], Iterator[Candidate]]
+Sweep = Callable[[Sequence[Params], Any, Y_, "Sequence[Fold]", int], Iterator[Candidate]]
 Fit = Callable[[Params, Any, Y_, int], tuple[Pipeline, bool]]
 
 
@@ -105,7 +107,7 @@ def by_estimator(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Swee
             head = build(params, seed, X, y).fit(X, y)
         return head, _converged(head)
 
-    def evaluate_grid(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Candidate]:
+    def evaluate_grid(grid: Sequence[Params], X: X_, y: Y_, folds: "Sequence[Fold]", seed: int) -> Iterator[Candidate]:
         classes = int(y.max()) + 1
 
         def attempt(params: Params) -> Candidate:

@@ -44,23 +44,23 @@ def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
     figure = _figure(3)
     losses, accuracies, prices = figure.subplots(1, 3)
     for number, record in enumerate(records):
-        curve, colour = record.params["curve"], f"C{number}"
-        epochs = range(len(curve))
-        for column, style, axes in ((0, ":", losses), (2, "-", losses), (1, ":", accuracies), (3, "-", accuracies)):
-            values = [
-                float("nan") if epoch[column] is None else epoch[column] * (100 if axes is accuracies else 1)
-                for epoch in curve
-            ]
-            name = record.method if style == "-" else None
-            axes.plot(epochs, values, style, color=colour, label=name, marker="o", markersize=3)
-            if style == "-" and (best := record.params["best_epoch"]) < len(values):
-                axes.plot(best, values[best], "o", color=colour, markersize=9, fillstyle="none")
-        seconds = sum(record.seconds.values())
-        _point(prices, seconds, record.test, record.method, colour)
+        colour = f"C{number}"
+        _draw_curve(losses, record, colour, train=0, val=2)
+        _draw_curve(accuracies, record, colour, train=1, val=3, scale=100)
+        _point(prices, sum(record.seconds.values()), record.test, record.method, colour)
     first = records[0]
     if first.probe is not None:
         _point(prices, sum(first.probe["seconds"].values()), first.probe["test"], f"probe ({first.probe['head']})", "black")
-    smoothing = first.request.get("plan", {}).get("label_smoothing", 0.0)
+    _label_axes(losses, accuracies, prices, first.request.get("plan", {}).get("label_smoothing", 0.0))
+    figure.suptitle(f"{first.dataset}, {first.backbone}")
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."), dpi=120)
+    make_folder(path.parent)
+    replace_file(path, content.getvalue())
+    return path
+
+
+def _label_axes(losses: Any, accuracies: Any, prices: Any, smoothing: float) -> None:
     smoothed = f", labels smoothed by {smoothing:g}" if smoothing else ""
     losses.set(xlabel="epoch (ringed: kept)", ylabel=f"loss (dotted: training{smoothed})")
     accuracies.set(xlabel="epoch (ringed: kept)", ylabel="accuracy, % (dotted: training)")
@@ -68,17 +68,22 @@ def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
         axes.xaxis.get_major_locator().set_params(integer=True)
     prices.set(xlabel="seconds, extraction included", ylabel="test accuracy, % (95 % interval)", xscale="log")
     prices.margins(0.15, 0.25)  # room for the legend
-    for which in (prices.xaxis.set_major_formatter, prices.xaxis.set_minor_formatter):
-        which("{x:g}")  # 90, not 9 x 10^1
+    for set_format in (prices.xaxis.set_major_formatter, prices.xaxis.set_minor_formatter):
+        set_format("{x:g}")  # 90, not 9 x 10^1
     for axes in (losses, accuracies, prices):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{first.dataset}, {first.backbone}")
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix("."), dpi=120)
-    make_folder(path.parent)
-    replace_file(path, content.getvalue())
-    return path
+
+
+def _draw_curve(axes: Any, record: RunRecord, colour: str, *, train: int, val: int, scale: float = 1) -> None:
+    """Draw two columns of a record's curve: training dotted, validation with the best epoch ringed."""
+    curve, best = record.params["curve"], record.params["best_epoch"]
+    for column, style, name in ((val, "-", record.method), (train, ":", None)):
+        # Epoch 0 is the start, on which nothing was trained: its training columns are null.
+        values = [float("nan") if epoch[column] is None else epoch[column] * scale for epoch in curve]
+        axes.plot(range(len(curve)), values, style, color=colour, label=name, marker="o", markersize=3)
+        if column == val and best < len(values):
+            axes.plot(best, values[best], "o", color=colour, markersize=9, fillstyle="none")
 
 
 def _point(axes: Any, seconds: float, test: dict[str, Any], name: str, colour: str) -> None:

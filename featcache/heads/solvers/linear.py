@@ -77,7 +77,7 @@ def solve(
     standardise: bool = True,
     tolerance: float | None = None,
 ) -> list[list[Solution]]:
-    """Minimise scikit-learn's ``LogisticRegression`` objective for every C on every fold.
+    """Return for each fold the minimisers of scikit-learn's ``LogisticRegression`` objective, one a C.
 
     Args:
         X: features (n, d), finite; an array, or ``LazyRows`` where they do not fit into memory.
@@ -89,9 +89,6 @@ def solve(
         standardise: penalise the weights of (x - mean) / standard deviation, both over the fold's rows.
         tolerance: the share of the objective to which the bound of its distance to the optimum is to fall: 1e-4, and 1e-7
             where that costs next to nothing, if left out.
-
-    Returns:
-        For each fold the solutions, one a C.
 
     Raises:
         ValueError: a fold trains on fewer than two classes.

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp, xlogy
 
-from featcache.heads.solvers.scaled import Floats, Rows, ScaledRows
+from featcache.heads.solvers.newton import Floats
+
+if TYPE_CHECKING:
+    from featcache.heads.solvers.scaled import ScaledRows
+
+Rows = NDArray[Any]
 
 Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 
@@ -72,7 +77,7 @@ class BatchedLoss:
         loss: log-loss of one class among k; or of each label by itself, by log-loss or squared hinge.
     """
 
-    def __init__(self, features: ScaledRows, y: NDArray[Any], loss: Loss) -> None:
+    def __init__(self, features: "ScaledRows", y: NDArray[Any], loss: Loss) -> None:
         self.features = features
         self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
         self.loss = loss
