@@ -1,7 +1,9 @@
 """What the tests share: small real image files, a small real backbone, the command line in this process."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from support import Outcome, draw_folder, draw_subtle
 from featcache.cli import main
 from featcache.extraction.feature_cache import Settings
 from featcache.specs import BackboneSpec, TransformOverrides
+
+if TYPE_CHECKING:
+    from finetune_support import Prepared
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,21 @@ def settings(tmp_path: Path) -> Settings:
 def tiny() -> BackboneSpec:
     """A small convolutional network with BatchNorm, random weights, 32 pixels."""
     return BackboneSpec("test_resnet", random_init=0, overrides=TransformOverrides(input_size=32))
+
+
+@pytest.fixture(scope="session")
+def _prepared_once(tmp_path_factory: pytest.TempPathFactory) -> "Prepared":
+    from finetune_support import Prepared
+
+    root = tmp_path_factory.mktemp("prepared")
+    spec = BackboneSpec("test_resnet", random_init=0, overrides=TransformOverrides(input_size=32))
+    return Prepared(draw_folder(root / "images"), spec, Settings(root / "cache", batch_size=8))
+
+
+@pytest.fixture
+def prepared(_prepared_once: "Prepared") -> "Prepared":
+    """Everything that fine-tuning needs: computed once, since no test changes it but for its own attributes."""
+    return copy.copy(_prepared_once)
 
 
 @pytest.fixture

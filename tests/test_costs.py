@@ -63,8 +63,8 @@ def test_a_killed_training_counts_all_its_time(
     plan = FineTunePlan(Unfreeze.parse("all"), epochs=4, lr=(1e-3,), patience=9, refit=False)
     real, kept = Checkpoint.save, []
 
-    def dying(keeper: Checkpoint, state: dict[str, float]) -> None:
-        real(keeper, state)
+    def dying(checkpoint: Checkpoint, state: dict[str, float]) -> None:
+        real(checkpoint, state)
         kept.append(state["seconds"])
         if len(kept) == 3:
             raise KeyboardInterrupt

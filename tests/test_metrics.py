@@ -14,6 +14,7 @@ from featcache.evaluation.intervals import wilson
 from featcache.evaluation.metrics import (
     at_temperature,
     best_temperature,
+    cka,
     gap,
     label_scores,
     number_scores,
@@ -319,3 +320,13 @@ def test_only_the_test_split_is_asked_for() -> None:
 
     assert asked == [[2, 3]]
     assert tested.right.tolist() == [True, False]
+
+
+def test_similarity_of_embeddings() -> None:
+    """CKA is 1 for rotated and scaled embeddings, small for unrelated ones."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 8))
+    rotation, _ = np.linalg.qr(rng.normal(size=(8, 8)))
+
+    assert cka(X, 3 * X @ rotation) == pytest.approx(1)
+    assert cka(X, rng.normal(size=(200, 8))) < 0.2

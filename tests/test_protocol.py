@@ -10,17 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from finetune_support import GAINS, PLAN
 from safetensors.torch import save_file
 from support import TINY, Outcome, draw_image
-from test_finetune import GAINS, PLAN, Prepared
 from test_fit import blobs
 
 from featcache import heads
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.metrics import Scores
 from featcache.evaluation.splits import make_split
 from featcache.experiments import bench
 from featcache.experiments import fit as jobs
@@ -30,10 +28,6 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, Ledger, run_fit
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning.distributed import ProcessGroup
-from featcache.finetuning.finetuner import not_worse
-from featcache.finetuning.loop import Epoch, TrainContext, Trained, Trial, kept, noise
-from featcache.finetuning.model import SuffixAndHead
 from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised, statistics
 from featcache.reports.records import RunRecord, read_records
 from featcache.reports.tables import rows
@@ -402,112 +396,3 @@ def test_a_probe_that_did_not_converge_is_no_start(
 
     with pytest.raises(DataError, match="did not reach its optimum"):
         run_finetune(FineTuneInputs(workbench, ledger=ledger), PLAN)
-
-
-# which epoch, which rate, and how the last training ends
-
-
-def epochs(*judged: tuple[float, float]) -> list[Epoch]:
-    """Return a history of accuracies and scaled losses, the start first."""
-    return [
-        Epoch(number, 0.0, Scores(accuracy, None, accuracy, accuracy, loss, None), 0.0, scaled_loss=loss)
-        for number, (accuracy, loss) in enumerate(judged)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("judged", "expected"),
-    [
-        ([(0.965, 0.2), (0.972, 0.3), (0.972, 0.3), (0.969, 0.3)], 3),  # one of 287 images does not decide
-        ([(0.965, 0.2), (0.969, 0.3), (0.969, 0.3), (0.972, 0.3)], 3),
-        ([(0.965, 0.2), (0.990, 0.3), (0.970, 0.3)], 1),  # two standard errors do
-        ([(0.965, 0.2), (0.972, 0.1), (0.962, 0.1)], 1),  # not below the start
-        ([(0.965, 0.2), (0.965, 0.1), (0.965, 0.3)], 1),  # as accurate: the loss decides against the start
-        ([(0.965, 0.2), (0.965, 0.2), (0.960, 0.1)], 0),
-        ([(1.0, 0.0), (1.0, 0.0)], 0),
-        ([(0.965, 0.2)], 0),
-    ],
-)
-def test_the_latest_epoch_that_cannot_be_told_from_the_best(judged: list[tuple[float, float]], expected: int) -> None:
-    """The one-standard-error rule; an epoch that is not better than the start is none."""
-    assert kept(epochs(*judged), 287) == expected
-
-
-def test_what_is_kept_on_the_way_is_what_is_kept_at_the_end() -> None:
-    """Weights are kept of one epoch at a time: the last one that was to keep when it came is the one to keep in the end."""
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        images = int(rng.integers(3, 60))
-        accuracies = rng.integers(images // 2, images + 1, 9) / images
-        history = epochs(*zip(accuracies.tolist(), rng.random(9).tolist(), strict=True))
-        on_the_way = 0
-        for count in range(2, 10):
-            if kept(history[:count], images) == count - 1:
-                on_the_way = count - 1
-        assert on_the_way == kept(history, images)
-
-
-def test_noise_is_a_standard_error_of_at_least_one_image() -> None:
-    """Also where every answer is right, and of few images."""
-    assert noise(0.5, 100) == pytest.approx(0.05)
-    assert noise(1.0, 287) == pytest.approx(1 / 287, rel=0.01)
-    assert noise(1.0, 5) == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize(
-    ("bests", "expected"),
-    [
-        ([(1, 0.960, 0.3), (1, 0.965, 0.2), (1, 0.962, 0.1)], 2),  # none can be told apart: the loss
-        ([(1, 0.900, 0.0), (1, 0.965, 0.2), (1, 0.962, 0.3)], 1),  # the first can
-        ([(0, 0.965, 0.0), (1, 0.965, 0.2), (0, 0.965, 0.0)], 1),  # only one gained
-        ([(0, 0.965, 0.1), (0, 0.965, 0.1)], 0),
-        ([(1, 0.960, 0.2), (1, 0.960, 0.2)], 0),
-    ],
-)
-def test_the_rate_of_lowest_loss_among_those_that_cannot_be_told_apart(
-    bests: list[tuple[int, float, float]], expected: int
-) -> None:
-    """Whatever order the rates come in, and though only those that may still win are kept on the way."""
-    trials = []
-    for number, accuracy, loss in bests:
-        best = replace(epochs((accuracy, loss))[0], number=number)
-        trials.append(Trained(float(len(trials)), (best,), best, {}, 0.0))
-
-    left: list[Trained] = []
-    for trial in trials:
-        left = not_worse([*left, trial], 287)
-
-    assert min(left, key=lambda trial: trial.best.scaled_loss).lr == expected
-    assert min(not_worse(trials, 287), key=lambda trial: trial.best.scaled_loss).lr == expected
-
-
-def test_a_shorter_training_has_a_schedule_of_its_own(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
-    """Two of five epochs end as a training of two epochs does: with a rate of zero, and the same weights."""
-    prepared = Prepared(folder, tiny, settings)
-    stored = prepared.bench.extracted("layer3", "float32").store.reader()
-    ends = []
-    for plan, count in ((replace(PLAN, epochs=5), 2), (replace(PLAN, epochs=2), None)):
-        own = prepared.backbone.separate()
-        model = SuffixAndHead(own.suffix("layer3"), prepared.probe)
-        stages = (tuple(model.suffix.parameters()),)
-        job = TrainContext(model, stages, stored.take, prepared.features.y, plan, ProcessGroup(), 0, "float32")
-        val, loss = job.validate(prepared.split.val)
-        start = Epoch(0, None, val, 0.0, scaled_loss=loss)
-        trial = Trial(job, 1e-3, prepared.split.train_val, None, start, epochs=count)
-        trained = trial.run(_Bar(), lambda _: None)
-        assert trained.best.number == 2
-        assert max(group["lr"] for group in trial.state()["optimiser"]["param_groups"]) < 1e-8
-        ends.append(trained.state)
-
-    for name, value in ends[0].items():
-        torch.testing.assert_close(value, ends[1][name], rtol=0, atol=0)
-
-
-class _Bar:
-    """Shows nothing."""
-
-    def update(self, _: float) -> None:
-        """Go on."""
-
-    def set_postfix_str(self, _: str) -> None:
-        """Say something."""

@@ -1,0 +1,84 @@
+"""What tests of fine-tuning share: a tiny backbone with its features, and trainings of it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from featcache import heads
+from featcache.backbones.base import Backbone
+from featcache.backbones.timm_models import load_backbone
+from featcache.datasets import open_dataset
+from featcache.evaluation.splits import make_split
+from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.finetuner import FineTuned, Finetuner, Start, TrainingSet
+from featcache.finetuning.loop import Trial
+from featcache.finetuning.model import LinearHead, Take
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning.unfreezing import select_trainable
+from featcache.specs import BackboneSpec
+from featcache.store.rows import Features
+
+PLAN = FineTunePlan(
+    Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2, precision="float32"
+)
+
+
+GAINS = replace(PLAN, epochs=5, lr=(1e-3,), label_smoothing=0.0)  # of the subtle images it learns more than the probe
+
+
+class Prepared:
+    """A tiny backbone with its features, its pixels and its probe."""
+
+    def __init__(self, folder: Path, spec: BackboneSpec, settings: Settings) -> None:
+        self.bench = FeatureCache(open_dataset(folder), spec, settings)
+        self.backbone = load_backbone(spec)
+        self.features: Features = self.bench.extracted().store.features()
+        self.split = make_split(self.features.y, self.features.splits, self.features.classes)
+        self.head = heads.train("logistic", {"C": 1e-3}, self.features.X, self.features.y, 0)
+        self.probe = LinearHead(*heads.linear_weights(self.head, 3))
+        self.pixels = self.bench.extracted("input").store.reader()
+
+    def tune(self, backbone: Backbone, cut: str, take: Take, plan: FineTunePlan = PLAN, **more: Any) -> FineTuned:
+        """Fine-tune what a plan unfreezes, from rows at a cut."""
+        trainable = select_trainable(backbone.stages, plan.unfreeze, backbone.module)
+        data = TrainingSet(cut, take, self.features.y, self.split)
+        return Finetuner(backbone, trainable, plan, data, Start(self.probe, self.probe), **more).run()
+
+
+def tuned(
+    prepared: Prepared, plan: FineTunePlan, checkpoint: Checkpoint | None = None, take: Any = None
+) -> dict[str, Tensor]:
+    """Fine-tune and return the whole backbone's weights and the head's."""
+    own = prepared.backbone.separate()
+    trainable = select_trainable(own.stages, plan.unfreeze, own.module)
+    stored = prepared.bench.extracted(trainable.cut, "float32" if trainable.cut != "input" else None).store.reader()
+    more = {"checkpoint": checkpoint} if checkpoint is not None else {}
+    result = prepared.tune(own, trainable.cut, take or stored.take, plan, **more)
+    return own.module.state_dict() | {f"head.{name}": value for name, value in result.model.head.state_dict().items()}
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Return the names of the weights that differ."""
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def epochs_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that gets the rate of every epoch that is trained from now on."""
+    trained: list[float] = []
+    epoch = Trial._epoch
+
+    def counted(trial: Trial, *arguments: Any) -> None:
+        epoch(trial, *arguments)
+        trained.append(trial._lr)
+
+    monkeypatch.setattr(Trial, "_epoch", counted)
+    return trained
