@@ -69,7 +69,8 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
     else:
         click.echo(as_text(result.records))
         click.echo("gap: points of test accuracy to the head that is best on validation, on the same images")
-        click.echo(f"{result.computed_images} images computed, {result.computed_cells} cells run. {result.paths['md']}")
+        counts = f"{result.computed_images} images computed, {result.computed_cells} cells run"
+        click.echo(f"{counts}; the table is in {result.paths['md']}, the records are in {result.paths['records']}")
     if result.failures:
         click.get_current_context().exit(FAILED)
 
