@@ -23,7 +23,21 @@ EMPTY = {
     "everything", "there", "known", "wanted", "given", "kept", "said", "have", "wish", "what", "ready",
 }  # fmt: skip
 # Rooms in which no name is empty. Elsewhere the share of all names may only fall.
-CLEAN = ("backbones", "store", "datasets", "heads.solvers", "specs", "errors", "fingerprint", "progress", "resources")
+CLEAN = (
+    "api",
+    "cli",
+    "display",
+    "backbones",
+    "store",
+    "datasets",
+    "heads.solvers",
+    "reports.wording",
+    "specs",
+    "errors",
+    "fingerprint",
+    "progress",
+    "resources",
+)
 MOST_EMPTY = 0.014
 
 # What may be longer than forty lines, or take more than six parameters, and why.
