@@ -18,6 +18,7 @@ from tabulate import tabulate
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.evaluation.splits import make_split
+from featcache.evaluation.tasks import Task
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.fit import fit
@@ -47,7 +48,7 @@ def raw_pixels(folder: Path, settings: Settings) -> str:
         features.splits,
         features.sha256,
     )
-    tested = fit(flat, make_split(flat.y, flat.splits, flat.classes, contents=flat.sha256), "logistic").tested
+    tested = fit(Task.of(flat), make_split(flat.y, flat.splits, flat.classes, contents=flat.sha256), "logistic").tested
     return cell(tested.scores.accuracy, tested.scores.accuracy_ci)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from featcache import heads
 from featcache.backbones.base import Backbone
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
@@ -20,6 +19,8 @@ from featcache.finetuning.loop import Trial
 from featcache.finetuning.model import LinearHead, Take
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
+from featcache.heads import linear as linear_heads
+from featcache.heads import search
 from featcache.specs import BackboneSpec
 from featcache.store.rows import Features
 
@@ -39,8 +40,8 @@ class Prepared:
         self.backbone = load_backbone(spec)
         self.features: Features = self.bench.extracted().store.features()
         self.split = make_split(self.features.y, self.features.splits, self.features.classes)
-        self.head = heads.train("logistic", {"C": 1e-3}, self.features.X, self.features.y, 0)
-        self.probe = LinearHead(*heads.linear_weights(self.head, 3))
+        self.head = search.train("logistic", {"C": 1e-3}, self.features.X, self.features.y, 0)
+        self.probe = LinearHead(*linear_heads.linear_weights(self.head, 3))
         self.pixels = self.bench.extracted("input").store.reader()
 
     def tune(self, backbone: Backbone, cut: str, take: Take, plan: FineTunePlan = PLAN, **more: Any) -> FineTuned:

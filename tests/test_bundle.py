@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache import heads
 from featcache.errors import DataError, SetupError, UsageError
-from featcache.heads import bundle
+from featcache.heads import bundle, search
 from featcache.store import atomic, checksums
 
 CARD = {"classes": ["a", "b", "c"]}
@@ -32,12 +31,12 @@ def fitted(name: str) -> tuple[Any, Any]:
     rng = np.random.default_rng(0)
     y = np.arange(90) % 3
     X = (rng.normal(0, 3, (3, 8))[y] + rng.normal(size=(90, 8))).astype(np.float32)
-    head = heads.train(name, heads.HEADS[name].grid(90)[0], X, y, 0)
+    head = search.train(name, search.HEADS[name].grid(90)[0], X, y, 0)
     return head, X
 
 
 @pytest.mark.parametrize("how", ["joblib", "skops"])
-@pytest.mark.parametrize("name", list(heads.HEADS))
+@pytest.mark.parametrize("name", list(search.HEADS))
 def test_a_head_comes_back_as_it_was(name: str, how: bundle.Format, tmp_path: Path) -> None:
     """Both formats, every head, its card beside it."""
     pytest.importorskip("skops")
@@ -50,7 +49,7 @@ def test_a_head_comes_back_as_it_was(name: str, how: bundle.Format, tmp_path: Pa
     np.testing.assert_array_equal(loaded.estimator.predict(X), head.predict(X))
 
 
-@pytest.mark.parametrize("name", list(heads.HEADS))
+@pytest.mark.parametrize("name", list(search.HEADS))
 def test_scikit_learn_alone_is_enough(name: str, tmp_path: Path) -> None:
     """A joblib head loads in a process that cannot import featcache, and predicts the same."""
     head, X = fitted(name)

@@ -7,7 +7,7 @@ import pytest
 from featcache.datasets import open_dataset
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment
-from featcache.experiments.fit import FitPlan, head_experiment
+from featcache.experiments.fit import FitPlan
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec
@@ -31,7 +31,7 @@ def test_keys_of_before_stay(cache: FeatureCache) -> None:
     def head(name: str, plan: FitPlan, seed: int = 0, members: tuple[str, ...] = ()) -> str:
         kind = plan.target
         task = Task(features, kind)  # unchecked: these labels are no numbers
-        return head_experiment(cache, task, name, plan, seed, members).key[:16]
+        return plan.experiment(cache, task, name, seed, members).key[:16]
 
     def tuned(unfreeze: str, seed: int, group: str | None = None, epochs: int = 10) -> str:
         plan = FineTunePlan(Unfreeze.parse(unfreeze), epochs=epochs)

@@ -11,7 +11,6 @@ import pytest
 from finetune_support import GAINS, PLAN, KilledError, epochs_of
 from support import TINY, Outcome
 
-from featcache import heads
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import StorageError
@@ -25,6 +24,8 @@ from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.finetuner import Finetuner, Start
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.heads import linear as linear_heads
+from featcache.heads import search
 from featcache.heads.bundle import load as load_bundle
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec
@@ -43,14 +44,14 @@ def test_the_head_of_train_alone_is_the_one_that_the_search_fitted(
         (folder / name).rmdir()
     inputs = FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings))
     probe = next(job.fitted for job in inputs.fitted if job.record.method == PROBE)
-    train, fitted = heads.train, []
-    monkeypatch.setattr(heads, "train", lambda *arguments: fitted.append(arguments) or train(*arguments))
+    train, fitted = search.train, []
+    monkeypatch.setattr(search, "train", lambda *arguments: fitted.append(arguments) or train(*arguments))
 
     start, _ = inputs.linear_probes
 
     rows = inputs.split.train
     anew = train(PROBE, probe.params, inputs.features.X[rows], inputs.features.y[rows], 0)
-    weights, bias = heads.linear_weights(anew, 3)
+    weights, bias = linear_heads.linear_weights(anew, 3)
     assert len(fitted) == solved
     np.testing.assert_allclose(start.weights, weights, atol=1e-3 * np.abs(weights).max())
     np.testing.assert_allclose(start.bias, bias, atol=1e-3 * np.abs(bias).max())

@@ -12,18 +12,20 @@ from scipy.special import softmax
 from sklearn.preprocessing import normalize
 from support import TINY, Outcome, draw_folder, draw_image
 
-from featcache import heads
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import at_temperature, best_temperature
-from featcache.evaluation.splits import Split, make_split
+from featcache.evaluation.splits import Fold, Split, make_split
+from featcache.evaluation.tasks import Task
 from featcache.experiments import fit as jobs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.heads import nonlinear
+from featcache.heads import base, catalog, nonlinear, search
+from featcache.heads import linear as linear_heads
 from featcache.heads.baselines import baselines
+from featcache.heads.catalog import members_of
 from featcache.heads.curves import learning_curve, shot_curve
-from featcache.heads.fit import ensemble, fit, members_of
+from featcache.heads.fit import Embeddings, ensemble, fit
 from featcache.heads.solvers import linear
 from featcache.specs import BackboneSpec
 from featcache.store.rows import Features
@@ -43,20 +45,20 @@ def split_of(features: Features) -> Split:
     return make_split(features.y, features.splits, features.classes)
 
 
-@pytest.mark.parametrize("name", list(heads.HEADS))
+@pytest.mark.parametrize("name", list(search.HEADS))
 @pytest.mark.parametrize("classes", [2, 4])
 def test_every_head_learns(name: str, classes: int) -> None:
     """Each head beats chance by far, within its interval."""
     features = blobs(classes)
 
-    fitted = fit(features, split_of(features), name)
+    fitted = fit(Task.of(features), split_of(features), name)
 
     scores = fitted.tested.scores
     assert scores.accuracy > 1 / classes + 0.2
     assert scores.accuracy_ci[0] < scores.accuracy <= scores.accuracy_ci[1]
 
 
-@pytest.mark.parametrize("name", list(heads.HEADS))
+@pytest.mark.parametrize("name", list(search.HEADS))
 def test_shuffled_test_labels_change_no_choice(name: str) -> None:
     """Nothing about the test split reaches the choice of parameters."""
     features = blobs(3)
@@ -64,8 +66,8 @@ def test_shuffled_test_labels_change_no_choice(name: str) -> None:
     y = features.y.copy()
     y[split.test] = np.random.default_rng(1).permutation(y[split.test])
 
-    honest = heads.search_head(name, features.X, features.y, split.folds, 0)
-    shuffled = heads.search_head(name, features.X, y, split.folds, 0)
+    honest = search.search_head(name, features.X, features.y, split.folds, 0)
+    shuffled = search.search_head(name, features.X, y, split.folds, 0)
 
     assert honest.params == shuffled.params
     assert honest.val == shuffled.val
@@ -75,9 +77,9 @@ def test_shuffled_test_labels_change_no_choice(name: str) -> None:
 def test_linear_weights_are_the_logistic_head(classes: int) -> None:
     """One linear map and a softmax give the pipeline's probabilities."""
     features = blobs(classes)
-    head = heads.train("logistic", {"C": 0.1}, features.X, features.y, 0)
+    head = search.train("logistic", {"C": 0.1}, features.X, features.y, 0)
 
-    weights, bias = heads.linear_weights(head, classes)
+    weights, bias = linear_heads.linear_weights(head, classes)
 
     expected = head.predict_proba(features.X)
     np.testing.assert_allclose(softmax(features.X @ weights.T + bias, axis=1), expected, atol=1e-5)
@@ -87,10 +89,10 @@ def test_a_class_the_head_never_saw_is_never_answered() -> None:
     """Columns stay those of the data set's classes when one of them has no training image."""
     features = blobs(3)
     seen = features.y != 1
-    head = heads.train("logistic", {"C": 0.1}, features.X[seen], features.y[seen], 0)
+    head = search.train("logistic", {"C": 0.1}, features.X[seen], features.y[seen], 0)
 
-    probabilities = heads.answers(head, features.X, 3)
-    weights, bias = heads.linear_weights(head, 3)
+    probabilities = base.answers(head, features.X, 3)
+    weights, bias = linear_heads.linear_weights(head, 3)
 
     assert probabilities.shape == (120, 3)
     assert (probabilities[:, 1] == 0).all()
@@ -102,7 +104,7 @@ def test_a_constant_feature_harms_nothing() -> None:
     features = blobs(3)
     features.X[:, 2] = 7
 
-    assert fit(features, split_of(features), "logistic").tested.scores.accuracy > 0.7
+    assert fit(Task.of(features), split_of(features), "logistic").tested.scores.accuracy > 0.7
 
 
 def test_a_search_in_which_nothing_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +113,9 @@ def test_a_search_in_which_nothing_ends_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(nonlinear, "_MOST_EPOCHS", 2)
 
     with pytest.raises(DataError, match=r"`heads` mlp: none of 2 candidates reached its optimum.*`grid`"):
-        fit(features, split_of(features), "mlp")
+        fit(Task.of(features), split_of(features), "mlp")
     with pytest.raises(DataError, match=r"`heads` mlp: the fit with alpha=1 on 120 rows did not reach its optimum"):
-        heads.train("mlp", {"alpha": 1.0}, features.X, features.y, 0)
+        search.train("mlp", {"alpha": 1.0}, features.X, features.y, 0)
 
 
 def _never_beyond(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,52 +136,51 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
     """What is chosen has converged, whatever the others answer; a note says how many were left out; none is an error."""
     features = blobs(3)
     split = split_of(features)
-    limit = sorted({params["C"] for params in heads.HEADS[name].grid(90)})[2]
+    limit = sorted({params["C"] for params in search.HEADS[name].grid(90)})[2]
     _never_beyond(limit, monkeypatch)
 
-    fitted = fit(features, split, name)
+    fitted = fit(Task.of(features), split, name)
 
     assert fitted.params["C"] <= limit
     assert any("did not reach their optimum and are left out" in note for note in fitted.notes)
     _never_beyond(-1, monkeypatch)
     with pytest.raises(DataError, match=f"`heads` {name}: none of"):
-        heads.search_head(name, features.X, features.y, split.folds, 0)
+        search.search_head(name, features.X, features.y, split.folds, 0)
     with pytest.raises(DataError, match=f"`heads` {name}: the fit with .*C=.* did not reach its optimum"):
-        heads.train(name, heads.HEADS[name].grid(90)[0], features.X, features.y, 0)
+        search.train(name, search.HEADS[name].grid(90)[0], features.X, features.y, 0)
     if name == "logistic":
         with pytest.raises(DataError, match="logistic"):
-            learning_curve(features, split, name, [1.0])
+            learning_curve(Embeddings.of(Task.of(features), 1), split, name, [1.0])
 
 
-def test_labels_short_of_their_optimum_are_left_out(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_labels_short_of_their_optimum_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The C of several labels is chosen among those whose optimum was reached; a fit that was not is an error."""
     features = blobs(3)
     Y = np.equal(features.y[:, None], np.arange(3))
     rows = np.arange(len(Y))
     _never_beyond(1e-3, monkeypatch)
 
-    tried = [params["C"] for params, _ in heads.sweep_labels(features.X, Y, rows[::2], rows[1::2])]
+    family, folds = search.FAMILIES["labels"]["logistic"], [Fold(rows[::2], rows[1::2])]
+    tried = [each for each in family.evaluate_grid(family.grid(90), features.X, Y, folds, 0) if each.converged]
 
-    assert tried
-    assert max(tried) <= 1e-3
-    assert "did not reach their optimum and are left out" in caplog.text
-    with pytest.raises(DataError, match="C=1 did not reach its optimum"):
-        heads.train_labels({"C": 1.0}, features.X, Y)
+    assert 0 < len(tried) < len(family.grid(90))
+    assert max(each.params["C"] for each in tried) <= 1e-3
+    assert search.search_head("logistic", features.X, Y, folds, 0).unconverged == len(family.grid(90)) - len(tried)
+    with pytest.raises(DataError, match="C=1 on 120 rows did not reach its optimum"):
+        search.train("logistic", {"C": 1.0}, features.X, Y, 0)
     _never_beyond(-1, monkeypatch)
     with pytest.raises(DataError, match="none of"):
-        list(heads.sweep_labels(features.X, Y, rows[::2], rows[1::2]))
+        search.search_head("logistic", features.X, Y, folds, 0)
 
 
 def test_trees_do_not_converge_and_nothing_is_said() -> None:
     """They are as many as asked: nothing stopped early."""
     features = blobs(3)
 
-    assert not fit(features, split_of(features), "boosting").notes
+    assert not fit(Task.of(features), split_of(features), "boosting").notes
 
 
-@pytest.mark.parametrize("name", list(heads.HEADS))
+@pytest.mark.parametrize("name", list(search.HEADS))
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_likeliest_class_is_the_answer(name: str, classes: int) -> None:
     """What is scored is what the estimator predicts, of classes that scatter differently and are not equally many too."""
@@ -187,9 +188,9 @@ def test_the_likeliest_class_is_the_answer(name: str, classes: int) -> None:
     features.X[features.y == 0] *= np.linspace(0.2, 3, 6, dtype=np.float32)
     some = np.arange(10, len(features.y))
 
-    estimator = heads.train(name, heads.HEADS[name].grid(90)[0], features.X[some], features.y[some], 0)
+    estimator = search.train(name, search.HEADS[name].grid(90)[0], features.X[some], features.y[some], 0)
 
-    answers = heads.answers(estimator, features.X, classes)
+    answers = base.answers(estimator, features.X, classes)
     expected = estimator.predict(features.X)
     np.testing.assert_array_equal(answers.argmax(axis=1) if answers.ndim == 2 else answers, expected)
 
@@ -199,7 +200,7 @@ def test_the_nearest_mean_answers(classes: int) -> None:
     """As scikit-learn's own rule, on the unit sphere; one image a class is enough."""
     features = blobs(classes, spread=4)
     for some in (slice(None), slice(None, None, 40)):
-        estimator = heads.train("centroid", {}, features.X[some], features.y[some], 0)
+        estimator = search.train("centroid", {}, features.X[some], features.y[some], 0)
         unit = normalize(features.X)
         means = np.stack([unit[some][features.y[some] == one].mean(axis=0) for one in range(classes)])
         np.testing.assert_array_equal(estimator.predict(features.X), cdist(unit, means).argmin(axis=1))
@@ -212,11 +213,11 @@ def test_what_is_swept_together_is_what_is_trained_alone(name: str, classes: int
     """Validation answers of a sweep are those of the estimator that the same parameters give, trained on the same rows."""
     features = blobs(classes, count=60)
     fold = split_of(features).folds[0]
-    grid = heads.HEADS[name].grid(len(fold.train))[::4]
+    grid = search.HEADS[name].grid(len(fold.train))[::4]
 
-    for attempt in heads.HEADS[name].evaluate_grid(grid, features.X, features.y, [fold], 0):
-        estimator = heads.train(name, attempt.params, features.X[fold.train], features.y[fold.train], 0)
-        answers = heads.answers(estimator, features.X[fold.val], classes)
+    for attempt in search.HEADS[name].evaluate_grid(grid, features.X, features.y, [fold], 0):
+        estimator = search.train(name, attempt.params, features.X[fold.train], features.y[fold.train], 0)
+        answers = base.answers(estimator, features.X[fold.val], classes)
         np.testing.assert_allclose(attempt.answers, answers, atol=2e-2)
 
 
@@ -231,10 +232,10 @@ def test_neighbours_hold_no_class_impossible(k: int) -> None:
     fold = replace(fold, train=fold.train[features.y[fold.train] != 2])
     count = min(k, len(fold.train))
 
-    (attempt,) = heads.HEADS["knn"].evaluate_grid([{"k": k}], features.X, features.y, [fold], 0)
-    estimator = heads.train("knn", {"k": k}, features.X[fold.train], features.y[fold.train], 0)
+    (attempt,) = search.HEADS["knn"].evaluate_grid([{"k": k}], features.X, features.y, [fold], 0)
+    estimator = search.train("knn", {"k": k}, features.X[fold.train], features.y[fold.train], 0)
 
-    np.testing.assert_allclose(attempt.answers, heads.answers(estimator, features.X[fold.val], 4), atol=1e-4)
+    np.testing.assert_allclose(attempt.answers, base.answers(estimator, features.X[fold.val], 4), atol=1e-4)
     np.testing.assert_allclose(attempt.answers.sum(axis=1), 1)
     assert (attempt.answers[:, 2] == 0).all()
     assert attempt.answers[:, [0, 1, 3]].min() >= 1 / (count + 1) / 3 - 1e-12
@@ -248,7 +249,7 @@ def test_one_miss_does_not_make_neighbours_doubt_everything() -> None:
     features = blobs(3, count=500, spread=0.5)
     features.y[::25] = (features.y[::25] + 1) % 3
 
-    fitted = fit(features, split_of(features), "knn", grid=[{"k": 5}])
+    fitted = fit(Task.of(features), split_of(features), "knn", grid=[{"k": 5}])
 
     scores = fitted.tested.scores
     assert fitted.temperature is not None
@@ -264,22 +265,22 @@ def test_an_ensemble_averages_its_members() -> None:
     """Its probabilities are the mean of those of the heads that it names, and it is a plain scikit-learn estimator."""
     features = blobs(3)
     split = split_of(features)
-    members = [fit(features, split, name) for name in ("knn", "logistic", "lda")]
+    members = [fit(Task.of(features), split, name) for name in ("knn", "logistic", "lda")]
 
-    joined = ensemble(features, split, members)
+    joined = ensemble(Task.of(features), split, members)
 
     named = [member for member in members if member.name in joined.params["members"]]
     expected = np.mean([member.estimator.predict_proba(features.X) for member in named], axis=0)
     np.testing.assert_allclose(joined.estimator.predict_proba(features.X), expected, atol=1e-6)
     assert joined.tested.scores.accuracy > 0.7
     with pytest.raises(UsageError, match="ensemble"):
-        ensemble(features, split, [fit(features, split, "ridge")])
+        ensemble(Task.of(features), split, [fit(Task.of(features), split, "ridge")])
 
 
 def test_heads_run_the_cheapest_first() -> None:
     """``all`` stands for every head; an ensemble that is alone brings members."""
-    assert heads.in_order(["mlp", "ridge"]) == ["ridge", "mlp"]
-    assert heads.in_order(["all"]) == [*heads.HEADS, "ensemble"]
+    assert catalog.in_order(["mlp", "ridge"]) == ["ridge", "mlp"]
+    assert catalog.in_order(["all"]) == [*search.HEADS, "ensemble"]
     assert members_of(["ensemble"]) == ["knn", "logistic", "lda", "rbf", "ensemble"]
 
 
@@ -287,7 +288,7 @@ def test_calibration_is_judged_after_scaling_too() -> None:
     """The temperature comes from validation and leaves the answers' order alone."""
     features = blobs(3, spread=3)
 
-    scores = fit(features, split_of(features), "logistic").tested.scores
+    scores = fit(Task.of(features), split_of(features), "logistic").tested.scores
 
     assert scores.temperature is not None
     assert scores.ece_scaled is not None
@@ -319,8 +320,8 @@ def test_more_images_help() -> None:
     features = blobs(3, count=100, width=20, spread=3)
     split = split_of(features)
 
-    shots = shot_curve(features, split, "logistic", [1, 4, 16], repeats=3)
-    shares = learning_curve(features, split, "logistic", [0.05, 0.3, 1.0], repeats=3)
+    shots = shot_curve(Embeddings.of(Task.of(features), 1), split, "logistic", [1, 4, 16], repeats=3)
+    shares = learning_curve(Embeddings.of(Task.of(features), 1), split, "logistic", [0.05, 0.3, 1.0], repeats=3)
 
     for curve in (shots, shares):
         assert curve.points[-1].mean > curve.points[0].mean
@@ -334,12 +335,12 @@ def test_what_cannot_be_fitted() -> None:
     """Unknown heads and activation maps are refused."""
     features = blobs(2)
     with pytest.raises(UsageError, match="`heads` forest: choose from centroid"):
-        fit(features, split_of(features), "forest")
+        fit(Task.of(features), split_of(features), "forest")
     maps = Features(
         np.zeros((80, 2, 2), np.float32), features.y, features.classes, features.paths, features.splits, features.sha256
     )
     with pytest.raises(DataError, match="pooled"):
-        fit(maps, split_of(features), "ridge")
+        fit(Task.of(maps), split_of(features), "ridge")
 
 
 def test_views_train_and_are_averaged() -> None:
@@ -350,12 +351,12 @@ def test_views_train_and_are_averaged() -> None:
     split = split_of(features)
 
     for name in ("logistic", "ridge"):
-        fitted = fit(replace(features, X=several), split, name, views=4)
-        answers = [heads.answers(fitted.estimator, several[split.test, view], 3) for view in range(4)]
-        pooled = heads.over_views(np.stack(answers, axis=1).reshape(-1, *answers[0].shape[1:]), 4)
+        fitted = fit(Task.of(replace(features, X=several)), split, name, views=4)
+        answers = [base.answers(fitted.estimator, several[split.test, view], 3) for view in range(4)]
+        pooled = search.over_views(np.stack(answers, axis=1).reshape(-1, *answers[0].shape[1:]), 4)
         np.testing.assert_array_equal(pooled.argmax(1) if pooled.ndim == 2 else pooled, fitted.tested.predicted)
-    np.testing.assert_allclose(heads.over_views(np.eye(3)[[0, 0, 1, 2]], 2), [[1, 0, 0], [0, 0.5, 0.5]])
-    votes = heads.over_views(np.array([0, 1, 1, 2, 2, 0]), 3)
+    np.testing.assert_allclose(search.over_views(np.eye(3)[[0, 0, 1, 2]], 2), [[1, 0, 0], [0, 0.5, 0.5]])
+    votes = search.over_views(np.array([0, 1, 1, 2, 2, 0]), 3)
     assert votes.tolist() == [1, 2]
 
 
@@ -364,7 +365,7 @@ def test_features_that_do_not_matter_are_left_out() -> None:
     features = blobs(3, count=60, width=6)
     noise = np.random.default_rng(0).normal(0, 1, (len(features.y), 94)).astype(np.float32)
 
-    fitted = fit(replace(features, X=np.concatenate([features.X, noise], axis=1)), split_of(features), "selected")
+    fitted = fit(Task.of(replace(features, X=np.concatenate([features.X, noise], axis=1))), split_of(features), "selected")
 
     used = np.flatnonzero(np.abs(fitted.estimator[-1].coef_).sum(axis=0))
     assert len(used) == round(fitted.params["share"] * 100)

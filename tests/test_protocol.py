@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from support import TINY, Outcome, draw_image
 from test_fit import blobs
 
-from featcache import heads
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
@@ -25,9 +24,10 @@ from featcache.experiments import fit as jobs
 from featcache.experiments.bench import run_bench
 from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
-from featcache.experiments.fit import FitPlan, Ledger, run_fit
+from featcache.experiments.fit import FitPlan, run_fit
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.heads import catalog, search
 from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised, statistics
 from featcache.reports.records import RunRecord, read_records
 from featcache.reports.tables import rows
@@ -289,8 +289,8 @@ def test_all_heads_have_a_row_each(
     folder: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second run fits nothing; a cell is named after its head, as if each had been asked for."""
-    few = {name: heads.HEADS[name] for name in ("centroid", "ridge", "knn", "logistic")}
-    monkeypatch.setattr("featcache.heads.search.HEADS", few)
+    few = {name: catalog.PARAMETERS[name] for name in ("centroid", "ridge", "knn", "logistic")}
+    monkeypatch.setattr(catalog, "PARAMETERS", few)
     path = tmp_path / "grid.toml"
     text = 'heads = {heads}\n[[dataset]]\ndata = "{data}"\n' + TOML_BACKBONE
     done = counted(monkeypatch)
@@ -321,12 +321,11 @@ def test_an_image_without_activations_is_left_out_of_both(
     workbench = FeatureCache(open_dataset(subtle), spec, replace(settings, max_bad=0.1))
     probe = run_fit(workbench, FitPlan(("ridge",), baselines=False)).heads[0].record
 
-    record = run_finetune(FineTuneInputs(workbench, ledger=(ledger := Ledger())), replace(PLAN, epochs=1, dtype=None)).record
+    record = run_finetune(FineTuneInputs(workbench), replace(PLAN, epochs=1, dtype=None)).record
 
     assert sum(record.split.values()) == 59
     assert sum(probe.split.values()) == 60
     assert any("1 images have no activations at layer3 and are left out" in note for note in record.notes)
-    assert len(ledger.jobs) == 3
     path = tmp_path / "grid.toml"
     path.write_text(
         f'unfreeze = ["last:1"]\n[[dataset]]\ndata = "{subtle}"\n[[backbone]]\nname = "test_resnet"\n'
@@ -340,9 +339,8 @@ def test_an_image_without_activations_is_left_out_of_both(
 @pytest.mark.parametrize(
     ("plan", "match"),
     [
-        (FitPlan(target="labels", shots=(1,)), "`target` labels chooses on the val split: it does not take `shots`"),
-        (FitPlan(target="number", curve=True, folds=3), "it does not take `curve`, `folds`"),
-        (FitPlan(target="labels", views=2), "`views`"),
+        (FitPlan(target="labels", shots=(1,)), "`shots` are images a class, and for `target` labels"),
+        (FitPlan(target="number", grid=(("k", (1,)),)), "`grid` is of one head, not of ridge, knn"),
         (FitPlan(("mlp",), target="number"), "`heads` mlp: for `target` number choose from ridge, knn"),
         (FitPlan(("knn",), target="labels"), "`heads` knn: for `target` labels choose from logistic"),
     ],
@@ -367,7 +365,7 @@ def test_a_budget_holds_for_numbers_too(tmp_path: Path, tiny: BackboneSpec, sett
 
     done = run_fit(workbench, FitPlan(target="number", budget=0.0))
 
-    assert [job.fitted.head for job in done.targets] == ["ridge"]
+    assert [job.fitted.name for job in done.heads] == ["ridge"]
 
 
 def test_probes_that_need_memory_are_left_out_where_there_is_none(
@@ -388,11 +386,10 @@ def test_a_probe_that_did_not_converge_is_no_start(
 ) -> None:
     """Fine-tuning ends with an error instead of starting from it."""
     workbench = FeatureCache(open_dataset(folder), tiny, settings)
-    ledger = Ledger()
-    run_fit(workbench, FitPlan(jobs.PROBES, baselines=False), ledger=ledger)
-    family = heads.HEADS["logistic"]
+    run_fit(workbench, FitPlan(jobs.PROBES, baselines=False))
+    family = search.HEADS["logistic"]
     short = replace(family, fit=lambda *arguments: (family.fit(*arguments)[0], False))
-    monkeypatch.setitem(heads.HEADS, "logistic", short)  # type: ignore[arg-type]  # a dict, whatever its annotation says
+    monkeypatch.setitem(search.HEADS, "logistic", short)  # type: ignore[arg-type]  # a dict, whatever its annotation says
 
     with pytest.raises(DataError, match="did not reach its optimum"):
-        run_finetune(FineTuneInputs(workbench, ledger=ledger), PLAN)
+        run_finetune(FineTuneInputs(workbench), PLAN)

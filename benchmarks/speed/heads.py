@@ -27,8 +27,8 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from featcache import heads
 from featcache.evaluation.splits import Fold
+from featcache.heads import search
 from featcache.heads.solvers import linear
 
 HERE = Path(__file__).parent
@@ -182,10 +182,10 @@ def measure_all(X: Any, y: Any) -> dict[str, Any]:
     order = np.arange(len(y))
     fold = Fold(order[order % 5 != 0], order[order % 5 == 0])
     spent = {}
-    for name in heads.HEADS:
+    for name in search.HEADS:
         start = time.perf_counter()
-        chosen = heads.search_head(name, X, y, [fold], 0)
-        heads.train(name, chosen.params, X, y, 0)
+        chosen = search.search_head(name, X, y, [fold], 0)
+        search.train(name, chosen.params, X, y, 0)
         spent[name] = time.perf_counter() - start
     return {"kind": "all", "rows": len(y), "width": X.shape[1], "classes": int(y.max()) + 1, "seconds": spent}
 

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from featcache.cli import options
-from featcache.finetuning.plan import HEAD_NAMES
+from featcache.heads.catalog import HEAD_NAMES
 
 _HEADS = f"Train this head, or all, the cheapest first; repeat it for more. There are {', '.join(HEAD_NAMES[:-1])}."
 _PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group", "shots", "curve", "baselines", "format")
@@ -98,12 +98,12 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
     result = fit(dataset, spec, plan=plan, settings=settings, **flags)
     if as_json:
         summary = result.summary
-        for head, described in zip(result.heads, summary["heads"], strict=False):  # a number's heads come behind them
+        for head, described in zip(result.heads, summary["heads"], strict=True):
             described.update({"mistakes": [asdict(mistake) for mistake in head.mistakes(mistakes)]} if mistakes else {})
         options.emit(summary)
         return
     lines = [*fit_lines(result)]
-    if result.best is not None:  # a number, or several labels an image, have no classes to be mistaken for each other
+    if result.best is not None and plan.target == "label":  # only classes are mistaken for each other
         lines += per_class_lines(result.best) if show_classes else ()
         lines += mistake_lines(result.best, mistakes, dataset.location) if mistakes else ()
     for line in lines:

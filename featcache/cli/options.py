@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from featcache.finetuning.plan import HEAD_NAMES
+from featcache.heads.catalog import HEAD_NAMES
 from featcache.specs import MAX_SEED
 
 if TYPE_CHECKING:

@@ -50,15 +50,21 @@ class Scores:
         """What the smaller of is better: by accuracy, then by log-loss; one without probabilities has none to show."""
         return (-self.accuracy, self.log_loss if self.log_loss is not None else math.inf)
 
+    @property
+    def primary(self) -> tuple[float, Interval | None]:
+        """The score that chooses, and its interval."""
+        return self.accuracy, self.accuracy_ci
+
 
 @dataclass(frozen=True)
 class TestResult:
     """A model on the test split: scores and, image by image, whether it was right (n,) bool.
 
-    ``confidence`` (n,) is the probability of each predicted class, ``None`` for a model that gives none.
+    ``confidence`` (n,) is the probability of each predicted class, ``None`` for a model that gives none. Several labels,
+    or a number, are not right or wrong: then both arrays are empty.
     """
 
-    scores: Scores
+    scores: Any
     right: NDArray[np.bool_]
     predicted: NDArray[np.int64]
     confidence: NDArray[Any] | None = None
@@ -78,6 +84,16 @@ class LabelScores:
     macro_f1: float
     exact_match: float
 
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """What the smaller of is better."""
+        return (-self.mean_average_precision,)
+
+    @property
+    def primary(self) -> tuple[float, Interval | None]:
+        """The score that chooses, and its interval."""
+        return self.mean_average_precision, self.mean_average_precision_ci
+
 
 @dataclass(frozen=True)
 class NumberScores:
@@ -87,6 +103,19 @@ class NumberScores:
     r2_ci: Interval | None
     mae: float
     mae_ci: Interval | None
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """What the smaller of is better."""
+        return (-self.r2,)
+
+    @property
+    def primary(self) -> tuple[float, Interval | None]:
+        """The score that chooses, and its interval."""
+        return self.r2, self.r2_ci
+
+
+AnyScores = Scores | LabelScores | NumberScores
 
 
 @dataclass(frozen=True)
@@ -224,6 +253,16 @@ def _require_finite(answer: NDArray[Any]) -> None:
             f"the answers for {wrong} of {len(answer)} images are NaN or infinite: look for extreme values in the features, "
             "or use another head."
         )
+
+
+def encode_correct(right: NDArray[np.bool_]) -> str:
+    """Return truth values as a text of 0 and 1."""
+    return "".join("1" if one else "0" for one in right)
+
+
+def decode_correct(text: str) -> NDArray[np.bool_]:
+    """Return the truth values of a text of 0 and 1."""
+    return np.array([char == "1" for char in text])
 
 
 def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], *, groups: Groups = None) -> Gap:

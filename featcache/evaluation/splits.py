@@ -108,15 +108,20 @@ def make_free_split(
     seed: int = 0,
     groups: Sequence[str] | None = None,
     contents: Sequence[str] | None = None,
+    folds: int | None = None,
 ) -> Split:
     """Return the split of images whose targets are no classes: as ``make_split``, but drawn without strata.
 
+    Candidates are chosen on the val split unless ``folds`` are asked for.
+
     Raises:
         DataError: there are too few images, or given splits part a group.
+        UsageError: there cannot be so many folds.
     """
     units = units_of(count, contents, groups)
     drawing = Drawing(np.zeros(count, np.int64), ("all",), units, seed, grouped=groups is not None)
-    return _completed(np.asarray(given, dtype=object), drawing, groups)
+    split = _completed(np.asarray(given, dtype=object), drawing, groups)
+    return _crossed(split, drawing, _number_of_folds(folds or 0, drawing, split, val_given=True), required=bool(folds))
 
 
 def _completed(given: NDArray[np.object_], drawing: Drawing, groups: Sequence[str] | None) -> Split:
@@ -152,11 +157,14 @@ def _number_of_folds(folds: int | None, drawing: Drawing, split: Split, *, val_g
     if folds is None:
         fits = len(both) < SMALL and not val_given and min(smallest, groups) >= FOLDS
         return FOLDS if fits else 0
+    if folds == 0:
+        return 0
     if folds == 1 or folds < 0:
         raise UsageError(f"`folds` {folds}: at least 2 are needed, or 0 to choose on the val split.")
     if folds > smallest:
+        whose = f"class {drawing.classes[label]!r} has" if len(drawing.classes) > 1 else "there are"
         raise UsageError(
-            f"`folds` {folds}: class {drawing.classes[label]!r} has {smallest} different images to train and choose on: "
+            f"`folds` {folds}: {whose} {smallest} different images to train and choose on: "
             f"{'at most so many folds, or ' if smallest > 1 else ''}`folds=0`."
         )
     if folds > groups:
@@ -177,7 +185,8 @@ def _crossed(split: Split, drawing: Drawing, folds: int, *, required: bool = Fal
     both = split.train_val
     number = fold_of_group(both, drawing, folds) if drawing.grouped else fold_of_image(both, drawing, folds)
     cross = tuple(Fold(both[number != fold], both[number == fold]) for fold in range(folds))
-    usable = tuple(fold for fold in cross if len(fold.val) and len(np.unique(drawing.y[fold.train])) > 1)
+    classes = min(2, len(np.unique(drawing.y)))  # where nothing is stratified there is one stratum
+    usable = tuple(fold for fold in cross if len(fold.val) and len(np.unique(drawing.y[fold.train])) >= classes)
     if len(usable) < folds and required:
         raise UsageError(
             f"`folds` {folds}: a fold would have one class to train on, or nothing to judge, since images stay together: "

@@ -11,14 +11,68 @@ from numpy.typing import NDArray
 
 from featcache.errors import DataError
 from featcache.evaluation.draws import copies, remarks
-from featcache.evaluation.splits import Split, items_hash, untested
+from featcache.evaluation.metrics import (
+    AnyScores,
+    LabelScores,
+    NumberScores,
+    Scores,
+    TestResult,
+    label_scores,
+    labels_on_test,
+    number_scores,
+    numbers_on_test,
+    score,
+    scores_on_test,
+)
+from featcache.evaluation.splits import Index, Split, items_hash, make_free_split, make_split, untested
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from featcache.store.rows import Features
 
 Kind = Literal["label", "labels", "number"]
+
+
+def kind_of(y: NDArray[Any]) -> Kind:
+    """Return what is to be told by how it is held: classes are integers, labels a table of truth values, numbers floats."""
+    return "labels" if y.ndim == 2 else "number" if y.dtype.kind == "f" else "label"
+
+
+def evaluate(y_true: NDArray[Any], predictions: NDArray[Any], temperature: float | None = None) -> AnyScores:
+    """Return the scores, without intervals, of predictions for images of any kind of task."""
+    kind = kind_of(y_true)
+    if kind == "label":
+        return score(y_true, predictions, temperature)
+    return label_scores(y_true, predictions) if kind == "labels" else number_scores(y_true, predictions)
+
+
+def evaluate_on_test(
+    predict: "Callable[[Index], NDArray[Any]]", y: NDArray[Any], split: Split, temperature: float | None = None
+) -> TestResult:
+    """Score a finished model of any kind of task on the test split, with intervals that respect the split's groups."""
+    kind = kind_of(y)
+    if kind == "label":
+        return scores_on_test(predict, y, split, temperature)
+    scores = labels_on_test(predict, y, split) if kind == "labels" else numbers_on_test(predict, y, split)
+    return TestResult(scores, np.empty(0, np.bool_), np.empty(0, np.int64))
+
+
+def scores_from(kind: Kind, facts: "Mapping[str, Any]") -> AnyScores:
+    """Return the scores that a record holds, intervals as pairs again."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    kinds: dict[Kind, type[AnyScores]] = {"label": Scores, "labels": LabelScores, "number": NumberScores}
+    return kinds[kind](**fields)
+
+
+def require_kind(labels: "Sequence[str]", kind: Kind) -> None:
+    """Refuse a data set whose labels are not what is to be told, before anything is computed for it.
+
+    Raises:
+        DataError: a label is no number, or there is only one label.
+    """
+    if kind != "label":
+        _ = _label_sets(labels) if kind == "labels" else _numbers(labels)
 
 
 @dataclass(frozen=True)
@@ -47,9 +101,8 @@ class Task:
         Raises:
             DataError: their labels are none of this kind.
         """
-        task = cls(features, kind, groups, group)
-        _ = task.names if kind == "labels" else task.y  # a label that is no number is refused before anything is computed
-        return task
+        require_kind(features.classes, kind)
+        return cls(features, kind, groups, group)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -65,6 +118,26 @@ class Task:
             return self.features.y
         values = _label_sets(self.features.classes)[0] if self.kind == "labels" else _numbers(self.features.classes)
         return values[self.features.y]
+
+    @property
+    def strata(self) -> NDArray[np.int64]:
+        """What draws are stratified by (n,): classes; numbers, and sets of labels, are too many kinds for that."""
+        return self.features.y if self.kind == "label" else np.zeros(len(self.features.y), np.int64)
+
+    def split(self, seed: int, folds: int | None = None) -> Split:
+        """Return which images train, choose and are tested: as they are given, else drawn."""
+        features = self.features
+        if self.kind != "label":
+            return make_free_split(len(features.y), features.splits, seed, self.groups, features.sha256, folds)
+        return make_split(
+            features.y,
+            features.splits,
+            features.classes,
+            seed,
+            groups=self.groups,
+            folds=folds,
+            contents=features.sha256,
+        )
 
     @property
     def whole(self) -> "Task":
@@ -97,6 +170,8 @@ class Task:
     def remarks(self, split: Split) -> tuple[str, ...]:
         """Return what a reader of scores on this split should know."""
         said = remarks(self.copies(split), split.sizes())
+        if self.kind != "label":  # every number is a label of its own in the listing: most are in one part alone
+            return said
         return (*said, *untested(split, self.features.y, self.features.classes))
 
 

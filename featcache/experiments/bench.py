@@ -11,18 +11,17 @@ from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment
 from featcache.experiments.finetune import forget_state, run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
-from featcache.experiments.fit import FitPlan, Ledger, head_experiment, in_memory, run_fit
+from featcache.experiments.fit import FitPlan, Ledger, in_memory, run_fit
 from featcache.experiments.grid import DataEntry, Grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning.plan import FineTunePlan
+from featcache.heads.catalog import ALL, ENSEMBLE, MEMBERS, STREAMING, in_order, members_of
 from featcache.progress import logger
 from featcache.reports import tables as report
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec
 from featcache.store.atomic import make_folder, replace_file
-
-ALL, ENSEMBLE = "all", "ensemble"
 
 
 @dataclass(frozen=True)
@@ -99,18 +98,15 @@ class _Runner:
         bench = FeatureCache(files.dataset, spec, self.settings, files=files)
         done = bench.extracted()
         self.computed_images += done.report.computed
-        task, ledger = Task.of(done.store.labelled(), group=data.group), Ledger(recorded=set(self.there))
+        task, ledger = Task.of(done.store.labelled(), group=data.group), Ledger()
         names = self._fitting(in_memory(done.store))
         for head in names:
             fitting = FitPlan(_with_members(head, self.grid.heads), group=data.group, baselines=False)
             members = [name for name in fitting.heads if name != head]
             for seed in self.grid.seeds:
-                cell = head_experiment(bench, task, head, fitting, seed, members).key
+                cell = fitting.experiment(bench, task, head, seed, members).key
                 what = f"{bench.dataset.name} {head}, seed {seed}"
                 self._cell(cell, what, partial(self._fit, bench, head, fitting, seed, ledger))
-                if ENSEMBLE not in names:
-                    ledger.slim()
-        ledger.slim()
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
                 cell = Experiment(bench, task, plan.unfreeze.text, plan, seed).key
@@ -121,12 +117,10 @@ class _Runner:
 
     def _fitting(self, in_memory: bool) -> list[str]:  # noqa: FBT001
         """Return the heads that have rows; of ``all`` those that read from disk, where features do not fit memory."""
-        from featcache.heads import HEADS
-
         names = _expanded(self.grid.heads)
         if in_memory or ALL not in self.grid.heads:
             return names
-        able = [name for name in names if name in HEADS and HEADS[name].streams]
+        able = [name for name in names if name in STREAMING]
         logger.warning("the features do not fit memory: without %s", ", ".join(name for name in names if name not in able))
         return able
 
@@ -148,16 +142,11 @@ class _Runner:
 
 def _expanded(heads: Sequence[str]) -> list[str]:
     """Return the heads that have rows of their own: for ``all`` each of them."""
-    from featcache.heads import in_order
-
     return list(dict.fromkeys(name for head in heads for name in (in_order([ALL]) if head == ALL else [head])))
 
 
 def _with_members(head: str, heads: Sequence[str]) -> tuple[str, ...]:
     """Return a head, an ensemble with those that it may be made of: the usual ones, and those of its kind beside it."""
-    from featcache.heads import in_order
-    from featcache.heads.fit import MEMBERS, members_of
-
     if head != ENSEMBLE:
         return (head,)
     others = in_order([ALL]) if ALL in heads else [*members_of([ENSEMBLE]), *(name for name in heads if name in MEMBERS)]

@@ -10,14 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
+from featcache.datasets.tables import read_column
+from featcache.errors import DataError
+from featcache.evaluation.metrics import encode_correct
 from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import fingerprint
-from featcache.reports.records import RunRecord, stamp
+from featcache.reports.records import RunRecord, record_from, stamp
 from featcache.store.entry import FeatureStore
-from featcache.store.rows import RowReader
+from featcache.store.rows import Features, RowReader
 
 _IN_NAMES = 8  # digits of a key that files are called by: enough for the experiments of one entry
 
@@ -140,6 +143,17 @@ class Experiment:
             "target": self.task.kind,
         } | facts
 
+    def recorded(self, entry: Extracted, card: dict[str, Any] | None) -> RunRecord | None:
+        """Return the record that a head's card holds, where it is of this very experiment on these very rows."""
+        if card is None or not isinstance(card.get("record"), dict):  # cards of before have none
+            return None
+        try:
+            record = record_from(card["record"])
+        except DataError:
+            return None
+        names = (record.cell, record.feature_key, tuple(card["classes"]))
+        return record if names == (self.key, entry.store.key, self.task.names) else None
+
     @property
     def _group(self) -> dict[str, Any]:
         return {"group": self.task.group} if self.task.group else {}
@@ -150,16 +164,6 @@ def numbered(groups: NDArray[np.int64] | None) -> list[int] | None:
     return None if groups is None else np.unique(groups, return_inverse=True)[1].tolist()
 
 
-def encode_correct(right: NDArray[np.bool_]) -> str:
-    """Return truth values as a text of 0 and 1."""
-    return "".join("1" if one else "0" for one in right)
-
-
-def decode_correct(text: str) -> NDArray[np.bool_]:
-    """Return the truth values of a text of 0 and 1."""
-    return np.array([char == "1" for char in text])
-
-
 def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, Callable[[NDArray[np.int64]], NDArray[Any]]]:
     """Return which of a task's images (k,) an entry has too, the task of those alone, and what reads its rows so."""
     reader: RowReader = store.reader()
@@ -168,3 +172,16 @@ def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, C
     task = task.restricted(keep)
     where = np.array([position[path] for path in task.features.paths], dtype=np.int64)
     return keep, task, lambda index: reader.take(where[index])
+
+
+def groups_of(cache: FeatureCache, features: Features, column: str | None) -> list[str] | None:
+    """Return what each image belongs to by a column of the data set's manifest, ``None`` where none is asked for.
+
+    Raises:
+        DataError: the data set is no manifest, has no such column, or an image no value there.
+    """
+    if column is None:
+        return None
+    values = read_column(cache.dataset.location, column)
+    of_path = dict(zip((sample.path for sample in cache.dataset.samples), values, strict=True))
+    return [of_path[path] for path in features.paths]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from featcache.backbones import origins
 from featcache.display import Displayed, Table
 from featcache.errors import DataError
-from featcache.evaluation.metrics import Gap, gap
+from featcache.evaluation.metrics import Gap, decode_correct, gap
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, Outcome, decode_correct
+from featcache.experiments.experiment import Experiment, Outcome
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import backbone_identity
@@ -284,7 +284,8 @@ class FineTuneJob:
         """Write the tuned network, and its head beside it: with it as its backbone the head predicts as any other."""
         from featcache.backbones.timm_models import hash_weights
         from featcache.finetuning.checkpoint import save_checkpoint
-        from featcache.heads import bundle, linear_estimator
+        from featcache.heads import bundle
+        from featcache.heads.linear import linear_estimator
 
         bench, transform = self.inputs.bench, asdict(backbone.preprocess.spec)
         facts = {

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from featcache.datasets.base import require_one_label
 from featcache.errors import CutError, StorageError, UsageError
-from featcache.evaluation.splits import Split, make_split, restricted
+from featcache.evaluation.splits import Split, restricted
 from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
 from featcache.finetuning.plan import FineTunePlan
+from featcache.heads.catalog import STREAMING, require_head
 from featcache.progress import logger
 from featcache.specs import INPUT, POOLED, Views
 from featcache.store.rows import Features
@@ -60,7 +61,7 @@ class FineTuneInputs:
         probes: heads beside ridge, nearest neighbours and logistic: the gap is to the best of all on validation.
         group: the column of the source's manifest whose values stay together, such as a patient.
         seed: of the split, the probe, the order of training.
-        ledger: of heads that this command has fitted already.
+        ledger: of what this command has said.
     """
 
     bench: FeatureCache
@@ -71,10 +72,8 @@ class FineTuneInputs:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared, before anything is computed."""
-        from featcache import heads
-
         for name in self.probes:
-            heads.require_head(name)
+            require_head(name)
         require_one_label(self.bench.dataset)
         self._entries: dict[str, tuple[Extracted, tuple[str, ...]]] = {}
 
@@ -143,13 +142,12 @@ class FineTuneInputs:
     @cached_property
     def head_names(self) -> tuple[str, ...]:
         """The heads that fine-tuning is compared with: where features do not fit memory, those that read from disk."""
-        from featcache import heads
         from featcache.experiments.fit import PROBES, in_memory
 
         names = tuple(dict.fromkeys((*PROBES, *self.probes)))
         if in_memory(self.bench.extracted().store):
             return names
-        names = tuple(name for name in names if name in heads.HEADS and heads.HEADS[name].streams)
+        names = tuple(name for name in names if name in STREAMING)
         logger.warning("the features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
         return names
 
@@ -159,7 +157,7 @@ class FineTuneInputs:
         from featcache.experiments.fit import FitPlan, run_fit
 
         plan = FitPlan(self.head_names, group=self.group, baselines=False)
-        return run_fit(self.bench, plan, seed=self.seed, ledger=self.ledger, keep=self.processes.rank == 0).heads
+        return run_fit(self.bench, plan, seed=self.seed, ledger=self.ledger).heads
 
     @property
     def best_probe(self) -> "RunRecord":
@@ -177,22 +175,22 @@ class FineTuneInputs:
     @cached_property
     def task(self) -> Task:
         """The images that have embeddings, with their classes."""
-        from featcache.experiments.fit import groups_of
+        from featcache.experiments.experiment import groups_of
 
         return Task.of(self.features, "label", groups_of(self.bench, self.features, self.group), self.group)
 
     @cached_property
     def split(self) -> Split:
         """The probes' split."""
-        features, groups = self.features, self.task.groups
-        return make_split(features.y, features.splits, features.classes, self.seed, groups=groups, contents=features.sha256)
+        return self.task.split(self.seed)
 
     @cached_property
     def linear_probes(self) -> "tuple[LinearHead, LinearHead]":
         """The linear probe fitted on train alone, and the one refitted on train and val."""
-        from featcache import heads
         from featcache.experiments.fit import PROBE
         from featcache.finetuning.model import LinearHead
+        from featcache.heads.linear import linear_weights
+        from featcache.heads.search import train as train_head
 
         fitted = next(job.fitted for job in self.fitted if job.record.method == PROBE)
         features, train = self.features, self.split.train
@@ -200,9 +198,9 @@ class FineTuneInputs:
             (alone,) = fitted.solutions
         else:  # no fold of a cross-validation trains on all of `train`
             X = np.ascontiguousarray(features.X[train], dtype=np.float32)
-            alone = heads.train(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
+            alone = train_head(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
         count = len(features.classes)
-        return LinearHead(*heads.linear_weights(alone, count)), LinearHead(*heads.linear_weights(fitted.estimator, count))
+        return LinearHead(*linear_weights(alone, count)), LinearHead(*linear_weights(fitted.estimator, count))
 
     def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
         """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UsageError, did_you_mean
-from featcache.finetuning.plan import HEAD_NAMES, FineTunePlan, Unfreeze
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.heads.catalog import HEAD_NAMES
 from featcache.specs import BackboneSpec, TransformOverrides, check_seed, check_value, freeze_args
 
 _OVERRIDES = tuple(field.name for field in fields(TransformOverrides))

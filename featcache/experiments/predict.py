@@ -19,8 +19,8 @@ from featcache.evaluation.metrics import at_temperature
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches, sample
 from featcache.fingerprint import canonical, sha256_of_file
-from featcache.heads import answers, over_views
 from featcache.heads.bundle import Bundle
+from featcache.heads.search import over_views, predict_with
 from featcache.progress import logger, progress
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
 from featcache.store.entry import FeatureStore
@@ -266,16 +266,15 @@ def _answer(bundle: Bundle, batch: Batch, source: Dataset, views: int) -> list[P
     names = [source.samples[position].path for position in batch.fresh]
     X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
     X = X.reshape(-1, X.shape[-1])
-    if bundle.card.get("target") == "number":
-        return said + [
-            Prediction(name, f"{value:.6g}") for name, value in zip(names, bundle.estimator.predict(X), strict=True)
-        ]
-    if bundle.card.get("target") == "labels":
+    kind = bundle.card.get("target", "label")
+    found = over_views(predict_with(bundle.estimator, X, kind, len(bundle.classes)), views)
+    if kind == "number":
+        return said + [Prediction(name, f"{value:.6g}") for name, value in zip(names, found, strict=True)]
+    if kind == "labels":
         return said + [
             Prediction(name, ";".join(label for label, value in zip(bundle.classes, row, strict=True) if value >= 0.5), row)
-            for name, row in zip(names, bundle.estimator.predict_proba(X), strict=True)
+            for name, row in zip(names, found, strict=True)
         ]
-    found = over_views(answers(bundle.estimator, X, len(bundle.classes)), views)
     if found.ndim == 1:
         return said + [Prediction(name, bundle.classes[number]) for name, number in zip(names, found, strict=True)]
     labels = [bundle.classes[number] for number in found.argmax(axis=1)]

@@ -7,10 +7,6 @@ from typing import Literal
 from featcache.errors import UsageError
 from featcache.specs import Precision, StoredDtype, Views, check_fields, check_value
 
-HEAD_NAMES = (
-    *("centroid", "ridge", "knn", "logistic", "svm", "selected", "lda", "rbf", "mlp", "boosting", "ensemble"),
-    "all",
-)
 RATES = (1e-4, 5e-4, 2.5e-3)
 Optimiser = Literal["adamw", "adam", "sgd"]
 OPTIMISERS: tuple[Optimiser, ...] = ("adamw", "adam", "sgd")

@@ -56,8 +56,8 @@ class Candidate:
     solutions: tuple[Pipeline, ...] = ()
 
 
-Sweep = Callable[[Sequence[Params], Any, Y_, "Sequence[Fold]", int], Iterator[Candidate]]
-Fit = Callable[[Params, Any, Y_, int], tuple[Pipeline, bool]]
+Sweep = Callable[[Sequence[Params], Any, Any, "Sequence[Fold]", int], Iterator[Candidate]]
+Fit = Callable[[Params, Any, Any, int], tuple[Any, bool]]
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
-"""Controls that need no backbone: what they reach, a backbone's features must beat to be worth anything.
+"""Baselines that need no backbone: what they reach, a backbone's features must beat to be worth anything.
 
 On one published remote-sensing set a nearest neighbour on image statistics beats a large frozen transformer's: without
-controls nobody would see it.
+baselines nobody would see it.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache import heads
-from featcache.evaluation.metrics import Scores, TestResult, score, scores_on_test
+from featcache.evaluation.metrics import AnyScores, NumberScores, TestResult, gap
 from featcache.evaluation.splits import Fold, Index, Split
+from featcache.evaluation.tasks import Kind, evaluate, evaluate_on_test, kind_of
 
-SIDE = 32  # pixels of the thumbnails that controls look at
+if TYPE_CHECKING:
+    from featcache.heads.fit import FittedHead
+
+SIDE = 32  # pixels of the thumbnails that baselines look at
 _RAW_SIDE = 16
 
 
@@ -25,64 +28,108 @@ class Baseline:
     """A trivial method on the test split."""
 
     name: str
-    val: Scores
+    val: AnyScores
     tested: TestResult
     seconds: float = 0.0
 
     @property
     def summary(self) -> dict[str, Any]:
-        """One element of the list ``baselines`` of ``featcache fit``."""
+        """One element of the list ``controls`` of ``featcache fit``."""
         return {"control": self.name, "val": asdict(self.val), "test": asdict(self.tested.scores)}
 
 
-def baselines(thumbnails: NDArray[np.uint8], y: NDArray[np.int64], split: Split, seed: int = 0) -> list[Baseline]:
-    """Return the majority class, nearest neighbours on image statistics, and a logistic head on 16 x 16 pixels.
+# of each kind of task: what is fitted on image statistics, and on pixels
+_HEADS: dict[Kind, tuple[str, str]] = {
+    "label": ("knn", "logistic"),
+    "labels": ("logistic", "logistic"),
+    "number": ("knn", "ridge"),
+}
+_SHOWN = {"knn": "kNN"}
+
+
+def baselines(thumbnails: NDArray[np.uint8], y: NDArray[Any], split: Split, seed: int = 0) -> list[Baseline]:
+    """Return the answer that looks at no image, a head on image statistics and one on 16 x 16 pixels.
 
     Args:
         thumbnails: uint8 (n, 32, 32, 3).
-        y: classes (n,).
+        y: classes (n,), which labels there are (n, k), or numbers (n,).
         split: which images train, choose and test.
         seed: of the heads' own randomness.
     """
-    classes = int(y.max()) + 1
-    found = [_majority(y, split, classes)]
+    from featcache.heads.search import predict_with, search_head, train
+
+    kind = kind_of(y)
+    classes = int(y.max()) + 1 if kind == "label" else 0
+    results = [_blind(y, split)]
     colours, pixels = statistics(thumbnails), raw_pixels(thumbnails)
-    for name, head, (rows, labels, folds), X in (
-        ("image statistics + kNN", "knn", _by_fold(colours, y, split), standardised(colours, split.train_val)),
-        ("16 x 16 pixels + logistic", "logistic", (pixels, y, split.folds), pixels),  # the solver scales by itself
+    on_statistics, on_pixels = _HEADS[kind]
+    for title, head, (rows, labels, folds), X in (
+        ("image statistics", on_statistics, _by_fold(colours, y, split), standardised(colours, split.train_val)),
+        ("16 x 16 pixels", on_pixels, (pixels, y, split.folds), pixels),  # the solver scales by itself
     ):
         started = time.monotonic()
-        chosen = heads.search_head(head, rows, labels, folds, seed)
-        estimator = heads.train(head, chosen.params, X[split.train_val], y[split.train_val], seed)
+        search = search_head(head, rows, labels, folds, seed)
+        estimator = train(head, search.params, X[split.train_val], y[split.train_val], seed)
         seconds = time.monotonic() - started
-        tested = scores_on_test(lambda index: heads.answers(estimator, X[index], classes), y, split)  # noqa: B023
-        found.append(Baseline(name, chosen.val, tested, seconds))
-    return found
+        tested = evaluate_on_test(lambda index: predict_with(estimator, X[index], kind, classes), y, split)  # noqa: B023
+        results.append(Baseline(f"{title} + {_SHOWN.get(head, head)}", search.val, tested, seconds))
+    return results
 
 
-def best_on_validation(found: Sequence[Baseline]) -> Baseline:
-    """Return the control that the best head is compared with: chosen as heads are, without the test split."""
-    return max(found, key=lambda baseline: baseline.val.accuracy)
+def best_on_validation(results: Sequence[Baseline]) -> Baseline:
+    """Return the baseline that the best head is compared with: chosen as heads are, without the test split."""
+    return max(results, key=lambda baseline: baseline.val.primary[0])
 
 
-def _majority(y: NDArray[np.int64], split: Split, classes: int) -> Baseline:
-    commonest = [np.bincount(y[fold.train], minlength=classes).argmax() for fold in split.folds]
-    truth = np.concatenate([y[fold.val] for fold in split.folds])
-    answers = np.concatenate([np.full(len(fold.val), one) for fold, one in zip(split.folds, commonest, strict=True)])
-    final = np.bincount(y[split.train_val], minlength=classes).argmax()
-    return Baseline(
-        "majority class", score(truth, answers), scores_on_test(lambda index: np.full(len(index), final), y, split)
-    )
+def warning_of(best: Baseline, head: "FittedHead", method: str, shared: Split, keep: Index, split: Split) -> str:
+    """Return what is to be said where a baseline does as well as a head, "" where it does not.
+
+    Args:
+        best: the baseline that is best on validation.
+        head: the head that is.
+        method: what tables call it.
+        shared: the split of the images that both have looked at.
+        keep: those images.
+        split: the head's own split.
+    """
+    of_best, of_head = best.tested.scores.primary[0], head.tested.scores.primary[0]
+    if len(head.tested.right):
+        right = head.tested.right[np.isin(split.test, keep)]
+        of_head = float(right.mean())
+        between = gap(right, best.tested.right, groups=shared.test_groups)
+        as_good = between.is_noise or between.points < 0
+    else:  # no images that one has right and the other has not: the head's own interval says what is noise
+        interval = head.tested.scores.primary[1]
+        as_good = of_best >= (interval[0] if interval else of_head)
+    if not as_good:
+        return ""
+    is_share = not isinstance(best.val, NumberScores)
+    first, second = (f"{100 * value:.1f} %" if is_share else f"R2 {value:.3f}" for value in (of_best, of_head))
+    return f"{best.name} reaches {first} without a backbone, {method} {second}: this data set may not need one"
 
 
-def _by_fold(
-    X: NDArray[np.float32], y: NDArray[np.int64], split: Split
-) -> tuple[NDArray[Any], NDArray[Any], tuple[Fold, ...]]:
+def _blind(y: NDArray[Any], split: Split) -> Baseline:
+    """Return the commonest class, each label's share of the images, or the mean, whatever an image shows."""
+    kind = kind_of(y)
+
+    def constant(train: Index, count: int) -> NDArray[Any]:
+        seen = y[train]
+        answer = np.bincount(seen).argmax() if kind == "label" else seen.mean(axis=0)
+        return np.broadcast_to(answer, (count, *np.shape(answer)))
+
+    y_true = np.concatenate([y[fold.val] for fold in split.folds])
+    answers = np.concatenate([constant(fold.train, len(fold.val)) for fold in split.folds])
+    name = {"label": "majority class", "labels": "shares of labels", "number": "mean"}[kind]
+    tested = evaluate_on_test(lambda index: constant(split.train_val, len(index)), y, split)
+    return Baseline(name, evaluate(y_true, answers), tested)
+
+
+def _by_fold(X: NDArray[np.float32], y: NDArray[Any], split: Split) -> tuple[NDArray[Any], NDArray[Any], tuple[Fold, ...]]:
     """Return the rows once a fold, each time scaled by that fold's training images alone, with labels and folds."""
     rows = np.concatenate([standardised(X, fold.train) for fold in split.folds])
     shifts = [number * len(X) for number in range(len(split.folds))]
     folds = tuple(Fold(fold.train + shift, fold.val + shift) for fold, shift in zip(split.folds, shifts, strict=True))
-    return rows, np.tile(y, len(folds)), folds
+    return rows, np.concatenate([y] * len(folds)), folds
 
 
 def standardised(X: NDArray[np.float32], train: Index) -> NDArray[np.float32]:

@@ -1,24 +1,39 @@
 """Trained heads as files: joblib or skops, with a card beside them, and nothing foreign is executed unasked."""
 
+import base64
 import io
 import json
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from featcache.display import Displayed, Table, facts_table
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
+from featcache.evaluation.metrics import TestResult, decode_correct
+from featcache.evaluation.tasks import Kind, scores_from
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads.cards import parse_card
+from featcache.heads.fit import FittedHead
 from featcache.progress import logger
 from featcache.store.atomic import make_folder, remove_file, replace_file
 from featcache.store.checksums import is_signed, sign
 
+if TYPE_CHECKING:
+    from featcache.reports.records import RunRecord
+
 Format = Literal["joblib", "skops"]
 _SUFFIX: dict[Format, str] = {"joblib": ".joblib", "skops": ".skops"}
+_MOST_ANSWERS = 16 << 20  # bytes: beyond it a head is fitted again for an ensemble, which takes less than a disk's room
+_TOLD: dict[str, type] = {"predicted": np.int64, "confidence": np.float64}
 _CARD = b"featcache: card of a head\n"  # what a signature is for; it covers the file by the hash in the card
 # what scikit-learn's own heads hold beside what skops trusts by itself
 _TRUSTED = frozenset(
@@ -63,7 +78,9 @@ class Bundle(Displayed):
         return tuple(self.card["classes"])
 
 
-def save(estimator: Any, card: Mapping[str, Any], path: Path, how: Format = "joblib") -> Path:
+def save(
+    estimator: Any, card: Mapping[str, Any], path: Path, how: Format = "joblib", *, answers: NDArray[Any] | None = None
+) -> Path:
     """Write a head, and beside it a signed JSON card with its hash and scikit-learn's version; return the head's path.
 
     Killed at any point it leaves the head of before with its card, or the new one with its own.
@@ -73,6 +90,7 @@ def save(estimator: Any, card: Mapping[str, Any], path: Path, how: Format = "job
         card: what is said of it.
         path: of the head, without the format's suffix.
         how: the format.
+        answers: what the head said on validation (n, classes); kept beside it, so that an ensemble need not fit it again.
 
     Raises:
         SetupError: skops is not installed, or the secret is not the user's own.
@@ -89,9 +107,11 @@ def save(estimator: Any, card: Mapping[str, Any], path: Path, how: Format = "job
         joblib.dump(estimator, buffer)
         content = buffer.getvalue()
     facts = {"sha256": sha256_of_bytes(content), "scikit_learn": sklearn.__version__, "format": how}
+    make_folder(path.parent)
+    if answers is not None and answers.ndim == 2 and answers.nbytes <= _MOST_ANSWERS:
+        facts["answers_sha256"] = _save_answers(_answers(path), answers)
     full = json.loads(json.dumps({**card, **facts}))  # as it will be read
     text = json.dumps({"signature": sign(_CARD, _signed_text(full)), **full}, indent=1).encode()
-    make_folder(path.parent)
     # the old head's card stays until the new head is there, whose own card waits beside it
     replace_file(_waiting_card(path), text)
     replace_file(path, content)
@@ -144,6 +164,72 @@ def load(path: Path, *, trust: bool = False) -> Bundle:
     return Bundle(estimator, card, path)
 
 
+def own_card(path: Path) -> dict[str, Any] | None:
+    """Return the card of a head that this user wrote with this scikit-learn, ``None`` where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        content = _read(path, "fit again")
+        card = _card_of(path, sha256_of_bytes(content))
+    except DataError as error:
+        logger.warning("%s It is fitted again.", error)
+        return None
+    # by its package's notes: importing scikit-learn takes longer than all else that a head in a file costs
+    if card["scikit_learn"] != version("scikit-learn") or not is_signed(
+        card.get("signature", ""), _CARD, _signed_text(card)
+    ):
+        return None
+    return card
+
+
+def packed(tested: TestResult) -> dict[str, Any]:
+    """Return what a head said of the test images, image by image, as texts that a card can hold."""
+    return {name: None if (values := getattr(tested, name)) is None else _pack(values) for name in _TOLD}
+
+
+def fitted_head(path: Path, card: Mapping[str, Any], record: "RunRecord", name: str, kind: Kind) -> FittedHead:
+    """Return a head that lies in a file, with the scores of its record; the file is run where the estimator is asked for."""
+    told: dict[str, Any] = {key: None if text is None else _unpack(text, _TOLD[key]) for key, text in card["tested"].items()}
+    tested = TestResult(scores_from(kind, record.test), decode_correct(record.right), **told)
+    return FittedHead(
+        name,
+        dict(record.params),
+        scores_from(kind, record.val),
+        tested,
+        record.seconds["fit"],
+        cache(lambda: load(path).estimator),
+        lambda: _load_answers(path, card),
+        temperature=card.get("scaled_by"),
+    )
+
+
+def _save_answers(path: Path, answers: NDArray[Any]) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, answers, allow_pickle=False)
+    replace_file(path, buffer.getvalue())
+    return sha256_of_bytes(buffer.getvalue())
+
+
+def _load_answers(path: Path, card: Mapping[str, Any]) -> NDArray[Any] | None:
+    """Return what a head said on validation; ``None`` where that was too large to keep, or is not what was kept."""
+    try:
+        content = _answers(path).read_bytes()
+    except OSError:
+        return None
+    if sha256_of_bytes(content) != card.get("answers_sha256"):
+        return None
+    values: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    return values
+
+
+def _pack(values: NDArray[Any]) -> str:
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes())).decode()
+
+
+def _unpack(text: str, dtype: type) -> NDArray[Any]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+
+
 def problem_of(path: Path) -> str:
     """Return what is wrong with a head's file or its card, "" where both are as this user wrote them; nothing is run."""
     try:
@@ -165,6 +251,10 @@ def recorded_weights(path: Path) -> str:
     card = _card_of(path, sha256_of_bytes(_read(path, "fit again")))
     weights = card["backbone"].get("weights") if isinstance(card.get("backbone"), dict) else ""
     return weights if isinstance(weights, str) and weights.startswith("sha256:") else ""
+
+
+def _answers(path: Path) -> Path:
+    return path.with_name(f"{path.name}.answers.npy")
 
 
 def _card(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Accuracy against the number of training images: few-shot protocols and learning curves."""
+"""A head's score against the number of training images: few-shot protocols and learning curves."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from featcache import heads
-from featcache.evaluation.metrics import scores_on_test
 from featcache.evaluation.splits import Split, few_shot, part_of
+from featcache.heads.fit import Embeddings
 from featcache.progress import progress
-from featcache.store.rows import Features
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 REPEATS = 5
@@ -18,7 +16,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """Test accuracies of one head on several draws of so many training images."""
+    """Test scores of one head on several draws of so many training images: accuracies, mean average precisions or R2."""
 
     images: int
     accuracies: tuple[float, ...]
@@ -27,7 +25,7 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """The mean accuracy."""
+        """The mean score."""
         return float(np.mean(self.accuracies))
 
     @property
@@ -56,7 +54,7 @@ class Curve:
 
 
 def shot_curve(
-    features: Features, split: Split, head: str, shots: Sequence[int], repeats: int = REPEATS, seed: int = 0
+    embeddings: Embeddings, split: Split, head: str, shots: Sequence[int], seed: int = 0, repeats: int = REPEATS
 ) -> Curve:
     """Train on so many images a class, drawn from train and validation; parameters by cross-validation among them.
 
@@ -65,55 +63,51 @@ def shot_curve(
     Raises:
         DataError: a class has fewer images.
     """
-    points = []
+    features, points = embeddings.task.features, []
     with progress(len(shots) * repeats, "few-shot", unit="fit") as bar:
         for count in shots:
             accuracies = []
             for repeat in range(repeats):
                 drawn = few_shot(split, features.y, count, seed + repeat, features.sha256)
-                accuracies.append(_accuracy(features, drawn, head, seed + repeat))
+                accuracies.append(_score(embeddings, drawn, head, seed + repeat))
                 bar.update(1)
             points.append(Point(len(drawn.train), tuple(accuracies), shots=count))
     return Curve(head, tuple(points), _slope(points))
 
 
 def learning_curve(
-    features: Features,
-    split: Split,
-    head: str,
-    shares: Sequence[float] = SHARES,
-    repeats: int = REPEATS,
-    seed: int = 0,
+    embeddings: Embeddings, split: Split, head: str, shares: Sequence[float] = SHARES, seed: int = 0, repeats: int = REPEATS
 ) -> Curve:
     """Train on stratified shares of the training images, larger ones holding the smaller; choose on all of validation."""
-    points = []
+    task, points = embeddings.task, []
     with progress(len(shares) * repeats, "learning curve", unit="fit") as bar:
         for share in shares:
             accuracies = []
-            for repeat in range(repeats if share < 1 else 1):
-                drawn = part_of(split, features.y, share, seed + repeat, features.sha256)
-                accuracies.append(_accuracy(features, drawn, head, seed + repeat, refit=False))
+            for repeat in range(repeats if share < 1 else 1):  # all of them can be drawn in one way only
+                drawn = part_of(split, task.strata, share, seed + repeat, task.features.sha256)
+                accuracies.append(_score(embeddings, drawn, head, seed + repeat, refit=False))
                 bar.update(1)
             points.append(Point(len(drawn.train), tuple(accuracies), share=share))
     return Curve(head, tuple(points), _slope(points))
 
 
-def _accuracy(features: Features, split: Split, head: str, seed: int, *, refit: bool = True) -> float:
-    X, y = heads.as_rows(features.X), features.y
+def _score(embeddings: Embeddings, split: Split, head: str, seed: int, *, refit: bool = True) -> float:
+    from featcache.heads.search import FAMILIES, search_head
+
     if any(len(fold.val) for fold in split.folds):
-        params = heads.search_head(head, X, y, split.folds, seed).params
+        folds = embeddings.folds(split)
+        params = search_head(head, embeddings.X, embeddings.y, folds, seed, views=embeddings.views).params
     else:
-        params = heads.HEADS[head].grid(len(split.train))[0]
-    rows = split.train_val if refit else split.train
-    estimator = heads.train(head, params, heads.some_of(X, rows), y[rows], seed)
-    tested = scores_on_test(lambda index: heads.answers(estimator, X[index], len(features.classes)), y, split)
-    return tested.scores.accuracy
+        params = FAMILIES[embeddings.task.kind][head].grid(len(split.train))[0]
+    estimator = embeddings.train(head, params, split.train_val if refit else split.train, seed)
+    score: float = embeddings.test(estimator, split).scores.primary[0]
+    return score
 
 
 def _slope(points: Sequence[Point]) -> float | None:
     """Return the exponent b of error = a * images^b, by least squares on logarithms (Hestness et al. 2017, section 3)."""
-    known = [(point.images, 1 - point.mean) for point in points if point.mean < 1]
-    if len({images for images, _ in known}) < 2:
+    errors = [(point.images, 1 - point.mean) for point in points if point.mean < 1]
+    if len({images for images, _ in errors}) < 2:
         return None
-    images, errors = np.log(np.array(known, dtype=np.float64)).T
-    return float(np.polyfit(images, errors, 1)[0])
+    images, error = np.log(np.array(errors, dtype=np.float64)).T
+    return float(np.polyfit(images, error, 1)[0])

@@ -1,55 +1,119 @@
 """Train a head on cached features: choose on validation, refit on train and validation, test once."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.ensemble import VotingClassifier
-from sklearn.preprocessing import LabelEncoder
 
-from featcache import heads
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.metrics import Scores, TestResult, best_temperature, score, scores_on_test
+from featcache.evaluation.metrics import AnyScores, TestResult, best_temperature
 from featcache.evaluation.splits import Fold, Split
-from featcache.heads import Params
-from featcache.store.rows import Features
+from featcache.evaluation.tasks import Task, evaluate, evaluate_on_test
+from featcache.heads.catalog import ENSEMBLE, MEMBERS, require_head
 
-MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")
-_AT_MOST = 3
+if TYPE_CHECKING:
+    from featcache.heads.search import SearchResult
+
+_MOST_MEMBERS = 3
 
 
 @dataclass(frozen=True)
 class FittedHead:
     """A head, what was chosen for it, its validation scores before the refit and its test scores after.
 
-    ``answers`` are those on validation (n, classes) or (n,), ``temperature`` what scales its logits best there.
-    ``solutions`` gave them: what the search fitted with these parameters, one a fold.
+    ``temperature`` scales its logits best on validation. The estimator, and its answers there, (n, classes) or (n,), are
+    asked for with functions: of a head that lies in a file already they are read when they are needed.
     """
 
     name: str
-    estimator: Any
     params: dict[str, Any]
-    val: Scores
+    val: AnyScores
     tested: TestResult
     seconds: float
-    notes: tuple[str, ...]
-    answers: NDArray[Any] = field(repr=False)
+    load_estimator: Callable[[], Any] = field(repr=False)
+    load_answers: Callable[[], NDArray[Any] | None] = field(repr=False)
+    notes: tuple[str, ...] = ()
     temperature: float | None = None
     solutions: tuple[Any, ...] = field(default=(), repr=False)
 
+    @property
+    def estimator(self) -> Any:
+        """The fitted head, as scikit-learn's."""
+        return self.load_estimator()
+
+    @property
+    def answers(self) -> NDArray[Any] | None:
+        """What was answered on validation, ``None`` where a file does not hold that."""
+        return self.load_answers()
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The rows (n * views, d) that a task's images have, an image's views one after the other."""
+
+    task: Task
+    X: Any
+    views: int = 1
+
+    @classmethod
+    def of(cls, task: Task, views: int) -> "Embeddings":
+        """Return a task's rows.
+
+        Raises:
+            DataError: its features are no embeddings.
+        """
+        from featcache.heads.base import as_rows
+
+        shape = task.features.X.shape
+        if len(shape) != (2 if views == 1 else 3) or (views > 1 and shape[1] != views):
+            raise DataError(f"heads train on embeddings (n, d), these features are {shape}: extract at the cut pooled.")
+        return cls(task, as_rows(task.features.X), views)
+
+    @property
+    def y(self) -> NDArray[Any]:
+        """What is to be told of each row."""
+        return np.repeat(self.task.y, self.views, axis=0)
+
+    def rows(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of some images."""
+        return (images[:, None] * self.views + np.arange(self.views)).reshape(-1)
+
+    def folds(self, split: Split) -> list[Fold]:
+        """Return a split's folds, of rows."""
+        return [Fold(self.rows(fold.train), self.rows(fold.val)) for fold in split.folds]
+
+    def train(self, name: str, params: dict[str, Any], images: NDArray[np.int64], seed: int) -> Any:
+        """Return a head that was fitted on some images."""
+        from featcache.heads import base, search
+
+        rows = self.rows(images)
+        return search.train(name, params, base.some_of(self.X, rows), self.y[rows], seed)
+
+    def test(self, estimator: Any, split: Split, temperature: float | None = None) -> TestResult:
+        """Return how a finished head does on the test split."""
+        from featcache.heads.search import over_views, predict_with
+
+        kind, classes = self.task.kind, len(self.task.names)
+        return evaluate_on_test(
+            lambda images: over_views(predict_with(estimator, self.X[self.rows(images)], kind, classes), self.views),
+            self.task.y,
+            split,
+            temperature,
+        )
+
 
 def fit(
-    features: Features, split: Split, name: str, *, seed: int = 0, grid: Sequence[Params] | None = None, views: int = 1
+    task: Task, split: Split, name: str, *, seed: int = 0, grid: Sequence[dict[str, Any]] | None = None, views: int = 1
 ) -> FittedHead:
     """Train one head.
 
     Args:
-        features: embeddings X (n, d) float, of several views (n, views, d); labels y (n,).
+        task: embeddings X (n, d) float, of several views (n, views, d), and what is to be told.
         split: which images train, choose and test.
-        name: a key of ``heads.HEADS``.
+        name: a head that tells this kind of thing.
         seed: of the head's own randomness.
         grid: parameters to choose from instead of the head's own.
         views: how many views there are: each trains, and answers are averaged over them.
@@ -58,91 +122,70 @@ def fit(
         UsageError: there is no such head.
         DataError: the features are no embeddings; or no candidate, or not the final fit, reached its optimum.
     """
-    heads.require_head(name)
-    X = _embeddings(features, views)
-    y = np.repeat(features.y, views)
-    folds = [Fold(_rows(fold.train, views), _rows(fold.val, views)) for fold in split.folds]
-    rows = _rows(split.train_val, views)
+    from featcache.heads.search import search_head
+
+    require_head(name)
+    embeddings = Embeddings.of(task, views)
     started = time.monotonic()
-    chosen = heads.search_head(name, X, y, folds, seed, grid, views)
-    estimator = heads.train(name, chosen.params, heads.some_of(X, rows), y[rows], seed)
-    seconds = time.monotonic() - started
-    notes = []
-    if chosen.unconverged:
-        notes.append(
-            f"{name}: {chosen.unconverged} of {chosen.tried} candidates did not reach their optimum and are left out"
-        )
-    head = _tested(name, estimator, chosen.params, chosen.answers, features, split, seconds, notes, views)
-    return replace(head, solutions=chosen.solutions)
+    search = search_head(name, embeddings.X, embeddings.y, embeddings.folds(split), seed, grid, views)
+    estimator = embeddings.train(name, search.params, split.train_val, seed)
+    return _tested(name, estimator, search, embeddings, split, time.monotonic() - started)
 
 
-def ensemble(features: Features, split: Split, fitted: Sequence[FittedHead], views: int = 1) -> FittedHead:
+def ensemble(task: Task, split: Split, fitted: Sequence[FittedHead], views: int = 1) -> FittedHead:
     """Average the probabilities of the best few heads; how many is chosen on validation.
 
     Raises:
         UsageError: none of the heads gives probabilities.
     """
+    from sklearn.ensemble import VotingClassifier
+    from sklearn.preprocessing import LabelEncoder
+
+    from featcache.heads.search import SearchResult
+
     started = time.monotonic()
-    known = sorted((head for head in fitted if head.answers.ndim == 2), key=lambda head: head.val.rank)
-    if not known:
+    answered = [(head, answers) for head in fitted if (answers := head.answers) is not None and answers.ndim == 2]
+    answered.sort(key=lambda pair: pair[0].val.rank)
+    if not answered:
         raise UsageError(f"`heads` ensemble averages probabilities: give some of {', '.join(MEMBERS)} too.")
-    truth = _truth(features.y, split)
-    averages = [
-        np.mean([head.answers for head in known[:count]], axis=0) for count in range(1, min(_AT_MOST, len(known)) + 1)
-    ]
-    best = min(range(len(averages)), key=lambda number: score(truth, averages[number]).rank)
-    members = known[: best + 1]
+    y_true = _val_truth(task, split)
+    most = min(_MOST_MEMBERS, len(answered))
+    averages = [np.mean([answers for _, answers in answered[:count]], axis=0) for count in range(1, most + 1)]
+    best = min(range(most), key=lambda number: evaluate(y_true, averages[number]).rank)
+    members = [head for head, _ in answered[: best + 1]]
+    # fitted by hand: its own fit would train the members again
     estimator = VotingClassifier([(head.name, head.estimator) for head in members], voting="soft")
     estimator.estimators_ = [head.estimator for head in members]
-    estimator.le_ = LabelEncoder().fit(features.y[split.train_val])
+    estimator.le_ = LabelEncoder().fit(task.y[split.train_val])
     estimator.classes_ = estimator.le_.classes_
     seconds = time.monotonic() - started + sum(head.seconds for head in members)
     params = {"members": [head.name for head in members]}
-    return _tested(heads.ENSEMBLE, estimator, params, averages[best], features, split, seconds, [], views)
-
-
-def members_of(names: Sequence[str]) -> list[str]:
-    """Return the heads to fit for those asked for: an ensemble that is alone brings its usual members."""
-    if heads.ENSEMBLE in names and not set(names) & set(MEMBERS):
-        return [*heads.in_order([*names, *MEMBERS[:4]])]
-    return heads.in_order(names)
+    search = SearchResult(params, evaluate(y_true, averages[best]), averages[best], most, 0)
+    return _tested(ENSEMBLE, estimator, search, Embeddings.of(task, views), split, seconds)
 
 
 def _tested(
-    name: str,
-    estimator: Any,
-    params: Mapping[str, Any],
-    answers: NDArray[Any],
-    features: Features,
-    split: Split,
-    seconds: float,
-    notes: Sequence[str],
-    views: int,
+    name: str, estimator: Any, search: "SearchResult", embeddings: Embeddings, split: Split, seconds: float
 ) -> FittedHead:
-    X, y, truth = _embeddings(features, views), features.y, _truth(features.y, split)
-    temperature = best_temperature(truth, answers) if answers.ndim == 2 else None
-    classes = len(features.classes)
-    tested = scores_on_test(
-        lambda index: heads.over_views(heads.answers(estimator, X[_rows(index, views)], classes), views),
-        y,
-        split,
+    """Return a head that was refitted after its search, with its scores; the test split is read here."""
+    task, answers = embeddings.task, search.answers
+    y_true, temperature = _val_truth(task, split), None
+    if task.kind == "label" and answers.ndim == 2:
+        temperature = best_temperature(y_true, answers)
+    left_out = f"{name}: {search.unconverged} of {search.tried} candidates did not reach their optimum and are left out"
+    return FittedHead(
+        name,
+        dict(search.params),
+        evaluate(y_true, answers, temperature),
+        embeddings.test(estimator, split, temperature),
+        seconds,
+        lambda: estimator,
+        lambda: answers,
+        (left_out,) if search.unconverged else (),
         temperature,
+        search.solutions,
     )
-    val = score(truth, answers, temperature)
-    return FittedHead(name, estimator, dict(params), val, tested, seconds, tuple(notes), answers, temperature)
 
 
-def _embeddings(features: Features, views: int) -> heads.Many:
-    """Return one row a view (n * views, d), the views of an image one after the other."""
-    shape = features.X.shape
-    if len(shape) != (2 if views == 1 else 3) or (views > 1 and shape[1] != views):
-        raise DataError(f"heads train on embeddings (n, d), these features are {shape}: extract at the cut pooled.")
-    return heads.as_rows(features.X)
-
-
-def _rows(images: NDArray[np.int64], views: int) -> NDArray[np.int64]:
-    return (images[:, None] * views + np.arange(views)).reshape(-1)
-
-
-def _truth(y: NDArray[np.int64], split: Split) -> NDArray[np.int64]:
-    return np.concatenate([y[fold.val] for fold in split.folds])
+def _val_truth(task: Task, split: Split) -> NDArray[Any]:
+    return np.concatenate([task.y[fold.val] for fold in split.folds])

@@ -1,6 +1,5 @@
-"""Which heads there are, and how one is chosen on validation and trained."""
+"""How a head's parameters are chosen on validation, and how it is trained, whatever there is to tell."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,11 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
-from featcache.errors import DataError, UsageError, did_you_mean
-from featcache.evaluation.metrics import Scores, score
+from featcache.errors import DataError, UsageError
+from featcache.evaluation.metrics import AnyScores
 from featcache.evaluation.splits import Fold
+from featcache.evaluation.tasks import Kind, evaluate, kind_of
 from featcache.heads.base import Y_, Candidate, HeadFamily, Many, Params
+from featcache.heads.base import answers as class_answers
 from featcache.heads.linear import LOGISTIC, RIDGE, SELECTED, SVM
+from featcache.heads.multioutput import LABEL_HEADS, NUMBER_HEADS
 from featcache.heads.nonlinear import BOOSTING, CENTROID, KNN, LDA, MLP, RBF
 from featcache.progress import progress
 
@@ -30,8 +32,7 @@ HEADS: Mapping[str, HeadFamily] = {
     "mlp": MLP,
     "boosting": BOOSTING,
 }
-ENSEMBLE = "ensemble"
-ALL = "all"
+FAMILIES: Mapping[Kind, Mapping[str, HeadFamily]] = {"label": HEADS, "labels": LABEL_HEADS, "number": NUMBER_HEADS}
 
 
 @dataclass(frozen=True)
@@ -43,46 +44,11 @@ class SearchResult:
     """
 
     params: Params
-    val: Scores
+    val: AnyScores
     answers: Any
     tried: int
     unconverged: int
     solutions: tuple[Pipeline, ...] = ()
-
-
-def require_head(name: str) -> None:
-    """Check a head's name.
-
-    Raises:
-        UsageError: there is no such head.
-    """
-    names = [*HEADS, ENSEMBLE, ALL]
-    if name not in names:
-        raise UsageError(f"`heads` {name}: choose from {', '.join(names)}.{did_you_mean(name, names)}")
-
-
-def require_params(name: str, grid: Sequence[Params]) -> None:
-    """Check values to choose from.
-
-    Raises:
-        UsageError: the head takes other parameters, or other values.
-    """
-    known = set(HEADS[name].grid(1000)[0]) if name in HEADS else set()
-    for params in grid:
-        if set(params) != known:
-            taken = ", ".join(sorted(known)) or "no parameter"
-            raise UsageError(f"`grid` {', '.join(sorted(params))}: {name} takes {taken}.")
-        for key, value in params.items():
-            most = 1 if key in {"share", "shrinkage"} else math.inf
-            if not 0 < value <= most or value == math.inf or (key == "k" and value % 1):
-                wanted = "a whole number" if key == "k" else "a number up to 1" if most == 1 else "a number"
-                raise UsageError(f"`grid` {key}={value:g}: {wanted}, above 0, is needed.")
-
-
-def in_order(names: Sequence[str]) -> list[str]:
-    """Return heads to run for those asked for, the cheapest first: ``all`` stands for each, an ensemble needs members."""
-    wanted = set(names) | ({*HEADS, ENSEMBLE} if ALL in names else set())
-    return [name for name in (*HEADS, ENSEMBLE) if name in wanted]
 
 
 def search_head(
@@ -90,13 +56,13 @@ def search_head(
 ) -> SearchResult:
     """Fit a head on every fold's train with every candidate and return the one that does best on all their val together.
 
-    Best is the highest accuracy, then the lowest log-loss, then the more regular one. A candidate whose optimum was not
-    reached on some fold is left out and counted: its answers are not those of its parameters.
+    Best is the highest accuracy (mean average precision, R2), then the lowest log-loss, then the more regular one. A
+    candidate whose optimum was not reached on some fold is left out and counted: its answers are not its parameters'.
 
     Args:
-        name: a key of ``HEADS``.
+        name: a head that tells this kind of thing.
         X: features (n, d).
-        y: classes (n,).
+        y: classes (n,) int64, which labels there are (n, k) bool, or numbers (n,) float64.
         folds: which rows train and which choose.
         seed: of the head's own randomness.
         grid: parameters to try instead of the family's own.
@@ -106,16 +72,16 @@ def search_head(
         DataError: no candidate reached its optimum, or there are too few images for this head.
         UsageError: more neighbours are asked for than there are images.
     """
-    family = HEADS[name]
+    family = FAMILIES[kind_of(y)][name]
     everything = list(grid) if grid is not None else family.grid(min(len(fold.train) for fold in folds))
     step = 1 if grid is not None else family.coarse
     _require_rows(name, y, folds, grid or ())
     truth = np.concatenate([y[fold.val] for fold in folds])[::views]
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
-        outcomes: list[tuple[Candidate, Scores]] = []
+        outcomes: list[tuple[Candidate, AnyScores]] = []
         tried = 0
 
-        def best() -> tuple[Candidate, Scores]:
+        def best() -> tuple[Candidate, AnyScores]:
             return min(outcomes, key=lambda outcome: (outcome[1].rank, everything.index(outcome[0].params)))
 
         def try_all(candidates: Sequence[Params]) -> None:
@@ -126,7 +92,7 @@ def search_head(
                 if not attempt.converged:
                     continue
                 pooled = replace(attempt, answers=over_views(attempt.answers, views))
-                outcomes.append((pooled, score(truth, pooled.answers)))
+                outcomes.append((pooled, evaluate(truth, pooled.answers)))
                 leader = best()[0]  # of the others the weights would only take memory: classes x d doubles a fold and C
                 outcomes[:] = [(replace(a, solutions=a.solutions if a is leader else ()), val) for a, val in outcomes]
 
@@ -155,15 +121,22 @@ def _require_rows(name: str, y: Y_, folds: Sequence[Fold], grid: Sequence[Params
 
 
 def over_views(answers: NDArray[Any], views: int) -> NDArray[Any]:
-    """Average the probabilities (n * views, classes) of an image's views; classes alone (n * views,) are put to the vote."""
+    """Average the probabilities (n * views, classes), or numbers, of an image's views; classes alone are put to the vote."""
     if views == 1:
         return answers
-    if answers.ndim == 2:
-        averages: NDArray[Any] = answers.reshape(-1, views, answers.shape[1]).mean(axis=1)
+    if answers.dtype.kind == "f":
+        averages: NDArray[Any] = answers.reshape(-1, views, *answers.shape[1:]).mean(axis=1)
         return averages
     votes = np.stack([np.bincount(row, minlength=int(answers.max()) + 1) for row in answers.reshape(-1, views)])
     chosen: NDArray[Any] = votes.argmax(axis=1)
     return chosen
+
+
+def predict_with(estimator: Any, X: Any, kind: Kind, classes: int) -> NDArray[Any]:
+    """Return a head's answers: probabilities (n, classes) or classes (n,), probabilities of labels (n, k), numbers (n,)."""
+    if kind == "label":
+        return class_answers(estimator, X, classes)
+    return np.asarray(estimator.predict_proba(X) if kind == "labels" else estimator.predict(X), dtype=np.float64)
 
 
 def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> Pipeline:
@@ -172,7 +145,7 @@ def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> Pipeline:
     Raises:
         DataError: its optimum was not reached: what was fitted is no head of these parameters, and nothing may use it.
     """
-    estimator, converged = HEADS[name].fit(params, X, y, seed)
+    estimator, converged = FAMILIES[kind_of(y)][name].fit(params, X, y, seed)
     if not converged:
         with_ = ", ".join(f"{key}={value:g}" for key, value in params.items())
         raise DataError(

@@ -209,8 +209,25 @@ def _parsed_record(line: bytes) -> RunRecord:
     checksum = data.pop("checksum", None)
     if checksum is not None and checksum != _checksum(json.dumps(data, sort_keys=True)):
         raise DataError("it was changed since it was written: its checksum is another")
+    return record_from(data)
+
+
+def record_from(data: dict[str, Any]) -> RunRecord:
+    """Return the record of JSON's values.
+
+    Raises:
+        DataError: a field is missing, unknown, or of another kind.
+    """
     _check_fields(data)
     return RunRecord(**(data | {"notes": tuple(data.get("notes", ()))}))
+
+
+def is_recorded(path: Path, record: RunRecord) -> bool:
+    """Tell whether a file holds this very record, to the second at which it was made."""
+    try:
+        return path.is_file() and _line(record).strip() in path.read_bytes()
+    except OSError:  # whoever writes there next says what is wrong with it
+        return False
 
 
 def _check_fields(data: dict[str, Any]) -> None:

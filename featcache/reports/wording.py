@@ -14,7 +14,7 @@ from featcache.reports.tables import NO_GAIN
 
 if TYPE_CHECKING:
     from featcache.datasets.base import Dataset
-    from featcache.experiments.fit import FitResult, HeadResult, MultioutputResult
+    from featcache.experiments.fit import FitResult, HeadResult
     from featcache.extraction.feature_cache import Extracted
     from featcache.heads.baselines import Baseline
     from featcache.heads.curves import Curve
@@ -60,11 +60,11 @@ def extract_lines(result: "Extracted") -> Iterator[str]:
 
 def fit_table(result: "FitResult") -> Table:
     """Return every head and every baseline, the best on validation first."""
-    records = [head.record for head in result.heads] + [head.record for head in result.targets]
+    records = [head.record for head in result.heads]
     score, unit, *_ = _SCORES[records[0].kind if records else "fit"]
     rows = [(_rank(record.val, score), _fit_row(record)) for record in records]
     # baselines stand among the heads, not below them: a head that one of them beats must look so
-    rows += [(_rank(asdict(baseline.val), score), _baseline_row(baseline)) for baseline in result.baselines]
+    rows += [(_rank(asdict(baseline.val), score), _baseline_row(baseline, score)) for baseline in result.baselines]
     headers = ("head", f"validation {unit}", f"test {unit}", "95 % interval", "seconds", "chosen")
     return Table(headers, [row for _, row in sorted(rows, key=lambda ranked: ranked[0])])
 
@@ -82,10 +82,11 @@ def _fit_row(record: RunRecord) -> tuple[str, ...]:
     return (record.method, *numbers, interval, f"{record.seconds['fit']:.1f}", params_text(record.params))
 
 
-def _baseline_row(baseline: "Baseline") -> tuple[str, ...]:
-    test = baseline.tested.scores
-    numbers = (f"{100 * baseline.val.accuracy:.1f}", f"{100 * test.accuracy:.1f}")
-    return (baseline.name, *numbers, _interval(test.accuracy_ci, 100, 1), f"{baseline.seconds:.1f}", NO_BACKBONE)
+def _baseline_row(baseline: "Baseline", score: str) -> tuple[str, ...]:
+    factor, digits = next((factor, digits) for name, _, factor, digits in _SCORES.values() if name == score)
+    (val, _), (test, interval) = baseline.val.primary, baseline.tested.scores.primary
+    numbers = (f"{factor * val:.{digits}f}", f"{factor * test:.{digits}f}")
+    return (baseline.name, *numbers, _interval(interval, factor, digits), f"{baseline.seconds:.1f}", NO_BACKBONE)
 
 
 def _interval(interval: Sequence[float] | None, factor: float, digits: int) -> str:
@@ -107,7 +108,7 @@ def fit_lines(result: "FitResult") -> Iterator[str]:
     """Yield the table, the winner in a sentence with its file, and the curves that were asked for."""
     yield fit_table(result).plain()
     yield ""
-    heads: list[HeadResult | MultioutputResult] = [*result.heads, *result.targets]
+    heads = result.heads
     score = _SCORES[heads[0].record.kind][0]
     # by validation, as parameters were chosen: the best of many test scores would be the luckiest
     best = min(heads, key=lambda head: _rank(head.record.val, score))

@@ -1,0 +1,93 @@
+"""Which heads there are, by name: known without loading any library that could train one."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:  # whose module loads NumPy, and the help of a command names the heads too
+    from featcache.evaluation.tasks import Kind
+
+# what validation chooses of each head, in the order of the heads' cost
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "centroid": (),
+    "ridge": ("alpha",),
+    "knn": ("k",),
+    "logistic": ("C",),
+    "svm": ("C",),
+    "selected": ("share", "C"),
+    "lda": ("shrinkage",),
+    "rbf": ("width", "C"),
+    "mlp": ("alpha",),
+    "boosting": (),
+}
+STREAMING = ("ridge", "logistic")  # these read features too large for memory from disk, in every pass
+ENSEMBLE, ALL = "ensemble", "all"
+HEAD_NAMES = (*PARAMETERS, ENSEMBLE, ALL)
+MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")
+_USUAL_MEMBERS = MEMBERS[:4]  # the others take longer than they add on most data sets
+# one output a label: any loss that is a sum over outputs would do, the logistic one gives probabilities
+HEADS_FOR: "dict[Kind, tuple[str, ...]]" = {
+    "label": tuple(PARAMETERS),
+    "labels": ("logistic",),
+    "number": ("ridge", "knn"),
+}
+_UP_TO_ONE = frozenset({"share", "shrinkage"})
+
+
+def require_head(name: str) -> None:
+    """Check a head's name.
+
+    Raises:
+        UsageError: there is no such head.
+    """
+    if name not in HEAD_NAMES:
+        raise UsageError(f"`heads` {name}: choose from {', '.join(HEAD_NAMES)}.{did_you_mean(name, HEAD_NAMES)}")
+
+
+def require_params(name: str, grid: Sequence[dict[str, Any]]) -> None:
+    """Check values to choose from.
+
+    Raises:
+        UsageError: the head takes other parameters, or other values.
+    """
+    known = PARAMETERS.get(name, ())
+    for params in grid:
+        if set(params) != set(known):
+            taken = ", ".join(sorted(known)) or "no parameter"
+            raise UsageError(f"`grid` {', '.join(sorted(params))}: {name} takes {taken}.")
+        for key, value in params.items():
+            most = 1 if key in _UP_TO_ONE else math.inf
+            if not 0 < value <= most or value == math.inf or (key == "k" and value % 1):
+                kind = "a whole number" if key == "k" else "a number up to 1" if most == 1 else "a number"
+                raise UsageError(f"`grid` {key}={value:g}: {kind}, above 0, is needed.")
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Return heads to run for those asked for, the cheapest first: ``all`` stands for each, an ensemble needs members."""
+    asked = set(names) | (set(HEAD_NAMES) if ALL in names else set())
+    return [name for name in (*PARAMETERS, ENSEMBLE) if name in asked]
+
+
+def members_of(names: Sequence[str]) -> list[str]:
+    """Return the heads to fit for those asked for: an ensemble that is alone brings its usual members."""
+    if ENSEMBLE in names and not set(names) & set(MEMBERS):
+        return in_order([*names, *_USUAL_MEMBERS])
+    return in_order(names)
+
+
+def heads_for(kind: "Kind", names: Sequence[str]) -> list[str]:
+    """Return the heads to fit for those asked for, the cheapest first.
+
+    Raises:
+        UsageError: there is no such head, or it cannot tell what is to be told.
+    """
+    for name in names:
+        require_head(name)
+    if kind == "label":
+        return members_of(names)
+    able = HEADS_FOR[kind]
+    if unable := [name for name in names if name not in {*able, ALL}]:
+        raise UsageError(f"`heads` {unable[0]}: for `target` {kind} choose from {', '.join(able)}.")
+    return [name for name in able if name in names or ALL in names]
