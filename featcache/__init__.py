@@ -113,6 +113,7 @@ __all__ = [
 ]
 
 
+# Loaded at first use (PEP 562): `import featcache` takes milliseconds, with PyTorch it would take seconds.
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'featcache' has no attribute {name!r}")

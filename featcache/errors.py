@@ -8,6 +8,7 @@ INTERRUPTED = 130  # exit code
 
 def interrupt(_signal: int, _frame: Any) -> None:
     """Treat SIGTERM as Ctrl-C, which every stage knows how to end on: a signal's handler."""
+    # One way to end: a batch system's SIGTERM commits what is computed, as Ctrl-C does.
     raise KeyboardInterrupt
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 20  # bytes a read: a file of any size is hashed in this much memory
 _DIGEST = 32  # bytes
-_FREE = bytes(_DIGEST)
+_FREE = bytes(_DIGEST)  # an empty slot; no content is known whose SHA-256 is zero
 
 
 class DigestSet:
@@ -28,6 +28,7 @@ class DigestSet:
 
     def add(self, digest: bytes) -> bool:
         """Add a value (32 bytes) where it is not there yet, and tell whether it was not."""
+        # A SHA-256 is evenly spread: its first bytes are a hash of their own, and Python's would take longer.
         place = int.from_bytes(digest[:8], "little") % self._slots
         while True:
             slot = slice(_DIGEST * place, _DIGEST * place + _DIGEST)

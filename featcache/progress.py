@@ -33,6 +33,7 @@ def set_up_notes(*, quiet: bool = False, verbose: bool = False, wording: Callabl
     _silent.set(quiet)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Printable(wording))
+    # Replaced, not added to: a second command in one process would say everything twice.
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
@@ -41,6 +42,7 @@ def set_up_notes(*, quiet: bool = False, verbose: bool = False, wording: Callabl
 @contextmanager
 def progress(total: int, title: str, unit: str = "img", start: int = 0) -> Iterator[Any]:
     """Yield a bar with an ``update(n)``; shown on a terminal only, and once it has run for a second."""
+    # Here: commands without a bar do not pay for it.
     from tqdm import tqdm
 
     hidden = _silent.get() or not sys.stderr.isatty()

@@ -110,6 +110,7 @@ def _made_to_fit(value: Any, hint: Any) -> Any:
 
 
 def _fit_number(value: Any, hint: type) -> Any:
+    # True is a whole number to Python: as a batch size it would be 1.
     if isinstance(value, bool) or not hasattr(value, "__index__" if hint is int else "__float__"):
         return _MISFIT
     if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
@@ -157,7 +158,7 @@ RUNTIMES: tuple[RuntimeName, ...] = ("auto", "torch", "compile", "openvino", "on
 Precision = Literal["float32", "bfloat16", "float16"]
 
 _MAX_INPUT = 4096  # pixels a side: one float32 image of this size takes 200 MB before the backbone has done anything
-_MAX_VIEWS = 1000
+_MAX_VIEWS = 1000  # each view is a row: more would fill a disk by a slip of the keyboard
 
 POOLED = "pooled"
 INPUT = "input"
@@ -178,6 +179,7 @@ class Transform:
     crop_pct: float = 1.0
     crop_mode: CropMode = "center"
     interpolation: Interpolation = "bicubic"
+    # ImageNet's, as torchvision publishes them; a backbone's own configuration replaces them.
     mean: tuple[float, float, float] | None = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] | None = (0.229, 0.224, 0.225)
     decoder: Decoder = "pillow-scaled"
@@ -268,6 +270,7 @@ class BackboneSpec:
     @property
     def label(self) -> str:
         """The name as it stands in folders and tables."""
+        # It becomes a folder's name: a hub's slashes and colons would be folders, or refused by a file system.
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-.")
         return f"{label}.random{self.random_init}" if self.random_init is not None else label
 
@@ -398,4 +401,5 @@ def freeze_args(args: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
         for each in value if isinstance(value, list | tuple) else (value,):
             if not isinstance(each, str | int | float | bool | None) or each != each:  # noqa: PLR0124 - NaN
                 raise UsageError(f"model_args: {key}: {each!r:.60}: a text, a number, a truth value or a list is needed.")
+    # Sorted, lists as tuples: the same arguments in any order are one cache key.
     return tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in args.items()))

@@ -46,6 +46,7 @@ from featcache.specs import (
 
 Pixels = NDArray[np.uint8]
 Outputs = tuple[NDArray[Any], ...]
+# A child below it, such as a lone norm, makes no stage worth storing activations at.
 _LIGHT = 0.01  # of all parameters
 
 
@@ -308,6 +309,7 @@ class TimmBackbone:
 
         The suffix of ``input`` takes pixels, uint8 (b, h, w, 3).
         """
+        # Pixels are stored as they are: mean and std belong to the suffix, so that all backbones share them.
         if cut == INPUT:
             return nn.Sequential(Normalise(self.transform), self._traced_whole())
         return self._cutter.split(self._trained_in_whole(cut)).suffix
@@ -372,6 +374,7 @@ class TimmBackbone:
                     layer, pooling = self._layers.read(name)
                     places.append(layer)
                     finish.append(pooling)
+        # Embeddings alone run the backbone itself; anything else needs the graph.
         if places != [None]:
             has_layers = any(isinstance(place, Layer) for place in places)
             body = (self._layers.cutter if has_layers else self._cutter).joint_prefix(places)
@@ -504,6 +507,7 @@ class TorchRuntime:
         self._program = program
         self._device = device
         self._dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+        # Workers decode side by side and take turns at the device: two batches at once would only halve its memory.
         self._turn = threading.Lock()
         self._piece = 0
 
@@ -512,6 +516,7 @@ class TorchRuntime:
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
             if self._device.type == "cpu":
                 return tuple(to_array(output) for output in self._whole(torch.from_numpy(pixels)))
+            # Pinned memory is copied while the device computes; float32 on the way back, since NumPy has no bfloat16.
             images = torch.from_numpy(pixels).pin_memory()
             with self._turn:
                 outputs = self._whole(images.to(self._device, non_blocking=True))
@@ -530,6 +535,7 @@ class TorchRuntime:
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise SetupError(f"`device` {self._device}: its memory does not hold one image's activations.") from None
+                # For good: a size that failed once would fail again with the next large batch.
                 self._piece = size // 2
                 logger.warning("out of memory on %s: going on with %d images at a time", self._device, self._piece)
                 if self._device.type == "cuda":

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from featcache.backbones.tracing import UNKNOWN, Multiple, Shape, combine, narrow, observe, random_images, trace
 from featcache.errors import CutError
 
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-4  # of the greatest embedding: what another order of float32 sums may differ by
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Cutter:
         self._backbone = backbone
         self._traced, self._calls = trace(backbone)
         self._images = random_images(backbone, 3, image_size)
+        # Batches of two and of three: what stays is a constant, what grows with them is a multiple of the batch size.
         self._values = self._observed()
         if narrows and narrow(self._traced, self._sizes):
             self._values = self._observed()
@@ -100,6 +101,7 @@ class Cutter:
         prefix = _prefix(self._traced, (border,))
         suffix = _suffix(self._traced, border, self._values, self._dependent)
         frozen = self._frozen(suffix, trained, hot)
+        # Checked on the spot, once a border: a wrong split would only show as a worse accuracy.
         if border not in self._checked:
             _check(self._backbone, lambda images: suffix(prefix(images)), self._images)
             self._checked.add(border)
@@ -193,6 +195,7 @@ class Cutter:
         return _minimum_cut(self._traced, self._values, self._dependent, hot, self._read)
 
     def _trained(self, is_trained: Callable[[str], bool]) -> set[int]:
+        # By identity, not by name: one parameter can be reached under several names.
         trained = {id(value) for name, value in self._backbone.named_parameters() if is_trained(name)}
         if not trained:
             raise CutError("nothing is trained after this cut: use pooled.")
@@ -210,6 +213,7 @@ class Cutter:
         names = {id(value): name for name, value in self._backbone.named_parameters()}
         held = {id(value) for value in suffix.parameters()} - trained
         shared = {parameter for node in hot & self._dependent for parameter in self._read[node]}
+        # Frozen layers behind the cut would run in every epoch: that is what the cut is to spare.
         if again := sorted(names.get(parameter, "?") for parameter in held - shared):
             raise CutError(f"{len(again)} frozen parameters ({again[0]}, ...) would lie behind this cut.")
         return tuple(sorted(names.get(parameter, "?") for parameter in held))
@@ -261,6 +265,7 @@ def without_unused_tokens(backbone: nn.Module, image_size: int) -> nn.Module:
 def _check(backbone: nn.Module, computed: Callable[[Tensor], Tensor], images: Tensor) -> None:
     with torch.inference_mode():
         expected, got = backbone(images), computed(images)
+    # NaN equals nothing, itself included: without this the message would be about the cut.
     if not expected.isfinite().all():
         raise CutError("this backbone answers a random image with NaN or infinity.")
     if not torch.allclose(expected, got, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())):
@@ -280,6 +285,7 @@ def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
 
 def _with_handed_over(traced: fx.GraphModule, held: _Reads, dependent: set[fx.Node]) -> _Reads:
     """Return the parameters that each node reads, those too that are handed to it by nodes that no image has a part in."""
+    # Standardised weights, for one, are computed by functions: those hold nothing, and must still count as frozen.
     parameters = {id(value) for value in traced.parameters()}  # a buffer, such as a mask, costs nothing to apply again
     reads: _Reads = {}
     for node in traced.graph.nodes:
@@ -305,6 +311,7 @@ def _minimum_cut(
     traced: fx.GraphModule, values: dict[fx.Node, Any], dependent: set[fx.Node], hot: set[fx.Node], reads: _Reads
 ) -> _Border:
     """Return the nodes whose tensors separate the images from the hot nodes at the least bytes."""
+    # Each node is split in two: cutting a vertex costs its tensor's bytes, edges between nodes are free (infinite).
     flow = nx.DiGraph()
     for node in traced.graph.nodes:
         if node not in dependent or node in hot:
@@ -312,8 +319,10 @@ def _minimum_cut(
         value = values[node]
         if isinstance(value, Shape):
             flow.add_edge((node, "in"), (node, "out"), capacity=value.length * value.dtype.itemsize)
+        # No capacity is infinite: what has no row an image can never be stored.
         elif value is UNKNOWN:
             flow.add_edge((node, "in"), (node, "out"))
+        # Whatever reads a parameter is tied to the source: doing it again in the suffix would cost computing.
         if node.op == "placeholder" or reads[node]:
             flow.add_edge("images", (node, "in"))
         for user in node.users:
@@ -326,12 +335,14 @@ def _minimum_cut(
         raise CutError("no tensor with one row an image separates the frozen from the trained part.") from error
     border = [node for node in traced.graph.nodes if (node, "in") in before and (node, "out") in after]
     tensors = tuple(node for node in border if isinstance(values[node], Shape))
+    # Tensors of one border are stored as one row, which has one dtype.
     if len({values[node].dtype for node in tensors}) != 1:
         raise CutError("tensors of several kinds of numbers would have to be stored for this cut.")
     return tensors
 
 
 def _prefix(traced: fx.GraphModule, borders: tuple[_Border, ...]) -> fx.GraphModule:
+    # A graph of its own over the same modules: prefix and suffix share parameters with the backbone, nothing is copied.
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     ends = {node for border in borders for node in border}
@@ -397,6 +408,7 @@ def _packed(*parts: Tensor) -> Tensor:
 def _unpacked(stored: Tensor, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     """Return the tensors that were packed, each (b, *shape)."""
     parts = torch.split(stored, [math.prod(shape) for shape in shapes], 1)
+    # Contiguous, as the backbone's own tensors are: a view of the packed row would have the row's strides.
     return tuple(part.reshape(-1, *shape).contiguous() for part, shape in zip(parts, shapes, strict=True))
 
 

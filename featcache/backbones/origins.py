@@ -21,7 +21,7 @@ _FOLDER, _HUB = ("local-dir:",), ("hf-hub:", "hf_hub:")
 _CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt", ".npz")  # more than timm reads: one too many only misses
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
-_hashed: dict[tuple[str | int, ...], str] = {}
+_hashed: dict[tuple[str | int, ...], str] = {}  # of this process: one command asks for the same weights many times
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Origin:
         return fingerprint({file.name: sha256_of_weights(file) for file in files})
 
     def _files(self, folder: Path) -> Iterator[Path]:
+        # The architecture's file counts too: the same weights under another configuration are another network.
         if "config" in self.reads and (folder / _CONFIG).is_file():
             yield folder / _CONFIG
         if "weights" not in self.reads:
@@ -180,6 +181,7 @@ def sha256_of_weights(path: Path) -> str:
 
 def _file_facts(path: Path) -> tuple[Any, ...]:
     facts = path.stat()
+    # Device and inode too: a path can lead to another file of the same size and time.
     return (os.path.abspath(path), facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)  # noqa: PTH100 - links stay
 
 
@@ -245,6 +247,7 @@ def local_files_only() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
+    # The client reads this switch at every call, not at import: no variable of the environment would reach it now.
     constants.HF_HUB_OFFLINE = True
     try:
         yield

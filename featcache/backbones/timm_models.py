@@ -128,6 +128,7 @@ def model_size(name: str) -> ModelSize | None:
 
     architecture, args = _bundled()[:2] if name == BUNDLED else (name, {})
     size = next(facts.input_size for facts in list_backbones(name))
+    # The meta device has shapes only: no weights are drawn for a model that is merely listed.
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
         try:
             module = timm.create_model(architecture, num_classes=0, **args).eval()
@@ -157,6 +158,7 @@ def _require_known(name: str) -> None:
 def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | None) -> nn.Module:
     reachable = not pretrained or origins.hub_has_an_address()
     try:
+        # The caller's random numbers go on as if no network had been created.
         with torch.random.fork_rng(devices=[]), nullcontext() if reachable else origins.local_files_only():
             torch.default_generator.manual_seed(seed or 0)  # of the CPU alone: a GPU's numbers are the caller's
             module: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
@@ -197,6 +199,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     heads = config.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     expected = module.state_dict()
+    # Names are compared before shapes: a file of another model fails by what it lacks, the clearer message.
     misfits = [name for name, value in state.items() if name in expected and expected[name].shape != value.shape]
     needed = [name for name in expected if not name.endswith("num_batches_tracked")]
     missing = [name for name in needed if name not in state]
@@ -256,6 +259,7 @@ def hash_weights(module: nn.Module) -> str:
 
     def chunks() -> Iterator[bytes | memoryview]:
         for name, value in sorted(module.state_dict().items()):
+            # A counter of training steps decides no row.
             if not name.endswith("num_batches_tracked"):
                 array = value.detach().cpu().contiguous().reshape(-1)
                 yield f"{name}:{value.dtype}:{tuple(value.shape)};".encode()

@@ -54,6 +54,7 @@ class _Tracer(fx.Tracer):
     """
 
     def __init__(self) -> None:
+        # timm marks what tracing cannot enter: control flow that depends on shapes or values.
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._leaves = (DropPath, *get_notrace_modules())
         self.calls: dict[str, list[Call]] = {}
@@ -143,6 +144,7 @@ def _describe(value: object) -> Any:
 def combine(two: Any, three: Any) -> Any:
     """Return what is known of a node for every batch size, from batches of two and of three images."""
     if isinstance(two, Shape) and isinstance(three, Shape):
+        # A batch axis must come first and be the only one that changes: then one image is one row.
         rows = two.sizes[:1] == (2,) and three.sizes[:1] == (3,) and two.sizes[1:] == three.sizes[1:]
         return Shape(two.sizes[1:], two.dtype) if rows else UNKNOWN
     if isinstance(two, tuple) and isinstance(three, tuple) and len(two) == len(three):
@@ -196,6 +198,7 @@ def narrow(traced: fx.GraphModule, sizes: Sizes) -> bool:
             query: Any = attention.args[0]
             with graph.inserting_before(attention):
                 first = graph.call_function(operator.getitem, (query, (_ALL, _ALL, _ONE)))
+            # Only queries shrink: keys and values of all tokens are what the class token attends to.
             attention.update_arg(0, first)
             node.update_arg(2, 1)
             continue
@@ -258,6 +261,7 @@ def _is_alike(traced: fx.GraphModule, operand: object, expected: tuple[int, ...]
     value: Any = traced
     for name in str(operand.target).split("."):
         value = getattr(value, name)
+    # A vector over channels is the same for every token; a table of positions is not.
     return isinstance(value, Tensor) and value.dim() <= 1
 
 
@@ -274,6 +278,7 @@ def _attention_behind(node: fx.Node) -> fx.Node | None:
     ):
         return None
     attention = turned.args[0]
+    # Heads beside tokens, (b, n, heads, d), is what the reshape joins; any other order is another operation.
     if turned.args[1:] not in {(1, 2), (2, 1)} or not isinstance(attention, fx.Node) or len(attention.users) > 1:
         return None
     is_attention = attention.op == "call_function" and attention.target is F.scaled_dot_product_attention

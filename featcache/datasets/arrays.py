@@ -26,6 +26,7 @@ from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError, UsageError
 from featcache.resources import free_memory
 
+# Names under which such files keep images (MedMNIST: train_images), the likeliest first.
 _IMAGES = ("images", "image", "x", "X", "data", "arr_0")
 _LABELS = ("labels", "label", "y", "targets", "target", "arr_1")
 _SPLITS = ("splits", "split")
@@ -37,8 +38,8 @@ _KNOWN = frozenset(
 )
 _MOST_RATIO = 1100  # what deflate can make of zeros
 _DENSE_BYTES, _DENSE_RATIO = 256 << 20, 100  # photographs never shrink so far
-_MOST_CHUNK = 1 << 30
-_MOST_SHOWN = 10
+_MOST_CHUNK = 1 << 30  # bytes; HDF5 unpacks a chunk whole to read one row of it
+_MOST_SHOWN = 10  # names in a message
 _TEXTS_AT_ONCE = 64  # texts of variable length may all be one and the same very long one
 
 
@@ -52,11 +53,13 @@ def open_npz(path: Path) -> Dataset:
         with zipfile.ZipFile(path) as archive:
             infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             members = [name for name, info in infos.items() if name in _KNOWN and info.filename.endswith(".npy")]
+            # Half of it: what is computed from them needs room too.
             if sum(_declared(path, archive, infos[name]) for name in members) > free_memory() / 2:
                 raise DataError(f"{path}: its arrays do not fit into memory; as HDF5 they may stay on disk.")
             arrays: dict[str, Any] = {}
             for name in members:
                 with archive.open(f"{name}.npy") as member:
+                    # No pickles: an array of objects can run any code as it is loaded.
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
@@ -100,6 +103,7 @@ def open_hdf5(path: Path) -> Dataset:
         raise DataError(f"{path}: not an HDF5 file ({error}).") from error
     arrays: dict[str, Any] = {}
     for name in file:
+        # An external link would read any HDF5 file of the user's as if it were this data set.
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise DataError(f"{path}: {name} is a link; only datasets in the file itself are read.")
         dataset = file[name] if name in _KNOWN else None
@@ -166,6 +170,7 @@ def from_array(
             f"{location}: {shape[0]} images need one label each, found {len(labels)}; splits {len(split_names)}."
         )
     usable, notes = labelled(labels, split_names, location, lambda row: f"row {row}")
+    # Rows without a split would be drawn into any part, the test part included.
     if 0 < sum(not split_names[row] for row in usable) < len(usable):
         raise DataError(f"{location}: some rows have a split and some have none: fill in all of them, or none.")
     items = (Sample(f"{row:08d}", labels[row] or "", split_names[row]) for row in usable)
@@ -202,6 +207,7 @@ class _ArrayRows:
 
     def __call__(self, row: int) -> bytes:
         """Return a row as the bytes of an image file."""
+        # h5py has one lock for the whole library: threads that wait here do not hold it meanwhile.
         with self._lock:
             pixels = np.asarray(self._images[row])
         try:

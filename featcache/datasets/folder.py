@@ -80,10 +80,13 @@ class Tree:
 
     def files(self, folder: str = "") -> Iterator[str]:
         """Yield the relative POSIX paths of the image files below a folder, in no order."""
+        # Folders are told by their real path: links may lead to one from several places.
         real = os.path.realpath(os.path.join(self._real, folder))  # noqa: PTH118 - as below
+        # What is read under its own name is not read again under a link: the image would count for two classes.
         if folder and self._is_linked(folder) and self._is_read_elsewhere(real):
             self.unread.repeated.append(folder)
             return
+        # A list, not recursion: a link to a folder above would end in a full stack.
         waiting = [(folder, real)]
         while waiting:
             where, real = waiting.pop()
@@ -205,6 +208,7 @@ def open_folder(root: Path) -> Dataset:
             images[folder] = len(files)
             nested.update(inner for path in files if (inner := _inner(path, len(folder) + 1)))
 
+    # Packed as they come: millions of Sample values at once would take gigabytes.
     table = SampleTable(samples())
     outside, beside = _outside(root, list(splits), tree.unread), Counter[str]()
     if splits:
@@ -293,6 +297,7 @@ def _beside(root: Path, folders: Sequence[str], splits: dict[str, str]) -> Count
         tree = Tree(root, [name])
         counts[name] = sum(1 for _ in tree.files(name))
         split = looks_like_split(name)
+        # test1/ beside train/: left out without a word, the test images would be drawn from train.
         if split and split not in splits.values() and (counts[name] or tree.unread):
             raise DataError(
                 f"{root / name}: looks like the {split} split, which is read from a folder {split}/ only. Rename it, "

@@ -28,9 +28,11 @@ from featcache.datasets.images import encode_image
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError, SetupError, UsageError
 
+# Where torchvision's classes keep paths; read from there, no image is decoded by torchvision.
 _FILE_LISTS = (("samples", None), ("_samples", None), ("imgs", None), ("_image_files", "_labels"), ("_images", "_labels"))
+# The hub's sets name the part that chooses in four ways.
 _HF_SPLITS = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "test": "test"}
-_MOST_LOOKED_AT = 100_000
+_MOST_LOOKED_AT = 100_000  # files; a whole disk that is named by mistake ends here
 
 
 def open_torchvision(name: str, root: Path | None, *, download: bool) -> Dataset:
@@ -174,10 +176,12 @@ def _hub_part(name: str, split: str, rows: Any, datasets: Any) -> _HubPart:
     if image is None or not labels:
         raise DataError(f"hf:{name}: a column of images and one of labels are needed, found {sorted(rows.features)}.")
     label, kind = labels[0], rows.features[labels[0]]
+    # A list of labels keeps the class names in its inner feature.
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None) or ()
     read = Labels(f"hf:{name}, {split}", [str(class_name) for class_name in names])
     texts = [read.read(value, f"row {row}") for row, value in enumerate(rows[label])]
     numbers = {f"{row:08d}": row for row in range(len(texts))}
+    # The file's own bytes: decoded by `datasets` and encoded again they would be another image.
     undecoded = rows.cast_column(image, datasets.Image(decode=False))
     notes = []
     for chosen, all_of in ((label, list(dict.fromkeys(labels))), (image, images)):
@@ -219,6 +223,7 @@ def _no_requests_but(*, download: bool) -> Iterator[None]:
     from datasets import config
     from huggingface_hub import constants
 
+    # Both libraries read their switches when they are imported, so that the values are set, not the environment.
     switches = {(config, "HF_UPDATE_DOWNLOAD_COUNTS"): False}
     if not download:
         switches |= {(config, "HF_HUB_OFFLINE"): True, (constants, "HF_HUB_OFFLINE"): True}
@@ -285,6 +290,7 @@ def _torchvision_part(name: str, location: str, part: Any) -> Dataset:
     data = getattr(part, "data", None)
     if data is not None and targets is not None:
         pixels = np.asarray(data)
+        # SVHN and STL10 keep channels first.
         if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
             pixels = pixels.transpose(0, 2, 3, 1)
         return replace(from_array(pixels, texts(targets), name=name, location=location), label_lists=read.lists)

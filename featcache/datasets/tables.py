@@ -17,8 +17,9 @@ import numpy as np
 from featcache.datasets.base import ArrayReader, Dataset, FileReader, Sample, require_whole, safe_name, split_of
 from featcache.errors import DataError, SetupError
 
-_MOST_CHARACTERS = 10_000
+_MOST_CHARACTERS = 10_000  # a caption fits, a file that was taken for a label does not
 _BETWEEN = ";"  # what ``target` labels` divides a text at
+# Marks that other programs write for a missing value; here they are only warned of, since they may be names.
 _OFTEN_MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "-1"})
 
 
@@ -56,6 +57,7 @@ class Labels:
     def _joined(self, values: list[Any], row: object) -> str:
         self.lists = True
         texts = [self._text(value, row) for value in values]
+        # A separator inside a label would split it in two when labels are read again.
         if None in texts or any(_BETWEEN in text or "|" in text for text in texts if text):
             raise DataError(f"{self._where}, {row}: a list of labels holds a missing one, or one with ; or | in it.")
         return _BETWEEN.join(text for text in texts if text)
@@ -162,9 +164,10 @@ def _abbreviated(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+# Names under which Parquet files hold images, Hugging Face's first.
 _BYTES_COLUMNS = ("image", "bytes", "img", "jpg", "png")
-_MOST_LINE = 1 << 20
-_BATCH_BYTES = 64 << 20
+_MOST_LINE = 1 << 20  # characters: csv would read a file without line ends whole before it complains
+_BATCH_BYTES = 64 << 20  # of decoded columns at a time
 
 
 @dataclass
@@ -184,6 +187,7 @@ class _Rows:
             raise DataError(f"{where}: path and label must not be empty.")
         if "\0" in name:
             raise DataError(f"{where}: a path has a NUL in it.")
+        # Paths are compared as texts later: a//b and a/b are one image.
         self.names.append(PurePosixPath(name).as_posix())
         self.labels.append(label)
         self.splits.append(split_of(split, where))
@@ -241,6 +245,7 @@ def read_column(location: str, column: str) -> list[str]:
 def _csv_rows(path: Path, asked: str | None = None) -> _Rows:
     rows, read = _Rows(), Labels(str(path))
     try:
+        # utf-8-sig: Excel begins its files with a byte order mark, which would stand in the first column's name.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(_sane_lines(file, path))
             columns = next(reader, [])
@@ -295,6 +300,7 @@ def _parquet_rows(path: Path, asked: str | None = None) -> tuple[_Rows, str | No
             raise DataError(f"{path}: a column label is needed beside {column}, found {sorted(schema.names)}.")
         _require_single(schema.names, path, asked)
         _require_text(schema, column, path)
+        # A row takes a byte at least, however well it is packed.
         if file.metadata.num_rows > path.stat().st_size:
             raise DataError(f"{path}: claims {file.metadata.num_rows} rows in {path.stat().st_size} bytes.")
         classes, broken = _class_names(schema.metadata or {})
@@ -363,6 +369,7 @@ class _RowGroups:
                         self._ends.append(total)
                 group = next(index for index, end in enumerate(self._ends) if row < end)
                 if group not in self._held:
+                    # Two row groups: readers of neighbouring images stand at most at one border.
                     while len(self._held) > 1:
                         self._held.pop(next(iter(self._held)))
                     self._held[group] = file.read_row_group(group, columns=[self._column])[self._column].to_pylist()

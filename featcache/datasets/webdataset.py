@@ -26,9 +26,10 @@ from featcache.datasets.folder import IMAGE_SUFFIXES, IN_ORDER, is_hidden, many,
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError
 
+# A label is a word, a header some hundred bytes: what claims more is no shard, and is not read.
 _MOST_LABEL_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 16 << 20
-_MOST_SHARDS = 100_000
+_MOST_SHARDS = 100_000  # braces multiply: {0..9999}{0..9999} would be a list of a hundred million names
 _LABEL_SUFFIXES = (".cls", ".json", ".txt")  # the first that says a label counts: captions stand in .txt, and in .json
 
 
@@ -94,6 +95,7 @@ def open_shards(pattern: str) -> Dataset:
         shard = _indexed(path, read)
         unread += shard.unread
         for key, formats in shard.images.items():
+            # By format, not by order: a shard that was packed again keeps its images.
             name, offset, size = formats[min(formats, key=IN_ORDER.index)]
             more += len(formats) - 1
             says = shard.labels.get(key, {})
@@ -121,6 +123,7 @@ def _indexed(path: Path, read: Labels) -> _Shard:
     shard = _Shard()
     try:
         require_file(path)
+        # mode r: (with a colon) is an uncompressed tar only: members are read in place, at their offset.
         with _Archive(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
@@ -150,6 +153,7 @@ def _sort_in(
     elif suffix in _LABEL_SUFFIXES and member.size <= _MOST_LABEL_BYTES:
         file = archive.extractfile(member)
         label = _label(file.read() if file else b"", suffix, read, member.name)
+        # Two labels for one sample: any choice would be a guess.
         if label is not None and shard.labels[key].setdefault(suffix, label) != label:
             raise DataError(f"{path}: {member.name} is there twice, with different labels.")
     else:

@@ -32,6 +32,7 @@ def some_of(X: Many, rows: NDArray[np.int64]) -> Many:
 
 def as_rows(X: Many) -> Many:
     """Return features (n, ..., d) as heads take them: float32 rows (n * ..., d); streamed ones are rows already."""
+    # float32 in one piece: BLAS would copy anything else in every product.
     return X if isinstance(X, LazyRows) else np.ascontiguousarray(X.reshape(-1, X.shape[-1]), dtype=np.float32)
 
 
@@ -102,6 +103,7 @@ def by_estimator(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Swee
     """
 
     def fit(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
+        # One BLAS thread each: candidates run side by side, and threads of threads fight for the cores.
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # told by the second value
             head = build(params, seed, X, y).fit(X, y)
@@ -121,6 +123,7 @@ def by_estimator(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Swee
 
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
+            # Threads, not processes: scikit-learn's fits release the interpreter, and features are not copied.
             count = min(len(grid), cores())
             yield from Parallel(n_jobs=count, prefer="threads", return_as="generator")(
                 delayed(attempt)(params) for params in grid
@@ -132,4 +135,5 @@ def by_estimator(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Swee
 def _converged(head: Pipeline) -> bool:
     """Tell whether a network's optimiser ended by itself; other models here do not iterate towards an optimum."""
     model = head[-1]
+    # A network that has used up its epochs was still on its way.
     return not isinstance(model, MLPClassifier) or model.n_iter_ < model.max_iter

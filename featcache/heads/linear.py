@@ -73,6 +73,7 @@ def _signs(y: Y_, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _sweep_svm(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
+    # Unit length: a hinge's margin of 1 then means the same for features of any scale.
     X, classes = normalize(X), np.unique(y)
     costs = [params["C"] for params in grid]
     by_fold = linear.solve(X, _signs(y, classes), costs, _masks(folds, len(y)), loss="squared_hinge", standardise=False)
@@ -178,6 +179,7 @@ def linear_weights(head: Pipeline, classes: int) -> tuple[NDArray[np.float64], N
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercept = np.concatenate([-intercept, intercept]) / 2
     weights, bias = np.zeros((classes, coefficients.shape[1])), np.full(classes, -30.0)
+    # -30: a class without a training row gets a probability near 0, and its logit stays a number.
     weights[model.classes_] = coefficients
     bias[model.classes_] = intercept
     return weights, bias
@@ -186,6 +188,7 @@ def linear_weights(head: Pipeline, classes: int) -> tuple[NDArray[np.float64], N
 def linear_estimator(weights: NDArray[np.float64], bias: NDArray[np.float64]) -> Pipeline:
     """Return a linear map to logits, weights (classes, d), bias (classes,), as scikit-learn's fitted estimator."""
     head = LogisticRegression()
+    # scikit-learn keeps the second class's row alone.
     if len(weights) == 2:
         weights, bias = weights[1:] - weights[:1], bias[1:] - bias[:1]
     head.coef_, head.intercept_, head.classes_ = weights, bias, np.arange(max(2, len(weights)))

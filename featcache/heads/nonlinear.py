@@ -22,12 +22,13 @@ from featcache.heads.linear import as_logistic, linear_estimator, probabilities
 from featcache.heads.solvers import linear
 
 TEMPERATURE = 0.07  # a neighbour weighs exp(cosine / T) (Wu et al. 2018; Caron et al. 2021, DINO, appendix F.1)
+# DINO's k stands first (Caron et al. 2021): of equals the first is taken.
 _NEIGHBOURS = (20, 10, 5, 1, 100, 200)
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE = 512  # queries whose cosines to all training rows are in memory together
 _MIN_FOR_EARLY_STOPPING = 20
 _MOST_EPOCHS = 2000  # three hundred did not always do without held-out rows
-_LANDMARKS = 768
-_COMPONENTS = 64
+_LANDMARKS = 768  # rows that stand for all in the kernel (Nyström): the cost grows with their square
+_COMPONENTS = 64  # that trees see
 
 
 def _neighbour_counts(count: int) -> list[Params]:
@@ -66,6 +67,7 @@ def _nearest(train: X_, rows: X_, count: int) -> tuple[NDArray[np.int64], NDArra
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
         all_cosines = rows[block] @ train.T
+        # Partition first: sorting all cosines of a row for the nearest few would take most of the time.
         near = np.argpartition(-all_cosines, count - 1, axis=1)[:, :count]
         values = np.take_along_axis(all_cosines, near, axis=1)
         order = np.argsort(-values, axis=1, kind="stable")

@@ -97,4 +97,5 @@ def _figure(panels: int) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError:
         raise SetupError("pictures need matplotlib: `pip install 'featcache[plot]'`.") from None
+    # Without pyplot: no window system is asked for, and no global state is left behind.
     return Figure(figsize=(5 * panels, 4), layout="constrained")

@@ -207,6 +207,7 @@ def _parsed_record(line: bytes) -> RunRecord:
     if (version := data.get("schema_version")) != SCHEMA_VERSION:
         raise DataError(f"of version {version!r:.40}, this featcache reads {SCHEMA_VERSION}")
     checksum = data.pop("checksum", None)
+    # Records of before have none; a line that was edited by hand is refused, since its numbers are quoted.
     if checksum is not None and checksum != _checksum(json.dumps(data, sort_keys=True)):
         raise DataError("it was changed since it was written: its checksum is another")
     return record_from(data)

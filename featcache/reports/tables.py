@@ -28,6 +28,7 @@ COLUMNS = (
 )
 
 
+# Where no epoch gained, the probe is the answer: a gap of +0.0 would read as a measured tie.
 NO_GAIN = "no gain on validation"
 
 
@@ -48,6 +49,7 @@ def rows(records: Sequence[RunRecord]) -> list[list[str]]:
     Gaps are to the head that did best on validation for the same data set, backbone, groups and seed, among the table's
     and those that fine-tuning was compared with itself; records with other test items are not compared.
     """
+    # Of a cell that ran twice the last run counts, as a rerun is meant to replace.
     latest = tuple({record.cell: record for record in records}.values())
     return [_row(group, latest) for group in _groups(latest)]
 
@@ -82,6 +84,7 @@ def to_csv(records: Sequence[RunRecord]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows(records):
+        # Only names can begin with =, + or -: numbers such as a gap of -0.5 must stay numbers.
         writer.writerow([inert(cell) if index < 3 else cell for index, cell in enumerate(row)])
     return out.getvalue()
 
@@ -96,6 +99,7 @@ def _groups(records: Sequence[RunRecord]) -> list[_Group]:
 
 def _without_seed(record: RunRecord) -> str:
     """Return what else tells rows apart; given test splits are one set of items under every seed, drawn ones are not."""
+    # Everything that was asked for, the seed apart: rows of other settings are never averaged.
     return repr(sorted(record.request.items(), key=lambda pair: pair[0]))
 
 
@@ -159,6 +163,7 @@ def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
         return Gap(record.gap["points"], record.gap["ci"], record.gap["p_value"])
     if rival is None or rival.cell == record.cell:
         return None
+    # Paired by image: records on other test images say nothing about a difference.
     right, groups = _right(record), record.test_groups
     if len(right) != len(_right(rival)) or not len(right):
         return None
@@ -175,6 +180,7 @@ def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | 
         and (rival.dataset, rival.seed, rival.test_items) == (record.dataset, record.seed, record.test_items)
         and all(rival.request.get(name) == record.request.get(name) for name in ("backbone", "group"))
     ]
+    # By validation, never by test; a tie goes to logistic, from which fine-tuning starts.
     return max(rivals, key=lambda rival: (rival.val["accuracy"], rival.method == "logistic"), default=None)
 
 

@@ -20,7 +20,8 @@ from typing import BinaryIO
 from featcache.errors import StorageError
 
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>\w*)-(?P<process>\d{1,18})-[0-9a-f]{8}")
-_ABANDONED_SECONDS = 24 * 3600
+_ABANDONED_SECONDS = 24 * 3600  # whether a process of another machine lives cannot be asked
+# What file systems without hard links say (exFAT, SMB, some FUSE): the name is taken in another way there.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 _NOT_KNOWN = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
@@ -42,6 +43,7 @@ def replace_file_by(path: Path, write: Callable[[BinaryIO], object]) -> None:
         StorageError: the disk is full or cannot be written.
     """
     with _storage_errors(path), _temporary(path.parent, write) as temporary:
+        # The content is on disk by now (fsync in _temporary): after a crash the name leads to all of it or to the old file.
         temporary.replace(path)
         _sync_folder(path.parent)
 
@@ -127,6 +129,7 @@ def _is_abandoned(path: Path, host: str, process: int, *, remove: bool) -> bool:
 
 @contextmanager
 def _temporary(folder: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+    # Whoever writes cleans up: nothing has to run at the end of a process that was killed.
     remove_abandoned(folder)
     path, file = _new_temporary(folder)
     try:

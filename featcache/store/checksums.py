@@ -67,6 +67,7 @@ class Stamps:
         doubtful = {(file, sha256) for file, sha256 in files if not self._is_believed(file, sha256)}
         if not doubtful:
             return [True] * len(files)
+        # A hash is worth what the file's times are worth: those are taken before its bytes are read.
         now = time.time_ns()  # before, not after: what changes while it is hashed is younger than this
         before = {file: signs(file) for file, sha256 in doubtful if file.is_file() and self._can_be(file, sha256)}
         with ThreadPoolExecutor(cores()) as hashers:

@@ -36,10 +36,11 @@ from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, M
 from featcache.store.rows import Features, LazyRows, RowReader
 
 TABLE = "features.h5"
-TABLE_LIMIT = 2 << 30
+TABLE_LIMIT = 2 << 30  # the table is a copy for people: above this the disk is worth more than rows kept twice
+# A folder that was copied under another entry's name would otherwise answer for that entry's key.
 _NAMED_BY_KEY = re.compile(r".*-([0-9a-f]{8})")
-_BLOCK_BYTES = 2 << 20
-_KEPT_MANIFESTS = 20
+_BLOCK_BYTES = 2 << 20  # hashed by one thread while another writes it: small enough for a core's cache
+_KEPT_MANIFESTS = 20  # a reader that listed the folder just before a commit still finds the version that it chose
 
 
 class FeatureStore:
@@ -68,6 +69,7 @@ class FeatureStore:
         if not note.exists():
             if path.exists() and any(_foreign(inside) for inside in path.iterdir()):
                 raise StorageError(f"{path}: not an entry of featcache and not empty. Move it away, or use another `cache`.")
+            # Folders before the note: as soon as spec.json is there, this is an entry that others write into.
             make_folder(path / "parts")
             make_folder(path / "requests")
             create_file(note, content)
@@ -92,6 +94,7 @@ class FeatureStore:
         """
         path = Path(path)
         try:
+            # A plain file of sane size only: a pipe in its place would be waited for, a device would never end.
             text = read_plain(path / "spec.json")
             spec = parse(text)
             key = spec.pop("key")
@@ -152,11 +155,12 @@ class FeatureStore:
     ) -> Manifest:
         """Make parts, quarantined images and a listing count: all of them, or none when killed.
 
-        Parts come beside those that are there, but for those they are ``instead_of``. ``seconds`` are added to what the
-        entry's rows have cost. A commit that another process forestalled is merged with that one's and tried again.
+        Parts come beside those that are there, but for those they are ``instead_of``; ``seconds`` are added to the entry's.
         """
+        # Parts of a moment ago are old enough by now for their times to be believed instead of hashing them again.
         self._stamps.settle()
         content = [hdf5.encode_listing(listing)] if listing else []
+        # On disk before the manifest that names it: a killed commit leaves a file too many, never a name too many.
         listed = self._add_file(content, LISTING_SUFFIX, len(listing.labels)) if listing else None
         gone = {record.name for record in instead_of}
         while True:
@@ -170,9 +174,11 @@ class FeatureStore:
                 listing=listed or base.listing,
                 seconds=round(base.seconds + seconds, 3),
             )
+            # A version that says nothing new would only push older ones, and their readers, towards the end.
             if replace(merged, number=0, previous="") == replace(base, number=0, previous="") and base.number:
                 self._manifest = base
                 return base
+            # By a link to the next free number: one process wins it, the others merge with its version and try again.
             made = create_file(self._manifest_path(merged.number), manifests.encode_manifest(merged, self.key))
             if made and self._is_in_the_chain(merged):
                 self._manifest = merged
@@ -234,6 +240,7 @@ class FeatureStore:
     def reader(self) -> RowReader:
         """Return a reader of the listed images' rows, from files whose hashes are right."""
         listing, path = self.listing(), self.path / TABLE
+        # The table holds the rows in the listing's order: one map and no search. It may be replaced at any moment.
         if current := self._current_table():
             mapped, rows = self._map(path, len(listing.labels)), np.arange(len(listing.labels))
             if self._still(path, current):
@@ -273,6 +280,7 @@ class FeatureStore:
         if current := self._current_table():
             with ThreadPoolExecutor(1) as beside:
                 rows = beside.submit(hdf5.read_features, path)
+                # Decoding labels costs the interpreter, copying rows the memory bus: side by side neither is waited for.
                 labelled = self.labelled()
             if self._still(path, current):
                 self._map(path, len(labelled.y))
@@ -330,6 +338,7 @@ class FeatureStore:
         yield from before
         for start in range(0, len(reader), step):
             yield hdf5.bytes_of(reader.take(np.arange(start, min(start + step, len(reader)))))
+            # Pages that were read count as this process's memory until their map is closed.
             reader.forget()
         yield from after
 
@@ -458,6 +467,7 @@ class FeatureStore:
 
     def _newest(self) -> Manifest:
         missing = 0
+        # No lock: between the listing of the folder and the reading others commit and prune.
         while numbers := manifests.numbers_in(self.path):
             try:
                 return self._read_manifest(numbers[0])
@@ -501,6 +511,7 @@ class FeatureStore:
         """
         paths = [self._part_path(record) for record in records]
         fresh = [record in self._just_written and path.is_file() for record, path in zip(records, paths, strict=True)]
+        # A size is looked at first: a file of another length, planted or torn, is not worth hashing.
         for path, record in zip(paths, records, strict=True):
             if path.is_file() and path.stat().st_size != record.bytes:
                 raise StorageError(f"{path}: {OTHER_BYTES}. {self._remedy}")
@@ -550,6 +561,7 @@ def now_ns() -> int:
 
 def _as_keys(sha256: NDArray[np.uint8]) -> NDArray[Any]:
     """Return hashes (n, 32) as n comparable values."""
+    # As bytes of one length each comparison is one call; zeros at the end are left out on both sides alike.
     return np.ascontiguousarray(sha256).view("S32").reshape(-1)
 
 

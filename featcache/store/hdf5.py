@@ -24,11 +24,12 @@ from featcache.resources import cores
 Array = NDArray[Any]
 Chunks = list[memoryview]
 SPLITS = ("", "train", "val", "test")
+# What spec.json can ask for. Another dtype in a file means that it is none of ours.
 _STORED = tuple(map(np.dtype, ("float32", "float16", "uint8")))
 _DIGEST_BYTES = 32
 _FIRST_SIGNS = 3  # size, mtime, inode
-_PIECE_BYTES = 16 << 20
-_TEXTS_AT_ONCE = 8192
+_PIECE_BYTES = 16 << 20  # long enough that the disk is waited for, not calls
+_TEXTS_AT_ONCE = 8192  # a million paths as Python's texts would take 100 MB at once
 
 
 class Column(Sequence[str]):
@@ -183,6 +184,7 @@ def _around_rows(shape: tuple[int, ...], dtype: np.dtype[Any], fill: Callable[[h
     file = _Sparse()
     with h5py.File(file, "w") as hdf:
         how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        # Early, so that the rows' place is known before there are any; never filled, since they are written over it.
         how.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         how.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         how.set_obj_track_times(False)  # the same content is the same file, whenever it is written
@@ -434,6 +436,7 @@ def _reading(path: Path) -> Iterator[h5py.File]:
 
 def _member(group: h5py.Group, name: str, kind: type) -> Any:
     """Return a member of a group that is really in it: a link may lead into any file of the user's."""
+    # HDF5 follows soft and external links without asking: those could read any file of the user's as features.
     if name not in group or group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
         raise ValueError(f"no {name}")
     member = group[name]
@@ -450,6 +453,7 @@ def _contiguous(group: h5py.Group, name: str) -> Any:
         raise ValueError(f"{name} is not kept in one piece")
     size = math.prod(dataset.shape) * dataset.dtype.itemsize
     offset = dataset.id.get_offset()
+    # Checked before memory is taken: a planted size of a terabyte ends in an error, not in a full machine.
     if size and (offset is None or offset + size > os.stat(group.file.filename).st_size):  # noqa: PTH116 - a text
         raise ValueError(f"{name} is larger than the file")
     return dataset

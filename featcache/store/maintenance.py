@@ -52,6 +52,7 @@ class Inspection:
             manifest = self._try(self._manifest(number), lambda path: manifests.as_written(path, self._key))
             if manifest is not None:
                 read[number] = manifest
+        # Each version has the hash of the one before: a manifest put in from elsewhere breaks the chain.
         for number, manifest in read.items():
             if number + 1 in read and read[number + 1].previous != manifests.hash_of(manifest):
                 self.problems.append(f"{self._manifest(number)}: is not the version that the next one follows")
@@ -133,9 +134,9 @@ def _named_by_content(path: Path) -> None:
         raise ValueError(f"{OTHER_BYTES}; nothing lists it, `featcache store gc` removes it")
 
 
-FOLDERS = ("", "parts", "requests", "heads", "tuned")
-PART_BYTES = 64 << 20
-_SMALL_BYTES = PART_BYTES // 4
+FOLDERS = ("", "parts", "requests", "heads", "tuned")  # all in which a writer leaves temporary files when it is killed
+PART_BYTES = 64 << 20  # a part is hashed and held whole: joining stops well below what memory a small machine has
+_SMALL_BYTES = PART_BYTES // 4  # parts above this are left: joining them would rewrite much and save few files
 _YOUNG_SECONDS = 3600  # who has written a part may yet have to commit it
 
 
@@ -169,6 +170,7 @@ def litter_of(store: "FeatureStore") -> Iterator[Litter]:
     manifest = store.manifest
     listed = {record.name for record in (*manifest.parts, *([manifest.listing] if manifest.listing else []))}
     for path in sorted((store.path / "parts").glob(f"*{manifests.PART_SUFFIX}")):
+        # A young part may belong to a process that is about to commit it.
         if path.name not in listed and _is_old(path):
             why = "an old listing" if path.name.endswith(manifests.LISTING_SUFFIX) else "a part that no version lists"
             yield Litter(path, why, _size(path))
@@ -205,15 +207,18 @@ def join(store: "FeatureStore", joining: Joining) -> None:
     Raises:
         StorageError: a part is damaged, or the disk failed.
     """
+    # An image that lies in two parts keeps the row that stays where it is, so that less is written.
     listed, taken = _wanted(store), set[bytes]()
     names = {record.name for record in joining.parts}
     for record, seen in zip(store.manifest.parts, store.row_files(), strict=True):
         if record.name not in names:  # the rows that stay where they are count first
             _kept(seen, listed, taken)
     written: list[FileRecord] = []
+    # One runtime a part: its name is noted with the part, and runtimes differ by rounding.
     for runtime in dict.fromkeys(record.runtime for record in joining.parts):
         group = [record for record in joining.parts if record.runtime == runtime]
         written += (store.add_part(part, runtime) for part in _joined_parts(store, group, listed, taken))
+    # One commit for all: a reader sees the old parts or the new ones, never a row twice or not at all.
     store.commit(parts=written, instead_of=joining.parts)
 
 

@@ -208,6 +208,7 @@ def _parsed(data: Mapping[str, Any]) -> Manifest:
     listing, seconds = data.get("listing"), data.get("seconds")
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise ValueError("seconds")
+    # The name is derived from the hash below: a manifest can list no path outside its own entry.
     previous = _string(data, "previous")
     if previous and not _DIGITS.fullmatch(previous):
         raise ValueError("previous")

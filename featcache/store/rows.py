@@ -54,10 +54,12 @@ class RowReader:
         for array in self.maps:
             held = getattr(array, "_mmap", None)
             if held is not None and hasattr(held, "madvise"):
+                # The system may keep the pages in its cache; only this process's share of them is given back.
                 held.madvise(mmap.MADV_DONTNEED)
 
     def take(self, index: NDArray[np.int64]) -> Array:
         """Return rows (k, ...) by their positions (k,)."""
+        # Most entries have one part or a table: no sorting by part then.
         if len(self.maps) == 1:
             return np.asarray(self.maps[0][self.row[index]])
         out = np.empty((len(index), *self.maps[0].shape[1:]), self.maps[0].dtype)
@@ -89,6 +91,7 @@ class LazyRows:
 
     def __getitem__(self, index: slice | Index) -> NDArray[np.float32]:
         """Return some rows (k, d), in memory."""
+        # Heads compute in float32 whatever is stored, as from rows in memory: both give the same answers.
         return self._take(self._rows[index]).astype(np.float32, copy=False)
 
     def only(self, index: Index) -> "LazyRows":

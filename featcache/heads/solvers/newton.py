@@ -12,11 +12,11 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigvalsh_tridiagona
 Floats = NDArray[np.float64]
 Precondition = Callable[[Floats], Floats]
 
-_MEMORY = 12
+_MEMORY = 12  # pairs of steps that the inverse Hessian is made of (Nocedal and Wright: 3 to 20)
 _SUFFICIENT = 1e-4
 _SMALLEST_STEP = 1e-6
 _NOISE = {False: 3e-7, True: 1e-15}  # of a value, by whether it was computed in float64
-_SHORTEST = 1e-10
+_SHORTEST = 1e-10  # of a Newton step: below it rounding decides
 _ENOUGH = 0.2  # of the goal, that conjugate gradients may leave where the step will be the last
 _NEAR = 30.0  # goals: a step that promises less is hoped to be the last
 _FORCING = 0.1  # of the gradient, that they may leave where it will not

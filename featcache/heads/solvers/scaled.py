@@ -51,6 +51,7 @@ class ScaledRows:
     def __init__(
         self, X: "Rows | LazyRows", rows: Sequence[NDArray[np.bool_]], *, standardise: bool, in_memory: bool = True
     ) -> None:
+        # A bit a fold: rows of the same folds lie beside each other, and a block that no model trains on is skipped.
         groups = np.zeros(len(X), np.int64)
         for number, is_used in enumerate(rows):
             groups |= is_used.astype(np.int64) << number
@@ -60,10 +61,10 @@ class ScaledRows:
         self.blocks = _slices(len(self.order), max(64, _BLOCK_BYTES // (4 * max(1, self.width))))
         long_count = math.ceil(4 * self.width * len(self.order) / _LONG_BLOCK_BYTES / cores()) * cores()
         self.long_blocks = _slices(len(self.order), max(64, math.ceil(len(self.order) / max(1, long_count))))
-        self._groups = groups[self.order]
-        self._source = X
+        self._groups, self._source = groups[self.order], X
         self._moved = bool((self.order != np.arange(len(self.order))).any())
         self._standardise = standardise
+        # Threads: NumPy's products release the interpreter, and the features are shared.
         self._workers = ThreadPoolExecutor(cores())
         self._single = getattr(X, "dtype", None) == np.float32
         moments = self._moments_by_group()
