@@ -129,7 +129,7 @@ class BatchReader:
         return batch
 
     def _read(self, position: int, batch: Batch) -> None:
-        path, digest = self._files.path(position), b""
+        digest = b""
         try:
             content, digest = self._files.read(position)
             with self._lock:
@@ -144,25 +144,24 @@ class BatchReader:
                 batch.thumbnails.append(thumbnail)
                 batch.beside.append(position)
         except OSError as error:
-            batch.bad.append(quarantine_unread(path, error))
+            batch.bad.append(quarantine_unread(self._files.path(position), error))
         except UnreadableImage as error:
-            batch.bad.append(Quarantined(path, digest.hex(), str(error)))
+            batch.bad.append(Quarantined(self._files.path(position), digest.hex(), str(error)))
         except Exception as error:  # noqa: BLE001 - one image never ends a run, whatever a reader raises
-            batch.bad.append(Quarantined(path, digest.hex(), f"{type(error).__name__}: {error}"))
+            batch.bad.append(Quarantined(self._files.path(position), digest.hex(), f"{type(error).__name__}: {error}"))
 
     def _decoded(self, content: bytes, position: int) -> tuple[Pixels, Pixels | None]:
-        beside = self._thumbnails
-
-        def act() -> tuple[Pixels, Pixels | None]:
-            if beside is None or not beside.asked[position]:
-                return self._preprocess(content, self._views), None
-            return decode_both(content, beside.of, self._views, beside.transform)
-
         try:
-            return act()
+            return self._prepared(content, position)
         except MemoryError:
             with self._lock:  # the others come to rest at the feed: once more, with their room
-                return act()
+                return self._prepared(content, position)
+
+    def _prepared(self, content: bytes, position: int) -> tuple[Pixels, Pixels | None]:
+        beside = self._thumbnails
+        if beside is None or not beside.asked[position]:
+            return self._preprocess(content, self._views), None
+        return decode_both(content, beside.of, self._views, beside.transform)
 
 
 @contextmanager

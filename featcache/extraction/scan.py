@@ -1,6 +1,7 @@
 """What a command knows of a data set's files, and what an entry lacks of them."""
 
 import hashlib
+import struct
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -27,6 +28,8 @@ Positions = NDArray[np.int64]
 _RACY_NS = 2_000_000_000
 _MTIME, _CTIME = 1, 3  # columns of a file's stat
 _NO_STAT = (-1, -1, -1, -1)
+_SIGNS = struct.Struct("=4q")  # a row of them
+_DIGEST = hashlib.sha256().digest_size
 _NO_POSITIONS: Positions = np.empty(0, np.int64)
 
 
@@ -46,12 +49,14 @@ class DatasetFiles:
     def __init__(self, dataset: Dataset) -> None:
         count = len(dataset.samples)
         self.dataset = dataset
-        self.sha256 = np.zeros((count, 32), np.uint8)
         self.hashed = np.zeros(count, bool)
         self.unreadable: dict[int, Quarantined] = {}
-        self._stat = np.zeros((count, 4), np.int64)
         self._looked = np.zeros(count, bool)
         self._settled = np.zeros(count, bool)  # looked at, and old enough to be recognised by what was found
+        # Written through bytes: assigning a row of an array takes several times longer, and small images are many.
+        self._digest_bytes, self._stat_bytes = bytearray(_DIGEST * count), bytearray(_SIGNS.size * count)
+        self.sha256 = np.frombuffer(self._digest_bytes, np.uint8).reshape(count, _DIGEST)
+        self._stat = np.frombuffer(self._stat_bytes, np.int64).reshape(count, 4)
 
     def __len__(self) -> int:
         """Return the number of files."""
@@ -67,7 +72,7 @@ class DatasetFiles:
             if position in self.unreadable:
                 continue
             try:
-                self._look(position)
+                self._look(position, self.path(position))
             except OSError as error:
                 self.unreadable[position] = quarantine_unread(self.path(position), error)
 
@@ -79,9 +84,10 @@ class DatasetFiles:
         """
         # What was found before the bytes were read is a safe sign of them, however long before: a later change has other
         # times. A file that was young then is looked at again: by now it may be old enough to be recognised.
+        path = self.path(position)
         if not self._settled[position]:
-            self._look(position)
-        content = self.dataset.read(self.path(position))
+            self._look(position, path)
+        content = self.dataset.read(path)
         digest = hashlib.sha256(content).digest()
         self.believe(position, digest)
         return content, digest
@@ -98,7 +104,7 @@ class DatasetFiles:
 
     def believe(self, position: int, digest: bytes) -> None:
         """Note a file's content."""
-        self.sha256[position] = np.frombuffer(digest, np.uint8)
+        self._digest_bytes[position * _DIGEST : (position + 1) * _DIGEST] = digest
         self.hashed[position] = True
 
     def learn(self, positions: Sequence[int] | Positions, files: FileIndex) -> None:
@@ -140,9 +146,9 @@ class DatasetFiles:
         """Return which files (k,) will be recognised by their signs from now on."""
         return self._settled[positions]
 
-    def _look(self, position: int) -> None:
-        stat = self.dataset.stat(self.path(position))
-        self._stat[position] = stat or _NO_STAT
+    def _look(self, position: int, path: str) -> None:
+        stat = self.dataset.stat(path)
+        _SIGNS.pack_into(self._stat_bytes, position * _SIGNS.size, *(stat or _NO_STAT))
         self._settled[position] = is_settled(stat)
         self._looked[position] = True
 
