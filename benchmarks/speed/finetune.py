@@ -38,9 +38,9 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.runtimes import workers_here
 from featcache.finetuning.distributed import ProcessGroup
-from featcache.finetuning.finetuner import open_up
 from featcache.finetuning.loop import Epoch, TrainContext, Trial
 from featcache.finetuning.model import LinearHead, SuffixAndHead, Take
+from featcache.finetuning.network_edits import open_up
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import depths, select_trainable
 from featcache.progress import set_up_notes

@@ -15,18 +15,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from featcache.backbones.base import Backbone
 from featcache.evaluation.metrics import TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.distributed import ProcessGroup
-from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, noise, to_device
-from featcache.finetuning.model import LinearHead, SuffixAndHead, Take, embed, predict
-from featcache.finetuning.network_edits import add_lora, fold_norms, merge_lora
+from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, noise
+from featcache.finetuning.model import LinearHead, SuffixAndHead, Take, embed, predict, to_device
+from featcache.finetuning.network_edits import merge_lora, open_up
 from featcache.finetuning.optim import choose_precision
 from featcache.finetuning.plan import FineTunePlan
 from featcache.finetuning.unfreezing import Trainable
@@ -385,27 +384,3 @@ def _beats(trial: Trained, rival: Trained, *, earlier: bool) -> bool:
     return (
         as_accurate and trial.best.scaled_loss <= rival.best.scaled_loss and (earlier or trial.best.rank != rival.best.rank)
     )
-
-
-def open_up(
-    backbone: Backbone, model: SuffixAndHead, trainable: Trainable, seed: int
-) -> tuple[tuple[nn.Parameter, ...], ...]:
-    """Let the trainable parameters train and no others; return them, stage by stage."""
-    named = dict(backbone.module.named_parameters())
-    model.requires_grad_(False)
-    for parameter in named.values():
-        parameter.requires_grad_(False)
-    if trainable.spec.what == "lora":
-        weights = {id(named[name]): stage.name for stage in trainable.stages for name in stage.parameters}
-        blank = torch.from_numpy(backbone.example_inputs(1)).to(backbone.device)  # untraced, it takes prepared samples
-        updates = add_lora(model.suffix, weights, trainable.spec.rank, seed, blank)
-        by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in trainable.stages}
-        for weight, parameters in updates:
-            by_stage[weights[weight]] += parameters
-        stages = tuple(tuple(parameters) for parameters in by_stage.values())
-    else:
-        stages = tuple(tuple(named[name] for name in stage.parameters) for stage in trainable.stages)
-        fold_norms(model.suffix)
-    for parameter in (*model.head.parameters(), *(parameter for stage in stages for parameter in stage)):
-        parameter.requires_grad_(True)
-    return stages

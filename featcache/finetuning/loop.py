@@ -3,8 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,7 +17,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
 from featcache.evaluation.splits import Index
 from featcache.finetuning.distributed import ProcessGroup
-from featcache.finetuning.model import SuffixAndHead, Take, chunks, flipped_and_shifted, mixed, predict, set_training
+from featcache.finetuning.model import (
+    SuffixAndHead,
+    Take,
+    chunks,
+    flipped_and_shifted,
+    mixed,
+    predict,
+    read_ahead,
+    set_training,
+    to_device,
+)
 from featcache.finetuning.optim import DTYPES, make_optimiser, parameter_groups, rate
 from featcache.finetuning.plan import FineTunePlan
 from featcache.progress import logger
@@ -267,7 +276,7 @@ class Trial:
         bar.update(min(state.step * images_a_step, len(order)))
         batches = [[step[part] for part in chunks(np.arange(len(step)), plan.batch_size)] for step in steps[state.step :]]
         shares = [context.processes.share(batch) for step in batches for batch in step]
-        stored = iter(_ahead(context.take, [rows[share] for share in shares]))
+        stored = iter(read_ahead(context.take, [rows[share] for share in shares]))
         for step in batches:
             images = sum(map(len, step))
             shared = [(next(stored), order[context.processes.share(batch)]) for batch in step]
@@ -384,27 +393,3 @@ def epoch_of(fields: dict[str, Any]) -> Epoch:
     """Return an epoch from its fields as plain values."""
     val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["val"].items()}
     return Epoch(**(fields | {"val": Scores(**val)}))
-
-
-def _ahead(take: Take, batches: Sequence[Index]) -> Iterator[NDArray[Any]]:
-    """Yield the rows of batches in order, two of them read before they are asked for."""
-    # one thread: HDF5 reads one at a time anyway; two batches: a slow read hides behind a step, and memory stays small
-    with ThreadPoolExecutor(1) as reader:
-        waiting: list[Future[NDArray[Any]]] = []
-        try:
-            for index in batches:
-                waiting.append(reader.submit(take, index))
-                if len(waiting) > 2:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def to_device(rows: NDArray[Any], device: torch.device) -> Tensor:
-    """Return stored rows on a device."""
-    tensor = torch.from_numpy(rows)
-    # pinned memory is copied while the GPU computes
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

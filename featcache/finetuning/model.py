@@ -1,6 +1,7 @@
 """What is trained: the part of a backbone behind a cut, and a linear head; and what is drawn of its stored rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,30 @@ def chunks(index: Index, size: int) -> Iterator[Index]:
     """Yield the positions in consecutive chunks of ``size``, the last one shorter."""
     for start in range(0, len(index), size):
         yield index[start : start + size]
+
+
+def read_ahead(take: Take, batches: Sequence[Index]) -> Iterator[NDArray[Any]]:
+    """Yield the rows of batches in order, two of them read before they are asked for."""
+    # one thread: HDF5 reads one at a time anyway; two batches: a slow read hides behind a step, and memory stays small
+    with ThreadPoolExecutor(1) as reader:
+        waiting: list[Future[NDArray[Any]]] = []
+        try:
+            for index in batches:
+                waiting.append(reader.submit(take, index))
+                if len(waiting) > 2:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def to_device(rows: NDArray[Any], device: torch.device) -> Tensor:
+    """Return stored rows on a device."""
+    tensor = torch.from_numpy(rows)
+    # pinned memory is copied while the GPU computes
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def flipped_and_shifted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
