@@ -7,7 +7,7 @@ from typing import Literal
 from featcache.errors import UsageError
 from featcache.specs import Precision, StoredDtype, Views, check_fields, check_value
 
-RATES = (1e-4, 5e-4, 2.5e-3)
+RATES = (1e-4, 5e-4, 2.5e-3)  # factors of five: no rate between them is further than 2.3 times from one that is tried
 Optimiser = Literal["adamw", "adam", "sgd"]
 OPTIMISERS: tuple[Optimiser, ...] = ("adamw", "adam", "sgd")
 _STAGES = r"last:[1-9]\d*|\d+(?:\.\d+)?%|[A-Za-z_][\w.]*"
@@ -26,7 +26,7 @@ class Unfreeze:
     kind: Literal["last", "share", "stage", "all"]
     amount: float = 0.0
     stage: str = ""
-    what: Literal["weights", "norm", "bias", "lora"] = "weights"
+    what: Literal["weights", "norm", "bias", "lora"] = "weights"  # fields' names are in the keys of experiments
     rank: int = 0
 
     @classmethod
@@ -54,7 +54,7 @@ def _stages(stages: str, text: str) -> tuple[Literal["last", "share", "stage", "
         return "last", int(last[1]), ""
     if share and 0 < float(share[1]) <= 100:
         return "share", float(share[1]) / 100, ""
-    if re.fullmatch(r"[A-Za-z_][\w.]*", stages) and stages != "lora":
+    if re.fullmatch(r"[A-Za-z_][\w.]*", stages) and stages != "lora":  # without a rank it is a mistake, no stage's name
         return "stage", 0.0, stages
     raise UsageError(
         f"`unfreeze` {text}: write last:K, P% (up to 100%), the name of a stage, or all; or norm, bias or lora:R, with such "

@@ -63,9 +63,10 @@ def _allowed(module: nn.Module, spec: Unfreeze) -> set[str]:
         return {
             f"{path}.{name}"
             for path, layer in module.named_modules()
-            if "norm" in type(layer).__name__.lower()
+            if "norm" in type(layer).__name__.lower()  # timm's norms have no class in common
             for name, _ in layer.named_parameters(recurse=False)
         }
+    # the paper updates linear layers; a convolutional network has none but its classifier, which is replaced
     return _weights(module, nn.Linear) or _weights(module, nn.Conv2d)
 
 
