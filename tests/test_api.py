@@ -58,9 +58,10 @@ def test_values_show_themselves_in_a_few_lines(
     dataset = featcache.open_dataset(folder)
     result = featcache.fit(dataset, tiny, heads=["ridge"], settings=settings)
     store = result.extracted.store
-    shown = [dataset, store, store.features(), result.heads[0].record]
+    shown = [dataset, store, store.features(), result, *result.heads, result.extracted, result.heads[0].record]
 
     assert all(len(repr(value).splitlines()) <= 20 and len(repr(value)) < 1500 for value in shown)
     assert "36 images, 3 labels" in repr(dataset)
     assert "(36, " in repr(store.features())
-    assert "<table>" in result.heads[0].record._repr_html_()
+    assert "needs no backbone" in repr(result)
+    assert all("<table>" in value._repr_html_() for value in shown[2:])

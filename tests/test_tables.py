@@ -13,7 +13,7 @@ import pytest
 
 from featcache.evaluation.metrics import gap
 from featcache.reports.records import RunRecord, append_record, read_records
-from featcache.reports.tables import COLUMNS, NO_GAIN, as_text, inert, markdown, rows, to_csv
+from featcache.reports.tables import COLUMNS, NO_GAIN, inert, markdown, rows, short_table, to_csv
 
 
 def record_of(kind: str = "fit", method: str = "ridge", val: float = 0.9, right: str = "1" * 40, **facts: Any) -> RunRecord:
@@ -182,7 +182,7 @@ def test_a_terminal_s_table_has_the_same_cells() -> None:
     """Without the column of p, in the same order."""
     records = [record_of(), tuned_record(0.95)]
 
-    lines = as_text(records).splitlines()
+    lines = short_table(records).plain().splitlines()
 
     assert len(lines) == 2 + len(records)
     for line, row in zip(lines[2:], rows(records), strict=True):

@@ -54,7 +54,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from featcache.cli import spelling
-    from featcache.reports.tables import as_text
+    from featcache.reports.tables import short_table
 
     if as_json:
         options.emit(
@@ -67,7 +67,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
             }
         )
     else:
-        click.echo(as_text(result.records))
+        click.echo(short_table(result.records).plain())
         click.echo("gap: points of test accuracy to the head that is best on validation, on the same images")
         counts = f"{result.computed_images} images computed, {result.computed_cells} cells run"
         click.echo(f"{counts}; the table is in {result.paths['md']}, the records are in {result.paths['records']}")

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from featcache.datasets import open_dataset
+from featcache.display import Displayed, Table
 from featcache.errors import FeatcacheError, StorageError
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment
@@ -24,8 +25,8 @@ from featcache.specs import BackboneSpec
 from featcache.store.atomic import make_folder, replace_file
 
 
-@dataclass(frozen=True)
-class BenchResult:
+@dataclass(frozen=True, repr=False)
+class BenchResult(Displayed):
     """What a grid came to: its records in the grid's order, what failed, and where it is written."""
 
     records: tuple[RunRecord, ...]
@@ -33,6 +34,10 @@ class BenchResult:
     computed_images: int
     computed_cells: int
     paths: dict[str, str]
+
+    def table(self) -> Table:
+        """Return the grid's table, in fewer columns than the file's."""
+        return report.short_table(self.records)
 
 
 def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:

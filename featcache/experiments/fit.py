@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import require_one_label
+from featcache.display import Displayed, Table
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
@@ -50,15 +51,19 @@ class Mistake:
     confidence: float | None
 
 
-@dataclass(frozen=True)
-class HeadResult:
+@dataclass(frozen=True, repr=False)
+class HeadResult(Displayed):
     """A fitted head with its record and its file; ``paths`` and ``labels`` are those of the test images, in order."""
 
     fitted: FittedHead
     record: RunRecord
     bundle: Path
-    task: Task = field(repr=False)
-    split: Split = field(repr=False)
+    task: Task
+    split: Split
+
+    def table(self) -> Table:
+        """Return its row of the table of heads, without weights and answers."""
+        return self.record.table()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -198,14 +203,20 @@ class FitPlan:
         return Experiment(cache, task, " ".join(words), plan, seed)
 
 
-@dataclass(frozen=True)
-class FitResult:
+@dataclass(frozen=True, repr=False)
+class FitResult(Displayed):
     """What ``fit`` has done: the embeddings' entry, the heads, baselines that need no backbone, and curves."""
 
     extracted: Extracted
     heads: list[HeadResult]
     baselines: "list[Baseline]"
     curves: "list[Curve]"
+
+    def table(self) -> Table:
+        """Return heads and baselines, the best on validation first."""
+        from featcache.reports.wording import fit_table
+
+        return fit_table(self)
 
     @property
     def best(self) -> HeadResult | None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from featcache.display import Table
 from featcache.evaluation.metrics import Gap, gap
 from featcache.reports.records import RunRecord
 
@@ -60,10 +61,9 @@ def markdown(records: Sequence[RunRecord]) -> str:
     return tabulate(escaped, headers=COLUMNS, tablefmt="pipe", disable_numparse=True)
 
 
-def as_text(records: Sequence[RunRecord]) -> str:
-    """Return the table for a terminal, in fewer columns."""
-    short = [[*row[:4], row[4], row[5], row[6], *row[8:]] for row in rows(records)]
-    headers = [
+def short_table(records: Sequence[RunRecord]) -> Table:
+    """Return the table for a terminal or a notebook, in fewer columns: a paper's p-values are in the file."""
+    headers = (
         "dataset",
         "backbone",
         "method",
@@ -74,8 +74,8 @@ def as_text(records: Sequence[RunRecord]) -> str:
         "extract s",
         "train s",
         "img/s",
-    ]
-    return tabulate(short, headers=headers, tablefmt="simple", disable_numparse=True)
+    )
+    return Table(headers, [(*row[:7], *row[8:]) for row in rows(records)])
 
 
 def to_csv(records: Sequence[RunRecord]) -> str:
