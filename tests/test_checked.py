@@ -13,8 +13,9 @@ from featcache.errors import UsageError
 from featcache.experiments.fit import FitPlan
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Output, Settings
-from featcache.finetuning.plan import HEAD_NAMES, FineTunePlan, Unfreeze
-from featcache.heads.search import ALL, ENSEMBLE, HEADS
+from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.heads.catalog import ALL, ENSEMBLE, HEAD_NAMES
+from featcache.heads.search import HEADS
 from featcache.specs import MAX_SEED, BackboneSpec, FeatureSpec, Transform, TransformOverrides, Views, check_seed
 
 NEEDED: dict[type, dict[str, Any]] = {

@@ -107,7 +107,7 @@ def test_model_args_are_typed() -> None:
 )
 def test_impossible_values_are_refused_at_the_door(make: Any) -> None:
     """A spec that cannot be carried out is never made."""
-    with pytest.raises(UsageError, match="--"):
+    with pytest.raises(UsageError, match="`"):
         make()
 
 

@@ -20,7 +20,8 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.heads import answers, bundle
+from featcache.heads import bundle
+from featcache.heads.base import answers
 from featcache.specs import POOLED, BackboneSpec, LoadedBackbone, Tokenisation, Views
 from featcache.store.entry import FeatureStore
 
