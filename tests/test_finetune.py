@@ -18,7 +18,7 @@ from featcache.experiments import finetune as tuning
 from featcache.experiments.bench import run_bench
 from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
-from featcache.experiments.fit import PROBE
+from featcache.experiments.fit import PROBE, Ledger
 from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.checkpoint import Checkpoint
@@ -225,11 +225,12 @@ def test_a_grid_clears_what_a_killed_run_left(
 
 def test_stages_with_dots_and_seeds_have_files_of_their_own(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Every head answers with its own card and weights, however alike what was asked for is spelt."""
-    bench = FeatureCache(open_dataset(folder), tiny, settings)
+    bench, ledger = FeatureCache(open_dataset(folder), tiny, settings), Ledger()
     plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
     asked = [("10.5%", 0), ("10.3%", 0), ("10.5%", 1), ("norm:last:1", 0)]
     jobs = [
-        run_finetune(FineTuneInputs(bench, seed=seed), replace(plan, unfreeze=Unfreeze.parse(text))) for text, seed in asked
+        run_finetune(FineTuneInputs(bench, seed=seed, ledger=ledger), replace(plan, unfreeze=Unfreeze.parse(text)))
+        for text, seed in asked
     ]
 
     assert len({job.bundle for job in jobs}) == len({job.checkpoint for job in jobs}) == len(asked)
@@ -268,15 +269,14 @@ def test_a_budget_that_holds_nothing(folder: Path, tiny: BackboneSpec, tmp_path:
 def test_budget_between_activations_and_pixels(folder: Path, tiny: BackboneSpec, tmp_path: Path) -> None:
     """Where pixels fit and activations do not, the frozen part runs again: the same result within rounding."""
     plan = replace(PLAN, unfreeze=Unfreeze.parse("last:4"), epochs=1)
-    wide = run_finetune(
-        FineTuneInputs(FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "one", batch_size=8))), plan
-    )
+    ledger, bench = Ledger(), FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "one", batch_size=8))
+    wide = run_finetune(FineTuneInputs(bench, ledger=ledger), plan)
     stored = sum(path.stat().st_size for path in (tmp_path / "one").glob(f"*/*.{wide.record.cut}-*/parts/*.h5"))
     pixels = 36 * 32 * 32 * 3
     assert pixels < stored
 
     narrow = FeatureCache(open_dataset(folder), tiny, Settings(tmp_path / "two", batch_size=8, budget=pixels + 1))
-    again = run_finetune(FineTuneInputs(narrow), plan)
+    again = run_finetune(FineTuneInputs(narrow, ledger=ledger), plan)
 
     assert again.record.cut == "input"
     assert any("again in every epoch" in note for note in again.record.notes)

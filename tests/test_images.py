@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.datasets.images import UnreadableImage, decode
-from featcache.specs import Transform
+from featcache.datasets.images import UnreadableImage, decode, encode, encode_image
+from featcache.specs import Transform, Views
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -198,3 +198,72 @@ def test_whatever_a_decoder_raises_is_a_reason(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(Image.Image, "convert", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
         with pytest.raises(expected):
             decode(encoded(Image.new("L", (9, 9)), "PNG"), Transform(input_size=8))
+
+
+@pytest.mark.parametrize("shape", [(9, 14, 3), (9, 14), (9, 14, 1)])
+def test_pixels_in_memory_are_kept_exactly(shape: tuple[int, ...]) -> None:
+    """Arrays become files that hold every pixel, grey ones as grey."""
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+    with Image.open(io.BytesIO(encode(pixels))) as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels.reshape(shape[:2] if shape[-1] == 1 else shape))
+    np.testing.assert_array_equal(encode_image(Image.fromarray(np.squeeze(pixels))), encode(pixels))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)],
+    ids=["floats", "four channels", "two channels", "one axis"],
+)
+def test_pixels_of_another_kind_are_refused(pixels: np.ndarray) -> None:
+    """Floats have no known range, a fourth channel no known meaning: the reason says what there is."""
+    with pytest.raises(UnreadableImage, match=rf"{pixels.dtype} of shape .*uint8 \(h, w\) or \(h, w, 3\) is needed"):
+        encode(pixels)
+
+
+def test_alpha_is_dropped_not_blended() -> None:
+    """A pixel that is transparent keeps the colour that it has."""
+    image = Image.new("RGBA", (20, 20), (200, 100, 50, 0))
+
+    assert (decode(encoded(image, "PNG"), Transform(input_size=8)) == (200, 100, 50)).all()
+
+
+def test_a_view_is_drawn_from_the_bytes_the_seed_and_its_number() -> None:
+    """View 0 is the plain one; more views leave the first as they are; another seed or image gives others."""
+    content, other = encoded(noise(60, 50), "PNG"), encoded(noise(60, 50, seed=1), "PNG")
+    transform = Transform(input_size=24)
+
+    three, five = (decode(content, transform, Views(count)) for count in (3, 5))
+
+    np.testing.assert_array_equal(three[:1], decode(content, transform))
+    np.testing.assert_array_equal(five[:3], three)
+    assert all((five[i] != five[k]).any() for i in range(5) for k in range(i))
+    assert (decode(content, transform, Views(3, seed=1))[1:] != three[1:]).any(axis=(1, 2, 3)).all()
+    assert (decode(other, transform, Views(3)) != three).any(axis=(1, 2, 3)).all()
+
+
+def test_views_show_a_quarter_to_all_of_the_image() -> None:
+    """Of 200 views of a slope each shows a range of it that fits its share of the area, half of them mirrored."""
+    ramp = np.tile(np.linspace(0, 255, 256).astype(np.uint8), (256, 1))
+    views = decode(encode(ramp), Transform(input_size=32), Views(201))[1:, 16, :, 0].astype(int)
+
+    width = np.abs(views[:, -1] - views[:, 0]) / 255
+    mirrored = views[:, -1] < views[:, 0]
+
+    assert width.min() > 0.9 * np.sqrt(0.25 * 3 / 4)  # the narrowest: a quarter of the area, three quarters as wide as high
+    assert width.max() <= 1
+    assert 0.35 < mirrored.mean() < 0.65
+
+
+@pytest.mark.parametrize("size", [(1600, 1200), (900, 2000)])
+def test_a_photograph_decoded_smaller_looks_the_same(size: tuple[int, int]) -> None:
+    """Shrinking by libjpeg moves pixels by a few levels of 255, by under one on average; small ones are not shrunk at all."""
+    photograph = encoded(noise(*size), "JPEG", quality=95)
+    small = encoded(noise(size[0] // 8, size[1] // 8), "JPEG", quality=95)
+    scaled, exact = Transform(input_size=96), Transform(input_size=96, decoder="pillow")
+
+    difference = np.abs(decode(photograph, scaled).astype(int) - decode(photograph, exact))
+
+    assert difference.max() <= 12
+    assert difference.mean() <= 1
+    np.testing.assert_array_equal(decode(small, scaled), decode(small, exact))

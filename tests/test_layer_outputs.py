@@ -21,20 +21,28 @@ from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides
 from featcache.store.entry import FeatureStore
 
 MAP, LAST, TOKENS = "b c h w", "b h w c", "b n c"
+SWIN = {"img_size": 56, "depths": (2, 2, 2, 2)}  # shallower than published where that leaves each kind of layer in place
+DENSE = {"block_config": (2, 2, 2, 2)}
+DEIT = {"img_size": 64, "depth": 4}
 LAYERS: list[tuple[str, dict[str, Any], int, dict[str, str | int]]] = [
     ("test_resnet", {}, 32, {"layer1": MAP, "layer2.0.conv1": MAP, "layer4": MAP}),
     ("resnet10t", {}, 64, {"stem": MAP, "layer3": MAP}),
     ("test_convnext", {}, 64, {"stem": MAP, "stages.0": MAP, "stages.1.blocks.0": MAP, "stages.2": MAP, "stages.3": MAP}),
     ("convnext_atto", {}, 64, {"stages.0": MAP, "stages.2": MAP, "stages.2.blocks.0.mlp": MAP}),
-    ("swin_tiny_patch4_window7_224", {"img_size": 56}, 56, {"patch_embed": LAST, "layers.0": LAST, "layers.3": LAST}),
-    ("densenet121", {}, 64, {"features.denseblock2": MAP, "features.denseblock3": MAP, "features.transition1": MAP}),
-    ("vgg11", {}, 32, {"features.8": MAP, "features.10": MAP, "features.16": MAP}),
+    ("swin_tiny_patch4_window7_224", SWIN, 56, {"patch_embed": LAST, "layers.0": LAST, "layers.3": LAST}),
+    (
+        "densenet121",
+        {"block_config": (2, 2, 2, 2)},
+        64,
+        {"features.denseblock2": MAP, "features.denseblock3": MAP, "features.transition1": MAP},
+    ),
+    ("vgg11", {"mlp_ratio": 0.0625}, 32, {"features.8": MAP, "features.10": MAP, "features.16": MAP}),
     ("mobilenetv3_small_050", {}, 64, {"stem": MAP, "blocks.1": MAP, "blocks.5": MAP}),
     ("test_nfnet", {}, 64, {"stem": MAP, "stages.1": MAP}),
     ("test_vit", {"img_size": 64}, 64, {"stem": 1, "blocks.2": 1, "blocks.2.mlp": 1, "blocks.5": 1}),
     ("test_vit2", {"img_size": 64}, 64, {"blocks.2": 1}),
-    ("deit_tiny_distilled_patch16_224", {"img_size": 64}, 64, {"blocks.6": 2}),
-    ("xcit_nano_12_p16_224", {}, 64, {"blocks.3": 0, "blocks.11": 0}),
+    ("deit_tiny_distilled_patch16_224", DEIT, 64, {"blocks.2": 2}),
+    ("xcit_nano_12_p16_224", {"depth": 4}, 64, {"blocks.1": 0, "blocks.3": 0}),
     ("mixer_s32_224", {}, 224, {"blocks.3": 0}),
 ]
 
@@ -93,11 +101,11 @@ def test_layers_are_what_hooks_see(name: str, args: dict[str, Any], size: int, l
     [
         ("test_convnext", {}, 64, MAP),
         ("test_mambaout", {}, 64, LAST),
-        ("swin_tiny_patch4_window7_224", {"img_size": 56}, 56, LAST),
+        ("swin_tiny_patch4_window7_224", SWIN, 56, LAST),
         ("test_vit", {"img_size": 64}, 64, 1),
-        ("deit_tiny_distilled_patch16_224", {"img_size": 64}, 64, 2),
+        ("deit_tiny_distilled_patch16_224", DEIT, 64, 2),
         ("coat_lite_tiny", {}, 224, 1),
-        ("xcit_nano_12_p16_224", {}, 64, 1),
+        ("xcit_nano_12_p16_224", {"depth": 4}, 64, 1),
         ("mixer_s32_224", {}, 224, 0),
     ],
 )
