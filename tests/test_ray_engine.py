@@ -15,7 +15,7 @@ from support import draw_folder
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import MemoryReader
-from featcache.datasets.images import decode
+from featcache.datasets.images import ImagePreprocess
 from featcache.errors import SetupError, UsageError
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.ray_engine import decode_unit
@@ -73,17 +73,17 @@ def _kill_a_worker() -> bool:
 def test_a_unit_s_images_are_those_of_this_process(folder: Path) -> None:
     """A task decodes what it is handed: pixels in order, no image that has a row already, the bad one with its reason."""
     (folder / "red" / "bad.png").write_bytes(b"nothing")
-    dataset, views, transform = open_dataset(folder), Views(2), Transform(input_size=16)
+    dataset, views, preprocess = open_dataset(folder), Views(2), ImagePreprocess(Transform(input_size=16))
     first = hashlib.sha256(dataset.read(dataset.samples[0].path)).digest()
 
-    unit = decode_unit(dataset, range(len(dataset.samples)), transform, views, {first})
+    unit = decode_unit(dataset, range(len(dataset.samples)), preprocess, views, {first})
 
     paths = [dataset.samples[index].path for index in unit.fresh]
     assert len(paths) == 35
     assert dataset.samples[0].path not in paths
     assert [bad.path for bad in unit.bad] == ["red/bad.png"]
     for path, pixels in zip(paths, unit.pixels, strict=True):
-        np.testing.assert_array_equal(pixels, decode(dataset.read(path), transform, views))
+        np.testing.assert_array_equal(pixels, preprocess(dataset.read(path), views))
 
 
 def test_a_cluster_that_cannot_be_used_is_refused(

@@ -166,7 +166,6 @@ class FeatureCache:
         settings: how to compute.
         lists: whether entries list the images as they are now, beside keeping their rows.
         preprocess: of arrays that no backbone asks for.
-        purpose: of a pass that nobody asked for.
         files: what the command knows of the files already.
     """
 
@@ -178,7 +177,6 @@ class FeatureCache:
         *,
         lists: bool = True,
         preprocess: "Preprocess | None" = None,
-        purpose: str = "",
         files: DatasetFiles | None = None,
     ) -> None:
         self.dataset = dataset
@@ -187,7 +185,7 @@ class FeatureCache:
         self.lists = lists
         self.files = files or DatasetFiles(dataset)
         self._preprocess = preprocess
-        self._purpose = purpose
+        self._purpose = "thumbnails for the baselines" if preprocess is not None else ""  # a pass that nobody asked for
         self._content: str | None = None
         self._complete: dict[tuple[str, StoredDtype, Views], Extracted] = {}
         self._thumbnails: dict[int, FeatureCache] = {}
@@ -204,10 +202,7 @@ class FeatureCache:
             spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
             settings = replace(self.settings, part=None, engine="local")
             quiet = replace(self.dataset, notes=())
-            purpose = "thumbnails for the baselines"
-            self._thumbnails[side] = FeatureCache(
-                quiet, spec, settings, preprocess=preprocess, purpose=purpose, files=self.files
-            )
+            self._thumbnails[side] = FeatureCache(quiet, spec, settings, preprocess=preprocess, files=self.files)
         return self._thumbnails[side]
 
     @cached_property

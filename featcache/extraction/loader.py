@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -231,14 +231,12 @@ def run_batches(
     stop = threading.Event()
 
     def work() -> None:
-        last: BaseException | None = None
+        begun, last = None, None
         try:
             while not stop.is_set():
-                try:
+                with suppress(IndexError):  # not asked whether there is one: another worker may take it meanwhile
                     begun = read_already.popleft()
-                except IndexError:
-                    begun = None
-                batch = reader.fill(size, stop.is_set, begun)
+                batch, begun = reader.fill(size, stop.is_set, begun), None
                 if not len(batch):
                     break
                 results.put(compute(batch, runtime.run, size))
@@ -246,20 +244,19 @@ def run_batches(
             last = error
         results.put(last)
 
-    names = [f"featcache-{number}" for number in range(runtime.workers)]
-    threads = [threading.Thread(target=work, name=name, daemon=True) for name in names]
+    threads = [threading.Thread(target=work, name=f"featcache-{n}", daemon=True) for n in range(runtime.workers)]
     for thread in threads:
         thread.start()
     working = len(threads)
     try:
         while working:
             result = results.get()
-            if isinstance(result, Batch):
-                yield result
-                continue
-            working -= 1
-            if result is not None:
+            if isinstance(result, BaseException):
                 raise result
+            if result is not None:
+                yield result
+            else:
+                working -= 1
     finally:
         stop.set()
         _drain(results, threads)
