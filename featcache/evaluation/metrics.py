@@ -262,7 +262,7 @@ def encode_correct(right: NDArray[np.bool_]) -> str:
 
 def decode_correct(text: str) -> NDArray[np.bool_]:
     """Return the truth values of a text of 0 and 1."""
-    return np.array([char == "1" for char in text])
+    return np.array([char == "1" for char in text], dtype=np.bool_)
 
 
 def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], *, groups: Groups = None) -> Gap:

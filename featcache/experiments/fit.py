@@ -1,5 +1,6 @@
 """Heads on a data set's embeddings: each is fitted once, its file answers from then on."""
 
+import json
 import math
 import time
 from collections.abc import Collection, Sequence
@@ -21,17 +22,18 @@ from featcache.evaluation.tasks import Kind, Task, require_kind
 from featcache.experiments.experiment import Experiment, Outcome, aligned, groups_of
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.heads import bundle
-from featcache.heads.baselines import SIDE
+from featcache.heads.baselines import SIDE, Baseline
 from featcache.heads.catalog import ALL, ENSEMBLE, STREAMING, heads_for, require_params
 from featcache.heads.fit import FittedHead
 from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, is_recorded
 from featcache.resources import free_memory
 from featcache.specs import POOLED, Views, check_fields, cut_of_layers
+from featcache.store.atomic import replace_file
 from featcache.store.entry import FeatureStore
+from featcache.store.manifests import read_note, sealed, unsealed
 
 if TYPE_CHECKING:
-    from featcache.heads.baselines import Baseline
     from featcache.heads.curves import Curve
 
 PROBE = "logistic"
@@ -209,7 +211,7 @@ class FitResult(Displayed):
 
     extracted: Extracted
     heads: list[HeadResult]
-    baselines: "list[Baseline]"
+    baselines: list[Baseline]
     curves: "list[Curve]"
 
     def table(self) -> Table:
@@ -400,21 +402,39 @@ class _Fitting:
         bundle.save(fitted.estimator, card, self._path(experiment, fitted.name), plan.format, answers=fitted.answers)
         return HeadResult(fitted, record, path, self.task, self.split)
 
-    def baselines(self, heads: Sequence[HeadResult]) -> "list[Baseline]":
-        """Train the baselines on the same split, and warn where the best on validation does as well as the best head."""
+    def baselines(self, heads: Sequence[HeadResult]) -> list[Baseline]:
+        """Return the baselines on the same split, and warn where the best on validation does as well as the best head.
+
+        They lie in a file as heads do, with the warnings that came of comparing heads with them: paired tests load SciPy.
+        """
+        plan = {name: value for name, value in self.plan.choice().items() if name != "grid"}
+        experiment = Experiment(self.cache, self.task, "baselines", plan, self.seed)
+        path = experiment.path(self.entry, "baselines")
+        path = path.with_name(f"{path.name}.json")
+        best = min(heads, key=lambda head: head.fitted.val.rank)
+        note = _read_baselines(path, experiment.key)
+        if note is None or best.record.cell not in note["warnings"]:
+            if not in_memory(self.entry.store):
+                return []
+            results, warning = self._compare(best)
+            warnings = (note["warnings"] if note else {}) | {best.record.cell: warning}
+            note = {"results": [result.stored for result in results], "warnings": warnings}
+            replace_file(path, json.dumps(sealed(json.loads(json.dumps(note)), experiment.key)).encode())
+        if warning := note["warnings"][best.record.cell]:
+            logger.warning(warning)
+        return [Baseline.read(self.task.kind, stored) for stored in note["results"]]
+
+    def _compare(self, best: HeadResult) -> tuple[list[Baseline], str]:
+        """Train the baselines, and say whether one does as well as a head."""
         from featcache.heads.baselines import baselines, best_on_validation, warning_of
 
-        if not in_memory(self.entry.store):
-            return []
         keep, common, take = aligned(self.task, self.cache.thumbnails(SIDE).store)
         if left_out := len(self.task.features.y) - len(keep):
             logger.warning("baselines: %d images have no thumbnail, they are compared on the others", left_out)
         shared = restricted(self.split, keep)
         results = baselines(take(np.arange(len(keep))), common.y, shared, self.seed)
-        best = min(heads, key=lambda head: head.fitted.val.rank)
-        if warning := warning_of(best_on_validation(results), best.fitted, best.record.method, shared, keep, self.split):
-            logger.warning(warning)
-        return results
+        strongest = best_on_validation(results)
+        return results, warning_of(strongest, best.fitted, best.record.method, shared, keep, self.split)
 
     def curves(self, head: str) -> "list[Curve]":
         """Train a head on so many images a class, and on shares of the training images, where that is asked for."""
@@ -429,6 +449,15 @@ class _Fitting:
         if self.plan.curve:
             drawn.append(learning_curve(embeddings, self.split, head, seed=self.seed))
         return drawn
+
+
+def _read_baselines(path: Path, key: str) -> dict[str, Any] | None:
+    """Return what an earlier command has written of the same baselines, ``None`` where it is not there, or not whole."""
+    try:
+        return unsealed(read_note(path), key) if path.exists() else None
+    except (OSError, ValueError) as error:
+        logger.warning("%s: %s; the baselines are trained again", path, error)
+        return None
 
 
 def _trainable(store: FeatureStore, plan: FitPlan, names: list[str]) -> list[str]:

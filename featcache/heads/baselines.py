@@ -5,16 +5,16 @@ baselines nobody would see it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.evaluation.metrics import AnyScores, NumberScores, TestResult, gap
+from featcache.evaluation.metrics import AnyScores, NumberScores, TestResult, decode_correct, encode_correct, gap
 from featcache.evaluation.splits import Fold, Index, Split
-from featcache.evaluation.tasks import Kind, evaluate, evaluate_on_test, kind_of
+from featcache.evaluation.tasks import Kind, evaluate, evaluate_on_test, kind_of, scores_from
 
 if TYPE_CHECKING:
     from featcache.heads.fit import FittedHead
@@ -36,6 +36,18 @@ class Baseline:
     def summary(self) -> dict[str, Any]:
         """One element of the list ``controls`` of ``featcache fit``."""
         return {"control": self.name, "val": asdict(self.val), "test": asdict(self.tested.scores)}
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return self.summary | {"right": encode_correct(self.tested.right), "seconds": self.seconds}
+
+    @classmethod
+    def read(cls, kind: Kind, stored: Mapping[str, Any]) -> "Baseline":
+        """Return a baseline from plain data; which classes it answered with is not kept."""
+        scores, right = scores_from(kind, stored["test"]), decode_correct(stored["right"])
+        tested = TestResult(scores, right, np.empty(0, np.int64))
+        return cls(stored["control"], scores_from(kind, stored["val"]), tested, stored["seconds"])
 
 
 # of each kind of task: what is fitted on image statistics, and on pixels

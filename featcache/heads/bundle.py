@@ -234,7 +234,10 @@ def problem_of(path: Path) -> str:
     """Return what is wrong with a head's file or its card, "" where both are as this user wrote them; nothing is run."""
     try:
         content = _read(path, "fit again")
-        _require_own(path, content, _card_of(path, sha256_of_bytes(content)))
+        card = _card_of(path, sha256_of_bytes(content))
+        _require_own(path, content, card)
+        if "answers_sha256" in card and _answers(path).exists() and _load_answers(path, card) is None:
+            return f"{_answers(path)}: is not what was written there; an ensemble fits the head again."
     except FeatcacheError as error:
         return str(error)
     return ""
