@@ -55,6 +55,14 @@ def test_mistakes_are_printed_as_files_that_are_there(run: Run, tmp_path: Path) 
     assert "Confusion" in shown
 
 
+def test_mistakes_are_of_classes(run: Run, folder: Path) -> None:
+    """Neither a number nor several labels an image are taken for another class: asked for, that is an error."""
+    refused = run("fit", folder, *TINY, "--target", "number", "--mistakes", "3")
+
+    assert refused.code == 2
+    assert "--mistakes" in refused.err
+
+
 def test_tables_for_notebooks_escape_every_text() -> None:
     """A class or a file may be called like a script; a terminal's cursor is not moved either."""
     evil = "<script>alert(1)</script>\x1b[2J"

@@ -94,6 +94,8 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
     spec, settings, dataset = options.take_inputs(flags)
     flags |= {name: flags[name] or () for name in ("layers", "shots")}
     plan = FitPlan(**{name: flags.pop(name) for name in _PLAN})
+    if plan.target != "label" and (show_classes or mistakes):
+        raise click.UsageError(f"--per-class and --mistakes are of one class an image, not of --target {plan.target}.")
     options.announce(dataset, spec)
     result = fit(dataset, spec, plan=plan, settings=settings, **flags)
     if as_json:
@@ -103,7 +105,7 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
         options.emit(summary)
         return
     lines = [*fit_lines(result)]
-    if result.best is not None and plan.target == "label":  # only classes are mistaken for each other
+    if result.best is not None:
         lines += per_class_lines(result.best) if show_classes else ()
         lines += mistake_lines(result.best, mistakes, dataset.location) if mistakes else ()
     for line in lines:
