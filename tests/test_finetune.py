@@ -116,7 +116,7 @@ Run = Callable[..., Outcome]
     "step",
     [
         "featcache.finetuning.checkpoint.save_checkpoint",
-        "featcache.heads.linear_estimator",  # of the head's file
+        "featcache.heads.linear.linear_estimator",  # of the head's file
         "featcache.experiments.finetune.append_record",
         "featcache.finetuning.checkpoint.Checkpoint.clear",
     ],
