@@ -224,8 +224,7 @@ def run_batches(
 ) -> Generator[Batch, None, None]:
     """Yield batches with their rows as workers finish them; closing it stops the workers.
 
-    Those read already come first, filled up where reading was broken off, and are taken out of their queue, so that their
-    rows are not held twice.
+    Those read already come first, filled up where reading was broken off; taken out of their queue they are not held twice.
     """
     results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * runtime.workers)
     stop = threading.Event()

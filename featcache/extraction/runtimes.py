@@ -132,7 +132,7 @@ def _tried(name: str, program: nn.Module, first: Pixels, reference: "_Timed", ma
         timed = _timed(run, first)
     except Exception as error:
         raise SetupError(f"`runtime` {name} cannot run this backbone ({_named_error(error)}).") from error
-    difference = max(_difference(*pair) for pair in zip(timed.outputs, reference.outputs, strict=True))
+    difference = max(_greatest_difference(*pair) for pair in zip(timed.outputs, reference.outputs, strict=True))
     seconds = timed.seconds, reference.seconds
     logger.debug("runtime %s: %.2g s a batch, PyTorch %.2g s; differs by %.1g", name, *seconds, difference)
     return Runtime(run, name, difference, timed.seconds, machine.workers.count)
@@ -242,7 +242,7 @@ def is_installed(name: str) -> bool:
     return all(find_spec(package) is not None for package in _NEEDS[name])
 
 
-def _difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
+def _greatest_difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
     if got.shape != expected.shape or not np.isfinite(got).all():
         return float("inf")
     return float(np.abs(got - expected).max(initial=0) / max(float(np.abs(expected).max(initial=0)), 1e-30))
