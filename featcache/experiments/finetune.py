@@ -342,8 +342,10 @@ def find_finished(inputs: FineTuneInputs, plan: FineTunePlan, method: str, recor
     ]
     if not alike:  # told without looking at the data set: embeddings that are missing are extracted in one pass, later
         return None
-    # without the embeddings themselves, and without groups: they are no part of the key but by their column's name
-    task = Task.of(inputs.bench.extracted().store.labelled(), group=inputs.group)
+    if inputs.group is not None:  # the key names the column, not its values: who belongs together may be another now
+        return None
+    # without the embeddings themselves: they are no part of the key
+    task = Task.of(inputs.bench.extracted().store.labelled())
     key = Experiment(inputs.bench, task, method, plan, inputs.seed).key
     for record in reversed(alike):
         # the heads that it was compared with are no part of the experiment's name
