@@ -178,3 +178,30 @@ def test_a_torn_last_record_is_left_out(pipeline: Path, settings: Settings, tmp_
     path.write_text(path.read_text()[:-50])
 
     assert len(read_records([path])) == 5
+
+
+def test_a_grid_takes_what_commands_take(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """Layers, views, pooling and precision of a backbone, folds of a data set; each is another experiment, as in ``fit``."""
+    text = GRID.replace('unfreeze = ["last:1"]\n', "").replace("seeds = [0, 1]\n", "")
+    own = 'folds = 3\ndownload = false\ndata_root = "$HERE"\n[[backbone]]'
+    more = 'input_size = 32\nlayers = ["layer1", "layer2"]\nviews = 2\npool = "avg"\nprecision = "float32"\n'
+    pipeline.write_text(text.replace("[[backbone]]", own).replace("input_size = 32\n", more))
+
+    result = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+
+    assert not result.failures
+    assert [record.method for record in result.records] == [
+        f"{head} on layer1+layer2 2 views" for head in ("ridge", "logistic")
+    ]
+    assert {record.request["folds"] for record in result.records} == {3}
+    assert {record.request["backbone"]["pool"] for record in result.records} == {"avg"}
+    assert run_bench(load_grid(pipeline), settings, tmp_path / "out").computed_cells == 0
+
+
+def test_a_key_that_was_nearly_right_is_told(pipeline: Path) -> None:
+    """Of a data set and of a backbone as of the file."""
+    for wrong, meant in (("downlaod = true", "download"), ("layer = []", "layers")):
+        place = "[[backbone]]" if meant == "download" else "[finetune]"
+        pipeline.write_text(GRID.replace(place, f"{wrong}\n{place}"))
+        with pytest.raises(UsageError, match=f"no key '{wrong.split()[0]}'.*{meant}"):
+            load_grid(pipeline)

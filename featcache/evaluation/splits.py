@@ -59,6 +59,13 @@ class Split:
             return None
         return self.same[self.test]
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all parts, folds and groups: two splits of one are the same."""
+        parts = [self.train, self.val, self.test, *(each for fold in self.cross for each in (fold.train, fold.val))]
+        numbers = [*parts, *(numbers for numbers in (self.groups, self.same) if numbers is not None)]
+        return fingerprint([each.tolist() for each in numbers])
+
     def sizes(self) -> dict[str, int]:
         """Return the number of images of each part."""
         return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}

@@ -1,7 +1,7 @@
 """Run the missing cells of a grid and write its records and tables."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from featcache.experiments.experiment import Experiment
 from featcache.experiments.finetune import forget_state, run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, Ledger, in_memory, run_fit
-from featcache.experiments.grid import DataEntry, Grid
+from featcache.experiments.grid import BackboneEntry, DataEntry, Grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning.plan import FineTunePlan
@@ -21,7 +21,7 @@ from featcache.heads.catalog import ALL, ENSEMBLE, MEMBERS, STREAMING, in_order,
 from featcache.progress import logger
 from featcache.reports import tables as report
 from featcache.reports.records import RunRecord, read_records
-from featcache.specs import BackboneSpec
+from featcache.specs import POOLED, Views, cut_of_layers
 from featcache.store.atomic import make_folder, replace_file
 
 
@@ -55,8 +55,8 @@ def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:
     runner = _Runner(grid, settings, out / f"{grid.name}.jsonl")
     try:
         for data in grid.data:
-            for spec in grid.backbones:
-                runner.guarded(f"{data.data} x {spec.label}", partial(runner.run, data, spec))
+            for backbone in grid.backbones:
+                runner.guarded(f"{data.data} x {backbone.spec.label}", partial(runner.run, data, backbone))
     finally:
         result = _write_tables(runner, out)
     return result
@@ -96,22 +96,36 @@ class _Runner:
             logger.error("%s: %s", what, error)
             self.failures.append(f"{what}: {error}")
 
-    def run(self, data: DataEntry, spec: BackboneSpec) -> None:
+    def run(self, data: DataEntry, backbone: BackboneEntry) -> None:
         if data not in self.files:  # the files are looked at once, whichever backbones compute from them
-            self.files = {data: DatasetFiles(open_dataset(data.data, data.name))}
+            dataset = open_dataset(data.data, data.name, data_root=data.data_root, download=data.download)
+            self.files = {data: DatasetFiles(dataset)}
         files = self.files[data]
-        bench = FeatureCache(files.dataset, spec, self.settings, files=files)
-        done = bench.extracted()
-        self.computed_images += done.report.computed
-        task, ledger = Task.of(done.store.labelled(), group=data.group), Ledger()
-        names = self._fitting(in_memory(done.store))
-        for head in names:
-            fitting = FitPlan(_with_members(head, self.grid.heads), group=data.group, baselines=False)
+        bench = FeatureCache(files.dataset, backbone.spec, self.settings, files=files)
+        ledger = Ledger()
+        if self.grid.heads:
+            self._run_heads(bench, data, backbone, ledger)
+        if self.grid.plans:
+            self._run_plans(bench, data, ledger)
+
+    def _run_heads(self, bench: FeatureCache, data: DataEntry, backbone: BackboneEntry, ledger: Ledger) -> None:
+        cut = cut_of_layers(backbone.layers) if backbone.layers else POOLED
+        entry = bench.extracted(cut, views=Views(backbone.views))
+        self.computed_images += entry.report.computed
+        task = Task.of(entry.store.labelled(), group=data.group)
+        plan = FitPlan(layers=backbone.layers, views=backbone.views, folds=data.folds, group=data.group, baselines=False)
+        for head in self._fitting(in_memory(entry.store)):
+            fitting = replace(plan, heads=_with_members(head, self.grid.heads))
             members = [name for name in fitting.heads if name != head]
             for seed in self.grid.seeds:
                 cell = fitting.experiment(bench, task, head, seed, members).key
                 what = f"{bench.dataset.name} {head}, seed {seed}"
                 self._cell(cell, what, partial(self._fit, bench, head, fitting, seed, ledger))
+
+    def _run_plans(self, bench: FeatureCache, data: DataEntry, ledger: Ledger) -> None:
+        entry = bench.extracted()
+        self.computed_images += entry.report.computed
+        task = Task.of(entry.store.labelled(), group=data.group)
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
                 cell = Experiment(bench, task, plan.unfreeze.text, plan, seed).key

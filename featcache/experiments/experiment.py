@@ -143,16 +143,17 @@ class Experiment:
             "target": self.task.kind,
         } | facts
 
-    def recorded(self, entry: Extracted, card: dict[str, Any] | None) -> RunRecord | None:
-        """Return the record that a head's card holds, where it is of this very experiment on these very rows."""
+    def recorded(self, entry: Extracted, card: dict[str, Any] | None, split: Split) -> RunRecord | None:
+        """Return the record that a head's card holds, where it is of this very experiment on these very rows and parts."""
         if card is None or not isinstance(card.get("record"), dict):  # cards of before have none
             return None
         try:
             record = record_from(card["record"])
         except DataError:
             return None
-        names = (record.cell, record.feature_key, tuple(card["classes"]))
-        return record if names == (self.key, entry.store.key, self.task.names) else None
+        # the key has the name of a group's column, not its values: other values part the images otherwise
+        names = (record.cell, record.feature_key, tuple(card["classes"]), card.get("split"))
+        return record if names == (self.key, entry.store.key, self.task.names, split.fingerprint) else None
 
     @property
     def _group(self) -> dict[str, Any]:

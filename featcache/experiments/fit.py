@@ -364,7 +364,7 @@ class _Fitting:
         """Return the head of the same experiment from its file, ``None`` where there is none that can be believed."""
         path = bundle.head_path(self._path(experiment, name), self.plan.format)
         card = bundle.own_card(path)
-        record = experiment.recorded(self.entry, card)
+        record = experiment.recorded(self.entry, card, self.split)
         if card is None or record is None:
             return None
         for note in record.notes[len(self.task.remarks(self.split)) :]:
@@ -397,6 +397,7 @@ class _Fitting:
             views=plan.views,
             test=asdict(scores),
             record=asdict(record),
+            split=self.split.fingerprint,
             tested=bundle.packed(tested),
         )
         bundle.save(fitted.estimator, card, self._path(experiment, fitted.name), plan.format, answers=fitted.answers)
@@ -412,14 +413,16 @@ class _Fitting:
         path = experiment.path(self.entry, "baselines")
         path = path.with_name(f"{path.name}.json")
         best = min(heads, key=lambda head: head.fitted.val.rank)
-        note = _read_baselines(path, experiment.key)
+        note = _read_baselines(path, experiment.key, self.split.fingerprint)
         if note is None or best.record.cell not in note["warnings"]:
             if not in_memory(self.entry.store):
                 return []
             results, warning = self._compare(best)
             warnings = (note["warnings"] if note else {}) | {best.record.cell: warning}
             note = {"results": [result.stored for result in results], "warnings": warnings}
-            replace_file(path, json.dumps(sealed(json.loads(json.dumps(note)), experiment.key)).encode())
+            replace_file(
+                path, json.dumps(sealed(json.loads(json.dumps(note)), experiment.key, self.split.fingerprint)).encode()
+            )
         if warning := note["warnings"][best.record.cell]:
             logger.warning(warning)
         return [Baseline.read(self.task.kind, stored) for stored in note["results"]]
@@ -451,10 +454,10 @@ class _Fitting:
         return drawn
 
 
-def _read_baselines(path: Path, key: str) -> dict[str, Any] | None:
+def _read_baselines(path: Path, *names: str) -> dict[str, Any] | None:
     """Return what an earlier command has written of the same baselines, ``None`` where it is not there, or not whole."""
     try:
-        return unsealed(read_note(path), key) if path.exists() else None
+        return unsealed(read_note(path), *names) if path.exists() else None
     except (OSError, ValueError) as error:
         logger.warning("%s: %s; the baselines are trained again", path, error)
         return None

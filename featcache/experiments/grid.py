@@ -10,8 +10,9 @@ from typing import Any
 from featcache.errors import UsageError, did_you_mean
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.heads.catalog import HEAD_NAMES
-from featcache.specs import BackboneSpec, TransformOverrides, check_seed, check_value, freeze_args
+from featcache.specs import BackboneSpec, TransformOverrides, check_fields, check_seed, check_value, freeze_args
 
+_SPEC, _READ = ("pool", "precision"), ("layers", "views")
 _OVERRIDES = tuple(field.name for field in fields(TransformOverrides))
 _MOST_BYTES = 10_000_000
 _KINDS: dict[type, str] = {dict: "table", str: "text"}
@@ -20,11 +21,31 @@ _PLAN_KEYS = tuple(field.name for field in fields(FineTunePlan) if field.name !=
 
 @dataclass(frozen=True)
 class DataEntry:
-    """A data set of a grid: where it is, the name it goes by if not its own, and the manifest's column that groups it."""
+    """A data set of a grid, as commands take it, and how heads are chosen and split on it."""
 
     data: str
     name: str | None = None
     group: str | None = None
+    data_root: Path | None = None
+    download: bool = False
+    folds: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong kind."""
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class BackboneEntry:
+    """A backbone of a grid, and what of it heads are trained on: layers side by side, several views of an image."""
+
+    spec: BackboneSpec
+    layers: tuple[str, ...] = ()
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong kind."""
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -33,7 +54,7 @@ class Grid:
 
     name: str
     data: tuple[DataEntry, ...]
-    backbones: tuple[BackboneSpec, ...]
+    backbones: tuple[BackboneEntry, ...]
     heads: tuple[str, ...]
     plans: tuple[FineTunePlan, ...]
     seeds: tuple[int, ...]
@@ -114,26 +135,30 @@ def _tables(table: dict[str, Any], key: str, default: list[dict[str, Any]]) -> l
 
 def _data(entry: dict[str, Any], group: str | None) -> DataEntry:
     """Return a data set; ``group`` is the file's own, for those that name none."""
-    _only(entry, {"data", "name", "group"}, "[[dataset]]")
+    _only(entry, {field.name for field in fields(DataEntry)}, "[[dataset]]")
     if "data" not in entry:
         raise UsageError("[[dataset]]: data = PATH is needed.")
-    name, own = (check_value(entry.get(key), str | None, f"[[dataset]] {key}") for key in ("name", "group"))
-    return DataEntry(_expand(_typed(entry, "data", str, "")), name, own or group)
+    data = _expand(_typed(entry, "data", str, ""))
+    root = check_value(entry.get("data_root"), str | None, "[[dataset]] data_root")
+    roots = {} if root is None else {"data_root": Path(_expand(root))}
+    return DataEntry(**({"group": group} | entry | roots | {"data": data}))
 
 
-def _backbone(entry: dict[str, Any]) -> BackboneSpec:
-    _only(entry, {"name", "weights", "random_init", "model_args", *_OVERRIDES}, "[[backbone]]")
+def _backbone(entry: dict[str, Any]) -> BackboneEntry:
+    _only(entry, {"name", "weights", "random_init", "model_args", *_SPEC, *_READ, *_OVERRIDES}, "[[backbone]]")
     overrides: dict[str, Any] = {
         key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in _OVERRIDES if key in entry
     }
     weights = check_value(entry.get("weights"), str | None, "[[backbone]] weights")
-    return BackboneSpec(
+    spec = BackboneSpec(
         name=_typed(entry, "name", str, "mini"),
         weights=_expand(weights) if weights is not None else None,
         random_init=entry.get("random_init"),
         model_args=freeze_args(_typed(entry, "model_args", dict, {})),
         overrides=TransformOverrides(**overrides),
+        **{key: entry[key] for key in _SPEC if key in entry},
     )
+    return BackboneEntry(spec, **{key: entry[key] for key in _READ if key in entry})
 
 
 def _expand(text: str) -> str:

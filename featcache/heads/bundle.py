@@ -179,7 +179,23 @@ def own_card(path: Path) -> dict[str, Any] | None:
         card.get("signature", ""), _CARD, _signed_text(card)
     ):
         return None
+    _settle(path, card)
     return card
+
+
+def _settle(path: Path, card: Mapping[str, Any]) -> None:
+    """End what a process did not that was killed once its head was there: the card that waits takes its place."""
+    waiting = _waiting_card(path)
+    if not waiting.is_file():
+        return
+    try:
+        content = _read(waiting, "fit again")
+        if parse_card(content) != card:  # of a head that is being written now
+            return
+    except DataError:
+        return
+    replace_file(_card(path), content)
+    remove_file(waiting)
 
 
 def packed(tested: TestResult) -> dict[str, Any]:
