@@ -4,7 +4,8 @@
 
 Each model has random weights and runs in a process of its own. At every boundary the two parts must reproduce the whole
 (float32, a batch other than the traced ones), and the gradients from stored activations must be those of the whole model.
-Frozen parameters behind the boundary are counted: those of layers that could have been done before it must be none.
+Frozen parameters behind the boundary are counted: those of layers that could have been done before it must be none. Apart
+from them are counted those that are read on both sides, such as the position encodings that all of CoaT's blocks share.
 Writes cut_survey.jsonl and cut_survey.md beside this file; what is there is not tried again.
 """
 
@@ -78,7 +79,9 @@ def check(backbone: Any, cut: str) -> dict[str, Any]:
     found = []
     suffix = backbone.suffix(cut)
     trained = {id(value) for key, value in backbone.module.named_parameters() if is_trained(key)}
-    frozen = sum(id(value) not in trained for value in suffix.parameters())
+    before = {id(value) for value in backbone.prefix(cut).parameters()}
+    frozen = [id(value) for value in suffix.parameters() if id(value) not in trained]
+    shared = sum(number in before for number in frozen)
     for module, given in ((suffix, stored.clone()), (backbone.module, images)):
         backbone.module.train()  # some attention keeps its biases, with their graph or without, until the mode changes
         backbone.module.eval()
@@ -92,7 +95,12 @@ def check(backbone: Any, cut: str) -> dict[str, Any]:
     apart = max(float((one[key] - other[key]).abs().max()) for key in other) / max(scale, 1e-12)
     if apart > _CLOSE:
         raise CutError(f"gradients differ by {apart:.1g} of the greatest.")
-    return {"half_kb": round(stored[0].numel() * 2 / 1000, 1), "frozen": frozen, "gradient_difference": apart}
+    return {
+        "half_kb": round(stored[0].numel() * 2 / 1000, 1),
+        "frozen": len(frozen) - shared,
+        "shared": shared,
+        "gradient_difference": apart,
+    }
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -100,27 +108,28 @@ def table(records: list[dict[str, Any]]) -> str:
     whole = [record for record in records if cuts_everywhere(record)]
     boundaries = [one for record in records for one in record.get("boundaries", {}).values()]
     exact = sum("error" not in one for one in boundaries)
-    frozen = sum(one.get("frozen", 0) for one in boundaries)
+    frozen, shared = (sum(one.get(count, 0) for one in boundaries) for count in ("frozen", "shared"))
     lines = [
         "# Where backbones can be cut",
         "",
         f"`python benchmarks/cut_survey.py`; timm {records[0]['version']}, which has {len(families())} modules of models.",
         f"Of the {len(records)} tried so far, {len(whole)} are cut",
         f"({100 * len(whole) / len(records):.1f} %) exactly at every stage boundary of their smallest model;",
-        f"of {len(boundaries)} boundaries, {exact}. Frozen tensors (parameters) behind all of these: {frozen}.",
+        f"of {len(boundaries)} boundaries, {exact}. Frozen tensors (parameters) behind all of these: {frozen};",
+        f"read on both sides: {shared}.",
         "kB are of one image in half precision, from the first boundary to the last.",
         "",
-        "| module | smallest model | boundaries | frozen behind | kB an image | what failed |",
-        "|---|---|---|---|---|---|",
+        "| module | smallest model | boundaries | frozen behind | on both sides | kB an image | what failed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for record in records:
         found = record.get("boundaries", {})
         errors = {one["error"] for one in (*found.values(), record) if "error" in one}
         sizes = " ".join(f"{one['half_kb']:.0f}" for one in found.values() if "error" not in one)
         count = f"{sum('error' not in one for one in found.values())} of {len(found)}"
-        behind = sum(one.get("frozen", 0) for one in found.values())
+        behind, both = (sum(one.get(count, 0) for one in found.values()) for count in ("frozen", "shared"))
         what = "; ".join(sorted(errors))
-        lines.append(f"| {record['module']} | {record['model']} | {count} | {behind} | {sizes} | {what} |")
+        lines.append(f"| {record['module']} | {record['model']} | {count} | {behind} | {both} | {sizes} | {what} |")
     return "\n".join(lines) + "\n"
 
 

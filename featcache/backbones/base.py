@@ -71,10 +71,9 @@ def stages_of(module: nn.Module) -> tuple[Stage, ...]:
         if len(ordered) > 1 and not any(_matched(rules, name) for name in ordered[-1]):
             tail = ordered.pop()
             ordered[-1].extend(tail)
-        ordered = [group for group in ordered if group]
     return tuple(
         Stage(_stage_name(group, index, sizes), tuple(group), sum(sizes[name] for name in group))
-        for index, group in enumerate(ordered)
+        for index, group in enumerate(group for group in ordered if group)
     )
 
 
@@ -132,26 +131,27 @@ def _stage_name(group: list[str], index: int, sizes: dict[str, int]) -> str:
     return "stem" if index == 0 else f"stage{index}"
 
 
-def _where_read(module: nn.Module, stages: tuple[Stage, ...], loose: set[str], names: Sequence[str]) -> tuple[Stage, ...]:
-    """Return stages with each loose parameter in the one that reads it.
+def _by_reading(module: nn.Module, stages: tuple[Stage, ...], names: Sequence[str]) -> tuple[Stage, ...]:
+    """Return stages in which no parameter is first read behind those of a later stage.
 
-    timm counts a class token to the stem even where it joins the others ten blocks later (ConViT): every cut between would
-    leave a frozen parameter behind itself.
+    timm counts a class token to the stem even where it joins the others ten blocks later (ConViT), and blocks that follow
+    all others to one before the last (CaiT): a cut between would leave frozen parameters behind itself.
     """
     stage_of = {name: number for number, stage in enumerate(stages) for name in stage.parameters}
     reached = 0
     for place, name in enumerate(names):
-        if name not in loose:
-            reached = max(reached, stage_of[name])
-        elif reached > stage_of[name]:
-            stage_of[name] = next((stage_of[later] for later in names[place:] if later not in loose), reached)
+        if "." in name:
+            reached = stage_of[name] = max(reached, stage_of[name])
+        elif reached > stage_of[name]:  # with what reads it next: a cut before that would leave it behind
+            stage_of[name] = next((stage_of[later] for later in names[place:] if "." in later), reached)
     if all(name in stages[number].parameters for name, number in stage_of.items()):
         return stages
-    named = dict(module.named_parameters())
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     groups = [tuple(name for name in stage_of if stage_of[name] == number) for number in range(len(stages))]
-    return tuple(
-        Stage(stage.name, group, sum(named[name].numel() for name in group))
+    return tuple(  # names stay: they are in keys and in what people type
+        Stage(stage.name, group, sum(sizes[name] for name in group))
         for stage, group in zip(stages, groups, strict=True)
+        if group
     )
 
 
@@ -275,14 +275,15 @@ class TimmBackbone:
     def stages(self) -> tuple[Stage, ...]:
         """The stages in forward order; a tail without a stage of its own (last norm) belongs to the last one."""
         stages = stages_of(self.module)
-        loose = {name for stage in stages[:-1] for name in stage.parameters if "." not in name}
-        if not loose:
+        loose = any("." not in name for stage in stages[:-1] for name in stage.parameters)
+        mixed = any(stage.name == f"stage{number}" for number, stage in enumerate(stages))
+        if not loose and not mixed:  # then timm's groups are modules in their order, and a trace would find out nothing
             return stages
         try:
             names = [name.removeprefix(self._inside) for name in self._cutter.names_by_use()]
         except CutError:  # nothing can be cut then, and nothing is behind a cut
             return stages
-        return _where_read(self.module, stages, loose, names)
+        return _by_reading(self.module, stages, names)
 
     @property
     def _inside(self) -> str:
