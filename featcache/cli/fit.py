@@ -96,7 +96,7 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
     plan = FitPlan(**{name: flags.pop(name) for name in _PLAN})
     if plan.target != "label" and (show_classes or mistakes):
         raise click.UsageError(f"--per-class and --mistakes are of one class an image, not of --target {plan.target}.")
-    options.announce(dataset, spec)
+    options.announce(dataset, spec, plan.target)
     result = fit(dataset, spec, plan=plan, settings=settings, **flags)
     if as_json:
         summary = result.summary

@@ -364,12 +364,12 @@ def take_inputs(options: dict[str, Any]) -> "tuple[BackboneSpec, Settings, Datas
     return spec, settings, open_dataset(data, name, data_root=options.pop("data_root"), download=options.pop("download"))
 
 
-def announce(dataset: "Dataset", spec: "BackboneSpec") -> None:
+def announce(dataset: "Dataset", spec: "BackboneSpec", target: str = "label") -> None:
     """Say on stderr what a data set holds, before anything is computed: images, classes, splits, backbone."""
     from featcache.progress import logger
     from featcache.reports.wording import overview
 
-    logger.info(overview(dataset, spec))
+    logger.info(overview(dataset, spec, target))
 
 
 def emit(value: dict[str, Any]) -> None:

@@ -31,14 +31,14 @@ _SCORES = {  # of each kind of record: the score that chooses, what a table call
 }
 
 
-def overview(dataset: "Dataset", backbone: "BackboneSpec") -> str:
+def overview(dataset: "Dataset", backbone: "BackboneSpec", target: str = "label") -> str:
     """Return what a data set holds and what is to look at it, in a line."""
     table = dataset.table
     _, numbers = table.kinds(np.arange(len(table)))
     counts = np.bincount(numbers, minlength=len(table.splits)).tolist()
     splits_given = {name: count for name, count in zip(table.splits, counts, strict=True) if name}
     splits = ", ".join(f"{splits_given[name]} {name}" for name in ("train", "val", "test") if name in splits_given)
-    kind = "labels" if dataset.label_lists else "classes"
+    kind = "different numbers" if target == "number" else "labels" if dataset.label_lists else "classes"
     contents = f"{len(table)} images, {len(table.labels)} {kind}; {splits or 'no split'} given"
     return f"{dataset.name}: {contents}; backbone {backbone.label}"
 
