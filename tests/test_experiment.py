@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import TINY, draw_image
 
+import featcache
 from featcache.datasets import open_dataset
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment
@@ -116,6 +118,19 @@ def test_a_damaged_head_is_fitted_again(folder: Path, tiny: BackboneSpec, settin
     assert [head.record.test for head in heads] == [knn.record.test, ridge.record.test]
     assert not bundle.problem_of(knn.bundle)
     assert not bundle.problem_of(ridge.bundle)
+
+
+def test_a_head_of_another_version_is_fitted_again(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code is not in an experiment's key: what another featcache has fitted is not today's answer."""
+    run = partial(featcache.fit, folder, tiny, heads=["ridge"], settings=settings)
+    before = run().heads[0].bundle.stat().st_mtime_ns
+    assert run().heads[0].bundle.stat().st_mtime_ns == before
+
+    monkeypatch.setattr(featcache, "__version__", "0.0.9")
+
+    assert run().heads[0].bundle.stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize("target", ["labels", "number"])

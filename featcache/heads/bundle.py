@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+import featcache
 from featcache.display import Displayed, Table, facts_table
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
 from featcache.evaluation.metrics import TestResult, decode_correct
@@ -96,17 +97,12 @@ def save(
         SetupError: skops is not installed, or the secret is not the user's own.
         StorageError: the disk failed.
     """
-    import joblib
     import sklearn
 
     path = head_path(path, how)
-    if how == "skops":
-        content = _skops().dumps(estimator)
-    else:
-        buffer = io.BytesIO()
-        joblib.dump(estimator, buffer)
-        content = buffer.getvalue()
-    facts = {"sha256": sha256_of_bytes(content), "scikit_learn": sklearn.__version__, "format": how}
+    content = _skops().dumps(estimator) if how == "skops" else _pickled(estimator)
+    versions = {"scikit_learn": sklearn.__version__, "featcache": featcache.__version__}
+    facts = {"sha256": sha256_of_bytes(content), "format": how} | versions
     make_folder(path.parent)
     if answers is not None and answers.ndim == 2 and answers.nbytes <= _MOST_ANSWERS:
         facts["answers_sha256"] = _save_answers(_answers(path), answers)
@@ -118,6 +114,14 @@ def save(
     replace_file(_card(path), text)
     remove_file(_waiting_card(path))
     return path
+
+
+def _pickled(estimator: Any) -> bytes:
+    import joblib
+
+    buffer = io.BytesIO()
+    joblib.dump(estimator, buffer)
+    return buffer.getvalue()
 
 
 def head_path(path: Path, how: Format = "joblib") -> Path:
@@ -165,7 +169,7 @@ def load(path: Path, *, trust: bool = False) -> Bundle:
 
 
 def own_card(path: Path) -> dict[str, Any] | None:
-    """Return the card of a head that this user wrote with this scikit-learn, ``None`` where there is none."""
+    """Return the card of a head that this user wrote with this featcache and scikit-learn, ``None`` where there is none."""
     if not path.is_file():
         return None
     try:
@@ -173,6 +177,8 @@ def own_card(path: Path) -> dict[str, Any] | None:
         card = _card_of(path, sha256_of_bytes(content))
     except DataError as error:
         logger.warning("%s It is fitted again.", error)
+        return None
+    if card.get("featcache") != featcache.__version__:  # the code is not in an experiment's key: another may answer better
         return None
     # by its package's notes: importing scikit-learn takes longer than all else that a head in a file costs
     if card["scikit_learn"] != version("scikit-learn") or not is_signed(

@@ -58,6 +58,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "sha256": _is_text,
     "signature": lambda value: isinstance(value, str) and value.isascii(),
     "scikit_learn": _is_text,
+    "featcache": _is_text,
     "format": lambda value: isinstance(value, str) and value in {"joblib", "skops"},
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "target": lambda value: isinstance(value, str) and value in {"label", "labels", "number"},
