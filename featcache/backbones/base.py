@@ -143,7 +143,7 @@ def _by_reading(module: nn.Module, stages: tuple[Stage, ...], names: Sequence[st
         if "." in name:
             reached = stage_of[name] = max(reached, stage_of[name])
         elif reached > stage_of[name]:  # with what reads it next: a cut before that would leave it behind
-            stage_of[name] = next((stage_of[later] for later in names[place:] if "." in later), reached)
+            stage_of[name] = max(reached, next((stage_of[later] for later in names[place:] if "." in later), reached))
     if all(name in stages[number].parameters for name, number in stage_of.items()):
         return stages
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
