@@ -273,13 +273,17 @@ def _check(backbone: nn.Module, computed: Callable[[Tensor], Tensor], images: Te
 
 
 def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
+    return _reachable(starts, lambda node: node.users)
+
+
+def _reachable(starts: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     reached: set[fx.Node] = set()
     waiting = list(starts)
     while waiting:
         node = waiting.pop()
         if node not in reached:
             reached.add(node)
-            waiting.extend(node.users)
+            waiting.extend(neighbours(node))
     return reached
 
 
@@ -425,11 +429,5 @@ def _same(value: Any) -> Any:
 
 
 def _ancestors_in_order(traced: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.Node]:
-    needed: set[fx.Node] = set()
-    waiting = list(ends)
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting.extend(node.all_input_nodes)
+    needed = _reachable(ends, lambda node: node.all_input_nodes)
     return [node for node in traced.graph.nodes if node in needed]

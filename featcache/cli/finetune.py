@@ -3,12 +3,13 @@
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from featcache.cli import options
 from featcache.finetuning.plan import OPTIMISERS, RATES, FineTunePlan
+from featcache.specs import Precision
 
 if TYPE_CHECKING:
     from featcache.reports.records import RunRecord
@@ -103,7 +104,7 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
     ),
     click.option(
         "--train-precision",
-        type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+        type=click.Choice([*get_args(Precision), "auto"]),
         help="Train in this precision; by default bfloat16 on GPUs that have it, else float32; auto: on CPUs, if faster.",
     ),
 )

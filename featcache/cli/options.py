@@ -4,13 +4,13 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
 from featcache.heads.catalog import HEAD_NAMES
-from featcache.specs import MAX_SEED
+from featcache.specs import MAX_SEED, RUNTIMES, Interpolation, Pool, Precision
 
 if TYPE_CHECKING:
     from featcache.datasets.base import Dataset
@@ -272,7 +272,7 @@ backbone_options = grouped(
     click.option("--crop-pct", type=NUMBER, help="Keep this share, from 0 to 1, of the scaled short side."),
     click.option(
         "--interpolation",
-        type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]),
+        type=click.Choice(get_args(Interpolation)),
         help="Resample images so, not in the backbone's own way.",
     ),
     click.option("--mean", type=RGB, help="Subtract these from pixels in 0..1 instead of the backbone's own means."),
@@ -284,14 +284,14 @@ backbone_options = grouped(
     ),
     click.option(
         "--pool",
-        type=click.Choice(["default", "avg", "max", "cls", "avg+cls", "gem"]),
+        type=click.Choice(get_args(Pool)),
         default="default",
         show_default=True,
         help="Pool the last activations so, without norms or layers that follow; default is the backbone's own way.",
     ),
     click.option(
         "--precision",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
+        type=click.Choice(get_args(Precision)),
         default="float32",
         show_default=True,
         help="Compute the backbone in this precision.",
@@ -307,7 +307,7 @@ compute_options = grouped(
     ),
     click.option(
         "--runtime",
-        type=click.Choice(["auto", "torch", "compile", "openvino", "onnx"]),
+        type=click.Choice(RUNTIMES),
         default="auto",
         show_default=True,
         help="Run the backbone on a CPU with this; auto takes the fastest installed one that agrees with torch and pays.",

@@ -22,7 +22,7 @@ from featcache.reports.records import RunRecord, record_from, stamp
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import Features, RowReader
 
-_IN_NAMES = 8  # digits of a key that files are called by: enough for the experiments of one entry
+IN_NAMES = 8  # digits of a key that files are called by: enough for the experiments of one entry
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Experiment:
     @property
     def short_key(self) -> str:
         """The key as it stands in the names of files."""
-        return self.key[:_IN_NAMES]
+        return self.key[:IN_NAMES]
 
     def path(self, entry: Extracted, stem: str) -> Path:
         """Return where what it trains lies, without a suffix: among an entry's heads, or its tuned backbones."""

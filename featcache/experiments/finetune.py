@@ -12,7 +12,7 @@ from featcache.display import Displayed, Table
 from featcache.errors import DataError
 from featcache.evaluation.metrics import Gap, decode_correct, gap
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, Outcome
+from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import backbone_identity
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from featcache.finetuning.unfreezing import Trainable
 
 _DRIFTED = 0.5  # CKA below which the embeddings are no longer the probe's
-_IN_NAMES = 8  # digits of an experiment's name that its files' names have
 
 
 @dataclass(frozen=True, repr=False)
@@ -413,7 +412,7 @@ def forget_state(folder: Path, cell: str) -> None:
     Raises:
         StorageError: the disk failed.
     """
-    for path in folder.glob(f"*/tuned/*-{cell[:_IN_NAMES]}.unfinished"):
+    for path in folder.glob(f"*/tuned/*-{cell[:IN_NAMES]}.unfinished"):
         remove_file(path)
 
 
