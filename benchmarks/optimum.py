@@ -23,7 +23,7 @@ import numpy as np
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
-from featcache.heads.solvers import linear
+from featcache.heads import solvers
 
 HERE = Path(__file__).parent
 CS = [float(C) for C in np.logspace(-4, 4, 9)]
@@ -133,8 +133,8 @@ def measure_hostile(draws: int) -> list[dict[str, Any]]:
     for kind in KINDS:
         for seed in range(draws if kind != "large" else min(draws, 2)):
             X, y, folds = hostile(kind, seed)
-            found = linear.solve(X, y, HOSTILE_CS, folds)
-            tight = linear.solve(X, y, HOSTILE_CS, folds, tolerance=1e-11)
+            found = solvers.solve(X, y, HOSTILE_CS, folds)
+            tight = solvers.solve(X, y, HOSTILE_CS, folds, tolerance=1e-11)
             for rows, several, better in zip(folds, found, tight, strict=True):
                 for one, other in zip(several, better, strict=True):
                     best = min(objective(X[rows], y[rows], one), objective(X[rows], y[rows], other))
@@ -184,10 +184,10 @@ def measure_sets(paths: list[Path]) -> Iterator[dict[str, Any]]:
     for name, X, y in sets(paths):
         quick = X.size * (int(y.max()) + 1) > MOST_FOR_SCIKIT_LEARN
         started = time.perf_counter()
-        (found,) = linear.solve(X, y, CS)
+        (found,) = solvers.solve(X, y, CS)
         spent = time.perf_counter() - started
-        (tight,) = linear.solve(X, y, CS, tolerance=1e-6 if quick else 1e-9)
-        ((alone,),) = linear.solve(X, y, [CS[-1]])
+        (tight,) = solvers.solve(X, y, CS, tolerance=1e-6 if quick else 1e-9)
+        ((alone,),) = solvers.solve(X, y, [CS[-1]])
         for one, other in [*zip(found, tight, strict=True), (alone, tight[-1])]:
             best = min(objective(X, y, one), objective(X, y, other))
             if not quick:

@@ -262,8 +262,7 @@ def bench(
         UsageError: the file asks for what cannot be done.
         StorageError: the disk failed.
     """
-    from featcache.experiments.bench import run_bench
-    from featcache.experiments.grid import load_grid
+    from featcache.experiments.bench import load_grid, run_bench
     from featcache.extraction.feature_cache import Settings
 
     grid = load_grid(Path(pipeline))

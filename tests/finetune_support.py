@@ -13,10 +13,9 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.evaluation.splits import make_split
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.finetuner import FineTuned, Finetuner, Start, TrainingSet
 from featcache.finetuning.loop import Trial
-from featcache.finetuning.model import LinearHead, Take
+from featcache.finetuning.model import Checkpoint, LinearHead, Take
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
 from featcache.heads import linear as linear_heads

@@ -7,8 +7,7 @@ import pytest
 
 from featcache.errors import StorageError, UsageError
 from featcache.experiments import bench
-from featcache.experiments.bench import run_bench
-from featcache.experiments.grid import load_grid
+from featcache.experiments.bench import load_grid, run_bench
 from featcache.extraction.feature_cache import Settings
 from featcache.reports.records import read_records
 from featcache.reports.tables import COLUMNS, markdown, rows, to_csv

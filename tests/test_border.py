@@ -10,9 +10,9 @@ import pytest
 from support import Outcome
 
 from featcache.cli import ended_by, main
-from featcache.cli.predict import _columns
+from featcache.cli.heads import _columns
+from featcache.display import printable
 from featcache.errors import DataError
-from featcache.progress import printable
 
 
 def abort(cause: BaseException) -> click.Abort:

@@ -10,11 +10,11 @@ import pytest
 
 import featcache
 from featcache.errors import UsageError
+from featcache.experiments.bench import load_grid
 from featcache.experiments.fit import FitPlan
-from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Output, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.heads.catalog import ALL, ENSEMBLE, HEAD_NAMES
+from featcache.heads import ALL, ENSEMBLE, HEAD_NAMES
 from featcache.heads.search import HEADS
 from featcache.specs import MAX_SEED, BackboneSpec, FeatureSpec, Transform, TransformOverrides, Views, check_seed
 

@@ -11,8 +11,7 @@ import torch
 from finetune_support import PLAN, Prepared, epochs_of, moved, tuned
 
 from featcache.backbones.timm_models import load_backbone
-from featcache.finetuning.checkpoint import Checkpoint, save_checkpoint
-from featcache.finetuning.model import LinearHead, SuffixAndHead
+from featcache.finetuning.model import Checkpoint, LinearHead, SuffixAndHead, save_checkpoint
 from featcache.specs import BackboneSpec
 
 

@@ -11,7 +11,7 @@ from featcache.datasets import open_dataset
 from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
-from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.model import Checkpoint
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec
 

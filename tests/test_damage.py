@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from featcache.errors import StorageError
-from featcache.experiments.verify import verify
+from featcache.experiments.upkeep import verify
 from featcache.fingerprint import fingerprint, sha256_of_file
 from featcache.specs import FeatureSpec, LoadedBackbone, Transform
 from featcache.store.entry import FeatureStore

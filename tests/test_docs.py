@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import UsageError
-from featcache.experiments.grid import load_grid
+from featcache.experiments.bench import load_grid
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]

@@ -15,14 +15,13 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import StorageError
 from featcache.experiments import finetune as tuning
-from featcache.experiments.bench import run_bench
+from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, Ledger
-from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.finetuner import Finetuner, Start
+from featcache.finetuning.model import Checkpoint
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
@@ -115,10 +114,10 @@ Run = Callable[..., Outcome]
 @pytest.mark.parametrize(
     "step",
     [
-        "featcache.finetuning.checkpoint.save_checkpoint",
+        "featcache.finetuning.model.save_checkpoint",
         "featcache.heads.linear.linear_estimator",  # of the head's file
         "featcache.experiments.finetune.append_record",
-        "featcache.finetuning.checkpoint.Checkpoint.clear",
+        "featcache.finetuning.model.Checkpoint.clear",
     ],
 )
 def test_a_training_that_has_ended_is_not_lost(

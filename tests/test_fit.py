@@ -20,13 +20,10 @@ from featcache.evaluation.tasks import Task
 from featcache.experiments import fit as jobs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.heads import base, catalog, nonlinear, search
+from featcache.heads import base, catalog, members_of, nonlinear, search, solvers
 from featcache.heads import linear as linear_heads
 from featcache.heads.baselines import baselines
-from featcache.heads.catalog import members_of
-from featcache.heads.curves import learning_curve, shot_curve
-from featcache.heads.fit import Embeddings, ensemble, fit
-from featcache.heads.solvers import linear
+from featcache.heads.fit import Embeddings, ensemble, fit, learning_curve, shot_curve
 from featcache.specs import BackboneSpec
 from featcache.store.rows import Features
 
@@ -120,7 +117,7 @@ def test_a_search_in_which_nothing_ends_is_an_error(monkeypatch: pytest.MonkeyPa
 
 def _never_beyond(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the solver's answers for a C above a limit be far from their optimum, right on validation, and say so."""
-    real = linear.solve
+    real = solvers.solve
 
     def solve(*args: Any, **kwargs: Any) -> Any:
         return [

@@ -25,11 +25,10 @@ from featcache.backbones.origins import Origin
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.experiments import predict as predicting
-from featcache.experiments.bench import run_bench
+from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
-from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan, Unfreeze

@@ -22,8 +22,8 @@ LAYERS = (
     ("backbones", "store"),
     ("datasets",),
     ("evaluation",),
-    ("display", "specs"),
-    ("fingerprint", "progress", "resources"),
+    ("specs",),
+    ("display", "fingerprint", "resources"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
@@ -40,8 +40,8 @@ HOMES = {
     "pyarrow": {"datasets.tables"},
     "ray": {"extraction.ray_engine"},
     "datasets": {"datasets.hubs"},
-    "peft": {"finetuning.network_edits"},
-    "matplotlib": {"reports.plots"},
+    "peft": {"finetuning.unfreezing"},
+    "matplotlib": {"reports.tables"},
     "torchvision": {"datasets.hubs"},
 }
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from featcache.evaluation.metrics import Scores
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.checkpoint import Checkpoint
-from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.loop import Epoch, TrainContext, Trial, kept, noise
-from featcache.finetuning.model import SuffixAndHead
+from featcache.finetuning.model import Checkpoint, SuffixAndHead
+from featcache.finetuning.optim import ProcessGroup
 from featcache.specs import BackboneSpec
 
 UNBROKEN: dict[bool, dict[str, Tensor]] = {}  # weights, by whether there is a refit

@@ -9,9 +9,8 @@ import torch
 from finetune_support import PLAN, Prepared, moved, tuned
 
 from featcache.finetuning import optim as choosing
-from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.model import LinearHead, SuffixAndHead
-from featcache.finetuning.optim import rate
+from featcache.finetuning.optim import ProcessGroup, rate
 
 
 def test_the_rate_rises_then_falls_to_nothing() -> None:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.experiments.bench import run_bench
-from featcache.experiments.grid import load_grid
+from featcache.experiments.bench import load_grid, run_bench
 from featcache.extraction.feature_cache import Settings
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"

@@ -11,8 +11,8 @@ import pytest
 from support import TINY, Outcome
 
 from featcache.errors import SetupError, StorageError, UsageError
-from featcache.reports.plots import draw_records, require_picture
 from featcache.reports.records import RunRecord
+from featcache.reports.tables import draw_records, require_picture
 
 pytest.importorskip("matplotlib")
 

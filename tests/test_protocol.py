@@ -21,11 +21,10 @@ from featcache.errors import DataError, UsageError
 from featcache.evaluation.splits import make_split
 from featcache.experiments import bench
 from featcache.experiments import fit as jobs
-from featcache.experiments.bench import run_bench
+from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
-from featcache.experiments.grid import load_grid
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads import catalog, search
 from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised, statistics

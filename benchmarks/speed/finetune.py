@@ -33,17 +33,16 @@ from torchvision.datasets import ImageFolder
 
 from featcache.backbones.base import Backbone
 from featcache.datasets import open_dataset
+from featcache.display import set_up_notes
 from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.runtimes import workers_here
-from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.loop import Epoch, TrainContext, Trial
 from featcache.finetuning.model import LinearHead, SuffixAndHead, Take
-from featcache.finetuning.network_edits import open_up
+from featcache.finetuning.optim import ProcessGroup
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.finetuning.unfreezing import depths, select_trainable
-from featcache.progress import set_up_notes
+from featcache.finetuning.unfreezing import depths, open_up, select_trainable
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 
 HERE = Path(__file__).parent

@@ -28,8 +28,7 @@ from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from featcache.evaluation.splits import Fold
-from featcache.heads import search
-from featcache.heads.solvers import linear
+from featcache.heads import search, solvers
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0))
@@ -100,12 +99,12 @@ def peak_gemm(seconds: float = 1.0) -> float:
 def measure_fit(X: Any, y: Any, rows: int) -> dict[str, Any]:
     """Measure one fit, C = 1, to within 1e-4 of the optimum."""
     X, y = X[:rows], y[:rows]
-    ((best,),) = linear.solve(X, y, [1.0], standardise=False, tolerance=1e-9)
+    ((best,),) = solvers.solve(X, y, [1.0], standardise=False, tolerance=1e-9)
     goal = best.objective * (1 + 1e-4)
-    ((found,),) = linear.solve(X, y, [1.0], standardise=False)
+    ((found,),) = solvers.solve(X, y, [1.0], standardise=False)
     spent, default, single = [], [], []
     for _ in range(ROUNDS):
-        spent += [seconds_of(lambda: linear.solve(X, y, [1.0], standardise=False))[0] for _ in range(5)]
+        spent += [seconds_of(lambda: solvers.solve(X, y, [1.0], standardise=False))[0] for _ in range(5)]
         default.append(until(X, y, 1.0, goal))
         with threadpool_limits(1):
             single.append(until(X, y, 1.0, goal))
@@ -128,13 +127,13 @@ def measure_grid(X: Any, y: Any, rows: int) -> dict[str, Any]:
     masks = [np.isin(np.arange(rows), train) for train, _ in folds]
 
     def ours() -> tuple[Any, float, Any]:
-        found = linear.solve(X, y, TEN_CS, masks, standardise=False)
+        found = solvers.solve(X, y, TEN_CS, masks, standardise=False)
         right = np.zeros(len(TEN_CS))
         for several, (_, val) in zip(found, folds, strict=True):
             for number, one in enumerate(several):
                 right[number] += ((X[val] @ one.coefficients.T + one.intercept).argmax(1) == y[val]).mean()
         C = TEN_CS[int(right.argmax())]
-        return found, C, linear.solve(X, y, [C], standardise=False)
+        return found, C, solvers.solve(X, y, [C], standardise=False)
 
     spent, (found, C, _) = seconds_of(ours)
     again, _ = seconds_of(ours)
@@ -170,7 +169,7 @@ def measure_sweep(X: Any, y: Any) -> dict[str, Any]:
     """Measure 45 C on one validation split."""
     mask = np.arange(len(y)) % 5 != 0
     Cs = list(np.logspace(-6, 5, 45))
-    spent, (found,) = seconds_of(lambda: linear.solve(X, y, Cs, [mask], standardise=False))
+    spent, (found,) = seconds_of(lambda: solvers.solve(X, y, Cs, [mask], standardise=False))
     return {
         "kind": "sweep", "rows": len(y), "width": X.shape[1], "classes": int(y.max()) + 1, "seconds": spent,
         "converged": int(sum(one.converged for one in found)), "iterations": sum(one.iterations for one in found),
@@ -199,10 +198,10 @@ def measure_memory(rows: int = 44000, width: int = 512) -> dict[str, Any]:
         "rng = np.random.default_rng(0)\n"
         "for row in X: row[:] = rng.normal(size=width)\n"
         "y = np.arange(rows) % 10\n"
-        "linear.solve(X[:500], y[:500], [1.0])\n"
+        "solvers.solve(X[:500], y[:500], [1.0])\n"
         "status = lambda key: int(open('/proc/self/status').read().split(key)[1].split()[0]) / 1024\n"
         "before = status('VmRSS:') - X.nbytes / 2**20\n"
-        "linear.solve(X, y, [0.01, 1.0], [np.arange(rows) % 5 != n for n in range(5)])\n"
+        "solvers.solve(X, y, [0.01, 1.0], [np.arange(rows) % 5 != n for n in range(5)])\n"
         "print((status('VmHWM:') - before) / (X.nbytes / 2**20))"
     )
     done = subprocess.run(  # noqa: S603 - this file's own code
@@ -218,7 +217,7 @@ def measure_classes(rows: int = 100_000, width: int = 768, classes: int = 1000) 
     X = rng.normal(size=(rows, width)).astype(np.float32)
     X += rng.normal(size=(classes, width)).astype(np.float32)[y] * 0.3
     Cs = [1e-4, 1e-3, 1e-2]
-    spent, (found,) = seconds_of(lambda: linear.solve(X, y, Cs, standardise=False))
+    spent, (found,) = seconds_of(lambda: solvers.solve(X, y, Cs, standardise=False))
     passes = sum(one.iterations + 1 for one in found)
     flops = passes * 4 * rows * width * classes
     return {

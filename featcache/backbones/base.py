@@ -27,8 +27,8 @@ from featcache.backbones.pooling import (
 )
 from featcache.backbones.tracing import timm
 from featcache.datasets.images import ImagePreprocess
+from featcache.display import logger
 from featcache.errors import CutError, SetupError, UsageError
-from featcache.progress import logger
 from featcache.specs import (
     FORMAT_VERSION,
     INPUT,
@@ -48,6 +48,7 @@ Pixels = NDArray[np.uint8]
 Outputs = tuple[NDArray[Any], ...]
 # A child below it, such as a lone norm, makes no stage worth storing activations at.
 _LIGHT = 0.01  # of all parameters
+OWN_HEAD = "featcache_head."  # in the files of tuned networks that have no classifier of their own
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from featcache.backbones import origins
-from featcache.backbones.base import TimmBackbone, default_device
+from featcache.backbones.base import OWN_HEAD, TimmBackbone, default_device
 from featcache.backbones.origins import BUNDLED
 from featcache.backbones.tracing import timm
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_chunks
 from featcache.specs import INTERPOLATIONS, BackboneSpec, LoadedBackbone, Transform, freeze_args
-
-OWN_HEAD = "featcache_head."  # in the files of tuned networks that have no classifier of timm's
 
 
 def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> TimmBackbone:

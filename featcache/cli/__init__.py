@@ -13,17 +13,17 @@ from typing import Any
 import click
 
 from featcache import __version__
+from featcache.display import printable, set_up_notes
 from featcache.errors import INTERRUPTED, FeatcacheError, did_you_mean, interrupt
-from featcache.progress import printable, set_up_notes
 
 COMMANDS = {  # in the order of a user's way through them: the module, and what the list of commands says
-    "quickstart": ("bench", "See it work: bundled images and backbone, from extraction to a table."),
-    "extract": ("extract", "Compute a frozen backbone's features once and keep them."),
-    "fit": ("fit", "Train scikit-learn heads on cached features."),
+    "quickstart": ("finetune", "See it work: bundled images and backbone, from extraction to a table."),
+    "extract": ("heads", "Compute a frozen backbone's features once and keep them."),
+    "fit": ("heads", "Train scikit-learn heads on cached features."),
     "finetune": ("finetune", "Train part of the backbone from the cache; print the gap to the probe."),
-    "predict": ("predict", "Label images with a trained head."),
-    "export": ("predict", "Write backbone and head as one ONNX model."),
-    "bench": ("bench", "Run the missing cells of a grid; write records and tables."),
+    "predict": ("heads", "Label images with a trained head."),
+    "export": ("heads", "Write backbone and head as one ONNX model."),
+    "bench": ("finetune", "Run the missing cells of a grid; write records and tables."),
     "store": ("store", "List, describe, verify and remove what the cache holds."),
     "backbones": ("store", "List the backbones that timm knows."),
     "doctor": ("store", "Check the environment and say the exact repair."),

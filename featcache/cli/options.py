@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 from click.shell_completion import CompletionItem
 
-from featcache.heads.catalog import HEAD_NAMES
+from featcache.heads import HEAD_NAMES
 from featcache.specs import MAX_SEED, RUNTIMES, Interpolation, Pool, Precision
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 def _set_up_notes(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
     if value:
         from featcache.cli import spelling
-        from featcache.progress import set_up_notes
+        from featcache.display import set_up_notes
 
         set_up_notes(quiet=param.name == "quiet", verbose=param.name == "verbose", wording=spelling(ctx))
 
@@ -366,7 +366,7 @@ def take_inputs(options: dict[str, Any]) -> "tuple[BackboneSpec, Settings, Datas
 
 def announce(dataset: "Dataset", spec: "BackboneSpec", target: str = "label") -> None:
     """Say on stderr what a data set holds, before anything is computed: images, classes, splits, backbone."""
-    from featcache.progress import logger
+    from featcache.display import logger
     from featcache.reports.wording import overview
 
     logger.info(overview(dataset, spec, target))

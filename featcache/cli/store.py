@@ -22,9 +22,9 @@ def store_command() -> None:
 @options.json_option
 def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """List the entries with their rows and sizes, and what they come to."""
+    from featcache.display import printable
     from featcache.errors import StorageError
     from featcache.extraction.lookup import default_cache, entry_folders
-    from featcache.progress import printable
     from featcache.store.entry import FeatureStore
 
     where = cache or default_cache()
@@ -56,7 +56,7 @@ def list_heads(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     from dataclasses import asdict
 
     from featcache.display import Table
-    from featcache.experiments.collect import kept_heads
+    from featcache.experiments.upkeep import kept_heads
     from featcache.extraction.lookup import default_cache
 
     where = cache or default_cache()
@@ -97,9 +97,9 @@ def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
 @options.json_option
 def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Check every byte of ENTRIES (default: the whole cache) against its hash; ends with 4 where one is damaged."""
-    from featcache.experiments.verify import verify as look
+    from featcache.display import printable
+    from featcache.experiments.upkeep import verify as look
     from featcache.extraction.lookup import default_cache
-    from featcache.progress import printable
 
     checked, problems = look(cache or default_cache(), entries)
     if as_json:
@@ -124,9 +124,9 @@ def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) 
 
     Many small parts are joined. Let nothing else use the cache meanwhile.
     """
-    from featcache.experiments.collect import collect
+    from featcache.display import printable
+    from featcache.experiments.upkeep import collect
     from featcache.extraction.lookup import default_cache
-    from featcache.progress import printable
 
     collected = collect(cache or default_cache(), entries, act=yes)
     if as_json:
@@ -153,9 +153,9 @@ def remove_entries(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_
     """
     import sys
 
-    from featcache.experiments.collect import contents_of, find_entries, remove_entry
+    from featcache.display import printable
+    from featcache.experiments.upkeep import contents_of, find_entries, remove_entry
     from featcache.extraction.lookup import default_cache
-    from featcache.progress import printable
 
     contents = [contents_of(folder) for folder in find_entries(cache or default_cache(), entries)]
     size = sum(content.bytes for content in contents)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from featcache.backbones.base import TorchRuntime
 from featcache.datasets.base import Dataset
 from featcache.datasets.images import ImagePreprocess, UnreadableImage
+from featcache.display import logger
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
 from featcache.experiments.predict import bench_of
@@ -33,7 +34,6 @@ from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
 from featcache.heads.nonlinear import TEMPERATURE
-from featcache.progress import logger
 from featcache.specs import Views
 from featcache.store.atomic import replace_file
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbones import origins
-from featcache.display import Displayed, Table
+from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError
 from featcache.evaluation.metrics import Gap, decode_correct, gap
 from featcache.evaluation.tasks import Task
@@ -18,7 +18,6 @@ from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
-from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.reports.wording import finetune_table
 from featcache.specs import POOLED, BackboneSpec
@@ -26,8 +25,8 @@ from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone
-    from featcache.finetuning.checkpoint import Checkpoint
     from featcache.finetuning.finetuner import FineTuned
+    from featcache.finetuning.model import Checkpoint
     from featcache.finetuning.unfreezing import Trainable
 
 _DRIFTED = 0.5  # CKA below which the embeddings are no longer the probe's
@@ -204,7 +203,7 @@ class FineTuneJob:
     def run(self, records: Path | None) -> FineTuneResult:
         """Train, compare and write; PyTorch's generators, of which dropout and new layers draw, are left as they were."""
         from featcache.extraction.runtimes import own_randomness
-        from featcache.finetuning.checkpoint import Checkpoint
+        from featcache.finetuning.model import Checkpoint
         from featcache.heads.bundle import head_path
 
         processes = self.inputs.processes
@@ -282,7 +281,7 @@ class FineTuneJob:
     def _save(self, backbone: "Backbone", tuned: "FineTuned") -> None:
         """Write the tuned network, and its head beside it: with it as its backbone the head predicts as any other."""
         from featcache.backbones.timm_models import hash_weights
-        from featcache.finetuning.checkpoint import save_checkpoint
+        from featcache.finetuning.model import save_checkpoint
         from featcache.heads import bundle
         from featcache.heads.linear import linear_estimator
 

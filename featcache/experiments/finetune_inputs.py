@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import require_one_label
+from featcache.display import logger
 from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation.splits import Split, restricted
 from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
 from featcache.finetuning.plan import FineTunePlan
-from featcache.heads.catalog import STREAMING, require_head
-from featcache.progress import logger
+from featcache.heads import STREAMING, require_head
 from featcache.specs import INPUT, POOLED, Views
 from featcache.store.rows import Features
 
 if TYPE_CHECKING:
     from featcache.experiments.fit import HeadResult, Ledger
-    from featcache.finetuning.distributed import ProcessGroup
     from featcache.finetuning.model import LinearHead, Take
+    from featcache.finetuning.optim import ProcessGroup
     from featcache.finetuning.unfreezing import Trainable
     from featcache.reports.records import RunRecord
 
@@ -80,7 +80,7 @@ class FineTuneInputs:
     @cached_property
     def processes(self) -> "ProcessGroup":
         """Those that train together."""
-        from featcache.finetuning.distributed import ProcessGroup
+        from featcache.finetuning.optim import ProcessGroup
 
         return ProcessGroup()
 

@@ -14,18 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import require_one_label
-from featcache.display import Displayed, Table
+from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
 from featcache.evaluation.tasks import Kind, Task, require_kind
 from featcache.experiments.experiment import Experiment, Outcome, aligned, groups_of
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
-from featcache.heads import bundle
+from featcache.heads import ALL, ENSEMBLE, STREAMING, bundle, heads_for, require_params
 from featcache.heads.baselines import SIDE, Baseline
-from featcache.heads.catalog import ALL, ENSEMBLE, STREAMING, heads_for, require_params
 from featcache.heads.fit import FittedHead
-from featcache.progress import logger
 from featcache.reports.records import RunRecord, append_record, is_recorded
 from featcache.resources import free_memory
 from featcache.specs import POOLED, Views, check_fields, cut_of_layers
@@ -34,7 +32,7 @@ from featcache.store.entry import FeatureStore
 from featcache.store.manifests import read_note, sealed, unsealed
 
 if TYPE_CHECKING:
-    from featcache.heads.curves import Curve
+    from featcache.heads.fit import Curve
 
 PROBE = "logistic"
 PROBES = ("ridge", "knn", PROBE)  # what the gap is taken to at least: the cheap ones
@@ -441,8 +439,7 @@ class _Fitting:
 
     def curves(self, head: str) -> "list[Curve]":
         """Train a head on so many images a class, and on shares of the training images, where that is asked for."""
-        from featcache.heads.curves import learning_curve, shot_curve
-        from featcache.heads.fit import Embeddings
+        from featcache.heads.fit import Embeddings, learning_curve, shot_curve
 
         if not (self.plan.shots or self.plan.curve):
             return []

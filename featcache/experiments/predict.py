@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
 from featcache.datasets.folder import image_files
+from featcache.display import logger, progress
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.metrics import at_temperature
 from featcache.extraction.feature_cache import FeatureCache, Settings
@@ -21,7 +22,6 @@ from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads.bundle import Bundle
 from featcache.heads.search import over_views, predict_with
-from featcache.progress import logger, progress
 from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import Quarantined

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featcache.datasets.base import Dataset
+from featcache.display import logger, progress
 from featcache.errors import StorageError
 from featcache.extraction.loader import (
     NO_RUNTIME,
@@ -26,7 +27,6 @@ from featcache.extraction.loader import (
 )
 from featcache.extraction.scan import DatasetFiles, Positions
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport, say_left_out
-from featcache.progress import logger, progress
 from featcache.specs import Transform
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
 from featcache.datasets.images import ImagePreprocess
-from featcache.display import Displayed, Table, facts_table
+from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as entries
 from featcache.extraction.extract import extract, measure, positions_of
@@ -20,7 +20,6 @@ from featcache.extraction.loader import NO_RUNTIME, Pixels, Runtime, beside_pixe
 from featcache.extraction.scan import DatasetFiles, Hit, Positions, Scan, lookup, renew, scan
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.fingerprint import fingerprint
-from featcache.progress import logger
 from featcache.specs import (
     INPUT,
     POOLED,

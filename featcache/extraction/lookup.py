@@ -10,9 +10,9 @@ from typing import Any
 from featcache.backbones import origins
 from featcache.backbones.origins import Origin
 from featcache.datasets.base import Dataset, location_hash
+from featcache.display import logger
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical
-from featcache.progress import logger
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
 from featcache.store.atomic import create_file, make_folder, remove_abandoned, replace_file
 from featcache.store.entry import FeatureStore

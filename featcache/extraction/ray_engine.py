@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
+from featcache.display import logger
 from featcache.errors import SetupError, UsageError
 from featcache.extraction.loader import Batch, BatchReader, Pixels, beside_pixels, compute, sample
 from featcache.extraction.scan import DatasetFiles, Positions
 from featcache.extraction.writer import in_dtype, not_finite
-from featcache.progress import logger
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Views
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import FileIndex, Part

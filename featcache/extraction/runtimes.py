@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featcache.backbones.base import Outputs, Pixels, TorchRuntime, as_tuple, to_array
+from featcache.display import logger
 from featcache.errors import SetupError, UsageError
 from featcache.extraction.loader import Runtime
-from featcache.progress import logger
 from featcache.resources import cores, keep_freed_memory
 from featcache.specs import Precision, RuntimeName
 

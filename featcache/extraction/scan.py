@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset, FileStat
+from featcache.display import progress
 from featcache.errors import StorageError
 from featcache.fingerprint import DigestSet
-from featcache.progress import progress
 from featcache.store.hdf5 import SPLITS, FileIndex, Listing
 from featcache.store.manifests import Quarantined
 

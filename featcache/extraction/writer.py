@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
+from featcache.display import logger, printable
 from featcache.errors import DataError
 from featcache.extraction.scan import Hit, Positions, Scan, lookup, make_listing, scan
 from featcache.fingerprint import DigestSet
-from featcache.progress import logger, printable
 from featcache.specs import StoredDtype, Views
 from featcache.store.hdf5 import Part
 from featcache.store.manifests import Quarantined

@@ -19,17 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featcache.backbones.base import Backbone
+from featcache.display import progress
 from featcache.evaluation.metrics import TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
-from featcache.finetuning.checkpoint import Checkpoint
-from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, noise
-from featcache.finetuning.model import LinearHead, SuffixAndHead, Take, embed, predict, to_device
-from featcache.finetuning.network_edits import merge_lora, open_up
-from featcache.finetuning.optim import choose_precision
+from featcache.finetuning.model import Checkpoint, LinearHead, SuffixAndHead, Take, embed, predict, to_device
+from featcache.finetuning.optim import ProcessGroup, choose_precision
 from featcache.finetuning.plan import FineTunePlan
-from featcache.finetuning.unfreezing import Trainable
-from featcache.progress import progress
+from featcache.finetuning.unfreezing import Trainable, merge_lora, open_up
 from featcache.resources import keep_freed_memory
 from featcache.specs import Precision
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from featcache.display import logger
 from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
 from featcache.evaluation.splits import Index
-from featcache.finetuning.distributed import ProcessGroup
 from featcache.finetuning.model import (
     SuffixAndHead,
     Take,
@@ -28,9 +28,8 @@ from featcache.finetuning.model import (
     set_training,
     to_device,
 )
-from featcache.finetuning.optim import DTYPES, make_optimiser, parameter_groups, rate
+from featcache.finetuning.optim import DTYPES, ProcessGroup, make_optimiser, parameter_groups, rate
 from featcache.finetuning.plan import FineTunePlan
-from featcache.progress import logger
 from featcache.specs import Precision
 
 _SAVE_SECONDS = 60.0  # what a kill costs at most; writing a large model's state takes some seconds

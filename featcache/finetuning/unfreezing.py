@@ -1,13 +1,24 @@
-"""Turn a text such as ``last:2`` into the parameters that train and the cut that freezes the rest."""
+"""What of a network trains, and what is put into it before: low-rank updates beside its weights, BatchNorm folded away.
+
+Low-rank updates (LoRA: Hu et al. 2022) are peft's; they are merged into the weights when training is over, so that a
+checkpoint is always timm's. BatchNorm whose statistics rest is a part of the convolution before it: folded in anew at every
+step, weights, gradients and results stay the same, and activations are read and written once less, forward and backward
+(as in Jacob et al. 2018, section 3.2, with running statistics throughout).
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
-from featcache.backbones.base import Stage
-from featcache.errors import UsageError
+from featcache.backbones.base import Backbone, Stage
+from featcache.display import logger
+from featcache.errors import SetupError, UsageError
+from featcache.finetuning.model import SuffixAndHead
 from featcache.finetuning.plan import Unfreeze
 from featcache.specs import INPUT
 
@@ -97,3 +108,197 @@ def _first_trained(stages: Sequence[Stage], spec: Unfreeze) -> int:
         first -= 1
         parameters += stages[first].size
     return first
+
+
+_SCALE = 2  # of the update, times its rank: peft's and the paper's alpha over r
+
+
+def open_up(
+    backbone: Backbone, model: SuffixAndHead, trainable: Trainable, seed: int
+) -> tuple[tuple[nn.Parameter, ...], ...]:
+    """Let the trainable parameters train and no others; return them, stage by stage."""
+    named = dict(backbone.module.named_parameters())
+    model.requires_grad_(False)
+    for parameter in named.values():
+        parameter.requires_grad_(False)
+    if trainable.spec.what == "lora":
+        weights = {id(named[name]): stage.name for stage in trainable.stages for name in stage.parameters}
+        blank = torch.from_numpy(backbone.example_inputs(1)).to(backbone.device)  # untraced, it takes prepared samples
+        updates = add_lora(model.suffix, weights, trainable.spec.rank, seed, blank)
+        by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in trainable.stages}
+        for weight, parameters in updates:
+            by_stage[weights[weight]] += parameters
+        stages = tuple(tuple(parameters) for parameters in by_stage.values())
+    else:
+        stages = tuple(tuple(named[name] for name in stage.parameters) for stage in trainable.stages)
+        fold_norms(model.suffix)
+    for parameter in (*model.head.parameters(), *(parameter for stage in stages for parameter in stage)):
+        parameter.requires_grad_(True)
+    return stages
+
+
+def add_lora(
+    suffix: nn.Module, weights: Collection[int], rank: int, seed: int, example: Tensor | None = None
+) -> list[tuple[int, list[nn.Parameter]]]:
+    """Put an update beside each layer whose weight is listed; it changes nothing yet.
+
+    A weight that is read as a tensor, such as Swin V2's of queries, keys and values, or that belongs to a layer of another
+    type than PyTorch's own, gets none: what is left out is said.
+
+    Args:
+        suffix: is changed in place.
+        weights: ``id`` of each weight's tensor.
+        rank: of the updates.
+        seed: of their random half.
+        example: what the suffix takes, (1, ...), where it is no traced graph.
+
+    Returns:
+        The identity of each weight, with the parameters of its update.
+
+    Raises:
+        SetupError: peft is not installed.
+        UsageError: no layer can be updated so.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        raise SetupError("`unfreeze` lora:R needs peft: `pip install 'featcache[peft]'`.") from None
+    names = _layers_to_update(suffix, weights, example)
+    with torch.random.fork_rng(devices=[]):  # the updates' random half comes from the seed, not from what was drawn before
+        torch.default_generator.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names), suffix)
+    layers = [module for module in suffix.modules() if isinstance(module, LoraLayer)]
+    return [
+        (id(layer.get_base_layer().weight), [value for name, value in layer.named_parameters() if "lora_" in name])
+        for layer in layers
+    ]
+
+
+def _layers_to_update(suffix: nn.Module, weights: Collection[int], example: Tensor | None) -> list[str]:
+    """Return the names of the layers of some weights that can take an update; say which cannot."""
+    called = _called(suffix, example)
+    of_weights = {name: module for name, module in suffix.named_modules() if id(getattr(module, "weight", None)) in weights}
+    names = [name for name, module in of_weights.items() if name in called and type(module) in {nn.Linear, nn.Conv2d}]
+    if not names:
+        raise UsageError(
+            "`unfreeze` lora: no layer of these stages can take a low-rank update: their weights are handed to functions, "
+            "or their layers are not plain ones. Unfreeze more stages, or train norms, biases or weights themselves."
+        )
+    covered = {id(of_weights[name].weight) for name in names}
+    if without := sorted(name for name, module in of_weights.items() if id(module.weight) not in covered):
+        logger.warning(
+            "low-rank updates stand beside %d layers; %d that are no plain ones, or whose weights are handed to functions, "
+            "get none (%s, ...)",
+            len(names),
+            len(without),
+            without[0],
+        )
+    return names
+
+
+def _called(suffix: nn.Module, example: Tensor | None) -> set[str]:
+    """Return the names of the modules that are called as such when a suffix computes."""
+    graphs = {name: part for name, part in suffix.named_modules() if isinstance(part, fx.GraphModule)}
+    if graphs or example is None:
+        return {
+            f"{name}.{node.target}".removeprefix(".")
+            for name, part in graphs.items()
+            for node in part.graph.nodes
+            if node.op == "call_module"
+        }
+    called: set[str] = set()
+    hooks = [module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in suffix.named_modules()]
+    try:
+        with torch.no_grad():  # what attention keeps of an inference could not be trained
+            suffix(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def merge_lora(suffix: nn.Module) -> None:
+    """Add the updates to the weights that they stand beside, and take them away."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(suffix.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(suffix.get_submodule(parent), child, module.get_base_layer())
+
+
+_PAYS = 2  # positions a weight of one output channel, from which on a pass over activations costs more than over weights
+
+
+class ConvolutionAndNorm(nn.Module):
+    """A convolution and the BatchNorm behind it, done as one where that is the same and costs less."""
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+        self.norm = norm
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Return what both give, one after the other."""
+        convolution, norm = self.convolution, self.norm
+        mean, variance = norm.running_mean, norm.running_var
+        size, stride = activations.shape, convolution.stride
+        positions = size[0] * (size[2] // stride[0]) * (size[3] // stride[1])
+        if norm.training or mean is None or variance is None or positions < _PAYS * convolution.weight[0].numel():
+            return norm(convolution(activations))  # type: ignore[no-any-return]
+        # differentiable: the gradients of weight, norm.weight and norm.bias are those of the two layers apart
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        shift = norm.bias - mean * scale
+        if convolution.bias is not None:
+            shift = shift + convolution.bias * scale
+        out = F.conv2d(
+            activations,
+            convolution.weight * scale[:, None, None, None],
+            shift,
+            stride,
+            convolution.padding,
+            convolution.dilation,
+            convolution.groups,
+        )
+        for step in _AFTER:
+            out = getattr(norm, step, nn.Identity())(out)
+        return out
+
+
+_AFTER = ("drop", "act")  # what timm's BatchNormAct2d does after normalising
+
+
+def fold_norms(model: nn.Module) -> None:
+    """Join every BatchNorm in a model's traced parts with the convolution before it, if nothing else uses that one."""
+    for part in list(model.modules()):
+        if isinstance(part, fx.GraphModule):
+            _fold(part)
+
+
+def _fold(part: fx.GraphModule) -> None:
+    graph = part.graph
+    for node in list(graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue  # another reader of the convolution's output needs it as it is
+        convolution, norm = (part.get_submodule(str(call.target)) for call in (before, node))
+        if type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros" and _is_plain_norm(norm):
+            name = f"{node.target}_folded".replace(".", "_")
+            part.add_submodule(name, ConvolutionAndNorm(convolution, norm))
+            with graph.inserting_before(node):
+                joined = graph.call_module(name, before.args)
+            node.replace_all_uses_with(joined)
+            graph.erase_node(node)
+            graph.erase_node(before)
+    # the convolution and the norm are submodules of the joined module now; their parameters are the same objects
+    part.delete_all_unused_submodules()
+    part.recompile()
+
+
+def _is_plain_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Tell whether a module is BatchNorm with weights and running statistics, with what it does besides known."""
+    if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.running_var is None:
+        return False
+    return type(norm) is nn.BatchNorm2d or all(hasattr(norm, step) for step in _AFTER)

@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import featcache
-from featcache.display import Displayed, Table, facts_table
+from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
 from featcache.evaluation.metrics import TestResult, decode_correct
 from featcache.evaluation.tasks import Kind, scores_from
 from featcache.fingerprint import sha256_of_bytes
-from featcache.heads.cards import parse_card
+from featcache.heads import parse_card
 from featcache.heads.fit import FittedHead
-from featcache.progress import logger
 from featcache.store.atomic import make_folder, remove_file, replace_file
 from featcache.store.checksums import is_signed, sign
 

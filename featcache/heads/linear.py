@@ -12,9 +12,9 @@ from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
 from sklearn.svm import LinearSVC
 
 from featcache.evaluation.splits import Fold
+from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
-from featcache.heads.solvers import linear
-from featcache.heads.solvers.linear import Solution
+from featcache.heads.solvers import Solution
 from featcache.heads.solvers.scaled import solve_ridge
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
@@ -32,7 +32,7 @@ def _masks(folds: Sequence[Fold], count: int) -> list[NDArray[np.bool_]]:
 
 def as_logistic(solution: Solution, classes: NDArray[Any] | None = None) -> LogisticRegression:
     """Return a solution as scikit-learn's fitted estimator, with the standardisation in its weights."""
-    head = LogisticRegression(C=solution.C, tol=linear.TOLERANCE)
+    head = LogisticRegression(C=solution.C, tol=solvers.TOLERANCE)
     head.classes_ = solution.classes if classes is None else classes[solution.classes]
     head.coef_, head.intercept_ = solution.coefficients, solution.intercept
     head.n_features_in_ = solution.coefficients.shape[1]
@@ -52,7 +52,7 @@ def probabilities(solution: Solution, X: X_, classes: int) -> NDArray[np.float64
 
 def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     classes = int(y.max()) + 1
-    by_fold = linear.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)))
+    by_fold = solvers.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)))
     for number, params in enumerate(grid):
         solutions = [solutions_of_fold[number] for solutions_of_fold in by_fold]
         predictions = [
@@ -63,7 +63,7 @@ def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold
 
 
 def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
-    ((solution,),) = linear.solve(X, y, [params["C"]])
+    ((solution,),) = solvers.solve(X, y, [params["C"]])
     return make_pipeline(as_logistic(solution)), solution.converged
 
 
@@ -76,7 +76,7 @@ def _sweep_svm(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: i
     # Unit length: a hinge's margin of 1 then means the same for features of any scale.
     X, classes = normalize(X), np.unique(y)
     costs = [params["C"] for params in grid]
-    by_fold = linear.solve(X, _signs(y, classes), costs, _masks(folds, len(y)), loss="squared_hinge", standardise=False)
+    by_fold = solvers.solve(X, _signs(y, classes), costs, _masks(folds, len(y)), loss="squared_hinge", standardise=False)
     for number, params in enumerate(grid):
         solutions = [solutions_of_fold[number] for solutions_of_fold in by_fold]
         predictions = [_decided(solution, X[fold.val], classes) for solution, fold in zip(solutions, folds, strict=True)]
@@ -91,7 +91,7 @@ def _decided(solution: Solution, X: X_, classes: NDArray[np.int64]) -> Y_:
 
 def _fit_svm(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
     classes = np.unique(y)
-    ((solution,),) = linear.solve(normalize(X), _signs(y, classes), [params["C"]], loss="squared_hinge", standardise=False)
+    ((solution,),) = solvers.solve(normalize(X), _signs(y, classes), [params["C"]], loss="squared_hinge", standardise=False)
     head = LinearSVC(C=params["C"])
     head.classes_, head.n_features_in_, head.n_iter_ = classes, X.shape[1], solution.iterations
     head.coef_, head.intercept_ = solution.coefficients, solution.intercept
@@ -134,7 +134,7 @@ def _sweep_selected(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold],
         by_fold = []
         for fold, order in zip(folds, ranked, strict=True):
             columns = _first(order, share)
-            (solutions,) = linear.solve(
+            (solutions,) = solvers.solve(
                 X[np.ix_(fold.train, columns)], y[fold.train], [params["C"] for params in candidates]
             )
             by_fold.append(
@@ -151,7 +151,7 @@ def _sweep_selected(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold],
 def _fit_selected(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
     """The columns that are left out have weight zero: what comes back is one plain logistic head."""
     columns = _first(_by_weight(X, y), params["share"])
-    ((solution,),) = linear.solve(X[:, columns], y, [params["C"]])
+    ((solution,),) = solvers.solve(X[:, columns], y, [params["C"]])
     head = as_logistic(solution)
     head.coef_ = np.zeros((len(solution.coefficients), X.shape[1]))
     head.coef_[:, columns], head.n_features_in_ = solution.coefficients, X.shape[1]

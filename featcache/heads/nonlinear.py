@@ -17,9 +17,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler, normalize
 
 from featcache.evaluation.splits import Fold
+from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Params, answers, by_estimator
 from featcache.heads.linear import as_logistic, linear_estimator, probabilities
-from featcache.heads.solvers import linear
 
 TEMPERATURE = 0.07  # a neighbour weighs exp(cosine / T) (Wu et al. 2018; Caron et al. 2021, DINO, appendix F.1)
 # DINO's k stands first (Caron et al. 2021): of equals the first is taken.
@@ -153,7 +153,7 @@ def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed
         for fold in folds:
             kernel = _rbf_features(width, X[fold.train], seed).fit(X[fold.train])
             train, val = kernel.transform(X[fold.train]), kernel.transform(X[fold.val])
-            (solutions,) = linear.solve(train, y[fold.train], [params["C"] for params in candidates])
+            (solutions,) = solvers.solve(train, y[fold.train], [params["C"] for params in candidates])
             for number, solution in enumerate(solutions):
                 predictions[number].append(probabilities(solution, val, classes))
                 converged[number] &= solution.converged
@@ -163,7 +163,7 @@ def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed
 
 def _fit_rbf(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
     kernel = _rbf_features(params["width"], X, seed).fit(X)
-    ((solution,),) = linear.solve(kernel.transform(X), y, [params["C"]])
+    ((solution,),) = solvers.solve(kernel.transform(X), y, [params["C"]])
     return make_pipeline(*(step for _, step in kernel.steps), as_logistic(solution)), solution.converged
 
 

@@ -16,9 +16,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from featcache.display import Displayed, Table, facts_table
+from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError
-from featcache.progress import logger
 
 SCHEMA_VERSION = 1
 

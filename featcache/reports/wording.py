@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from featcache.experiments.fit import FitResult, HeadResult
     from featcache.extraction.feature_cache import Extracted
     from featcache.heads.baselines import Baseline
-    from featcache.heads.curves import Curve
+    from featcache.heads.fit import Curve
     from featcache.specs import BackboneSpec
 
 _WIDEST_MATRIX = 20  # classes whose confusion matrix still fits a terminal of 120 columns

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.display import logger
 from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
-from featcache.progress import logger
 from featcache.specs import FeatureSpec, Tokenisation, Transform
 from featcache.store import hdf5, maintenance, manifests
 from featcache.store.atomic import (

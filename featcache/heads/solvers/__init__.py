@@ -1,1 +1,441 @@
-"""Exact solvers of linear heads that share each pass over the features among all penalties and folds."""
+"""Multinomial logistic regression, exactly: every penalty and every fold in shared passes over the features.
+
+Each fold's problems are solved from the strongest penalty to the weakest, each started from where the last two point. The
+inverse Hessian that L-BFGS starts from is a Kronecker product: the mean covariance of a row's class indicator, times the
+covariance of the features, plus the penalty (the block structure of Böhning 1992, with probabilities in place of his bound).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve, eigh
+from scipy.special import softmax
+
+from featcache.heads.solvers import newton
+from featcache.heads.solvers.newton import LBFGS, Precondition
+from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss
+from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
+from featcache.resources import cores
+
+if TYPE_CHECKING:
+    from featcache.store.rows import LazyRows
+
+
+TOLERANCE = 1e-4
+_LARGE, _SMALL_TOLERANCE = 5_000_000, 1e-7  # rows x features x outputs
+_DOUBLE_FROM = 1e-7  # a tolerance that products in float32 do not reach
+_MAX_ITERATIONS = 150  # of L-BFGS, before Newton's method takes over
+_FEW = 4  # problems for which a factorisation each is cheaper than the axes of all
+_TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believed to be near
+_REFRESH = 6  # evaluations after which the curvature is measured anew
+_NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
+_NO_CURVATURE = 1e-100
+_FLAT = 0.7  # rows a feature up to which the rows' own space is the smaller one to work in
+_CHEAP, _AFFORDABLE = 5e7, 4e10  # operations of all second derivatives: less than conjugate gradients'; as a last resort
+_STEEPEST = {"softmax": 0.5, "sigmoid": 0.25, "squared_hinge": 2.0}  # second derivative of a loss, at most
+_LEAD, _LEAD_STEP = (
+    1.0,
+    10.0,
+)  # the greatest C that is started from a constant model; the step of what leads to a greater one
+_FAR = 0.5  # of the loss of guessing
+_LEAD_TOLERANCE = 1e-2
+_WIDTH = 48  # columns from which on a product is efficient
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The minimiser of C * (sum of log-losses) + |W|^2 / 2, in the features' own units, and how well it was reached.
+
+    ``classes`` (k,) are those that the fold trains on; ``coefficients`` (k, d) and ``intercept`` (k,) have one row for two
+    of them, as scikit-learn keeps them. ``objective`` is the value reached; ``excess`` bounds its distance to the
+    optimum, relative to it; ``gradient`` is the largest component, relative to the objective, in standardised units. Where
+    features were standardised, |W| is that of their weights.
+    """
+
+    C: float
+    classes: NDArray[np.int64]
+    coefficients: Floats
+    intercept: Floats
+    objective: float
+    excess: float
+    gradient: float
+    iterations: int
+    converged: bool
+    float64: bool
+
+
+def solve(
+    X: "Rows | LazyRows",
+    y: NDArray[Any],
+    Cs: Sequence[float],
+    folds: Sequence[NDArray[np.bool_]] | None = None,
+    *,
+    loss: Loss = "softmax",
+    standardise: bool = True,
+    tolerance: float | None = None,
+) -> list[list[Solution]]:
+    """Return for each fold the minimisers of scikit-learn's ``LogisticRegression`` objective, one a C.
+
+    Args:
+        X: features (n, d), finite; an array, or ``LazyRows`` where they do not fit into memory.
+        y: classes 0..k-1 (n,); labels (n, k) bool for the losses that take each label by itself.
+        Cs: inverse penalties; solutions come in this order.
+        folds: for each fold the rows that train, (n,) bool; all rows as one fold if left out.
+        loss: "softmax"; "sigmoid" for ``OneVsRestClassifier(LogisticRegression())``'s objective; "squared_hinge" for
+            ``LinearSVC``'s, its intercept not penalised.
+        standardise: penalise the weights of (x - mean) / standard deviation, both over the fold's rows.
+        tolerance: the share of the objective to which the bound of its distance to the optimum is to fall: 1e-4, and 1e-7
+            where that costs next to nothing, if left out.
+
+    Raises:
+        ValueError: a fold trains on fewer than two classes.
+    """
+    folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
+    in_memory = isinstance(X, np.ndarray)  # else every pass reads the rows again, instead of a float32 copy of them
+    if isinstance(X, np.ndarray) and max(map(np.count_nonzero, folds)) <= _FLAT * X.shape[1]:
+        return [_in_row_space(X[rows], y[rows], Cs, loss, standardise, tolerance) for rows in folds]
+    with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:
+        passes = BatchedLoss(features, y, loss)
+        if tolerance is None:
+            tolerance = TOLERANCE if X.shape[0] * X.shape[1] * passes.outputs >= _LARGE else _SMALL_TOLERANCE
+        solver = _Path(passes, [y[rows] for rows in folds], tolerance)
+        order = np.argsort(Cs, kind="stable")
+        solutions_by_fold = solver.run([float(Cs[index]) for index in order])
+    back = np.argsort(order)
+    return [[solutions[index] for index in back] for solutions in solutions_by_fold]
+
+
+def _in_row_space(
+    X: Rows,
+    y: NDArray[Any],
+    Cs: Sequence[float],
+    loss: Loss,
+    standardise: bool,  # noqa: FBT001
+    tolerance: float | None,
+) -> list[Solution]:
+    """Solve in as many coordinates as there are rows: the weights are sums of rows (representer theorem: Kimeldorf 1971)."""
+    with scaled(X, [np.ones(len(y), dtype=bool)], standardise=standardise, in_memory=False) as features:
+        (fold,) = features.folds
+    rows = (X.astype(np.float64) - fold.mean) / fold.scale
+    values, vectors = eigh(rows @ rows.T, driver="evd", overwrite_a=True, check_finite=False)
+    is_axis = values >= values[-1] * len(y) * np.finfo(np.float64).eps
+    lengths, vectors = np.sqrt(np.maximum(values[is_axis], 0)), vectors[:, is_axis]
+    ((*solutions,),) = solve(vectors * lengths, y, Cs, loss=loss, standardise=False, tolerance=tolerance)
+    shorter = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)  # all 0 where rows are all the same
+    axes = (vectors * shorter).T @ rows / fold.scale
+    back = []
+    for solution in solutions:
+        coefficients = solution.coefficients @ axes
+        back.append(replace(solution, coefficients=coefficients, intercept=solution.intercept - coefficients @ fold.mean))
+    return back
+
+
+@dataclass
+class _Problem:
+    """One C on one fold: its descent, in coordinates (k, d + 1), the intercept last."""
+
+    fold: int
+    C: float
+    descent: LBFGS
+    double: bool
+    is_near: bool = False
+    curvature: Floats = field(default_factory=lambda: np.zeros(1))
+    end: newton.Finish | None = None
+
+
+class _Path:
+    def __init__(self, passes: BatchedLoss, y: Sequence[NDArray[Any]], tolerance: float) -> None:
+        self.passes = passes
+        self.folds = passes.features.folds
+        self.outputs = passes.outputs
+        self.softmax = all(labels.ndim == 1 for labels in y)
+        self.tolerance = tolerance
+        self.double = tolerance < _DOUBLE_FROM
+        size = len(passes.features.order) * passes.features.width * passes.outputs
+        self.precise = self.double or size < _LARGE
+        self.gram = passes.features.gram(sampled=not self.double)
+        self.spread = float(np.trace(self.gram))
+        self.axes: tuple[Floats, Floats] | None = None
+        self.starts, self.free = zip(*(self._start(labels) for labels in y), strict=True)
+
+    def _start(self, y: NDArray[Any]) -> tuple[Floats, NDArray[np.bool_]]:
+        """Return a fold's constant model (k, d + 1), and for which of its k outputs there is something to learn."""
+        start = np.zeros((self.outputs, self.passes.features.width + 1))
+        shares = np.bincount(y, minlength=self.outputs) / len(y) if self.softmax else y.mean(axis=0)
+        if self.softmax:
+            free = shares > 0
+            if free.sum() < 2:
+                raise ValueError("every fold must train on two classes at least")
+            start[:, -1] = np.where(free, np.log(np.where(free, shares, 1)), _NEVER)
+        else:
+            free = (shares > 0) & (shares < 1)
+            start[:, -1] = np.where(free, 0, np.where(shares > 0, _ALWAYS, -_ALWAYS))
+        return start, free
+
+    def run(self, Cs: Sequence[float]) -> list[list[Solution]]:
+        """Solve for ascending C, on all folds; some neighbouring C at a time where one would make products too narrow."""
+        if len(Cs) * len(self.folds) > _FEW:
+            with products_on(cores()):
+                kind: Any = np.float64 if self.double else np.float32
+                values, vectors = eigh(self.gram.astype(kind), driver="evd", check_finite=False)
+            self.axes = np.maximum(values, 0).astype(np.float64), vectors.astype(np.float64)
+        number = len(self.folds)
+        solutions: list[list[Solution]] = [[] for _ in range(number)]
+        points: list[list[Floats]] = [[] for _ in range(number)]
+        ends: list[newton.Finish | None] = [None] * number
+        before: list[float] = []
+        for group, leads in self._groups(Cs):
+            problems = [self._problem(fold, C, before, points[fold]) for fold in range(number) for C in group]
+            self._descend(problems, _LEAD_TOLERANCE if leads else _TRIGGER * self.tolerance)
+            if not leads:
+                self._finish(problems, ends)
+            for problem in problems:
+                point = problem.descent.point
+                if problem.end is not None:
+                    point, ends[problem.fold] = problem.end.point, problem.end
+                    solutions[problem.fold].append(self._solution(problem, problem.end))
+                points[problem.fold] = [*points[problem.fold][-1:], point]
+            before += group
+        return solutions
+
+    def _groups(self, Cs: Sequence[float]) -> list[tuple[list[float], bool]]:
+        """Return which C are solved side by side, and whether they only lead to those that were asked for."""
+        lead = [Cs[0]]
+        while lead[0] > _LEAD:
+            lead.insert(0, lead[0] / _LEAD_STEP)
+        groups = [([C], True) for C in lead[:-1]]
+        together = max(1, _WIDTH // (len(self.folds) * self.outputs))
+        begun: list[float] = []
+        for C in Cs:
+            if begun and (len(begun) == together or max(begun[0] * _LEAD_STEP, _LEAD) < C):
+                groups.append((begun, False))
+                begun = []
+            begun.append(C)
+        return [*groups, (begun, False)]
+
+    def _problem(self, fold: int, C: float, before: Sequence[float], points: Sequence[Floats]) -> _Problem:
+        if not points:
+            start = self.starts[fold]
+        elif len(points) == 1 or before[-1] == before[-2]:
+            start = points[-1]
+        else:
+            ahead = np.log(C / before[-1]) / np.log(before[-1] / before[-2])
+            start = points[-1] + min(ahead, 1.0) * (points[-1] - points[-2])
+        return _Problem(fold, C, LBFGS(start), self.double)
+
+    def _descend(self, problems: Sequence[_Problem], tolerance: float) -> None:
+        """Bring problems near to their optimum, by L-BFGS."""
+        for turn in count():
+            refresh = turn % _REFRESH == 0
+            for double in (False, True):
+                active = [problem for problem in problems if not problem.is_near and problem.double is double]
+                if not active:
+                    continue
+                trials = np.stack([problem.descent.trial for problem in active])
+                folds = [problem.fold for problem in active]
+                slopes = self.passes.slopes(folds, trials[:, :, :-1], trials[:, :, -1], curvature=refresh, precise=double)
+                for number, problem in enumerate(active):
+                    if refresh:
+                        problem.curvature = slopes.curvature[number]
+                        problem.descent.precondition = self._preconditioner(problem, problem.curvature)
+                    gradient = self._whole(problem, slopes.weights[number], slopes.intercept[number], trials[number])
+                    self._tell(problem, trials[number], slopes.loss[number], gradient, tolerance)
+            if all(problem.is_near for problem in problems):
+                break
+
+    def _finish(self, problems: Sequence[_Problem], before: Sequence[newton.Finish | None]) -> None:
+        """Bring problems to their optimum and prove it: an estimate of L-BFGS knows nothing of where it has not been.
+
+        What float32 does not bring there is begun again in float64, what conjugate gradients do not by factorisations.
+        """
+        ends = [self._end(problem, before[problem.fold]) for problem in problems]
+        self._to_their_ends(problems, ends)
+        for number, problem in enumerate(problems):
+            if not ends[number].converged and not ends[number].precise:
+                ends[number] = self._new_end(problem, ends[number].point, precise=True)
+        self._to_their_ends(problems, ends)
+        for number, problem in enumerate(problems):
+            if not ends[number].converged and self.softmax and self._unknowns(problem, _AFFORDABLE):
+                ends[number] = self._new_end(problem, ends[number].point, precise=True, exactly=True)
+        self._to_their_ends(problems, ends)
+        for problem, end in zip(problems, ends, strict=True):
+            problem.end = end
+
+    def _to_their_ends(self, problems: Sequence[_Problem], ends: Sequence[newton.Finish]) -> None:
+        while True:
+            for problem, end in zip(problems, ends, strict=True):
+                if end.asks == "begin":
+                    end.begin(self._preconditioner(problem, problem.curvature))
+            waiting = [pair for pair in zip(problems, ends, strict=True) if pair[1].asks]
+            if not waiting:
+                break
+            for asked, precise in product(("bend", "look"), (False, True)):
+                active = [pair for pair in waiting if pair[1].asks == asked and pair[1].precise is precise]
+                if not active:
+                    continue
+                folds = [problem.fold for problem, _ in active]
+                points = np.stack([end.point for _, end in active])
+                if asked == "bend":
+                    moves = np.stack([end.direction for _, end in active])
+                    weights, intercept = self.passes.bends(folds, points, moves, precise=precise)
+                    for number, (problem, end) in enumerate(active):
+                        end.tell_bend(self._whole(problem, weights[number], intercept[number], moves[number]))
+                else:
+                    moves = np.stack([end.move for _, end in active])
+                    ahead = self.passes.ahead(folds, points, moves, precise=precise)
+                    for number, (problem, end) in enumerate(active):
+                        self._look(problem, end, ahead, number, points[number] + moves[number])
+
+    def _unknowns(self, problem: _Problem, most: float) -> bool:
+        """Tell whether all second derivatives take at most so many operations."""
+        unknowns = float(self.free[problem.fold].sum()) * problem.descent.point.shape[1]
+        return bool(max(self.folds[problem.fold].count, unknowns) * unknowns * unknowns <= most)
+
+    def _fits(self, problem: _Problem) -> bool:
+        """Tell whether losses have fallen far below guessing: few rows have curvature left then, which products miss."""
+        guessing = np.log(max(2, self.free[problem.fold].sum())) if self.softmax else np.log(2) * self.outputs
+        return bool(problem.descent.value < _FAR * self._scale_of(problem) * self.folds[problem.fold].count * guessing)
+
+    def _new_end(self, problem: _Problem, point: Floats, *, precise: bool, exactly: bool = False) -> newton.Finish:
+        scale, fold = self._scale_of(problem), self.folds[problem.fold]
+        return newton.Finish(
+            point,
+            newton.Terms(
+                goal=self.tolerance,
+                free=self.free[problem.fold],
+                top=1 + scale * fold.count * _STEEPEST[self.passes.loss] * self.spread,
+                scale=scale,
+                proven=self.precise or self._fits(problem),
+            ),
+            precise=precise,
+            solve=self._exactly(problem) if exactly else None,
+        )
+
+    def _end(self, problem: _Problem, before: newton.Finish | None) -> newton.Finish:
+        descent, fold, scale = problem.descent, self.folds[problem.fold], self._scale_of(problem)
+        precise = problem.double or self.precise
+        point = descent.point if np.isfinite(descent.point).all() else self.starts[problem.fold]
+        exactly = self.softmax and precise and self._unknowns(problem, _CHEAP)
+        end = self._new_end(problem, point, precise=precise, exactly=exactly)
+        if not precise and np.isfinite(descent.value):
+            end.tell_look(
+                newton.Evaluation(
+                    descent.value, descent.gradient, np.inf, descent.gradient, scale * fold.count * problem.curvature
+                )
+            )
+            if before is not None and end.asks == "begin" and np.array_equal(end.point, before.point):
+                end.take_over(before, self._preconditioner(problem, problem.curvature))
+        return end
+
+    def _look(self, problem: _Problem, end: newton.Finish, ahead: Ahead, number: int, point: Floats) -> None:
+        scale, fold = self._scale_of(problem), self.folds[problem.fold]
+        problem.curvature = ahead.curvature[number]
+        end.tell_look(
+            newton.Evaluation(
+                scale * float(ahead.loss[number]) + float(np.vdot(point[:, :-1], point[:, :-1])) / 2,
+                self._whole(problem, ahead.weights[number], ahead.intercept[number], point),
+                scale * float(ahead.gap[number]),
+                self._whole(problem, ahead.dual_weights[number], ahead.dual_intercept[number], point),
+                scale * fold.count * problem.curvature,
+            )
+        )
+
+    def _whole(self, problem: _Problem, by_weights: Floats, by_intercept: Floats, point: Floats) -> Floats:
+        """Return the objective's derivatives (k, d + 1) from the losses', with the penalty's."""
+        scale = self._scale_of(problem)
+        return np.concatenate([scale * by_weights + point[:, :-1], scale * by_intercept[:, None]], axis=1)
+
+    def _exactly(self, problem: _Problem) -> Callable[[Floats, Floats], Floats]:
+        """Return what solves for Newton's direction of a problem of few unknowns, by a factorisation."""
+        features, fold = self.passes.features, self.folds[problem.fold]
+        trains, free = features.trains[problem.fold], np.flatnonzero(self.free[problem.fold])
+
+        def solve(point: Floats, gradient: Floats) -> Floats:
+            rows = features.block(slice(0, len(features.order)), np.float64)[trains]
+            rows = (rows * features.scale + features.mean - fold.mean) / fold.scale
+            affine = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+            shares = softmax(affine @ point[free].T, axis=1)
+            move = np.zeros_like(point)
+            move[free] = newton.direction(newton.hessian(affine, shares, self._scale_of(problem)), gradient[free])
+            return move
+
+        return solve
+
+    def _tell(self, problem: _Problem, trial: Floats, loss: float, gradient: Floats, tolerance: float) -> None:
+        value = self._scale_of(problem) * loss + float(np.vdot(trial[:, :-1], trial[:, :-1])) / 2
+        gradient[~self.free[problem.fold]] = 0
+        descent = problem.descent
+        descent.tell(value, gradient, precise=problem.double)
+        near = descent.decrement <= tolerance * descent.value
+        if descent.stalled and not near and not problem.double:
+            problem.double = True
+            descent.restart()
+            return
+        problem.is_near = near or descent.stalled or descent.iterations >= _MAX_ITERATIONS
+
+    def _preconditioner(self, problem: _Problem, curvature: Floats) -> Precondition:
+        fold = self.folds[problem.fold]
+        if curvature.ndim == 2:
+            spread, turn = np.linalg.eigh(curvature)
+        else:
+            spread, turn = curvature, None
+        weight = self._scale_of(problem) * fold.count * np.maximum(spread, 0.0)
+        flat = weight <= max(1e-9 * weight.max(initial=0.0), _NO_CURVATURE)
+        by_intercept = np.where(flat, 0.0, 1 / np.where(flat, 1.0, weight))
+        inside = (
+            self._by_axes(weight) if self.axes is not None else self._by_factor(weight[~flat].mean() if any(~flat) else 0.0)
+        )
+
+        def apply(gradient: Floats) -> Floats:
+            turned = turn.T @ gradient if turn is not None else gradient
+            parts = np.concatenate([inside(turned[:, :-1]), turned[:, -1:] * by_intercept[:, None]], axis=1)
+            return turn @ parts if turn is not None else parts
+
+        return apply
+
+    def _by_axes(self, weight: Floats) -> Precondition:
+        """Invert weight x gram + 1 for each output by the gram's axes: found once, for many problems."""
+        values, vectors = self.axes or (np.empty(0), np.empty(0))
+        shrink = 1 / (weight[:, None] * values + 1)
+        return lambda rows: ((rows @ vectors) * shrink) @ vectors.T
+
+    def _by_factor(self, weight: float) -> Precondition:
+        """Invert it for all outputs at once, with their mean weight, by a factorisation that few problems can afford."""
+        matrix: Any = (weight * self.gram).astype(np.float64 if self.double else np.float32)
+        rounding = float(np.finfo(matrix.dtype).eps) * float(np.trace(matrix))
+        matrix[np.diag_indices_from(matrix)] += 1 + 10 * rounding
+        factor = cho_factor(matrix, overwrite_a=True, check_finite=False)
+        return lambda rows: cho_solve(factor, rows.T.astype(matrix.dtype), check_finite=False).T.astype(np.float64)
+
+    def _scale_of(self, problem: _Problem) -> float:
+        """Return C, for two classes half of it: two opposite rows of weights then count as scikit-learn's one."""
+        return problem.C / 2 if self.softmax and self.free[problem.fold].sum() == 2 else problem.C
+
+    def _solution(self, problem: _Problem, end: newton.Finish) -> Solution:
+        fold = self.folds[problem.fold]
+        classes = np.flatnonzero(self.free[problem.fold]) if self.softmax else np.arange(self.outputs)
+        weights = end.point[classes, :-1] / fold.scale
+        intercept = end.point[classes, -1] - weights @ fold.mean
+        objective = end.value
+        if not self.softmax:
+            pass
+        elif len(classes) == 2:
+            weights, intercept, objective = weights[1:] - weights[:1], intercept[1:] - intercept[:1], 2 * objective
+        else:
+            intercept = intercept - intercept.mean()
+        return Solution(
+            problem.C,
+            classes,
+            weights,
+            intercept,
+            objective,
+            excess=end.bound / end.value,
+            gradient=float(np.abs(end.gradient).max() / end.value),
+            iterations=problem.descent.iterations + end.bends + end.steps,
+            converged=end.converged,
+            float64=end.precise,
+        )

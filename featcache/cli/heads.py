@@ -1,0 +1,298 @@
+"""``featcache extract``, ``fit``, ``predict`` and ``export``."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featcache.cli import options
+from featcache.heads import HEAD_NAMES
+
+if TYPE_CHECKING:
+    from featcache.experiments.predict import Prediction
+    from featcache.heads.bundle import Bundle
+
+
+@click.command("extract", cls=options.Command)
+@options.source_options
+@options.grouped(
+    "What is stored",
+    click.option(
+        "--cut",
+        "cuts",
+        metavar="CUT",
+        multiple=True,
+        default=["pooled"],
+        show_default=True,
+        help="Store the activations at this cut: pooled, a stage's name, or input; repeat it: all come from one pass.",
+    ),
+    click.option(
+        "--layers", metavar="A,B", help="Store the pooled activations of these layers side by side, instead of --cut."
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float16"]),
+        help="Store rows as this; by default embeddings are float32 and activations of a stage float16.",
+    ),
+    click.option(
+        "--views",
+        type=options.POSITIVE,
+        default=1,
+        show_default=True,
+        help="Store so many views of each image: the usual one first, then seeded augmentations.",
+    ),
+    click.option("--views-seed", type=options.SEED, default=0, show_default=True, help="Draw augmentations from this seed."),
+)
+@options.backbone_options
+@options.run_options
+@options.grouped(
+    "Computing",
+    click.option(
+        "--part", type=options.PART, help="Compute this share only, such as 2/4: several processes may fill one entry."
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Compute on this machine, or on the Ray cluster that it belongs to.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Say what would be computed and written and how long it takes, and stop."),
+)
+@options.json_option
+def extract_command(as_json: bool, dry_run: bool, **flags: Any) -> None:  # noqa: FBT001
+    """Compute the features of DATA once and keep them; run again, only new and changed images are computed."""
+    from featcache.api import estimate, extract_cuts
+    from featcache.reports.wording import extract_lines
+    from featcache.specs import Views
+
+    spec, settings, dataset = options.take_inputs(flags)
+    options.announce(dataset, spec)
+    cuts, layers = flags.pop("cuts"), flags.pop("layers")
+    if layers:
+        from featcache.specs import cut_of_layers
+
+        cuts = (cut_of_layers(layers.split(",")),)
+    flags["views"] = Views(flags.pop("views"), flags.pop("views_seed"))
+    if dry_run:
+        _print_estimate(estimate(dataset, spec, cuts=cuts, settings=settings, **flags), as_json=as_json)
+        return
+    results = extract_cuts(dataset, spec, cuts=cuts, settings=settings, **flags)
+    if as_json:
+        summaries = [result.summary for result in results]
+        options.emit(summaries[0] if len(summaries) == 1 else {"extracts": summaries})
+        return
+    for result in results:
+        for line in extract_lines(result):
+            click.echo(line)
+
+
+def _print_estimate(estimate: Any, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        options.emit({"dry_run": asdict(estimate)})
+        return
+    click.echo(
+        f"{estimate.images} images, {estimate.to_compute} to compute: {estimate.bytes / 1e6:.1f} MB to write, "
+        f"about {estimate.seconds:.0f} s (without a faster runtime)"
+    )
+
+
+_HEADS = f"Train this head, or all, the cheapest first; repeat it for more. There are {', '.join(HEAD_NAMES[:-1])}."
+_PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group", "shots", "curve", "baselines", "format")
+
+
+@click.command("fit", cls=options.Command)
+@options.source_options
+@options.grouped(
+    "Heads",
+    click.option(
+        "--head", "heads", multiple=True, type=options.Head(), default=["logistic"], show_default=True, help=_HEADS
+    ),
+    click.option("--layers", type=options.NAMES, help="Train on these layers side by side, such as layer3,layer4."),
+    click.option(
+        "--views",
+        type=options.POSITIVE,
+        default=1,
+        show_default=True,
+        help="Train on so many augmented views of each image, and average the answers over them.",
+    ),
+    click.option(
+        "--target",
+        type=click.Choice(["label", "labels", "number"]),
+        default="label",
+        show_default=True,
+        help="Take labels for this: a class, several labels with ; between, or a number.",
+    ),
+    click.option(
+        "--format",
+        type=click.Choice(["joblib", "skops"]),
+        default="joblib",
+        show_default=True,
+        help="Write heads in this format; skops files run no code when they are loaded.",
+    ),
+    click.option("--budget", type=options.SECONDS, help="Begin no further head after this time, such as 60s or 5m."),
+)
+@options.grouped(
+    "Choice and evaluation",
+    click.option(
+        "--grid", multiple=True, type=options.GRID, help="Choose from these values, such as C=0.1,1,10, for one head."
+    ),
+    click.option(
+        "--folds",
+        type=options.NATURAL,
+        help="Choose by cross-validation over so many folds, by the val split with 0; by default 5 below 1000 images.",
+    ),
+    options.group_option,
+    options.seed_option,
+    click.option("--shots", type=options.COUNTS, help="Also train on so many images a class, such as 1,2,4,8,16."),
+    click.option("--curve", is_flag=True, help="Also train on 1% to 100% of the training images."),
+    click.option(
+        "--baselines/--no-baselines",
+        default=True,
+        show_default=True,
+        help="Also train methods that need no backbone: what it is worth is what it adds to them.",
+    ),
+)
+@options.backbone_options
+@options.run_options
+@options.grouped(
+    "Output",
+    click.option(
+        "--per-class", "show_classes", is_flag=True, help="Show the best head's scores class by class and its confusions."
+    ),
+    click.option(
+        "--mistakes",
+        type=options.NATURAL,
+        default=0,
+        metavar="N",
+        help="Show the N most confident mistakes of the best head on the test split.",
+    ),
+)
+@options.json_option
+def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) -> None:  # noqa: FBT001
+    """Train heads on the features of DATA, extracted first if needed.
+
+    Parameters are chosen on the validation split or by cross-validation, the head is refitted on train and validation, the
+    test split is read once.
+    """
+    from dataclasses import asdict
+
+    from featcache.api import fit
+    from featcache.experiments.fit import FitPlan
+    from featcache.reports.wording import fit_lines, mistake_lines, per_class_lines
+
+    spec, settings, dataset = options.take_inputs(flags)
+    flags |= {name: flags[name] or () for name in ("layers", "shots")}
+    plan = FitPlan(**{name: flags.pop(name) for name in _PLAN})
+    if plan.target != "label" and (show_classes or mistakes):
+        raise click.UsageError(f"--per-class and --mistakes are of one class an image, not of --target {plan.target}.")
+    options.announce(dataset, spec, plan.target)
+    result = fit(dataset, spec, plan=plan, settings=settings, **flags)
+    if as_json:
+        summary = result.summary
+        for head, described in zip(result.heads, summary["heads"], strict=True):
+            described.update({"mistakes": [asdict(mistake) for mistake in head.mistakes(mistakes)]} if mistakes else {})
+        options.emit(summary)
+        return
+    lines = [*fit_lines(result)]
+    if result.best is not None:
+        lines += per_class_lines(result.best) if show_classes else ()
+        lines += mistake_lines(result.best, mistakes, dataset.location) if mistakes else ()
+    for line in lines:
+        click.echo(line)
+
+
+head_options = options.grouped(
+    "Head",
+    click.option("--weights", help="Look for the backbone's weights file here, if it has moved."),
+    click.option("--trust", is_flag=True, help="Load a head that somebody else made: it can run any code."),
+)
+
+
+@click.command("predict", cls=options.Command)
+@click.argument("head", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@head_options
+@options.compute_options
+@options.grouped(
+    "Output",
+    click.option("--to", "target", type=click.Path(path_type=Path), help="Write to this file instead of to stdout."),
+    click.option("--json", "as_json", is_flag=True, help="Write one JSON object a line instead of CSV."),
+)
+def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
+    """Label IMAGES (files, folders, or - for a list on stdin) with a HEAD that `featcache fit` wrote.
+
+    CSV with path, label and the probability of each class; an image that cannot be read gets a row with its reason.
+    """
+    from featcache.api import predict
+
+    paths = [line.rstrip("\n") for line in sys.stdin if line.strip()] if images == ("-",) else list(images)
+    settings = options.take_settings(flags)
+    bundle, predictions = predict(head, paths, settings=settings, weights=flags["weights"], trust=flags["trust"])
+    if target is None:
+        _write(sys.stdout, bundle, predictions, as_json=as_json)
+        return
+    # paths that are no UTF-8 go out as the bytes they came in
+    with target.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        _write(file, bundle, predictions, as_json=as_json)
+
+
+def _write(file: Any, bundle: "Bundle", predictions: "Iterator[Prediction]", *, as_json: bool) -> None:
+    if as_json:
+        from featcache.reports.records import SCHEMA_VERSION
+
+        for image in predictions:
+            numbers = image.probabilities
+            shares = None if numbers is None else dict(zip(bundle.classes, numbers.tolist(), strict=True))
+            facts = {"path": image.path, "label": image.label, "probabilities": shares, "reason": image.reason}
+            file.write(json.dumps({"schema_version": SCHEMA_VERSION, **facts}) + "\n")
+        return
+    from featcache.display import printable
+    from featcache.reports.tables import inert
+
+    writer = csv.writer(file, lineterminator="\n")
+    shown = printable if file.isatty() else str  # a terminal obeys what stands in a file's name; a file keeps it
+    columns = _columns(bundle.classes) if hasattr(bundle.estimator, "predict_proba") else []
+    writer.writerow(["path", "label", *map(inert, columns), "reason"])
+    for image in predictions:
+        numbers = image.probabilities
+        cells = [""] * len(columns) if numbers is None else [f"{number:.6g}" for number in numbers][: len(columns)]
+        path, label, reason = (shown(inert(text or "")) for text in (image.path, image.label, image.reason))
+        writer.writerow([path, label, *cells, reason])
+
+
+def _columns(classes: Sequence[str]) -> list[str]:
+    """Return what the columns of probabilities are called: classes' names, marked where one is a column's name already."""
+    clash = not {"path", "label", "reason"}.isdisjoint(classes)
+    return [f"p({name})" if clash else name for name in classes]
+
+
+@click.command("export", cls=options.Command)
+@click.argument("head", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@head_options
+@options.grouped(
+    "Head",
+    click.option(
+        "--check", metavar="DATA", help="Compare on these images; by default on those that the head was trained on."
+    ),
+)
+@options.compute_options
+@options.json_option
+def export_command(head: Path, out: Path, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
+    """Write a HEAD with its backbone as one ONNX model, OUT, after it has agreed with them on real images."""
+    from featcache.api import export
+
+    settings = options.take_settings(flags)
+    model = export(head, out, check=flags["check"], weights=flags["weights"], trust=flags["trust"], settings=settings)
+    if as_json:
+        summary = {"model": str(model.path), "difference": model.difference, "images": model.images}
+        options.emit(summary | {"notes": list(model.notes)})
+        return
+    click.echo(f"{model.path}: scores differ by at most {model.difference:.1g} on {model.images} images")
