@@ -125,7 +125,7 @@ def _never_beyond(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
             for several in real(*args, **kwargs)
         ]
 
-    monkeypatch.setattr(linear, "solve", solve)
+    monkeypatch.setattr(solvers, "solve", solve)
 
 
 @pytest.mark.parametrize("name", ["logistic", "svm", "selected", "rbf"])
