@@ -20,7 +20,7 @@ from featcache.evaluation.tasks import Task
 from featcache.experiments import fit as jobs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.heads import base, catalog, members_of, nonlinear, search, solvers
+from featcache.heads import base, in_order, members_of, nonlinear, search, solvers
 from featcache.heads import linear as linear_heads
 from featcache.heads.baselines import baselines
 from featcache.heads.fit import Embeddings, ensemble, fit, learning_curve, shot_curve
@@ -276,8 +276,8 @@ def test_an_ensemble_averages_its_members() -> None:
 
 def test_heads_run_the_cheapest_first() -> None:
     """``all`` stands for every head; an ensemble that is alone brings members."""
-    assert catalog.in_order(["mlp", "ridge"]) == ["ridge", "mlp"]
-    assert catalog.in_order(["all"]) == [*search.HEADS, "ensemble"]
+    assert in_order(["mlp", "ridge"]) == ["ridge", "mlp"]
+    assert in_order(["all"]) == [*search.HEADS, "ensemble"]
     assert members_of(["ensemble"]) == ["knn", "logistic", "lda", "rbf", "ensemble"]
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from support import TINY, Outcome, draw_image
 from test_fit import blobs
 
+from featcache import heads
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
@@ -26,7 +27,7 @@ from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.heads import catalog, search
+from featcache.heads import search
 from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised, statistics
 from featcache.reports.records import RunRecord, read_records
 from featcache.reports.tables import rows
@@ -288,8 +289,8 @@ def test_all_heads_have_a_row_each(
     folder: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second run fits nothing; a cell is named after its head, as if each had been asked for."""
-    few = {name: catalog.PARAMETERS[name] for name in ("centroid", "ridge", "knn", "logistic")}
-    monkeypatch.setattr(catalog, "PARAMETERS", few)
+    few = {name: heads.PARAMETERS[name] for name in ("centroid", "ridge", "knn", "logistic")}
+    monkeypatch.setattr(heads, "PARAMETERS", few)
     path = tmp_path / "grid.toml"
     text = 'heads = {heads}\n[[dataset]]\ndata = "{data}"\n' + TOML_BACKBONE
     done = counted(monkeypatch)

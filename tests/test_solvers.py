@@ -15,7 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from featcache.heads.solvers import linear, newton
+from featcache.heads import solvers
+from featcache.heads.solvers import newton
 from featcache.heads.solvers.scaled import solve_ridge
 from featcache.store.rows import LazyRows
 
@@ -50,7 +51,7 @@ def test_coefficients_are_scikit_learns(classes: int, C: float) -> None:
     """At a tight tolerance the minimiser is the same."""
     X, y = data(classes)
 
-    ((found,),) = linear.solve(X, y, [C], standardise=False, tolerance=1e-12)
+    ((found,),) = solvers.solve(X, y, [C], standardise=False, tolerance=1e-12)
 
     expected = reference(X, y, C)
     assert found.converged
@@ -63,7 +64,7 @@ def test_standardisation_is_folded_into_the_weights() -> None:
     X, y = data(4)
     X = X * np.logspace(-3, 3, X.shape[1]) + 5
 
-    ((found,),) = linear.solve(X, y, [0.1], tolerance=1e-12)
+    ((found,),) = solvers.solve(X, y, [0.1], tolerance=1e-12)
 
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-10, max_iter=100_000)).fit(X, y)
     expected = pipeline[-1].coef_ / pipeline[0].scale_
@@ -76,11 +77,11 @@ def test_every_penalty_and_fold_is_solved_as_if_alone() -> None:
     folds = [np.arange(300) % 5 != number for number in range(5)]
     Cs = [10.0, 1e-4, 1e-1]
 
-    together = linear.solve(X, y, Cs, folds, tolerance=1e-10)
+    together = solvers.solve(X, y, Cs, folds, tolerance=1e-10)
 
     for fold, several in zip(folds, together, strict=True):
         for C, found in zip(Cs, several, strict=True):
-            ((alone,),) = linear.solve(X[fold], y[fold], [C], tolerance=1e-10)
+            ((alone,),) = solvers.solve(X[fold], y[fold], [C], tolerance=1e-10)
             assert found.C == C
             np.testing.assert_allclose(found.coefficients, alone.coefficients, rtol=1e-3, atol=1e-5)
 
@@ -112,7 +113,7 @@ def test_degenerate_data(kind: str, C: float) -> None:
         X = X + 1e4
     scaled = StandardScaler().fit_transform(X)
 
-    ((found,),) = linear.solve(X, y, [C], tolerance=1e-9)
+    ((found,),) = solvers.solve(X, y, [C], tolerance=1e-9)
 
     expected = reference(scaled, y, C)
     best = objective(scaled, y, C, expected.coef_, expected.intercept_)
@@ -129,7 +130,7 @@ def test_random_problems(seed: int, classes: int, exponent: float) -> None:
     X, y = data(classes, count=80, width=5, seed=seed)
     C = 10**exponent
 
-    ((found,),) = linear.solve(X, y, [C], standardise=False)
+    ((found,),) = solvers.solve(X, y, [C], standardise=False)
 
     expected = reference(X, y, C)
     best = objective(X, y, C, expected.coef_, expected.intercept_)
@@ -142,8 +143,8 @@ def test_rows_may_come_in_any_order() -> None:
     X, y = data(3)
     order = np.random.default_rng(1).permutation(len(y))
 
-    ((one,),) = linear.solve(X, y, [1.0], tolerance=1e-10)
-    ((other,),) = linear.solve(X[order], y[order], [1.0], tolerance=1e-10)
+    ((one,),) = solvers.solve(X, y, [1.0], tolerance=1e-10)
+    ((other,),) = solvers.solve(X[order], y[order], [1.0], tolerance=1e-10)
 
     np.testing.assert_allclose(one.coefficients, other.coefficients, rtol=1e-4, atol=1e-7)
 
@@ -157,8 +158,8 @@ def test_few_rows_of_many_features_converge_at_every_penalty(classes: int) -> No
     Cs = [float(C) for C in np.logspace(-6, 5, 12)]
     scaled = StandardScaler().fit_transform(X)
 
-    (along,) = linear.solve(X, y, Cs)
-    ((cold,),) = linear.solve(X, y, [Cs[-1]])
+    (along,) = solvers.solve(X, y, Cs)
+    ((cold,),) = solvers.solve(X, y, [Cs[-1]])
 
     assert all(one.converged for one in (*along, cold))
     assert cold.objective == pytest.approx(along[-1].objective, rel=1e-4)
@@ -196,8 +197,8 @@ def test_many_classes_of_few_wide_rows_reach_the_optimum(C: float) -> None:
     """However weak the penalty, alone as in a sweep: within what is told, which is below 1e-4, of a long run's objective."""
     X, y = many_classes()
 
-    ((cold,),) = linear.solve(X, y, [C])
-    ((best,),) = linear.solve(X, y, [C], tolerance=1e-7)
+    ((cold,),) = solvers.solve(X, y, [C])
+    ((best,),) = solvers.solve(X, y, [C], tolerance=1e-7)
 
     lowest = exactly(X, y, best)
     assert best.converged
@@ -234,8 +235,8 @@ def test_the_distance_that_is_told_is_a_bound(kind: str, C: float) -> None:
     rows = (np.arange(n) % 3 != 0) & (y != 2) if kind == "lacking class" else np.ones(n, bool)
     X = X.astype(np.float32)
 
-    ((found,),) = linear.solve(X, y, [C], [rows])
-    ((best,),) = linear.solve(X, y, [C], [rows], tolerance=1e-11)
+    ((found,),) = solvers.solve(X, y, [C], [rows])
+    ((best,),) = solvers.solve(X, y, [C], [rows], tolerance=1e-11)
 
     X, y = X[rows], np.searchsorted(found.classes, y[rows])
     found, best = replace(found, classes=np.unique(y)), replace(best, classes=np.unique(y))
@@ -258,11 +259,11 @@ def test_an_optimum_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     """Where no step is left, the distance that is told is still a bound, and above the goal."""
     X, y = many_classes(10, 12, 300, 20)
     monkeypatch.setattr(newton, "_MOST_STEPS", 0)
-    monkeypatch.setattr(linear, "_MAX_ITERATIONS", 2)
+    monkeypatch.setattr(solvers, "_MAX_ITERATIONS", 2)
 
-    ((found,),) = linear.solve(X, y, [1.0], tolerance=1e-6)
+    ((found,),) = solvers.solve(X, y, [1.0], tolerance=1e-6)
     monkeypatch.undo()
-    ((best,),) = linear.solve(X, y, [1.0], tolerance=1e-10)
+    ((best,),) = solvers.solve(X, y, [1.0], tolerance=1e-10)
 
     assert not found.converged
     assert found.excess > 1e-6
@@ -277,8 +278,8 @@ def test_outputs_by_themselves_are_proven_too(loss: Any, C: float) -> None:
     X, y = data(7, count=90, width=6)
     Y = y[:, None] == np.arange(7)
 
-    ((found,),) = linear.solve(X, Y, [C], loss=loss, standardise=False)
-    ((best,),) = linear.solve(X, Y, [C], loss=loss, standardise=False, tolerance=1e-12)
+    ((found,),) = solvers.solve(X, Y, [C], loss=loss, standardise=False)
+    ((best,),) = solvers.solve(X, Y, [C], loss=loss, standardise=False, tolerance=1e-12)
 
     def value(one: Any) -> float:
         margins = (X @ one.coefficients.T + one.intercept) * np.where(Y, 1, -1)
@@ -294,7 +295,7 @@ def test_outputs_by_themselves_are_proven_too(loss: Any, C: float) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_rows_that_are_all_the_same_teach_nothing(value: float) -> None:
     """The intercepts alone answer, with the classes' shares."""
-    ((found,),) = linear.solve(np.full((30, 50), value, np.float32), np.arange(30) % 10 // 4, [1.0])
+    ((found,),) = solvers.solve(np.full((30, 50), value, np.float32), np.arange(30) % 10 // 4, [1.0])
 
     assert found.converged
     assert not found.coefficients.any()
@@ -309,8 +310,8 @@ def test_features_on_disk_give_the_same_answer(tmp_path: Any) -> None:
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     folds = [np.arange(5000) % 2 == 0, np.arange(5000) % 3 != 0]
 
-    in_memory = linear.solve(np.asarray(mapped), y, [0.1, 1.0], folds)
-    streamed = linear.solve(LazyRows(mapped.__getitem__, mapped.shape[1], np.arange(len(mapped))), y, [0.1, 1.0], folds)
+    in_memory = solvers.solve(np.asarray(mapped), y, [0.1, 1.0], folds)
+    streamed = solvers.solve(LazyRows(mapped.__getitem__, mapped.shape[1], np.arange(len(mapped))), y, [0.1, 1.0], folds)
 
     for one, other in zip(in_memory, streamed, strict=True):
         for first, second in zip(one, other, strict=True):
@@ -323,9 +324,9 @@ def test_a_class_that_no_row_has_is_left_out() -> None:
     X, y = data(4)
     rows = y != 2
 
-    ((found,),) = linear.solve(X, y, [1.0], [rows], tolerance=1e-10)
+    ((found,),) = solvers.solve(X, y, [1.0], [rows], tolerance=1e-10)
 
-    ((alone,),) = linear.solve(X[rows], np.unique(y[rows], return_inverse=True)[1], [1.0], tolerance=1e-10)
+    ((alone,),) = solvers.solve(X[rows], np.unique(y[rows], return_inverse=True)[1], [1.0], tolerance=1e-10)
     assert found.classes.tolist() == [0, 1, 3]
     np.testing.assert_allclose(found.coefficients, alone.coefficients, rtol=1e-3, atol=1e-6)
 
@@ -336,7 +337,7 @@ def test_the_squared_hinge_is_linear_svms(C: float) -> None:
     X, y = data(3)
     X = X - X.mean(axis=0)
 
-    ((found,),) = linear.solve(X, y[:, None] == np.arange(3), [C], loss="squared_hinge", standardise=False, tolerance=1e-10)
+    ((found,),) = solvers.solve(X, y[:, None] == np.arange(3), [C], loss="squared_hinge", standardise=False, tolerance=1e-10)
 
     expected = LinearSVC(C=C, dual=False, tol=1e-10, max_iter=100_000, intercept_scaling=1e3).fit(X, y)
     np.testing.assert_allclose(found.coefficients, expected.coef_, rtol=1e-2, atol=1e-3 * np.abs(expected.coef_).max())
@@ -347,7 +348,7 @@ def test_labels_are_solved_one_by_one() -> None:
     X, y = data(2)
     labels = np.stack([y == 1, X[:, 0] > 0, np.zeros(len(y), bool)], axis=1)
 
-    ((found,),) = linear.solve(X, labels, [0.1], loss="sigmoid", standardise=False, tolerance=1e-12)
+    ((found,),) = solvers.solve(X, labels, [0.1], loss="sigmoid", standardise=False, tolerance=1e-12)
 
     for number in range(2):
         expected = reference(X, labels[:, number].astype(int), 0.1)
