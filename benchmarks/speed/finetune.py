@@ -138,7 +138,7 @@ class Ours:
 
     def epochs(self) -> list[float]:
         """Train, and return the seconds of each epoch, validation left out: the plain loop has none."""
-        before = Epoch(0, None, self.job.validate(self.index[:BATCH]), 0.0)
+        before = Epoch(0, None, self.job.validate(self.index[:BATCH])[0], 0.0)
         trained = Trial(self.job, 1e-4, self.index, None, before).run(Silent(), lambda _: None)
         return [epoch.seconds for epoch in trained.history[1:]]
 
