@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,39 @@ def test_low_rank_updates_of_nothing_are_refused() -> None:
 
     with pytest.raises(UsageError, match="no layer of these stages can take a low-rank update"):
         add_lora(backbone.suffix("stages.2"), weights, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("convolution", "is_updated"),
+    [
+        ({"dilation": 2, "padding": 2}, True),
+        ({"dilation": (1, 3), "padding": "same"}, True),
+        ({"stride": 2}, True),
+        ({"groups": 2}, False),
+        ({"padding": 1, "padding_mode": "circular"}, False),
+    ],
+)
+def test_an_update_beside_a_convolution_is_one_in_its_weight(convolution: dict[str, Any], is_updated: bool) -> None:  # noqa: FBT001
+    """Whatever its positions are; where that cannot be, the convolution gets none."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 6, 3, **convolution)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(images))
+
+    network, images = Both(), torch.rand(2, 4, 9, 9)
+    updates = add_lora(network, {id(network.first.weight), id(network.second.weight)}, 2, 0, images[:1])
+    for _, parameters in updates:
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter)
+    beside = network(images)
+    merge_lora(network)
+
+    assert len(updates) == 1 + is_updated
+    torch.testing.assert_close(network(images), beside, rtol=1e-4, atol=1e-4)
 
 
 def test_untraced_networks_are_asked_which_layers_they_call() -> None:

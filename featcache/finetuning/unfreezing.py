@@ -169,6 +169,10 @@ def add_lora(
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names), suffix)
     layers = [module for module in suffix.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        if isinstance(convolution := layer.get_base_layer(), nn.Conv2d):
+            for update in layer.lora_A.values():  # peft leaves it at 1, and the update would be of other positions
+                update.dilation = convolution.dilation
     return [
         (id(layer.get_base_layer().weight), [value for name, value in layer.named_parameters() if "lora_" in name])
         for layer in layers
@@ -179,7 +183,7 @@ def _layers_to_update(suffix: nn.Module, weights: Collection[int], example: Tens
     """Return the names of the layers of some weights that can take an update; say which cannot."""
     called = _called(suffix, example)
     of_weights = {name: module for name, module in suffix.named_modules() if id(getattr(module, "weight", None)) in weights}
-    names = [name for name, module in of_weights.items() if name in called and type(module) in {nn.Linear, nn.Conv2d}]
+    names = [name for name, module in of_weights.items() if name in called and _takes_update(module)]
     if not names:
         raise UsageError(
             "`unfreeze` lora: no layer of these stages can take a low-rank update: their weights are handed to functions, "
@@ -195,6 +199,13 @@ def _layers_to_update(suffix: nn.Module, weights: Collection[int], example: Tens
             without[0],
         )
     return names
+
+
+def _takes_update(layer: nn.Module) -> bool:
+    """Tell whether an update beside a layer is the same as one merged into its weight."""
+    if type(layer) is nn.Conv2d:  # peft cannot merge grouped ones, and pads those beside circular ones with zeros
+        return layer.groups == 1 and layer.padding_mode == "zeros"
+    return type(layer) is nn.Linear
 
 
 def _called(suffix: nn.Module, example: Tensor | None) -> set[str]:
