@@ -171,8 +171,9 @@ def add_lora(
     layers = [module for module in suffix.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         if isinstance(convolution := layer.get_base_layer(), nn.Conv2d):
-            for update in layer.lora_A.values():  # peft leaves it at 1, and the update would be of other positions
-                update.dilation = convolution.dilation
+            for update in layer.lora_A.values():
+                assert isinstance(update, nn.Conv2d)
+                update.dilation = convolution.dilation  # peft leaves it at 1: the update would be of other positions
     return [
         (id(layer.get_base_layer().weight), [value for name, value in layer.named_parameters() if "lora_" in name])
         for layer in layers
