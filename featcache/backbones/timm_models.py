@@ -1,11 +1,13 @@
 """The world of timm: create a backbone, load its weights, read its transform."""
 
 import inspect
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from featcache.backbones.base import OWN_HEAD, TimmBackbone, default_device
 from featcache.backbones.origins import BUNDLED
 from featcache.backbones.tracing import timm
 from featcache.errors import DataError, SetupError, UsageError
-from featcache.fingerprint import sha256_of_chunks
+from featcache.fingerprint import sha256_of_bytes, sha256_of_chunks
 from featcache.specs import INTERPOLATIONS, BackboneSpec, LoadedBackbone, Transform, freeze_args
 
 
@@ -37,7 +39,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
         content = named.content() if named.kind == "folder" else None  # a commit of the hub's does not change
     is_published = spec.weights is None and spec.random_init is None and config is None
     module = _create(architecture, args, pretrained=is_published, seed=spec.random_init)
-    file_sha256 = _fill(module, spec, bundled=config is not None)
+    file_sha256 = _fill(module, spec)
     _freeze(module, device)
     published = config or timm.data.resolve_model_data_config(module)
     pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
@@ -53,7 +55,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
         named = origins.published(pretrained_cfg)
         content = named.content() if named is not None else None
     # the part behind the dot names the weights, which their hash says better
-    base = BUNDLED if config is not None else architecture.partition(".")[0]
+    base = spec.name if config is not None else architecture.partition(".")[0]
     loaded = LoadedBackbone(base, _tag(spec, pretrained_cfg), hash_weights(module), freeze_args(args), spec.pool)
     transform = _transform(published, spec)
     _try_image(module, spec, transform.input_size, device)
@@ -62,11 +64,11 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
 
 def _architecture_of(spec: BackboneSpec) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
     """Return timm's name, the arguments, and the data configuration where it is not timm's to say."""
-    if spec.name != BUNDLED:
+    if spec.name not in BUNDLED:
         _require_known(spec.name)
         return spec.name, dict(spec.model_args), None
-    architecture, args, config = _bundled()
-    return architecture, args | dict(spec.model_args), config
+    card = _read_card(spec.name)
+    return card["architecture"], card["model_args"] | dict(spec.model_args), card["data_config"]
 
 
 def _freeze(module: nn.Module, device: torch.device) -> None:
@@ -77,17 +79,51 @@ def _freeze(module: nn.Module, device: torch.device) -> None:
             value.data = value.data.to(memory_format=torch.channels_last)
 
 
-def _fill(module: nn.Module, spec: BackboneSpec, *, bundled: bool) -> str | None:
+def _fill(module: nn.Module, spec: BackboneSpec) -> str | None:
     """Load the weights that timm does not, and return the SHA-256 of the user's file, if there is one."""
     digest = origins.sha256_of_given_weights(spec)
     if spec.weights is not None:
         _load_weights(module, Path(spec.weights))
         if origins.sha256_of_given_weights(spec) != digest:
             raise DataError(f"`weights` {spec.weights}: changed while it was read. Run again.")
-    elif bundled and spec.random_init is None:
-        with resources.as_file(resources.files("featcache") / "assets" / "mini.safetensors") as path:
-            _load_weights(module, path)
+    elif spec.name in BUNDLED and spec.random_init is None:
+        card = _read_card(spec.name)
+        if "package" in card:
+            _load_packaged(module, spec, card)
+        else:
+            with resources.as_file(resources.files("featcache") / "assets" / f"{spec.name}.safetensors") as path:
+                _load_weights(module, path)
     return digest
+
+
+def _load_packaged(module: nn.Module, spec: BackboneSpec, card: dict[str, Any]) -> None:
+    """Load weights that another package brings: its file is read, and none of its code is run.
+
+    Tensors are matched by order and shape, since they go by the names of another implementation; that the order is the
+    same one is proved by a known output.
+    """
+    package = card["package"]
+    again = f"Uninstall and install {package} again, or use `backbone='mini'`."
+    try:
+        content = Path(str(distribution(package).locate_file(card["file"]))).read_bytes()
+    except (PackageNotFoundError, OSError):
+        raise SetupError(f"`backbone` {spec.name}: its weights are not there. {again}") from None
+    if sha256_of_bytes(content) != card["sha256"]:
+        raise DataError(f"`backbone` {spec.name}: its weights are not those that were published with {package}. {again}")
+    tensors = list(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True).values())
+    expected = module.state_dict()
+    tensors = tensors[: len(expected)]  # behind them is the classifier
+    if [value.shape for value in tensors] != [value.shape for value in expected.values()]:
+        raise UsageError(f"`model_args`: the weights of {spec.name} are not those of this architecture. Leave them out.")
+    module.load_state_dict(dict(zip(expected, tensors, strict=True)))
+    if spec.model_args:  # such as output_stride: the same weights, and another output
+        return
+    size = card["data_config"]["input_size"][-1]
+    with torch.no_grad():
+        embedding = module.eval()(torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size))[0]
+    pinned = {int(index): value for index, value in card["ramp"].items()}
+    if not torch.allclose(embedding[list(pinned)], torch.tensor(list(pinned.values())), rtol=1e-3):
+        raise SetupError(f"`backbone` {spec.name}: this version of timm or PyTorch computes another network. Report it.")
 
 
 @dataclass(frozen=True)
@@ -100,11 +136,11 @@ class ModelFacts:
 
 
 def list_backbones(pattern: str) -> Iterator[ModelFacts]:
-    """Yield timm's models whose name matches a shell pattern, ``mini`` first where it does."""
+    """Yield timm's models whose name matches a shell pattern, those that are bundled first."""
     import fnmatch
 
-    if fnmatch.fnmatch(BUNDLED, pattern):
-        yield ModelFacts(BUNDLED, _bundled()[2]["input_size"][-1], pretrained=True)
+    for name in fnmatch.filter(BUNDLED, pattern):
+        yield ModelFacts(name, _read_card(name)["data_config"]["input_size"][-1], pretrained=True)
     for name in timm.list_models(pattern):
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         size = config.input_size[-1] if config is not None else 224
@@ -124,12 +160,12 @@ def model_size(name: str) -> ModelSize | None:
     """Measure a model on torch's meta device: nothing is allocated or computed; ``None`` where a model needs values."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    architecture, args = _bundled()[:2] if name == BUNDLED else (name, {})
+    card: dict[str, Any] = _read_card(name) if name in BUNDLED else {"architecture": name, "model_args": {}}
     size = next(facts.input_size for facts in list_backbones(name))
     # The meta device has shapes only: no weights are drawn for a model that is merely listed.
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
         try:
-            module = timm.create_model(architecture, num_classes=0, **args).eval()
+            module = timm.create_model(card["architecture"], num_classes=0, **card["model_args"]).eval()
             width = module(torch.empty(1, 3, size, size)).shape[1]
         except (RuntimeError, NotImplementedError):
             return None
@@ -137,9 +173,10 @@ def model_size(name: str) -> ModelSize | None:
     return ModelSize(parameters, counter.get_total_flops() / 2e9, int(width))
 
 
-def _bundled() -> tuple[str, dict[str, Any], dict[str, Any]]:
-    card = json.loads((resources.files("featcache") / "assets" / "mini.json").read_text())
-    return card["architecture"], card["model_args"], card["data_config"]
+def _read_card(name: str) -> dict[str, Any]:
+    """Return what a bundled backbone is made of: timm's architecture and arguments, images, and where its weights are."""
+    card: dict[str, Any] = json.loads((resources.files("featcache") / "assets" / f"{name}.json").read_text())
+    return card
 
 
 def _require_known(name: str) -> None:
@@ -148,7 +185,7 @@ def _require_known(name: str) -> None:
     if not timm.is_model(name):
         import difflib
 
-        close = difflib.get_close_matches(name.partition(".")[0], [*timm.list_models(), BUNDLED], n=3)
+        close = difflib.get_close_matches(name.partition(".")[0], [*timm.list_models(), *BUNDLED], n=3)
         hint = f" Did you mean {', '.join(close)}?" if close else ""
         raise UsageError(f"`backbone` {name}: timm has no such model.{hint} `featcache backbones 'resnet*'` lists them.")
 
@@ -171,7 +208,7 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
         reason = _first_line(error) if reachable else "they are not on this machine, and the hub cannot be reached"
         raise SetupError(
             f"the published weights of {name} cannot be had ({reason}). "
-            "Use `backbone='mini'`, which is bundled, give a checkpoint with `weights=FILE`, or say `random_init=SEED`."
+            "Use `backbone='lite0'`, which is installed, give a checkpoint with `weights=FILE`, or say `random_init=SEED`."
         ) from error
 
 
@@ -309,7 +346,7 @@ def _tag(spec: BackboneSpec, pretrained_cfg: dict[str, Any]) -> str:
         return f"random:{spec.random_init}"
     if spec.weights is not None:
         return "file"
-    if spec.name == BUNDLED:
+    if spec.name in BUNDLED:
         return "bundled"
     return str(pretrained_cfg.get("tag") or "default")
 

@@ -9,7 +9,7 @@ step, weights, gradients and results stay the same, and activations are read and
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -170,10 +170,7 @@ def add_lora(
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names), suffix)
     layers = [module for module in suffix.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        if isinstance(convolution := layer.get_base_layer(), nn.Conv2d):
-            for update in layer.lora_A.values():
-                assert isinstance(update, nn.Conv2d)
-                update.dilation = convolution.dilation  # peft leaves it at 1: the update would be of other positions
+        _dilate(layer)
     return [
         (id(layer.get_base_layer().weight), [value for name, value in layer.named_parameters() if "lora_" in name])
         for layer in layers
@@ -200,6 +197,13 @@ def _layers_to_update(suffix: nn.Module, weights: Collection[int], example: Tens
             without[0],
         )
     return names
+
+
+def _dilate(layer: Any) -> None:
+    """Let the update of a convolution see the positions that it sees itself: peft leaves its dilation at 1."""
+    if isinstance(convolution := layer.get_base_layer(), nn.Conv2d):
+        for update in layer.lora_A.values():
+            update.dilation = convolution.dilation
 
 
 def _takes_update(layer: nn.Module) -> bool:
