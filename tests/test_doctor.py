@@ -27,7 +27,9 @@ def test_a_whole_installation_is_well(tmp_path: Path, monkeypatch: pytest.Monkey
 
     assert [each for each in findings if not each.ok or each.repair] == []
     assert len({each.what for each in findings}) == len(findings)
-    assert {"torch", "timm", "scikit-learn", "pillow", "device", "bundled backbone", "cache"} <= {e.what for e in findings}
+    assert {"torch", "timm", "scikit-learn", "pillow", "device", "backbone mini", "backbone lite0", "cache"} <= {
+        e.what for e in findings
+    }
     assert list((tmp_path / "cache").iterdir()) == []
 
 

@@ -85,7 +85,7 @@ def test_one_error_two_readers(run: Callable[..., Outcome], folder: Path, tmp_pa
     assert run("fit", folder, "--weights", absent).err.endswith(f"error: --weights {absent}: there is no such file.\n")
     bench = run("bench", pipeline, "--out", tmp_path, "--json")
     assert f": weights {absent}: there is no such file." in bench.err
-    assert json.loads(bench.out)["failures"] == [f"{folder} x mini: weights {absent}: there is no such file."]
+    assert json.loads(bench.out)["failures"] == [f"{folder} x lite0: weights {absent}: there is no such file."]
 
 
 def test_a_plan_s_error_names_key_or_flag(run: Callable[..., Outcome], folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from featcache.errors import UsageError
 from featcache.fingerprint import fingerprint, sha256_of_file
+from featcache.resources import may_fetch
 from featcache.specs import BackboneSpec
 
 BUNDLED = ("mini", "lite0")  # weights come with the installation: these names alone say which
@@ -224,13 +225,25 @@ def published(pretrained_cfg: dict[str, Any]) -> Origin | None:
     return None
 
 
+def copies_here() -> list[str]:
+    """Return what has been downloaded on this machine: repositories of the hub, files of PyTorch's."""
+    from huggingface_hub import constants
+
+    hub = Path(constants.HF_HUB_CACHE)
+    repositories = (path.parent.name for path in hub.glob("models--*/snapshots") if any(path.glob("*/*")))
+    downloads = _torch_downloads()
+    files = (path.name for path in downloads.iterdir() if path.name.endswith(_WEIGHTS)) if downloads is not None else ()
+    names = (name.removeprefix("models--").replace("--", "/", 1) for name in sorted(repositories))
+    return [*(f"hf-hub:{name}" for name in names), *sorted(files)]
+
+
 def hub_has_an_address() -> bool:
     """Tell whether it is worth asking the hub; a proxy may know its address where this machine does not."""
     from urllib.request import getproxies
 
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or not may_fetch():
         return False
     if getproxies().keys() & {"https", "all"}:
         return True

@@ -20,6 +20,7 @@ from featcache.backbones.origins import BUNDLED
 from featcache.backbones.tracing import timm
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_bytes, sha256_of_chunks
+from featcache.resources import FETCH, may_fetch
 from featcache.specs import INTERPOLATIONS, BackboneSpec, LoadedBackbone, Transform, freeze_args
 
 
@@ -191,6 +192,8 @@ def _require_known(name: str) -> None:
 
 
 def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | None) -> nn.Module:
+    if pretrained and not may_fetch():
+        _require_here(name)
     reachable = not pretrained or origins.hub_has_an_address()
     try:
         # The caller's random numbers go on as if no network had been created.
@@ -210,6 +213,22 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
             f"the published weights of {name} cannot be had ({reason}). "
             "Use `backbone='lite0'`, which is installed, give a checkpoint with `weights=FILE`, or say `random_init=SEED`."
         ) from error
+
+
+def _require_here(name: str) -> None:
+    """Refuse a name whose weights timm would ask a network for.
+
+    Raises:
+        SetupError: they are not on this machine.
+    """
+    origin = origins.named(BackboneSpec(name))
+    if origin is None and (config := timm.get_pretrained_cfg(name)) is not None:
+        origin = origins.published(config.to_dict())
+    if origin is None or origin.content() is None:
+        raise SetupError(
+            f"`backbone` {name}: its weights are not on this machine, and {FETCH}=never. `backbone='lite0'` is installed; "
+            "`weights=FILE` takes a checkpoint."
+        )
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

@@ -217,7 +217,7 @@ _GRID: options.Glossary = (
             "[[dataset]]",
             "A table for each data set: data, which is any DATA of `featcache fit --help`, and options such as name.",
         ),
-        ("[[backbone]]", "A table for each backbone: name, and options such as weights; without any, mini."),
+        ("[[backbone]]", "A table for each backbone: name, and options such as weights; without any, lite0."),
         ("[finetune]", "How everything in unfreeze trains: epochs, lr, batch_size and so on."),
     ),
 )

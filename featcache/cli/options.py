@@ -252,10 +252,10 @@ backbone_options = grouped(
     click.option(
         "-b",
         "--backbone",
-        default="mini",
+        default="lite0",
         show_default=True,
         metavar="NAME",
-        help="Take this backbone: mini (bundled), a timm name, hf-hub:ORG/REPO or local-dir:PATH.",
+        help="Take this backbone: lite0 (comes along), mini (a toy), a timm name, hf-hub:ORG/REPO or local-dir:PATH.",
     ),
     click.option(
         "--weights",
@@ -297,6 +297,27 @@ backbone_options = grouped(
         help="Compute the backbone in this precision.",
     ),
 )
+
+
+def _set_offline(ctx: click.Context, _: click.Parameter, is_offline: bool) -> None:  # noqa: FBT001 - click calls it so
+    """Let this command, and what it starts, ask no network; what the environment said before holds again behind it."""
+    import os
+
+    from featcache.resources import FETCH
+
+    if is_offline:
+        before = os.environ.get(FETCH)
+        os.environ[FETCH] = "never"
+        ctx.call_on_close(lambda: os.environ.pop(FETCH) if before is None else os.environ.update({FETCH: before}))
+
+
+offline_option = click.option(
+    "--offline",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_offline,
+    help="Ask nothing of a network, as with FEATCACHE_FETCH=never in the environment: what is not here is an error.",
+)
 compute_options = grouped(
     "Computing",
     click.option(
@@ -313,6 +334,7 @@ compute_options = grouped(
         help="Run the backbone on a CPU with this; auto takes the fastest installed one that agrees with torch and pays.",
     ),
     click.option("--workers", type=POSITIVE, help="Decode and compute in so many threads; by default one a core."),
+    offline_option,
     notes_options,
 )
 run_options = grouped("", cache_option, compute_options)

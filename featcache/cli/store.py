@@ -230,9 +230,13 @@ def backbones_command(pattern: str, sizes: bool, cache: Path | None, as_json: bo
 
 
 @click.command("doctor", cls=options.Command)
+@options.grouped("Computing", options.offline_option)
 @options.json_option
 def doctor_command(as_json: bool) -> None:  # noqa: FBT001
-    """Check that the installation works, and say the exact repair where it does not."""
+    """Check that the installation works, and say the exact repair where it does not.
+
+    With --offline nothing is asked of a network, as the other commands do with it.
+    """
     from dataclasses import asdict
 
     from featcache.doctor import examine

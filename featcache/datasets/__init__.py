@@ -5,6 +5,7 @@ from pathlib import Path
 
 from featcache.datasets.base import Dataset, require_file, safe_name
 from featcache.errors import DataError, FeatcacheError, UsageError
+from featcache.resources import FETCH, may_fetch
 
 _ARRAYS, _TABLES = (".npz", ".h5", ".hdf5"), (".csv", ".parquet")
 _KINDS = "a folder, .csv, .parquet, .npz or .h5 file, torchvision:NAME, hf:ORG/NAME, wds:SHARDS.tar or sklearn:digits"
@@ -24,11 +25,13 @@ def open_dataset(
 
     Raises:
         DataError: there is nothing there, no labelled image in it, or what is there cannot be read.
-        UsageError: the kind of source is unknown.
+        UsageError: the kind of source is unknown, or nothing may be fetched.
         SetupError: it needs a library that is not installed.
     """
     from featcache.datasets.tables import odd_names
 
+    if download and not may_fetch():
+        raise UsageError(f"`download`: nothing may be fetched, since {FETCH}=never.")
     try:
         source = _open(str(data), data_root, download)
     except FeatcacheError:

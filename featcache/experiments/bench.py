@@ -122,7 +122,7 @@ def _grid(table: dict[str, Any], path: Path) -> Grid:
     plans = tuple(replace(base, unfreeze=Unfreeze.parse(text)) for text in _strings(table, "unfreeze"))
     group = check_value(table.get("group"), str | None, "group")
     data = tuple(_data(entry, group) for entry in _tables(table, "dataset", []))
-    backbones = tuple(_backbone(entry) for entry in _tables(table, "backbone", [{"name": "mini"}]))
+    backbones = tuple(_backbone(entry) for entry in _tables(table, "backbone", [{}]))
     heads = _strings(table, "heads")
     if unknown := [head for head in heads if head not in HEAD_NAMES]:
         raise UsageError(
@@ -175,7 +175,7 @@ def _backbone(entry: dict[str, Any]) -> BackboneEntry:
     }
     weights = check_value(entry.get("weights"), str | None, "[[backbone]] weights")
     spec = BackboneSpec(
-        name=_typed(entry, "name", str, "mini"),
+        name=_typed(entry, "name", str, BackboneSpec.name),
         weights=_expand(weights) if weights is not None else None,
         random_init=entry.get("random_init"),
         model_args=freeze_args(_typed(entry, "model_args", dict, {})),

@@ -201,12 +201,13 @@ def find_key(folder: Path, spec: FeatureSpec) -> Path | None:
 
 
 def why_miss(folder: Path, spec: FeatureSpec) -> str:
-    """Return which fields differ from the nearest entry of the data set, or "" where there is none to compare."""
+    """Return which fields differ from the nearest entry of the same architecture, or "" where there is none to compare."""
     asked = _flat(json.loads(canonical(spec)))
     nearest: list[str] | None = None
     for store in _readable(folder):
         stored = _flat(store.spec)
-        if stored.get("cut") != spec.cut:
+        # Of another architecture every field differs, and whoever named it knows that.
+        if stored.get("cut") != spec.cut or stored.get("backbone.architecture") != asked["backbone.architecture"]:
             continue
         differing = sorted(name for name in asked if asked[name] != stored.get(name))
         if differing and (nearest is None or len(differing) < len(nearest)):
