@@ -27,6 +27,7 @@ from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.heads.bundle import load as load_bundle
 from featcache.reports.records import RunRecord, read_records
+from featcache.reports.wording import finetune_lines
 from featcache.specs import BackboneSpec
 
 
@@ -298,6 +299,9 @@ def test_a_sweep_goes_from_the_last_stage_to_all(
             assert "after" in after.record.method
             assert after.tuned.rates.keys() == {before.tuned.lr}
             assert after.record.val["accuracy"] >= before.record.val["accuracy"]
+            # a depth that goes on from another has needed all that the other did
+            assert after.record.seconds["before"] == pytest.approx(sum(before.record.seconds.values()), abs=1e-3)
+            assert after.record.short_method == after.record.method.split()[0]
     assert len(read_records([tmp_path / "records.jsonl"])) == len(best) == len(set(read_cells(tmp_path / "records.jsonl")))
 
 
@@ -315,6 +319,9 @@ def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
 
     assert first.tuned.best > 0
     assert first.tuned.refitted
+    lines = list(finetune_lines([job.record for job in (first, *deeper)]))
+    assert any(line.startswith("Of last:1, ") and "last:1 is the best on validation: test" in line for line in lines)
+    assert not any("after" in line for line in lines)
     for job in deeper:
         assert job.tuned.best == 0
         assert not job.tuned.refitted

@@ -66,6 +66,8 @@ def test_a_picture_names_what_it_shows(tmp_path: Path) -> None:
 
     for label in ("photos &amp; more, mini", "last:1", "all", "probe (knn)", "labels smoothed by 0.1"):
         assert f"<!-- {label}" in text or label in text
+    plain = replace(RECORD, params=RECORD.params | {"curve_smoothing": 0.0})
+    assert "smoothed" not in shown(draw_records([plain], tmp_path / "plain.svg"))
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,10 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
         return
     for line in finetune_lines(records):
         click.echo(line)
-    for name, cost in zip((record.method for record in records), money, strict=False):
+    for name, cost in zip((record.short_method for record in records), money, strict=False):
         click.echo(f"{name}: price {cost['tuned']:.4f}, of the probe {cost['probe']:.4f}")
     for job in result.jobs:
-        click.echo(f"{job.record.method} is kept in {job.checkpoint}, its head in {job.bundle}.")
+        click.echo(f"{job.record.short_method} is kept in {job.checkpoint}, its head in {job.bundle}.")
     if plot is not None:
         click.echo(str(plot))
 

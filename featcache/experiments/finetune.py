@@ -251,7 +251,7 @@ class FineTuneJob:
             val=tuned.history[tuned.best].val,
             test=tuned.tested.scores,
             right=tuned.tested.right,
-            seconds={"train": round(tuned.seconds, 3)},
+            seconds={"train": round(tuned.seconds, 3)} | self._seconds_before(),
             images_per_second=round(tuned.images_per_second, 1),
             probe=self._probe(),
         )
@@ -262,8 +262,12 @@ class FineTuneJob:
             record = replace(record, gap=asdict(between))
         remarks = _remarks(tuned, record, self.plan)
         for note in remarks:
-            logger.warning("%s: %s", record.method, note)
+            logger.warning("%s: %s", record.short_method, note)
         return replace(record, notes=(*self.rows.notes, *record.notes, *remarks))
+
+    def _seconds_before(self) -> dict[str, float]:
+        """Return what has led to where this starts: a depth that goes on from another needed all that the other did."""
+        return {} if self.after is None else {"before": round(sum(self.after.record.seconds.values()), 3)}
 
     def _probe(self) -> dict[str, Any]:
         from featcache.experiments.fit import PROBE
@@ -319,6 +323,7 @@ def _params(tuned: "FineTuned", trainable: "Trainable") -> dict[str, Any]:
         "lr": tuned.lr,
         "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
         "stages": [stage.name for stage in trainable.stages],
+        "curve_smoothing": 0.0,  # records of before have training's loss with its label smoothing
         "cka": round(tuned.similarity, 4),
         "precision": tuned.precision,
         "refitted": tuned.refitted,
@@ -388,10 +393,13 @@ def _reported_again(results: Sequence[FineTuneResult], inputs: FineTuneInputs) -
     """Say of results that they are an earlier command's, and clear what it may have left when it was killed at its end."""
     for result in results:
         logger.info(
-            "%s: trained already (%s); remove %s to train again", result.record.method, result.record.time, result.checkpoint
+            "%s: trained already (%s); remove %s to train again",
+            result.record.short_method,
+            result.record.time,
+            result.checkpoint,
         )
         for note in result.record.notes:
-            logger.warning("%s: %s", result.record.method, note)
+            logger.warning("%s: %s", result.record.short_method, note)
         forget_state(inputs.bench.folder, result.record.cell)
     return tuple(results)
 

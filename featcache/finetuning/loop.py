@@ -333,15 +333,18 @@ class Trial:
             partners_y = y[partners]
         with torch.autocast(context.device.type, dtype, enabled=dtype is not None):
             logits = context.model(rows).float()  # the loss in float32 whatever the step's precision
-            loss = share * self._cross_entropy(logits, y)
-            if share < 1:
-                loss = loss + (1 - share) * self._cross_entropy(logits, partners_y)
+            loss = self._cross_entropy(logits, (y, partners_y), share, plan.label_smoothing)
         # by the images of the whole step, not of the batch: accumulated, or of several processes, it is the same gradient
         self._scaler.scale(loss / images).backward()  # type: ignore[no-untyped-call]
-        return loss.item(), int((logits.argmax(dim=1) == y).sum())
+        # what is told is validation's loss, without smoothing: the two curves of a picture are then comparable
+        told = self._cross_entropy(logits.detach(), (y, partners_y), share, 0.0)
+        return told.item(), int((logits.argmax(dim=1) == y).sum())
 
-    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(logits, y, label_smoothing=self._context.plan.label_smoothing, reduction="sum")
+    @staticmethod
+    def _cross_entropy(logits: Tensor, y: tuple[Tensor, Tensor], share: float, smoothing: float) -> Tensor:
+        """Return the summed loss of a share of one class and the rest of another."""
+        losses = [F.cross_entropy(logits, each, label_smoothing=smoothing, reduction="sum") for each in y[: 1 + (share < 1)]]
+        return losses[0] if share == 1 else share * losses[0] + (1 - share) * losses[1]
 
     def _judge(self, trained: Epoch) -> None:
         """Validate after an epoch, and keep the weights where they are the ones to keep so far (``kept``)."""

@@ -62,6 +62,11 @@ class RunRecord(Displayed):
     time: str = ""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def short_method(self) -> str:
+        """What tables of a sweep call it: ``last:3``, of "last:3 after last:2"."""
+        return self.method.partition(" after ")[0]
+
     def table(self) -> Table:
         """Return what stands in a row of a report, not the thousand answers behind it."""
         scores = {f"{part} {name}": _shown(value) for part in ("val", "test") for name, value in getattr(self, part).items()}

@@ -202,6 +202,7 @@ def inert(cell: str) -> str:
 
 
 _FORMATS = ("png", "svg", "pdf")
+_LEGEND_COLUMNS = 6
 
 
 def require_picture(path: Path) -> None:
@@ -237,11 +238,14 @@ def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
         colour = f"C{number}"
         _draw_curve(losses, record, colour, train=0, val=2)
         _draw_curve(accuracies, record, colour, train=1, val=3, scale=100)
-        _point(prices, sum(record.seconds.values()), record.test, record.method, colour)
+        _point(prices, sum(record.seconds.values()), record.test, record.short_method, colour)
     first = records[0]
     if first.probe is not None:
         _point(prices, sum(first.probe["seconds"].values()), first.probe["test"], f"probe ({first.probe['head']})", "black")
-    _label_axes(losses, accuracies, prices, first.request.get("plan", {}).get("label_smoothing", 0.0))
+    smoothing = first.params.get("curve_smoothing", first.request.get("plan", {}).get("label_smoothing", 0.0))
+    _label_axes(losses, accuracies, prices, smoothing)
+    # below all panels, whose colours are the same: nothing is drawn over data
+    figure.legend(*prices.get_legend_handles_labels(), loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize="small")
     figure.suptitle(f"{first.dataset}, {first.backbone}")
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix("."), dpi=120)
@@ -257,18 +261,17 @@ def _label_axes(losses: Any, accuracies: Any, prices: Any, smoothing: float) -> 
     for axes in (losses, accuracies):
         axes.xaxis.get_major_locator().set_params(integer=True)
     prices.set(xlabel="seconds, extraction included", ylabel="test accuracy, % (95 % interval)", xscale="log")
-    prices.margins(0.15, 0.25)  # room for the legend
+    prices.margins(0.15)
     for set_format in (prices.xaxis.set_major_formatter, prices.xaxis.set_minor_formatter):
         set_format("{x:g}")  # 90, not 9 x 10^1
     for axes in (losses, accuracies, prices):
-        axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
 
 
 def _draw_curve(axes: Any, record: RunRecord, colour: str, *, train: int, val: int, scale: float = 1) -> None:
     """Draw two columns of a record's curve: training dotted, validation with the best epoch ringed."""
     curve, best = record.params["curve"], record.params["best_epoch"]
-    for column, style, name in ((val, "-", record.method), (train, ":", None)):
+    for column, style, name in ((val, "-", record.short_method), (train, ":", None)):
         # Epoch 0 is the start, on which nothing was trained: its training columns are null.
         values = [float("nan") if epoch[column] is None else epoch[column] * scale for epoch in curve]
         axes.plot(range(len(curve)), values, style, color=colour, label=name, marker="o", markersize=3)

@@ -223,7 +223,8 @@ def _tuned_row(record: RunRecord) -> tuple[str, ...]:
         _interval(test["accuracy_ci"], 100, 1),
     )
     between = (f"{gap['points']:+.1f}", f"{gap['p_value']:.2g}") if gap else (NO_GAIN, "-")
-    return (record.method, *numbers, *between, f"{record.seconds['extract']:.1f}", f"{record.seconds['train']:.1f}")
+    trained = record.seconds["train"] + record.seconds.get("before", 0.0)  # of a depth that goes on from another: both
+    return (record.short_method, *numbers, *between, f"{record.seconds['extract']:.1f}", f"{trained:.1f}")
 
 
 def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -231,9 +232,11 @@ def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
     yield finetune_table(records).plain()
     yield ""
     for record in records:
-        yield f"{record.method}: {_gain(record)}"
+        yield f"{record.short_method}: {_gain(record)}"
         tried = ", ".join(f"{rate}: {100 * val:.1f} %" for rate, val in record.params["val_by_lr"].items())
         yield f"  epoch {record.params['best_epoch']} at rate {record.params['lr']:g} (on validation by rate: {tried})"
+    if len(records) > 1:
+        yield _sweep_sentence(records)
     probe = records[0].probe
     if probe is not None:
         cost = probe["seconds"]
@@ -243,10 +246,20 @@ def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
         )
 
 
+def _sweep_sentence(records: Sequence[RunRecord]) -> str:
+    """Return what follows from a sweep: the depth that validation chooses, with its test score and its price."""
+    best = min(records, key=lambda record: _rank(record.val, "accuracy"))
+    names = ", ".join(record.short_method for record in records)
+    if best.gap is None:
+        return f"Of {names}, none did better on validation than the probe: on these images the frozen backbone is enough."
+    return f"Of {names}, {best.short_method} is the best on validation: test {percent(best.test)}, {_gain(best)}"
+
+
 def _gain(record: RunRecord) -> str:
     """Return what fine-tuning has gained over the probe, with interval and p, and at which cost."""
     seconds = record.seconds
-    cost = f"cost: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s"
+    before = f", {seconds['before']:.1f} s for the shallower one it starts from" if "before" in seconds else ""
+    cost = f"cost: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s{before}"
     if record.gap is None:
         return f"{NO_GAIN}: no epoch did better than where training started, which is the answer; {cost}."
     low_high = record.gap["ci"]
