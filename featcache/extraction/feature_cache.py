@@ -344,7 +344,7 @@ class FeatureCache:
             spec = self._feature_spec(request)
             if self._preprocess is None and (reason := entries.why_miss(self.folder, spec)):
                 logger.info("not in the cache; the nearest entry differs in %s", reason)
-            if self.spec.name == "mini" and not self.dataset.location.startswith("sklearn:"):
+            if self.spec.name == "mini" and request.cut == POOLED and not self.dataset.location.startswith("sklearn:"):
                 logger.info(
                     "mini is a toy that is quick to try things with: lite0, the default, or a timm name is for results"
                 )

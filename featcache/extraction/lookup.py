@@ -207,7 +207,7 @@ def why_miss(folder: Path, spec: FeatureSpec) -> str:
     for store in _readable(folder):
         stored = _flat(store.spec)
         # Of another architecture every field differs, and whoever named it knows that.
-        if stored.get("cut") != spec.cut or stored.get("backbone.architecture") != asked["backbone.architecture"]:
+        if stored.get("cut") != spec.cut or stored.get("backbone.architecture") != asked.get("backbone.architecture"):
             continue
         differing = sorted(name for name in asked if asked[name] != stored.get(name))
         if differing and (nearest is None or len(differing) < len(nearest)):
