@@ -255,6 +255,8 @@ def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
 
 
 def _label_axes(losses: Any, accuracies: Any, prices: Any, smoothing: float) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     smoothed = f", labels smoothed by {smoothing:g}" if smoothing else ""
     losses.set(xlabel="epoch (ringed: kept)", ylabel=f"loss (dotted: training{smoothed})")
     accuracies.set(xlabel="epoch (ringed: kept)", ylabel="accuracy, % (dotted: training)")
@@ -262,8 +264,9 @@ def _label_axes(losses: Any, accuracies: Any, prices: Any, smoothing: float) -> 
         axes.xaxis.get_major_locator().set_params(integer=True)
     prices.set(xlabel="seconds, extraction included", ylabel="test accuracy, % (95 % interval)", xscale="log")
     prices.margins(0.15)
-    for set_format in (prices.xaxis.set_major_formatter, prices.xaxis.set_minor_formatter):
-        set_format("{x:g}")  # 90, not 9 x 10^1
+    prices.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # more labels run into each other
+    prices.xaxis.set_major_formatter("{x:g}")  # 50, not 5 x 10^1
+    prices.xaxis.set_minor_formatter(NullFormatter())
     for axes in (losses, accuracies, prices):
         axes.grid(alpha=0.3)
 

@@ -248,13 +248,14 @@ def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
 
 def _sweep_sentence(records: Sequence[RunRecord]) -> str:
     """Return what follows from a sweep: the depth that validation chooses, with its test score and its price."""
-    names = ", ".join(record.short_method for record in records)
     # a depth that gained nothing answers as the one that it started from
     gained = [record for record in records if record.gap is not None]
     best = min(gained, key=lambda record: _rank(record.val, "accuracy"), default=None)
     if best is None:
-        return f"Of {names}, none did better on validation than the probe: on these images the frozen backbone is enough."
-    return f"Of {names}, {best.short_method} is the best on validation: test {percent(best.test)}, {_gain(best)}"
+        return f"Of {len(records)} depths none did better on validation than the probe: on these images the frozen backbone is enough."
+    return (
+        f"Of {len(records)} depths {best.short_method} is the best on validation: test {percent(best.test)}, {_gain(best)}"
+    )
 
 
 def _gain(record: RunRecord) -> str:
