@@ -252,7 +252,7 @@ def _sweep_sentence(records: Sequence[RunRecord]) -> str:
     gained = [record for record in records if record.gap is not None]
     best = min(gained, key=lambda record: _rank(record.val, "accuracy"), default=None)
     if best is None:
-        return f"Of {len(records)} depths none did better on validation than the probe: on these images the frozen backbone is enough."
+        return f"Of {len(records)} depths none gained on validation over the probe: here the frozen backbone is enough."
     return (
         f"Of {len(records)} depths {best.short_method} is the best on validation: test {percent(best.test)}, {_gain(best)}"
     )
