@@ -453,15 +453,15 @@ def test_heads_of_an_older_version(named: Named, folder: Path, settings: Setting
     beside, alone = (bundle.Bundle(loaded.estimator, card, path) for path in (head, tmp_path / "head.joblib"))
 
     for old in (beside, alone):
-        assert predicting.bench_of(old, open_dataset(folder), settings).backbone.spec.name
+        assert predicting.cache_of(old, open_dataset(folder), settings).backbone.spec.name
     named.put(1)
     if named.kind == "hub":
         shutil.rmtree(tmp_path / "hub" / "models--me--net" / "snapshots" / COMMITS[0])
     with pytest.raises(DataError, match="weights"):
-        predicting.bench_of(beside, open_dataset(folder), settings)
+        predicting.cache_of(beside, open_dataset(folder), settings)
     if named.kind == "published":
         with pytest.raises(DataError, match="other weights"):
-            predicting.bench_of(alone, open_dataset(folder), settings)
+            predicting.cache_of(alone, open_dataset(folder), settings)
 
 
 def test_an_extractor_refuses_other_weights(named: Named, folder: Path, tmp_path: Path) -> None:

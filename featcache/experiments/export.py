@@ -29,7 +29,7 @@ from featcache.datasets.images import ImagePreprocess, UnreadableImage
 from featcache.display import logger
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
-from featcache.experiments.predict import bench_of
+from featcache.experiments.predict import cache_of
 from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
@@ -83,8 +83,8 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         import onnxruntime
     except ImportError:
         raise SetupError("export needs ONNX: `pip install 'featcache[onnx]'`.") from None
-    bench = bench_of(bundle, check, settings, weights)
-    preprocess, pixels = bench.backbone.preprocess, []
+    cache = cache_of(bundle, check, settings, weights)
+    preprocess, pixels = cache.backbone.preprocess, []
     if not isinstance(preprocess, ImagePreprocess):
         raise UsageError(f"{bundle.path}: only backbones of images can be exported.")
     for item in check.samples:
@@ -98,7 +98,7 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         raise DataError(f"{check.location}: none of its images can be read to check the model on.")
     images = np.stack(pixels)
     head = _scaled(_as_module(bundle.estimator, len(bundle.classes)), bundle.card.get("scaled_by"))
-    model = _Whole(bench.backbone.program((bundle.card.get("cut", "pooled"),)), head).eval()
+    model = _Whole(cache.backbone.program((bundle.card.get("cut", "pooled"),)), head).eval()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         draft = Path(folder) / "model.onnx"
@@ -119,8 +119,8 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         proto.metadata_props.add(key=name, value=json.dumps(value))
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    program = bench.backbone.program((bundle.card.get("cut", "pooled"),))
-    (features,) = TorchRuntime(program, bench.backbone.device, bench.spec.precision)(images)
+    program = cache.backbone.program((bundle.card.get("cut", "pooled"),))
+    (features,) = TorchRuntime(program, cache.backbone.device, cache.spec.precision)(images)
     expected = _expected(bundle, features)
     got = np.concatenate([session.run(None, {"pixels": images[:1]})[0], session.run(None, {"pixels": images})[0][1:]])
     difference = _difference(got, expected)

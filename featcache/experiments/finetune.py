@@ -143,7 +143,7 @@ def run_sweep(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | Non
     """
     from featcache.finetuning.unfreezing import depths
 
-    plans = [replace(plan, unfreeze=unfreeze) for unfreeze in depths(inputs.bench.backbone.stages)]
+    plans = [replace(plan, unfreeze=unfreeze) for unfreeze in depths(inputs.cache.backbone.stages)]
     before = _find_finished_sweep(inputs, plans, records)
     if inputs.all_agree(bool(before)) and before:
         return SweepResult(_reported_again(before, inputs))
@@ -188,7 +188,7 @@ class FineTuneJob:
     def experiment(self) -> Experiment:
         """What it is as an experiment: key, files, record, card."""
         method = _method_after(self.plan, self.after)
-        return Experiment(self.inputs.bench, self.rows.task, method, self.plan, self.inputs.seed)
+        return Experiment(self.inputs.cache, self.rows.task, method, self.plan, self.inputs.seed)
 
     @cached_property
     def stem(self) -> Path:
@@ -207,9 +207,9 @@ class FineTuneJob:
         from featcache.heads.bundle import head_path
 
         processes = self.inputs.processes
-        with own_randomness(self.inputs.bench.backbone.device):
+        with own_randomness(self.inputs.cache.backbone.device):
             unfinished = Checkpoint(self.stem.with_name(f"{self.stem.name}.unfinished"), writes=processes.rank == 0)
-            backbone = _trainable_copy(self.inputs.bench, self.plan)
+            backbone = _trainable_copy(self.inputs.cache, self.plan)
             tuned = self._train(backbone, unfinished)
             record = self._compared(tuned)
             with processes.one_first():
@@ -289,9 +289,9 @@ class FineTuneJob:
         from featcache.heads import bundle
         from featcache.heads.linear import linear_estimator
 
-        bench, transform = self.inputs.bench, asdict(backbone.preprocess.spec)
+        cache, transform = self.inputs.cache, asdict(backbone.preprocess.spec)
         facts = {
-            "backbone": bench.identity,
+            "backbone": cache.identity,
             "classes": list(self.rows.task.names),
             "transform": transform,
             "unfreeze": self.plan.unfreeze.text,
@@ -301,13 +301,13 @@ class FineTuneJob:
         }
         save_checkpoint(backbone.module, tuned.model, self.checkpoint, facts)
         head = tuned.model.linear_head()
-        spec: BackboneSpec = replace(bench.spec, weights=str(self.checkpoint.resolve()), random_init=None)
+        spec: BackboneSpec = replace(cache.spec, weights=str(self.checkpoint.resolve()), random_init=None)
         weights = hash_weights(backbone.module)
         card = self.experiment.card(
             self.rows.entry,
             backbone=backbone_identity(spec) | {"name": origins.absolute_name(spec)},
             weights=spec.weights,
-            loaded=asdict(replace(bench.backbone.loaded, tag="file", weights_sha256=weights)),
+            loaded=asdict(replace(cache.backbone.loaded, tag="file", weights_sha256=weights)),
             transform=transform,
             cut=POOLED,
             head=self.plan.unfreeze.text,
@@ -348,12 +348,12 @@ def find_finished(inputs: FineTuneInputs, plan: FineTunePlan, method: str, recor
     if inputs.group is not None:  # the key names the column, not its values: who belongs together may be another now
         return None
     # without the embeddings themselves: they are no part of the key
-    task = Task.of(inputs.bench.extracted().store.labelled())
-    key = Experiment(inputs.bench, task, method, plan, inputs.seed).key
+    task = Task.of(inputs.cache.extracted().store.labelled())
+    key = Experiment(inputs.cache, task, method, plan, inputs.seed).key
     for record in reversed(alike):
         # the heads that it was compared with are no part of the experiment's name
         if record.cell == key and set((record.probe or {})["of"]) == set(inputs.head_names):
-            return _read_again(record, inputs.bench.settings.cache / record.artefact)
+            return _read_again(record, inputs.cache.settings.cache / record.artefact)
     return None
 
 
@@ -400,7 +400,7 @@ def _reported_again(results: Sequence[FineTuneResult], inputs: FineTuneInputs) -
         )
         for note in result.record.notes:
             logger.warning("%s: %s", result.record.short_method, note)
-        forget_state(inputs.bench.folder, result.record.cell)
+        forget_state(inputs.cache.folder, result.record.cell)
     return tuple(results)
 
 
@@ -423,10 +423,10 @@ def forget_state(folder: Path, cell: str) -> None:
         remove_file(path)
 
 
-def _trainable_copy(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
+def _trainable_copy(cache: FeatureCache, plan: FineTunePlan) -> "Backbone":
     """Return a copy of the backbone that may be changed, with the plan's stochastic depth."""
     if not plan.drop_path:
-        backbone = bench.backbone.separate()
+        backbone = cache.backbone.separate()
         for module in backbone.module.modules():
             if type(module).__name__ == "DropPath":  # some models bring a rate of their own: the plan says none
                 setattr(module, "drop_prob", 0.0)  # noqa: B010 - its type does not know it
@@ -434,9 +434,9 @@ def _trainable_copy(bench: FeatureCache, plan: FineTunePlan) -> "Backbone":
     from featcache.backbones.timm_models import load_backbone
 
     # timm spreads the rate over the blocks as it builds them: the network is built again, from the same weights
-    spec = replace(bench.spec, model_args=(*bench.spec.model_args, ("drop_path_rate", plan.drop_path)))
-    backbone = load_backbone(spec, bench.backbone.device)
-    if backbone.loaded.weights_sha256 != bench.backbone.loaded.weights_sha256:
+    spec = replace(cache.spec, model_args=(*cache.spec.model_args, ("drop_path_rate", plan.drop_path)))
+    backbone = load_backbone(spec, cache.backbone.device)
+    if backbone.loaded.weights_sha256 != cache.backbone.loaded.weights_sha256:
         raise DataError(f"`backbone` {spec.name}: its weights changed while this ran. Run again.")
     return backbone
 

@@ -57,14 +57,14 @@ class FineTuneInputs:
     """The data set and the backbone, the probes that fine-tuning is compared with, and the entries at freeze boundaries.
 
     Attributes:
-        bench: the data set and the backbone.
+        cache: the data set and the backbone.
         probes: heads beside ridge, nearest neighbours and logistic: the gap is to the best of all on validation.
         group: the column of the source's manifest whose values stay together, such as a patient.
         seed: of the split, the probe, the order of training.
         ledger: of what this command has said.
     """
 
-    bench: FeatureCache
+    cache: FeatureCache
     probes: Sequence[str] = ()
     group: str | None = None
     seed: int = 0
@@ -74,7 +74,7 @@ class FineTuneInputs:
         """Refuse what cannot be compared, before anything is computed."""
         for name in self.probes:
             require_head(name)
-        require_one_label(self.bench.dataset)
+        require_one_label(self.cache.dataset)
         self._entries: dict[str, tuple[Extracted, tuple[str, ...]]] = {}
 
     @cached_property
@@ -94,7 +94,7 @@ class FineTuneInputs:
         """Return what trains."""
         from featcache.finetuning.unfreezing import select_trainable
 
-        return select_trainable(self.bench.backbone.stages, plan.unfreeze, self.bench.backbone.module)
+        return select_trainable(self.cache.backbone.stages, plan.unfreeze, self.cache.backbone.module)
 
     def extract(self, depths: Sequence["Trainable"], plan: FineTunePlan) -> None:
         """Extract at some boundaries and for the probe, in one pass; at the input where that cannot be or takes too much."""
@@ -113,9 +113,9 @@ class FineTuneInputs:
         cuts = list(dict.fromkeys(cut for cut, _ in places.values()))
         outputs = [Output(cut, plan.dtype if cut != INPUT else None) for cut in cuts]
         if plan.views == 1:
-            entries = self.bench.features([Output(POOLED), *outputs])[1:]
+            entries = self.cache.features([Output(POOLED), *outputs])[1:]
         else:  # the probes' embeddings are of the plain image: a pass of its own, of one view
-            entries = self.bench.features(outputs, Views(plan.views))
+            entries = self.cache.features(outputs, Views(plan.views))
         at = dict(zip(cuts, entries, strict=True))
         self._entries = {boundary: (at[cut], notes) for boundary, (cut, notes) in places.items()}
 
@@ -145,7 +145,7 @@ class FineTuneInputs:
         from featcache.experiments.fit import PROBES, in_memory
 
         names = tuple(dict.fromkeys((*PROBES, *self.probes)))
-        if in_memory(self.bench.extracted().store):
+        if in_memory(self.cache.extracted().store):
             return names
         names = tuple(name for name in names if name in STREAMING)
         logger.warning("the features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
@@ -157,7 +157,7 @@ class FineTuneInputs:
         from featcache.experiments.fit import FitPlan, run_fit
 
         plan = FitPlan(self.head_names, group=self.group, baselines=False)
-        return run_fit(self.bench, plan, seed=self.seed, ledger=self.ledger).heads
+        return run_fit(self.cache, plan, seed=self.seed, ledger=self.ledger).heads
 
     @property
     def best_probe(self) -> "RunRecord":
@@ -170,14 +170,14 @@ class FineTuneInputs:
     @cached_property
     def features(self) -> Features:
         """The embeddings that the heads were fitted on."""
-        return self.bench.extracted().store.features()
+        return self.cache.extracted().store.features()
 
     @cached_property
     def task(self) -> Task:
         """The images that have embeddings, with their classes."""
         from featcache.experiments.experiment import groups_of
 
-        return Task.of(self.features, "label", groups_of(self.bench, self.features, self.group), self.group)
+        return Task.of(self.features, "label", groups_of(self.cache, self.features, self.group), self.group)
 
     @cached_property
     def split(self) -> Split:
@@ -208,7 +208,7 @@ class FineTuneInputs:
             raise UsageError("`augment` changes pixels: it needs `unfreeze='all'`, or `views=N` at a later boundary.")
         try:
             if cut != INPUT:
-                self.bench.backbone.prefix(cut)
+                self.cache.backbone.prefix(cut)
         except CutError as error:
             note = f"{error} The frozen part runs again in every epoch."
             logger.warning(note)
@@ -221,8 +221,8 @@ class FineTuneInputs:
         Raises:
             StorageError: not even the pixels fit.
         """
-        free = int(shutil.disk_usage(self.bench.folder).free * _USABLE)
-        budget = self.bench.settings.budget
+        free = int(shutil.disk_usage(self.cache.folder).free * _USABLE)
+        budget = self.cache.settings.budget
         room = free if budget is None else min(free, budget)
         allowed: set[str] = set()
         for cut in (cut for cut in cuts if cut != INPUT):
@@ -234,7 +234,7 @@ class FineTuneInputs:
             cost = self._cost(INPUT, plan)
             if cost.bytes > room:
                 raise StorageError(
-                    f"{self.bench.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another `cache`, "
+                    f"{self.cache.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another `cache`, "
                     "a larger `budget`, or unfreeze less."
                 )
             allowed.add(INPUT)
@@ -242,7 +242,7 @@ class FineTuneInputs:
 
     def _cost(self, cut: str, plan: FineTunePlan) -> Estimate:
         """Return what storing at a cut takes, and say it."""
-        cost = self.bench.estimate([Output(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
+        cost = self.cache.estimate([Output(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
         if cost.to_compute:
             logger.info(
                 "activations at %s: %.1f MB and about %.0f s once; computed anew, that in each of up to %d epochs (%s)",

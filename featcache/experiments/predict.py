@@ -86,8 +86,8 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
     )
 
 
-def bench_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str | None = None) -> FeatureCache:
-    """Return a workbench whose backbone is loaded, and is the one that a head was trained on.
+def cache_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str | None = None) -> FeatureCache:
+    """Return a data set beside a loaded backbone, which is the one that a head was trained on.
 
     Of a repository of the hub that has moved on, the local copy that the head was trained on is taken.
 
@@ -99,35 +99,35 @@ def bench_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str |
     names = dict.fromkeys([spec.name, *(origins.other_revisions(spec) if spec.weights is None else ())])
     reasons = []
     for name in names:
-        bench = FeatureCache(source, replace(spec, name=name), settings)
-        reason = _difference(bundle, bench)
+        cache = FeatureCache(source, replace(spec, name=name), settings)
+        reason = _difference(bundle, cache)
         if not reason:
-            return bench
+            return cache
         reasons.append(reason)
     raise DataError(
         f"{bundle.path}: {reasons[0]}. Put the old one back, give its weights with `weights=FILE`, or train the head again."
     )
 
 
-def _difference(bundle: Bundle, bench: FeatureCache) -> str:
+def _difference(bundle: Bundle, cache: FeatureCache) -> str:
     """Return what tells a loaded backbone from the one that a head was trained on, "" where nothing does."""
-    card, backbone = bundle.card, bench.backbone
+    card, backbone = bundle.card, cache.backbone
     wanted, transform = card.get("loaded"), card.get("transform")
     if not isinstance(wanted, dict) or not isinstance(transform, dict):
-        return _difference_of_key(bundle, bench)
+        return _difference_of_key(bundle, cache)
     loaded = json.loads(canonical(backbone.loaded))
     if wanted.get("weights_sha256") != loaded["weights_sha256"]:
         then, now = str(wanted.get("weights_sha256"))[:12], loaded["weights_sha256"][:12]
-        return f"the weights of {bench.spec.name} have changed since it was trained (SHA-256 {then}... then, {now}... now)"
+        return f"the weights of {cache.spec.name} have changed since it was trained (SHA-256 {then}... then, {now}... now)"
     if canonical(transform) != canonical(backbone.preprocess.spec):
-        return f"{bench.spec.name} prepares images otherwise than when it was trained"
+        return f"{cache.spec.name} prepares images otherwise than when it was trained"
     # the tag says where weights came from: with their hash it decides nothing
     if canonical(wanted | {"tag": ""}) != canonical(loaded | {"tag": ""}):
-        return f"{bench.spec.name} is built otherwise than when it was trained"
+        return f"{cache.spec.name} is built otherwise than when it was trained"
     return ""
 
 
-def _difference_of_key(bundle: Bundle, bench: FeatureCache) -> str:
+def _difference_of_key(bundle: Bundle, cache: FeatureCache) -> str:
     """Hold a backbone against the cache key in a card that says no more: of heads of an older version."""
     card, cut = bundle.card, bundle.card.get("cut", "pooled")
     if card["backbone"]["weights"] or card.get("feature_key") is None:
@@ -137,14 +137,14 @@ def _difference_of_key(bundle: Bundle, bench: FeatureCache) -> str:
     except StorageError:
         entry = None
     if entry is not None and entry.key == card["feature_key"] and entry.spec["backbone"]:
-        same = entry.spec["backbone"]["weights_sha256"] == bench.backbone.loaded.weights_sha256
-        return "" if same else f"the weights of {bench.spec.name} have changed since it was trained"
+        same = entry.spec["backbone"]["weights_sha256"] == cache.backbone.loaded.weights_sha256
+        return "" if same else f"the weights of {cache.spec.name} have changed since it was trained"
     views, dtypes = Views(card.get("views", 1)), ("float32", "float16")
-    if card["feature_key"] in {bench.key(cut, dtype, views) for dtype in dtypes}:  # type: ignore[arg-type]
+    if card["feature_key"] in {cache.key(cut, dtype, views) for dtype in dtypes}:  # type: ignore[arg-type]
         return ""
-    if origins.named(bench.spec) is None:
-        return f"{bench.spec.name} is not what it was when the head was trained (other weights, or another transform)"
-    logger.warning("%s: its card does not say which weights %s had: nothing was compared", bundle.path, bench.spec.name)
+    if origins.named(cache.spec) is None:
+        return f"{cache.spec.name} is not what it was when the head was trained (other weights, or another transform)"
+    logger.warning("%s: its card does not say which weights %s had: nothing was compared", bundle.path, cache.spec.name)
     return ""
 
 
@@ -186,12 +186,12 @@ def label_images(
     """
     items = tuple(Sample(path, "") for path in dict.fromkeys(paths))
     source = Dataset("images", "images", items, _Anywhere())
-    return _predictions(bundle, paths, bench_of(bundle, source, settings, weights))
+    return _predictions(bundle, paths, cache_of(bundle, source, settings, weights))
 
 
-def _predictions(bundle: Bundle, paths: Sequence[str], bench: FeatureCache) -> Iterator[Prediction]:
-    embedder = _Embedder(bench, bundle.card.get("cut", "pooled"), Views(bundle.card.get("views", 1)))
-    position = {item.path: index for index, item in enumerate(bench.dataset.samples)}
+def _predictions(bundle: Bundle, paths: Sequence[str], cache: FeatureCache) -> Iterator[Prediction]:
+    embedder = _Embedder(cache, bundle.card.get("cut", "pooled"), Views(bundle.card.get("views", 1)))
+    position = {item.path: index for index, item in enumerate(cache.dataset.samples)}
     with progress(len(paths), "predict") as bar:
         for start in range(0, len(paths), _AT_ONCE):
             yield from _in_order(bundle, paths[start : start + _AT_ONCE], position, embedder)
@@ -203,7 +203,7 @@ def _in_order(bundle: Bundle, paths: Sequence[str], position: dict[str, int], em
     done: dict[str, Prediction] = {}
     waiting = list(reversed(paths))
     for several in embedder.batches([position[path] for path in dict.fromkeys(paths)]):
-        done.update((one.path, one) for one in _answer(bundle, several, embedder.bench.dataset, embedder.views.count))
+        done.update((one.path, one) for one in _answer(bundle, several, embedder.cache.dataset, embedder.views.count))
         while waiting and waiting[-1] in done:
             yield done[waiting.pop()]
 
@@ -211,25 +211,25 @@ def _in_order(bundle: Bundle, paths: Sequence[str], position: dict[str, int], em
 class _Embedder:
     """Computes embeddings of images some at a time; the backbone is made ready once, on the first batch."""
 
-    def __init__(self, bench: FeatureCache, cut: str, views: Views) -> None:
-        self.bench, self.cut, self.views = bench, cut, views
+    def __init__(self, cache: FeatureCache, cut: str, views: Views) -> None:
+        self.cache, self.cut, self.views = cache, cut, views
         self._runtime: Runtime | None = None
 
     def batches(self, positions: Sequence[int]) -> Iterator[Batch]:
         """Yield images with their embeddings; copies of an image come last, with those of the first."""
-        bench = self.bench
-        plan = bench.plan_for(bench.backbone.preprocess, self.views)
-        files, reader = bench.files, BatchReader(bench.files, positions, plan.preprocess, plan.views)
+        cache = self.cache
+        plan = cache.plan_for(cache.backbone.preprocess, self.views)
+        files, reader = cache.files, BatchReader(cache.files, positions, plan.preprocess, plan.views)
         first = reader.fill(plan.batch_size)
         rows: dict[bytes, NDArray[Any]] = {}
         reasons: dict[str, str] = {}
         copies: list[int] = []
         if first.fresh:
-            with bench.threads():
+            with cache.threads():
                 if self._runtime is None:
-                    self._runtime = bench.prepare([self.cut], sample(first, plan.batch_size), len(files))
+                    self._runtime = cache.prepare([self.cut], sample(first, plan.batch_size), len(files))
             with closing(run_batches(reader, self._runtime, plan.batch_size, deque([first]))) as running:
-                for batch in _inside(bench.threads, running):
+                for batch in _inside(cache.threads, running):
                     if batch.fresh:  # the last batch may hold copies and broken images alone
                         rows.update(zip(map(files.digest, batch.fresh), batch.rows[0], strict=True))
                     reasons.update((bad.sha256, bad.reason) for bad in batch.bad)

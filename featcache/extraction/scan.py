@@ -89,7 +89,8 @@ class DatasetFiles:
             self._look(position, path)
         content = self.dataset.read(path)
         digest = hashlib.sha256(content).digest()
-        self.believe(position, digest)
+        self._digest_bytes[position * _DIGEST : (position + 1) * _DIGEST] = digest
+        self.hashed[position] = True
         return content, digest
 
     def hash(self, positions: Positions) -> None:
@@ -101,11 +102,6 @@ class DatasetFiles:
                 except OSError as error:
                     self.unreadable[position] = quarantine_unread(self.path(position), error)
                 bar.update(1)
-
-    def believe(self, position: int, digest: bytes) -> None:
-        """Note a file's content."""
-        self._digest_bytes[position * _DIGEST : (position + 1) * _DIGEST] = digest
-        self.hashed[position] = True
 
     def learn(self, positions: Sequence[int] | Positions, files: FileIndex) -> None:
         """Note what another process found of files (k,)."""

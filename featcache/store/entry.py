@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import re
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -552,11 +551,6 @@ def _is_spec(spec: dict[str, Any]) -> bool:
         and isinstance(spec.get("cut"), str)
         and spec.get("dtype") in {"float32", "float16", "uint8"}
     )
-
-
-def now_ns() -> int:
-    """Return the time that hashes are dated with, in nanoseconds."""
-    return time.time_ns()
 
 
 def _as_keys(sha256: NDArray[np.uint8]) -> NDArray[Any]:
