@@ -1,11 +1,12 @@
 """Linear heads by our own solvers, returned as fitted scikit-learn estimators."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
@@ -15,6 +16,7 @@ from featcache.evaluation.splits import Fold
 from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
 from featcache.heads.solvers import Solution
+from featcache.heads.solvers.passes import SideBySide, TurnedLoss
 from featcache.heads.solvers.scaled import solve_ridge
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
@@ -24,6 +26,23 @@ _COSTS = [{"C": cost} for cost in (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 5
 _SELECTING_ALPHA = 100.0
 COARSE_CS = _LOGISTIC[::4]
 ALPHAS = [{"alpha": float(f"{value:.4g}")} for value in np.logspace(6, -1, 15)]
+
+
+# Measured on real sets and on random problems, see ``_Race``.
+_LOOK, _SETTLED, _SURE = 3e-2, 1e-4, 1e-7  # of a value, that is left: to be looked at, to be settled, whatever is in doubt
+_DOUBT, _LOSS_DOUBT = 3.0, 4.0  # next steps
+_LOSS_SETTLED = 1e-3
+_LEAST_DOUBT, _BY_LEFT = 0.02, 0.4  # of all rows held out; by the root of what is left
+_MOST_TURNS = 150
+
+
+@dataclass(frozen=True)
+class Raced:
+    """The candidate that won, and of how many; how many were left out since their optimum was not reached."""
+
+    candidate: Candidate
+    tried: int
+    unconverged: int
 
 
 def _masks(folds: Sequence[Fold], count: int) -> list[NDArray[np.bool_]]:
@@ -60,6 +79,201 @@ def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold
         ]
         fitted = tuple(make_pipeline(as_logistic(solution)) for solution in solutions)
         yield Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions), fitted)
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """How a C does on the rows held out of all folds: how many are right, how many may be at most, and the log-loss."""
+
+    right: int
+    most: float
+    log_loss: float
+    doubt: float
+    is_settled: bool
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        return -self.right, self.log_loss
+
+
+class _Race:
+    """All C against each other on the rows held out; one that can no longer win is left where it is.
+
+    A row is in doubt while its margin is below ``_DOUBT`` times what the next step would change of margins. A C is settled
+    when none is and little is left, and out when it could not be the best with all rows in doubt right. This is no proof:
+    benchmarks/speed/race.md has how often it chose otherwise than the whole search.
+    """
+
+    def __init__(self, loss: TurnedLoss, y: Y_, folds: Sequence[Fold], Cs: Sequence[float]) -> None:
+        self.loss, self.Cs = loss, Cs
+        self.y_held = [y[fold.val] for fold in folds]
+        self.count = sum(map(len, self.y_held))
+        self.standings: dict[int, _Standing] = {}
+        self.models: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+        self.leader: _Standing | None = None
+
+    def along(self, numbers: Sequence[int]) -> None:
+        """Race these from the strongest penalty to the weakest, each started from where the last two point."""
+        ordered = sorted(numbers, key=lambda number: self.Cs[number])
+        for place, number in enumerate(ordered):
+            if place == 0:
+                models, curvature = solvers.constant_models(self.loss)
+            else:
+                models, curvature = self.models[ordered[place - 1]]
+            if place > 1:
+                ahead = np.log(self.Cs[number] / self.Cs[ordered[place - 1]])
+                ahead /= np.log(self.Cs[ordered[place - 1]] / self.Cs[ordered[place - 2]])
+                models = models + np.float32(min(ahead, 1.0)) * (models - self.models[ordered[place - 2]][0])
+            self._descend([number], models, curvature)
+
+    def between(self, numbers: Sequence[int]) -> None:
+        """Race these side by side, each started between its nearest neighbours of those that have raced."""
+        if not numbers:
+            return
+        before = sorted(self.models)
+        models, curvatures = [], []
+        for number in numbers:
+            low = max((other for other in before if other < number), default=before[0])
+            high = min((other for other in before if other > number), default=before[-1])
+            share = np.float32((number - low) / (high - low) if high > low else 0)
+            (below, bent_below), (above, bent_above) = self.models[low], self.models[high]
+            models.append(below + share * (above - below))
+            curvatures.append(bent_below + share * (bent_above - bent_below))
+        self._descend(numbers, np.concatenate(models), np.concatenate(curvatures))
+
+    def best(self) -> int:
+        """Return which is the best of those that are settled."""
+        settled = [number for number, standing in self.standings.items() if standing.is_settled]
+        return min(settled or self.standings, key=self._order)
+
+    def _order(self, number: int) -> tuple[Any, ...]:
+        return (*self.standings[number].rank, number)
+
+    def won(self, grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold]) -> Raced | None:
+        """Solve the best to its end, and those that might still be it; again, where that has changed who is the best.
+
+        ``None`` where none reached its optimum.
+        """
+        ended: dict[int, Candidate] = {}
+        tried, y_true = len(self.standings), np.concatenate(self.y_held)
+        while self.standings:
+            best = self.best()
+            rivals = [number for number in self.standings if number not in ended and self._is_rival(number, best)]
+            if not rivals:
+                return Raced(ended[best], tried, tried - len(self.standings))
+            number = min(rivals, key=self._order)
+            candidate = ended[number] = self._solved(grid[number], number, X, y, folds)
+            if not candidate.converged:
+                del self.standings[number]  # and those that it has beaten are in the race again
+                self.standings = {left: replace(standing, is_settled=True) for left, standing in self.standings.items()}
+                continue
+            right = int((candidate.answers.argmax(axis=1) == y_true).sum())
+            of_truth = np.maximum(candidate.answers[np.arange(len(y_true)), y_true], np.finfo(np.float64).eps)
+            self.standings[number] = _Standing(right, right, float(-np.log(of_truth).sum()), 0.0, is_settled=True)
+        return None
+
+    def _is_rival(self, number: int, best: int) -> bool:
+        """Tell whether one might be as good as the best, or might do so with its rows in doubt right."""
+        standing, leader = self.standings[number], self.standings[best]
+        if standing.most <= leader.right and not standing.is_settled:
+            return False
+        return standing.right >= leader.right and standing.log_loss - standing.doubt <= leader.log_loss + leader.doubt
+
+    def _solved(self, params: Params, number: int, X: X_, y: Y_, folds: Sequence[Fold]) -> Candidate:
+        tolerance = solvers.tolerance_of(sum(len(fold.train) for fold in folds) * X.shape[1] * self.loss.outputs)
+        solutions = solvers.finish(self.loss, self.Cs[number], *self.models[number], tolerance)
+        for place, fold in enumerate(folds):
+            if not solutions[place].converged:  # float32, or a gradient, is not enough to prove it
+                ((solutions[place],),) = solvers.solve(X, y, [self.Cs[number]], [mask_of(fold.train, len(y))])
+        predictions = [
+            probabilities(solution, X[fold.val], self.loss.outputs) for solution, fold in zip(solutions, folds, strict=True)
+        ]
+        fitted = tuple(make_pipeline(as_logistic(solution)) for solution in solutions)
+        return Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions), fitted)
+
+    def _descend(self, numbers: Sequence[int], models: NDArray[Any], curvature: NDArray[Any]) -> None:
+        folds = len(self.y_held)
+        number_of = np.repeat(numbers, folds)
+        Cs = np.array([self.Cs[number] for number in number_of])
+        group = SideBySide(self.loss, np.tile(np.arange(folds), len(numbers)), Cs, models, curvature)
+        while len(number_of):
+            group.step()
+            left = {number: group.left[number_of == number].max() for number in dict.fromkeys(number_of.tolist())}
+            is_late = group.turns >= _MOST_TURNS or group.descents.stalled.all()
+            if group.turns < 2 or (group.turns > 4 and group.turns % 2) or (min(left.values()) > _LOOK and not is_late):
+                continue
+            ended = []
+            for number, seen in self._judged(group, number_of, left).items():
+                standing = replace(seen, is_settled=bool(seen.is_settled or is_late))
+                if standing.is_settled or self._is_out(standing):
+                    ended.append(number)
+                    self._end(number, standing, group, number_of)
+            is_open = ~np.isin(number_of, ended)
+            group.keep(is_open)
+            number_of = number_of[is_open]
+
+    def _end(self, number: int, standing: _Standing, group: SideBySide, number_of: NDArray[Any]) -> None:
+        problems = number_of == number
+        self.models[number] = group.weights[problems], group.curvature[problems]
+        is_out = self._is_out(standing)
+        self.standings[number] = replace(standing, is_settled=standing.is_settled and not is_out)
+        if not is_out and (self.leader is None or standing.rank < self.leader.rank):
+            self.leader = standing
+
+    def _is_out(self, standing: _Standing) -> bool:
+        if self.leader is None:
+            return False
+        is_worse = standing.log_loss - standing.doubt > self.leader.log_loss + self.leader.doubt
+        return standing.most < self.leader.right or (standing.most <= self.leader.right and is_worse)
+
+    def _judged(self, group: SideBySide, number_of: NDArray[Any], left: dict[int, float]) -> dict[int, _Standing]:
+        """Return the standing of each C whose problems are all near enough to be looked at."""
+        right, surely, perhaps, log_loss, doubt = np.zeros((5, len(number_of)))
+        pairs = np.stack([group.weights, group.moves], axis=1)
+        for fold, y_true in enumerate(self.y_held):
+            index, row = np.flatnonzero(group.fold_of == fold), np.arange(len(y_true))
+            outputs = pairs[index].reshape(-1, pairs.shape[3]) @ self.loss.held[fold].T
+            scores, shifts = np.moveaxis(outputs.reshape(len(index), 2, self.loss.outputs, -1), 1, 0)
+            first, second = -np.partition(-scores, 1, axis=1)[:, :2].swapaxes(0, 1)
+            reach = shifts.max(axis=1) - shifts.min(axis=1)
+            typical = np.sqrt(np.mean(reach**2, axis=1, keepdims=True))
+            in_doubt = first - second < _DOUBT * np.maximum(reach, typical)
+            is_right = scores.argmax(axis=1) == y_true
+            right[index], perhaps[index] = is_right.sum(axis=1), (is_right | in_doubt).sum(axis=1)
+            surely[index] = (is_right & ~in_doubt).sum(axis=1)
+            losses = [
+                (logsumexp(of, axis=1) - of[:, y_true, row]).sum(axis=1, dtype=np.float64)
+                for of in (scores, scores + shifts)
+            ]
+            log_loss[index], doubt[index] = losses[0], _LOSS_DOUBT * np.abs(losses[1] - losses[0])
+        standings = {}
+        for number, share in left.items():
+            of = number_of == number
+            total = int(right[of].sum())
+            most = min(perhaps[of].sum(), total + self.count * max(_LEAST_DOUBT, _BY_LEFT * share**0.5))
+            is_sure = surely[of].sum() == perhaps[of].sum()
+            is_settled = share < _SETTLED and is_sure and doubt[of].sum() < _LOSS_SETTLED * log_loss[of].sum()
+            if share <= _LOOK:
+                standings[number] = _Standing(total, most, log_loss[of].sum(), doubt[of].sum(), is_settled or share < _SURE)
+        return standings
+
+
+def race_logistic(grid: Sequence[Params], coarse: int, X: X_, y: Y_, folds: Sequence[Fold]) -> Raced | None:
+    """Return the best of the coarse C and of those around the best of them, solved to its end; ``None`` of too many rows.
+
+    Best is as of ``search_head``. Those that were left in the race are no worse candidates for it: they were tried.
+    """
+    Cs = [params["C"] for params in grid]
+    with solvers.turned_folds(X, y, [(fold.train, fold.val) for fold in folds]) as loss:
+        if loss is None:
+            return None
+        race = _Race(loss, y, folds, Cs)
+        race.along(range(0, len(grid), coarse))
+        if coarse > 1:
+            at = race.best()
+            near = range(max(0, at - coarse + 1), min(len(grid), at + coarse))
+            race.between([number for number in near if number not in race.models])
+        return race.won(grid, X, y, folds)
 
 
 def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:

@@ -5,7 +5,9 @@ inverse Hessian that L-BFGS starts from is a Kronecker product: the mean covaria
 covariance of the features, plus the penalty (the block structure of Böhning 1992, with probabilities in place of his bound).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count, product
 from typing import TYPE_CHECKING, Any
@@ -13,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, eigh
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
 
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.newton import LBFGS, Precondition
-from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss
-from featcache.heads.solvers.scaled import Floats, Rows, products_on, scaled
+from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss, SideBySide, TurnedLoss
+from featcache.heads.solvers.scaled import Floats, Rows, TurnedRows, products_on, scaled
 from featcache.resources import cores
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ _MAX_ITERATIONS = 150  # of L-BFGS, before Newton's method takes over
 _FEW = 4  # problems for which a factorisation each is cheaper than the axes of all
 _TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believed to be near
 _REFRESH = 6  # evaluations after which the curvature is measured anew
+_MOST_TURNED = 16_000_000  # numbers of all folds' turned rows
+_INSIDE = 0.5  # of the tolerance, to which the gradient in float32 is brought
+_PROOF_ROWS = 1024  # in float64 at a time
+_LEVELLINGS = 3  # Newton steps that put the intercepts to their best
 _NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
 _NO_CURVATURE = 1e-100
 _FLAT = 0.7  # rows a feature up to which the rows' own space is the smaller one to work in
@@ -101,12 +107,112 @@ def solve(
     with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:
         passes = BatchedLoss(features, y, loss)
         if tolerance is None:
-            tolerance = TOLERANCE if X.shape[0] * X.shape[1] * passes.outputs >= _LARGE else _SMALL_TOLERANCE
+            tolerance = tolerance_of(X.shape[0] * X.shape[1] * passes.outputs)
         solver = _Path(passes, [y[rows] for rows in folds], tolerance)
         order = np.argsort(Cs, kind="stable")
         solutions_by_fold = solver.run([float(Cs[index]) for index in order])
     back = np.argsort(order)
     return [[solutions[index] for index in back] for solutions in solutions_by_fold]
+
+
+@contextmanager
+def turned_folds(
+    X: Rows, y: NDArray[Any], folds: Sequence[tuple[NDArray[Any], NDArray[Any]]], *, standardise: bool = True
+) -> Iterator[TurnedLoss | None]:
+    """Yield what evaluates models of classes on folds, positions of rows that train and that judge, turned to their axes.
+
+    ``None`` where a copy of the rows a fold would be too much; inside, matrix products use one core each.
+
+    Raises:
+        ValueError: a fold trains on fewer than two classes.
+    """
+    if any(len(np.unique(y[train])) < 2 for train, _ in folds):
+        raise ValueError("every fold must train on two classes at least")
+    if sum(len(train) * min(X.shape[1], len(train)) for train, _ in folds) > _MOST_TURNED:
+        yield None
+        return
+    with products_on(1), ThreadPoolExecutor(cores()) as workers:
+        # Of one fold alone the products may take all cores.
+        with products_on(cores() if len(folds) == 1 else 1):
+            turned = list(workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise), folds))
+        loss = TurnedLoss(turned, y, "softmax")
+        try:
+            yield loss
+        finally:
+            loss.close()
+
+
+def tolerance_of(size: int) -> float:
+    """Return to which share of the objective a problem of so many rows x features x outputs is solved."""
+    return TOLERANCE if size >= _LARGE else _SMALL_TOLERANCE
+
+
+def constant_models(loss: TurnedLoss) -> tuple[Rows, Floats]:
+    """Return each fold's model without weights (f, k, r + 1), and the curvature (f, k) of its losses."""
+    shares = np.stack([np.bincount(labels, minlength=loss.outputs) for labels in loss.targets]) / loss.counts[:, None]
+    models = np.zeros((len(shares), loss.outputs, loss.width), np.float32)
+    models[:, :, -1] = np.where(shares > 0, np.log(np.where(shares > 0, shares, 1)), _NEVER)
+    return models, shares * (1 - shares)
+
+
+def finish(loss: TurnedLoss, C: float, models: Rows, curvature: Floats, tolerance: float) -> list[Solution]:
+    """Bring one C on every fold to its optimum: float32 until the gradient bounds what is left, then float64 tells it."""
+    group = SideBySide(loss, np.arange(len(models)), np.full(len(models), C), models, curvature)
+    models = models.copy()
+    while len(group.fold_of):
+        group.step()
+        by_weights = group.slopes[:, :, :-1]
+        bound = np.einsum("pkr,pkr->p", by_weights, by_weights, dtype=np.float64) / 2
+        is_near = (bound <= _INSIDE * tolerance * group.descents.values) & (group.left <= tolerance)
+        is_near |= group.descents.stalled | (group.turns >= _MAX_ITERATIONS)
+        if is_near.any():
+            models[group.fold_of[is_near]] = group.weights[is_near]
+            group.keep(~is_near)
+    turns = group.turns
+    return [
+        _proven(fold, labels, C, model.astype(np.float64), tolerance, turns)
+        for fold, labels, model in zip(loss.folds, loss.targets, models, strict=True)
+    ]
+
+
+def _proven(fold: TurnedRows, y: NDArray[Any], C: float, model: Floats, tolerance: float, turns: int) -> Solution:
+    """Return a model (k, r + 1) as a solution, its distance bounded by its gradient in float64 on the rows as they come."""
+    classes = np.unique(y)
+    weights, intercept = fold.back(model[classes, :-1]), model[classes, -1]
+    scale = C / 2 if len(classes) == 2 else C
+    blocks = [slice(start, start + _PROOF_ROWS) for start in range(0, len(y), _PROOF_ROWS)]
+    scores = np.concatenate([fold.exactly(block) @ weights.T for block in blocks]) + intercept
+    right = y[:, None] == classes
+    for _ in range(_LEVELLINGS):
+        slopes = softmax(scores, axis=1)
+        stiffness = np.diag(slopes.sum(axis=0)) - slopes.T @ slopes
+        lift = -np.linalg.pinv(stiffness, rcond=1e-12, hermitian=True) @ (slopes - right).sum(axis=0)
+        intercept, scores = intercept + lift, scores + lift
+    slopes = softmax(scores, axis=1) - right
+    gradient = weights + scale * sum(slopes[block].T @ fold.exactly(block) for block in blocks)
+    of_wrong = np.where(right, -np.inf, scores - scores[right][:, None])
+    spent = np.logaddexp(0, logsumexp(of_wrong, axis=1)).sum()  # digits of a loss near 0 are kept
+    value = scale * float(spent) + float(np.vdot(weights, weights)) / 2
+    by_intercept = scale * np.abs(slopes.sum(axis=0)).sum()
+    bound = float(np.vdot(gradient, gradient)) / 2 + (1 + float(np.abs(intercept).max())) * float(by_intercept)
+    weights = weights / fold.scale
+    intercept = intercept - weights @ fold.mean
+    if len(classes) == 2:
+        weights, intercept, value, bound = weights[1:] - weights[:1], intercept[1:] - intercept[:1], 2 * value, 2 * bound
+    else:
+        intercept = intercept - intercept.mean()
+    return Solution(
+        C,
+        classes,
+        weights,
+        intercept,
+        value,
+        excess=bound / value,
+        gradient=float(np.abs(gradient).max()) / value,
+        iterations=turns,
+        converged=bound <= tolerance * value,
+        float64=False,
+    )
 
 
 def _in_row_space(

@@ -1,9 +1,9 @@
-"""Two descents that are driven from outside, so that many problems share what each evaluation costs: L-BFGS, then Newton."""
+"""Descents that are driven from outside, so that many problems share what each evaluation costs: L-BFGS, then Newton."""
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ Floats = NDArray[np.float64]
 Precondition = Callable[[Floats], Floats]
 
 _MEMORY = 12  # pairs of steps that the inverse Hessian is made of (Nocedal and Wright: 3 to 20)
+_PAIRS = 8  # of them where problems go down side by side: more gained nothing in passes on eight real sets
 _SUFFICIENT = 1e-4
 _SMALLEST_STEP = 1e-6
 _NOISE = {False: 3e-7, True: 1e-15}  # of a value, by whether it was computed in float64
@@ -99,6 +100,104 @@ class LBFGS:
         for (move, change, inverse), share in zip(self._pairs, reversed(shares), strict=True):
             direction = direction + (share - inverse * float(np.vdot(change, direction))) * move
         return -direction
+
+
+class Descents:
+    """Convex problems on their way down side by side, each by L-BFGS, as arrays (p, size); to be driven as ``LBFGS``.
+
+    The second derivatives are to be near to 1 in the coordinates of ``points``. Both loops run over inner products of steps
+    and gradients, so that those are read twice a turn (Chen, Wang and Zhou 2014, section 3: vector-free L-BFGS).
+    """
+
+    def __init__(self, points: NDArray[Any]) -> None:
+        count, size = points.shape
+        self.points = self.trials = points
+        self.values, self.decrements = np.full(count, np.inf), np.full(count, np.inf)
+        self.iterations, self.stalled = np.zeros(count, np.int64), np.zeros(count, bool)
+        self.directions = np.zeros_like(points)
+        self._slopes, self._steps = np.zeros(count), np.ones(count)
+        # Steps, changes of gradients, and the gradient last; their inner products; 1 / (step x change), 0 of no pair.
+        self._basis = np.zeros((count, 2 * _PAIRS + 1, size), points.dtype)
+        self._products = np.zeros((count, 2 * _PAIRS + 1, 2 * _PAIRS + 1))
+        self._inverses = np.zeros((count, _PAIRS))
+        self._slot = 0
+
+    @property
+    def gradients(self) -> NDArray[Any]:
+        """The gradients (p, size) at ``points``."""
+        return self._basis[:, -1]
+
+    def tell(self, values: Floats, gradients: NDArray[Any]) -> None:
+        """Take values (p,) and gradients (p, size) at ``trials``: each problem moves there, or tries a shorter step."""
+        is_first = np.isinf(self.values)
+        rounding = _NOISE[self.points.dtype == np.float64] * np.abs(np.where(is_first, 0, self.values))
+        promised = np.where(is_first, np.inf, self.values + _SUFFICIENT * self._steps * self._slopes + rounding)
+        is_lower = np.isfinite(values) & (values <= promised)
+        moves, changes = self.trials - self.points, gradients - self.gradients
+        if not (is_lower & ~is_first).all():
+            moves[~is_lower | is_first], changes[~is_lower | is_first] = 0, 0
+            gradients = np.where(is_lower[:, None], gradients, self.gradients)
+        self.points = self.points + moves
+        with np.errstate(over="ignore", invalid="ignore"):
+            lost = values - self.values - self._steps * self._slopes
+            shorter = -self._slopes * self._steps**2 / (2 * np.maximum(lost, 1e-300))
+        shorter = np.clip(np.where(np.isfinite(shorter), shorter, 0), 0.1 * self._steps, 0.5 * self._steps)
+        self.values = np.where(is_lower, values, self.values)
+        self._remember(moves, changes, gradients)
+        self.iterations += is_lower & ~is_first
+        shares, slopes = self._two_loops()
+        directions = -np.matmul(shares[:, None].astype(self.points.dtype), self._basis)[:, 0]
+        self.directions = directions if is_lower.all() else np.where(is_lower[:, None], directions, self.directions)
+        self._slopes = np.where(is_lower, slopes, self._slopes)
+        self._steps = np.where(is_lower, 1.0, shorter)
+        self.stalled |= self._steps < _SMALLEST_STEP
+        self.decrements = -self._slopes / 2
+        self.trials = self.points + self._steps[:, None].astype(self.points.dtype) * self.directions
+
+    def rescale(self, ratios: NDArray[Any]) -> None:
+        """Go on in coordinates (p, size) that are so many times as large."""
+        self._basis[:, :_PAIRS] *= ratios[:, None]
+        self._basis[:, _PAIRS:] /= ratios[:, None]
+        self.points, self.trials, self.directions = self.points * ratios, self.trials * ratios, self.directions * ratios
+        self._products = np.matmul(self._basis, self._basis.transpose(0, 2, 1)).astype(np.float64)
+
+    def keep(self, is_open: NDArray[np.bool_]) -> None:
+        """Leave the other problems where they are."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(self, name, value[is_open])
+
+    def _remember(self, moves: NDArray[Any], changes: NDArray[Any], gradients: NDArray[Any]) -> None:
+        slots = self._slot, _PAIRS + self._slot, 2 * _PAIRS
+        for slot, vectors in zip(slots, (moves, changes, gradients), strict=True):
+            self._basis[:, slot] = vectors
+        products = np.matmul(self._basis, self._basis[:, slots].transpose(0, 2, 1)).astype(np.float64)
+        self._products[:, :, slots] = products
+        self._products[:, slots, :] = products.transpose(0, 2, 1)
+        curved = products[:, slots[1], 0]
+        enough = 1e-10 * np.sqrt(products[:, slots[0], 0] * products[:, slots[1], 1])
+        is_curved = curved > enough
+        self._inverses[:, self._slot] = np.where(is_curved, 1 / np.where(is_curved, curved, 1), 0)
+        self._slot = (self._slot + 1) % _PAIRS
+
+    def _two_loops(self) -> tuple[Floats, Floats]:
+        """Return each direction's shares (p, 2 pairs + 1) of all kept vectors, to be taken off, and its slope (p,)."""
+        shares = np.zeros(self._products.shape[:2])
+        shares[:, -1] = 1
+        by_age = [slot for age in range(_PAIRS) if self._inverses[:, slot := (self._slot - 1 - age) % _PAIRS].any()]
+        removed = {}
+        for slot in by_age:
+            removed[slot] = self._inverses[:, slot] * np.einsum("pl,pl->p", shares, self._products[:, :, slot])
+            shares[:, _PAIRS + slot] -= removed[slot]
+        for slot in reversed(by_age):
+            again = self._inverses[:, slot] * np.einsum("pl,pl->p", shares, self._products[:, :, _PAIRS + slot])
+            shares[:, slot] += removed[slot] - again
+        slopes = -np.einsum("pl,pl->p", shares, self._products[:, :, -1])
+        upward = slopes >= 0
+        if upward.any():
+            self._inverses[upward], shares[upward], shares[upward, -1] = 0, 0, 1
+            slopes = np.where(upward, -self._products[:, -1, -1], slopes)
+        return shares, slopes
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,21 @@
 """One pass over the features for many linear models at once: their losses and gradients."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp, xlogy
 
+from featcache.heads.solvers import newton
 from featcache.heads.solvers.newton import Floats
+from featcache.resources import cores
 
 if TYPE_CHECKING:
-    from featcache.heads.solvers.scaled import ScaledRows
+    from featcache.heads.solvers.scaled import ScaledRows, TurnedRows
 
 Rows = NDArray[Any]
 
@@ -20,6 +24,9 @@ Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 _NARROW = 128  # rows of weights
 _FEW_COLUMNS = 48  # outputs of all models, up to which a block's products are short
 _AS_THEY_LIE, _ROUND = 1_000_000, 32  # multiplications of a product that OpenBLAS does not rearrange operands for first
+_REFRESH = 6  # evaluations after which the curvature is measured anew
+_NO_VALUE = 1e-300
+_STEADY = 1e-12  # what is taken for the curvature of an intercept that has none
 _UNLIKELY = 1e-6  # of the likeliest class's probability
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
 
@@ -254,6 +261,151 @@ class BatchedLoss:
             wide += offset[index][..., None]
             counts: Rows = np.stack([self.features.trains[fold_of[number]][block] for number in active]).astype(kind)
             yield block, index, rows, wide[:, 0], np.ascontiguousarray(wide[:, 1]), counts
+
+
+class TurnedLoss:
+    """Evaluates linear models on turned folds, one product a fold.
+
+    Args:
+        folds: rows of each fold, the last column ones.
+        y: classes 0..k-1 of all rows (m,), or which of k labels each has (m, k) bool.
+        loss: as of ``BatchedLoss``.
+    """
+
+    def __init__(self, folds: "Sequence[TurnedRows]", y: NDArray[Any], loss: Loss) -> None:
+        self.folds, self.loss = folds, loss
+        self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
+        self.width = max(fold.rows.shape[1] for fold in folds)
+        self.counts = np.array([len(fold.rows) for fold in folds])
+        self.rows = [_padded(fold.rows, self.width) for fold in folds]
+        self.held = [_padded(fold.held, self.width) for fold in folds]
+        self.spread = np.stack([np.pad(fold.spread, (0, self.width - 1 - len(fold.spread))) for fold in folds])
+        self.targets: list[NDArray[Any]] = [
+            y[fold.train] if loss == "softmax" else np.where(y[fold.train].T, 1, -1).astype(np.float32) for fold in folds
+        ]
+        # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
+        self.shares_of_C = np.array(
+            [0.5 if loss == "softmax" and len(np.unique(y[fold.train])) == 2 else 1.0 for fold in folds]
+        )
+        parts = max(1, cores() // len(folds))
+        cuts = [np.linspace(0, count, parts + 1).astype(int) for count in self.counts]
+        self._tasks = [(number, slice(*pair)) for number, cut in enumerate(cuts) for pair in pairwise(cut)]
+        self._workers = ThreadPoolExecutor(cores())
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._workers.shutdown()
+
+    def slopes(self, fold_of: NDArray[np.int64], weights: Rows) -> tuple[Floats, Rows, Floats]:
+        """Return losses (p,), derivatives (p, k, r + 1) and mean curvatures (p, k) of models (p, k, r + 1)."""
+        loss, slopes, curvature = np.zeros(len(weights)), np.zeros_like(weights), np.zeros(weights.shape[:2])
+        index = [np.flatnonzero(fold_of == number) for number in range(len(self.folds))]
+
+        def part_of(task: tuple[int, slice]) -> Any:
+            fold, block = task
+            rows, models = self.rows[fold][block], weights[index[fold]]
+            outputs = (models.reshape(-1, self.width) @ rows.T).reshape(*models.shape[:2], len(rows))
+            with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
+                if self.loss == "softmax":
+                    spent, _ = _softmax(outputs, self.targets[fold][block], np.ones((1, len(rows)), rows.dtype), "none")
+                else:
+                    spent, _ = _ONE_BY_ONE[self.loss](
+                        outputs, self.targets[fold][:, block], np.ones((1, 1, len(rows)), rows.dtype)
+                    )
+            products = (outputs.reshape(-1, len(rows)) @ rows).reshape(models.shape)
+            return spent, products, _curvature(outputs, self.loss) / self.counts[fold]
+
+        tasks = [(fold, block) for fold, block in self._tasks if len(index[fold])]
+        for (fold, _), (spent, products, bent) in zip(tasks, self._workers.map(part_of, tasks), strict=True):
+            loss[index[fold]] += spent
+            slopes[index[fold]] += products
+            curvature[index[fold]] += bent
+        return loss, slopes, curvature
+
+
+def _padded(rows: Rows, width: int) -> Rows:
+    """Return affine rows with columns of zeros before the last, so that all folds have one width."""
+    missing = width - rows.shape[1]
+    return np.insert(rows, [rows.shape[1] - 1] * missing, 0, axis=1) if missing else rows
+
+
+def _curvature(slopes: Rows, loss: Loss) -> Floats:
+    """Return losses' second derivatives by their outputs, of their derivatives (p, k, n), summed over rows (p, k)."""
+    if loss == "squared_hinge":
+        return np.asarray(np.count_nonzero(slopes, axis=2) * 2.0)
+    # q of a class that is wrong, q - 1 of the right one: q (1 - q) of both, no digit cancelled
+    curvature: Floats = np.abs(slopes).sum(axis=2, dtype=np.float64) - np.einsum("pkn,pkn->pk", slopes, slopes)
+    return curvature
+
+
+class SideBySide:
+    """Problems, a fold and a C each, that go down side by side, in coordinates in which their second derivatives are near 1.
+
+    Args:
+        loss: evaluates them.
+        fold_of: the fold of each (p,).
+        C: by which losses are multiplied (p,).
+        weights: from where they start (p, k, r + 1).
+        curvature: mean second derivatives of their losses by each output (p, k).
+    """
+
+    def __init__(self, loss: TurnedLoss, fold_of: NDArray[np.int64], C: Floats, weights: Rows, curvature: Floats) -> None:
+        self.loss, self.fold_of, self.curvature = loss, fold_of, curvature
+        self.C = C * loss.shares_of_C[fold_of]
+        self._stretch = self._stretches()
+        self.descents = newton.Descents((weights / self._stretch).reshape(len(weights), -1))
+        self.turns = 0
+
+    @property
+    def weights(self) -> Rows:
+        """The models (p, k, r + 1)."""
+        return self.descents.points.reshape(self._stretch.shape) * self._stretch
+
+    @property
+    def moves(self) -> Rows:
+        """Where each would go next (p, k, r + 1)."""
+        return self.descents.directions.reshape(self._stretch.shape) * self._stretch
+
+    @property
+    def left(self) -> Floats:
+        """The share of each value that is estimated to be left (p,)."""
+        shares: Floats = self.descents.decrements / np.maximum(self.descents.values, _NO_VALUE)
+        return shares
+
+    @property
+    def slopes(self) -> Rows:
+        """The derivatives (p, k, r + 1) by the models."""
+        return self.descents.gradients.reshape(self._stretch.shape) / self._stretch
+
+    def step(self) -> None:
+        """Evaluate every problem once."""
+        if self.turns and self.turns % _REFRESH == 0:
+            before, self._stretch = self._stretch, self._stretches()
+            self.descents.rescale((before / self._stretch).reshape(len(before), -1))
+        trials = self.descents.trials.reshape(self._stretch.shape) * self._stretch
+        spent, slopes, curvature = self.loss.slopes(self.fold_of, trials)
+        slopes *= self.C[:, None, None].astype(slopes.dtype)
+        inside = trials[:, :, :-1]
+        slopes[:, :, :-1] += inside
+        values = self.C * spent + np.einsum("pkr,pkr->p", inside, inside, dtype=np.float64) / 2
+        slopes *= self._stretch
+        self.descents.tell(values, slopes.reshape(len(slopes), -1))
+        is_lower = (self.descents.values == values)[:, None]
+        self.curvature = np.where(is_lower, curvature, self.curvature)
+        self.turns += 1
+
+    def keep(self, is_open: NDArray[np.bool_]) -> None:
+        """Leave the other problems where they are."""
+        self.descents.keep(is_open)
+        self.fold_of, self.C, self.curvature = self.fold_of[is_open], self.C[is_open], self.curvature[is_open]
+        self._stretch = self._stretch[is_open]
+
+    def _stretches(self) -> Rows:
+        """Return one over the roots of the second derivatives' diagonal (p, k, r + 1)."""
+        weight = (self.C * self.loss.counts[self.fold_of])[:, None] * self.curvature
+        inside = 1 / np.sqrt(weight[:, :, None] * self.loss.spread[self.fold_of][:, None] + 1)
+        by_intercept = 1 / np.sqrt(np.maximum(weight, _STEADY))
+        return np.concatenate([inside, by_intercept[:, :, None]], axis=2).astype(np.float32)
 
 
 def _products(weights: Rows, rows: Rows) -> Rows:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
+from scipy.linalg import eigh, qr
 from threadpoolctl import ThreadpoolController
 
 from featcache.resources import cores
@@ -26,6 +26,10 @@ Result = TypeVar("Result")
 _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a core's share of the caches
 _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
 _NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
+_MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
+_ALL_AXES, _MAIN_AXES = 800, 160  # columns of which all axes are found; how many are of wider rows
+_FEW_ROWS = 0.9  # a feature, up to which the rows' own space is taken
+_ROUNDED = 1e-6  # of the greatest eigenvalue: what is below is float32's rounding
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
 
 
@@ -219,6 +223,89 @@ def products_on(count: int) -> AbstractContextManager[Any]:
 @cache
 def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+class TurnedRows:
+    """One fold's rows (n, r + 1), float32: turned so that columns are about uncorrelated, and a column of ones.
+
+    To the axes of the rows' covariance; of wide rows to the main ones (Halko, Martinsson and Tropp 2011, algorithm 4.4) and
+    any that complete them; into the space of the rows where these are fewer. ``held`` (v, r + 1) are rows that judge.
+
+    Args:
+        X: features (m, d), finite.
+        train: positions of the rows that train (n,).
+        val: positions of those that judge (v,).
+        standardise: see (x - mean) / standard deviation over the rows that train, else x - mean.
+    """
+
+    def __init__(self, X: Rows, train: NDArray[Any], val: NDArray[Any], *, standardise: bool) -> None:
+        self.train, self._source = train, X
+        blocks = [X[train[block]] for block in _slices(len(train), _MOMENT_ROWS)]
+        _, self.mean, scale = _spread([_Moments.of(rows) for rows in blocks])
+        if X.dtype == np.float32:
+            self.mean = self.mean.astype(np.float32).astype(np.float64)  # what can be taken off exactly
+        self.scale = scale if standardise else np.ones_like(scale)
+        self._shorter: Rows | None = None
+        if len(train) <= _FEW_ROWS * X.shape[1] and len(train) <= _ALL_AXES:
+            rows = self.standardised(slice(None)).astype(np.float32)
+            values, vectors = eigh(rows @ rows.T, driver="evd", check_finite=False, overwrite_a=True)
+            is_axis = values > max(values[-1], 0) * _ROUNDED
+            lengths, vectors = np.sqrt(values[is_axis]), vectors[:, is_axis]
+            self._shorter = vectors / lengths
+            turned, self._axes = vectors * lengths, rows.T @ self._shorter
+            self.rows = np.concatenate([turned, np.ones((len(turned), 1), np.float32)], axis=1)
+        else:
+            self._axes = self._found_axes()
+            self.rows = self._turned(train)
+        self.held = self._turned(val)
+        self.spread = np.einsum("ij,ij->j", self.rows[:, :-1], self.rows[:, :-1]) / len(train)  # (r,)
+
+    def standardised(self, block: slice) -> Rows:
+        """Return rows that train (b, d) as the model sees them: in float32 if they are that, else in float64."""
+        return self._centred(self.train[block])
+
+    def exactly(self, block: slice) -> Floats:
+        """Return them in float64."""
+        rows: Floats = (self._source[self.train[block]].astype(np.float64) - self.mean) / self.scale
+        return rows
+
+    def back(self, weights: Rows) -> Floats:
+        """Return weights (k, r) by the turned columns as those by standardised features (k, d)."""
+        return (weights[:, : self._axes.shape[1]] @ self._axes.T).astype(np.float64)
+
+    def _centred(self, rows: NDArray[Any]) -> Rows:
+        kind = self._source.dtype if self._source.dtype == np.float32 else np.dtype(np.float64)
+        centred: Rows = self._source[rows] - self.mean.astype(kind)
+        centred *= (1 / self.scale).astype(kind)
+        return centred
+
+    def _turned(self, rows: NDArray[Any]) -> Rows:
+        turned = np.ones((len(rows), self._axes.shape[1] + 1), np.float32)
+        for block in _slices(len(rows), _MOMENT_ROWS):
+            np.matmul(self._centred(rows[block]).astype(np.float32, copy=False), self._axes, out=turned[block, :-1])
+        return turned
+
+    def _found_axes(self) -> Rows:
+        """Return orthogonal axes (d, d), float32."""
+        blocks = _slices(len(self.train), _MOMENT_ROWS)
+        width = self._source.shape[1]
+        if width <= _ALL_AXES:
+            gram = np.zeros((width, width), np.float32)
+            for block in blocks:
+                rows = self.standardised(block).astype(np.float32, copy=False)
+                gram += rows.T @ rows
+            axes: Rows = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1]
+            return axes
+        main = np.random.default_rng(0).normal(size=(width, _MAIN_AXES)).astype(np.float32)
+        for _ in range(2):
+            total = np.zeros_like(main)
+            for block in blocks:
+                rows = self.standardised(block).astype(np.float32, copy=False)
+                total += rows.T @ (rows @ main)
+            main, spread = np.linalg.qr(total)
+        vectors, _, _ = np.linalg.svd(spread)
+        completed: Rows = qr(main @ vectors, check_finite=False)[0]
+        return completed
 
 
 @contextmanager
