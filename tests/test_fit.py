@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.kernel_approximation import Nystroem
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.preprocessing import normalize
 from support import TINY, Outcome, draw_folder, draw_image
 
@@ -68,6 +71,53 @@ def test_shuffled_test_labels_change_no_choice(name: str) -> None:
 
     assert honest.params == shuffled.params
     assert honest.val == shuffled.val
+
+
+@pytest.mark.parametrize(("rows", "width", "classes"), [(60, 200, 4), (300, 50, 5), (80, 100, 2), (400, 30, 2)])
+def test_discriminants_are_those_of_scikit_learn(rows: int, width: int, classes: int) -> None:
+    """Every shrinkage gives the probabilities of scikit-learn's least squares, with fewer rows than features or more."""
+    rng = np.random.default_rng(0)
+    y = np.arange(rows) % classes
+    X = rng.normal(size=(classes, width))[y] + rng.normal(size=(rows, width)) * rng.uniform(0.1, 3, width) + 5
+    X[:, 3] = 7
+    others = rng.normal(size=(50, width)) * 2 + 5
+    shrinkages = (0.9, 0.5, 0.1, 0.01, 1.0)
+
+    heads = nonlinear.discriminants(X.astype(np.float32), y, shrinkages)
+
+    for shrinkage, head in zip(shrinkages, heads, strict=True):
+        theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(X.astype(np.float32).astype(float), y)
+        np.testing.assert_allclose(head.predict_proba(others), theirs.predict_proba(others), atol=1e-6)
+        np.testing.assert_allclose(head.coef_, theirs.coef_, atol=1e-8 * np.abs(theirs.coef_).max())
+
+
+@pytest.mark.parametrize("rows", [120, 900])
+@pytest.mark.parametrize("width", [0.1, 1.0])
+def test_the_kernels_map_is_that_of_scikit_learn(rows: int, width: float) -> None:
+    """Landmarks and coordinates are Nystroem's own, from distances that all widths share."""
+    X = np.random.default_rng(0).normal(size=(rows, 40))
+    theirs = Nystroem(gamma=width / 40, n_components=min(768, rows), random_state=3).fit(X)
+
+    index = nonlinear.draw_landmarks(X, 3)
+    distances = euclidean_distances(X, X[index], squared=True)
+    head = nonlinear.nystroem(width, 3, X[index], index, distances[index])
+
+    np.testing.assert_array_equal(index, theirs.component_indices_)
+    np.testing.assert_allclose(head.transform(X), theirs.transform(X), atol=1e-6)
+
+
+def test_a_search_by_the_kernel_is_that_of_its_heads() -> None:
+    """What a fold's shared distances answer on validation is what a head answers that was fitted on its train alone."""
+    features = blobs(3)
+    fold = split_of(features).folds[0]
+    grid = [{"width": width, "C": C} for width in (0.1, 1.0) for C in (1e-2, 1.0)]
+
+    candidates = list(nonlinear.RBF.evaluate_grid(grid, features.X, features.y, [fold], 0))
+
+    for params, candidate in zip(grid, candidates, strict=True):
+        head = search.train("rbf", params, features.X[fold.train], features.y[fold.train], 0)
+        assert candidate.params == params
+        np.testing.assert_allclose(candidate.answers, base.answers(head, features.X[fold.val], 3), atol=2e-3)
 
 
 @pytest.mark.parametrize("classes", [2, 5])

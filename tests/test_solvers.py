@@ -356,10 +356,12 @@ def test_labels_are_solved_one_by_one() -> None:
     assert (X @ found.coefficients[2] + found.intercept[2] < -20).all()
 
 
+@pytest.mark.parametrize("rows", [8, 1000])
 @pytest.mark.parametrize("standardise", [False, True])
-def test_ridge_is_scikit_learns(standardise: bool) -> None:  # noqa: FBT001
-    """Every penalty from one factorisation."""
+def test_ridge_is_scikit_learns(rows: int, standardise: bool) -> None:  # noqa: FBT001
+    """Every penalty from one factorisation, of as many unknowns as there are features or rows, whichever are fewer."""
     X, y = data(3)
+    X, y = X[:rows], y[:rows]
     targets = np.stack([y, X[:, 0] ** 2], axis=1).astype(float)
 
     for alpha, (coefficients, intercept) in zip(

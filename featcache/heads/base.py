@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,22 +113,19 @@ def by_estimator(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Swee
     def evaluate_grid(grid: Sequence[Params], X: X_, y: Y_, folds: "Sequence[Fold]", seed: int) -> Iterator[Candidate]:
         classes = int(y.max()) + 1
 
-        def attempt(params: Params) -> Candidate:
-            predictions, converged = [], True
-            for fold in folds:
-                rows, y_true = X[fold.train], y[fold.train]
-                head = build(params, seed, rows, y_true).fit(rows, y_true)
-                predictions.append(answers(head, X[fold.val], classes))
-                converged &= _converged(head)
-            return Candidate(params, np.concatenate(predictions), converged)
+        def attempt(params: Params, fold: "Fold") -> tuple[X_, bool]:
+            rows, y_true = X[fold.train], y[fold.train]
+            head = build(params, seed, rows, y_true).fit(rows, y_true)
+            return answers(head, X[fold.val], classes), _converged(head)
 
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             # Threads, not processes: scikit-learn's fits release the interpreter, and features are not copied.
-            count = min(len(grid), cores())
-            yield from Parallel(n_jobs=count, prefer="threads", return_as="generator")(
-                delayed(attempt)(params) for params in grid
-            )
+            jobs = [delayed(attempt)(params, fold) for params in grid for fold in folds]
+            attempts = Parallel(n_jobs=min(len(jobs), cores()), prefer="threads", return_as="generator")(jobs)
+            for params in grid:
+                of_folds = list(islice(attempts, len(folds)))
+                yield Candidate(params, np.concatenate([told for told, _ in of_folds]), all(ended for _, ended in of_folds))
 
     return evaluate_grid, fit
 

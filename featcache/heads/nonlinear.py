@@ -5,21 +5,25 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve, eigh
 from scipy.stats import norm
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, VotingClassifier
 from sklearn.kernel_approximation import Nystroem
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler, normalize
+from sklearn.utils import gen_batches
 
 from featcache.evaluation.splits import Fold
 from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Params, answers, by_estimator
 from featcache.heads.linear import as_logistic, linear_estimator, probabilities
+from featcache.heads.solvers.scaled import products_on
 
 TEMPERATURE = 0.07  # a neighbour weighs exp(cosine / T) (Wu et al. 2018; Caron et al. 2021, DINO, appendix F.1)
 # DINO's k stands first (Caron et al. 2021): of equals the first is taken.
@@ -126,8 +130,80 @@ def _mlp(params: Params, seed: int, _: X_, y: Y_) -> Pipeline:
     return make_pipeline(StandardScaler(), network)
 
 
-def _lda(params: Params, _: int, __: X_, ___: Y_) -> Pipeline:
-    return make_pipeline(LinearDiscriminantAnalysis(solver="lsqr", shrinkage=params["shrinkage"]))
+def _sweep_lda(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
+    shrinkages, classes = [params["shrinkage"] for params in grid], int(y.max()) + 1
+    by_fold = []
+    for fold in folds:
+        heads = discriminants(X[fold.train], y[fold.train], shrinkages)
+        by_fold.append([answers(head, X[fold.val], classes) for head in heads])
+    for number, params in enumerate(grid):
+        yield Candidate(params, np.concatenate([of_fold[number] for of_fold in by_fold]))
+
+
+def _fit_lda(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
+    return make_pipeline(*discriminants(X, y, [params["shrinkage"]])), True
+
+
+def discriminants(X: X_, y: Y_, shrinkages: Sequence[float]) -> list[LinearDiscriminantAnalysis]:
+    """Return ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`` fitted for every s, on one product of the features.
+
+    ``covariance_`` (d, d), which no answer needs, is left out of them: it would be most of a head's file.
+
+    Args:
+        X: features (n, d).
+        y: classes (n,), fewer than rows.
+        shrinkages: above 0, at most 1.
+    """
+    classes, index, counts = np.unique(y, return_inverse=True, return_counts=True)
+    means = np.stack([X[index == number].mean(axis=0, dtype=np.float64) for number in range(len(classes))])
+    heads = []
+    for shrinkage, coefficients in zip(shrinkages, _shrunk_solutions(X, index, means, shrinkages), strict=True):
+        head = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+        head.classes_, head.priors_, head.means_, head.n_features_in_ = classes, counts / len(y), means, X.shape[1]
+        intercept = np.log(head.priors_) - (means.T * coefficients).sum(axis=0) / 2
+        # of two classes scikit-learn keeps what speaks for the second
+        two = len(classes) == 2
+        head.coef_ = np.diff(coefficients.T, axis=0) if two else coefficients.T
+        head.intercept_ = np.diff(intercept) if two else intercept
+        heads.append(head)
+    return heads
+
+
+def _shrunk_solutions(
+    X: X_, index: Y_, means: NDArray[np.float64], shrinkages: Sequence[float]
+) -> list[NDArray[np.float64]]:
+    """Solve ((1 - s) S + s t) W = means' for every s; S is the covariance (d, d) within classes, t its mean variance.
+
+    Each s takes one Cholesky factorisation, of as many rows as there are features or images, whichever are fewer: with
+    fewer images it is that of ZZ' instead of S = Z'Z (Woodbury's identity).
+    """
+    few = len(X) < X.shape[1]
+
+    def centred(block: slice) -> NDArray[np.float64]:  # a block at a time: in float64 all would be twice the features
+        rows = (X[:, block] - means[:, block][index]) if few else (X[block] - means[index[block]])
+        return rows / math.sqrt(len(X))
+
+    blocks = list(gen_batches(X.shape[1] if few else len(X), _ROWS_AT_ONCE))
+    scatter: NDArray[np.float64] = np.zeros((min(X.shape),) * 2)
+    targets = np.zeros((len(X), len(means))) if few else means.T
+    for block in blocks:
+        rows = centred(block)
+        scatter += rows @ rows.T if few else rows.T @ rows
+        if few:
+            targets += rows @ means[:, block].T
+    variance = max(np.trace(scatter) / X.shape[1], np.finfo(np.float64).tiny)
+    solutions = []
+    for shrinkage in shrinkages:
+        # Below rounding there would be no factorisation; scikit-learn cuts far larger eigenvalues off.
+        ridge = max(shrinkage, 1e-10) * variance
+        shrunk = (1 - shrinkage) * scatter
+        shrunk[np.diag_indices_from(shrunk)] += ridge
+        solution = cho_solve(cho_factor(shrunk, overwrite_a=True, check_finite=False), targets)
+        if few:
+            by_features = np.concatenate([centred(block).T @ solution for block in blocks])
+            solution = (means.T - (1 - shrinkage) * by_features) / ridge
+        solutions.append(solution)
+    return solutions
 
 
 def _boosting(_: Params, seed: int, X: X_, __: Y_) -> Pipeline:
@@ -138,39 +214,82 @@ def _boosting(_: Params, seed: int, X: X_, __: Y_) -> Pipeline:
     return make_pipeline(PCA(min(_COMPONENTS, *X.shape), random_state=seed), trees)
 
 
-def _rbf_features(width: float, X: X_, seed: int) -> Pipeline:
-    landmarks = Nystroem(gamma=width / X.shape[1], n_components=min(_LANDMARKS, len(X)), random_state=seed)
-    return make_pipeline(StandardScaler(), landmarks)
+def draw_landmarks(X: X_, seed: int) -> NDArray[np.int64]:
+    """Return the rows that stand for all: those that ``Nystroem`` draws with this seed."""
+    return np.random.RandomState(seed).permutation(len(X))[:_LANDMARKS]
+
+
+def nystroem(width: float, seed: int, landmarks: X_, index: NDArray[np.int64], distances: X_) -> Nystroem:
+    """Return ``Nystroem(gamma=width / d, n_components=m)`` as fitted, from distances that all widths share.
+
+    Its inverse root of the landmarks' kernel is made of eigenvectors: a singular value decomposition takes many times longer
+    and gives a symmetric matrix the same.
+
+    Args:
+        width: of the kernel, in shares of the number of features.
+        seed: that drew the landmarks.
+        landmarks: rows (m, d).
+        index: which of the training rows they are (m,).
+        distances: their squared distances from one another (m, m).
+    """
+    head = Nystroem(gamma=width / landmarks.shape[1], n_components=len(landmarks), random_state=seed)
+    similarities = np.exp(-head.gamma * distances, dtype=np.float64)  # small eigenvalues are divided by: float32 blurs them
+    with products_on(1):  # threads wait for one another at so many small steps, and take longer than one alone
+        values, vectors = eigh(similarities, driver="evd", overwrite_a=True, check_finite=False)
+    roots = np.sqrt(np.maximum(np.abs(values), 1e-12)) * np.where(values < 0, -1, 1)
+    head.normalization_ = ((vectors / roots) @ vectors.T).astype(distances.dtype)
+    head.components_, head.component_indices_ = landmarks, index
+    head.n_features_in_ = landmarks.shape[1]
+    head._n_features_out = len(landmarks)  # noqa: SLF001 - what its own fit sets
+    return head
+
+
+def _mapped(kernel: Nystroem, distances: X_) -> X_:
+    """Return ``kernel.transform`` of rows by their squared distances (n, m) from its landmarks."""
+    mapped = np.empty_like(distances)
+    for block in gen_batches(len(distances), _ROWS_AT_ONCE):
+        mapped[block] = np.exp(-kernel.gamma * distances[block]) @ kernel.normalization_.T
+    return mapped
 
 
 def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Candidate]:
-    """Each width's kernel is mapped once, and all its C are solved together."""
-    classes = int(y.max()) + 1
-    for width in dict.fromkeys(params["width"] for params in grid):
-        candidates = [params for params in grid if params["width"] == width]
-        predictions: list[list[X_]] = [[] for _ in candidates]
-        converged = [True] * len(candidates)
-        for fold in folds:
-            kernel = _rbf_features(width, X[fold.train], seed).fit(X[fold.train])
-            train, val = kernel.transform(X[fold.train]), kernel.transform(X[fold.val])
-            (solutions,) = solvers.solve(train, y[fold.train], [params["C"] for params in candidates])
-            for number, solution in enumerate(solutions):
-                predictions[number].append(probabilities(solution, val, classes))
-                converged[number] &= solution.converged
-        for params, rows, is_optimal in zip(candidates, predictions, converged, strict=True):
-            yield Candidate(params, np.concatenate(rows), is_optimal)
+    """Distances are measured once a fold, each width's kernel is mapped once, and all its C are solved together."""
+    classes, by_fold = int(y.max()) + 1, []
+    widths = dict.fromkeys(params["width"] for params in grid)
+    for fold in folds:
+        rows = StandardScaler().fit(X[fold.train]).transform(X[np.concatenate([fold.train, fold.val])])
+        count = len(fold.train)
+        index = draw_landmarks(fold.train, seed)
+        landmarks = rows[index]
+        distances = euclidean_distances(rows, landmarks, squared=True)
+        del rows
+        answers_of: dict[tuple[float, float], tuple[X_, bool]] = {}
+        for width in widths:
+            kernel = nystroem(width, seed, landmarks, index, distances[index])
+            mapped = _mapped(kernel, distances)
+            costs = [params["C"] for params in grid if params["width"] == width]
+            ((*solutions,),) = solvers.solve(mapped[:count], y[fold.train], costs)
+            for C, solution in zip(costs, solutions, strict=True):
+                answers_of[width, C] = probabilities(solution, mapped[count:], classes), solution.converged
+        by_fold.append(answers_of)
+    for params in grid:
+        attempts = [answers_of[params["width"], params["C"]] for answers_of in by_fold]
+        yield Candidate(params, np.concatenate([shares for shares, _ in attempts]), all(ended for _, ended in attempts))
 
 
 def _fit_rbf(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
-    kernel = _rbf_features(params["width"], X, seed).fit(X)
-    ((solution,),) = solvers.solve(kernel.transform(X), y, [params["C"]])
-    return make_pipeline(*(step for _, step in kernel.steps), as_logistic(solution)), solution.converged
+    scaler = StandardScaler().fit(X)
+    rows, index = scaler.transform(X), draw_landmarks(X, seed)
+    distances = euclidean_distances(rows, rows[index], squared=True)
+    kernel = nystroem(params["width"], seed, rows[index], index, distances[index])
+    ((solution,),) = solvers.solve(_mapped(kernel, distances), y, [params["C"]])
+    return make_pipeline(scaler, kernel, as_logistic(solution)), solution.converged
 
 
 KNN = HeadFamily(_neighbour_counts, _sweep_knn, _fit_knn)
 CENTROID = HeadFamily(lambda _: [{}], _sweep_centroid, _fit_centroid)
 MLP = HeadFamily(lambda _: [{"alpha": alpha} for alpha in (1.0, 1e-2)], *by_estimator(_mlp))
-LDA = HeadFamily(lambda _: [{"shrinkage": share} for share in (0.9, 0.5, 0.1, 0.01)], *by_estimator(_lda))
+LDA = HeadFamily(lambda _: [{"shrinkage": share} for share in (0.9, 0.5, 0.1, 0.01)], _sweep_lda, _fit_lda)
 RBF = HeadFamily(
     lambda _: [{"width": width, "C": C} for width in (0.1, 0.3, 1.0) for C in (1e-4, 1e-3, 1e-2, 0.1, 1.0)],
     _sweep_rbf,

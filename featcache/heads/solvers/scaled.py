@@ -155,6 +155,14 @@ class ScaledRows:
 
         return np.sum(self.shared(cross_of), axis=0) / self.count * stretch[:, None]  # type: ignore[no-any-return]
 
+    def in_use(self) -> Floats:
+        """Return the rows in use (k, d), in the coordinates of a fold of them all."""
+        stretch = np.ones(self.width) if self._standardise else self.scale
+        rows: Floats = np.concatenate(self.each(lambda block: self._centred(block)[self._groups[block] > 0]))
+        rows *= stretch
+        rows -= rows.mean(axis=0)  # to the last digit: blocks are centred by a float32 mean
+        return rows
+
     def _centred(self, block: slice) -> Floats:
         return (self._raw(block).astype(np.float64) - self.mean) / self.scale
 
@@ -344,14 +352,19 @@ def solve_ridge(
     used = np.ones(len(X), dtype=bool) if rows is None else rows
     centre = targets[used].mean(axis=0)
     with scaled(X, [used], standardise=standardise, in_memory=False) as features:
-        gram, cross = features.gram(), features.cross(targets - centre)
         count, (fold,) = features.count, features.folds
-    with products_on(cores()):
+        rows_in_use = None if features.count >= features.width else features.in_use()
+        if rows_in_use is None:
+            gram, cross = features.gram(), features.cross(targets - centre)
+        else:  # weights are sums of rows, and there are fewer of those than of features
+            gram, cross = rows_in_use @ rows_in_use.T / count, (targets - centre)[used] / count
+        # One core: threads wait for one another at each of an eigendecomposition's steps, and take longer.
         values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
+    with products_on(cores()):
         turned = vectors.T @ cross
         solutions = []
         for alpha in alphas:
-            shrunk = turned / (np.maximum(values, 0.0) + alpha / count)[:, None]
-            coefficients = (vectors @ shrunk).T / fold.scale
+            weights = vectors @ (turned / (np.maximum(values, 0.0) + alpha / count)[:, None])
+            coefficients = (weights if rows_in_use is None else rows_in_use.T @ weights).T / fold.scale
             solutions.append((coefficients, centre - coefficients @ fold.mean))
     return solutions
