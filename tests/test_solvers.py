@@ -260,6 +260,7 @@ def test_an_optimum_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     X, y = many_classes(10, 12, 300, 20)
     monkeypatch.setattr(newton, "_MOST_STEPS", 0)
     monkeypatch.setattr(solvers, "_MAX_ITERATIONS", 2)
+    monkeypatch.setattr(solvers, "_MOST_TURNS", 2)
 
     ((found,),) = solvers.solve(X, y, [1.0], tolerance=1e-6)
     monkeypatch.undo()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp, softmax
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
@@ -29,11 +29,17 @@ ALPHAS = [{"alpha": float(f"{value:.4g}")} for value in np.logspace(6, -1, 15)]
 
 
 # Measured on real sets and on random problems, see ``_Race``.
-_LOOK, _SETTLED, _SURE = 3e-2, 1e-4, 1e-7  # of a value, that is left: to be looked at, to be settled, whatever is in doubt
+_LOOK, _NEAR, _SETTLED = (
+    1e-2,
+    1e-4,
+    1e-7,
+)  # left of what a C has gained: to be looked at; settled if no row is in doubt; settled
 _DOUBT, _LOSS_DOUBT = 3.0, 4.0  # next steps
 _LOSS_SETTLED = 1e-3
-_LEAST_DOUBT, _BY_LEFT = 0.02, 0.4  # of all rows held out; by the root of what is left
-_MOST_TURNS = 150
+_BY_LEFT, _ONE_ROW = 0.5, 1e-5  # of all rows held out, by the root of what is left; and one row more, down to so little left
+_LOOSE_TURNS, _MOST_TURNS = 20, 120
+_FIRST_LOOK, _EVERY = 2, 3  # turns
+_ROOM = 4_000_000  # numbers that descents side by side may take, and no fewer than the features
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,10 @@ def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold
 
 @dataclass(frozen=True)
 class _Standing:
-    """How a C does on the rows held out of all folds: how many are right, how many may be at most, and the log-loss."""
+    """How a C does on the rows held out of all folds: how many are right, and may be, and the log-loss."""
 
     right: int
+    least: float
     most: float
     log_loss: float
     doubt: float
@@ -101,11 +108,11 @@ class _Race:
 
     A row is in doubt while its margin is below ``_DOUBT`` times what the next step would change of margins. A C is settled
     when none is and little is left, and out when it could not be the best with all rows in doubt right. This is no proof:
-    benchmarks/speed/race.md has how often it chose otherwise than the whole search.
+    benchmarks/speed/heads.md has how often it chose otherwise than the whole search.
     """
 
-    def __init__(self, loss: TurnedLoss, y: Y_, folds: Sequence[Fold], Cs: Sequence[float]) -> None:
-        self.loss, self.Cs = loss, Cs
+    def __init__(self, loss: TurnedLoss, y: Y_, folds: Sequence[Fold], Cs: Sequence[float], room: int) -> None:
+        self.loss, self.Cs, self.room = loss, Cs, room
         self.y_held = [y[fold.val] for fold in folds]
         self.count = sum(map(len, self.y_held))
         self.standings: dict[int, _Standing] = {}
@@ -113,7 +120,7 @@ class _Race:
         self.leader: _Standing | None = None
 
     def along(self, numbers: Sequence[int]) -> None:
-        """Race these from the strongest penalty to the weakest, each started from where the last two point."""
+        """Race these: first loosely, from the strongest penalty to the weakest, each from where the last two point."""
         ordered = sorted(numbers, key=lambda number: self.Cs[number])
         for place, number in enumerate(ordered):
             if place == 0:
@@ -124,22 +131,23 @@ class _Race:
                 ahead = np.log(self.Cs[number] / self.Cs[ordered[place - 1]])
                 ahead /= np.log(self.Cs[ordered[place - 1]] / self.Cs[ordered[place - 2]])
                 models = models + np.float32(min(ahead, 1.0)) * (models - self.models[ordered[place - 2]][0])
-            self._descend([number], models, curvature)
+            group = self._group([number], models, curvature)
+            while group.turns < _FIRST_LOOK or (group.left.max() > _LOOK and group.turns < _LOOSE_TURNS):
+                group.step()
+            self._judge(group, np.full(len(self.y_held), number))
+        self._decide(sorted(numbers, key=self._order))
 
     def between(self, numbers: Sequence[int]) -> None:
-        """Race these side by side, each started between its nearest neighbours of those that have raced."""
-        if not numbers:
-            return
+        """Race these too, each started between its nearest neighbours of those that have raced."""
         before = sorted(self.models)
-        models, curvatures = [], []
         for number in numbers:
             low = max((other for other in before if other < number), default=before[0])
             high = min((other for other in before if other > number), default=before[-1])
             share = np.float32((number - low) / (high - low) if high > low else 0)
-            (below, bent_below), (above, bent_above) = self.models[low], self.models[high]
-            models.append(below + share * (above - below))
-            curvatures.append(bent_below + share * (bent_above - bent_below))
-        self._descend(numbers, np.concatenate(models), np.concatenate(curvatures))
+            pairs = zip(self.models[low], self.models[high], strict=True)
+            models, curvature = (below + share * (above - below) for below, above in pairs)
+            self.models[number] = models, curvature
+        self._decide(numbers)
 
     def best(self) -> int:
         """Return which is the best of those that are settled."""
@@ -169,7 +177,7 @@ class _Race:
                 continue
             right = int((candidate.answers.argmax(axis=1) == y_true).sum())
             of_truth = np.maximum(candidate.answers[np.arange(len(y_true)), y_true], np.finfo(np.float64).eps)
-            self.standings[number] = _Standing(right, right, float(-np.log(of_truth).sum()), 0.0, is_settled=True)
+            self.standings[number] = _Standing(right, right, right, float(-np.log(of_truth).sum()), 0.0, is_settled=True)
         return None
 
     def _is_rival(self, number: int, best: int) -> bool:
@@ -191,71 +199,89 @@ class _Race:
         fitted = tuple(make_pipeline(as_logistic(solution)) for solution in solutions)
         return Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions), fitted)
 
-    def _descend(self, numbers: Sequence[int], models: NDArray[Any], curvature: NDArray[Any]) -> None:
-        folds = len(self.y_held)
-        number_of = np.repeat(numbers, folds)
-        Cs = np.array([self.Cs[number] for number in number_of])
-        group = SideBySide(self.loss, np.tile(np.arange(folds), len(numbers)), Cs, models, curvature)
-        while len(number_of):
-            group.step()
-            left = {number: group.left[number_of == number].max() for number in dict.fromkeys(number_of.tolist())}
-            is_late = group.turns >= _MOST_TURNS or group.descents.stalled.all()
-            if group.turns < 2 or (group.turns > 4 and group.turns % 2) or (min(left.values()) > _LOOK and not is_late):
-                continue
-            ended = []
-            for number, seen in self._judged(group, number_of, left).items():
-                standing = replace(seen, is_settled=bool(seen.is_settled or is_late))
-                if standing.is_settled or self._is_out(standing):
-                    ended.append(number)
-                    self._end(number, standing, group, number_of)
-            is_open = ~np.isin(number_of, ended)
-            group.keep(is_open)
-            number_of = number_of[is_open]
+    def _group(self, numbers: Sequence[int], models: NDArray[Any], curvature: NDArray[Any]) -> SideBySide:
+        Cs = np.repeat([self.Cs[number] for number in numbers], len(self.y_held))
+        return SideBySide(self.loss, np.tile(np.arange(len(self.y_held)), len(numbers)), Cs, models, curvature)
 
-    def _end(self, number: int, standing: _Standing, group: SideBySide, number_of: NDArray[Any]) -> None:
-        problems = number_of == number
-        self.models[number] = group.weights[problems], group.curvature[problems]
-        is_out = self._is_out(standing)
-        self.standings[number] = replace(standing, is_settled=standing.is_settled and not is_out)
-        if not is_out and (self.leader is None or standing.rank < self.leader.rank):
-            self.leader = standing
+    def _decide(self, numbers: Sequence[int]) -> None:
+        """Let these go on until each is settled or out, in this order as many side by side as there is room for."""
+        together = max(1, self.room // SideBySide.room(self.loss, len(self.y_held)))
+        for start in range(0, len(numbers), together):
+            company = numbers[start : start + together]
+            models, curvature = (np.concatenate(parts) for parts in zip(*(self.models[n] for n in company), strict=True))
+            group, number_of = self._group(company, models, curvature), np.repeat(company, len(self.y_held))
+            while len(number_of):
+                group.step()
+                is_late = group.turns >= _MOST_TURNS or bool(group.descents.stalled.all())
+                if group.turns < _FIRST_LOOK or (group.turns % _EVERY and not is_late):
+                    continue
+                is_open = ~np.isin(number_of, self._judge(group, number_of, is_late=is_late))
+                group.keep(is_open)
+                number_of = number_of[is_open]
+
+    def _judge(self, group: SideBySide, number_of: NDArray[Any], *, is_late: bool = False) -> list[int]:
+        """Note how each C stands, and return which are settled or out."""
+        judged, ended = self._judged(group, number_of), []
+        for number, seen in judged.items():
+            standing = replace(seen, is_settled=seen.is_settled or is_late)
+            problems = number_of == number
+            self.models[number] = group.weights[problems], group.curvature[problems]
+            is_out = self._is_out(standing)
+            self.standings[number] = replace(standing, is_settled=standing.is_settled and not is_out)
+            if standing.is_settled or is_out:
+                ended.append(number)
+            if self.standings[number].is_settled and (self.leader is None or standing.rank < self.leader.rank):
+                self.leader = standing
+        return ended
 
     def _is_out(self, standing: _Standing) -> bool:
+        if standing.most < max((rival.least for rival in self.standings.values()), default=0):
+            return True
         if self.leader is None:
             return False
         is_worse = standing.log_loss - standing.doubt > self.leader.log_loss + self.leader.doubt
-        return standing.most < self.leader.right or (standing.most <= self.leader.right and is_worse)
+        return standing.most <= self.leader.right and is_worse
 
-    def _judged(self, group: SideBySide, number_of: NDArray[Any], left: dict[int, float]) -> dict[int, _Standing]:
-        """Return the standing of each C whose problems are all near enough to be looked at."""
-        right, surely, perhaps, log_loss, doubt = np.zeros((5, len(number_of)))
+    def _judged(self, group: SideBySide, number_of: NDArray[Any]) -> dict[int, _Standing]:
+        seen = np.zeros((5, len(number_of)))
         pairs = np.stack([group.weights, group.moves], axis=1)
         for fold, y_true in enumerate(self.y_held):
-            index, row = np.flatnonzero(group.fold_of == fold), np.arange(len(y_true))
-            outputs = pairs[index].reshape(-1, pairs.shape[3]) @ self.loss.held[fold].T
-            scores, shifts = np.moveaxis(outputs.reshape(len(index), 2, self.loss.outputs, -1), 1, 0)
-            first, second = -np.partition(-scores, 1, axis=1)[:, :2].swapaxes(0, 1)
-            reach = shifts.max(axis=1) - shifts.min(axis=1)
-            typical = np.sqrt(np.mean(reach**2, axis=1, keepdims=True))
-            in_doubt = first - second < _DOUBT * np.maximum(reach, typical)
-            is_right = scores.argmax(axis=1) == y_true
-            right[index], perhaps[index] = is_right.sum(axis=1), (is_right | in_doubt).sum(axis=1)
-            surely[index] = (is_right & ~in_doubt).sum(axis=1)
-            losses = [
-                (logsumexp(of, axis=1) - of[:, y_true, row]).sum(axis=1, dtype=np.float64)
-                for of in (scores, scores + shifts)
-            ]
-            log_loss[index], doubt[index] = losses[0], _LOSS_DOUBT * np.abs(losses[1] - losses[0])
+            index = np.flatnonzero(group.fold_of == fold)
+            if len(index):
+                outputs = pairs[index].reshape(-1, pairs.shape[3]) @ self.loss.held[fold].T
+                scores, shifts = np.moveaxis(outputs.reshape(len(index), 2, self.loss.outputs, -1), 1, 0)
+                seen[:, index] = _seen(scores, shifts, y_true)
         standings = {}
-        for number, share in left.items():
+        for number in dict.fromkeys(number_of.tolist()):
             of = number_of == number
-            total = int(right[of].sum())
-            most = min(perhaps[of].sum(), total + self.count * max(_LEAST_DOUBT, _BY_LEFT * share**0.5))
-            is_sure = surely[of].sum() == perhaps[of].sum()
-            is_settled = share < _SETTLED and is_sure and doubt[of].sum() < _LOSS_SETTLED * log_loss[of].sum()
-            if share <= _LOOK:
-                standings[number] = _Standing(total, most, log_loss[of].sum(), doubt[of].sum(), is_settled or share < _SURE)
+            right, surely, perhaps, log_loss, doubt = (float(total) for total in seen[:, of].sum(axis=1))
+            left = float(group.left[of].max())
+            around = self.count * _BY_LEFT * left**0.5 + min(1.0, left / _ONE_ROW) if left <= _LOOK else np.inf
+            is_settled = left < _NEAR and surely == perhaps and doubt < _LOSS_SETTLED * log_loss
+            least, most = max(surely, right - around), min(perhaps, right + around)
+            standings[number] = _Standing(int(right), least, most, log_loss, doubt, is_settled or left < _SETTLED)
         return standings
+
+
+def _seen(scores: NDArray[Any], shifts: NDArray[Any], y_true: Y_) -> NDArray[np.float64]:
+    """Return of models with scores (p, k, v), that would change by so much, how many rows are right, surely, and perhaps.
+
+    With these, (5, p), come the log-loss and how far it may be from where it will be.
+    """
+    row, flat = np.arange(len(y_true)), scores.reshape(len(scores), -1)
+    true = y_true * len(y_true) + row
+    of_true, shift_of_true = np.take(flat, true, axis=1), np.take(shifts.reshape(len(scores), -1), true, axis=1)
+    losses = []
+    for outputs, of_right in ((scores, of_true), (scores + shifts, of_true + shift_of_true)):
+        highest = outputs.max(axis=1)
+        spent = np.log(np.exp(outputs - highest[:, None]).sum(axis=1)) + highest - of_right
+        losses.append(spent.sum(axis=1, dtype=np.float64))
+    reach = shifts.max(axis=1) - shifts.min(axis=1)
+    reach = _DOUBT * np.maximum(reach, np.sqrt(np.mean(reach**2, axis=1, keepdims=True)))
+    flat[:, true] = -np.inf
+    margins = of_true - scores.max(axis=1)  # of the right class before the best of the others
+    counts = [(margins > least).sum(axis=1) for least in (0, reach, -reach)]
+    return np.stack([*counts, losses[0], _LOSS_DOUBT * np.abs(losses[1] - losses[0])])
 
 
 def race_logistic(grid: Sequence[Params], coarse: int, X: X_, y: Y_, folds: Sequence[Fold]) -> Raced | None:
@@ -267,7 +293,7 @@ def race_logistic(grid: Sequence[Params], coarse: int, X: X_, y: Y_, folds: Sequ
     with solvers.turned_folds(X, y, [(fold.train, fold.val) for fold in folds]) as loss:
         if loss is None:
             return None
-        race = _Race(loss, y, folds, Cs)
+        race = _Race(loss, y, folds, Cs, max(_ROOM, X.size))
         race.along(range(0, len(grid), coarse))
         if coarse > 1:
             at = race.best()

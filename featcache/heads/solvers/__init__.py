@@ -35,6 +35,8 @@ _FEW = 4  # problems for which a factorisation each is cheaper than the axes of 
 _TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believed to be near
 _REFRESH = 6  # evaluations after which the curvature is measured anew
 _MOST_TURNED = 16_000_000  # numbers of all folds' turned rows
+_MOST_TURNS = 200
+_LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
 _INSIDE = 0.5  # of the tolerance, to which the gradient in float32 is brought
 _PROOF_ROWS = 1024  # in float64 at a time
 _LEVELLINGS = 3  # Newton steps that put the intercepts to their best
@@ -101,14 +103,61 @@ def solve(
         ValueError: a fold trains on fewer than two classes.
     """
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
+    terms = _Terms(loss, standardise, tolerance)
+    if loss == "softmax" and isinstance(X, np.ndarray) and not (tolerance and tolerance < _DOUBLE_FROM):
+        return _turned_or_else(X, y, Cs, folds, terms)
+    return _by_passes(X, y, Cs, folds, terms)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What ``solve`` was asked for besides the problems."""
+
+    loss: Loss
+    standardise: bool
+    tolerance: float | None
+
+
+def _turned_or_else(
+    X: Rows, y: NDArray[Any], Cs: Sequence[float], folds: Sequence[NDArray[np.bool_]], terms: _Terms
+) -> list[list[Solution]]:
+    """Solve on turned rows, from the strongest penalty to the weakest; what is not proven there is solved by passes."""
+    tolerance = terms.tolerance or tolerance_of(X.size * (int(y.max()) + 1))
+    solutions: list[dict[float, Solution]] = [{} for _ in folds]
+    nobody = np.zeros(0, np.int64)
+    with turned_folds(X, y, [(np.flatnonzero(rows), nobody) for rows in folds], standardise=terms.standardise) as evaluated:
+        if evaluated is not None:
+            models, curvature = constant_models(evaluated)
+            lead = [C for C in _LEADS if min(Cs) > C]
+            for C in [*lead, *sorted({float(C) for C in Cs})]:
+                models, curvature, turns = descend(
+                    evaluated, C, models, curvature, _LEAD_TOLERANCE if C in lead else tolerance
+                )
+                if C in lead:
+                    continue
+                for of_fold, solution in zip(solutions, proven(evaluated, C, models, tolerance, turns), strict=True):
+                    of_fold[C] = solution
+    for rows, of_fold in zip(folds, solutions, strict=True):
+        open_Cs = [float(C) for C in Cs if C not in of_fold or not of_fold[C].converged]
+        if open_Cs:
+            (by_passes,) = _by_passes(X, y, open_Cs, [rows], replace(terms, tolerance=tolerance))
+            of_fold |= dict(zip(open_Cs, by_passes, strict=True))
+    return [[of_fold[float(C)] for C in Cs] for of_fold in solutions]
+
+
+def _by_passes(
+    X: "Rows | LazyRows", y: NDArray[Any], Cs: Sequence[float], folds: Sequence[NDArray[np.bool_]], terms: _Terms
+) -> list[list[Solution]]:
     in_memory = isinstance(X, np.ndarray)  # else every pass reads the rows again, instead of a float32 copy of them
     if isinstance(X, np.ndarray) and max(map(np.count_nonzero, folds)) <= _FLAT * X.shape[1]:
-        return [_in_row_space(X[rows], y[rows], Cs, loss, standardise, tolerance) for rows in folds]
-    with scaled(X, folds, standardise=standardise, in_memory=in_memory) as features:
-        passes = BatchedLoss(features, y, loss)
-        if tolerance is None:
-            tolerance = tolerance_of(X.shape[0] * X.shape[1] * passes.outputs)
-        solver = _Path(passes, [y[rows] for rows in folds], tolerance)
+        return [_in_row_space(X[rows], y[rows], Cs, terms) for rows in folds]
+    with scaled(X, folds, standardise=terms.standardise, in_memory=in_memory) as features:
+        passes = BatchedLoss(features, y, terms.loss)
+        solver = _Path(
+            passes,
+            [y[rows] for rows in folds],
+            terms.tolerance or tolerance_of(X.shape[0] * X.shape[1] * passes.outputs),
+        )
         order = np.argsort(Cs, kind="stable")
         solutions_by_fold = solver.run([float(Cs[index]) for index in order])
     back = np.argsort(order)
@@ -132,9 +181,7 @@ def turned_folds(
         yield None
         return
     with products_on(1), ThreadPoolExecutor(cores()) as workers:
-        # Of one fold alone the products may take all cores.
-        with products_on(cores() if len(folds) == 1 else 1):
-            turned = list(workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise), folds))
+        turned = list(workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise), folds))
         loss = TurnedLoss(turned, y, "softmax")
         try:
             yield loss
@@ -155,24 +202,35 @@ def constant_models(loss: TurnedLoss) -> tuple[Rows, Floats]:
     return models, shares * (1 - shares)
 
 
-def finish(loss: TurnedLoss, C: float, models: Rows, curvature: Floats, tolerance: float) -> list[Solution]:
-    """Bring one C on every fold to its optimum: float32 until the gradient bounds what is left, then float64 tells it."""
+def descend(loss: TurnedLoss, C: float, models: Rows, curvature: Floats, tolerance: float) -> tuple[Rows, Floats, int]:
+    """Bring one C on every fold to where the gradient in float32 bounds what is left; return models, curvature and turns."""
     group = SideBySide(loss, np.arange(len(models)), np.full(len(models), C), models, curvature)
-    models = models.copy()
+    models, curvature = models.copy(), curvature.copy()
     while len(group.fold_of):
         group.step()
         by_weights = group.slopes[:, :, :-1]
         bound = np.einsum("pkr,pkr->p", by_weights, by_weights, dtype=np.float64) / 2
         is_near = (bound <= _INSIDE * tolerance * group.descents.values) & (group.left <= tolerance)
-        is_near |= group.descents.stalled | (group.turns >= _MAX_ITERATIONS)
+        is_near |= group.descents.stalled | (group.turns >= _MOST_TURNS)
         if is_near.any():
             models[group.fold_of[is_near]] = group.weights[is_near]
+            curvature[group.fold_of[is_near]] = group.curvature[is_near]
             group.keep(~is_near)
-    turns = group.turns
+    return models, curvature, group.turns
+
+
+def proven(loss: TurnedLoss, C: float, models: Rows, tolerance: float, turns: int) -> list[Solution]:
+    """Return the models (f, k, r + 1) of all folds as solutions, with what float64 says of them."""
     return [
         _proven(fold, labels, C, model.astype(np.float64), tolerance, turns)
         for fold, labels, model in zip(loss.folds, loss.targets, models, strict=True)
     ]
+
+
+def finish(loss: TurnedLoss, C: float, models: Rows, curvature: Floats, tolerance: float) -> list[Solution]:
+    """Bring one C on every fold to its optimum: float32 until the gradient bounds what is left, then float64 tells it."""
+    models, _, turns = descend(loss, C, models, curvature, tolerance)
+    return proven(loss, C, models, tolerance, turns)
 
 
 def _proven(fold: TurnedRows, y: NDArray[Any], C: float, model: Floats, tolerance: float, turns: int) -> Solution:
@@ -215,22 +273,16 @@ def _proven(fold: TurnedRows, y: NDArray[Any], C: float, model: Floats, toleranc
     )
 
 
-def _in_row_space(
-    X: Rows,
-    y: NDArray[Any],
-    Cs: Sequence[float],
-    loss: Loss,
-    standardise: bool,  # noqa: FBT001
-    tolerance: float | None,
-) -> list[Solution]:
+def _in_row_space(X: Rows, y: NDArray[Any], Cs: Sequence[float], terms: _Terms) -> list[Solution]:
     """Solve in as many coordinates as there are rows: the weights are sums of rows (representer theorem: Kimeldorf 1971)."""
-    with scaled(X, [np.ones(len(y), dtype=bool)], standardise=standardise, in_memory=False) as features:
+    everybody = [np.ones(len(y), dtype=bool)]
+    with scaled(X, everybody, standardise=terms.standardise, in_memory=False) as features:
         (fold,) = features.folds
     rows = (X.astype(np.float64) - fold.mean) / fold.scale
     values, vectors = eigh(rows @ rows.T, driver="evd", overwrite_a=True, check_finite=False)
     is_axis = values >= values[-1] * len(y) * np.finfo(np.float64).eps
     lengths, vectors = np.sqrt(np.maximum(values[is_axis], 0)), vectors[:, is_axis]
-    ((*solutions,),) = solve(vectors * lengths, y, Cs, loss=loss, standardise=False, tolerance=tolerance)
+    (solutions,) = _by_passes(vectors * lengths, y, Cs, everybody, replace(terms, standardise=False))
     shorter = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)  # all 0 where rows are all the same
     axes = (vectors * shorter).T @ rows / fold.scale
     back = []

@@ -109,6 +109,8 @@ class Descents:
     and gradients, so that those are read twice a turn (Chen, Wang and Zhou 2014, section 3: vector-free L-BFGS).
     """
 
+    ROWS = 2 * _PAIRS + 8  # that a problem takes, of its size
+
     def __init__(self, points: NDArray[Any]) -> None:
         count, size = points.shape
         self.points = self.trials = points

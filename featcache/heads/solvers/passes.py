@@ -287,6 +287,7 @@ class TurnedLoss:
         self.shares_of_C = np.array(
             [0.5 if loss == "softmax" and len(np.unique(y[fold.train])) == 2 else 1.0 for fold in folds]
         )
+        self.guessing = np.array([_guessing(targets, loss) for targets in self.targets])
         parts = max(1, cores() // len(folds))
         cuts = [np.linspace(0, count, parts + 1).astype(int) for count in self.counts]
         self._tasks = [(number, slice(*pair)) for number, cut in enumerate(cuts) for pair in pairwise(cut)]
@@ -323,6 +324,14 @@ class TurnedLoss:
         return loss, slopes, curvature
 
 
+def _guessing(targets: NDArray[Any], loss: Loss) -> float:
+    """Return the loss of a model without weights."""
+    if loss != "softmax":
+        return float(targets.size * (np.log(2) if loss == "sigmoid" else 1))
+    counts = np.bincount(targets)
+    return float(-xlogy(counts, counts / len(targets)).sum())
+
+
 def _padded(rows: Rows, width: int) -> Rows:
     """Return affine rows with columns of zeros before the last, so that all folds have one width."""
     missing = width - rows.shape[1]
@@ -356,6 +365,11 @@ class SideBySide:
         self.descents = newton.Descents((weights / self._stretch).reshape(len(weights), -1))
         self.turns = 0
 
+    @staticmethod
+    def room(loss: TurnedLoss, problems: int) -> int:
+        """Return how many numbers so many problems take."""
+        return int(newton.Descents.ROWS * problems * loss.outputs * loss.width)
+
     @property
     def weights(self) -> Rows:
         """The models (p, k, r + 1)."""
@@ -368,8 +382,9 @@ class SideBySide:
 
     @property
     def left(self) -> Floats:
-        """The share of each value that is estimated to be left (p,)."""
-        shares: Floats = self.descents.decrements / np.maximum(self.descents.values, _NO_VALUE)
+        """What is estimated to be left (p,), as a share of each value, or of what has been gained if that is less."""
+        gained = self.C * self.loss.guessing[self.fold_of] - self.descents.values
+        shares: Floats = self.descents.decrements / np.maximum(np.minimum(self.descents.values, gained), _NO_VALUE)
         return shares
 
     @property
@@ -380,10 +395,12 @@ class SideBySide:
     def step(self) -> None:
         """Evaluate every problem once."""
         if self.turns and self.turns % _REFRESH == 0:
-            before, self._stretch = self._stretch, self._stretches()
-            self.descents.rescale((before / self._stretch).reshape(len(before), -1))
+            self._restretch()
         trials = self.descents.trials.reshape(self._stretch.shape) * self._stretch
         spent, slopes, curvature = self.loss.slopes(self.fold_of, trials)
+        if self.turns == 0:  # where it starts nothing has been measured yet
+            self.curvature = curvature
+            self._restretch()
         slopes *= self.C[:, None, None].astype(slopes.dtype)
         inside = trials[:, :, :-1]
         slopes[:, :, :-1] += inside
@@ -393,6 +410,10 @@ class SideBySide:
         is_lower = (self.descents.values == values)[:, None]
         self.curvature = np.where(is_lower, curvature, self.curvature)
         self.turns += 1
+
+    def _restretch(self) -> None:
+        before, self._stretch = self._stretch, self._stretches()
+        self.descents.rescale((before / self._stretch).reshape(len(before), -1))
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
         """Leave the other problems where they are."""

@@ -253,14 +253,12 @@ class TurnedRows:
         if X.dtype == np.float32:
             self.mean = self.mean.astype(np.float32).astype(np.float64)  # what can be taken off exactly
         self.scale = scale if standardise else np.ones_like(scale)
-        self._shorter: Rows | None = None
         if len(train) <= _FEW_ROWS * X.shape[1] and len(train) <= _ALL_AXES:
             rows = self.standardised(slice(None)).astype(np.float32)
             values, vectors = eigh(rows @ rows.T, driver="evd", check_finite=False, overwrite_a=True)
             is_axis = values > max(values[-1], 0) * _ROUNDED
             lengths, vectors = np.sqrt(values[is_axis]), vectors[:, is_axis]
-            self._shorter = vectors / lengths
-            turned, self._axes = vectors * lengths, rows.T @ self._shorter
+            turned, self._axes = vectors * lengths, rows.T @ (vectors / lengths)
             self.rows = np.concatenate([turned, np.ones((len(turned), 1), np.float32)], axis=1)
         else:
             self._axes = self._found_axes()
@@ -279,7 +277,8 @@ class TurnedRows:
 
     def back(self, weights: Rows) -> Floats:
         """Return weights (k, r) by the turned columns as those by standardised features (k, d)."""
-        return (weights[:, : self._axes.shape[1]] @ self._axes.T).astype(np.float64)
+        standardised: Floats = (weights[:, : self._axes.shape[1]] @ self._axes.T).astype(np.float64)
+        return standardised
 
     def _centred(self, rows: NDArray[Any]) -> Rows:
         kind = self._source.dtype if self._source.dtype == np.float32 else np.dtype(np.float64)
