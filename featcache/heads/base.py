@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -14,6 +15,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
+from featcache.heads.solvers.scaled import products_on
 from featcache.resources import cores
 from featcache.store.rows import LazyRows
 
@@ -24,6 +26,15 @@ Params = dict[str, Any]
 X_ = NDArray[Any]
 Many = X_ | LazyRows
 Y_ = NDArray[np.int64]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def side_by_side(act: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    """Call a function with each of some tasks, on as many threads as there are cores; one alone has all cores."""
+    # One BLAS thread each: on matrices of a fold's size several wait for one another longer than they compute.
+    with products_on(cores() if len(tasks) == 1 else 1), ThreadPoolExecutor(cores()) as workers:
+        return list(workers.map(act, tasks))
 
 
 def some_of(X: Many, rows: NDArray[np.int64]) -> Many:

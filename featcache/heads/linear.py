@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.svm import LinearSVC
 
 from featcache.evaluation.splits import Fold
 from featcache.heads import solvers
-from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
+from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of, side_by_side
 from featcache.heads.solvers import Solution
 from featcache.heads.solvers.passes import SideBySide, TurnedLoss
 from featcache.heads.solvers.scaled import solve_ridge
@@ -339,13 +340,15 @@ def _fit_svm(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
 
 
 def _sweep_ridge(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
-    alphas, by_fold = [params["alpha"] for params in grid], []
-    for fold, mask in zip(folds, _masks(folds, len(y)), strict=True):
+    alphas = [params["alpha"] for params in grid]
+
+    def attempt(fold: Fold) -> list[Y_]:
         classes = np.unique(y[fold.train])
-        solutions = solve_ridge(X, 2.0 * _signs(y, classes) - 1, alphas, mask)
-        by_fold.append([_ridge(classes, *solution, X.shape[1]).predict(X[fold.val]) for solution in solutions])
-    for number, params in enumerate(grid):
-        yield Candidate(params, np.concatenate([solutions[number] for solutions in by_fold]))
+        solutions = solve_ridge(X, 2.0 * _signs(y, classes) - 1, alphas, mask_of(fold.train, len(y)))
+        return [_ridge(classes, *solution, X.shape[1]).predict(X[fold.val]) for solution in solutions]
+
+    for params, predictions in zip(grid, zip(*side_by_side(attempt, folds), strict=True), strict=True):
+        yield Candidate(params, np.concatenate(predictions))
 
 
 def _fit_ridge(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
@@ -366,26 +369,33 @@ def _ridge(
 
 
 def _sweep_selected(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
-    """Each share's columns are picked once a fold, and all its C are solved together."""
+    """Columns are ranked once a fold; all C of a share are solved together, on all folds."""
     classes = int(y.max()) + 1
-    ranked = [_by_weight(X[fold.train], y[fold.train]) for fold in folds]
+    ranked = side_by_side(lambda fold: _by_weight(X[fold.train], y[fold.train]), folds)
     for share in dict.fromkeys(params["share"] for params in grid):
         candidates = [params for params in grid if params["share"] == share]
-        by_fold = []
-        for fold, order in zip(folds, ranked, strict=True):
-            columns = _first(order, share)
-            (solutions,) = solvers.solve(
-                X[np.ix_(fold.train, columns)], y[fold.train], [params["C"] for params in candidates]
-            )
-            by_fold.append(
-                [
-                    (probabilities(solution, X[np.ix_(fold.val, columns)], classes), solution.converged)
-                    for solution in solutions
-                ]
-            )
-        for number, params in enumerate(candidates):
-            predictions = [attempts[number][0] for attempts in by_fold]
-            yield Candidate(params, np.concatenate(predictions), all(attempts[number][1] for attempts in by_fold))
+        picked = [_first(order, share) for order in ranked]
+        rows = [
+            (X[np.ix_(fold.train, columns)], X[np.ix_(fold.val, columns)])
+            for fold, columns in zip(folds, picked, strict=True)
+        ]
+        yield from tried_on(rows, y, folds, candidates, classes)
+
+
+def tried_on(
+    rows: Sequence[tuple[X_, X_]], y: Y_, folds: Sequence[Fold], candidates: Sequence[Params], classes: int
+) -> Iterator[Candidate]:
+    """Try C on folds that see features of their own (n, d), one d for all: those of train, and those of val.
+
+    One fold's rows lie behind another's, so that the solver takes all problems at once, as it does where folds share rows.
+    """
+    bounds = np.cumsum([0, *(len(fold.train) for fold in folds)])
+    masks = [mask_of(np.arange(*ends), int(bounds[-1])) for ends in pairwise(bounds)]
+    X, y_true = (np.concatenate(parts) for parts in ([train for train, _ in rows], [y[fold.train] for fold in folds]))
+    by_fold = solvers.solve(X, y_true, [params["C"] for params in candidates], masks)
+    for params, solutions in zip(candidates, zip(*by_fold, strict=True), strict=True):
+        predictions = [probabilities(solution, val, classes) for solution, (_, val) in zip(solutions, rows, strict=True)]
+        yield Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions))
 
 
 def _fit_selected(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:

@@ -21,8 +21,8 @@ from sklearn.utils import gen_batches
 
 from featcache.evaluation.splits import Fold
 from featcache.heads import solvers
-from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Params, answers, by_estimator
-from featcache.heads.linear import as_logistic, linear_estimator, probabilities
+from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Params, answers, by_estimator, side_by_side
+from featcache.heads.linear import as_logistic, linear_estimator, tried_on
 from featcache.heads.solvers.scaled import products_on
 
 TEMPERATURE = 0.07  # a neighbour weighs exp(cosine / T) (Wu et al. 2018; Caron et al. 2021, DINO, appendix F.1)
@@ -132,12 +132,13 @@ def _mlp(params: Params, seed: int, _: X_, y: Y_) -> Pipeline:
 
 def _sweep_lda(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     shrinkages, classes = [params["shrinkage"] for params in grid], int(y.max()) + 1
-    by_fold = []
-    for fold in folds:
+
+    def attempt(fold: Fold) -> list[X_]:
         heads = discriminants(X[fold.train], y[fold.train], shrinkages)
-        by_fold.append([answers(head, X[fold.val], classes) for head in heads])
-    for number, params in enumerate(grid):
-        yield Candidate(params, np.concatenate([of_fold[number] for of_fold in by_fold]))
+        return [answers(head, X[fold.val], classes) for head in heads]
+
+    for params, predictions in zip(grid, zip(*side_by_side(attempt, folds), strict=True), strict=True):
+        yield Candidate(params, np.concatenate(predictions))
 
 
 def _fit_lda(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
@@ -244,37 +245,33 @@ def nystroem(width: float, seed: int, landmarks: X_, index: NDArray[np.int64], d
     return head
 
 
-def _mapped(kernel: Nystroem, distances: X_) -> X_:
-    """Return ``kernel.transform`` of rows by their squared distances (n, m) from its landmarks."""
-    mapped = np.empty_like(distances)
+def _mapped(kernel: Nystroem, distances: X_, width: int) -> X_:
+    """Return ``kernel.transform`` of rows by their squared distances (n, m) from its landmarks, with zeros up to a width."""
+    mapped: X_ = np.zeros((len(distances), width), distances.dtype)
     for block in gen_batches(len(distances), _ROWS_AT_ONCE):
-        mapped[block] = np.exp(-kernel.gamma * distances[block]) @ kernel.normalization_.T
+        mapped[block, : distances.shape[1]] = np.exp(-kernel.gamma * distances[block]) @ kernel.normalization_.T
     return mapped
 
 
 def _sweep_rbf(grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold], seed: int) -> Iterator[Candidate]:
     """Distances are measured once a fold, each width's kernel is mapped once, and all its C are solved together."""
-    classes, by_fold = int(y.max()) + 1, []
-    widths = dict.fromkeys(params["width"] for params in grid)
-    for fold in folds:
+
+    def measured(fold: Fold) -> tuple[X_, NDArray[np.int64], X_]:
         rows = StandardScaler().fit(X[fold.train]).transform(X[np.concatenate([fold.train, fold.val])])
-        count = len(fold.train)
         index = draw_landmarks(fold.train, seed)
-        landmarks = rows[index]
-        distances = euclidean_distances(rows, landmarks, squared=True)
-        del rows
-        answers_of: dict[tuple[float, float], tuple[X_, bool]] = {}
-        for width in widths:
-            kernel = nystroem(width, seed, landmarks, index, distances[index])
-            mapped = _mapped(kernel, distances)
-            costs = [params["C"] for params in grid if params["width"] == width]
-            ((*solutions,),) = solvers.solve(mapped[:count], y[fold.train], costs)
-            for C, solution in zip(costs, solutions, strict=True):
-                answers_of[width, C] = probabilities(solution, mapped[count:], classes), solution.converged
-        by_fold.append(answers_of)
-    for params in grid:
-        attempts = [answers_of[params["width"], params["C"]] for answers_of in by_fold]
-        yield Candidate(params, np.concatenate([shares for shares, _ in attempts]), all(ended for _, ended in attempts))
+        return rows[index], index, euclidean_distances(rows, rows[index], squared=True)
+
+    by_fold = side_by_side(measured, folds)
+    widest = max(len(index) for _, index, _ in by_fold)
+    for width in dict.fromkeys(params["width"] for params in grid):
+
+        def mapped(measures: tuple[X_, NDArray[np.int64], X_], width: float = width) -> X_:
+            landmarks, index, distances = measures
+            return _mapped(nystroem(width, seed, landmarks, index, distances[index]), distances, widest)
+
+        parts = [(len(fold.train), rows) for fold, rows in zip(folds, side_by_side(mapped, by_fold), strict=True)]
+        candidates = [params for params in grid if params["width"] == width]
+        yield from tried_on([(rows[:count], rows[count:]) for count, rows in parts], y, folds, candidates, int(y.max()) + 1)
 
 
 def _fit_rbf(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
@@ -282,7 +279,7 @@ def _fit_rbf(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
     rows, index = scaler.transform(X), draw_landmarks(X, seed)
     distances = euclidean_distances(rows, rows[index], squared=True)
     kernel = nystroem(params["width"], seed, rows[index], index, distances[index])
-    ((solution,),) = solvers.solve(_mapped(kernel, distances), y, [params["C"]])
+    ((solution,),) = solvers.solve(_mapped(kernel, distances, len(index)), y, [params["C"]])
     return make_pipeline(scaler, kernel, as_logistic(solution)), solution.converged
 
 

@@ -359,7 +359,6 @@ def solve_ridge(
             gram, cross = rows_in_use @ rows_in_use.T / count, (targets - centre)[used] / count
         # One core: threads wait for one another at each of an eigendecomposition's steps, and take longer.
         values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
-    with products_on(cores()):
         turned = vectors.T @ cross
         solutions = []
         for alpha in alphas:
