@@ -3,7 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,9 +15,8 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
-from threadpoolctl import threadpool_limits
 
-from featcache.heads.solvers.scaled import products_on
+from featcache.heads.solvers.scaled import libraries, products_on
 from featcache.resources import cores
 from featcache.store.rows import LazyRows
 
@@ -69,6 +70,7 @@ class Candidate:
     solutions: tuple[Pipeline, ...] = ()
 
 
+_MANY_ROWS = 2000  # of fewer, threads wait for one another longer than a tree takes
 Sweep = Callable[[Sequence[Params], Any, Any, "Sequence[Fold]", int], Iterator[Candidate]]
 Fit = Callable[[Params, Any, Any, int], tuple[Any, bool]]
 
@@ -115,21 +117,22 @@ def by_estimator(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Swee
     """
 
     def fit(params: Params, X: X_, y: Y_, seed: int) -> tuple[Pipeline, bool]:
-        # One BLAS thread each: candidates run side by side, and threads of threads fight for the cores.
-        with threadpool_limits(1), warnings.catch_warnings():
+        with _limited(len(y)), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # told by the second value
             head = build(params, seed, X, y).fit(X, y)
         return head, _converged(head)
 
     def evaluate_grid(grid: Sequence[Params], X: X_, y: Y_, folds: "Sequence[Fold]", seed: int) -> Iterator[Candidate]:
-        classes = int(y.max()) + 1
+        classes, alone = int(y.max()) + 1, len(grid) * len(folds) == 1
+        share = partial(_limited, len(y) if alone else 0)
 
         def attempt(params: Params, fold: "Fold") -> tuple[X_, bool]:
             rows, y_true = X[fold.train], y[fold.train]
-            head = build(params, seed, rows, y_true).fit(rows, y_true)
-            return answers(head, X[fold.val], classes), _converged(head)
+            with share():  # here again: OpenMP counts threads for each thread that asks
+                head = build(params, seed, rows, y_true).fit(rows, y_true)
+                return answers(head, X[fold.val], classes), _converged(head)
 
-        with threadpool_limits(1), warnings.catch_warnings():
+        with share(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             # Threads, not processes: scikit-learn's fits release the interpreter, and features are not copied.
             jobs = [delayed(attempt)(params, fold) for params in grid for fold in folds]
@@ -139,6 +142,16 @@ def by_estimator(build: Callable[[Params, int, X_, Y_], Pipeline]) -> tuple[Swee
                 yield Candidate(params, np.concatenate([told for told, _ in of_folds]), all(ended for _, ended in of_folds))
 
     return evaluate_grid, fit
+
+
+def _limited(rows: int) -> AbstractContextManager[Any]:
+    """Let matrix products use one core, and trees all of them where so many rows make it worth their while.
+
+    Side by side, threads of threads fight for the cores. A network that is trained alone has one too: its search had one,
+    and sums in another order would train another network.
+    """
+    limits = {"blas": 1, "openmp": cores() if rows >= _MANY_ROWS else 1}
+    return libraries().limit(limits=limits)  # type: ignore[no-any-return]
 
 
 def _converged(head: Pipeline) -> bool:

@@ -225,11 +225,12 @@ def _spread(parts: Sequence[_Moments]) -> tuple[int, Floats, Floats]:
 
 def products_on(count: int) -> AbstractContextManager[Any]:
     """Let matrix products use so many cores; finding the libraries takes longer than a small fit, and is done once."""
-    return _libraries().limit(limits=count, user_api="blas")  # type: ignore[no-any-return]
+    return libraries().limit(limits=count, user_api="blas")  # type: ignore[no-any-return]
 
 
 @cache
-def _libraries() -> ThreadpoolController:
+def libraries() -> ThreadpoolController:
+    """Return the loaded libraries that have threads of their own, to limit these."""
     return ThreadpoolController()
 
 
