@@ -149,6 +149,8 @@ def predict(
 
     bundle = load(Path(head), trust=trust)
     paths = list(find_images(map(str, images)))
+    if not paths:
+        raise DataError(f"{', '.join(map(str, images)) or 'nothing'}: there is no image to label.")
     return bundle, label_images(bundle, paths, settings or Settings(), weights=weights)
 
 

@@ -52,7 +52,9 @@ def test_only_missing_cells_run(
     assert first.records == second.records
     assert len(third.records) == 8
     assert [result.failures for result in (first, second, third)] == [(), (), ()]
-    assert [line for line in caplog.messages if " of 8: " in line] == [f"{n} of 8: images knn, seed {n - 3}" for n in (3, 4)]
+    assert [line for line in caplog.messages if " of 8: " in line] == [
+        f"{n} of 8: images, test_resnet.random0, knn, seed {n - 3}" for n in (3, 4)
+    ]
 
 
 def test_the_table_has_a_row_an_experiment(pipeline: Path, settings: Settings, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def ended_by(error: BaseException) -> int:
         shown = io.StringIO()
         error.show(shown)
         for line in shown.getvalue().splitlines():
-            click.echo(printable(line), err=True)
+            click.echo(printable(line.replace("\t", "  ")), err=True)  # click indents choices so
         return error.exit_code
     return _failed(error)
 

@@ -265,7 +265,9 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
     else:
         click.echo(short_table(result.records).plain())
         click.echo("gap: points of test accuracy to the head that is best on validation, on the same images")
-        counts = f"{result.computed_images} images computed, {result.computed_cells} cells run"
+        cells = f"{result.computed_cells} cell{'' if result.computed_cells == 1 else 's'} run"
+        failed = f", {len(result.failures)} failed" if result.failures else ""
+        counts = f"{result.computed_images} images computed, {cells}{failed}"
         click.echo(f"{counts}; the table is in {result.paths['md']}, the records are in {result.paths['records']}")
     if result.failures:
         click.get_current_context().exit(FAILED)

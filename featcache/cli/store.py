@@ -38,7 +38,9 @@ def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
         options.emit({"cache": str(where), "entries": entries, "broken": broken})
     else:
         for facts in entries:
-            state = "" if facts["complete"] else "  not complete"
+            # the images that a FeatureExtractor is given are no data set, and never listed
+            is_whole = facts["complete"] or Path(facts["entry"]).parent.name == "extractor"
+            state = "" if is_whole else "  not complete"
             click.echo(f"{facts['rows']:>9} rows {facts['bytes'] / 1e6:>9.1f} MB  {printable(facts['entry'])}{state}")
         for problem in broken:
             click.echo(f"   broken: {printable(problem)}")
@@ -64,22 +66,28 @@ def list_heads(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     if as_json:
         options.emit({"cache": str(where), "heads": [asdict(head) | {"path": str(head.path)} for head in heads]})
         return
-    headers = ("data set", "backbone", "head", "test", "made", "file")
-    rows = [(head.dataset, head.backbone, head.head, head.score_text, head.made, str(head.path)) for head in heads]
+    headers = ("data set", "backbone", "head", "seed", "test", "made", "file")
+    rows = [
+        (head.dataset, head.backbone, head.head, head.seed, head.score_text, head.made, str(head.path)) for head in heads
+    ]
     click.echo(Table(headers, rows).plain() if rows else f"no head in {where}: `featcache fit` trains them")
 
 
 @store_command.command("info", cls=options.Command, short_help="Describe one entry.")
 @click.argument("entry", type=click.Path(path_type=Path))
 @options.json_option
-def info(entry: Path, as_json: bool) -> None:  # noqa: FBT001
-    """Describe one entry: what its numbers depend on, its images, what was left out and why."""
+@options.cache_option
+def info(entry: Path, cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Describe one ENTRY: what its numbers depend on, its images, what was left out and why."""
     import json
     from dataclasses import asdict
 
+    from featcache.experiments.upkeep import find_entries
+    from featcache.extraction.lookup import default_cache
     from featcache.store.entry import FeatureStore
 
-    store = FeatureStore.open(entry)
+    folder = entry if (entry / "spec.json").is_file() else find_entries(cache or default_cache(), [entry])[0]
+    store = FeatureStore.open(folder)
     facts = _facts(store) | {
         "spec": store.spec,
         "manifest": store.manifest.number,
@@ -163,14 +171,15 @@ def remove_entries(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_
         lost = f", {content.trained} trained heads and checkpoints among them" if content.trained else ""
         click.echo(f"{printable(str(content.path))}: {content.files} files, {content.bytes / 1e6:.1f} MB{lost}")
     if not yes and not as_json and sys.stdin.isatty():
-        yes = click.confirm(f"Remove {len(contents)} entries, {size / 1e6:.1f} MB?")
+        yes = click.confirm(f"Remove {len(contents)} entr{'y' if len(contents) == 1 else 'ies'}, {size / 1e6:.1f} MB?")
     for content in contents if yes else ():
         remove_entry(content.path)
     if as_json:
         removed = [{"entry": str(content.path), "files": content.files, "bytes": content.bytes} for content in contents]
         options.emit({"entries": removed, "bytes": size, "done": yes})
     else:
-        click.echo(f"{size / 1e6:.1f} MB removed" if yes else f"{size / 1e6:.1f} MB: nothing was changed, --yes does it")
+        unchanged = "nothing was changed" + ("" if sys.stdin.isatty() else ", --yes does it")
+        click.echo(f"{size / 1e6:.1f} MB removed" if yes else f"{size / 1e6:.1f} MB: {unchanged}")
 
 
 def _facts(store: Any) -> dict[str, Any]:
@@ -223,7 +232,7 @@ def backbones_command(pattern: str, sizes: bool, cache: Path | None, as_json: bo
         measured = ""
         if "width" in row:
             measured = f"{row['parameters'] / 1e6:7.1f} M parameters {row['gmacs']:7.2f} GMACs  width {row['width']:5}"
-        marks = ("pretrained" if row["pretrained"] else "no weights") + (", cached" if row["cached"] else "")
+        marks = ("pretrained" if row["pretrained"] else "no weights") + (", features in the cache" if row["cached"] else "")
         click.echo(f"{row['name']:45} {row['input_size']:4} px {measured}  {marks}")
     if not rows:
         click.echo(f"no backbone matches {pattern!r}")

@@ -97,7 +97,8 @@ def load_grid(path: Path) -> Grid:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:  # TOML's and UTF-8's own errors are ValueErrors
-        raise UsageError(f"{path}: not TOML ({error}).") from error
+        hint = " Write [[dataset]] above each data set, [[backbone]] above each backbone." if "twice" in str(error) else ""
+        raise UsageError(f"{path}: not TOML ({error}).{hint}") from error
     try:
         return _grid(table, path)
     except UsageError as error:
@@ -151,8 +152,8 @@ def _file_name(name: str) -> str:
 
 
 def _tables(table: dict[str, Any], key: str, default: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = _typed(table, key, list, default)
-    if not all(isinstance(entry, dict) for entry in entries):
+    entries: list[dict[str, Any]] = table.get(key, default)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(f"{key}: write [[{key}]] and its keys below.")
     return entries
 
@@ -169,6 +170,8 @@ def _data(entry: dict[str, Any], group: str | None) -> DataEntry:
 
 
 def _backbone(entry: dict[str, Any]) -> BackboneEntry:
+    if "pretrained" in entry:
+        raise UsageError("[[backbone]] has no key 'pretrained': `random_init` = 0 draws random weights from that seed.")
     _only(entry, {"name", "weights", "random_init", "model_args", *_SPEC, *_READ, *_OVERRIDES}, "[[backbone]]")
     overrides: dict[str, Any] = {
         key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in _OVERRIDES if key in entry
@@ -254,9 +257,13 @@ def run_bench(grid: Grid, settings: Settings, out: Path) -> BenchResult:
 def _write_tables(runner: "_Runner", out: Path) -> BenchResult:
     """Render the records that there are, after an interrupt too."""
     latest = {record.cell: record for record in read_records([runner.path], warn=False)}
-    records = tuple(latest[cell] for cell in runner.cells if cell in latest)
+    cells = list(runner.cells)
+    if runner.failures:  # whose cells are not known: what an earlier run has recorded of them stays in the table
+        cells += [cell for cell in latest if cell not in set(cells)]
+    records = tuple(latest[cell] for cell in cells if cell in latest)
     paths = {"records": str(runner.path)}
-    for suffix, text in (("md", report.markdown(records) + "\n"), ("csv", report.to_csv(records))):
+    failed = "".join(f"\nNot run: {failure}\n" for failure in runner.failures)
+    for suffix, text in (("md", f"{report.markdown(records)}\n{failed}"), ("csv", report.to_csv(records))):
         path = out / f"{runner.grid.name}.{suffix}"
         replace_file(path, text.encode())
         paths[suffix] = str(path)
@@ -308,7 +315,7 @@ class _Runner:
             members = [name for name in fitting.heads if name != head]
             for seed in self.grid.seeds:
                 cell = fitting.experiment(bench, task, head, seed, members).key
-                what = f"{bench.dataset.name} {head}, seed {seed}"
+                what = f"{bench.dataset.name}, {backbone.spec.label}, {head}, seed {seed}"
                 self._cell(cell, what, partial(self._fit, bench, head, fitting, seed, ledger))
 
     def _run_plans(self, bench: FeatureCache, data: DataEntry, ledger: Ledger) -> None:
@@ -320,7 +327,7 @@ class _Runner:
                 cell = Experiment(bench, task, plan.unfreeze.text, plan, seed).key
                 if cell in self.there:
                     forget_state(bench.folder, cell)
-                what = f"{bench.dataset.name} {plan.unfreeze.text}, seed {seed}"
+                what = f"{bench.dataset.name}, {bench.spec.label}, {plan.unfreeze.text}, seed {seed}"
                 self._cell(cell, what, partial(self._tune, bench, plan, data.group, seed, ledger))
 
     def _fitting(self, in_memory: bool) -> list[str]:  # noqa: FBT001

@@ -245,7 +245,7 @@ class FineTuneInputs:
         cost = self.cache.estimate([Output(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
         if cost.to_compute:
             logger.info(
-                "activations at %s: %.1f MB and about %.0f s once; computed anew, that in each of up to %d epochs (%s)",
+                "activations at %s: %.1f MB, once about %.0f s; without the cache that in each of up to %d epochs (%s)",
                 cut,
                 cost.bytes / 1e6,
                 cost.seconds,

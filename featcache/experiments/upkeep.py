@@ -1,6 +1,7 @@
 """A whole cache: compared with what was written, and what it may lose: what nothing needs, entries, trained heads."""
 
 import json
+import re
 import shutil
 import time
 import zipfile
@@ -104,12 +105,20 @@ class Collected:
 
     @property
     def lines(self) -> list[str]:
-        """A line for each file and each entry with parts to join."""
+        """A line for each kind of file of an entry, and each entry with parts to join."""
+        alike: dict[tuple[Path, str], list[Litter]] = {}
+        for file in self.litter:
+            alike.setdefault((file.path.parent, file.why), []).append(file)
         joined = [
             f"{path}: {len(one.parts)} parts in one place, {one.dropped} rows of removed images left out"
             for path, one in self.joined.items()
         ]
-        return [*joined, *(f"{one.path}: {one.why}, {one.bytes} bytes" for one in self.litter)]
+        counted = [
+            f"{files[0].path if len(files) == 1 else f'{folder}: {len(files)} files'}: {why}, "
+            f"{sum(file.bytes for file in files)} bytes"
+            for (folder, why), files in alike.items()
+        ]
+        return [*joined, *counted]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -204,6 +213,7 @@ class KeptHead:
     dataset: str
     backbone: str
     head: str
+    seed: str
     test: dict[str, Any]
     made: str
 
@@ -233,7 +243,18 @@ def kept_heads(cache: Path) -> list[KeptHead]:
             logger.warning("%s: left out, not a head's card (%s)", card, error)
             continue
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(head.stat().st_mtime))
-        backbone = facts.get("backbone", {}).get("name", "")
-        dataset = head.parent.parent.parent.name
-        heads.append(KeptHead(head, dataset, backbone, facts.get("head", ""), facts.get("test", {}), made))
+        asked = facts.get("backbone", {})
+        random = "" if asked.get("random_init") is None else f".random{asked['random_init']}"
+        named = re.search(r"-seed(\d+)", head.name)
+        heads.append(
+            KeptHead(
+                head,
+                dataset=head.parent.parent.parent.name,
+                backbone=f"{asked.get('name', '')}{random}",
+                head=facts.get("head", ""),
+                seed=named[1] if named else "-",
+                test=facts.get("test", {}),
+                made=made,
+            )
+        )
     return sorted(heads, key=lambda head: (head.made, str(head.path)))

@@ -342,7 +342,7 @@ class FeatureCache:
                 opened.append((store, scanned))
                 continue
             spec = self._feature_spec(request)
-            if self._preprocess is None and (reason := entries.why_miss(self.folder, spec)):
+            if self._preprocess is None and request.cut != INPUT and (reason := entries.why_miss(self.folder, spec)):
                 logger.info("not in the cache; the nearest entry differs in %s", reason)
             if self.spec.name == "mini" and request.cut == POOLED and not self.dataset.location.startswith("sklearn:"):
                 logger.info(

@@ -4,6 +4,7 @@ A worker takes a batch from file to rows without handing anything over, so that 
 anything but the feed of paths and the queue of results.
 """
 
+import atexit
 import math
 import queue
 import threading
@@ -244,6 +245,13 @@ def run_batches(
         results.put(last)
 
     threads = [threading.Thread(target=work, name=f"featcache-{n}", daemon=True) for n in range(runtime.workers)]
+
+    def end() -> None:
+        stop.set()
+        _drain(results, threads)
+
+    # Whoever leaves the generator where it is: at the interpreter's end a thread inside PyTorch would abort it.
+    atexit.register(end)
     for thread in threads:
         thread.start()
     working = len(threads)
@@ -257,8 +265,8 @@ def run_batches(
             else:
                 working -= 1
     finally:
-        stop.set()
-        _drain(results, threads)
+        atexit.unregister(end)
+        end()
 
 
 def _drain(results: "queue.Queue[Any]", threads: Sequence[threading.Thread]) -> None:

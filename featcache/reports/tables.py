@@ -76,9 +76,9 @@ def short_table(records: Sequence[RunRecord]) -> Table:
         "backbone",
         "method",
         "test %",
-        "95 % / std",
+        "95 % or ± std",
         "gap",
-        "gap 95 % / std",
+        "gap 95 % or ± std",
         "extract s",
         "train s",
         "img/s",
@@ -149,7 +149,7 @@ def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, s
         spread = f"{only.ci[0]:+.1f} to {only.ci[1]:+.1f}" if only.ci else "-"
         return (f"{only.points:+.1f}", spread, f"{only.p_value:.2g}")
     points = [between.points for between in compared]
-    count = f" ({len(points)} seeds)" if len(points) < len(group.records) else ""
+    count = f" ({len(points)} seed{'s' if len(points) > 1 else ''})" if len(points) < len(group.records) else ""
     none = f" (no gain in {len(idle)} of {len(group.records)})" if idle else ""
     spread = f"± {statistics.stdev(points):.2f}" if len(points) > 1 else "-"
     return (f"{statistics.mean(points):+.1f}{none}", f"{spread}{count}", "-")

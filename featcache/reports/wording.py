@@ -189,9 +189,11 @@ def mistake_lines(head: "HeadResult", count: int, location: str = "") -> Iterato
         for each in mistakes
     ]
     total = int((~head.fitted.tested.right).sum())
-    sure = "most confident " if mistakes and mistakes[0].confidence is not None else ""
+    is_sure = bool(mistakes) and mistakes[0].confidence is not None
     yield ""
-    title = f"The {len(rows)} {sure}of {total} mistakes of {head.record.method} on test"
+    chosen = f"The {len(rows)} most confident" if is_sure else f"{len(rows)}"  # without probabilities none is before another
+    unsure = "" if is_sure or not mistakes else ", which knows no probabilities"
+    title = f"{chosen} of {total} mistakes of {head.record.method} on test{unsure}"
     yield Table(("image", "true class", "taken for", "confidence %"), rows, title).plain()
 
 
