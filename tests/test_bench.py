@@ -98,6 +98,19 @@ def test_a_failing_cell_does_not_stop_the_others(pipeline: Path, settings: Setti
     assert len(result.failures) == 3
     assert any("absent" in failure for failure in result.failures)
     assert any("last:9" in failure for failure in result.failures)
+    assert (tmp_path / "out" / "grid.md").read_text().count("Not run: ") == 3
+
+
+def test_what_cannot_be_reached_any_more_stays_in_the_table(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """Recorded rows of a data set or weights on a disk that is not mounted today are not lost, and the table says so."""
+    whole = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    again = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+
+    assert {record.cell for record in again.records} == {record.cell for record in whole.records}
+    assert again.computed_cells == 0
+    assert again.failures
+    assert f"Not run: {again.failures[0]}" in (tmp_path / "out" / "grid.md").read_text()
 
 
 def test_a_disk_that_fails_ends_the_run(

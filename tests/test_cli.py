@@ -102,8 +102,8 @@ def test_trained_heads_are_listed(run: Run, folder: Path) -> None:
     kept = run("fit", folder, *TINY, "--head", "ridge", "--no-baselines", "--json").json["heads"][0]
     (head,) = run("store", "heads", "--json").json["heads"]
 
-    assert (head["dataset"], head["backbone"], head["head"]) == ("images", "test_resnet", "ridge")
-    assert head["path"] == kept["bundle"]
+    assert (head["dataset"], head["backbone"], head["head"]) == ("images", "test_resnet.random0", "ridge")
+    assert (head["path"], head["seed"]) == (kept["bundle"], "0")
     assert head["test"] == kept["test"]
     assert f"accuracy {kept['test']['accuracy']:.1%}" in run("store", "heads").out
 

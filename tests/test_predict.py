@@ -5,6 +5,8 @@ import gc
 import io
 import itertools
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -268,3 +270,23 @@ def test_copies_of_broken_images_are_answered_too(
     of_path = {row["path"]: row for row in rows}
     assert [of_path[str(path)]["reason"] for path in broken] == ["not an image file"] * 3
     assert all(of_path[str(path)]["label"] for path in (*several, *again))
+
+
+def test_an_iterator_that_is_left_ends_with_the_interpreter(fit: Callable[[str], Path], folder: Path) -> None:
+    """Threads that still compute when Python ends are waited for: they would abort it."""
+    script = (
+        "import featcache\n"
+        f"_, images = featcache.predict({str(fit('ridge'))!r}, [{str(folder)!r}])\n"
+        "print(next(images).label)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() in {"blue", "green", "red"}
+
+
+def test_nothing_to_label_is_an_error(run: Run, fit: Callable[[str], Path], tmp_path: Path) -> None:
+    """A folder without images is most often a mistyped one."""
+    (tmp_path / "none").mkdir()
+
+    assert "there is no image to label" in run("predict", fit("ridge"), tmp_path / "none").err
