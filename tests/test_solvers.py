@@ -15,8 +15,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
+from featcache.evaluation.splits import Fold
+from featcache.evaluation.tasks import evaluate
 from featcache.heads import solvers
+from featcache.heads.linear import LOGISTIC, race_logistic
 from featcache.heads.solvers import newton
+from featcache.heads.solvers.passes import SideBySide
 from featcache.heads.solvers.scaled import solve_ridge
 from featcache.store.rows import LazyRows
 
@@ -318,6 +322,58 @@ def test_features_on_disk_give_the_same_answer(tmp_path: Any) -> None:
         for first, second in zip(one, other, strict=True):
             assert first.objective == pytest.approx(second.objective, rel=1e-4)
             np.testing.assert_allclose(first.coefficients, second.coefficients, atol=2e-2 * np.abs(first.coefficients).max())
+
+
+def random_race(seed: int) -> tuple[Any, Any, list[Fold]]:
+    """Return a small problem (n, d), its classes, some of them wrong, and one to three folds."""
+    rng = np.random.default_rng(seed)
+    n, d, classes, count = int(rng.integers(30, 60)), int(rng.integers(3, 40)), int(rng.integers(2, 5)), seed % 3 + 1
+    y = np.arange(n) % classes
+    X = rng.normal(size=(classes, d))[y] * rng.uniform(0.2, 1.5) + rng.normal(size=(n, d))
+    y = np.where(rng.random(n) < rng.uniform(0, 0.3), rng.permutation(y), y)
+    part, rows = rng.permutation(n) % max(count, 3), np.arange(n)
+    return X.astype(np.float32), y, [Fold(rows[part != number], rows[part == number]) for number in range(count)]
+
+
+def test_the_race_chooses_as_the_whole_search() -> None:
+    """Of 200 random problems: leaving what can no longer win, and solving only the winner, changes no choice."""
+    grid = [{"C": float(C)} for C in np.logspace(-4, 3, 8)]
+    unlike = []
+    for seed in range(200):
+        X, y, folds = random_race(seed)
+        raced = race_logistic(grid, 1, X, y, folds)
+        truth = np.concatenate([y[fold.val] for fold in folds])
+        ranks = [evaluate(truth, attempt.answers).rank for attempt in LOGISTIC.evaluate_grid(grid, X, y, folds, 0)]
+        best = grid[min(range(len(grid)), key=lambda number: (ranks[number], number))]
+        assert raced is not None
+        assert raced.candidate.converged
+        if raced.candidate.params != best:
+            unlike.append((seed, raced.candidate.params, best))
+
+    assert not unlike
+
+
+def test_a_problem_that_leaves_changes_no_other() -> None:
+    """Where one ends, or there is room for one at a time only, the others go on as they were."""
+    X, y = data(4, count=120, width=10)
+    folds = [
+        (np.flatnonzero(np.arange(120) % 3 != number), np.flatnonzero(np.arange(120) % 3 == number)) for number in range(3)
+    ]
+
+    with solvers.turned_folds(X, y, folds) as loss:
+        assert loss is not None
+        models, curvature = solvers.constant_models(loss)
+        several = np.repeat(models, 2, axis=0), np.repeat(curvature, 2, axis=0)
+        group = SideBySide(loss, np.repeat(np.arange(3), 2), np.tile([0.1, 10.0], 3), *several)
+        alone = SideBySide(loss, np.arange(3), np.full(3, 10.0), models, curvature)
+        for turn in range(12):
+            group.step()
+            alone.step()
+            if turn == 4:
+                group.keep(group.C > 1)
+
+    np.testing.assert_allclose(group.weights, alone.weights, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(group.descents.values, alone.descents.values, rtol=1e-5)
 
 
 def test_a_class_that_no_row_has_is_left_out() -> None:

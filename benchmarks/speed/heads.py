@@ -1,10 +1,13 @@
 """Heads' speed: our solvers against scikit-learn's, on real features.
 
-    python benchmarks/speed/heads.py --features FEATURES.h5 [--only fit|grid|sweep|all|classes|memory]
+    python benchmarks/speed/heads.py FEATURES.h5 ... [--features LARGE.h5] [--only search|race|fit|grid|sweep|all|...]
 
-``--features`` is an entry's ``features.h5`` of some 44,000 images and 200 classes (Tiny ImageNet); its rows are projected
-to 512 or 768 columns by a seeded random rotation of the leading components. Ratios are of one run, side by side; objectives
-are scikit-learn's own, in float64. Writes heads.jsonl and heads.md beside this file.
+Each FEATURES.h5 is an entry's file, or a folder of one: the logistic search as ``fit`` runs it, with the refit, against
+``LogisticRegressionCV`` with the same C, folds and refit in its fastest setting of BLAS threads and jobs. ``--only race``
+draws random problems and asks whether the race chooses as the whole search. ``--features`` is an entry's ``features.h5`` of
+some 44,000 images and 200 classes (Tiny ImageNet); its rows are projected to 512 or 768 columns by a seeded random rotation
+of the leading components. Ratios are of one run, side by side; objectives are scikit-learn's own, in float64. Writes
+heads.jsonl and heads.md beside this file.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,18 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from featcache.evaluation.splits import Fold
+from featcache.evaluation.splits import Fold, Split, make_split
+from featcache.evaluation.tasks import evaluate
 from featcache.heads import search, solvers
+from featcache.heads.linear import race_logistic
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0))
 ROUNDS = 3
+SLOW = 3.0  # seconds of scikit-learn with one BLAS thread, from which on two, which took longer, are not tried
 TEN_CS = list(np.logspace(-4, 4, 10))
 
 
@@ -68,6 +75,14 @@ def kernels() -> list[str]:
     return sorted({f"{one['internal_api']} {one.get('architecture', '')}".strip() for one in found})
 
 
+def processor() -> str:
+    """Return what the processor calls itself, and the widest vectors that it knows."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return f"{name}, {'AVX-512' if 'avx512f' in flags else 'AVX2' if 'avx2' in flags else 'no AVX2'}"
+
+
 def seconds_of(act: Callable[[], Any]) -> tuple[float, Any]:
     """Return how long a call takes, and what it returns."""
     start = time.perf_counter()
@@ -94,6 +109,110 @@ def peak_gemm(seconds: float = 1.0) -> float:
         one @ other
         count += 1
     return count * 2 * 2048**3 / (time.perf_counter() - start)
+
+
+def read(path: Path) -> tuple[str, Any, Any, Split]:
+    """Return a set's name, its features (n, d) float32, classes (n,) and the split that ``fit`` makes of it."""
+    path = path / "features.h5" if path.is_dir() else path
+    with h5py.File(path) as file:
+        X, y = file["features"][:].astype(np.float32), file["labels"][:].astype(np.int64)
+        given, names = list(file["splits"].asstr()[:]), list(file["class_names"].asstr()[:])
+        contents = [str(each) for each in file["item_sha256"].asstr()[:]]
+    name = f"{path.parent.parent.name}, {path.parent.name.split('.')[0]}"
+    return name, X, y, make_split(y, given, names, 0, contents=contents)
+
+
+def by_scikit_learn(X: Any, y: Any, split: Split, threads: int, jobs: int) -> tuple[float, float, int]:
+    """Return the seconds of LogisticRegressionCV with the same C and folds, the C it chose and its right test answers."""
+    scaler = StandardScaler().fit(X[split.train_val])
+    place = np.zeros(len(y), np.int64)
+    place[split.train_val] = np.arange(len(split.train_val))
+    folds = [(place[fold.train], place[fold.val]) for fold in split.folds]
+    Cs = [params["C"] for params in search.HEADS["logistic"].grid(0)]
+    model = LogisticRegressionCV(
+        Cs=Cs, cv=folds, scoring="accuracy", max_iter=1000, n_jobs=jobs, l1_ratios=(0,), use_legacy_attributes=False
+    )
+    rows = scaler.transform(X[split.train_val])
+    with warnings.catch_warnings(), threadpool_limits(threads):
+        warnings.simplefilter("ignore")
+        spent, model = seconds_of(lambda: model.fit(rows, y[split.train_val]))
+    right = int((model.predict(scaler.transform(X[split.test])) == y[split.test]).sum())
+    return spent, float(np.ravel(model.C_)[0]), right
+
+
+def whole_search(X: Any, y: Any, folds: Any, coarse: int) -> tuple[Any, Any]:
+    """Return what is best when every C is solved: of the coarse C and those around the best of them; and of all C."""
+    family = search.HEADS["logistic"]
+    grid = family.grid(0)
+    truth = np.concatenate([y[fold.val] for fold in folds])
+    ranks = [evaluate(truth, one.answers).rank for one in family.evaluate_grid(grid, X, y, folds, 0)]
+
+    def best(numbers: Any) -> int:
+        return min(numbers, key=lambda number: (ranks[number], number))
+
+    first = best(range(0, len(grid), coarse))
+    near = range(max(0, first - coarse + 1), min(len(grid), first + coarse))
+    return grid[best({*range(0, len(grid), coarse), *near})]["C"], grid[best(range(len(grid)))]["C"]
+
+
+def measure_search(path: Path) -> dict[str, Any]:
+    """Measure the logistic search as ``fit`` runs it, and the refit, by turns with scikit-learn's."""
+    name, X, y, split = read(path)
+
+    def ours() -> tuple[Any, Any]:
+        chosen = search.search_head("logistic", X, y, split.folds, 0)
+        return chosen, search.train("logistic", chosen.params, X[split.train_val], y[split.train_val], 0)
+
+    ours()  # the first call pays for threads and libraries
+    settings = [(threads, jobs) for threads in (1, 2) for jobs in ((1, 2) if len(split.folds) > 1 else (1,))]
+    spent, theirs = [], {}
+    for setting in settings:
+        spent.append(seconds_of(ours))
+        if setting[0] == 1 or min(theirs.values())[0] < SLOW:
+            theirs[setting] = by_scikit_learn(X, y, split, *setting)
+    fastest = min(theirs, key=lambda setting: theirs[setting][0])
+    seconds, (chosen, estimator) = min(spent, key=lambda pair: pair[0])
+    coarse_C, full_C = whole_search(X, y, split.folds, search.HEADS["logistic"].coarse)
+    return {
+        "kind": "search", "name": name, "rows": len(split.train_val), "width": X.shape[1], "classes": int(y.max()) + 1,
+        "folds": len(split.folds), "seconds": seconds, "sklearn": theirs[fastest][0],
+        "setting": f"{fastest[0]} BLAS threads, {fastest[1]} jobs", "load": os.getloadavg()[0], "C": chosen.params["C"],
+        "coarse_C": coarse_C, "full_C": full_C, "sklearn_C": theirs[fastest][1],
+        "right": int((estimator.predict(X[split.test]) == y[split.test]).sum()), "sklearn_right": theirs[fastest][2],
+        "test": len(split.test),
+    }  # fmt: skip
+
+
+def random_problem(seed: int) -> tuple[Any, Any, list[Fold]]:
+    """Return a problem (n, d), its classes, some of them wrong, and one fold or three."""
+    rng = np.random.default_rng(seed)
+    n, d, k = int(rng.integers(60, 260)), int(rng.integers(4, 120)), int(rng.integers(2, 7))
+    y = np.arange(n) % k
+    noise = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) / np.sqrt(d)
+    X = rng.normal(size=(k, d))[y] * rng.uniform(0.1, 1) + noise * rng.uniform(0.5, 2)
+    X = np.maximum(0, X) if seed % 3 == 0 else X
+    wrong = rng.random(n) < rng.uniform(0, 0.3)
+    y[wrong] = rng.integers(0, k, wrong.sum())
+    part, count = rng.permutation(n), 3 if seed % 2 else 1
+    held = [part % max(count, 4 // count) == number for number in range(count)]
+    return X.astype(np.float32), y, [Fold(np.flatnonzero(~rows), np.flatnonzero(rows)) for rows in held]
+
+
+def measure_race(draws: int = 200) -> dict[str, Any]:
+    """Measure how often the race chooses as when every C of the same is solved."""
+    family = search.HEADS["logistic"]
+    alike, unlike, raced_s, whole_s = 0, [], 0.0, 0.0
+    for seed in range(draws):
+        X, y, folds = random_problem(seed)
+        spent, raced = seconds_of(lambda: race_logistic(family.grid(0), family.coarse, X, y, folds))  # noqa: B023
+        longer, (coarse_C, _) = seconds_of(lambda: whole_search(X, y, folds, family.coarse))  # noqa: B023
+        raced_s, whole_s = raced_s + spent, whole_s + longer
+        alike += raced.candidate.params["C"] == coarse_C
+        if raced.candidate.params["C"] != coarse_C:
+            unlike.append([seed, raced.candidate.params["C"], coarse_C])
+    return {
+        "kind": "race", "rows": 0, "draws": draws, "alike": alike, "unlike": unlike, "seconds": raced_s, "whole": whole_s,
+    }  # fmt: skip
 
 
 def measure_fit(X: Any, y: Any, rows: int) -> dict[str, Any]:
@@ -192,7 +311,7 @@ def measure_all(X: Any, y: Any) -> dict[str, Any]:
 def measure_memory(rows: int = 44000, width: int = 512) -> dict[str, Any]:
     """Measure the peak memory of a fit in a process of its own, over the feature matrix."""
     code = (
-        "import sys, resource, numpy as np; from featcache.heads.solvers import linear\n"
+        "import sys, resource, numpy as np; from featcache.heads import solvers\n"
         "rows, width = int(sys.argv[1]), int(sys.argv[2])\n"
         "X = np.empty((rows, width), np.float32)\n"
         "rng = np.random.default_rng(0)\n"
@@ -230,13 +349,23 @@ def measure_classes(rows: int = 100_000, width: int = 768, classes: int = 1000) 
 def main() -> None:
     """Measure, and write records and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", type=Path, required=True)
-    parser.add_argument("--only", choices=["fit", "grid", "sweep", "all", "classes", "memory", "table"], action="append")
+    parser.add_argument("sets", type=Path, nargs="*")
+    parser.add_argument("--features", type=Path)
+    kinds = ["search", "race", "fit", "grid", "sweep", "all", "classes", "memory", "table"]
+    parser.add_argument("--only", choices=kinds, action="append")
     options = parser.parse_args()
-    wanted = options.only or ["fit", "grid", "sweep", "all", "memory", "classes"]
-    X, y = load(options.features, 512)
+    chosen = options.only or [
+        "search",
+        "race",
+        "memory",
+        "classes",
+        *(["fit", "grid", "sweep", "all"] if options.features else []),
+    ]
+    X, y = load(options.features, 512) if options.features else (np.zeros((0, 1)), np.zeros(0, int))
     ten = y % 10
-    steps: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    steps: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "search": lambda: map(measure_search, options.sets),
+        "race": lambda: [measure_race()],
         "fit": lambda: [measure_fit(X, ten, 8000), measure_fit(X, ten, len(y))],
         "grid": lambda: [measure_grid(X, ten, 8000)],
         "sweep": lambda: [measure_sweep(X, ten)],
@@ -247,26 +376,58 @@ def main() -> None:
     }
     path = HERE / "heads.jsonl"
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for step in wanted:
+    for step in chosen:
         for record in steps[step]():
-            kept = [old for old in kept if (old["kind"], old["rows"]) != (record["kind"], record["rows"])]
-            kept.append(record | {"kernels": kernels()})
+            same = [record["kind"], record.get("name"), record["rows"]]
+            kept = [old for old in kept if [old["kind"], old.get("name"), old["rows"]] != same]
+            kept.append(record | {"kernels": kernels(), "processor": processor()})
             print(json.dumps(record, default=float), flush=True)
             path.write_text("".join(f"{json.dumps(one, default=float)}\n" for one in kept))
     (HERE / "heads.md").write_text(table(kept))
     print((HERE / "heads.md").read_text())
 
 
+def searches(records: list[dict[str, Any]]) -> list[str]:
+    """Return the table of searches, what its columns are, and the geometric mean of the ratios."""
+    if not records:
+        return []
+    note = (
+        "scikit-learn: `LogisticRegressionCV` with the same 45 C, folds and refit, its fastest setting of BLAS threads and "
+        "jobs (1,000 iterations at most). C: ours, that of solving every C that the search tries, and every one of all 45. "
+        "Right: test images, ours and scikit-learn's, each with the C that it chose."
+    )
+    head = "| set | rows x columns, classes, folds | s | scikit-learn s (setting) | ratio | C, coarse to fine, all | right |"
+    rows = [
+        f"| {one['name']} | {one['rows']:,} x {one['width']:,}, {one['classes']}, {one['folds']} | {one['seconds']:.2f} "
+        f"| {one['sklearn']:.2f} ({one['setting']}) | {one['sklearn'] / one['seconds']:.1f} "
+        f"| {one['C']:g}, {one['coarse_C']:g}, {one['full_C']:g} "
+        f"| {one['right']}, {one['sklearn_right']} of {one['test']} |"
+        for one in records
+    ]
+    mean = float(np.exp(np.mean([np.log(one["sklearn"] / one["seconds"]) for one in records])))
+    machines = sorted({f"{one['processor']}, BLAS kernels {' and '.join(one['kernels'])}" for one in records})
+    load = max(one["load"] for one in records)
+    ending = f"Geometric mean {mean:.1f}. {'; '.join(machines)}; load on the machine up to {load:.1f}."
+    title = "## The logistic search as `fit` runs it, and the refit"
+    return [title, "", note, "", head, "|---|---|---|---|---|---|---|", *rows, "", ending, ""]
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """Return the records as Markdown."""
-    used = sorted({kernel for record in records for kernel in record.get("kernels", ["not noted"])})
+    older = [record for record in records if record["kind"] != "search"]
+    used = sorted({kernel for record in older for kernel in record.get("kernels", ["not noted"])})
     lines = [
         "# Heads' speed",
         "",
-        f"`python benchmarks/speed/heads.py`; {CORES} shared cores, ratios of one run; BLAS kernels: {', '.join(used)}.",
+        f"`python benchmarks/speed/heads.py FEATURES.h5 ...`; {CORES} shared cores, ratios of one run.",
+        "",
+        *searches([record for record in records if record["kind"] == "search"]),
+        "## Other shapes",
+        "",
+        f"BLAS kernels: {', '.join(used)}.",
         "",
     ]
-    for record in records:
+    for record in older:
         shape = f"{record['rows']:,} x {record['width']}"
         if record["kind"] == "fit":
             lines.append(
@@ -285,6 +446,12 @@ def table(records: list[dict[str, Any]]) -> str:
                 f"{record['sklearn_tuned'] / record['seconds']:.0f} times it tuned ({record['sklearn_tuned']:.0f} s); "
                 f"largest loss over scikit-learn's {record['worst_loss']:+.1g}; C = {record['C']:.3g}, its "
                 f"{record['sklearn_C']:.3g}; {100 * record['share_of_peak']:.0f} % of peak products."
+            )
+        elif record["kind"] == "race":
+            lines.append(
+                f"- {record['alike']} of {record['draws']} random problems (60 to 260 rows, 4 to 120 columns, 2 to 7 "
+                "classes, up to 30 % of the labels wrong) are chosen as when every C that the search tries is solved, in "
+                f"{record['seconds']:.0f} s instead of {record['whole']:.0f}."
             )
         elif record["kind"] == "sweep":
             lines.append(f"- 45 C on a validation split, {shape}, {record['classes']} classes: {record['seconds']:.1f} s.")

@@ -35,9 +35,9 @@ _LOOK, _NEAR, _SETTLED = (
     1e-4,
     1e-7,
 )  # left of what a C has gained: to be looked at; settled if no row is in doubt; settled
-_DOUBT, _LOSS_DOUBT = 3.0, 4.0  # next steps
-_LOSS_SETTLED = 1e-3
-_BY_LEFT, _ONE_ROW = 0.5, 1e-5  # of all rows held out, by the root of what is left; and one row more, down to so little left
+_DOUBT, _LOSS_DOUBT = 3.0, 10.0  # next steps
+_LOSS_SETTLED = 3e-3
+_BY_LEFT = 0.5  # of all rows held out, by the root of what is left; and one row more
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
 _FIRST_LOOK, _EVERY = 2, 3  # turns
 _ROOM = 4_000_000  # numbers that descents side by side may take, and no fewer than the features
@@ -257,7 +257,7 @@ class _Race:
             of = number_of == number
             right, surely, perhaps, log_loss, doubt = (float(total) for total in seen[:, of].sum(axis=1))
             left = float(group.left[of].max())
-            around = self.count * _BY_LEFT * left**0.5 + min(1.0, left / _ONE_ROW) if left <= _LOOK else np.inf
+            around = self.count * _BY_LEFT * left**0.5 + 1 if left <= _LOOK else np.inf
             is_settled = left < _NEAR and surely == perhaps and doubt < _LOSS_SETTLED * log_loss
             least, most = max(surely, right - around), min(perhaps, right + around)
             standings[number] = _Standing(int(right), least, most, log_loss, doubt, is_settled or left < _SETTLED)
