@@ -35,6 +35,7 @@ _FEW = 4  # problems for which a factorisation each is cheaper than the axes of 
 _TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believed to be near
 _REFRESH = 6  # evaluations after which the curvature is measured anew
 _MOST_TURNED = 16_000_000  # numbers of all folds' turned rows
+_TURNED_ALONE = 1_000_000  # numbers, from which on turning takes longer than it saves a fit that is no race
 _MOST_TURNS = 200
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
 _INSIDE = 0.5  # of the tolerance, to which the gradient in float32 is brought
@@ -104,7 +105,8 @@ def solve(
     """
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
     terms = _Terms(loss, standardise, tolerance)
-    if loss == "softmax" and isinstance(X, np.ndarray) and not (tolerance and tolerance < _DOUBLE_FROM):
+    is_within = tolerance is None or tolerance >= _DOUBLE_FROM
+    if loss == "softmax" and isinstance(X, np.ndarray) and X.size <= _TURNED_ALONE and is_within:
         return _turned_or_else(X, y, Cs, folds, terms)
     return _by_passes(X, y, Cs, folds, terms)
 
