@@ -362,10 +362,9 @@ def test_a_problem_that_leaves_changes_no_other() -> None:
 
     with solvers.turned_folds(X, y, folds) as loss:
         assert loss is not None
-        models, curvature = solvers.constant_models(loss)
-        several = np.repeat(models, 2, axis=0), np.repeat(curvature, 2, axis=0)
-        group = SideBySide(loss, np.repeat(np.arange(3), 2), np.tile([0.1, 10.0], 3), *several)
-        alone = SideBySide(loss, np.arange(3), np.full(3, 10.0), models, curvature)
+        models = solvers.constant_models(loss)
+        group = SideBySide(loss, np.repeat(np.arange(3), 2), np.tile([0.1, 10.0], 3), np.repeat(models, 2, axis=0))
+        alone = SideBySide(loss, np.arange(3), np.full(3, 10.0), models)
         for turn in range(12):
             group.step()
             alone.step()

@@ -117,22 +117,19 @@ class _Race:
         self.y_held = [y[fold.val] for fold in folds]
         self.count = sum(map(len, self.y_held))
         self.standings: dict[int, _Standing] = {}
-        self.models: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+        self.models: dict[int, NDArray[Any]] = {}
         self.leader: _Standing | None = None
 
     def along(self, numbers: Sequence[int]) -> None:
         """Race these: first loosely, from the strongest penalty to the weakest, each from where the last two point."""
         ordered = sorted(numbers, key=lambda number: self.Cs[number])
         for place, number in enumerate(ordered):
-            if place == 0:
-                models, curvature = solvers.constant_models(self.loss)
-            else:
-                models, curvature = self.models[ordered[place - 1]]
+            models = self.models[ordered[place - 1]] if place else solvers.constant_models(self.loss)
             if place > 1:
                 ahead = np.log(self.Cs[number] / self.Cs[ordered[place - 1]])
                 ahead /= np.log(self.Cs[ordered[place - 1]] / self.Cs[ordered[place - 2]])
-                models = models + np.float32(min(ahead, 1.0)) * (models - self.models[ordered[place - 2]][0])
-            group = self._group([number], models, curvature)
+                models = models + np.float32(min(ahead, 1.0)) * (models - self.models[ordered[place - 2]])
+            group = self._group([number], models)
             while group.turns < _FIRST_LOOK or (group.left.max() > _LOOK and group.turns < _LOOSE_TURNS):
                 group.step()
             self._judge(group, np.full(len(self.y_held), number))
@@ -145,9 +142,7 @@ class _Race:
             low = max((other for other in before if other < number), default=before[0])
             high = min((other for other in before if other > number), default=before[-1])
             share = np.float32((number - low) / (high - low) if high > low else 0)
-            pairs = zip(self.models[low], self.models[high], strict=True)
-            models, curvature = (below + share * (above - below) for below, above in pairs)
-            self.models[number] = models, curvature
+            self.models[number] = self.models[low] + share * (self.models[high] - self.models[low])
         self._decide(numbers)
 
     def best(self) -> int:
@@ -190,7 +185,7 @@ class _Race:
 
     def _solved(self, params: Params, number: int, X: X_, y: Y_, folds: Sequence[Fold]) -> Candidate:
         tolerance = solvers.tolerance_of(sum(len(fold.train) for fold in folds) * X.shape[1] * self.loss.outputs)
-        solutions = solvers.finish(self.loss, self.Cs[number], *self.models[number], tolerance)
+        solutions = solvers.finish(self.loss, self.Cs[number], self.models[number], tolerance)
         for place, fold in enumerate(folds):
             if not solutions[place].converged:  # float32, or a gradient, is not enough to prove it
                 ((solutions[place],),) = solvers.solve(X, y, [self.Cs[number]], [mask_of(fold.train, len(y))])
@@ -200,17 +195,17 @@ class _Race:
         fitted = tuple(make_pipeline(as_logistic(solution)) for solution in solutions)
         return Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions), fitted)
 
-    def _group(self, numbers: Sequence[int], models: NDArray[Any], curvature: NDArray[Any]) -> SideBySide:
+    def _group(self, numbers: Sequence[int], models: NDArray[Any]) -> SideBySide:
         Cs = np.repeat([self.Cs[number] for number in numbers], len(self.y_held))
-        return SideBySide(self.loss, np.tile(np.arange(len(self.y_held)), len(numbers)), Cs, models, curvature)
+        return SideBySide(self.loss, np.tile(np.arange(len(self.y_held)), len(numbers)), Cs, models)
 
     def _decide(self, numbers: Sequence[int]) -> None:
         """Let these go on until each is settled or out, in this order as many side by side as there is room for."""
         together = max(1, self.room // SideBySide.room(self.loss, len(self.y_held)))
         for start in range(0, len(numbers), together):
             company = numbers[start : start + together]
-            models, curvature = (np.concatenate(parts) for parts in zip(*(self.models[n] for n in company), strict=True))
-            group, number_of = self._group(company, models, curvature), np.repeat(company, len(self.y_held))
+            group = self._group(company, np.concatenate([self.models[number] for number in company]))
+            number_of = np.repeat(company, len(self.y_held))
             while len(number_of):
                 group.step()
                 is_late = group.turns >= _MOST_TURNS or bool(group.descents.stalled.all())
@@ -226,7 +221,7 @@ class _Race:
         for number, seen in judged.items():
             standing = replace(seen, is_settled=seen.is_settled or is_late)
             problems = number_of == number
-            self.models[number] = group.weights[problems], group.curvature[problems]
+            self.models[number] = group.weights[problems]
             is_out = self._is_out(standing)
             self.standings[number] = replace(standing, is_settled=standing.is_settled and not is_out)
             if standing.is_settled or is_out:

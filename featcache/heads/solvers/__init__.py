@@ -129,12 +129,10 @@ def _turned_or_else(
     nobody = np.zeros(0, np.int64)
     with turned_folds(X, y, [(np.flatnonzero(rows), nobody) for rows in folds], standardise=terms.standardise) as evaluated:
         if evaluated is not None:
-            models, curvature = constant_models(evaluated)
+            models = constant_models(evaluated)
             lead = [C for C in _LEADS if min(Cs) > C]
             for C in [*lead, *sorted({float(C) for C in Cs})]:
-                models, curvature, turns = descend(
-                    evaluated, C, models, curvature, _LEAD_TOLERANCE if C in lead else tolerance
-                )
+                models, turns = descend(evaluated, C, models, _LEAD_TOLERANCE if C in lead else tolerance)
                 if C in lead:
                     continue
                 for of_fold, solution in zip(solutions, proven(evaluated, C, models, tolerance, turns), strict=True):
@@ -184,7 +182,7 @@ def turned_folds(
         return
     with products_on(1), ThreadPoolExecutor(cores()) as workers:
         turned = list(workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise), folds))
-        loss = TurnedLoss(turned, y, "softmax")
+        loss = TurnedLoss(turned, y)
         try:
             yield loss
         finally:
@@ -196,18 +194,18 @@ def tolerance_of(size: int) -> float:
     return TOLERANCE if size >= _LARGE else _SMALL_TOLERANCE
 
 
-def constant_models(loss: TurnedLoss) -> tuple[Rows, Floats]:
-    """Return each fold's model without weights (f, k, r + 1), and the curvature (f, k) of its losses."""
+def constant_models(loss: TurnedLoss) -> Rows:
+    """Return each fold's model without weights (f, k, r + 1)."""
     shares = np.stack([np.bincount(labels, minlength=loss.outputs) for labels in loss.targets]) / loss.counts[:, None]
     models = np.zeros((len(shares), loss.outputs, loss.width), np.float32)
     models[:, :, -1] = np.where(shares > 0, np.log(np.where(shares > 0, shares, 1)), _NEVER)
-    return models, shares * (1 - shares)
+    return models
 
 
-def descend(loss: TurnedLoss, C: float, models: Rows, curvature: Floats, tolerance: float) -> tuple[Rows, Floats, int]:
-    """Bring one C on every fold to where the gradient in float32 bounds what is left; return models, curvature and turns."""
-    group = SideBySide(loss, np.arange(len(models)), np.full(len(models), C), models, curvature)
-    models, curvature = models.copy(), curvature.copy()
+def descend(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> tuple[Rows, int]:
+    """Bring one C on every fold to where the gradient in float32 bounds what is left; return models and turns."""
+    group = SideBySide(loss, np.arange(len(models)), np.full(len(models), C), models)
+    models = models.copy()
     while len(group.fold_of):
         group.step()
         by_weights = group.slopes[:, :, :-1]
@@ -216,9 +214,8 @@ def descend(loss: TurnedLoss, C: float, models: Rows, curvature: Floats, toleran
         is_near |= group.descents.stalled | (group.turns >= _MOST_TURNS)
         if is_near.any():
             models[group.fold_of[is_near]] = group.weights[is_near]
-            curvature[group.fold_of[is_near]] = group.curvature[is_near]
             group.keep(~is_near)
-    return models, curvature, group.turns
+    return models, group.turns
 
 
 def proven(loss: TurnedLoss, C: float, models: Rows, tolerance: float, turns: int) -> list[Solution]:
@@ -229,9 +226,9 @@ def proven(loss: TurnedLoss, C: float, models: Rows, tolerance: float, turns: in
     ]
 
 
-def finish(loss: TurnedLoss, C: float, models: Rows, curvature: Floats, tolerance: float) -> list[Solution]:
+def finish(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> list[Solution]:
     """Bring one C on every fold to its optimum: float32 until the gradient bounds what is left, then float64 tells it."""
-    models, _, turns = descend(loss, C, models, curvature, tolerance)
+    models, turns = descend(loss, C, models, tolerance)
     return proven(loss, C, models, tolerance, turns)
 
 

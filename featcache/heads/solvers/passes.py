@@ -264,30 +264,26 @@ class BatchedLoss:
 
 
 class TurnedLoss:
-    """Evaluates linear models on turned folds, one product a fold.
+    """Evaluates models of classes on turned folds, one product a fold.
 
     Args:
         folds: rows of each fold, the last column ones.
-        y: classes 0..k-1 of all rows (m,), or which of k labels each has (m, k) bool.
-        loss: as of ``BatchedLoss``.
+        y: classes 0..k-1 of all rows (m,).
     """
 
-    def __init__(self, folds: "Sequence[TurnedRows]", y: NDArray[Any], loss: Loss) -> None:
-        self.folds, self.loss = folds, loss
-        self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
+    def __init__(self, folds: "Sequence[TurnedRows]", y: NDArray[Any]) -> None:
+        self.folds, self.outputs = folds, int(y.max()) + 1
         self.width = max(fold.rows.shape[1] for fold in folds)
         self.counts = np.array([len(fold.rows) for fold in folds])
         self.rows = [_padded(fold.rows, self.width) for fold in folds]
         self.held = [_padded(fold.held, self.width) for fold in folds]
-        self.spread = np.stack([np.pad(fold.spread, (0, self.width - 1 - len(fold.spread))) for fold in folds])
-        self.targets: list[NDArray[Any]] = [
-            y[fold.train] if loss == "softmax" else np.where(y[fold.train].T, 1, -1).astype(np.float32) for fold in folds
-        ]
-        # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
-        self.shares_of_C = np.array(
-            [0.5 if loss == "softmax" and len(np.unique(y[fold.train])) == 2 else 1.0 for fold in folds]
+        self.targets = [y[fold.train] for fold in folds]
+        shares = [np.bincount(labels) / len(labels) for labels in self.targets]
+        self.guessing = np.array(
+            [-len(fold.train) * xlogy(share, share).sum() for fold, share in zip(folds, shares, strict=True)]
         )
-        self.guessing = np.array([_guessing(targets, loss) for targets in self.targets])
+        # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
+        self.shares_of_C = np.array([0.5 if np.count_nonzero(share) == 2 else 1.0 for share in shares])
         parts = max(1, cores() // len(folds))
         cuts = [np.linspace(0, count, parts + 1).astype(int) for count in self.counts]
         self._tasks = [(number, slice(*pair)) for number, cut in enumerate(cuts) for pair in pairwise(cut)]
@@ -297,9 +293,9 @@ class TurnedLoss:
         """Let the threads end."""
         self._workers.shutdown()
 
-    def slopes(self, fold_of: NDArray[np.int64], weights: Rows) -> tuple[Floats, Rows, Floats]:
-        """Return losses (p,), derivatives (p, k, r + 1) and mean curvatures (p, k) of models (p, k, r + 1)."""
-        loss, slopes, curvature = np.zeros(len(weights)), np.zeros_like(weights), np.zeros(weights.shape[:2])
+    def slopes(self, fold_of: NDArray[np.int64], weights: Rows, *, bent: bool) -> tuple[Floats, Rows, Rows]:
+        """Return losses (p,), derivatives and, where asked for, the second derivatives' diagonal (p, k, r + 1) of models."""
+        loss, slopes, diagonal = np.zeros(len(weights)), np.zeros_like(weights), np.zeros_like(weights)
         index = [np.flatnonzero(fold_of == number) for number in range(len(self.folds))]
 
         def part_of(task: tuple[int, slice]) -> Any:
@@ -307,44 +303,26 @@ class TurnedLoss:
             rows, models = self.rows[fold][block], weights[index[fold]]
             outputs = (models.reshape(-1, self.width) @ rows.T).reshape(*models.shape[:2], len(rows))
             with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
-                if self.loss == "softmax":
-                    spent, _ = _softmax(outputs, self.targets[fold][block], np.ones((1, len(rows)), rows.dtype), "none")
-                else:
-                    spent, _ = _ONE_BY_ONE[self.loss](
-                        outputs, self.targets[fold][:, block], np.ones((1, 1, len(rows)), rows.dtype)
-                    )
+                spent, _ = _softmax(outputs, self.targets[fold][block], np.ones((1, len(rows)), rows.dtype), "none")
             products = (outputs.reshape(-1, len(rows)) @ rows).reshape(models.shape)
-            return spent, products, _curvature(outputs, self.loss) / self.counts[fold]
+            if not bent:
+                return spent, products, 0
+            # q of a class that is wrong, q - 1 of the right one: q (1 - q) of both, no digit cancelled
+            np.subtract(np.abs(outputs), outputs * outputs, out=outputs)
+            return spent, products, (outputs.reshape(-1, len(rows)) @ (rows * rows)).reshape(models.shape)
 
         tasks = [(fold, block) for fold, block in self._tasks if len(index[fold])]
-        for (fold, _), (spent, products, bent) in zip(tasks, self._workers.map(part_of, tasks), strict=True):
+        for (fold, _), (spent, products, squares) in zip(tasks, self._workers.map(part_of, tasks), strict=True):
             loss[index[fold]] += spent
             slopes[index[fold]] += products
-            curvature[index[fold]] += bent
-        return loss, slopes, curvature
-
-
-def _guessing(targets: NDArray[Any], loss: Loss) -> float:
-    """Return the loss of a model without weights."""
-    if loss != "softmax":
-        return float(targets.size * (np.log(2) if loss == "sigmoid" else 1))
-    counts = np.bincount(targets)
-    return float(-xlogy(counts, counts / len(targets)).sum())
+            diagonal[index[fold]] += squares
+        return loss, slopes, diagonal
 
 
 def _padded(rows: Rows, width: int) -> Rows:
     """Return affine rows with columns of zeros before the last, so that all folds have one width."""
     missing = width - rows.shape[1]
     return np.insert(rows, [rows.shape[1] - 1] * missing, 0, axis=1) if missing else rows
-
-
-def _curvature(slopes: Rows, loss: Loss) -> Floats:
-    """Return losses' second derivatives by their outputs, of their derivatives (p, k, n), summed over rows (p, k)."""
-    if loss == "squared_hinge":
-        return np.asarray(np.count_nonzero(slopes, axis=2) * 2.0)
-    # q of a class that is wrong, q - 1 of the right one: q (1 - q) of both, no digit cancelled
-    curvature: Floats = np.abs(slopes).sum(axis=2, dtype=np.float64) - np.einsum("pkn,pkn->pk", slopes, slopes)
-    return curvature
 
 
 class SideBySide:
@@ -355,14 +333,13 @@ class SideBySide:
         fold_of: the fold of each (p,).
         C: by which losses are multiplied (p,).
         weights: from where they start (p, k, r + 1).
-        curvature: mean second derivatives of their losses by each output (p, k).
     """
 
-    def __init__(self, loss: TurnedLoss, fold_of: NDArray[np.int64], C: Floats, weights: Rows, curvature: Floats) -> None:
-        self.loss, self.fold_of, self.curvature = loss, fold_of, curvature
+    def __init__(self, loss: TurnedLoss, fold_of: NDArray[np.int64], C: Floats, weights: Rows) -> None:
+        self.loss, self.fold_of = loss, fold_of
         self.C = C * loss.shares_of_C[fold_of]
-        self._stretch = self._stretches()
-        self.descents = newton.Descents((weights / self._stretch).reshape(len(weights), -1))
+        self._diagonal, self._stretch = np.zeros_like(weights), np.ones_like(weights)
+        self.descents = newton.Descents(weights.reshape(len(weights), -1))
         self.turns = 0
 
     @staticmethod
@@ -396,37 +373,36 @@ class SideBySide:
         """Evaluate every problem once."""
         if self.turns and self.turns % _REFRESH == 0:
             self._restretch()
+        bent = self.turns == 0 or (self.turns + 1) % _REFRESH == 0
         trials = self.descents.trials.reshape(self._stretch.shape) * self._stretch
-        spent, slopes, curvature = self.loss.slopes(self.fold_of, trials)
-        if self.turns == 0:  # where it starts nothing has been measured yet
-            self.curvature = curvature
+        spent, slopes, diagonal = self.loss.slopes(self.fold_of, trials, bent=bent)
+        if self.turns == 0:  # before it goes anywhere
+            self._diagonal = diagonal
             self._restretch()
-        slopes *= self.C[:, None, None].astype(slopes.dtype)
+        C = self.C[:, None, None].astype(slopes.dtype)
         inside = trials[:, :, :-1]
+        slopes *= C
         slopes[:, :, :-1] += inside
         values = self.C * spent + np.einsum("pkr,pkr->p", inside, inside, dtype=np.float64) / 2
         slopes *= self._stretch
         self.descents.tell(values, slopes.reshape(len(slopes), -1))
-        is_lower = (self.descents.values == values)[:, None]
-        self.curvature = np.where(is_lower, curvature, self.curvature)
+        if bent:
+            is_lower = self.descents.values == values
+            self._diagonal[is_lower] = diagonal[is_lower]
         self.turns += 1
-
-    def _restretch(self) -> None:
-        before, self._stretch = self._stretch, self._stretches()
-        self.descents.rescale((before / self._stretch).reshape(len(before), -1))
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
         """Leave the other problems where they are."""
         self.descents.keep(is_open)
-        self.fold_of, self.C, self.curvature = self.fold_of[is_open], self.C[is_open], self.curvature[is_open]
-        self._stretch = self._stretch[is_open]
+        self.fold_of, self.C = self.fold_of[is_open], self.C[is_open]
+        self._diagonal, self._stretch = self._diagonal[is_open], self._stretch[is_open]
 
-    def _stretches(self) -> Rows:
-        """Return one over the roots of the second derivatives' diagonal (p, k, r + 1)."""
-        weight = (self.C * self.loss.counts[self.fold_of])[:, None] * self.curvature
-        inside = 1 / np.sqrt(weight[:, :, None] * self.loss.spread[self.fold_of][:, None] + 1)
-        by_intercept = 1 / np.sqrt(np.maximum(weight, _STEADY))
-        return np.concatenate([inside, by_intercept[:, :, None]], axis=2).astype(np.float32)
+    def _restretch(self) -> None:
+        """Take one over the roots of the second derivatives' diagonal as the coordinates' unit."""
+        squares = self._diagonal * self.C[:, None, None].astype(self._diagonal.dtype)
+        squares[:, :, :-1] += 1
+        before, self._stretch = self._stretch, 1 / np.sqrt(np.maximum(squares, _STEADY))
+        self.descents.rescale((before / self._stretch).reshape(len(before), -1))
 
 
 def _products(weights: Rows, rows: Rows) -> Rows:

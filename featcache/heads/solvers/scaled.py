@@ -265,7 +265,6 @@ class TurnedRows:
             self._axes = self._found_axes()
             self.rows = self._turned(train)
         self.held = self._turned(val)
-        self.spread = np.einsum("ij,ij->j", self.rows[:, :-1], self.rows[:, :-1]) / len(train)  # (r,)
 
     def standardised(self, block: slice) -> Rows:
         """Return rows that train (b, d) as the model sees them: in float32 if they are that, else in float64."""
