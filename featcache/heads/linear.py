@@ -37,6 +37,7 @@ _LOOK, _NEAR, _SETTLED = (
 )  # left of what a C has gained: to be looked at; settled if no row is in doubt; settled
 _DOUBT, _LOSS_DOUBT = 3.0, 10.0  # next steps
 _LOSS_SETTLED = 3e-3
+_ROW_LEFT = 1e-5  # above which a row may always be in doubt
 _BY_LEFT = 0.5  # of all rows held out, by the root of what is left; and one row more
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
 _FIRST_LOOK, _EVERY = 2, 3  # turns
@@ -254,6 +255,7 @@ class _Race:
             left = float(group.left[of].max())
             around = self.count * _BY_LEFT * left**0.5 + 1 if left <= _LOOK else np.inf
             is_settled = left < _NEAR and surely == perhaps and doubt < _LOSS_SETTLED * log_loss
+            perhaps = max(perhaps, right + (left > _ROW_LEFT))
             least, most = max(surely, right - around), min(perhaps, right + around)
             standings[number] = _Standing(int(right), least, most, log_loss, doubt, is_settled or left < _SETTLED)
         return standings
