@@ -40,6 +40,7 @@ _LOSS_SETTLED = 3e-3
 _ROW_LEFT = 1e-5  # above which a row may always be in doubt
 _BY_LEFT = 0.5  # of all rows held out, by the root of what is left; and one row more
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
+_MOST_LOSS = -np.log(np.finfo(np.float64).eps)  # of a row, as scores count it: of a class that no row trains
 _FIRST_LOOK, _EVERY = 2, 3  # turns
 _ROOM = 4_000_000  # numbers that descents side by side may take, and no fewer than the features
 
@@ -244,7 +245,7 @@ class _Race:
         pairs = np.stack([group.weights, group.moves], axis=1)
         for fold, y_true in enumerate(self.y_held):
             index = np.flatnonzero(group.fold_of == fold)
-            if len(index):
+            if len(index) and len(y_true):
                 outputs = pairs[index].reshape(-1, pairs.shape[3]) @ self.loss.held[fold].T
                 scores, shifts = np.moveaxis(outputs.reshape(len(index), 2, self.loss.outputs, -1), 1, 0)
                 seen[:, index] = _seen(scores, shifts, y_true)
@@ -273,6 +274,7 @@ def _seen(scores: NDArray[Any], shifts: NDArray[Any], y_true: Y_) -> NDArray[np.
     for outputs, of_right in ((scores, of_true), (scores + shifts, of_true + shift_of_true)):
         highest = outputs.max(axis=1)
         spent = np.log(np.exp(outputs - highest[:, None]).sum(axis=1)) + highest - of_right
+        spent = np.minimum(spent, _MOST_LOSS)
         losses.append(spent.sum(axis=1, dtype=np.float64))
     reach = shifts.max(axis=1) - shifts.min(axis=1)
     reach = _DOUBT * np.maximum(reach, np.sqrt(np.mean(reach**2, axis=1, keepdims=True)))
