@@ -17,6 +17,7 @@ from featcache.experiments.experiment import Experiment
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.heads import baselines as heads_baselines
 from featcache.heads import bundle
 from featcache.reports.records import read_records
 from featcache.specs import BackboneSpec
@@ -102,6 +103,25 @@ def told_and_loaded(*arguments: str, cwd: Path) -> tuple[dict[str, Any], set[str
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
     told, loaded = ended.stdout.strip().splitlines()
     return json.loads(told), set(loaded.split())
+
+
+def test_baselines_are_trained_once_for_all_heads(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another head is compared with what lies in the file: the same figures, and nothing is trained for it again."""
+    real, trained = heads_baselines.baselines, []
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        trained.append(arguments[1])
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(heads_baselines, "baselines", noted)
+    cache = FeatureCache(open_dataset(folder), tiny, settings)
+
+    first, second = (run_fit(cache, FitPlan((name,))) for name in ("knn", "ridge"))
+
+    assert len(trained) == 1
+    assert first.summary["controls"] == second.summary["controls"]
 
 
 def test_a_damaged_head_is_fitted_again(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:

@@ -415,7 +415,8 @@ class _Fitting:
         if note is None or best.record.cell not in note["warnings"]:
             if not in_memory(self.entry.store):
                 return []
-            results, warning = self._compare(best)
+            stored = [Baseline.read(self.task.kind, told) for told in note["results"]] if note else []
+            results, warning = self._compare(best, stored)
             warnings = (note["warnings"] if note else {}) | {best.record.cell: warning}
             note = {"results": [result.stored for result in results], "warnings": warnings}
             replace_file(
@@ -425,15 +426,15 @@ class _Fitting:
             logger.warning(warning)
         return [Baseline.read(self.task.kind, stored) for stored in note["results"]]
 
-    def _compare(self, best: HeadResult) -> tuple[list[Baseline], str]:
-        """Train the baselines, and say whether one does as well as a head."""
+    def _compare(self, best: HeadResult, results: list[Baseline]) -> tuple[list[Baseline], str]:
+        """Train the baselines, unless they were before for another head, and say whether one does as well as this one."""
         from featcache.heads.baselines import baselines, best_on_validation, warning_of
 
         keep, common, take = aligned(self.task, self.cache.thumbnails(SIDE).store)
         if left_out := len(self.task.features.y) - len(keep):
             logger.warning("baselines: %d images have no thumbnail, they are compared on the others", left_out)
         shared = restricted(self.split, keep)
-        results = baselines(take(np.arange(len(keep))), common.y, shared, self.seed)
+        results = results or baselines(take(np.arange(len(keep))), common.y, shared, self.seed)
         strongest = best_on_validation(results)
         return results, warning_of(strongest, best.fitted, best.record.method, shared, keep, self.split)
 
