@@ -18,7 +18,7 @@ from sklearn.svm import LinearSVC
 from featcache.evaluation.splits import Fold
 from featcache.evaluation.tasks import evaluate
 from featcache.heads import solvers
-from featcache.heads.linear import LOGISTIC, race_logistic
+from featcache.heads.linear import LOGISTIC, _Race, race_logistic
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.passes import SideBySide
 from featcache.heads.solvers.scaled import solve_ridge
@@ -367,6 +367,22 @@ def test_a_race_holds_classes_that_a_fold_does_not_train() -> None:
     assert raced is not None
     assert raced.candidate.params == min(attempts, key=lambda one: evaluate(truth, one.answers).rank).params
     assert not raced.candidate.answers[:20, 3].any()
+
+
+def test_a_race_in_which_none_is_settled_has_a_winner() -> None:
+    """Where every C was out by what another might still be, the best of them are solved to their end all the same."""
+    X, y, folds = random_race(0)
+    grid = [{"C": float(C)} for C in np.logspace(-2, 1, 4)]
+    with solvers.turned_folds(X, y, [(fold.train, fold.val) for fold in folds]) as loss:
+        assert loss is not None
+        race = _Race(loss, y, folds, [params["C"] for params in grid], 1)
+        race.along(range(4))
+        race.standings = {number: replace(each, is_settled=False) for number, each in race.standings.items()}
+        raced = race.won(grid, X, y, folds)
+
+    assert raced is not None
+    assert raced.candidate.converged
+    assert raced.candidate.params in grid
 
 
 def test_a_problem_that_leaves_changes_no_other() -> None:

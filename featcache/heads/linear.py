@@ -164,7 +164,12 @@ class _Race:
         tried, y_true = len(self.standings), np.concatenate(self.y_held)
         while self.standings:
             best = self.best()
-            rivals = [number for number in self.standings if number not in ended and self._is_rival(number, best)]
+            # The best itself too: where each was out by what another might be, none is settled.
+            rivals = [
+                number
+                for number in self.standings
+                if number not in ended and (number == best or self._is_rival(number, best))
+            ]
             if not rivals:
                 return Raced(ended[best], tried, tried - len(self.standings))
             number = min(rivals, key=self._order)
