@@ -70,7 +70,7 @@ class Candidate:
     solutions: tuple[Pipeline, ...] = ()
 
 
-_MANY_ROWS = 2000  # of fewer, threads wait for one another longer than a tree takes
+_MANY_ROWS = 5000  # of fewer, threads wait for one another longer than a tree takes
 Sweep = Callable[[Sequence[Params], Any, Any, "Sequence[Fold]", int], Iterator[Candidate]]
 Fit = Callable[[Params, Any, Any, int], tuple[Any, bool]]
 
