@@ -323,7 +323,7 @@ def test_nothing_is_fetched_where_that_is_forbidden(
 
 def test_a_toy_is_called_one_once(run: Callable[..., Outcome], folder: Path) -> None:
     """Whoever takes `mini` for images of their own is told of a real backbone, when it computes and not again."""
-    cuts = ("--cut", "pooled", "--cut", "layer4", "--cut", "input")
+    cuts = ("--cut", "pooled", "--cut", "layer3", "--cut", "input")
     told = [run("extract", folder, "-b", "mini", *cuts).err.count("mini is a toy") for _ in range(2)]
 
     assert told == [1, 0]
