@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.backbones import origins
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError
-from featcache.evaluation.metrics import Gap, decode_correct, gap
+from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
@@ -127,9 +127,8 @@ def run_finetune(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | 
     before = find_finished(inputs, plan, plan.unfreeze.text, records)
     if inputs.all_agree(before is not None) and before is not None:
         return _reported_again([before], inputs)[0]
-    trainable = inputs.trainable(plan)
-    inputs.extract([trainable], plan)
-    result = FineTuneJob(inputs, plan, trainable).run(records)
+    (rows,) = inputs.prepare([plan])
+    result = FineTuneJob(inputs, plan, rows).run(records)
     if result.unfinished is not None:
         result.unfinished.clear()
     return result
@@ -147,12 +146,10 @@ def run_sweep(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | Non
     before = _find_finished_sweep(inputs, plans, records)
     if inputs.all_agree(bool(before)) and before:
         return SweepResult(_reported_again(before, inputs))
-    trainables = [inputs.trainable(depth) for depth in plans]
-    inputs.extract(trainables, plan)
     results: list[FineTuneResult] = []
     gained: FineTuneResult | None = None
-    for depth, trainable in zip(plans, trainables, strict=True):
-        results.append(FineTuneJob(inputs, _after(depth, gained), trainable, gained).run(records))
+    for depth, rows in zip(plans, inputs.prepare(plans), strict=True):
+        results.append(FineTuneJob(inputs, _after(depth, gained), rows, gained).run(records))
         gained = results[-1] if results[-1].gained else gained
     for result in results:  # not before: a sweep that is killed finds the depths that it has trained
         if result.unfinished is not None:
@@ -172,17 +169,12 @@ def _method_after(plan: FineTunePlan, gained: FineTuneResult | None) -> str:
 
 @dataclass(frozen=True)
 class FineTuneJob:
-    """One fine-tuning: what it stands on, what trains and how, and the shallower one that it goes on from."""
+    """One fine-tuning: what it stands on, how and on what it trains, and the shallower one that it goes on from."""
 
     inputs: FineTuneInputs
     plan: FineTunePlan
-    trainable: "Trainable"
+    rows: StoredRows
     after: FineTuneResult | None = None
-
-    @cached_property
-    def rows(self) -> StoredRows:
-        """What is trained on."""
-        return self.inputs.rows(self.trainable.cut, self.plan.views)
 
     @cached_property
     def experiment(self) -> Experiment:
@@ -226,7 +218,7 @@ class FineTuneJob:
         from featcache.finetuning.finetuner import Finetuner, Start, TrainingSet
 
         inputs, rows = self.inputs, self.rows
-        start = Start(*inputs.linear_probes)
+        start = Start(*rows.start)
         if self.after is not None and self.after.tuned is not None:
             shallower = self.after.tuned
             backbone.module.load_state_dict(shallower.from_train.weights)
@@ -234,7 +226,7 @@ class FineTuneJob:
         data = TrainingSet(rows.entry.cut, rows.take, rows.task.features.y, rows.split)
         return Finetuner(
             backbone,
-            self.trainable,
+            rows.trainable,
             self.plan,
             data,
             start,
@@ -247,7 +239,7 @@ class FineTuneJob:
         """Return the record, with the gap to the best probe and what is to be said of it."""
         outcome = Outcome(
             self.rows.split,
-            params=_params(tuned, self.trainable),
+            params=_params(tuned, self.rows.trainable),
             val=tuned.history[tuned.best].val,
             test=tuned.tested.scores,
             right=tuned.tested.right,
@@ -257,8 +249,7 @@ class FineTuneJob:
         )
         record = self.experiment.record(self.rows.entry, self.checkpoint, outcome)
         if tuned.best > 0:
-            correct = decode_correct(self.inputs.best_probe.right)[self.rows.tested]
-            between = gap(tuned.tested.right, correct, groups=self.rows.split.test_groups)
+            between = gap(tuned.tested.right, self.rows.correct, groups=self.rows.split.test_groups)
             record = replace(record, gap=asdict(between))
         remarks = _remarks(tuned, record, self.plan)
         for note in remarks:
@@ -272,7 +263,7 @@ class FineTuneJob:
     def _probe(self) -> dict[str, Any]:
         from featcache.experiments.fit import PROBE
 
-        best = self.inputs.best_probe
+        best = self.rows.probe
         return {
             "head": best.method,
             "of": [job.record.method for job in self.inputs.fitted],

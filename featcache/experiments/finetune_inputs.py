@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from featcache.datasets.base import require_one_label
 from featcache.display import logger
 from featcache.errors import CutError, StorageError, UsageError
+from featcache.evaluation.metrics import decode_correct
 from featcache.evaluation.splits import Split, restricted
 from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
@@ -33,22 +34,28 @@ _USABLE = 0.9  # of a disk's free room: parts are written beside what they repla
 
 @dataclass(frozen=True)
 class StoredRows:
-    """The rows that one fine-tuning trains on.
+    """The rows that one fine-tuning trains on, and what it starts from and is compared with.
 
     Attributes:
+        trainable: what trains.
         entry: at the cut.
         task: the images that have both an embedding and a row there.
         split: of these images.
         take: gives their rows by positions, view after view.
-        tested: which of the probes' test images (t,) are among them.
-        notes: what is to be said of them.
+        start: the linear probe fitted on train alone, and the one refitted on train and val.
+        probe: the record of the best probe.
+        correct: which of the test images (t,) the best probe has right.
+        notes: what is to be said of the rows.
     """
 
+    trainable: "Trainable"
     entry: Extracted
     task: Task
     split: Split
     take: "Take"
-    tested: NDArray[np.bool_]
+    start: "tuple[LinearHead, LinearHead]"
+    probe: "RunRecord"
+    correct: NDArray[np.bool_]
     notes: tuple[str, ...]
 
 
@@ -75,7 +82,6 @@ class FineTuneInputs:
         for name in self.probes:
             require_head(name)
         require_one_label(self.cache.dataset)
-        self._entries: dict[str, tuple[Extracted, tuple[str, ...]]] = {}
 
     @cached_property
     def processes(self) -> "ProcessGroup":
@@ -90,19 +96,19 @@ class FineTuneInputs:
             return each
         return self.processes.agrees(each)
 
-    def trainable(self, plan: FineTunePlan) -> "Trainable":
-        """Return what trains."""
+    def prepare(self, plans: Sequence[FineTunePlan]) -> list[StoredRows]:
+        """Return each plan's rows; plans differ in what trains, and all that they and the probe need comes of one pass."""
         from featcache.finetuning.unfreezing import select_trainable
 
-        return select_trainable(self.cache.backbone.stages, plan.unfreeze, self.cache.backbone.module)
-
-    def extract(self, depths: Sequence["Trainable"], plan: FineTunePlan) -> None:
-        """Extract at some boundaries and for the probe, in one pass; at the input where that cannot be or takes too much."""
+        backbone = self.cache.backbone
+        trainables = [select_trainable(backbone.stages, plan.unfreeze, backbone.module) for plan in plans]
         with self.processes.one_first():
-            self._extract([trainable.cut for trainable in depths], plan)
+            entries = self._extract([trainable.cut for trainable in trainables], plans[0])
             _ = self.fitted
+        return [self._rows(trainable, *entries[trainable.cut], plans[0].views) for trainable in trainables]
 
-    def _extract(self, boundaries: Sequence[str], plan: FineTunePlan) -> None:
+    def _extract(self, boundaries: Sequence[str], plan: FineTunePlan) -> dict[str, tuple[Extracted, tuple[str, ...]]]:
+        """Extract at some boundaries; at the input where that cannot be or takes too much."""
         places = {cut: self._where(cut, plan) for cut in boundaries}
         affordable = self._within_budget(list(dict.fromkeys(cut for cut, _ in places.values())), plan)
         for boundary, (cut, notes) in places.items():
@@ -117,13 +123,12 @@ class FineTuneInputs:
         else:  # the probes' embeddings are of the plain image: a pass of its own, of one view
             entries = self.cache.features(outputs, Views(plan.views))
         at = dict(zip(cuts, entries, strict=True))
-        self._entries = {boundary: (at[cut], notes) for boundary, (cut, notes) in places.items()}
+        return {boundary: (at[cut], notes) for boundary, (cut, notes) in places.items()}
 
-    def rows(self, cut: str, views: int) -> StoredRows:
-        """Return the rows that stand for a boundary, of the images that have embeddings too."""
+    def _rows(self, trainable: "Trainable", entry: Extracted, notes: tuple[str, ...], views: int) -> StoredRows:
+        """Return the rows that an entry has of the images that have embeddings too."""
         from featcache.experiments.experiment import aligned
 
-        entry, notes = self._entries[cut]
         keep, task, take = aligned(self.task, entry.store)
         split = restricted(self.split, keep)
         if missing := len(self.features.y) - len(keep):  # such as one that overflows float16 there
@@ -131,13 +136,15 @@ class FineTuneInputs:
             note = f"{missing} images have no activations at {entry.cut} and are left out, {untested} of them test images"
             notes = (*notes, note)
             logger.warning(note)
-        tested = np.isin(self.split.test, keep)
+        probe = self.best_probe
+        correct = decode_correct(probe.right)[np.isin(self.split.test, keep)]
 
         def take_views(index: NDArray[np.int64]) -> NDArray[Any]:
             stored: NDArray[Any] = take(index // views)[np.arange(len(index)), index % views]
             return stored
 
-        return StoredRows(entry, task, split, take if views == 1 else take_views, tested, notes)
+        chosen = take if views == 1 else take_views
+        return StoredRows(trainable, entry, task, split, chosen, self.linear_probes, probe, correct, notes)
 
     @cached_property
     def head_names(self) -> tuple[str, ...]:
