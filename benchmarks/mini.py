@@ -48,7 +48,7 @@ def raw_pixels(folder: Path, settings: Settings) -> str:
         features.splits,
         features.sha256,
     )
-    tested = fit(Task.of(flat), make_split(flat.y, flat.splits, flat.classes, contents=flat.sha256), "logistic").tested
+    tested = fit(Task(flat), make_split(flat.y, flat.splits, flat.classes, contents=flat.sha256), "logistic").tested
     return cell(tested.scores.accuracy, tested.scores.accuracy_ci)
 
 

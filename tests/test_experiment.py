@@ -45,7 +45,7 @@ def test_keys_of_before_stay(cache: FeatureCache) -> None:
 
     def tuned(unfreeze: str, seed: int, group: str | None = None, epochs: int = 10) -> str:
         plan = FineTunePlan(Unfreeze.parse(unfreeze), epochs=epochs)
-        return Experiment(cache, Task.of(features, group=group), unfreeze, plan, seed).key[:16]
+        return Experiment(cache, Task(features, group=group), unfreeze, plan, seed).key[:16]
 
     keys = {
         "logistic": head("logistic", FitPlan()),

@@ -51,7 +51,7 @@ def test_every_head_learns(name: str, classes: int) -> None:
     """Each head beats chance by far, within its interval."""
     features = blobs(classes)
 
-    fitted = fit(Task.of(features), split_of(features), name)
+    fitted = fit(Task(features), split_of(features), name)
 
     scores = fitted.tested.scores
     assert scores.accuracy > 1 / classes + 0.2
@@ -151,7 +151,7 @@ def test_a_constant_feature_harms_nothing() -> None:
     features = blobs(3)
     features.X[:, 2] = 7
 
-    assert fit(Task.of(features), split_of(features), "logistic").tested.scores.accuracy > 0.7
+    assert fit(Task(features), split_of(features), "logistic").tested.scores.accuracy > 0.7
 
 
 def test_a_search_in_which_nothing_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_a_search_in_which_nothing_ends_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(nonlinear, "_MOST_EPOCHS", 2)
 
     with pytest.raises(DataError, match=r"`heads` mlp: none of 2 candidates reached its optimum.*`grid`"):
-        fit(Task.of(features), split_of(features), "mlp")
+        fit(Task(features), split_of(features), "mlp")
     with pytest.raises(DataError, match=r"`heads` mlp: the fit with alpha=1 on 120 rows did not reach its optimum"):
         search.train("mlp", {"alpha": 1.0}, features.X, features.y, 0)
 
@@ -184,7 +184,7 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
     limit = sorted({params["C"] for params in search.HEADS[name].grid(90)})[2]
     _never_beyond(limit, monkeypatch)
 
-    fitted = fit(Task.of(features), split, name)
+    fitted = fit(Task(features), split, name)
 
     assert fitted.params["C"] <= limit
     assert any("did not reach their optimum and are left out" in note for note in fitted.notes)
@@ -195,7 +195,7 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
         search.train(name, search.HEADS[name].grid(90)[0], features.X, features.y, 0)
     if name == "logistic":
         with pytest.raises(DataError, match="logistic"):
-            learning_curve(Embeddings.of(Task.of(features), 1), split, name, [1.0])
+            learning_curve(Embeddings.of(Task(features), 1), split, name, [1.0])
 
 
 def test_labels_short_of_their_optimum_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_trees_do_not_converge_and_nothing_is_said() -> None:
     """They are as many as asked: nothing stopped early."""
     features = blobs(3)
 
-    assert not fit(Task.of(features), split_of(features), "boosting").notes
+    assert not fit(Task(features), split_of(features), "boosting").notes
 
 
 @pytest.mark.parametrize("name", list(search.HEADS))
@@ -294,7 +294,7 @@ def test_one_miss_does_not_make_neighbours_doubt_everything() -> None:
     features = blobs(3, count=500, spread=0.5)
     features.y[::25] = (features.y[::25] + 1) % 3
 
-    fitted = fit(Task.of(features), split_of(features), "knn", grid=[{"k": 5}])
+    fitted = fit(Task(features), split_of(features), "knn", grid=[{"k": 5}])
 
     scores = fitted.tested.scores
     assert fitted.temperature is not None
@@ -310,16 +310,16 @@ def test_an_ensemble_averages_its_members() -> None:
     """Its probabilities are the mean of those of the heads that it names, and it is a plain scikit-learn estimator."""
     features = blobs(3)
     split = split_of(features)
-    members = [fit(Task.of(features), split, name) for name in ("knn", "logistic", "lda")]
+    members = [fit(Task(features), split, name) for name in ("knn", "logistic", "lda")]
 
-    joined = ensemble(Task.of(features), split, members)
+    joined = ensemble(Task(features), split, members)
 
     named = [member for member in members if member.name in joined.params["members"]]
     expected = np.mean([member.estimator.predict_proba(features.X) for member in named], axis=0)
     np.testing.assert_allclose(joined.estimator.predict_proba(features.X), expected, atol=1e-6)
     assert joined.tested.scores.accuracy > 0.7
     with pytest.raises(UsageError, match="ensemble"):
-        ensemble(Task.of(features), split, [fit(Task.of(features), split, "ridge")])
+        ensemble(Task(features), split, [fit(Task(features), split, "ridge")])
 
 
 def test_heads_run_the_cheapest_first() -> None:
@@ -333,7 +333,7 @@ def test_calibration_is_judged_after_scaling_too() -> None:
     """The temperature comes from validation and leaves the answers' order alone."""
     features = blobs(3, spread=3)
 
-    scores = fit(Task.of(features), split_of(features), "logistic").tested.scores
+    scores = fit(Task(features), split_of(features), "logistic").tested.scores
 
     assert scores.temperature is not None
     assert scores.ece_scaled is not None
@@ -365,8 +365,8 @@ def test_more_images_help() -> None:
     features = blobs(3, count=100, width=20, spread=3)
     split = split_of(features)
 
-    shots = shot_curve(Embeddings.of(Task.of(features), 1), split, "logistic", [1, 4, 16], repeats=3)
-    shares = learning_curve(Embeddings.of(Task.of(features), 1), split, "logistic", [0.05, 0.3, 1.0], repeats=3)
+    shots = shot_curve(Embeddings.of(Task(features), 1), split, "logistic", [1, 4, 16], repeats=3)
+    shares = learning_curve(Embeddings.of(Task(features), 1), split, "logistic", [0.05, 0.3, 1.0], repeats=3)
 
     for curve in (shots, shares):
         assert curve.points[-1].mean > curve.points[0].mean
@@ -380,12 +380,12 @@ def test_what_cannot_be_fitted() -> None:
     """Unknown heads and activation maps are refused."""
     features = blobs(2)
     with pytest.raises(UsageError, match="`heads` forest: choose from centroid"):
-        fit(Task.of(features), split_of(features), "forest")
+        fit(Task(features), split_of(features), "forest")
     maps = Features(
         np.zeros((80, 2, 2), np.float32), features.y, features.classes, features.paths, features.splits, features.sha256
     )
     with pytest.raises(DataError, match="pooled"):
-        fit(Task.of(maps), split_of(features), "ridge")
+        fit(Task(maps), split_of(features), "ridge")
 
 
 def test_views_train_and_are_averaged() -> None:
@@ -396,7 +396,7 @@ def test_views_train_and_are_averaged() -> None:
     split = split_of(features)
 
     for name in ("logistic", "ridge"):
-        fitted = fit(Task.of(replace(features, X=several)), split, name, views=4)
+        fitted = fit(Task(replace(features, X=several)), split, name, views=4)
         answers = [base.answers(fitted.estimator, several[split.test, view], 3) for view in range(4)]
         pooled = search.over_views(np.stack(answers, axis=1).reshape(-1, *answers[0].shape[1:]), 4)
         np.testing.assert_array_equal(pooled.argmax(1) if pooled.ndim == 2 else pooled, fitted.tested.predicted)
@@ -410,7 +410,7 @@ def test_features_that_do_not_matter_are_left_out() -> None:
     features = blobs(3, count=60, width=6)
     noise = np.random.default_rng(0).normal(0, 1, (len(features.y), 94)).astype(np.float32)
 
-    fitted = fit(Task.of(replace(features, X=np.concatenate([features.X, noise], axis=1))), split_of(features), "selected")
+    fitted = fit(Task(replace(features, X=np.concatenate([features.X, noise], axis=1))), split_of(features), "selected")
 
     used = np.flatnonzero(np.abs(fitted.estimator[-1].coef_).sum(axis=0))
     assert len(used) == round(fitted.params["share"] * 100)

@@ -148,7 +148,7 @@ def test_a_card_has_that_text(
     bench = FeatureCache(open_dataset(_shards(folder)), tiny, settings)
 
     entry = bench.extracted()
-    experiment = Experiment(bench, Task.of(entry.store.labelled()), "logistic", {}, 0)
+    experiment = Experiment(bench, Task(entry.store.labelled()), "logistic", {}, 0)
     assert experiment.card(entry)["data"] == f"wds:{tmp_path}/set-{{0..1}}.tar"
 
 

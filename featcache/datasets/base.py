@@ -315,18 +315,6 @@ def require_whole(items: Iterable[Sample], where: str) -> None:
         raise DataError(f"{where}: some rows have a split and some have none: fill in all of them, or none.")
 
 
-def require_one_label(dataset: Dataset) -> None:
-    """Refuse a data set whose labels are lists where one class an image is needed.
-
-    Raises:
-        DataError: they are.
-    """
-    if dataset.label_lists:
-        raise DataError(
-            f"{dataset.location}: its labels are lists; only fit with `target='labels'` trains on several an image."
-        )
-
-
 def location_hash(location: str) -> str:
     """Return six digits that tell two data sets of one name apart."""
     return fingerprint(location)[:6]

@@ -29,6 +29,7 @@ from featcache.evaluation.splits import Index, Split, items_hash, make_free_spli
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from featcache.datasets.base import Dataset
     from featcache.store.rows import Features
 
 Kind = Literal["label", "labels", "number"]
@@ -65,14 +66,18 @@ def scores_from(kind: Kind, facts: "Mapping[str, Any]") -> AnyScores:
     return kinds[kind](**fields)
 
 
-def require_kind(labels: "Sequence[str]", kind: Kind) -> None:
+def require_kind(dataset: "Dataset", kind: Kind) -> None:
     """Refuse a data set whose labels are not what is to be told, before anything is computed for it.
 
     Raises:
-        DataError: a label is no number, or there is only one label.
+        DataError: labels are lists where one an image is needed, a label is no number, or there is only one label.
     """
+    if dataset.label_lists and kind != "labels":
+        raise DataError(
+            f"{dataset.location}: its labels are lists; only fit with `target='labels'` trains on several an image."
+        )
     if kind != "label":
-        _ = _label_sets(labels) if kind == "labels" else _numbers(labels)
+        _ = _label_sets(dataset.table.labels) if kind == "labels" else _numbers(dataset.table.labels)
 
 
 @dataclass(frozen=True)
@@ -91,18 +96,6 @@ class Task:
     groups: "Sequence[str] | None" = None
     group: str | None = None
     parent: "Task | None" = field(default=None, repr=False)
-
-    @classmethod
-    def of(
-        cls, features: "Features", kind: Kind = "label", groups: "Sequence[str] | None" = None, group: str | None = None
-    ) -> "Task":
-        """Return the task of a data set's images.
-
-        Raises:
-            DataError: their labels are none of this kind.
-        """
-        require_kind(features.classes, kind)
-        return cls(features, kind, groups, group)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -128,7 +121,8 @@ class Task:
         """Return which images train, choose and are tested: as they are given, else drawn."""
         features = self.features
         if self.kind != "label":
-            return make_free_split(len(features.y), features.splits, seed, self.groups, features.sha256, folds)
+            # of `y`, which is read here: where some images are unreadable, the labels of the others may be too few
+            return make_free_split(len(self.y), features.splits, seed, self.groups, features.sha256, folds)
         return make_split(
             features.y,
             features.splits,

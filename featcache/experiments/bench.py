@@ -308,7 +308,7 @@ class _Runner:
         cut = cut_of_layers(backbone.layers) if backbone.layers else POOLED
         entry = bench.extracted(cut, views=Views(backbone.views))
         self.computed_images += entry.report.computed
-        task = Task.of(entry.store.labelled(), group=data.group)
+        task = Task(entry.store.labelled(), group=data.group)
         plan = FitPlan(layers=backbone.layers, views=backbone.views, folds=data.folds, group=data.group, baselines=False)
         for head in self._fitting(in_memory(entry.store)):
             fitting = replace(plan, heads=_with_members(head, self.grid.heads))
@@ -321,7 +321,7 @@ class _Runner:
     def _run_plans(self, bench: FeatureCache, data: DataEntry, ledger: Ledger) -> None:
         entry = bench.extracted()
         self.computed_images += entry.report.computed
-        task = Task.of(entry.store.labelled(), group=data.group)
+        task = Task(entry.store.labelled(), group=data.group)
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
                 cell = Experiment(bench, task, plan.unfreeze.text, plan, seed).key

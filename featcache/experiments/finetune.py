@@ -339,7 +339,7 @@ def find_finished(inputs: FineTuneInputs, plan: FineTunePlan, method: str, recor
     if inputs.group is not None:  # the key names the column, not its values: who belongs together may be another now
         return None
     # without the embeddings themselves: they are no part of the key
-    task = Task.of(inputs.cache.extracted().store.labelled())
+    task = Task(inputs.cache.extracted().store.labelled())
     key = Experiment(inputs.cache, task, method, plan, inputs.seed).key
     for record in reversed(alike):
         # the heads that it was compared with are no part of the experiment's name

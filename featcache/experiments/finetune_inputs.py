@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.base import require_one_label
 from featcache.display import logger
 from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation.metrics import decode_correct
 from featcache.evaluation.splits import Split, restricted
-from featcache.evaluation.tasks import Task
+from featcache.evaluation.tasks import Task, require_kind
 from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
 from featcache.finetuning.plan import FineTunePlan
 from featcache.heads import STREAMING, require_head
@@ -81,7 +80,7 @@ class FineTuneInputs:
         """Refuse what cannot be compared, before anything is computed."""
         for name in self.probes:
             require_head(name)
-        require_one_label(self.cache.dataset)
+        require_kind(self.cache.dataset, "label")
 
     @cached_property
     def processes(self) -> "ProcessGroup":
@@ -184,7 +183,7 @@ class FineTuneInputs:
         """The images that have embeddings, with their classes."""
         from featcache.experiments.experiment import groups_of
 
-        return Task.of(self.features, "label", groups_of(self.cache, self.features, self.group), self.group)
+        return Task(self.features, "label", groups_of(self.cache, self.features, self.group), self.group)
 
     @cached_property
     def split(self) -> Split:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.base import require_one_label
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import confusion, per_class
@@ -279,14 +278,12 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     names = plan.names()
-    if plan.target != "labels":
-        require_one_label(cache.dataset)
-    require_kind(cache.dataset.table.labels, plan.target)
+    require_kind(cache.dataset, plan.target)
     output = Output(cut_of_layers(plan.layers) if plan.layers else POOLED)
     (entry,) = cache.features([output], Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
     features = entry.store.labelled()
-    task = Task.of(features, plan.target, groups_of(cache, features, plan.group), plan.group)
+    task = Task(features, plan.target, groups_of(cache, features, plan.group), plan.group)
     split = task.split(seed, plan.folds)
     for shots in plan.shots:
         few_shot(split, features.y, shots, seed, features.sha256)  # what cannot be drawn is said before anything is trained
