@@ -18,7 +18,7 @@ from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
-from featcache.reports.records import RunRecord, append_record, read_records
+from featcache.reports.records import RunRecord, append_record, is_recorded, read_records
 from featcache.reports.wording import finetune_table
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store.atomic import remove_file
@@ -208,7 +208,7 @@ class FineTuneJob:
                 if processes.rank == 0:
                     # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
                     self._save(backbone, tuned)
-                    if records and not _is_recorded(record, records):
+                    if records and not is_recorded(records, record):
                         append_record(records, record)
         epochs, head = tuple(asdict(epoch) for epoch in tuned.history), head_path(self.stem)
         computed = self.rows.entry.report.computed
@@ -393,15 +393,6 @@ def _reported_again(results: Sequence[FineTuneResult], inputs: FineTuneInputs) -
             logger.warning("%s: %s", result.record.short_method, note)
         forget_state(inputs.cache.folder, result.record.cell)
     return tuple(results)
-
-
-def _is_recorded(record: RunRecord, records: Path) -> bool:
-    """Tell whether a file has this very training, to its epochs' seconds: it was killed once that was written."""
-
-    def identity(trained: RunRecord) -> str:
-        return canonical([trained.cell, trained.params, trained.right])
-
-    return any(identity(earlier) == identity(record) for earlier in read_records([records], warn=False))
 
 
 def forget_state(folder: Path, cell: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError
+from featcache.fingerprint import canonical
 
 SCHEMA_VERSION = 1
 
@@ -228,7 +229,10 @@ def record_from(data: dict[str, Any]) -> RunRecord:
 
 
 def is_recorded(path: Path, record: RunRecord) -> bool:
-    """Tell whether a file holds this very record, to the second at which it was made."""
+    """Tell whether a file holds this very record, to the second at which it was made; of fine-tuning, this very training."""
+    if record.kind == "finetune":  # one that was killed once its record was written ends again: its epochs' seconds tell
+        trained = canonical([record.cell, record.params, record.right])
+        return any(canonical([it.cell, it.params, it.right]) == trained for it in read_records([path], warn=False))
     try:
         return path.is_file() and _line(record).strip() in path.read_bytes()
     except OSError:  # whoever writes there next says what is wrong with it
