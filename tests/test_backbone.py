@@ -61,6 +61,19 @@ def test_packaged_weights_are_known_by_their_bytes(monkeypatch: pytest.MonkeyPat
             load_backbone(BackboneSpec("lite0"))
 
 
+def test_the_default_backbone_is_cut_exactly_at_every_stage() -> None:
+    """What follows each boundary of `lite0`, from what is stored there, gives the whole network's embeddings."""
+    lite = load_backbone(BackboneSpec())
+    images = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        whole = lite.module(images)
+        for stage in lite.stages[:-1]:
+            torch.testing.assert_close(lite.suffix(stage.name)(lite.prefix(stage.name)(images)), whole, rtol=0, atol=1e-5)
+
+    assert lite.spec.name == "lite0"
+    assert len(lite.stages) == 8
+
+
 def test_packaged_weights_take_arguments() -> None:
     """Arguments that change no weight do not change them; those that do are refused, as is a file of another network."""
     strided = load_backbone(BackboneSpec("lite0", model_args=(("output_stride", 16),)))
