@@ -111,7 +111,7 @@ class _Race:
 
     A row is in doubt while its margin is below ``_DOUBT`` times what the next step would change of margins. A C is settled
     when none is and little is left, and out when it could not be the best with all rows in doubt right. This is no proof:
-    of 200 random problems 198 were chosen as when every C is solved (benchmarks/speed/heads.py draws such).
+    of 200 random problems 197 were chosen as when every C is solved (benchmarks/speed/heads.py draws such).
     """
 
     def __init__(self, loss: TurnedLoss, y: Y_, folds: Sequence[Fold], Cs: Sequence[float], room: int) -> None:
