@@ -70,9 +70,19 @@ class Candidate:
     solutions: tuple[Pipeline, ...] = ()
 
 
+@dataclass(frozen=True)
+class Raced:
+    """The candidate that won, and of how many; how many were left out since their optimum was not reached."""
+
+    candidate: Candidate
+    tried: int
+    unconverged: int
+
+
 _MANY_ROWS = 5000  # of fewer, threads wait for one another longer than a tree takes
 Sweep = Callable[[Sequence[Params], Any, Any, "Sequence[Fold]", int], Iterator[Candidate]]
 Fit = Callable[[Params, Any, Any, int], tuple[Any, bool]]
+Race = Callable[[Sequence[Params], int, Any, Any, "Sequence[Fold]"], Raced | None]
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class HeadFamily:
         refine: which parameters of the grid are tried beside the best of those tried first.
         coarse: every how many of the grid's parameters are tried first.
         streams: sweep and fit take ``LazyRows`` features too.
+        race: finds the best without ending each candidate, given the grid, every how many come first, features in memory of
+            one view, classes and folds; ``None`` where it cannot tell.
     """
 
     grid: Callable[[int], list[Params]]
@@ -93,6 +105,7 @@ class HeadFamily:
     fit: Fit
     coarse: int = 1
     streams: bool = False
+    race: Race | None = None
 
     def refine(self, grid: Sequence[Params], best: Params) -> list[Params]:
         """Return the grid's parameters between the best of the coarse ones and its neighbours."""

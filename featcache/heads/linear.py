@@ -1,6 +1,6 @@
 """Linear heads by our own solvers, returned as fitted scikit-learn estimators."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 
 from featcache.evaluation.splits import Fold
 from featcache.heads import solvers
-from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of, side_by_side
+from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, Raced, mask_of, side_by_side
 from featcache.heads.solvers import Solution
 from featcache.heads.solvers.passes import SideBySide, TurnedLoss
 from featcache.heads.solvers.scaled import solve_ridge
@@ -45,15 +45,6 @@ _FIRST_LOOK, _EVERY = 2, 3  # turns
 _ROOM = 4_000_000  # numbers that descents side by side may take, and no fewer than the features
 
 
-@dataclass(frozen=True)
-class Raced:
-    """The candidate that won, and of how many; how many were left out since their optimum was not reached."""
-
-    candidate: Candidate
-    tried: int
-    unconverged: int
-
-
 def _masks(folds: Sequence[Fold], count: int) -> list[NDArray[np.bool_]]:
     return [mask_of(fold.train, count) for fold in folds]
 
@@ -81,13 +72,19 @@ def probabilities(solution: Solution, X: X_, classes: int) -> NDArray[np.float64
 def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
     classes = int(y.max()) + 1
     by_fold = solvers.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)))
-    for number, params in enumerate(grid):
-        solutions = [solutions_of_fold[number] for solutions_of_fold in by_fold]
-        predictions = [
-            probabilities(solution, X[fold.val], classes) for solution, fold in zip(solutions, folds, strict=True)
-        ]
-        fitted = tuple(make_pipeline(as_logistic(solution)) for solution in solutions)
-        yield Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions), fitted)
+    for params, solutions in zip(grid, zip(*by_fold, strict=True), strict=True):
+        yield _with_heads(_candidate(params, solutions, (X[fold.val] for fold in folds), classes), solutions)
+
+
+def _candidate(params: Params, solutions: Sequence[Solution], held: Iterable[X_], classes: int) -> Candidate:
+    """Return what each fold's solution answers of the rows (v, d) that it is judged by."""
+    predictions = [probabilities(solution, rows, classes) for solution, rows in zip(solutions, held, strict=True)]
+    return Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions))
+
+
+def _with_heads(candidate: Candidate, solutions: Sequence[Solution]) -> Candidate:
+    """Return a candidate with its solutions as heads, which take the features that the candidate was tried on."""
+    return replace(candidate, solutions=tuple(make_pipeline(as_logistic(solution)) for solution in solutions))
 
 
 @dataclass(frozen=True)
@@ -196,11 +193,8 @@ class _Race:
         for place, fold in enumerate(folds):
             if not solutions[place].converged:  # float32, or a gradient, is not enough to prove it
                 ((solutions[place],),) = solvers.solve(X, y, [self.Cs[number]], [mask_of(fold.train, len(y))])
-        predictions = [
-            probabilities(solution, X[fold.val], self.loss.outputs) for solution, fold in zip(solutions, folds, strict=True)
-        ]
-        fitted = tuple(make_pipeline(as_logistic(solution)) for solution in solutions)
-        return Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions), fitted)
+        held = (X[fold.val] for fold in folds)
+        return _with_heads(_candidate(params, solutions, held, self.loss.outputs), solutions)
 
     def _group(self, numbers: Sequence[int], models: NDArray[Any]) -> SideBySide:
         Cs = np.repeat([self.Cs[number] for number in numbers], len(self.y_held))
@@ -398,8 +392,7 @@ def tried_on(
     X, y_true = (np.concatenate(parts) for parts in ([train for train, _ in rows], [y[fold.train] for fold in folds]))
     by_fold = solvers.solve(X, y_true, [params["C"] for params in candidates], masks)
     for params, solutions in zip(candidates, zip(*by_fold, strict=True), strict=True):
-        predictions = [probabilities(solution, val, classes) for solution, (_, val) in zip(solutions, rows, strict=True)]
-        yield Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions))
+        yield _candidate(params, solutions, (val for _, val in rows), classes)
 
 
 def _fit_selected(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:
@@ -455,6 +448,6 @@ SELECTED = HeadFamily(
     _sweep_selected,
     _fit_selected,
 )
-LOGISTIC = HeadFamily(lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4, streams=True)
+LOGISTIC = HeadFamily(lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4, streams=True, race=race_logistic)
 SVM = HeadFamily(lambda _: list(_COSTS), _sweep_svm, _fit_svm)
 RIDGE = HeadFamily(lambda _: list(ALPHAS), _sweep_ridge, _fit_ridge, streams=True)

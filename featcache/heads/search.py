@@ -21,7 +21,7 @@ from featcache.evaluation.tasks import Kind, evaluate, kind_of
 from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
 from featcache.heads.base import answers as class_answers
-from featcache.heads.linear import ALPHAS, COARSE_CS, LOGISTIC, RIDGE, SELECTED, SVM, race_logistic
+from featcache.heads.linear import ALPHAS, COARSE_CS, LOGISTIC, RIDGE, SELECTED, SVM
 from featcache.heads.nonlinear import BOOSTING, CENTROID, KNN, LDA, MLP, RBF
 from featcache.heads.solvers.scaled import solve_ridge
 
@@ -154,12 +154,8 @@ def search_head(
     step = 1 if grid is not None else family.coarse
     _require_rows(name, y, folds, grid or ())
     truth = np.concatenate([y[fold.val] for fold in folds])[::views]
-    if (
-        family is LOGISTIC
-        and views == 1
-        and isinstance(X, np.ndarray)
-        and (raced := race_logistic(everything, step, X, y, folds))
-    ):
+    can_race = views == 1 and isinstance(X, np.ndarray)
+    if can_race and family.race is not None and (raced := family.race(everything, step, X, y, folds)):
         candidate = raced.candidate
         val = evaluate(truth, candidate.answers)
         return SearchResult(candidate.params, val, candidate.answers, raced.tried, raced.unconverged, candidate.solutions)
