@@ -43,7 +43,7 @@ def extract(
     Args:
         data: what ``open_dataset`` takes, or what it has opened, under a name of its own for example.
         backbone: ``mini``, a timm name, or a BackboneSpec.
-        cut: ``pooled``, a stage's name, several layers such as ``layer3+layer4``, or ``input``.
+        cut: ``pooled``, ``tokens`` (what is pooled), a stage's name, several layers such as ``layer3+layer4``, or ``input``.
         dtype: what rows are stored in; embeddings float32 and activation maps float16 by default.
         views: how many views of each image: rows are then (views, ...).
         settings: cache folder, batch size, device, runtime.

@@ -161,6 +161,7 @@ _MAX_INPUT = 4096  # pixels a side: one float32 image of this size takes 200 MB 
 _MAX_VIEWS = 1000  # each view is a row: more would fill a disk by a slip of the keyboard
 
 POOLED = "pooled"
+TOKENS = "tokens"  # the activations before pooling
 INPUT = "input"
 
 

@@ -19,13 +19,16 @@ from featcache.backbones.origins import Origin
 from featcache.backbones.pooling import (
     LastActivations,
     Layers,
+    Layout,
+    OwnPooling,
     PooledFeatures,
     Pooling,
     TokenCounts,
     layout_of_version_1,
     prove_layout,
+    same_vectors,
 )
-from featcache.backbones.tracing import timm
+from featcache.backbones.tracing import FEATURES, random_images, timm
 from featcache.datasets.images import ImagePreprocess
 from featcache.display import logger
 from featcache.errors import CutError, SetupError, UsageError
@@ -33,9 +36,12 @@ from featcache.specs import (
     FORMAT_VERSION,
     INPUT,
     POOLED,
+    POOLS,
     REVISED,
+    TOKENS,
     BackboneSpec,
     LoadedBackbone,
+    Pool,
     Precision,
     Tokenisation,
     Transform,
@@ -240,6 +246,13 @@ class Backbone(Protocol):
     def format_version(self, cut: str) -> int:
         """Return which version of the format a cut's rows have."""
 
+    @property
+    def token_layout(self) -> Layout:
+        """What the axes of rows at the cut ``tokens`` are; raises UsageError where there is no such cut."""
+
+    def poolings(self) -> dict[Pool, nn.Module]:
+        """Return the ways from rows at the cut ``tokens`` to vectors."""
+
     def separate(self) -> "Backbone":
         """Return a copy whose parameters can be trained without touching this one's."""
 
@@ -334,21 +347,51 @@ class TimmBackbone:
     @cached_property
     def _last_pooling(self) -> Pooling:
         """The pooling that was asked for, over the last activations' proved positions."""
-        subject = f"`pool` {self.spec.pool}: the last activations of {self.spec.name}"
-        if not hasattr(self.module, "forward_features"):
-            raise UsageError(f"`pool` {self.spec.pool}: {self.spec.name} does not give its activations before pooling.")
-        features = LastActivations(self.module)
-        images = torch.rand(1, 3, *(self.transform.input_size,) * 2, generator=torch.Generator().manual_seed(0))
-        images = images.to(self.device)
+        layout = self._last_layout(f"`pool` {self.spec.pool}", "Leave `pool` out.")
+        return Pooling(self.spec.pool, layout, self.spec.name)
+
+    @cached_property
+    def token_layout(self) -> Layout:
+        """What the axes of rows at the cut ``tokens`` are; raises UsageError where that cannot be told."""
+        return self._last_layout(f"`cut` {TOKENS}", "Choose a stage, or pooled.")
+
+    def _last_layout(self, setting: str, instead: str) -> Layout:
+        """Return what the axes of the last activations are, which a setting needs; ``instead``: what to do without."""
+        if not hasattr(self.module, FEATURES):
+            raise UsageError(f"{setting}: {self.spec.name} does not give its activations before pooling. {instead}")
+        subject = f"{setting}: the last activations of {self.spec.name}"
+        features, images = LastActivations(self.module), random_images(self.module, 1, self.transform.input_size)
         try:
             parameters: Iterable[nn.Parameter] = list(parameters_by_use(features))
         except CutError:  # in order of their creation then, which is nearly that of use
             parameters = reversed(list(self.module.parameters()))
-        instead = "Leave `pool` out."
         layout = prove_layout(subject, lambda: features(images), parameters, self._counts, instead=instead)
         if layout.axes == 2:
             raise UsageError(f"{subject} are a vector already. {instead}")
-        return Pooling(self.spec.pool, layout, self.spec.name)
+        return layout
+
+    def poolings(self) -> dict[Pool, nn.Module]:
+        """Return the ways from rows at the cut ``tokens``, float (b, ...), to vectors (b, d), the backbone's own first.
+
+        Those that come to the same vectors as one before them are left out, and the own one where the backbone does not
+        pool what it gives as its last activations.
+
+        Raises:
+            UsageError: the axes of these activations cannot be told.
+        """
+        layout, images = self.token_layout, random_images(self.module, 2, self.transform.input_size)
+        ways: dict[Pool, nn.Module] = {"default": OwnPooling(self.module)} if hasattr(self.module, OwnPooling.METHOD) else {}
+        ways |= {kind: Pooling(kind, layout) for kind in POOLS[1:] if layout.class_token or "cls" not in kind}
+        with torch.inference_mode():
+            tokens = LastActivations(self.module)(images)
+            vectors = {kind: way(tokens).flatten(1) for kind, way in ways.items()}
+            if "default" in vectors and not same_vectors(vectors["default"], self.module(images).flatten(1)):
+                del ways["default"], vectors["default"]
+        kinds = list(ways)
+        for place, kind in enumerate(kinds):
+            if any(same_vectors(vectors[kind], vectors[earlier]) for earlier in kinds[:place]):
+                del ways[kind]
+        return ways
 
     @cached_property
     def _counts(self) -> TokenCounts:
@@ -369,6 +412,10 @@ class TimmBackbone:
                 if name == POOLED:
                     places.append(None)
                     finish.append(nn.Flatten())
+                elif name == TOKENS:
+                    _ = self.token_layout  # what no pooling could take is no tokens
+                    places.append(self._layers.before_pooling() if len(cuts) > 1 else None)
+                    finish.append(nn.Identity())
                 elif not is_embedding(cut):
                     places.append(self._trained_in_whole(name))
                     finish.append(nn.Identity())
@@ -376,8 +423,10 @@ class TimmBackbone:
                     layer, pooling = self._layers.read(name)
                     places.append(layer)
                     finish.append(pooling)
-        # Embeddings alone run the backbone itself; anything else needs the graph.
-        if places != [None]:
+        # Embeddings or tokens alone run the backbone itself; anything else needs the graph.
+        if tuple(cuts) == (TOKENS,):
+            body: nn.Module = LastActivations(self.module)
+        elif places != [None]:
             has_layers = any(isinstance(place, Layer) for place in places)
             body = (self._layers.cutter if has_layers else self._cutter).joint_prefix(places)
         else:  # a trace takes time, and gains where a class token is alone in the end
@@ -392,6 +441,9 @@ class TimmBackbone:
             CutError: the backbone cannot be cut there.
         """
         if cut == INPUT:
+            return FORMAT_VERSION
+        if cut == TOKENS:
+            _ = self.token_layout
             return FORMAT_VERSION
         names = layers_of(cut)
         if not names:
@@ -426,7 +478,9 @@ class TimmBackbone:
         """Return a test for the names of the parameters that lie behind a cut."""
         names = [stage.name for stage in self.stages]
         if cut not in names:
-            raise UsageError(f"`cut` {cut}: {self.spec.name} has the stages {', '.join(names)}, besides pooled and input.")
+            raise UsageError(
+                f"`cut` {cut}: {self.spec.name} has the stages {', '.join(names)}, besides pooled, tokens and input."
+            )
         if cut == names[-1]:
             raise UsageError(f"`cut` {cut} is the last stage, nothing is left to train behind it: use pooled.")
         behind = {name for stage in self.stages[names.index(cut) + 1 :] for name in stage.parameters}

@@ -4,16 +4,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from featcache.backbones.cut import Cutter, Layer
+from featcache.backbones.tracing import FEATURES
 from featcache.errors import CutError, UsageError
 from featcache.specs import Pool
 
 _TRIES = 12  # parameters that are changed before a layout counts as unknown
+_STRENGTHS = (1, 32)  # of a change, in a parameter's own size: the greater lifts a channel that a ReLU keeps at zero
 _VISIBLE = 1e-5  # of the greatest activation: a smaller change is rounding
 _RELEVANT = 1e-3  # of the greatest change
 _FEW, _MANY = 1 / 8, 1 / 2  # shares of an axis: what one channel's change may reach of channels, and must of positions
@@ -92,7 +95,8 @@ def prove_layout(
     if before.dim() == 2:
         return Layout(2, 1)
     shape = tuple(before.shape[1:])
-    channels = next((axis for parameter in _few(parameters) if (axis := _moved_axis(run, parameter, before))), None)
+    tries = product(_STRENGTHS, _few(parameters))
+    channels = next((axis for strength, each in tries if (axis := _moved_axis(run, each, strength, before))), None)
     if channels is None:
         raise UsageError(f"{subject}: which axis of {shape} holds the channels cannot be proved. {instead}")
     positions = shape[: channels - 1] + shape[channels:]
@@ -130,15 +134,16 @@ def _row_axis(parameter: nn.Parameter) -> int | None:
     return 0 if wide and wide[0] == 0 else None
 
 
-def _moved_axis(run: Callable[[], Tensor], parameter: nn.Parameter, before: Tensor) -> int | None:
+def _moved_axis(run: Callable[[], Tensor], parameter: nn.Parameter, strength: int, before: Tensor) -> int | None:
     """Return the only axis along which few places change with a row of a parameter, others with another row, else ``None``.
 
     Where a class token alone is worked on, every row changes the same place of the tokens' axis.
     """
     axis = _row_axis(parameter)
     assert axis is not None
-    size = parameter.shape[axis]
-    first, second = (_changed(run, parameter, axis, row, before) for row in (size // 2, size // 2 - 1))
+    middle = parameter.shape[axis] // 2
+    rows = (parameter.data.select(axis, number) for number in (middle, middle - 1))
+    first, second = (_changed(run, row, strength * (1 + parameter.data.abs().max()), before) for row in rows)
     if first is None or second is None:
         return None
     axes = range(1, before.dim())
@@ -149,16 +154,13 @@ def _moved_axis(run: Callable[[], Tensor], parameter: nn.Parameter, before: Tens
     return few[0] if rest_moves and apart else None
 
 
-def _changed(
-    run: Callable[[], Tensor], parameter: nn.Parameter, axis: int, number: int, before: Tensor
-) -> dict[int, Tensor] | None:
+def _changed(run: Callable[[], Tensor], row: Tensor, size: Tensor, before: Tensor) -> dict[int, Tensor] | None:
     """Return at which places of each axis some activation changes with a row of a parameter, ``None`` if none does."""
-    row = parameter.data.select(axis, number)
     before_row = row.clone()
     try:
         # no constant: standardised weights would not change with it
         slope = torch.linspace(0.5, 1.5, row.numel(), dtype=row.dtype, device=row.device).reshape(row.shape)
-        row.add_((1 + parameter.data.abs().max()) * slope)
+        row.add_(size * slope)
         with torch.inference_mode():
             moved = (run() - before).abs()
     finally:
@@ -226,7 +228,8 @@ class LastActivations(nn.Module):
 class PooledFeatures(nn.Module):
     """A backbone whose last activations go through another pooling than its own: images -> vectors (b, d)."""
 
-    INSIDE = "features.backbone."  # what precedes the names of the backbone's modules and parameters
+    FEATURES = "features"  # the module that gives the activations before pooling
+    INSIDE = f"{FEATURES}.backbone."  # what precedes the names of the backbone's modules and parameters
 
     def __init__(self, backbone: nn.Module, pooling: Pooling) -> None:
         super().__init__()
@@ -238,7 +241,23 @@ class PooledFeatures(nn.Module):
         return self.pooling(self.features(images))  # type: ignore[no-any-return]
 
 
+class OwnPooling(nn.Module):
+    """A backbone's own way from its last activations to the embedding: (b, ...) -> (b, d)."""
+
+    METHOD = "forward_head"  # timm's name for it
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.forward = getattr(backbone, self.METHOD)
+
+
 _SAME = 1e-4  # of the greatest number: what rounding leaves of two ways to the same vector
+
+
+def same_vectors(now: Tensor, then: Tensor) -> bool:
+    """Tell whether vectors (b, d) are the same but for rounding."""
+    return now.shape == then.shape and torch.allclose(now, then, rtol=_SAME, atol=_SAME * float(now.abs().max()))
 
 
 class Layers:
@@ -285,6 +304,14 @@ class Layers:
             self._read[name] = layer, Pooling(self._kind, layout, f"layer {name} of {self._name}")
         return self._read[name]
 
+    def before_pooling(self) -> Layer:
+        """Return the last activations before they are pooled.
+
+        Raises:
+            CutError: the backbone does not compute its embeddings from them, or several tensors are there.
+        """
+        return self.cutter.layer(FEATURES if self._kind == "default" else PooledFeatures.FEATURES)
+
     def has_changed(self, name: str) -> bool:
         """Tell whether version 1 of the format gave another vector for a stage.
 
@@ -305,7 +332,7 @@ class Layers:
                 then = Pooling("avg", layout_of_version_1(self._whole, then.dim()))(then)
             else:
                 then = then.flatten(1)
-        return now.shape != then.shape or not torch.allclose(now, then, rtol=_SAME, atol=_SAME * float(now.abs().max()))
+        return not same_vectors(now, then)
 
     def _layer(self, name: str) -> Layer:
         names = list(self._stages)

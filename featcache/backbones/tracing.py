@@ -6,7 +6,8 @@ needed of them: query, projection and MLP of the class token alone give the same
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,9 @@ class _Tracer(fx.Tracer):
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
+FEATURES = "forward_features"  # timm's name for what gives the activations before pooling
+
+
 class _OnlyImages(nn.Module):
     """Binds every argument of a backbone's ``forward`` but the images to its default."""
 
@@ -118,9 +122,30 @@ def trace(backbone: nn.Module) -> tuple[fx.GraphModule, dict[str, list[Call]]]:
     """
     root, tracer = _OnlyImages(backbone).eval(), _Tracer()
     try:
-        return fx.GraphModule(root, tracer.trace(root)), tracer.calls
+        with _watching_features(backbone, tracer):
+            return fx.GraphModule(root, tracer.trace(root)), tracer.calls
     except Exception as error:  # tracing runs the model's own Python code: it can fail in any way
         raise CutError(f"this backbone cannot be traced ({type(error).__name__}: {error}).") from error
+
+
+@contextmanager
+def _watching_features(backbone: nn.Module, tracer: _Tracer) -> Iterator[None]:
+    """Let a tracer remember what a backbone gave before it pooled: a method does that, of which no call is seen."""
+    compute = getattr(backbone, FEATURES, None)
+    if compute is None:
+        yield
+        return
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        tracer.calls.setdefault(FEATURES, []).append(Call(args[0] if args else None, result))
+        return result
+
+    setattr(backbone, FEATURES, watched)
+    try:
+        yield
+    finally:
+        delattr(backbone, FEATURES)
 
 
 def observe(traced: fx.GraphModule, images: Tensor) -> dict[fx.Node, Any]:

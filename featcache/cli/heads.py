@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         multiple=True,
         default=["pooled"],
         show_default=True,
-        help="Store the activations at this cut: pooled, a stage's name, or input; repeat it: all come from one pass.",
+        help="Store the activations at this cut: pooled, tokens (what is pooled), a stage's name, or input; repeat it: all "
+        "come from one pass.",
     ),
     click.option(
         "--layers", metavar="A,B", help="Store the pooled activations of these layers side by side, instead of --cut."

@@ -23,6 +23,7 @@ from featcache.fingerprint import fingerprint
 from featcache.specs import (
     INPUT,
     POOLED,
+    TOKENS,
     BackboneSpec,
     FeatureSpec,
     RuntimeName,
@@ -500,6 +501,8 @@ class FeatureCache:
             return FeatureSpec(transform.pixels_only(), None, INPUT, dtype="uint8", views=views, views_seed=seed)
         _ = self.backbone.whole  # an impossible pooling is refused before an entry is made
         backbone, precision = self.backbone.loaded, self.spec.precision
+        if request.cut == TOKENS:  # they are what comes before any pooling
+            backbone = replace(backbone, pool="default")
         version = self.backbone.format_version(request.cut)
         return FeatureSpec(transform, backbone, request.cut, precision, request.dtype, views, seed, version)
 
