@@ -20,8 +20,8 @@ from featcache.datasets.images import decode
 from featcache.errors import SetupError, UsageError
 from featcache.extraction import runtimes
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
-from featcache.extraction.loader import Runtime
-from featcache.extraction.runtimes import Machine, TorchRuntime, Workers, select_runtime
+from featcache.extraction.loader import Runtime, Workers
+from featcache.extraction.runtimes import Machine, TorchRuntime, select_runtime
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
 Run = Callable[..., Outcome]
@@ -65,7 +65,7 @@ def test_openvino_reports_nothing_to_its_makers(tmp_path: Path) -> None:
         pytest.skip("openvino is not installed")
     code = (
         "import sys, numpy as np, torch\n"
-        "from featcache.extraction.runtimes import Workers, _openvino\n"
+        "from featcache.extraction.loader import Workers\nfrom featcache.extraction.runtimes import _openvino\n"
         "model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))\n"
         "_openvino(model, np.zeros((1, 3, 2, 2), np.float32), Workers(1, 1))\n"
         "assert sys.modules['openvino_telemetry'] is None"

@@ -13,7 +13,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
 
 from featcache.evaluation.splits import Fold
 from featcache.evaluation.tasks import evaluate
@@ -295,6 +294,28 @@ def test_outputs_by_themselves_are_proven_too(loss: Any, C: float) -> None:
     assert best.converged
     assert value(found) * (1 - found.excess) <= value(best) * (1 + 1e-12)
     assert found.objective == pytest.approx(value(found), rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(60, 400), (900, 20)])
+def test_a_svm_is_exact_where_few_rows_are_inside_the_margin(shape: tuple[int, int]) -> None:
+    """Rows that can be parted, large C, on folds: the bound holds against conjugate gradients in float64, run far longer."""
+    rng = np.random.default_rng(3)
+    X = rng.normal(size=shape).astype(np.float32)
+    Y = (X @ rng.normal(size=(shape[1], 3)) > 0) ^ (rng.random((shape[0], 3)) < 0.02)
+    folds = [np.arange(len(X)) % 2 != fold for fold in range(2)]
+    terms: Any = {"loss": "squared_hinge", "standardise": False}
+    by_fold = solvers.solve(X, Y, [0.1, 1e2, 1e4], folds, **terms)
+    best_by_fold = solvers.solve(X, Y, [0.1, 1e2, 1e4], folds, **terms, tolerance=1e-10)
+
+    for rows, solutions, best in zip(folds, by_fold, best_by_fold, strict=True):
+        for solution, exact in zip(solutions, best, strict=True):
+            margins = (X[rows] @ solution.coefficients.T + solution.intercept) * np.where(Y[rows], 1, -1)
+            value = solution.C * (np.maximum(0, 1 - margins) ** 2).sum() + (solution.coefficients**2).sum() / 2
+
+            assert solution.converged
+            assert exact.converged
+            assert value == pytest.approx(solution.objective, rel=1e-6)
+            assert value * (1 - solution.excess) <= exact.objective * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])

@@ -168,7 +168,8 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
     """Measure decoding on one core and the fastest runtime's forward pass on all, each alone, by turns."""
     import torch
 
-    from featcache.extraction.runtimes import Machine, Workers, select_runtime, threads_per_worker
+    from featcache.extraction.loader import Workers
+    from featcache.extraction.runtimes import Machine, select_runtime, threads_per_worker
     from featcache.specs import RUNTIMES
 
     with tempfile.TemporaryDirectory() as cache:

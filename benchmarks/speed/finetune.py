@@ -37,7 +37,7 @@ from featcache.display import set_up_notes
 from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.runtimes import workers_here
+from featcache.extraction.loader import workers_here
 from featcache.finetuning.loop import Epoch, TrainContext, Trial
 from featcache.finetuning.model import LinearHead, SuffixAndHead, Take
 from featcache.finetuning.optim import ProcessGroup

@@ -16,7 +16,7 @@ from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as entries
 from featcache.extraction.extract import extract, measure, positions_of
-from featcache.extraction.loader import NO_RUNTIME, Pixels, Runtime, beside_pixels
+from featcache.extraction.loader import NO_RUNTIME, Pixels, Runtime, Workers, beside_pixels, workers_here
 from featcache.extraction.scan import DatasetFiles, Hit, Positions, Scan, lookup, renew, scan
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.fingerprint import fingerprint
@@ -39,7 +39,6 @@ from featcache.store.entry import FeatureStore
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone, Preprocess, TorchRuntime
     from featcache.extraction.ray_engine import WorkerConfig
-    from featcache.extraction.runtimes import Workers
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
 _TINY_IMAGE = 32  # pixels; up to it what the interpreter does for a batch weighs as much as computing it
@@ -443,9 +442,7 @@ class FeatureCache:
         return TorchRuntime(self.backbone.program(cuts), self.backbone.device, self.spec.precision)
 
     @cached_property
-    def _workers(self) -> "Workers":
-        from featcache.extraction.runtimes import Workers, workers_here
-
+    def _workers(self) -> Workers:
         return Workers(self.settings.workers, 1) if self.settings.workers else workers_here()
 
     @contextmanager

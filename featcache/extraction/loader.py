@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from featcache.datasets.images import UnreadableImage, decode_both
 from featcache.extraction.scan import DatasetFiles, Positions, quarantine_unread
 from featcache.fingerprint import DigestSet
+from featcache.resources import cores
 from featcache.specs import INPUT, Transform, Views
 from featcache.store.manifests import Quarantined
 
@@ -32,6 +33,21 @@ Pixels = NDArray[np.uint8]
 Rows = tuple[NDArray[Any], ...]
 _SMALL_SECONDS = 0.6e-3  # to read and decode an image; below it the interpreter's share is most of the work
 _AHEAD_BYTES = 256 << 20
+_MOST_WORKERS = 16  # each holds a batch of pixels and, with OpenVINO, a model
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many threads take batches, and how many cores each of them computes on."""
+
+    count: int
+    threads: int
+
+
+def workers_here() -> Workers:
+    """Return the workers for the cores that this process may use."""
+    count = min(cores(), _MOST_WORKERS)
+    return Workers(count, cores() // count)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from featcache.datasets.base import Dataset
 from featcache.display import logger
 from featcache.errors import SetupError, UsageError
-from featcache.extraction.loader import Batch, BatchReader, Pixels, beside_pixels, compute, sample
+from featcache.extraction.loader import Batch, BatchReader, Pixels, Workers, beside_pixels, compute, sample
 from featcache.extraction.scan import DatasetFiles, Positions
 from featcache.extraction.writer import in_dtype, not_finite
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Views
@@ -169,7 +169,7 @@ class _Actor:
         import torch
 
         from featcache.backbones.timm_models import load_backbone
-        from featcache.extraction.runtimes import Machine, Workers, select_runtime
+        from featcache.extraction.runtimes import Machine, select_runtime
 
         torch.set_num_threads(1)
         device = torch.device(self._config.device) if self._config.device else None

@@ -25,12 +25,11 @@ from torch import nn
 from featcache.backbones.base import Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.display import logger
 from featcache.errors import SetupError, UsageError
-from featcache.extraction.loader import Runtime
-from featcache.resources import cores, keep_freed_memory
+from featcache.extraction.loader import Runtime, Workers
+from featcache.resources import keep_freed_memory
 from featcache.specs import Precision, RuntimeName
 
 AGREEMENT = 1e-3  # of the greatest activation: rounding is 1e-6, another operator's arithmetic more
-_MOST_WORKERS = 16  # each holds a batch of pixels and, with OpenVINO, a model
 _PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}  # of work left: less than compiling takes is lost
 _TIMING_SECONDS = 0.4
 _FEW_BATCHES = 8
@@ -38,14 +37,6 @@ _FEW_BATCHES = 8
 # many streams would hand every batch to another thread and back, and cores wait meanwhile.
 _APART_BYTES = 4 << 30
 _NEEDS = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnxscript"), "compile": ()}
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many threads take batches, and how many cores each of them computes on."""
-
-    count: int
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -60,12 +51,6 @@ class Machine:
     def is_exact(self) -> bool:
         """Whether it computes on the CPU in float32, as the runtimes beside PyTorch do."""
         return self.device.type == "cpu" and self.precision == "float32"
-
-
-def workers_here() -> Workers:
-    """Return the workers for the cores that this process may use."""
-    count = min(cores(), _MOST_WORKERS)
-    return Workers(count, cores() // count)
 
 
 @contextmanager

@@ -5,17 +5,17 @@ inverse Hessian that L-BFGS starts from is a Kronecker product: the mean covaria
 covariance of the features, plus the penalty (the block structure of Böhning 1992, with probabilities in place of his bound).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count, product
-from typing import TYPE_CHECKING, Any
+from itertools import compress, count, product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, eigh
-from scipy.special import logsumexp, softmax
+from scipy.special import expit, logit, logsumexp, softmax
 
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.newton import LBFGS, Precondition
@@ -35,8 +35,10 @@ _FEW = 4  # problems for which a factorisation each is cheaper than the axes of 
 _TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believed to be near
 _REFRESH = 6  # evaluations after which the curvature is measured anew
 _MOST_TURNED = 16_000_000  # numbers of all folds' turned rows
-_TURNED_ALONE = 1_000_000  # numbers, from which on turning takes longer than it saves a fit that is no race
+_TURNED_ALONE = 1_000_000  # numbers, from which on turning takes longer than it saves a fit
+_MANY_CS = 3  # that it pays for again
 _MOST_TURNS = 200
+_MOST_HINGE_TURNS = 60  # then few rows are inside the margin, and Newton's method on those takes over
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
 _INSIDE = 0.5  # of the tolerance, to which the gradient in float32 is brought
 _PROOF_ROWS = 1024  # in float64 at a time
@@ -106,7 +108,8 @@ def solve(
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
     terms = _Terms(loss, standardise, tolerance)
     is_within = tolerance is None or tolerance >= _DOUBLE_FROM
-    if loss == "softmax" and isinstance(X, np.ndarray) and X.size <= _TURNED_ALONE and is_within:
+    is_paid_for = X.shape[0] * X.shape[1] <= _TURNED_ALONE or len(Cs) >= _MANY_CS
+    if isinstance(X, np.ndarray) and is_paid_for and is_within:
         return _turned_or_else(X, y, Cs, folds, terms)
     return _by_passes(X, y, Cs, folds, terms)
 
@@ -124,25 +127,35 @@ def _turned_or_else(
     X: Rows, y: NDArray[Any], Cs: Sequence[float], folds: Sequence[NDArray[np.bool_]], terms: _Terms
 ) -> list[list[Solution]]:
     """Solve on turned rows, from the strongest penalty to the weakest; what is not proven there is solved by passes."""
-    tolerance = terms.tolerance or tolerance_of(X.size * (int(y.max()) + 1))
+    tolerance = terms.tolerance or tolerance_of(X.size * (int(y.max()) + 1 if terms.loss == "softmax" else y.shape[1]))
     solutions: list[dict[float, Solution]] = [{} for _ in folds]
     nobody = np.zeros(0, np.int64)
-    with turned_folds(X, y, [(np.flatnonzero(rows), nobody) for rows in folds], standardise=terms.standardise) as evaluated:
+    splits = [(np.flatnonzero(rows), nobody) for rows in folds]
+    with turned_folds(X, y, splits, loss=terms.loss, standardise=terms.standardise) as evaluated:
         if evaluated is not None:
-            models = constant_models(evaluated)
-            lead = [C for C in _LEADS if min(Cs) > C]
-            for C in [*lead, *sorted({float(C) for C in Cs})]:
-                models, turns = descend(evaluated, C, models, _LEAD_TOLERANCE if C in lead else tolerance)
-                if C in lead:
-                    continue
-                for of_fold, solution in zip(solutions, proven(evaluated, C, models, tolerance, turns), strict=True):
-                    of_fold[C] = solution
+            ordered = sorted({float(C) for C in Cs})
+            descended = _descended(evaluated, ordered, tolerance)
+            for of_fold, proofs in zip(solutions, proven(evaluated, ordered, descended, tolerance), strict=True):
+                of_fold |= dict(zip(ordered, proofs, strict=True))
     for rows, of_fold in zip(folds, solutions, strict=True):
         open_Cs = [float(C) for C in Cs if C not in of_fold or not of_fold[C].converged]
         if open_Cs:
             (by_passes,) = _by_passes(X, y, open_Cs, [rows], replace(terms, tolerance=tolerance))
             of_fold |= dict(zip(open_Cs, by_passes, strict=True))
     return [[of_fold[float(C)] for C in Cs] for of_fold in solutions]
+
+
+def _descended(loss: TurnedLoss, Cs: Sequence[float], tolerance: float) -> "list[Descended]":
+    """Bring every fold's models of ascending C, each started from the last, to where they are hoped to be proven."""
+    descended = []
+    models = constant_models(loss)
+    lead = [C for C in _LEADS if Cs[0] > C]
+    for C in [*lead, *Cs]:
+        state = descend(loss, C, models, _LEAD_TOLERANCE if C in lead else tolerance)
+        models = state.models
+        if C not in lead:
+            descended.append(state)
+    return descended
 
 
 def _by_passes(
@@ -166,27 +179,34 @@ def _by_passes(
 
 @contextmanager
 def turned_folds(
-    X: Rows, y: NDArray[Any], folds: Sequence[tuple[NDArray[Any], NDArray[Any]]], *, standardise: bool = True
+    X: Rows,
+    y: NDArray[Any],
+    folds: Sequence[tuple[NDArray[Any], NDArray[Any]]],
+    *,
+    loss: Loss = "softmax",
+    standardise: bool = True,
 ) -> Iterator[TurnedLoss | None]:
-    """Yield what evaluates models of classes on folds, positions of rows that train and that judge, turned to their axes.
+    """Yield what evaluates models on folds, positions of rows that train and that judge, turned to their axes.
 
-    ``None`` where a copy of the rows a fold would be too much; inside, matrix products use one core each.
+    ``None`` where a copy of the rows a fold would be too much, or a label has no rows or all of a fold's: its intercept has
+    no optimum. Inside, matrix products use one core each.
 
     Raises:
         ValueError: a fold trains on fewer than two classes.
     """
-    if any(len(np.unique(y[train])) < 2 for train, _ in folds):
+    if loss == "softmax" and any(len(np.unique(y[train])) < 2 for train, _ in folds):
         raise ValueError("every fold must train on two classes at least")
-    if sum(len(train) * min(X.shape[1], len(train)) for train, _ in folds) > _MOST_TURNED:
+    is_constant = loss != "softmax" and any((y[train] == y[train[0]]).all(axis=0).any() for train, _ in folds)
+    if is_constant or sum(len(train) * min(X.shape[1], len(train)) for train, _ in folds) > _MOST_TURNED:
         yield None
         return
     with products_on(1), ThreadPoolExecutor(cores()) as workers:
         turned = list(workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise), folds))
-        loss = TurnedLoss(turned, y)
+        evaluated = TurnedLoss(turned, y, loss)
         try:
-            yield loss
+            yield evaluated
         finally:
-            loss.close()
+            evaluated.close()
 
 
 def tolerance_of(size: int) -> float:
@@ -196,80 +216,160 @@ def tolerance_of(size: int) -> float:
 
 def constant_models(loss: TurnedLoss) -> Rows:
     """Return each fold's model without weights (f, k, r + 1)."""
-    shares = np.stack([np.bincount(labels, minlength=loss.outputs) for labels in loss.targets]) / loss.counts[:, None]
-    models = np.zeros((len(shares), loss.outputs, loss.width), np.float32)
-    models[:, :, -1] = np.where(shares > 0, np.log(np.where(shares > 0, shares, 1)), _NEVER)
+    models = np.zeros((*loss.shares.shape, loss.width), np.float32)
+    if loss.loss == "softmax":
+        models[:, :, -1] = np.where(loss.shares > 0, np.log(np.where(loss.shares > 0, loss.shares, 1)), _NEVER)
+    else:
+        models[:, :, -1] = logit(loss.shares) if loss.loss == "sigmoid" else 2 * loss.shares - 1
     return models
 
 
-def descend(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> tuple[Rows, int]:
-    """Bring one C on every fold to where the gradient in float32 bounds what is left; return models and turns."""
+class Descended(NamedTuple):
+    """The models (f, k, r + 1) of all folds after so many turns."""
+
+    models: Rows
+    turns: int
+
+
+def descend(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> Descended:
+    """Bring one C on every fold to where the gradient in float32 bounds what is left."""
     group = SideBySide(loss, np.arange(len(models)), np.full(len(models), C), models)
     models = models.copy()
+    most_turns = _MOST_HINGE_TURNS if loss.loss == "squared_hinge" else _MOST_TURNS
     while len(group.fold_of):
         group.step()
         by_weights = group.slopes[:, :, :-1]
         bound = np.einsum("pkr,pkr->p", by_weights, by_weights, dtype=np.float64) / 2
         is_near = (bound <= _INSIDE * tolerance * group.descents.values) & (group.left <= tolerance)
-        is_near |= group.descents.stalled | (group.turns >= _MOST_TURNS)
+        is_near |= group.descents.stalled | (group.turns >= most_turns)
         if is_near.any():
             models[group.fold_of[is_near]] = group.weights[is_near]
             group.keep(~is_near)
-    return models, group.turns
+    return Descended(models, group.turns)
 
 
-def proven(loss: TurnedLoss, C: float, models: Rows, tolerance: float, turns: int) -> list[Solution]:
-    """Return the models (f, k, r + 1) of all folds as solutions, with what float64 says of them."""
-    return [
-        _proven(fold, labels, C, model.astype(np.float64), tolerance, turns)
-        for fold, labels, model in zip(loss.folds, loss.targets, models, strict=True)
-    ]
+def proven(loss: TurnedLoss, Cs: Sequence[float], descended: Sequence[Descended], tolerance: float) -> list[list[Solution]]:
+    """Return for each fold its models, one a C, as solutions, with what float64 says of them."""
+
+    def of_fold(number: int) -> list[Solution]:
+        proof = _Proof(loss.loss, loss.folds[number], loss.targets[number], tolerance)
+        return proof.of([proof.model(C, state.models[number], state.turns) for C, state in zip(Cs, descended, strict=True)])
+
+    with ThreadPoolExecutor(cores()) as workers:
+        return list(workers.map(of_fold, range(len(loss.folds))))
 
 
 def finish(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> list[Solution]:
     """Bring one C on every fold to its optimum: float32 until the gradient bounds what is left, then float64 tells it."""
-    models, turns = descend(loss, C, models, tolerance)
-    return proven(loss, C, models, tolerance, turns)
+    descended = descend(loss, C, models, tolerance)
+    return [solution for (solution,) in proven(loss, [C], [descended], tolerance)]
 
 
-def _proven(fold: TurnedRows, y: NDArray[Any], C: float, model: Floats, tolerance: float, turns: int) -> Solution:
-    """Return a model (k, r + 1) as a solution, its distance bounded by its gradient in float64 on the rows as they come."""
-    classes = np.unique(y)
-    weights, intercept = fold.back(model[classes, :-1]), model[classes, -1]
-    scale = C / 2 if len(classes) == 2 else C
-    blocks = [slice(start, start + _PROOF_ROWS) for start in range(0, len(y), _PROOF_ROWS)]
-    scores = np.concatenate([fold.exactly(block) @ weights.T for block in blocks]) + intercept
-    right = y[:, None] == classes
-    for _ in range(_LEVELLINGS):
-        slopes = softmax(scores, axis=1)
-        stiffness = np.diag(slopes.sum(axis=0)) - slopes.T @ slopes
-        lift = -np.linalg.pinv(stiffness, rcond=1e-12, hermitian=True) @ (slopes - right).sum(axis=0)
-        intercept, scores = intercept + lift, scores + lift
-    slopes = softmax(scores, axis=1) - right
-    gradient = weights + scale * sum(slopes[block].T @ fold.exactly(block) for block in blocks)
-    of_wrong = np.where(right, -np.inf, scores - scores[right][:, None])
-    spent = np.logaddexp(0, logsumexp(of_wrong, axis=1)).sum()  # digits of a loss near 0 are kept
-    value = scale * float(spent) + float(np.vdot(weights, weights)) / 2
-    by_intercept = scale * np.abs(slopes.sum(axis=0)).sum()
-    bound = float(np.vdot(gradient, gradient)) / 2 + (1 + float(np.abs(intercept).max())) * float(by_intercept)
-    weights = weights / fold.scale
-    intercept = intercept - weights @ fold.mean
-    if len(classes) == 2:
-        weights, intercept, value, bound = weights[1:] - weights[:1], intercept[1:] - intercept[:1], 2 * value, 2 * bound
-    else:
-        intercept = intercept - intercept.mean()
-    return Solution(
-        C,
-        classes,
-        weights,
-        intercept,
-        value,
-        excess=bound / value,
-        gradient=float(np.abs(gradient).max()) / value,
-        iterations=turns,
-        converged=bound <= tolerance * value,
-        float64=False,
-    )
+class _Proof:
+    """One fold's models, their distance to the optimum bounded by the gradient in float64 on the rows as they come.
+
+    Args:
+        loss: what is summed.
+        fold: the rows that train.
+        y: their classes (n,), or which labels they have (n, k).
+        tolerance: the share of the objective to which the bound is to fall.
+    """
+
+    def __init__(self, loss: Loss, fold: TurnedRows, y: NDArray[Any], tolerance: float) -> None:
+        self.loss, self.fold, self.tolerance = loss, fold, tolerance
+        self.classes = np.unique(y) if loss == "softmax" else np.arange(y.shape[1])
+        self.right: NDArray[np.bool_] = y[:, None] == self.classes if loss == "softmax" else y
+        self.is_pair = loss == "softmax" and len(self.classes) == 2
+        self.blocks = [slice(start, start + _PROOF_ROWS) for start in range(0, len(y), _PROOF_ROWS)]
+
+    def model(self, C: float, turned: Rows, turns: int) -> "_Model":
+        """Return a model (k, r + 1) of turned rows as one of standardised features."""
+        of_classes = turned[self.classes].astype(np.float64)
+        return _Model(C, self.fold.back(of_classes[:, :-1]), of_classes[:, -1], turns)
+
+    def of(self, models: "Sequence[_Model]") -> list[Solution]:
+        """Return models as solutions; of squared hinges those that are not proven are finished first."""
+        solutions = self._judged(models)
+        is_open = [not solution.converged for solution in solutions]
+        if self.loss == "squared_hinge" and any(is_open):
+            finished = iter(self._judged(list(self._finished(compress(models, is_open)))))
+            solutions = [next(finished) if is_left else each for each, is_left in zip(solutions, is_open, strict=True)]
+        return solutions
+
+    def _finished(self, models: "Iterable[_Model]") -> "Iterator[_Model]":
+        rows, signs = self.fold.exactly(slice(None)), np.where(self.right, 1.0, -1.0)
+        for C, weights, intercept, turns in models:
+            by_label = [newton.of_squared_hinge(rows, *each, C) for each in zip(signs.T, weights, intercept, strict=True)]
+            ended_weights, ended_intercept = (np.array(parts) for parts in zip(*by_label, strict=True))
+            yield _Model(C, ended_weights, ended_intercept, turns)
+
+    def _judged(self, models: "Sequence[_Model]") -> list[Solution]:
+        """Return models as solutions; the rows are read twice for all of them."""
+        weights = np.concatenate([model.weights for model in models])
+        outputs = np.concatenate([self.fold.exactly(block) @ weights.T for block in self.blocks])
+        levelled = []
+        for without, model in zip(np.split(outputs, len(models), axis=1), models, strict=True):
+            intercept, scores = model.intercept, without + model.intercept
+            for _ in range(_LEVELLINGS):
+                _, slopes, stiffness = _seen_by(self.loss, scores, self.right)
+                lift = -np.linalg.pinv(stiffness, rcond=1e-12, hermitian=True) @ slopes.sum(axis=0)
+                intercept, scores = intercept + lift, scores + lift
+            levelled.append((model._replace(intercept=intercept), *_seen_by(self.loss, scores, self.right)[:2]))
+        slopes = np.concatenate([slopes for _, _, slopes in levelled], axis=1)
+        by_weights = sum(slopes[block].T @ self.fold.exactly(block) for block in self.blocks)
+        gradients = np.split(by_weights, len(models))
+        return [self._solution(*seen, gradient) for seen, gradient in zip(levelled, gradients, strict=True)]
+
+    def _solution(self, model: "_Model", spent: float, by_row: Floats, slopes: Floats) -> Solution:
+        C, weights, intercept, turns = model
+        scale = C / 2 if self.is_pair else C
+        gradient = weights + scale * slopes
+        value = scale * spent + float(np.vdot(weights, weights)) / 2
+        by_intercept = scale * np.abs(by_row.sum(axis=0)).sum()
+        bound = float(np.vdot(gradient, gradient)) / 2 + (1 + float(np.abs(intercept).max())) * float(by_intercept)
+        weights = weights / self.fold.scale
+        intercept = intercept - weights @ self.fold.mean
+        if self.is_pair:
+            weights, intercept, value, bound = weights[1:] - weights[:1], intercept[1:] - intercept[:1], 2 * value, 2 * bound
+        elif self.loss == "softmax":
+            intercept = intercept - intercept.mean()
+        return Solution(
+            C,
+            self.classes,
+            weights,
+            intercept,
+            value,
+            excess=bound / value,
+            gradient=float(np.abs(gradient).max()) / value,
+            iterations=turns,
+            converged=bound <= self.tolerance * value,
+            float64=False,
+        )
+
+
+class _Model(NamedTuple):
+    """A model of standardised features, weights (k, d) and intercepts (k,), found in so many turns."""
+
+    C: float
+    weights: Floats
+    intercept: Floats
+    turns: int
+
+
+def _seen_by(loss: Loss, scores: Floats, right: NDArray[np.bool_]) -> tuple[float, Floats, Floats]:
+    """Return the sum of the losses of scores (n, k), their derivatives (n, k), and the second ones by intercepts (k, k)."""
+    if loss == "softmax":
+        shares = softmax(scores, axis=1)
+        of_wrong = np.where(right, -np.inf, scores - scores[right][:, None])
+        spent = float(np.logaddexp(0, logsumexp(of_wrong, axis=1)).sum())  # digits of a loss near 0 are kept
+        return spent, shares - right, np.diag(shares.sum(axis=0)) - shares.T @ shares
+    signs = np.where(right, 1, -1)
+    margins = signs * scores
+    if loss == "sigmoid":
+        wrong = expit(-margins)
+        return float(np.logaddexp(0, -margins).sum()), -signs * wrong, np.diag((wrong * (1 - wrong)).sum(axis=0))
+    slack = np.maximum(0, 1 - margins)
+    return float((slack**2).sum()), -2 * signs * slack, np.diag(2.0 * (slack > 0).sum(axis=0))
 
 
 def _in_row_space(X: Rows, y: NDArray[Any], Cs: Sequence[float], terms: _Terms) -> list[Solution]:

@@ -1,6 +1,6 @@
 """One pass over the features for many linear models at once: their losses and gradients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -264,30 +264,36 @@ class BatchedLoss:
 
 
 class TurnedLoss:
-    """Evaluates models of classes on turned folds, one product a fold.
+    """Evaluates models on turned folds, one product a fold.
 
     Args:
         folds: rows of each fold, the last column ones.
-        y: classes 0..k-1 of all rows (m,).
+        y: classes 0..k-1 of all rows (m,), or which of k labels each row has (m, k) bool.
+        loss: log-loss of one class among k; or of each label by itself, by log-loss or squared hinge.
     """
 
-    def __init__(self, folds: "Sequence[TurnedRows]", y: NDArray[Any]) -> None:
-        self.folds, self.outputs = folds, int(y.max()) + 1
+    def __init__(self, folds: "Sequence[TurnedRows]", y: NDArray[Any], loss: Loss = "softmax") -> None:
+        self.folds, self.loss = folds, loss
+        self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
         self.width = max(fold.rows.shape[1] for fold in folds)
         self.counts = np.array([len(fold.rows) for fold in folds])
         self.rows = [_padded(fold.rows, self.width) for fold in folds]
         self.held = [_padded(fold.held, self.width) for fold in folds]
         self.targets = [y[fold.train] for fold in folds]
-        shares = [np.bincount(labels) / len(labels) for labels in self.targets]
-        self.guessing = np.array(
-            [-len(fold.train) * xlogy(share, share).sum() for fold, share in zip(folds, shares, strict=True)]
-        )
+        self.shares = np.stack([self._shares_of(labels) for labels in self.targets])
+        self.guessing = self.counts * _GUESSING[loss](self.shares).sum(axis=1)
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
-        self.shares_of_C = np.array([0.5 if np.count_nonzero(share) == 2 else 1.0 for share in shares])
+        is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
+        self.shares_of_C = np.where(is_pair, 0.5, 1.0)
         parts = max(1, cores() // len(folds))
         cuts = [np.linspace(0, count, parts + 1).astype(int) for count in self.counts]
         self._tasks = [(number, slice(*pair)) for number, cut in enumerate(cuts) for pair in pairwise(cut)]
         self._workers = ThreadPoolExecutor(cores())
+
+    def _shares_of(self, y: NDArray[Any]) -> Floats:
+        """Return which share of a fold's rows has each class or label (k,)."""
+        shares: Floats = np.bincount(y, minlength=self.outputs) / len(y) if self.loss == "softmax" else y.mean(axis=0)
+        return shares
 
     def close(self) -> None:
         """Let the threads end."""
@@ -303,12 +309,14 @@ class TurnedLoss:
             rows, models = self.rows[fold][block], weights[index[fold]]
             outputs = (models.reshape(-1, self.width) @ rows.T).reshape(*models.shape[:2], len(rows))
             with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
-                spent, _ = _softmax(outputs, self.targets[fold][block], np.ones((1, len(rows)), rows.dtype), "none")
+                spent = self._spent(outputs, self.targets[fold][block])
             products = (outputs.reshape(-1, len(rows)) @ rows).reshape(models.shape)
             if not bent:
                 return spent, products, 0
-            # q of a class that is wrong, q - 1 of the right one: q (1 - q) of both, no digit cancelled
-            np.subtract(np.abs(outputs), outputs * outputs, out=outputs)
+            if self.loss == "squared_hinge":
+                np.multiply(outputs != 0, 2, out=outputs)
+            else:  # q of a class that is wrong, q - 1 of the right one: q (1 - q) of both, no digit cancelled
+                np.subtract(np.abs(outputs), outputs * outputs, out=outputs)
             return spent, products, (outputs.reshape(-1, len(rows)) @ (rows * rows)).reshape(models.shape)
 
         tasks = [(fold, block) for fold, block in self._tasks if len(index[fold])]
@@ -317,6 +325,13 @@ class TurnedLoss:
             slopes[index[fold]] += products
             diagonal[index[fold]] += squares
         return loss, slopes, diagonal
+
+    def _spent(self, outputs: Rows, y_true: NDArray[Any]) -> Floats:
+        """Return the losses (p,) of outputs (p, k, r), which become their derivatives."""
+        counts = np.ones((1, len(y_true)), outputs.dtype)
+        if self.loss == "softmax":
+            return _softmax(outputs, y_true, counts, "none")[0]
+        return _ONE_BY_ONE[self.loss](outputs, np.where(y_true.T, 1, -1).astype(outputs.dtype), counts)[0]
 
 
 def _padded(rows: Rows, width: int) -> Rows:
@@ -573,5 +588,11 @@ def _squared_hinge_ahead(outputs: Floats, moves: Floats, signs: Floats, counts: 
     return loss, (gap * counts).sum(axis=(1, 2)), -2 * signs * slack * counts, -signs * predicted * counts, curvature
 
 
+# Of the best constant model, a row and output, by the share of the rows that have it.
+_GUESSING: dict[Loss, Callable[[Floats], Any]] = {
+    "softmax": lambda share: -xlogy(share, share),
+    "sigmoid": lambda share: -xlogy(share, share) - xlogy(1 - share, 1 - share),
+    "squared_hinge": lambda share: 4 * share * (1 - share),
+}
 _AHEAD = {"sigmoid": _sigmoid_ahead, "squared_hinge": _squared_hinge_ahead}
 _ONE_BY_ONE = {"sigmoid": _sigmoid, "squared_hinge": _squared_hinge}
