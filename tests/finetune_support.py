@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from featcache.backbones.base import Backbone
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.evaluation.splits import make_split
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning.finetuner import FineTuned, Finetuner, Start, TrainingSet
-from featcache.finetuning.loop import Trial
-from featcache.finetuning.model import Checkpoint, LinearHead, Take
+from featcache.finetuning.finetuner import FineTuned, Finetuner
+from featcache.finetuning.loop import TrainContext, Trial
+from featcache.finetuning.model import Checkpoint, LinearHead, Network, Take, open_up
+from featcache.finetuning.optim import ProcessGroup
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
 from featcache.heads import linear as linear_heads
@@ -43,23 +43,30 @@ class Prepared:
         self.probe = LinearHead(*linear_heads.linear_weights(self.head, 3))
         self.pixels = self.bench.extracted("input").store.reader()
 
-    def tune(self, backbone: Backbone, cut: str, take: Take, plan: FineTunePlan = PLAN, **more: Any) -> FineTuned:
-        """Fine-tune what a plan unfreezes, from rows at a cut."""
-        trainable = select_trainable(backbone.stages, plan.unfreeze, backbone.module)
-        data = TrainingSet(cut, take, self.features.y, self.split)
-        return Finetuner(backbone, trainable, plan, data, Start(self.probe, self.probe), **more).run()
+    def tune(
+        self, cut: str, take: Take, plan: FineTunePlan = PLAN, checkpoint: Checkpoint | None = None, seed: int = 0
+    ) -> FineTuned:
+        """Fine-tune what a plan unfreezes in a copy of the backbone, from rows at a cut, in the plan's precision."""
+        trainable = select_trainable(self.backbone.stages, plan.unfreeze, self.backbone.module)
+        network, precision = open_up(self.backbone, trainable, cut, Network({}, self.probe), seed=seed), plan.precision
+        assert precision not in {None, "auto"}
+        checkpoint, processes = checkpoint or Checkpoint(None), ProcessGroup()
+        context = TrainContext(network.model, network.stages, take, self.features.y, plan, processes, seed, precision)
+        before = context.before(self.split.val)
+        saved = checkpoint.load()
+        return Finetuner(network, context, self.split, Network({}, self.probe), before, checkpoint, saved).run()
 
 
 def tuned(
     prepared: Prepared, plan: FineTunePlan, checkpoint: Checkpoint | None = None, take: Any = None
 ) -> dict[str, Tensor]:
     """Fine-tune and return the whole backbone's weights and the head's."""
-    own = prepared.backbone.separate()
-    trainable = select_trainable(own.stages, plan.unfreeze, own.module)
+    trainable = select_trainable(prepared.backbone.stages, plan.unfreeze, prepared.backbone.module)
     stored = prepared.bench.extracted(trainable.cut, "float32" if trainable.cut != "input" else None).store.reader()
-    more = {"checkpoint": checkpoint} if checkpoint is not None else {}
-    result = prepared.tune(own, trainable.cut, take or stored.take, plan, **more)
-    return own.module.state_dict() | {f"head.{name}": value for name, value in result.model.head.state_dict().items()}
+    result = prepared.tune(trainable.cut, take or stored.take, plan, checkpoint)
+    return result.network.backbone.module.state_dict() | {
+        f"head.{name}": value for name, value in result.model.head.state_dict().items()
+    }
 
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:

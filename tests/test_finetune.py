@@ -11,7 +11,7 @@ import pytest
 from finetune_support import GAINS, PLAN, KilledError, epochs_of
 from support import TINY, Outcome
 
-from featcache.backbones.timm_models import load_backbone
+from featcache.backbones.timm_models import load_backbone, trainable_copy
 from featcache.datasets import open_dataset
 from featcache.errors import StorageError
 from featcache.experiments import finetune as tuning
@@ -20,9 +20,10 @@ from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, Ledger
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning.finetuner import Finetuner, Start
-from featcache.finetuning.model import Checkpoint
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning.finetuner import Finetuner
+from featcache.finetuning.loop import TrainContext
+from featcache.finetuning.model import Checkpoint, Network, OpenNetwork
+from featcache.finetuning.plan import Unfreeze
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.heads.bundle import load as load_bundle
@@ -102,7 +103,7 @@ def test_no_stochastic_depth_means_none(folder: Path, settings: Settings) -> Non
     bench = FeatureCache(open_dataset(folder), own, settings)
     rates = [module.drop_prob for module in bench.backbone.module.modules() if type(module).__name__ == "DropPath"]
 
-    backbone = tuning._trainable_copy(bench, PLAN)
+    backbone = trainable_copy(bench.backbone, PLAN.drop_path)
 
     assert max(rates) == 0.5
     assert not any(module.drop_prob for module in backbone.module.modules() if type(module).__name__ == "DropPath")
@@ -311,8 +312,9 @@ def test_a_depth_that_gains_nothing_answers_as_the_shallower_one(
     """Its model is the one that was finished before it, trained on train and validation, image by image."""
     wreck = replace(PLAN, epochs=1, lr=(1e20,))
 
-    def wrecked(backbone: Any, trainable: Any, plan: FineTunePlan, data: Any, start: Start, **more: Any) -> Finetuner:
-        return Finetuner(backbone, trainable, plan if start.shallower is None else wreck, data, start, **more)
+    def wrecked(network: OpenNetwork, context: TrainContext, split: Any, refitted: Network, *more: Any) -> Finetuner:
+        context = replace(context, plan=wreck) if refitted.weights else context
+        return Finetuner(network, context, split, refitted, *more)
 
     monkeypatch.setattr("featcache.finetuning.finetuner.Finetuner", wrecked)
     first, *deeper = run_sweep(FineTuneInputs(FeatureCache(open_dataset(subtle), tiny, settings)), GAINS).jobs

@@ -1,5 +1,6 @@
 """Search, refit and test: it equals training without a cache, and what validation cannot tell apart decides nothing."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from finetune_support import GAINS, PLAN, Prepared, tuned
 from test_loop import epochs
+from torch.nn import Parameter
 
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.finetuner import FineTuned, not_worse
@@ -16,40 +18,42 @@ from featcache.finetuning.model import predict
 from featcache.specs import BackboneSpec
 
 
+def parameters_of(tuned: FineTuned) -> Iterator[Parameter]:
+    """Return the weights of the whole network, the frozen ones too."""
+    return tuned.network.backbone.module.parameters()
+
+
 def test_the_cache_gives_the_same_losses_as_recomputing(prepared: Prepared) -> None:
     """Trained from float32 activations or with the frozen part run again each time: the same losses, the same weights."""
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
-    cached, recomputed = prepared.backbone.separate(), prepared.backbone.separate()
-    run = recomputed.runner("layer3")
+    run = prepared.backbone.runner("layer3")
 
-    one = prepared.tune(cached, "layer3", stored.take)
-    two = prepared.tune(recomputed, "layer3", lambda index: run(prepared.pixels.take(index)))
+    cached = prepared.tune("layer3", stored.take)
+    recomputed = prepared.tune("layer3", lambda index: run(prepared.pixels.take(index)))
 
-    losses = [[epoch.train_loss for epoch in tuned.history[1:]] for tuned in (one, two)]
+    losses = [[epoch.train_loss for epoch in tuned.history[1:]] for tuned in (cached, recomputed)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-    for first, second in zip(cached.module.parameters(), recomputed.module.parameters(), strict=True):
+    for first, second in zip(parameters_of(cached), parameters_of(recomputed), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_from_the_cache_is_a_step_of_the_whole_model(prepared: Prepared) -> None:
     """The whole network from pixels, its frozen part without gradients, ends with the same weights."""
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
-    cached, whole = prepared.backbone.separate(), prepared.backbone.separate()
 
-    prepared.tune(cached, "layer3", stored.take)
-    prepared.tune(whole, "input", prepared.pixels.take)
+    cached = prepared.tune("layer3", stored.take)
+    whole = prepared.tune("input", prepared.pixels.take)
 
-    for first, second in zip(cached.module.parameters(), whole.module.parameters(), strict=True):
+    for first, second in zip(parameters_of(cached), parameters_of(whole), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_weights_and_batchnorm_statistics_stay(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Only the thawed stage's parameters move; no running statistic does, unless asked."""
     prepared = Prepared(subtle, tiny, settings)
-    own = prepared.backbone.separate()
-    prepared.tune(own, "input", prepared.pixels.take, GAINS)
+    tuned = prepared.tune("input", prepared.pixels.take, GAINS)
 
-    before, after = prepared.backbone.module.state_dict(), own.module.state_dict()
+    before, after = prepared.backbone.module.state_dict(), tuned.network.backbone.module.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(name.startswith("layer4") for name in moved)
@@ -58,12 +62,11 @@ def test_frozen_weights_and_batchnorm_statistics_stay(subtle: Path, tiny: Backbo
 
 def test_ruinous_training_ends_as_the_probe(prepared: Prepared) -> None:
     """Where no epoch is better than the probe, the probe is the result, on the untouched backbone."""
-    own = prepared.backbone.separate()
     stored = prepared.bench.extracted("layer3").store.reader()
-    tuned = prepared.tune(own, "layer3", stored.take, replace(PLAN, lr=(30.0,), head_lr=30.0, patience=1))
+    tuned = prepared.tune("layer3", stored.take, replace(PLAN, lr=(30.0,), head_lr=30.0, patience=1))
 
     if tuned.best == 0:
-        for first, second in zip(own.module.parameters(), prepared.backbone.module.parameters(), strict=True):
+        for first, second in zip(parameters_of(tuned), prepared.backbone.module.parameters(), strict=True):
             torch.testing.assert_close(first, second)
     assert tuned.history[tuned.best].val.accuracy == max(epoch.val.accuracy for epoch in tuned.history)
 
@@ -73,8 +76,7 @@ def test_the_rate_is_chosen_on_validation(prepared: Prepared) -> None:
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
 
     def tune(*rates: float) -> FineTuned:
-        own = prepared.backbone.separate()
-        return prepared.tune(own, "layer3", stored.take, replace(PLAN, lr=rates))
+        return prepared.tune("layer3", stored.take, replace(PLAN, lr=rates))
 
     both, first, second = tune(1e-6, 1e-2), tune(1e-6), tune(1e-2)
 
@@ -100,10 +102,9 @@ def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: floa
     """The last training has no judge but the validation images: it is kept where it knows them as well, but for noise."""
     from featcache.evaluation.metrics import score
 
-    own = prepared.backbone.separate()
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
     plan = replace(PLAN, lr=(lr,), epochs=4, patience=4)
-    result = prepared.tune(own, "layer3", stored.take, plan)
+    result = prepared.tune("layer3", stored.take, plan)
 
     val = prepared.split.val
     now = score(prepared.features.y[val], predict(result.model, stored.take, val, 8))

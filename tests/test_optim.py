@@ -8,7 +8,7 @@ import pytest
 import torch
 from finetune_support import PLAN, Prepared, moved, tuned
 
-from featcache.finetuning import optim as choosing
+from featcache.finetuning import loop as choosing
 from featcache.finetuning.model import LinearHead, SuffixAndHead
 from featcache.finetuning.optim import ProcessGroup, rate
 
@@ -28,13 +28,12 @@ def test_every_optimiser_steps_from_the_cache_as_on_the_whole_model(prepared: Pr
     """From stored activations or from pixels through the whole network: the same weights."""
     plan = replace(PLAN, optimiser=optimiser, epochs=2, clip=1.0)
     prepared.probe = LinearHead(np.zeros_like(prepared.probe.weights), np.zeros_like(prepared.probe.bias))  # any step gains
-    own = prepared.backbone.separate()
-    prepared.tune(own, "input", prepared.pixels.take, plan)
+    whole = prepared.tune("input", prepared.pixels.take, plan).network.backbone.module.state_dict()
 
     cached = tuned(prepared, plan)
 
-    assert moved(prepared.backbone.module.state_dict(), own.module.state_dict())
-    for name, value in own.module.state_dict().items():
+    assert moved(prepared.backbone.module.state_dict(), whole)
+    for name, value in whole.items():
         torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-5)
 
 
@@ -43,10 +42,9 @@ def test_half_precision_steps_go_almost_the_same_way(prepared: Prepared) -> None
     stored = prepared.bench.extracted("layer3").store.reader()
     runs = []
     for precision in ("float32", "bfloat16"):
-        own = prepared.backbone.separate()
         plan = replace(PLAN, lr=(1e-4,), head_lr=1e-4, precision=precision, refit=False)
-        runs.append(prepared.tune(own, "layer3", stored.take, plan))
-        assert {parameter.dtype for parameter in own.module.parameters()} == {torch.float32}
+        runs.append(prepared.tune("layer3", stored.take, plan))
+        assert {parameter.dtype for parameter in runs[-1].network.backbone.module.parameters()} == {torch.float32}
     exact, half = ([epoch.train_loss for epoch in run.history[1:]] for run in runs)
     assert half == pytest.approx(exact, rel=0.02)
     assert half != exact

@@ -39,10 +39,10 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import workers_here
 from featcache.finetuning.loop import Epoch, TrainContext, Trial
-from featcache.finetuning.model import LinearHead, SuffixAndHead, Take
+from featcache.finetuning.model import LinearHead, Network, Take, open_up
 from featcache.finetuning.optim import ProcessGroup
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.finetuning.unfreezing import depths, open_up, select_trainable
+from featcache.finetuning.unfreezing import depths, select_trainable
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 
 HERE = Path(__file__).parent
@@ -119,7 +119,6 @@ class Ours:
     def __init__(
         self, backbone: Backbone, wish: str, cut: str, take: Take, y: Any, epochs: int, precision: Precision
     ) -> None:
-        own = backbone.separate()
         plan = FineTunePlan(
             Unfreeze.parse(wish),
             epochs=epochs,
@@ -129,11 +128,11 @@ class Ours:
             refit=False,
             precision=precision,
         )
-        trainable = select_trainable(own.stages, plan.unfreeze, own.module)
-        suffix = own.suffix(cut)
-        width = _width(suffix, take)
-        model = SuffixAndHead(suffix, LinearHead(np.zeros((CLASSES, width)), np.zeros(CLASSES)))
-        self.job = TrainContext(model, open_up(own, model, trainable, 0), take, y, plan, ProcessGroup(), 0, precision)
+        trainable = select_trainable(backbone.stages, plan.unfreeze, backbone.module)
+        width = _width(backbone.suffix(cut), take)
+        start = Network({}, LinearHead(np.zeros((CLASSES, width)), np.zeros(CLASSES)))
+        network = open_up(backbone, trainable, cut, start)
+        self.job = TrainContext(network.model, network.stages, take, y, plan, ProcessGroup(), 0, precision)
         self.index = np.arange(len(y))
 
     def epochs(self) -> list[float]:

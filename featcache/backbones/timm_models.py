@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.backbones import origins
-from featcache.backbones.base import OWN_HEAD, TimmBackbone, default_device
+from featcache.backbones.base import OWN_HEAD, Backbone, TimmBackbone, default_device
 from featcache.backbones.origins import BUNDLED
 from featcache.backbones.tracing import timm
 from featcache.errors import DataError, SetupError, UsageError
@@ -61,6 +61,26 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
     transform = _transform(published, spec)
     _try_image(module, spec, transform.input_size, device)
     return TimmBackbone(spec, loaded, transform, module, device, named, content, file_sha256)
+
+
+def trainable_copy(backbone: Backbone, drop_path: float) -> Backbone:
+    """Return a copy of a backbone that may be changed, with so much stochastic depth, whatever the model brings of its own.
+
+    Raises:
+        DataError: its weights are others by now.
+    """
+    if not drop_path:
+        separate = backbone.separate()
+        for module in separate.module.modules():
+            if type(module).__name__ == "DropPath":
+                setattr(module, "drop_prob", 0.0)  # noqa: B010 - its type does not know it
+        return separate
+    # timm spreads the rate over the blocks as it builds them: the network is built again, from the same weights
+    spec = replace(backbone.spec, model_args=(*backbone.spec.model_args, ("drop_path_rate", drop_path)))
+    built = load_backbone(spec, backbone.device)
+    if built.loaded.weights_sha256 != backbone.loaded.weights_sha256:
+        raise DataError(f"`backbone` {spec.name}: its weights changed while this ran. Run again.")
+    return built
 
 
 def _architecture_of(spec: BackboneSpec) -> tuple[str, dict[str, Any], dict[str, Any] | None]:

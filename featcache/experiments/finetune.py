@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.backbones import origins
 from featcache.display import Displayed, Table, logger
-from featcache.errors import DataError
 from featcache.evaluation.metrics import Gap, gap
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
-from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
@@ -24,10 +22,8 @@ from featcache.specs import POOLED, BackboneSpec
 from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
-    from featcache.backbones.base import Backbone
     from featcache.finetuning.finetuner import FineTuned
     from featcache.finetuning.model import Checkpoint
-    from featcache.finetuning.unfreezing import Trainable
 
 _DRIFTED = 0.5  # CKA below which the embeddings are no longer the probe's
 
@@ -201,45 +197,46 @@ class FineTuneJob:
         processes = self.inputs.processes
         with own_randomness(self.inputs.cache.backbone.device):
             unfinished = Checkpoint(self.stem.with_name(f"{self.stem.name}.unfinished"), writes=processes.rank == 0)
-            backbone = _trainable_copy(self.inputs.cache, self.plan)
-            tuned = self._train(backbone, unfinished)
+            tuned = self._train(unfinished)
             record = self._compared(tuned)
             with processes.one_first():
                 if processes.rank == 0:
                     # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
-                    self._save(backbone, tuned)
+                    self._save(tuned)
                     if records and not is_recorded(records, record):
                         append_record(records, record)
         epochs, head = tuple(asdict(epoch) for epoch in tuned.history), head_path(self.stem)
         computed = self.rows.entry.report.computed
         return FineTuneResult(record, epochs, tuned.similarity, self.checkpoint, head, computed, tuned, unfinished)
 
-    def _train(self, backbone: "Backbone", unfinished: "Checkpoint") -> "FineTuned":
-        from featcache.finetuning.finetuner import Finetuner, Start, TrainingSet
+    def _train(self, unfinished: "Checkpoint") -> "FineTuned":
+        from featcache.finetuning.finetuner import Finetuner
+        from featcache.finetuning.loop import TrainContext, choose_precision
+        from featcache.finetuning.model import Network, open_up, to_device
 
-        inputs, rows = self.inputs, self.rows
-        start = Start(*rows.start)
+        inputs, rows, plan = self.inputs, self.rows, self.plan
+        start, refitted = (Network({}, head) for head in rows.start)
         if self.after is not None and self.after.tuned is not None:
-            shallower = self.after.tuned
-            backbone.module.load_state_dict(shallower.from_train.weights)
-            start = Start(shallower.from_train.head, start.refitted, shallower.finished)
-        data = TrainingSet(rows.entry.cut, rows.take, rows.task.features.y, rows.split)
-        return Finetuner(
-            backbone,
-            rows.trainable,
-            self.plan,
-            data,
-            start,
-            seed=inputs.seed,
-            checkpoint=unfinished,
-            processes=inputs.processes,
-        ).run()
+            start, refitted = self.after.tuned.from_train, self.after.tuned.finished
+        backbone, cut, y = inputs.cache.backbone, rows.entry.cut, rows.task.features.y
+        network = open_up(backbone, rows.trainable, cut, start, drop_path=plan.drop_path, seed=inputs.seed)
+        saved = unfinished.load()
+        if not inputs.processes.agrees(saved is not None):  # all of them go on from there, or all begin
+            saved = None
+        # kept with the state: measured again it might come out otherwise
+        precision: Any = saved["precision"] if saved else plan.precision
+        if precision in {None, "auto"}:
+            batch = to_device(rows.take(rows.split.train[: plan.batch_size] * plan.views), backbone.device)
+            precision = choose_precision(network.model, batch, inputs.processes, on_cpu=precision == "auto")
+        context = TrainContext(network.model, network.stages, rows.take, y, plan, inputs.processes, inputs.seed, precision)
+        before = context.before(rows.split.val)
+        return Finetuner(network, context, rows.split, refitted, before, unfinished, saved).run()
 
     def _compared(self, tuned: "FineTuned") -> RunRecord:
         """Return the record, with the gap to the best probe and what is to be said of it."""
         outcome = Outcome(
             self.rows.split,
-            params=_params(tuned, self.rows.trainable),
+            params=_params(tuned),
             val=tuned.history[tuned.best].val,
             test=tuned.tested.scores,
             right=tuned.tested.right,
@@ -273,14 +270,15 @@ class FineTuneJob:
             "seconds": best.seconds,
         }
 
-    def _save(self, backbone: "Backbone", tuned: "FineTuned") -> None:
+    def _save(self, tuned: "FineTuned") -> None:
         """Write the tuned network, and its head beside it: with it as its backbone the head predicts as any other."""
         from featcache.backbones.timm_models import hash_weights
         from featcache.finetuning.model import save_checkpoint
         from featcache.heads import bundle
         from featcache.heads.linear import linear_estimator
 
-        cache, transform = self.inputs.cache, asdict(backbone.preprocess.spec)
+        cache, backbone = self.inputs.cache, tuned.network.backbone
+        transform = asdict(backbone.preprocess.spec)
         facts = {
             "backbone": cache.identity,
             "classes": list(self.rows.task.names),
@@ -308,12 +306,12 @@ class FineTuneJob:
         bundle.save(linear_estimator(head.weights, head.bias), card, self.stem)
 
 
-def _params(tuned: "FineTuned", trainable: "Trainable") -> dict[str, Any]:
+def _params(tuned: "FineTuned") -> dict[str, Any]:
     return {
         "best_epoch": tuned.best,
         "lr": tuned.lr,
         "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
-        "stages": [stage.name for stage in trainable.stages],
+        "stages": [stage.name for stage in tuned.network.trainable.stages],
         "curve_smoothing": 0.0,  # records of before have training's loss with its label smoothing
         "cka": round(tuned.similarity, 4),
         "precision": tuned.precision,
@@ -403,24 +401,6 @@ def forget_state(folder: Path, cell: str) -> None:
     """
     for path in folder.glob(f"*/tuned/*-{cell[:IN_NAMES]}.unfinished"):
         remove_file(path)
-
-
-def _trainable_copy(cache: FeatureCache, plan: FineTunePlan) -> "Backbone":
-    """Return a copy of the backbone that may be changed, with the plan's stochastic depth."""
-    if not plan.drop_path:
-        backbone = cache.backbone.separate()
-        for module in backbone.module.modules():
-            if type(module).__name__ == "DropPath":  # some models bring a rate of their own: the plan says none
-                setattr(module, "drop_prob", 0.0)  # noqa: B010 - its type does not know it
-        return backbone
-    from featcache.backbones.timm_models import load_backbone
-
-    # timm spreads the rate over the blocks as it builds them: the network is built again, from the same weights
-    spec = replace(cache.spec, model_args=(*cache.spec.model_args, ("drop_path_rate", plan.drop_path)))
-    backbone = load_backbone(spec, cache.backbone.device)
-    if backbone.loaded.weights_sha256 != cache.backbone.loaded.weights_sha256:
-        raise DataError(f"`backbone` {spec.name}: its weights changed while this ran. Run again.")
-    return backbone
 
 
 def _remarks(tuned: "FineTuned", record: RunRecord, plan: FineTunePlan) -> tuple[str, ...]:

@@ -9,68 +9,25 @@ BYOL, appendix D, do for fine-tuning).
 
 import contextlib
 import copy
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from featcache.backbones.base import Backbone
 from featcache.display import progress
 from featcache.evaluation.metrics import TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, noise
-from featcache.finetuning.model import Checkpoint, LinearHead, SuffixAndHead, Take, embed, predict, to_device
-from featcache.finetuning.optim import ProcessGroup, choose_precision
-from featcache.finetuning.plan import FineTunePlan
-from featcache.finetuning.unfreezing import Trainable, merge_lora, open_up
+from featcache.finetuning.model import Checkpoint, Network, OpenNetwork, SuffixAndHead, embed, predict
+from featcache.finetuning.unfreezing import merge_lora
 from featcache.resources import keep_freed_memory
 from featcache.specs import Precision
 
 # what is called overfitting: the validation loss rose by this share and this much, and training is so far ahead in accuracy
 _RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
 _ROUNDING = 1e-9  # of differences of accuracies
-_LAYOUT = 3  # of a training's state: one of an older version is begun again
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What is trained on: ``take`` gives rows (k, ...) stored at the cut, the views of an image one after the other.
-
-    ``y`` are the labels (n,) int64; the split says which images train, choose and test.
-    """
-
-    cut: str
-    take: Take
-    y: NDArray[np.int64]
-    split: Split
-
-
-@dataclass(frozen=True)
-class Network:
-    """A backbone's weights and a head; no weights where they are those that the backbone has anyway."""
-
-    weights: dict[str, Tensor]
-    head: LinearHead
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where training starts.
-
-    Attributes:
-        on_train: the probe fitted on ``train`` alone: every rate starts from it, so that ``val`` judges it fairly.
-        refitted: the probe refitted on train and val: what epoch 0 answers with, where it stays the best, and where the
-            refit starts.
-        shallower: the finished network that takes the refitted probe's place, where its training on ``train`` was the start.
-    """
-
-    on_train: LinearHead
-    refitted: LinearHead
-    shallower: Network | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +50,7 @@ class FineTuned:
     """A trained suffix and head with its history.
 
     Attributes:
-        model: as it was tested.
+        network: as it was tested.
         history: the epochs of the rate that was kept, epoch 0 the start.
         best: the epoch that was kept.
         lr: the rate that was kept.
@@ -108,7 +65,7 @@ class FineTuned:
         finished: as it was tested, the weights not copied: what a deeper training answers with that gains nothing.
     """
 
-    model: SuffixAndHead
+    network: OpenNetwork
     history: tuple[Epoch, ...]
     best: int
     lr: float
@@ -121,6 +78,11 @@ class FineTuned:
     refitted: bool
     from_train: Network
     finished: Network
+
+    @property
+    def model(self) -> SuffixAndHead:
+        """The suffix and head."""
+        return self.network.model
 
     @property
     def overfits(self) -> str:
@@ -142,13 +104,11 @@ class TrainingState:
     """How far a training has come: what its checkpoint keeps, beside the seconds.
 
     Attributes:
-        precision: what steps are computed in, once that is chosen.
         finished: the rates that were tried to their end, each with its validation accuracy.
         contenders: of these trials those that may still be the best: only their weights are kept.
         trial: the state of the one in flight, at a rate or of the refit.
     """
 
-    precision: Precision | Literal["auto"] | None
     finished: tuple[tuple[float, float], ...] = ()
     contenders: tuple[Trained, ...] = ()
     trial: Plain | None = None
@@ -157,23 +117,17 @@ class TrainingState:
     def of(cls, plain: Plain) -> "TrainingState":
         """Return what ``plain`` gave."""
         finished = tuple((lr, accuracy) for lr, accuracy in plain["finished"])
-        return cls(plain["precision"], finished, tuple(map(_trial_of, plain["best"])), plain["trial"])
+        return cls(finished, tuple(map(_trial_of, plain["best"])), plain["trial"])
 
     def plain(self) -> Plain:
         """Return it as a checkpoint keeps it; tensors are shared."""
         best = [asdict(replace(trial, state={})) | {"state": trial.state} for trial in self.contenders]
-        return {
-            "layout": _LAYOUT,
-            "precision": self.precision,
-            "finished": list(self.finished),
-            "best": best,
-            "trial": self.trial,
-        }
+        return {"finished": list(self.finished), "best": best, "trial": self.trial}
 
     def ended(self, trained: Trained, images: int) -> "TrainingState":
         """Return it after one more rate, judged by so many images."""
         finished = (*self.finished, (trained.lr, trained.best.val.accuracy))
-        return TrainingState(self.precision, finished, tuple(not_worse([*self.contenders, trained], images)))
+        return TrainingState(finished, tuple(not_worse([*self.contenders, trained], images)))
 
 
 def _trial_of(fields: dict[str, Any]) -> Trained:
@@ -189,51 +143,33 @@ class Finetuner:
     caller's to clear, once what came out is on the disk: until then a training that has ended is found there as well.
 
     Attributes:
-        backbone: the one whose parameters the suffix shares; they are changed.
-        trainable: which parameters train.
-        plan: rates, epochs, patience, ...
-        data: what is trained on.
-        start: where training starts.
-        seed: of the order of images and of dropout.
+        network: is trained in place.
+        context: on what it trains, and how.
+        split: which images train, choose and test.
+        refitted: what epoch 0 answers with, where it stays the best, and where the refit starts: the probe that was refitted
+            on train and val, or the finished shallower network.
+        before: epoch 0 and the embeddings of validation images: every rate starts from a probe that was fitted on ``train``
+            alone, so that ``val`` judges it fairly.
         checkpoint: where the state is kept.
-        processes: those that share the work.
+        saved: what it has of an earlier process.
 
     Raises:
-        SetupError: low-rank updates need peft.
         StorageError: the state cannot be kept.
     """
 
-    backbone: Backbone
-    trainable: Trainable
-    plan: FineTunePlan
-    data: TrainingSet
-    start: Start
-    seed: int = 0
-    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
-    processes: ProcessGroup = field(default_factory=ProcessGroup)
+    network: OpenNetwork
+    context: TrainContext
+    split: Split
+    refitted: Network
+    before: tuple[Epoch, NDArray[np.float64]]
+    checkpoint: Checkpoint
+    saved: Plain | None = None
 
     def __post_init__(self) -> None:
-        """Put head and suffix together, go back to where the checkpoint is, and judge the start."""
-        self._started, self._seconds_before = time.monotonic(), 0.0
+        """Go back to where the checkpoint is."""
         keep_freed_memory()  # activations of the same sizes come and go at every step
-        self.model = SuffixAndHead(self.backbone.suffix(self.data.cut), self.start.on_train).to(self.backbone.device)
-        stages = open_up(self.backbone, self.model, self.trainable, self.seed)
-        self._state = self._resumed()
-        plan, data, precision = self.plan, self.data, self._state.precision
-        self._context = TrainContext(
-            self.model,
-            stages,
-            data.take,
-            data.y,
-            plan,
-            self.processes,
-            self.seed,
-            precision,  # type: ignore[arg-type]
-        )
-        self._untouched = copy.deepcopy(self.model.state_dict())
-        self._embeddings = self._embed()
-        val, scaled = self._context.validate(data.split.val)
-        self._before = Epoch(0, None, val, 0.0, scaled_loss=scaled)
+        self._state = TrainingState() if self.saved is None else TrainingState.of(self.saved)
+        self._untouched = copy.deepcopy(self.network.model.state_dict())
 
     def run(self) -> FineTuned:
         """Search, refit and test."""
@@ -242,50 +178,51 @@ class Finetuner:
 
     def search(self) -> RateSearch:
         """Train on ``train`` at every rate, each from the start, and keep the best rate and epoch on ``val``."""
-        split, plan = self.data.split, self.plan
+        split, plan, model = self.split, self.context.plan, self.network.model
         finished = len(self._state.finished)
         with progress(plan.epochs * len(plan.lr) * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
             bar.update(plan.epochs * len(split.train) * finished)
             for lr in plan.lr[finished:]:
-                self.model.load_state_dict(self._untouched)
-                trained = self._train(Trial(self._context, lr, split.train, split.val, self._before), bar)
+                model.load_state_dict(self._untouched)
+                trained = self._train(Trial(self.context, lr, split.train, split.val, self.before[0]), bar)
                 self._state = self._state.ended(trained, len(split.val))
                 self._save(self._state)
         # of those that accuracy cannot tell apart
         best = min(self._state.contenders, key=lambda trial: trial.best.scaled_loss)
-        self.model.load_state_dict(best.state)
-        return RateSearch(best, dict(self._state.finished), self._network())
+        model.load_state_dict(best.state)
+        return RateSearch(best, dict(self._state.finished), self.network.copied())
 
     def refit(self, outcome: RateSearch) -> bool:
         """Train on train and val together as long as the kept epoch, from the refitted probe; tell whether that is kept.
 
         Where no epoch was better than the start, the refitted probe is what the model is then.
         """
-        best, split = outcome.best, self.data.split
-        if best.best.number == 0 or self.plan.refit:
+        best, split, plan, model = outcome.best, self.split, self.context.plan, self.network.model
+        if best.best.number == 0 or plan.refit:
             self._restart()
-        if best.best.number == 0 or not self.plan.refit:
+        if best.best.number == 0 or not plan.refit:
             return False
-        trial = Trial(self._context, best.lr, split.train_val, None, self._before, epochs=best.best.number)
-        with progress(best.best.number * len(split.train_val), f"refit {self.plan.unfreeze.text}") as bar:
+        trial = Trial(self.context, best.lr, split.train_val, None, self.before[0], epochs=best.best.number)
+        with progress(best.best.number * len(split.train_val), f"refit {plan.unfreeze.text}") as bar:
             again = self._train(trial, bar)
-        self.model.load_state_dict(again.state)
+        model.load_state_dict(again.state)
         if not again.diverged and self._still_good(best.best.val.accuracy):
             return True
-        self.model.load_state_dict(best.state)
+        model.load_state_dict(best.state)
         return False
 
     def test(self, outcome: RateSearch, *, refitted: bool) -> FineTuned:
         """Test the model as it is now, once, and return it with its history."""
-        if self.trainable.spec.what == "lora":
-            merge_lora(self.model.suffix)
-        seconds = self._seconds  # the test is no training
-        after, data, plan = self._embed(), self.data, self.plan
+        model, context, plan = self.network.model, self.context, self.context.plan
+        if self.network.trainable.spec.what == "lora":
+            merge_lora(model.suffix)
+        seconds = self.checkpoint.seconds  # the test is no training
+        after = embed(model, context.take, self.split.val * plan.views, plan.batch_size)
         tested = scores_on_test(
-            lambda index: predict(self.model, data.take, index * plan.views, plan.batch_size), data.y, data.split
+            lambda index: predict(model, context.take, index * plan.views, plan.batch_size), context.y, self.split
         )
         return FineTuned(
-            self.model,
+            self.network,
             outcome.best.history,
             outcome.best.best.number,
             outcome.best.lr,
@@ -293,33 +230,15 @@ class Finetuner:
             tested,
             seconds,
             outcome.best.images_per_second,
-            cka(self._embeddings, after),
-            self._context.precision,
+            cka(self.before[1], after),
+            context.precision,
             refitted,
             outcome.network,
-            Network(self.backbone.module.state_dict(), self.model.linear_head()),
+            Network(self.network.backbone.module.state_dict(), model.linear_head()),
         )
 
-    def _resumed(self) -> TrainingState:
-        """Return the state to go on from, with a precision chosen."""
-        saved = self.checkpoint.load() or {}
-        self._seconds_before = float(saved.get("seconds", 0.0))
-        if not self.processes.agrees(bool(saved)):  # all of them go on from there, or all begin
-            saved = {}
-        state = TrainingState.of(saved) if saved.get("layout") == _LAYOUT else TrainingState(self.plan.precision)
-        if state.precision not in {None, "auto"}:  # kept with the state: measured again it might come out otherwise
-            return state
-        rows = self.data.take(self.data.split.train[: self.plan.batch_size] * self.plan.views)
-        batch, on_cpu = to_device(rows, self.backbone.device), self.plan.precision == "auto"
-        return replace(state, precision=choose_precision(self.model, batch, self.processes, on_cpu=on_cpu))
-
-    @property
-    def _seconds(self) -> float:
-        """What training has taken, that of killed processes included up to the last state that they kept."""
-        return self._seconds_before + time.monotonic() - self._started
-
     def _save(self, state: TrainingState) -> None:
-        self.checkpoint.save(state.plain() | {"seconds": self._seconds})
+        self.checkpoint.save(state.plain() | {"precision": self.context.precision})
 
     def _train(self, trial: Trial, bar: Any) -> Trained:
         """Run a trial, from where the state has it if it does."""
@@ -330,30 +249,20 @@ class Finetuner:
 
     def _restart(self) -> None:
         """Put the model where the refit begins: the weights untouched and the probe that was refitted, or the shallower."""
-        shallower = self.start.shallower
-        self.model.load_state_dict(self._untouched)
-        if shallower is not None:
-            self.backbone.module.load_state_dict(shallower.weights)
-        self.model.set_head(self.start.refitted if shallower is None else shallower.head)
+        self.network.model.load_state_dict(self._untouched)
+        if self.refitted.weights:
+            self.network.backbone.module.load_state_dict(self.refitted.weights)
+        self.network.model.set_head(self.refitted.head)
 
     def _still_good(self, chosen: float) -> bool:
         """Tell whether the model is as accurate on ``val`` as the one that was chosen there, but for noise.
 
         It has trained on these images since: one that is worse on them is broken.
         """
-        images = self.data.split.val
+        images = self.split.val
         with contextlib.suppress(DivergedError):
-            return self._context.validate(images)[0].accuracy >= chosen - noise(chosen, len(images))
+            return self.context.validate(images)[0].accuracy >= chosen - noise(chosen, len(images))
         return False
-
-    def _embed(self) -> NDArray[np.float64]:
-        return embed(self.model, self.data.take, self.data.split.val * self.plan.views, self.plan.batch_size)
-
-    def _network(self) -> Network:
-        """Return the weights and the head as they are; low-rank updates are no part of the weights yet."""
-        if self.trainable.spec.what == "lora":
-            return Network({}, self.model.linear_head())
-        return Network(copy.deepcopy(self.backbone.module.state_dict()), self.model.linear_head())
 
 
 def not_worse(trials: Sequence[Trained], images: int) -> list[Trained]:

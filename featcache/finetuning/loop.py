@@ -1,4 +1,4 @@
-"""One trial: training at one rate, epoch by epoch, that can be broken off anywhere and taken up again exactly there."""
+"""One trial: training at one rate and precision, epoch by epoch, broken off anywhere and taken up again exactly there."""
 
 import copy
 import math
@@ -21,6 +21,7 @@ from featcache.finetuning.model import (
     SuffixAndHead,
     Take,
     chunks,
+    embed,
     flipped_and_shifted,
     mixed,
     predict,
@@ -28,12 +29,16 @@ from featcache.finetuning.model import (
     set_training,
     to_device,
 )
-from featcache.finetuning.optim import DTYPES, ProcessGroup, make_optimiser, parameter_groups, rate
+from featcache.finetuning.optim import ProcessGroup, make_optimiser, parameter_groups, rate
 from featcache.finetuning.plan import FineTunePlan
 from featcache.specs import Precision
 
 _SAVE_SECONDS = 60.0  # what a kill costs at most; writing a large model's state takes some seconds
 _ROUNDING = 1e-9  # of differences of accuracies
+_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TRIED: tuple[Precision, Precision] = ("float32", "bfloat16")
+_ROUNDS = 2  # after one that is not counted: the first step of each precision also compiles kernels and finds memory
+_PAYS = 1.2  # times the speed of float32: what is faster by less may be so by chance
 Plain = dict[str, Any]  # what torch.load reads with weights_only: numbers, texts, lists, tensors
 
 
@@ -131,6 +136,12 @@ class TrainContext:
         temperature = best_temperature(y_true, predictions)
         scaled = predictions if temperature is None else at_temperature(predictions, temperature)
         return score(y_true, predictions), score(y_true, scaled).log_loss or 0.0
+
+    def before(self, index: Index) -> tuple[Epoch, NDArray[np.float64]]:
+        """Return epoch 0, judged by some images (k,), and their embeddings (k, d), which training will change."""
+        val, scaled = self.validate(index)
+        embeddings = embed(self.model, self.take, index * self.plan.views, self.plan.batch_size)
+        return Epoch(0, None, val, 0.0, scaled_loss=scaled), embeddings
 
 
 @dataclass
@@ -323,7 +334,7 @@ class Trial:
 
     def _backward(self, rows: Tensor, index: Index, images: int, rng: np.random.Generator) -> tuple[float, int]:
         """Add a batch's gradients, its part of a step of so many images; return its loss and its correct predictions."""
-        context, plan, dtype = self._context, self._context.plan, DTYPES[self._context.precision]
+        context, plan, dtype = self._context, self._context.plan, _DTYPES[self._context.precision]
         y = torch.from_numpy(context.y[index]).to(context.device)
         if plan.augment and rows.dtype == torch.uint8:
             rows = flipped_and_shifted(rows, rng)
@@ -379,6 +390,38 @@ def kept(history: Sequence[Epoch], images: int) -> int:
         return 0
     highest = max(epoch.val.accuracy for epoch in better)
     return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - _ROUNDING)
+
+
+def choose_precision(model: SuffixAndHead, rows: Tensor, processes: ProcessGroup, *, on_cpu: bool) -> Precision:
+    """Return bfloat16 on GPUs that have it (since Ampere), and if asked on CPUs (AMX) where a step is clearly faster in it.
+
+    All processes come to the same choice.
+
+    Args:
+        model: the one to train; neither weights nor statistics are changed.
+        rows: a batch of stored rows on the model's device.
+        processes: those that share the work.
+        on_cpu: try it on CPUs too.
+    """
+    if rows.device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    if not on_cpu or rows.device.type != "cpu" or not features.get("amx_bf16"):
+        return "float32"
+    # measured, since having AMX is not enough: most backbones are two to three times as fast, depthwise ones can be slower
+    set_training(model, train_batchnorm=False)
+    rounds = [[_step_seconds(model, rows, precision) for precision in _TRIED] for _ in range(1 + _ROUNDS)]
+    slow, fast = processes.total(np.min(rounds[1:], axis=0), rows.device)
+    return "bfloat16" if slow > _PAYS * fast else "float32"
+
+
+def _step_seconds(model: SuffixAndHead, rows: Tensor, precision: Precision) -> float:
+    dtype, start = _DTYPES[precision], time.perf_counter()
+    with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
+        loss = model(rows).float().square().mean()
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
 
 
 def _seed_dropout(seed: int, device: torch.device) -> None:

@@ -1,9 +1,10 @@
-"""What is trained: the part of a backbone behind a cut, and a linear head; the files it is kept in."""
+"""What is trained: the part of a backbone behind a cut, opened, and a linear head; the files it is kept in."""
 
 import copy
 import io
 import json
 import mmap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from featcache.backbones.base import OWN_HEAD
+from featcache.backbones.base import OWN_HEAD, Backbone
+from featcache.backbones.timm_models import trainable_copy
 from featcache.display import logger
 from featcache.errors import FeatcacheError
 from featcache.evaluation.splits import Index
+from featcache.finetuning.unfreezing import Trainable, add_lora, fold_norms
 from featcache.store.atomic import make_folder, remove_file, replace_file, replace_file_by
 from featcache.store.checksums import is_signed, sign
 
@@ -34,6 +37,14 @@ class LinearHead:
 
     weights: NDArray[np.float64]
     bias: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone's weights and a head; no weights where they are those that the backbone has anyway."""
+
+    weights: dict[str, Tensor]
+    head: LinearHead
 
 
 class SuffixAndHead(nn.Module):
@@ -68,6 +79,67 @@ class SuffixAndHead(nn.Module):
     def forward(self, stored: Tensor) -> Tensor:
         """Return the logits (b, classes)."""
         return self.head(self.embed(stored))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class OpenNetwork:
+    """A copy of a backbone that is open for training.
+
+    Attributes:
+        backbone: the copy, whose parameters the model shares.
+        trainable: which of them train.
+        model: what follows the cut, and the head.
+        stages: the parameters that train, stage by stage, in forward order; of low-rank updates, theirs.
+    """
+
+    backbone: Backbone
+    trainable: Trainable
+    model: SuffixAndHead
+    stages: tuple[tuple[nn.Parameter, ...], ...]
+
+    def copied(self) -> Network:
+        """Return the weights and the head as they are; low-rank updates are no part of the weights yet."""
+        weights = {} if self.trainable.spec.what == "lora" else copy.deepcopy(self.backbone.module.state_dict())
+        return Network(weights, self.model.linear_head())
+
+
+def open_up(
+    backbone: Backbone, trainable: Trainable, cut: str, start: Network, *, drop_path: float = 0.0, seed: int = 0
+) -> OpenNetwork:
+    """Return a copy of a backbone, as a network at its start, in which the trainable parameters train and no others.
+
+    Args:
+        backbone: is left as it is.
+        trainable: what trains.
+        cut: what is before it is left out of the model.
+        start: weights and head.
+        drop_path: stochastic depth.
+        seed: of the random half of low-rank updates.
+
+    Raises:
+        SetupError: low-rank updates need peft.
+        UsageError: no layer can take one.
+    """
+    separate = trainable_copy(backbone, drop_path)
+    if start.weights:
+        separate.module.load_state_dict(start.weights)
+    model = SuffixAndHead(separate.suffix(cut), start.head).to(separate.device)
+    named = dict(separate.module.named_parameters())
+    for parameter in (*model.parameters(), *named.values()):
+        parameter.requires_grad_(False)
+    if trainable.spec.what == "lora":
+        weights = {id(named[name]): stage.name for stage in trainable.stages for name in stage.parameters}
+        blank = torch.from_numpy(separate.example_inputs(1)).to(separate.device)  # untraced, it takes prepared samples
+        by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in trainable.stages}
+        for weight, parameters in add_lora(model.suffix, weights, trainable.spec.rank, seed, blank):
+            by_stage[weights[weight]] += parameters
+        stages = tuple(tuple(parameters) for parameters in by_stage.values())
+    else:
+        stages = tuple(tuple(named[name] for name in stage.parameters) for stage in trainable.stages)
+        fold_norms(model.suffix)
+    for parameter in (*model.head.parameters(), *(parameter for stage in stages for parameter in stage)):
+        parameter.requires_grad_(True)
+    return OpenNetwork(separate, trainable, model, stages)
 
 
 def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
@@ -171,14 +243,24 @@ def mixed(rows: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor,
 
 _STATE = b"featcache: state of a training\n"  # what a signature is for
 _SIGNATURE = 64  # hexadecimal digits
+_LAYOUT = 3  # of a training's state: one of an older version is begun again
 
 
 class Checkpoint:
-    """Keeps an unfinished training's state in one file, or nowhere; of several processes only one ``writes``."""
+    """Keeps an unfinished training's state in one file, or nowhere; of several processes only one ``writes``.
+
+    ``seconds`` count from where it is made, those of killed processes included up to the last state that they kept.
+    """
 
     def __init__(self, path: Path | None, *, writes: bool = True) -> None:
         self._path = path
         self._writes = writes
+        self._started, self._seconds_before = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What training has taken."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def load(self) -> dict[str, Any] | None:
         """Return the state that was kept last, ``None`` where there is none or it is not whole and this user's own.
@@ -200,7 +282,10 @@ class Checkpoint:
         if why:
             logger.warning("%s: %s: training begins again", self._path, why)
             return None
-        return state if isinstance(state, dict) else None
+        if not isinstance(state, dict) or state.get("layout") != _LAYOUT:
+            return None
+        self._seconds_before = float(state["seconds"])
+        return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace what was kept.
@@ -211,7 +296,7 @@ class Checkpoint:
         if self._path is None or not self._writes:
             return
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(state | {"layout": _LAYOUT, "seconds": self.seconds}, buffer)
         content = buffer.getbuffer()
         # behind the content, where PyTorch looks past it: a state of wrong kinds or shapes would fail anywhere in training
         signature = sign(_STATE, content).encode()

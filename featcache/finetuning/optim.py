@@ -1,8 +1,7 @@
-"""How weights move, in one process or in several: groups with their rates, the optimiser, the schedule, the precision."""
+"""How weights move, in one process or in several: groups with their rates, the optimiser, the schedule."""
 
 import math
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,12 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from featcache.evaluation.splits import Index
-from featcache.finetuning.model import SuffixAndHead, set_training
 from featcache.finetuning.plan import FineTunePlan
-from featcache.specs import Precision
 
 _PATIENCE = timedelta(days=7)  # the first process may extract for long while the others wait; the default is 30 minutes
 
@@ -76,10 +73,6 @@ class ProcessGroup:
             dist.all_reduce(torch.zeros(1))
 
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TRIED: tuple[Precision, Precision] = ("float32", "bfloat16")
-_ROUNDS = 2  # after one that is not counted: the first step of each precision also compiles kernels and finds memory
-_PAYS = 1.2  # times the speed of float32: what is faster by less may be so by chance
 _MOMENTUM = 0.9
 Group = dict[str, Any]
 
@@ -120,35 +113,3 @@ def rate(step: int, steps: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def choose_precision(model: SuffixAndHead, rows: Tensor, processes: ProcessGroup, *, on_cpu: bool) -> Precision:
-    """Return bfloat16 on GPUs that have it (since Ampere), and if asked on CPUs (AMX) where a step is clearly faster in it.
-
-    All processes come to the same choice.
-
-    Args:
-        model: the one to train; neither weights nor statistics are changed.
-        rows: a batch of stored rows on the model's device.
-        processes: those that share the work.
-        on_cpu: try it on CPUs too.
-    """
-    if rows.device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
-    if not on_cpu or rows.device.type != "cpu" or not features.get("amx_bf16"):
-        return "float32"
-    # measured, since having AMX is not enough: most backbones are two to three times as fast, depthwise ones can be slower
-    set_training(model, train_batchnorm=False)
-    rounds = [[_step_seconds(model, rows, precision) for precision in _TRIED] for _ in range(1 + _ROUNDS)]
-    slow, fast = processes.total(np.min(rounds[1:], axis=0), rows.device)
-    return "bfloat16" if slow > _PAYS * fast else "float32"
-
-
-def _step_seconds(model: SuffixAndHead, rows: Tensor, precision: Precision) -> float:
-    dtype, start = DTYPES[precision], time.perf_counter()
-    with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
-        loss = model(rows).float().square().mean()
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return time.perf_counter() - start

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from featcache.backbones.base import Backbone, Stage
+from featcache.backbones.base import Stage
 from featcache.display import logger
 from featcache.errors import SetupError, UsageError
-from featcache.finetuning.model import SuffixAndHead
 from featcache.finetuning.plan import Unfreeze
 from featcache.specs import INPUT
 
@@ -111,30 +110,6 @@ def _first_trained(stages: Sequence[Stage], spec: Unfreeze) -> int:
 
 
 _SCALE = 2  # of the update, times its rank: peft's and the paper's alpha over r
-
-
-def open_up(
-    backbone: Backbone, model: SuffixAndHead, trainable: Trainable, seed: int
-) -> tuple[tuple[nn.Parameter, ...], ...]:
-    """Let the trainable parameters train and no others; return them, stage by stage."""
-    named = dict(backbone.module.named_parameters())
-    model.requires_grad_(False)
-    for parameter in named.values():
-        parameter.requires_grad_(False)
-    if trainable.spec.what == "lora":
-        weights = {id(named[name]): stage.name for stage in trainable.stages for name in stage.parameters}
-        blank = torch.from_numpy(backbone.example_inputs(1)).to(backbone.device)  # untraced, it takes prepared samples
-        updates = add_lora(model.suffix, weights, trainable.spec.rank, seed, blank)
-        by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in trainable.stages}
-        for weight, parameters in updates:
-            by_stage[weights[weight]] += parameters
-        stages = tuple(tuple(parameters) for parameters in by_stage.values())
-    else:
-        stages = tuple(tuple(named[name] for name in stage.parameters) for stage in trainable.stages)
-        fold_norms(model.suffix)
-    for parameter in (*model.head.parameters(), *(parameter for stage in stages for parameter in stage)):
-        parameter.requires_grad_(True)
-    return stages
 
 
 def add_lora(
