@@ -6,11 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+import featcache
 from featcache.backbones.pooling import Layout
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import UsageError
+from featcache.evaluation.tasks import Task
+from featcache.experiments.fit import FitPlan
+from featcache.experiments.poolings import judge
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.specs import POOLED, TOKENS, BackboneSpec, Pool, TransformOverrides
 
@@ -53,7 +58,7 @@ def test_tokens_are_what_the_backbone_pools(
     assert (backbone.token_layout, alone.shape[1:]) == (layout, shape)
     torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(beside, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(backbone.poolings()["default"](alone).flatten(1), pooled, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(backbone.poolings()(alone.numpy())["default"], pooled, rtol=1e-4, atol=1e-5)
 
 
 def test_the_default_backbone_has_tokens() -> None:
@@ -76,7 +81,7 @@ def test_rows_pooled_from_stored_tokens_are_those_of_the_pooled_cut(
 
     assert (tokens.dtype, again.report.computed) == (np.float16, 0)
     for rows, kind in ((direct, pool), (own, "default")):
-        pooled = poolings[kind](torch.from_numpy(tokens).float()).flatten(1).numpy()
+        pooled = poolings(tokens)[kind]
         np.testing.assert_allclose(pooled, rows, rtol=2**-10, atol=2**-10 * float(np.abs(tokens).max()))
 
 
@@ -84,3 +89,50 @@ def test_a_backbone_of_several_last_activations_has_no_tokens() -> None:
     """It is refused before anything is computed."""
     with pytest.raises(UsageError, match="list of 2 comes out"):
         load_backbone(spec_of("crossvit_tiny_240", {}, 240)).program((TOKENS,))
+
+
+def test_validation_alone_chooses_the_pooling(folder: Path, settings: Settings) -> None:
+    """The pooling whose probe knows most is chosen whatever the test images' rows are; of equals it is the first."""
+    features = FeatureCache(open_dataset(str(folder)), BackboneSpec("mini"), settings).extracted().store.features()
+    task = Task(features)
+    split = task.split(0)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(len(task.y), 8)).astype(np.float32)
+    telling = noise + 3 * np.eye(8, dtype=np.float32)[task.y]
+    rows: dict[Pool, NDArray[np.float32]] = {"default": noise, "max": telling, "gem": telling.copy()}
+    for X in rows.values():
+        X[split.test] = np.nan
+
+    kind, val = judge(rows, task, split, 0)
+
+    assert kind == "max"
+    assert list(val) == ["default", "max", "gem"]
+    assert val["max"] == val["gem"] != val["default"]
+
+
+def test_a_head_answers_with_the_pooling_that_was_chosen(folder: Path, settings: Settings, tmp_path: Path) -> None:
+    """Record, card, ``predict`` and ``export`` name and use it; the next command finds head and choice."""
+    spec, plan = spec_of(*NETWORKS[3][:3]), FitPlan(best_pool=True)
+    result = featcache.fit(str(folder), spec, plan=plan, settings=settings)
+    again = featcache.fit(str(folder), spec, plan=plan, settings=settings)
+    (head,), choice = result.heads, result.pooling
+    assert choice is not None
+
+    bundle, predictions = featcache.predict(head.bundle, [folder], settings=settings)
+    written = featcache.export(head.bundle, tmp_path / "model.onnx", settings=settings)
+    by_path = {Path(image.path).relative_to(folder).as_posix(): image.label for image in predictions}
+    answers = [by_path[head.task.features.paths[index]] for index in head.split.test]
+
+    assert set(choice.val) == {"default", "avg", "max", "cls", "avg+cls", "gem"}
+    named = (head.record.params["pool"], bundle.card["backbone"]["pool"], bundle.card["cut"])
+    assert named == (choice.kind, choice.kind, POOLED)
+    assert answers == [head.classes[number] for number in head.fitted.tested.predicted]
+    assert written.difference < 1e-4
+    assert (again.heads[0].record.time, again.pooling) == (head.record.time, choice)
+    assert again.extracted.report.computed == 0
+
+
+def test_layers_have_poolings_of_their_own() -> None:
+    """What would not be used is refused."""
+    with pytest.raises(UsageError, match="`best_pool` is of the last activations"):
+        FitPlan(layers=("layer3",), best_pool=True)

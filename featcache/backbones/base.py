@@ -23,6 +23,7 @@ from featcache.backbones.pooling import (
     OwnPooling,
     PooledFeatures,
     Pooling,
+    Poolings,
     TokenCounts,
     layout_of_version_1,
     prove_layout,
@@ -250,7 +251,7 @@ class Backbone(Protocol):
     def token_layout(self) -> Layout:
         """What the axes of rows at the cut ``tokens`` are; raises UsageError where there is no such cut."""
 
-    def poolings(self) -> dict[Pool, nn.Module]:
+    def poolings(self) -> Poolings:
         """Return the ways from rows at the cut ``tokens`` to vectors."""
 
     def separate(self) -> "Backbone":
@@ -370,8 +371,8 @@ class TimmBackbone:
             raise UsageError(f"{subject} are a vector already. {instead}")
         return layout
 
-    def poolings(self) -> dict[Pool, nn.Module]:
-        """Return the ways from rows at the cut ``tokens``, float (b, ...), to vectors (b, d), the backbone's own first.
+    def poolings(self) -> Poolings:
+        """Return the ways from rows at the cut ``tokens`` to vectors, the backbone's own first.
 
         Those that come to the same vectors as one before them are left out, and the own one where the backbone does not
         pool what it gives as its last activations.
@@ -391,7 +392,7 @@ class TimmBackbone:
         for place, kind in enumerate(kinds):
             if any(same_vectors(vectors[kind], vectors[earlier]) for earlier in kinds[:place]):
                 del ways[kind]
-        return ways
+        return Poolings(ways, self.device)
 
     @cached_property
     def _counts(self) -> TokenCounts:

@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -250,6 +253,24 @@ class OwnPooling(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.forward = getattr(backbone, self.METHOD)
+
+
+@dataclass(frozen=True)
+class Poolings:
+    """Several ways from stored tokens to vectors."""
+
+    ways: Mapping[Pool, nn.Module]
+    device: torch.device
+
+    def only(self, kind: Pool) -> "Poolings":
+        """Return one of the ways alone."""
+        return Poolings({kind: self.ways[kind]}, self.device)
+
+    def __call__(self, rows: NDArray[Any]) -> dict[Pool, NDArray[np.float32]]:
+        """Return what each way makes of rows (b, ...) of any float type: float32 (b, d)."""
+        with torch.inference_mode():
+            tokens = torch.from_numpy(rows).to(self.device).float()
+            return {kind: way(tokens).flatten(1).cpu().numpy() for kind, way in self.ways.items()}
 
 
 _SAME = 1e-4  # of the greatest number: what rounding leaves of two ways to the same vector

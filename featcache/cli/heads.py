@@ -188,9 +188,11 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
     from featcache.experiments.fit import FitPlan
     from featcache.reports.wording import fit_lines, mistake_lines, per_class_lines
 
+    best_pool = flags["pool"] == "auto"
+    flags |= {"pool": "default"} if best_pool else {}
     spec, settings, dataset = options.take_inputs(flags)
     flags |= {name: flags[name] or () for name in ("layers", "shots")}
-    plan = FitPlan(**{name: flags.pop(name) for name in _PLAN})
+    plan = FitPlan(best_pool=best_pool, **{name: flags.pop(name) for name in _PLAN})
     if plan.target != "label" and (show_classes or mistakes):
         raise click.UsageError(f"--per-class and --mistakes are of one class an image, not of --target {plan.target}.")
     options.announce(dataset, spec, plan.target)

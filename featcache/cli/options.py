@@ -284,10 +284,11 @@ backbone_options = grouped(
     ),
     click.option(
         "--pool",
-        type=click.Choice(get_args(Pool)),
+        type=click.Choice([*get_args(Pool), "auto"]),
         default="default",
         show_default=True,
-        help="Pool the last activations so, without norms or layers that follow; default is the backbone's own way.",
+        help="Pool the last activations so, without norms or layers that follow; default is the backbone's own way, auto "
+        "(of fit alone) what does best on validation.",
     ),
     click.option(
         "--precision",

@@ -19,13 +19,14 @@ from featcache.evaluation.metrics import confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
 from featcache.evaluation.tasks import Kind, Task, require_kind
 from featcache.experiments.experiment import Experiment, Outcome, aligned, groups_of
+from featcache.experiments.poolings import PoolingChoice, choose_pooling, pooled_card, read_choice
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.heads import ALL, ENSEMBLE, STREAMING, bundle, heads_for, require_params
 from featcache.heads.baselines import SIDE, Baseline
 from featcache.heads.fit import FittedHead
 from featcache.reports.records import RunRecord, append_record, is_recorded
 from featcache.resources import free_memory
-from featcache.specs import POOLED, Views, check_fields, cut_of_layers
+from featcache.specs import POOLED, TOKENS, Views, check_fields, cut_of_layers
 from featcache.store.atomic import replace_file
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import read_note, sealed, unsealed
@@ -119,6 +120,7 @@ class FitPlan:
     Attributes:
         heads: names; ``all`` for each, the cheapest first.
         layers: train on the pooled activations of these layers side by side; none: on the backbone's embedding.
+        best_pool: train on the pooling of the last activations that does best on validation.
         views: so many views of each image train, and are averaged over in answers.
         grid: parameters to choose from, for one head, instead of its own.
         folds: of cross-validation; ``None`` leaves it to the size of the data, 0 takes the val split.
@@ -133,6 +135,7 @@ class FitPlan:
 
     heads: tuple[str, ...] = (PROBE,)
     layers: tuple[str, ...] = ()
+    best_pool: bool = False
     views: int = 1
     grid: tuple[tuple[str, tuple[int | float, ...]], ...] = ()
     folds: int | None = None
@@ -157,6 +160,8 @@ class FitPlan:
             raise UsageError(f"`shots` {self.shots}: whole numbers from 1 to {_MOST_SHOTS} are needed.")
         if not all(values for _, values in self.grid):
             raise UsageError("`grid`: at least one value a parameter is needed.")
+        if self.best_pool and self.layers:
+            raise UsageError("`best_pool` is of the last activations, `layers` have averages: leave one of them out.")
         Views(self.views)
 
     def names(self) -> list[str]:
@@ -178,6 +183,13 @@ class FitPlan:
             )
         return names
 
+    @property
+    def cut(self) -> str:
+        """What is extracted."""
+        if self.best_pool:
+            return TOKENS
+        return cut_of_layers(self.layers) if self.layers else POOLED
+
     def candidates(self) -> list[dict[str, Any]] | None:
         """Return all combinations of the grid's values, ``None`` where there is no grid."""
         names, values = [name for name, _ in self.grid], [values for _, values in self.grid]
@@ -187,7 +199,9 @@ class FitPlan:
         """Return what was asked for otherwise than usual in how parameters are chosen: another experiment."""
         usual = FitPlan()
         return {
-            name: getattr(self, name) for name in ("grid", "folds", "group") if getattr(self, name) != getattr(usual, name)
+            name: getattr(self, name)
+            for name in ("grid", "folds", "group", "best_pool")
+            if getattr(self, name) != getattr(usual, name)
         }
 
     def experiment(self, cache: FeatureCache, task: Task, head: str, seed: int, members: Sequence[str] = ()) -> Experiment:
@@ -197,6 +211,7 @@ class FitPlan:
         """
         words = [head if task.kind == "label" else f"{head} ({task.kind})"]
         words += [f"on {'+'.join(self.layers)}"] if self.layers else []
+        words += ["best pool"] if self.best_pool else []
         words += [f"{self.views} views"] if self.views > 1 else []
         plan = self.choice() | ({"members": list(members)} if members else {})
         return Experiment(cache, task, " ".join(words), plan, seed)
@@ -204,12 +219,16 @@ class FitPlan:
 
 @dataclass(frozen=True, repr=False)
 class FitResult(Displayed):
-    """What ``fit`` has done: the embeddings' entry, the heads, baselines that need no backbone, and curves."""
+    """What ``fit`` has done: the embeddings' entry, the heads, baselines that need no backbone, and curves.
+
+    ``pooling`` is what was chosen, where that was asked for.
+    """
 
     extracted: Extracted
     heads: list[HeadResult]
     baselines: list[Baseline]
     curves: "list[Curve]"
+    pooling: PoolingChoice | None = None
 
     def table(self) -> Table:
         """Return heads and baselines, the best on validation first."""
@@ -230,7 +249,7 @@ class FitResult(Displayed):
             "heads": [head.summary for head in self.heads],
             "controls": [baseline.summary for baseline in self.baselines],
             "curves": [curve.summary for curve in self.curves],
-        }
+        } | ({"pooling": asdict(self.pooling)} if self.pooling is not None else {})
 
 
 @dataclass
@@ -279,8 +298,7 @@ def run_fit(
     """
     names = plan.names()
     require_kind(cache.dataset, plan.target)
-    output = Output(cut_of_layers(plan.layers) if plan.layers else POOLED)
-    (entry,) = cache.features([output], Views(plan.views), thumbnails=SIDE if plan.baselines else None)
+    (entry,) = cache.features([Output(plan.cut)], Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
     features = entry.store.labelled()
     task = Task(features, plan.target, groups_of(cache, features, plan.group), plan.group)
@@ -303,7 +321,8 @@ def run_fit(
             append_record(records, result.record)
         results.append(result)
     found = fitting.baselines(results) if plan.baselines else []
-    return FitResult(entry, results, found, fitting.curves(results[0].fitted.name))
+    pooling = read_choice(*fitting.pooling_note) if plan.best_pool else None
+    return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling)
 
 
 @dataclass(frozen=True)
@@ -321,7 +340,24 @@ class _Fitting:
     def loaded(self) -> Task:
         """The task with its features: read only where something is trained."""
         store = self.entry.store
+        if self.plan.best_pool:
+            return replace(self.task, features=replace(self.task.features, X=self.pooled[1]))
         return replace(self.task, features=store.features() if in_memory(store) else store.streamed())
+
+    @cached_property
+    def pooled(self) -> tuple[PoolingChoice, NDArray[np.float32]]:
+        """The pooling that validation chooses, and its rows."""
+        return choose_pooling(
+            self.cache.backbone, self.entry.store, self.task, self.split, self.seed, note=self.pooling_note
+        )
+
+    @property
+    def pooling_note(self) -> tuple[Path, tuple[str, str]]:
+        """The file that says which pooling was chosen, and the names of what it was chosen for."""
+        plan = {name: value for name, value in self.plan.choice().items() if name != "grid"}
+        experiment = Experiment(self.cache, self.task, "pooling", plan, self.seed)
+        path = experiment.path(self.entry, "pooling")
+        return path.with_name(f"{path.name}.json"), (experiment.key, self.split.fingerprint)
 
     def result(self, name: str, before: Sequence[HeadResult]) -> HeadResult | None:
         """Return a head: from its file, or trained; of all heads, one that cannot be trained here costs no other."""
@@ -344,7 +380,8 @@ class _Fitting:
         plan = self.plan
         if name == ENSEMBLE:
             return ensemble(self.loaded, self.split, [self._with_answers(head).fitted for head in before], plan.views)
-        return fit(self.loaded, self.split, name, seed=self.seed, grid=plan.candidates(), views=plan.views)
+        fitted = fit(self.loaded, self.split, name, seed=self.seed, grid=plan.candidates(), views=plan.views)
+        return replace(fitted, params=fitted.params | {"pool": self.pooled[0].kind}) if plan.best_pool else fitted
 
     def _with_answers(self, head: HeadResult) -> HeadResult:
         """Return a head with what it answered on validation: one whose file holds none, being too large, is fitted again."""
@@ -378,7 +415,7 @@ class _Fitting:
             fitted.params,
             fitted.val,
             scores,
-            {"fit": round(fitted.seconds, 3)},
+            {"fit": round(fitted.seconds, 3)} | ({"pooling": self.pooled[0].seconds} if plan.best_pool else {}),
             entry.cost[1],
             right=tested.right,
             notes=fitted.notes,
@@ -395,6 +432,8 @@ class _Fitting:
             split=self.split.fingerprint,
             tested=bundle.packed(tested),
         )
+        if plan.best_pool:
+            card = pooled_card(card, self.pooled[0].kind)
         bundle.save(fitted.estimator, card, self._path(experiment, fitted.name), plan.format, answers=fitted.answers)
         return HeadResult(fitted, record, path, self.task, self.split)
 
@@ -461,10 +500,12 @@ def _read_baselines(path: Path, *names: str) -> dict[str, Any] | None:
 def _trainable(store: FeatureStore, plan: FitPlan, names: list[str]) -> list[str]:
     """Return the heads that can train on an entry: where its features do not fit memory, those that stream them.
 
+    What is pooled is in memory, or refused when it is.
+
     Raises:
         UsageError: a head was asked for that needs all of them in memory.
     """
-    if in_memory(store):
+    if plan.best_pool or in_memory(store):
         return names
     room = f"the features need {_needed(store) / 1e9:.1f} GB of memory and {free_memory() / 1e9:.1f} GB are free"
     able = [name for name in names if name in STREAMING]
@@ -484,4 +525,5 @@ def in_memory(store: FeatureStore) -> bool:
 
 
 def _needed(store: FeatureStore) -> float:
-    return _COPIES * 4 * math.prod(store.shape)
+    rows = (store.shape[0], 2 * max(store.shape[1:])) if store.spec["cut"] == TOKENS else store.shape  # vectors of tokens
+    return _COPIES * 4 * math.prod(rows)

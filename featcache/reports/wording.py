@@ -112,6 +112,8 @@ def fit_lines(result: "FitResult") -> Iterator[str]:
     score = _SCORES[heads[0].record.kind][0]
     # by validation, as parameters were chosen: the best of many test scores would be the luckiest
     best = min(heads, key=lambda head: _rank(head.record.val, score))
+    if result.pooling is not None:
+        yield f"{result.pooling.text}."
     among = f" is the best of {len(heads)} heads on validation" if len(heads) > 1 else ""
     yield f"{best.record.method}{among}: test {test_text(best.record)}."
     beside = " (the others' files are beside it)" if len(heads) > 1 else ""
