@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from featcache.api import bench, estimate, export, extract, extract_cuts, finetune, fit, predict, sweep
+    from featcache.api import bench, estimate, export, extract, extract_cuts, finetune, fit, gap, predict, sweep
     from featcache.datasets import open_dataset
     from featcache.datasets.base import Dataset
     from featcache.errors import CutError, DataError, FeatcacheError, SetupError, StorageError, UsageError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featcache.experiments.bench import BenchResult
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
+    from featcache.experiments.gap import GapResult
     from featcache.extraction.feature_cache import Extracted, Settings
     from featcache.finetuning.plan import FineTunePlan, Unfreeze
     from featcache.reports.records import RunRecord
@@ -32,6 +33,7 @@ _NAMES = {  # of each module
         "extract_cuts",
         "finetune",
         "fit",
+        "gap",
         "predict",
         "sweep",
     ),
@@ -55,6 +57,7 @@ _NAMES = {  # of each module
         "FitPlan",
         "FitResult",
     ),
+    "featcache.experiments.gap": ("GapResult",),
     "featcache.extraction.feature_cache": (
         "Extracted",
         "Settings",

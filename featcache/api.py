@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featcache.experiments.export import Exported
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
+    from featcache.experiments.gap import GapResult
     from featcache.experiments.predict import Prediction
     from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
     from featcache.finetuning.plan import FineTunePlan
@@ -251,6 +252,34 @@ def sweep(
     cache = _feature_cache(data, backbone, settings)
     inputs = FineTuneInputs(cache, probes=probes, group=group, seed=seed)
     return run_sweep(inputs, plan, records=cache.settings.cache / RECORDS)
+
+
+def gap(
+    data: "str | Path | Dataset",
+    backbone: str | BackboneSpec = BackboneSpec.name,
+    *,
+    plan: "FineTunePlan | None" = None,
+    group: str | None = None,
+    seed: int = 0,
+    budget: float | None = None,
+    settings: "Settings | None" = None,
+) -> "GapResult":
+    """Take the accuracy of a tuned network apart: what is pooling, what other layers, what other weights.
+
+    ``plan.unfreeze`` is left aside: weights are trained at every depth. ``budget`` are seconds after which no further step
+    is begun; called again it goes on from there.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    from featcache.experiments.gap import run_gap
+    from featcache.finetuning.plan import FineTunePlan, Unfreeze
+
+    plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")
+    seed, group = check_seed(seed), check_value(group, str | None, "group")
+    budget = check_value(budget, float | None, "budget")
+    cache = _feature_cache(data, backbone, settings)
+    return run_gap(cache, plan, group=group, seed=seed, budget=budget, records=cache.settings.cache / RECORDS)
 
 
 def bench(

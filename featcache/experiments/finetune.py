@@ -1,7 +1,7 @@
 """Fine-tune from stored activations, compare with the best probe on the same images, and tell the gap at its price."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -131,7 +131,12 @@ def run_finetune(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | 
 
 
 def run_sweep(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | None = None) -> SweepResult:
-    """Fine-tune at every depth from the last stage to the whole backbone; ``plan.unfreeze`` is left aside.
+    """Fine-tune at every depth from the last stage to the whole backbone; ``plan.unfreeze`` is left aside."""
+    return SweepResult(tuple(sweep_steps(inputs, plan, records=records)))
+
+
+def sweep_steps(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | None = None) -> Iterator[FineTuneResult]:
+    """Yield what each depth comes to, the shallowest first; whoever stops finds those that were trained when it goes on.
 
     All boundaries are extracted in one pass. Each depth starts from the weights of the one before it and takes over its
     rate, once one depth has gained on the probe: the others' rates need no search.
@@ -141,16 +146,17 @@ def run_sweep(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | Non
     plans = [replace(plan, unfreeze=unfreeze) for unfreeze in depths(inputs.cache.backbone.stages)]
     before = _find_finished_sweep(inputs, plans, records)
     if inputs.all_agree(bool(before)) and before:
-        return SweepResult(_reported_again(before, inputs))
+        yield from _reported_again(before, inputs)
+        return
     results: list[FineTuneResult] = []
     gained: FineTuneResult | None = None
     for depth, rows in zip(plans, inputs.prepare(plans), strict=True):
         results.append(FineTuneJob(inputs, _after(depth, gained), rows, gained).run(records))
         gained = results[-1] if results[-1].gained else gained
+        yield results[-1]
     for result in results:  # not before: a sweep that is killed finds the depths that it has trained
         if result.unfinished is not None:
             result.unfinished.clear()
-    return SweepResult(tuple(results))
 
 
 def _after(plan: FineTunePlan, gained: FineTuneResult | None) -> FineTunePlan:

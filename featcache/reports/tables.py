@@ -214,7 +214,7 @@ def require_picture(path: Path) -> None:
     """
     if path.suffix.removeprefix(".") not in _FORMATS:
         raise UsageError(f"{path}: pictures end in {', '.join(f'.{name}' for name in _FORMATS)}.")
-    _figure(1)
+    new_figure(1)
 
 
 def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
@@ -229,10 +229,8 @@ def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
         SetupError: matplotlib is not installed.
         StorageError: the disk failed.
     """
-    import io
-
     require_picture(path)
-    figure = _figure(3)
+    figure = new_figure(3)
     losses, accuracies, prices = figure.subplots(1, 3)
     for number, record in enumerate(records):
         colour = f"C{number}"
@@ -247,6 +245,15 @@ def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
     # below all panels, whose colours are the same: nothing is drawn over data
     figure.legend(*prices.get_legend_handles_labels(), loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize="small")
     figure.suptitle(f"{first.dataset}, {first.backbone}")
+    return save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> Path:
+    """Write a figure in the format that the path's suffix names, whole or not at all.
+
+    Raises:
+        StorageError: the disk failed.
+    """
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix("."), dpi=120)
     make_folder(path.parent)
@@ -288,7 +295,12 @@ def _point(axes: Any, seconds: float, test: dict[str, Any], name: str, colour: s
     axes.errorbar(max(seconds, 1e-3), accuracy, yerr=spread, fmt="o", color=colour, label=name, capsize=3)
 
 
-def _figure(panels: int) -> "Figure":
+def new_figure(panels: float) -> "Figure":
+    """Return an empty figure for so many panels side by side.
+
+    Raises:
+        SetupError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -78,7 +78,7 @@ def _rank(val: dict[str, Any], score: str) -> tuple[float, float]:
 def _fit_row(record: RunRecord) -> tuple[str, ...]:
     score, _, factor, digits = _SCORES[record.kind]
     numbers = (f"{factor * record.val[score]:.{digits}f}", f"{factor * record.test[score]:.{digits}f}")
-    interval = _interval(record.test[f"{score}_ci"], factor, digits)
+    interval = interval_text(record.test[f"{score}_ci"], factor, digits)
     return (record.method, *numbers, interval, f"{record.seconds['fit']:.1f}", params_text(record.params))
 
 
@@ -86,10 +86,11 @@ def _baseline_row(baseline: "Baseline", score: str) -> tuple[str, ...]:
     factor, digits = next((factor, digits) for name, _, factor, digits in _SCORES.values() if name == score)
     (val, _), (test, interval) = baseline.val.primary, baseline.tested.scores.primary
     numbers = (f"{factor * val:.{digits}f}", f"{factor * test:.{digits}f}")
-    return (baseline.name, *numbers, _interval(interval, factor, digits), f"{baseline.seconds:.1f}", NO_BACKBONE)
+    return (baseline.name, *numbers, interval_text(interval, factor, digits), f"{baseline.seconds:.1f}", NO_BACKBONE)
 
 
-def _interval(interval: Sequence[float] | None, factor: float, digits: int) -> str:
+def interval_text(interval: Sequence[float] | None, factor: float, digits: int) -> str:
+    """Return an interval in words, of numbers times a factor."""
     return f"{factor * interval[0]:.{digits}f} to {factor * interval[1]:.{digits}f}" if interval else TOO_FEW
 
 
@@ -128,7 +129,7 @@ def test_text(record: RunRecord) -> str:
         return percent(record.test)
     score, unit, factor, digits = _SCORES[record.kind]
     interval = record.test[f"{score}_ci"]
-    told = f"95 % interval {_interval(interval, factor, digits)}" if interval else "too few images for an interval"
+    told = f"95 % interval {interval_text(interval, factor, digits)}" if interval else "too few images for an interval"
     error = f", mean absolute error {record.test['mae']:.4g}" if "mae" in record.test else ""
     return f"{unit.removesuffix(' %')} {factor * record.test[score]:.{digits}f} ({told}){error}"
 
@@ -137,7 +138,7 @@ def percent(test: dict[str, Any]) -> str:
     """Return an accuracy with its interval, in words."""
     if not test["accuracy_ci"]:
         return f"{100 * test['accuracy']:.1f} % (too few groups for an interval)"
-    return f"{100 * test['accuracy']:.1f} % (95 % interval {_interval(test['accuracy_ci'], 100, 1)})"
+    return f"{100 * test['accuracy']:.1f} % (95 % interval {interval_text(test['accuracy_ci'], 100, 1)})"
 
 
 def _curve_lines(curve: "Curve") -> Iterator[str]:
@@ -211,7 +212,7 @@ def finetune_table(records: Sequence[RunRecord]) -> Table:
     probe = records[0].probe
     if probe is not None:
         val, test, seconds = probe["val"]["accuracy"], probe["test"], probe["seconds"]
-        numbers = (f"{100 * val:.1f}", f"{100 * test['accuracy']:.1f}", _interval(test["accuracy_ci"], 100, 1))
+        numbers = (f"{100 * val:.1f}", f"{100 * test['accuracy']:.1f}", interval_text(test["accuracy_ci"], 100, 1))
         rows.append(
             (f"{probe['head']} (best probe)", *numbers, "-", "-", f"{seconds['extract']:.1f}", f"{seconds['fit']:.1f}")
         )
@@ -224,7 +225,7 @@ def _tuned_row(record: RunRecord) -> tuple[str, ...]:
     numbers = (
         f"{100 * record.val['accuracy']:.1f}",
         f"{100 * test['accuracy']:.1f}",
-        _interval(test["accuracy_ci"], 100, 1),
+        interval_text(test["accuracy_ci"], 100, 1),
     )
     between = (f"{gap['points']:+.1f}", f"{gap['p_value']:.2g}") if gap else (NO_GAIN, "-")
     trained = record.seconds["train"] + record.seconds.get("before", 0.0)  # of a depth that goes on from another: both
