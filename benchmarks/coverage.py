@@ -20,7 +20,7 @@ from scipy.stats import norm
 
 from featcache.evaluation import intervals
 from featcache.evaluation.intervals import Interval
-from featcache.evaluation.metrics import gap
+from featcache.evaluation.metrics import paired_gap
 
 HERE = Path(__file__).parent
 WANTED = 93.0
@@ -72,7 +72,7 @@ def gaps() -> Iterator[Setting]:
 
         def draw(rng: Rng, chances: Any = chances, n: int = n, truth: float = 100 * difference) -> Any:
             kind = rng.choice(4, n, p=chances)
-            return [(gap(kind == 0, kind == 1).ci, truth)]
+            return [(paired_gap(kind == 0, kind == 1).ci, truth)]
 
         yield Setting((p, n, 100 * difference, rho), draw)
 
@@ -125,7 +125,7 @@ def grouped_gaps() -> Iterator[Setting]:
                 skill = np.sqrt(own) * rng.normal(size=len(sizes))[groups]
                 rest = np.sqrt(0.4 - own) * rng.normal(size=len(groups))
                 right.append(threshold + shared + skill + rest > 0)
-            return [(gap(right[0], right[1], groups=groups).ci, 100 * difference)]
+            return [(paired_gap(right[0], right[1], groups=groups).ci, 100 * difference)]
 
         yield Setting((name, p, 100 * difference, own), draw)
 

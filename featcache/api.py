@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featcache.errors import DataError, FeatcacheError, UsageError
+from featcache.reports.records import RECORDS
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, check_seed, check_value
 
 # What runs is imported by the function that runs it: `featcache.fit` on a hit must not pay for PyTorch, nor a signature
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
     from featcache.finetuning.plan import FineTunePlan
     from featcache.heads.bundle import Bundle
-
-RECORDS = Path("records") / "runs.jsonl"
 
 
 def extract(

@@ -15,10 +15,10 @@ from featcache.evaluation.metrics import (
     at_temperature,
     best_temperature,
     cka,
-    gap,
     label_scores,
     number_scores,
     numbers_on_test,
+    paired_gap,
     score,
     scores_on_test,
 )
@@ -57,7 +57,7 @@ def test_gap_is_paired() -> None:
     probe = np.array([True] * 80 + [False] * 20)
     tuned = np.array([True] * 95 + [False] * 5)
 
-    found = gap(tuned, probe)
+    found = paired_gap(tuned, probe)
 
     assert found.points == pytest.approx(15)
     assert found.ci == pytest.approx((7.3151, 22.0967), abs=1e-4)
@@ -69,7 +69,7 @@ def test_no_gap_between_equals() -> None:
     """Two models that answer alike on few images may still differ: the interval says by how much."""
     same = np.tile([True, False, True], 10)
 
-    found = gap(same, same)
+    found = paired_gap(same, same)
 
     assert found.points == 0
     assert found.ci == pytest.approx((-8.6619, 8.6619), abs=1e-4)  # 1.96 sqrt(2 / 32 / 32)
@@ -81,7 +81,7 @@ def test_four_better_of_a_hundred_are_no_gap() -> None:
     """Bonett and Price by hand: 4 / 102 +- 1.96 sqrt((6 / 102 - (4 / 102)^2) / 102); McNemar's p is 1 / 8."""
     probe = np.arange(100) < 80
 
-    found = gap(probe | (np.arange(100) >= 96), probe)
+    found = paired_gap(probe | (np.arange(100) >= 96), probe)
 
     assert found.points == pytest.approx(4)
     assert found.ci == pytest.approx((-0.7233, 8.5664), abs=1e-4)
@@ -97,7 +97,7 @@ def test_the_interval_and_p_agree_about_no_gap() -> None:
             for worse in range(better + 1):
                 tuned, probe = nothing.copy(), nothing.copy()
                 tuned[:better], probe[better : better + worse] = True, True
-                found = gap(tuned, probe)
+                found = paired_gap(tuned, probe)
                 assert found.is_noise == (found.p_value >= 0.05), (n, better, worse)
                 if better + worse:
                     assert found.p_value == pytest.approx(binomtest(better, better + worse).pvalue)
@@ -107,15 +107,15 @@ def test_a_gap_within_few_patients_is_no_gap() -> None:
     """All that speaks for it is one patient's images: the sign-flip test of one group says 1, of images 2^-19."""
     groups, probe = np.repeat(np.arange(10), 20), np.zeros(200, bool)
 
-    alone, grouped = gap(groups == 3, probe), gap(groups == 3, probe, groups=groups)
+    alone, grouped = paired_gap(groups == 3, probe), paired_gap(groups == 3, probe, groups=groups)
 
     assert alone.p_value == pytest.approx(2.0**-19)
     assert not alone.is_noise
     assert grouped.p_value == 1
     assert grouped.is_noise
-    some = gap(groups < 6, probe, groups=groups)
+    some = paired_gap(groups < 6, probe, groups=groups)
     assert some.p_value == pytest.approx(2.0**-5)
-    few = gap(groups < 6, probe, groups=groups // 3)
+    few = paired_gap(groups < 6, probe, groups=groups // 3)
     assert few.ci is None
     assert few.is_noise
 
@@ -125,7 +125,7 @@ def test_a_group_an_image_is_no_group() -> None:
     rng = np.random.default_rng(0)
     tuned, probe = rng.random((2, 80)) < 0.7
 
-    assert gap(tuned, probe, groups=rng.permutation(80)).p_value == pytest.approx(gap(tuned, probe).p_value)
+    assert paired_gap(tuned, probe, groups=rng.permutation(80)).p_value == pytest.approx(paired_gap(tuned, probe).p_value)
 
 
 def test_recalls_are_put_together() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache.evaluation.metrics import gap
+from featcache.evaluation.metrics import paired_gap
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.reports.tables import COLUMNS, NO_GAIN, inert, markdown, rows, short_table, to_csv
 
@@ -80,7 +80,7 @@ def test_other_groups_are_another_experiment() -> None:
 
     (*_, row) = rows([leaking, honest, tuned])
 
-    expected = gap(np.arange(40) < 36, np.ones(40, bool), groups=np.arange(40) // 4)
+    expected = paired_gap(np.arange(40) < 36, np.ones(40, bool), groups=np.arange(40) // 4)
     assert expected.ci is not None
     assert row[5] == "-10.0"
     assert row[6] == f"{expected.ci[0]:+.1f} to {expected.ci[1]:+.1f}"

@@ -284,9 +284,10 @@ def quickstart_command(cache: Path | None, as_json: bool) -> None:  # noqa: FBT0
     """
     from importlib import resources
 
-    from featcache.api import RECORDS, bench
+    from featcache.api import bench
     from featcache.extraction.feature_cache import Settings
     from featcache.extraction.lookup import default_cache
+    from featcache.reports.records import RECORDS
 
     where = cache or default_cache()
     with resources.as_file(resources.files("featcache") / "assets" / "quickstart.toml") as pipeline:

@@ -265,7 +265,7 @@ def decode_correct(text: str) -> NDArray[np.bool_]:
     return np.array([char == "1" for char in text], dtype=np.bool_)
 
 
-def gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], *, groups: Groups = None) -> Gap:
+def paired_gap(tuned: NDArray[np.bool_], probe: NDArray[np.bool_], *, groups: Groups = None) -> Gap:
     """Return how much better ``tuned`` (n,) is than ``probe`` (n,), right or wrong on the same n images.
 
     The interval is Bonett and Price's (2012), p McNemar's exact one (1947); with groups both respect them

@@ -22,7 +22,7 @@ from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.heads import ALL, ENSEMBLE, HEAD_NAMES, MEMBERS, STREAMING, in_order, members_of
 from featcache.reports import tables as report
-from featcache.reports.records import RunRecord, read_records
+from featcache.reports.records import RECORDS, RunRecord, append_record, read_records
 from featcache.specs import (
     POOLED,
     BackboneSpec,
@@ -82,6 +82,7 @@ class Grid:
     heads: tuple[str, ...]
     plans: tuple[FineTunePlan, ...]
     seeds: tuple[int, ...]
+    gap: FineTunePlan | None = None
 
 
 def load_grid(path: Path) -> Grid:
@@ -114,7 +115,7 @@ def _text(path: Path) -> str:
 
 
 def _grid(table: dict[str, Any], path: Path) -> Grid:
-    _only(table, {"name", "seeds", "heads", "unfreeze", "group", "dataset", "backbone", "finetune"}, "the file")
+    _only(table, {"name", "seeds", "heads", "unfreeze", "gap", "group", "dataset", "backbone", "finetune"}, "the file")
     settings = _typed(table, "finetune", dict, {})
     _only(settings, set(_PLAN_KEYS), "[finetune]")
     if "lr" in settings and not isinstance(settings["lr"], list):
@@ -131,13 +132,15 @@ def _grid(table: dict[str, Any], path: Path) -> Grid:
         )
     if not data:
         raise UsageError("at least one [[dataset]] is needed.")
-    if not heads and not plans:
-        raise UsageError('nothing to run: give heads = ["logistic"] or unfreeze = ["last:1"].')
+    takes_apart = _typed(table, "gap", bool, default=False)
+    if not heads and not plans and not takes_apart:
+        raise UsageError('nothing to run: give heads = ["logistic"], unfreeze = ["last:1"] or gap = true.')
     seeds = _typed(table, "seeds", list, [0])
     if not seeds:
         raise UsageError("seeds: at least one whole number from 0 is needed.")
     name = _file_name(_typed(table, "name", str, path.stem))
-    return Grid(name, data, backbones, heads, plans, tuple(dict.fromkeys(check_seed(seed, "seeds") for seed in seeds)))
+    seeds = tuple(dict.fromkeys(check_seed(seed, "seeds") for seed in seeds))
+    return Grid(name, data, backbones, heads, plans, seeds, base if takes_apart else None)
 
 
 def _file_name(name: str) -> str:
@@ -275,7 +278,8 @@ class _Runner:
         self.grid = grid
         self.settings = settings
         self.path = path
-        self.total = len(grid.data) * len(grid.backbones) * (len(_expanded(grid.heads)) + len(grid.plans)) * len(grid.seeds)
+        methods = len(_expanded(grid.heads)) + len(grid.plans) + (grid.gap is not None)
+        self.total = len(grid.data) * len(grid.backbones) * methods * len(grid.seeds)
         self.there = {record.cell for record in read_records([path])}
         self.files: dict[DataEntry, DatasetFiles] = {}
         self.cells: list[str] = []
@@ -303,6 +307,8 @@ class _Runner:
             self._run_heads(bench, data, backbone, ledger)
         if self.grid.plans:
             self._run_plans(bench, data, ledger)
+        if self.grid.gap is not None:
+            self._run_gap(bench, data, self.grid.gap)
 
     def _run_heads(self, bench: FeatureCache, data: DataEntry, backbone: BackboneEntry, ledger: Ledger) -> None:
         cut = cut_of_layers(backbone.layers) if backbone.layers else POOLED
@@ -329,6 +335,22 @@ class _Runner:
                     forget_state(bench.folder, cell)
                 what = f"{bench.dataset.name}, {bench.spec.label}, {plan.unfreeze.text}, seed {seed}"
                 self._cell(cell, what, partial(self._tune, bench, plan, data.group, seed, ledger))
+
+    def _run_gap(self, bench: FeatureCache, data: DataEntry, plan: FineTunePlan) -> None:
+        from featcache.experiments.gap import gap_experiment
+
+        for seed in self.grid.seeds:
+            cell = gap_experiment(bench, plan, data.group, seed).key
+            what = f"{bench.dataset.name}, {bench.spec.label}, gap, seed {seed}"
+            self._cell(cell, what, partial(self._take_apart, bench, plan, data.group, seed))
+
+    def _take_apart(self, bench: FeatureCache, plan: FineTunePlan, group: str | None, seed: int) -> None:
+        """Run all steps; theirs are no cells of the grid: their records go where those of commands are."""
+        from featcache.experiments.gap import run_gap
+
+        record = run_gap(bench, plan, group=group, seed=seed, records=self.settings.cache / RECORDS).record
+        if record is not None:
+            append_record(self.path, record)
 
     def _fitting(self, in_memory: bool) -> list[str]:  # noqa: FBT001
         """Return the heads that have rows; of ``all`` those that read from disk, where features do not fit memory."""

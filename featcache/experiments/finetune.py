@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.backbones import origins
 from featcache.display import Displayed, Table, logger
-from featcache.evaluation.metrics import Gap, gap
+from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
@@ -252,7 +252,7 @@ class FineTuneJob:
         )
         record = self.experiment.record(self.rows.entry, self.checkpoint, outcome)
         if tuned.best > 0:
-            between = gap(tuned.tested.right, self.rows.correct, groups=self.rows.split.test_groups)
+            between = paired_gap(tuned.tested.right, self.rows.correct, groups=self.rows.split.test_groups)
             record = replace(record, gap=asdict(between))
         remarks = _remarks(tuned, record, self.plan)
         for note in remarks:
@@ -386,13 +386,10 @@ def _read_again(record: RunRecord, checkpoint: Path) -> FineTuneResult | None:
 
 def _reported_again(results: Sequence[FineTuneResult], inputs: FineTuneInputs) -> tuple[FineTuneResult, ...]:
     """Say of results that they are an earlier command's, and clear what it may have left when it was killed at its end."""
+    names = ", ".join(result.record.short_method for result in results)
+    file = str(results[0].checkpoint) if len(results) == 1 else f"{results[0].checkpoint} and what is named like it"
+    logger.info("%s: trained already (%s); remove %s to train again", names, results[-1].record.time, file)
     for result in results:
-        logger.info(
-            "%s: trained already (%s); remove %s to train again",
-            result.record.short_method,
-            result.record.time,
-            result.checkpoint,
-        )
         for note in result.record.notes:
             logger.warning("%s: %s", result.record.short_method, note)
         forget_state(inputs.cache.folder, result.record.cell)

@@ -11,14 +11,15 @@ import numpy as np
 
 from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, UsageError
-from featcache.evaluation.metrics import Gap, decode_correct, gap, score
-from featcache.evaluation.tasks import require_kind
+from featcache.evaluation.metrics import Gap, decode_correct, paired_gap, score
+from featcache.evaluation.tasks import Task, require_kind
+from featcache.experiments.experiment import Experiment, groups_of
 from featcache.experiments.finetune import sweep_steps
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, run_fit
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning.plan import FineTunePlan
-from featcache.reports.records import RunRecord
+from featcache.reports.records import RunRecord, append_record, is_recorded
 from featcache.specs import POOLED
 
 Origin = Literal["", "pooling", "other layers", "attention", "weights"]
@@ -33,8 +34,8 @@ class GapStep:
         name: what it is, such as ``last:1``.
         origin: what it changes about the features; nothing at the first.
         record: what was trained, chosen on validation and tested.
-        val: accuracy and log-loss on the validation images that all steps share.
-        is_kept: whether it is better there than all before it.
+        val: accuracy and log-loss on the val part, which all steps share.
+        is_kept: whether it is better on validation than all before it.
         images: how many more test images are right than by what was kept before, where it is kept.
         between: that in points, with its paired interval.
     """
@@ -53,16 +54,24 @@ class GapStep:
         return sum(self.record.seconds.values())
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """What the smaller of is better on validation."""
-        return -self.val[0], self.val[1]
+    def accuracy(self) -> float:
+        """The accuracy on the test images."""
+        return float(self.record.test["accuracy"])
+
+    def is_better(self, other: "GapStep") -> bool:
+        """Tell whether it is better on validation: of two heads on all images of their folds, not on the val part alone."""
+        own, others = self.val, other.val
+        if "weights" not in (self.origin, other.origin):
+            own, others = _val_of(self.record.val), _val_of(other.record.val)
+        return (-own[0], own[1]) < (-others[0], others[1])
 
 
 @dataclass(frozen=True, repr=False)
 class GapResult(Displayed):
-    """All steps in their order, and those that the budget left no time for."""
+    """All steps in their order, their record, and those that the budget left no time for: there is no record then."""
 
     steps: tuple[GapStep, ...]
+    record: RunRecord | None = None
     left: tuple[str, ...] = ()
 
     @property
@@ -71,7 +80,7 @@ class GapResult(Displayed):
         return [step for step in self.steps if step.is_kept]
 
     @property
-    def whole(self) -> Gap | None:
+    def total(self) -> Gap | None:
         """From the linear probe to the last step that was kept; ``None`` where no other was."""
         first, *_, last = self.kept if len(self.kept) > 1 else (None, None)
         return None if first is None or last is None else _between(last.record, first.record)
@@ -95,7 +104,7 @@ class GapResult(Displayed):
     @property
     def summary(self) -> dict[str, Any]:
         """The JSON object of ``featcache gap``."""
-        whole = self.whole
+        total = self.total
         return {
             "dataset": self.steps[0].record.dataset,
             "backbone": self.steps[0].record.backbone,
@@ -104,7 +113,8 @@ class GapResult(Displayed):
                     "step": step.name,
                     "changes": step.origin,
                     "kept": step.is_kept,
-                    "validation": {"accuracy": step.val[0], "log_loss": step.val[1]},
+                    "validation": step.record.val,
+                    "val_part": {"accuracy": step.val[0], "log_loss": step.val[1]},
                     "test": step.record.test,
                     "images": step.images,
                     "gap": None if step.between is None else asdict(step.between),
@@ -114,7 +124,7 @@ class GapResult(Displayed):
             ],
             "images": self.images,
             "test_images": len(self.steps[0].record.right),
-            "gap": None if whole is None else asdict(whole),
+            "gap": None if total is None else asdict(total),
             "left": list(self.left),
         }
 
@@ -142,28 +152,63 @@ def run_gap(
         records: a JSONL file that gets the records of all steps.
     """
     require_kind(cache.dataset, "label")
-    ways = _ways(cache, plan, group, seed, records)
     started, steps, left = time.monotonic(), list[GapStep](), list[str]()
-    for name, origin, act in ways:
+    for name, origin, act in _ways(cache, plan, (group, seed), records, steps):
         if budget is not None and steps and time.monotonic() - started > budget:
             left.append(name)
-            continue
-        try:
-            taken = act()
-        except (CutError, UsageError) as error:
-            if not steps:
-                raise
-            logger.warning("%s is left out: %s", name, error)
-            continue
-        if steps and taken.record.test_items != steps[0].record.test_items:
-            logger.warning("%s is left out: some images have no row there, it was tested on others", name)
-            continue
-        steps.append(_placed(name, origin, taken, [step for step in steps if step.is_kept]))
+        elif (step := _step_of(name, origin, act, steps)) is not None:
+            steps.append(step)
     if left:
-        logger.warning(
-            "`budget` %g s is spent: without %s; run again with more, what was trained is kept", budget, ", ".join(left)
-        )
-    return GapResult(tuple(steps), tuple(left))
+        logger.warning("`budget` %g s is spent: without %s", budget, ", ".join(left))
+        return GapResult(tuple(steps), left=tuple(left))
+    result = GapResult(tuple(steps))
+    record = _recorded(result, gap_experiment(cache, plan, group, seed), plan)
+    if records and not is_recorded(records, record):
+        append_record(records, record)
+    return replace(result, record=record)
+
+
+def gap_experiment(cache: FeatureCache, plan: FineTunePlan, group: str | None, seed: int) -> Experiment:
+    """Return the experiment that all steps are together."""
+    features = cache.extracted().store.labelled()
+    task = Task(features, "label", groups_of(cache, features, group), group)
+    return Experiment(cache, task, "gap", {"steps": asdict(plan)} | ({"group": group} if group else {}), seed)
+
+
+def _recorded(result: GapResult, experiment: Experiment, plan: FineTunePlan) -> RunRecord:
+    """Return the record: the best step's, with what each step came to and the gap to the linear probe."""
+    first, last = result.kept[0].record, result.kept[-1].record
+    probe = {"head": PROBE, "of": [PROBE], "start": PROBE, "val": first.val, "test": first.test, "seconds": first.seconds}
+    steps = {
+        step.name: {
+            "changes": step.origin,
+            "test": step.accuracy,
+            "kept": step.is_kept,
+            "images": step.images,
+        }
+        for step in result.steps
+    }
+    request = {"backbone": experiment.cache.identity, "plan": asdict(plan)}
+    total = None if result.total is None else asdict(result.total)
+    params = {"best": result.kept[-1].name, "steps": steps}
+    return replace(
+        last, kind="gap", cell=experiment.key, method="gap", request=request, params=params, probe=probe, gap=total, notes=()
+    )
+
+
+def _step_of(name: str, origin: Origin, act: "Callable[[], _Taken]", steps: Sequence[GapStep]) -> GapStep | None:
+    """Take a step, unless it cannot be taken here or is tested on other images than the first."""
+    try:
+        taken = act()
+    except (CutError, UsageError) as error:
+        if not steps:
+            raise
+        logger.warning("%s is left out: %s", name, error)
+        return None
+    if steps and taken.record.test_items != steps[0].record.test_items:
+        logger.warning("%s is left out: some images have no row there, it was tested on others", name)
+        return None
+    return _placed(name, origin, taken, [step for step in steps if step.is_kept])
 
 
 @dataclass(frozen=True)
@@ -178,29 +223,34 @@ class _Taken:
 _Way = tuple[str, Origin, Callable[[], _Taken]]
 
 
-def _ways(cache: FeatureCache, plan: FineTunePlan, group: str | None, seed: int, records: Path | None) -> Iterator[_Way]:
-    """Yield the steps, each with what takes it; the backbone is loaded for the last ones' names alone."""
-    fitting = FitPlan((PROBE,), group=group, baselines=False)
-    ledger = Ledger()
+def _ways(
+    cache: FeatureCache, plan: FineTunePlan, asked: tuple[str | None, int], records: Path | None, steps: Sequence[GapStep]
+) -> Iterator[_Way]:
+    """Yield the steps, each with what takes it; ``asked`` are group and seed, ``steps`` those that were taken so far."""
+    from featcache.finetuning.unfreezing import depths
+
+    group, seed = asked
+    fitting, ledger = FitPlan((PROBE,), group=group, baselines=False), Ledger()
 
     def fitted(more: FitPlan) -> _Taken:
         (head,) = run_fit(cache, more, seed=seed, records=records, ledger=ledger).heads
         return _Taken(head.record, _on_validation(head))
 
     yield "linear", "", partial(fitted, fitting)
+    yield "pooling", "pooling", partial(fitted, replace(fitting, best_pool=True))
     layers = [stage.name for stage in cache.backbone.stages[-_LAYERS:]]
     yield "layers", "other layers", partial(fitted, replace(fitting, layers=(*layers, POOLED)))
-    inputs = FineTuneInputs(cache, group=group, seed=seed, ledger=ledger)
-    depths = sweep_steps(inputs, plan, records=records)
+    # where another pooling is better, weights are trained under it
+    pool = next((step.record.params["pool"] for step in steps if step.is_kept and step.origin == "pooling"), cache.spec.pool)
+    tuning = FeatureCache(cache.dataset, replace(cache.spec, pool=pool), cache.settings, files=cache.files)
+    tuned = sweep_steps(FineTuneInputs(tuning, group=group, seed=seed, ledger=ledger), plan, records=records)
 
-    def tuned() -> _Taken:
-        result = next(depths)
+    def deeper() -> _Taken:
+        result = next(tuned)
         return _Taken(result.record, _val_of(result.record.val), result.gained)
 
-    from featcache.finetuning.unfreezing import depths as depths_of
-
-    for unfreeze in depths_of(cache.backbone.stages):
-        yield unfreeze.text, "weights", tuned
+    for unfreeze in depths(cache.backbone.stages):
+        yield unfreeze.text, "weights", deeper
 
 
 def _on_validation(head: HeadResult) -> tuple[float, float]:
@@ -222,7 +272,7 @@ def _val_of(scores: dict[str, Any]) -> tuple[float, float]:
 def _placed(name: str, origin: Origin, taken: _Taken, kept: Sequence[GapStep]) -> GapStep:
     """Return a step after those that were kept before it."""
     step = GapStep(name, origin, taken.record, taken.val, is_kept=not kept)
-    if not kept or not taken.is_gain or step.rank >= kept[-1].rank:
+    if not kept or not taken.is_gain or not step.is_better(kept[-1]):
         return step
     before = kept[-1].record
     images = int(decode_correct(step.record.right).sum()) - int(decode_correct(before.right).sum())
@@ -231,4 +281,4 @@ def _placed(name: str, origin: Origin, taken: _Taken, kept: Sequence[GapStep]) -
 
 def _between(record: RunRecord, before: RunRecord) -> Gap:
     groups = None if record.test_groups is None else np.array(record.test_groups)
-    return gap(decode_correct(record.right), decode_correct(before.right), groups=groups)
+    return paired_gap(decode_correct(record.right), decode_correct(before.right), groups=groups)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.evaluation.metrics import AnyScores, NumberScores, TestResult, decode_correct, encode_correct, gap
+from featcache.evaluation.metrics import AnyScores, NumberScores, TestResult, decode_correct, encode_correct, paired_gap
 from featcache.evaluation.splits import Fold, Index, Split
 from featcache.evaluation.tasks import Kind, evaluate, evaluate_on_test, kind_of, scores_from
 
@@ -108,7 +108,7 @@ def warning_of(best: Baseline, head: "FittedHead", method: str, shared: Split, k
     if len(head.tested.right):
         right = head.tested.right[np.isin(split.test, keep)]
         of_head = float(right.mean())
-        between = gap(right, best.tested.right, groups=shared.test_groups)
+        between = paired_gap(right, best.tested.right, groups=shared.test_groups)
         as_good = between.is_noise or between.points < 0
     else:  # no images that one has right and the other has not: the head's own interval says what is noise
         interval = head.tested.scores.primary[1]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featcache.display import Table
 from featcache.reports.tables import new_figure, require_picture, save_figure
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from featcache.experiments.gap import GapResult, GapStep
 
 NOT_KEPT = "not better on validation"
+_FOOT = 5  # points that the lowest bar is high: accuracies would hide what steps add
 _COLOURS = {"": "0.45", "pooling": "C0", "other layers": "C1", "attention": "C2", "weights": "C3"}
 
 
@@ -20,15 +21,20 @@ def gap_table(result: "GapResult", price: float | None = None) -> Table:
 
     ``price`` is of an hour.
     """
-    rows = [(*_row(step, result.kept[0]), *_money(step, price)) for step in result.steps]
-    headers = ("step", "changes", "validation %", "test %", "95 % interval", "adds, points", "95 % interval", "p", "seconds")
-    note = "validation: on the images that all steps share; seconds: with extraction and all that led to a step"
+    rows = [(*_cells(step, result.kept[0]), *_price_cell(step, price)) for step in result.steps]
+    scores = ("validation %", "val part %", "test %", "95 % interval")
+    headers = ("step", "changes", *scores, "adds, points", "95 % interval", "p", "seconds")
+    note = (
+        "validation: heads are told apart on all their folds, weights from what was before on the val part; seconds: with "
+        "extraction and all that led to a step"
+    )
     return Table((*headers, "price") if price else headers, rows, note=note)
 
 
-def _row(step: "GapStep", first: "GapStep") -> tuple[str, ...]:
+def _cells(step: "GapStep", first: "GapStep") -> tuple[str, ...]:
     test = step.record.test
-    scores = f"{100 * step.val[0]:.1f}", f"{100 * test['accuracy']:.1f}", interval_text(test["accuracy_ci"], 100, 1)
+    val = f"{100 * step.record.val['accuracy']:.1f}", f"{100 * step.val[0]:.1f}"
+    scores = *val, f"{100 * test['accuracy']:.1f}", interval_text(test["accuracy_ci"], 100, 1)
     if step.between is not None:
         points, low_high = step.between.points, step.between.ci
         spread = f"{low_high[0]:+.1f} to {low_high[1]:+.1f}" if low_high else interval_text(None, 1, 1)
@@ -38,7 +44,7 @@ def _row(step: "GapStep", first: "GapStep") -> tuple[str, ...]:
     return (step.name, step.origin or "-", *scores, *gain, f"{step.seconds:.1f}")
 
 
-def _money(step: "GapStep", price: float | None) -> tuple[str, ...]:
+def _price_cell(step: "GapStep", price: float | None) -> tuple[str, ...]:
     return (f"{step.seconds / 3600 * price:.4f}",) if price else ()
 
 
@@ -53,27 +59,30 @@ def gap_lines(result: "GapResult", price: float | None = None) -> Iterator[str]:
 
 def gap_sentence(result: "GapResult") -> str:
     """Return of what the whole gain consists."""
-    whole = result.whole
-    if whole is None:
+    total = result.total
+    if total is None:
         tried = ", ".join(result.origins) or "nothing"
         return f"No step gained on validation over the linear probe ({tried} tried): its features are enough here."
-    spread = f"95 % interval {whole.ci[0]:+.1f} to {whole.ci[1]:+.1f}" if whole.ci else "too few groups for an interval"
-    parts = [f"{points} {origin}" for origin, points in _shares(result).items()]
-    noise = " That is inside the noise of so few test images." if whole.is_noise else ""
+    spread = f"95 % interval {total.ci[0]:+.1f} to {total.ci[1]:+.1f}" if total.ci else "too few groups for an interval"
+    told = f"{total.points:+.1f} points from the linear probe on test ({spread}, p = {total.p_value:.2g})"
+    if total.points <= 0:
+        return f"{result.kept[-1].name}, the best on validation, is {told}: no gain."
+    parts = [f"{points} {origin}" for origin, points in _added(result).items()]
+    noise = " That is inside the noise of so few test images." if total.is_noise else ""
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return (
-        f"Of {whole.points:+.1f} points over the linear probe ({spread}, p = {whole.p_value:.2g}) are {listed}; "
+        f"Of {total.points:+.1f} points over the linear probe ({spread}, p = {total.p_value:.2g}) are {listed}; "
         f"{result.kept[-1].name} is the best on validation.{noise}"
     )
 
 
-def _shares(result: "GapResult") -> dict[str, str]:
+def _added(result: "GapResult") -> dict[str, str]:
     """Return the points of what has changed, rounded so that they add up to the whole as it is rounded."""
-    total, told, shares = 0, 0.0, {}
+    added, told, shares = 0, 0.0, {}
     count = len(result.kept[0].record.right)
     for origin, images in result.images.items():
-        total += images
-        upto = round(100 * total / count, 1)
+        added += images
+        upto = round(100 * added / count, 1)
         shares[origin] = f"{upto - told:+.1f}"
         told = upto
     return shares
@@ -90,35 +99,29 @@ def draw_gap(result: "GapResult", path: Path) -> Path:
     require_picture(path)
     figure = new_figure(1 + len(result.steps) / 8)
     axes = figure.subplots()
-    bottom = min(100 * step.record.test["accuracy"] for step in result.kept)
-    level = 0.0
+    level = min(100 * step.accuracy for step in result.kept) - _FOOT
     for place, step in enumerate(result.steps):
-        accuracy, colour = 100 * step.record.test["accuracy"], _COLOURS[step.origin]
-        if not step.is_kept:
-            axes.plot(place, accuracy, "x", color=colour)
-            continue
-        start = level if step.between else min(bottom, accuracy) - 5
-        axes.bar(place, accuracy - start, bottom=start, color=colour, label=step.origin or "linear probe")
-        if step.between is not None and step.between.ci:
-            low, high = (level + points for points in step.between.ci)
-            axes.errorbar(place, accuracy, yerr=[[accuracy - low], [high - accuracy]], fmt="none", color="black", capsize=3)
-        axes.annotate(
-            f"{step.between.points:+.1f}" if step.between else f"{accuracy:.1f}",
-            (place, max(start, accuracy)),
-            textcoords="offset points",
-            xytext=(0, 3),
-            ha="center",
-            fontsize="small",
-        )
-        level = accuracy
-    first = result.steps[0].record
+        if step.is_kept:
+            _draw_step(axes, place, step, level)
+            level = 100 * step.accuracy
+        else:
+            axes.plot(place, 100 * step.accuracy, "x", color=_COLOURS[step.origin])
     axes.set_xticks(range(len(result.steps)), [step.name for step in result.steps], rotation=30, ha="right")
-    axes.set(
-        ylabel="test accuracy, % (crosses: not kept)",
-        title=f"{first.dataset}, {first.backbone}",
-    )
+    first = result.steps[0].record
+    axes.set(ylabel="test accuracy, % (crosses: not kept)", title=f"{first.dataset}, {first.backbone}")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small")
     return save_figure(figure, path)
+
+
+def _draw_step(axes: Any, place: int, step: "GapStep", level: float) -> None:
+    accuracy, between = 100 * step.accuracy, step.between
+    axes.bar(place, accuracy - level, bottom=level, color=_COLOURS[step.origin], label=step.origin or "linear probe")
+    if between is not None and between.ci:
+        low, high = (level + points - accuracy for points in between.ci)
+        axes.errorbar(place, accuracy, yerr=[[-low], [high]], fmt="none", color="black", capsize=3)
+    text = f"{accuracy:.1f}" if between is None else f"{between.points:+.1f}"
+    where = (place, max(level, accuracy))
+    axes.annotate(text, where, xytext=(8, 3), textcoords="offset points", ha="left", fontsize="small")

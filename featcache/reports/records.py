@@ -21,6 +21,7 @@ from featcache.errors import DataError, StorageError
 from featcache.fingerprint import canonical
 
 SCHEMA_VERSION = 1
+RECORDS = Path("records") / "runs.jsonl"  # of commands, below the cache
 
 
 @dataclass(frozen=True, repr=False)

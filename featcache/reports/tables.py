@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from featcache.display import Table
 from featcache.errors import SetupError, UsageError
-from featcache.evaluation.metrics import Gap, gap
+from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.reports.records import RunRecord
 from featcache.store.atomic import make_folder, replace_file
 
@@ -120,7 +120,6 @@ def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
     else:
         spread = f"± {statistics.stdev(accuracies):.2f} ({len(accuracies)} seeds)"
     points, gap_spread, p_value = _gap_cells(group, records)
-    phase = "fit" if first.kind == "fit" else "train"
     speeds = [record.images_per_second for record in group.records if record.images_per_second]
     return [
         first.dataset,
@@ -132,9 +131,14 @@ def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
         gap_spread,
         p_value,
         f"{max(record.seconds['extract'] for record in group.records):.1f}",
-        f"{statistics.mean(record.seconds[phase] for record in group.records):.1f}",
+        f"{statistics.mean(_trained(record) for record in group.records):.1f}",
         f"{max(speeds):.0f}" if speeds else "-",
     ]
+
+
+def _trained(record: RunRecord) -> float:
+    """Return the seconds of fitting or training; of what goes on from another, without those."""
+    return record.seconds["fit"] if "fit" in record.seconds else record.seconds["train"]
 
 
 def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, str]:
@@ -176,7 +180,7 @@ def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
     if len(right) != len(_right(rival)) or not len(right):
         return None
     known_groups = np.array(groups) if groups is not None and len(groups) == len(right) else None
-    return gap(right, _right(rival), groups=known_groups)
+    return paired_gap(right, _right(rival), groups=known_groups)
 
 
 def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:

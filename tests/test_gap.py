@@ -1,0 +1,170 @@
+"""The gap taken apart: steps from the linear probe to the whole network, on one set of test images."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from finetune_support import GAINS
+from support import TINY, Outcome
+
+from featcache.datasets import open_dataset
+from featcache.evaluation.metrics import Gap, decode_correct, encode_correct, paired_gap
+from featcache.experiments import finetune
+from featcache.experiments.bench import load_grid, run_bench
+from featcache.experiments.gap import GapResult, GapStep, run_gap
+from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.reports.gap import draw_gap, gap_lines, gap_sentence
+from featcache.reports.records import RunRecord, read_records
+from featcache.specs import BackboneSpec
+
+
+def images_right(record: RunRecord) -> int:
+    """Return how many test images a record has right."""
+    return int(decode_correct(record.right).sum())
+
+
+@pytest.fixture
+def taken(subtle: Path, tiny: BackboneSpec, settings: Settings) -> tuple[GapResult, FeatureCache, Path]:
+    """Return all steps on subtle images, the cache that they came of, and the records' file."""
+    records = settings.cache / "runs.jsonl"
+    cache = FeatureCache(open_dataset(subtle), tiny, settings)
+    return run_gap(cache, GAINS, records=records), cache, records
+
+
+def test_what_the_steps_add_is_the_whole_gap(taken: tuple[GapResult, FeatureCache, Path]) -> None:
+    """Image by image and in points; a kept step is better on validation, its interval is of the two on the same images."""
+    result, _, _ = taken
+    first, *later = result.kept
+
+    assert [step.name for step in result.steps][:4] == ["linear", "pooling", "layers", "last:1"]
+    assert result.steps[-1].name == "all"
+    assert later
+    assert len({step.record.test_items for step in result.steps}) == 1
+    assert sum(result.images.values()) == images_right(later[-1].record) - images_right(first.record)
+    assert sum(step.between.points for step in later) == pytest.approx(result.total.points)
+    for before, step in zip(result.kept, later, strict=False):
+        assert step.is_better(before)
+        assert step.between == paired_gap(decode_correct(step.record.right), decode_correct(before.record.right))
+    for step in result.steps:
+        if not step.is_kept:
+            assert (step.images, step.between) == (0, None)
+
+
+def test_a_second_run_computes_nothing_and_says_the_same(
+    taken: tuple[GapResult, FeatureCache, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No image, no head, no epoch; the records are there once."""
+    result, cache, path = taken
+    recorded = [record.cell for record in read_records([path])]
+    monkeypatch.setattr(finetune.FineTuneJob, "run", lambda *_: pytest.fail("trained again"))
+
+    again = run_gap(FeatureCache(cache.dataset, cache.spec, cache.settings), GAINS, records=path)
+
+    assert json.loads(json.dumps(again.summary)) == json.loads(json.dumps(result.summary))
+    assert [record.cell for record in read_records([path])] == recorded
+    assert len(set(recorded)) == len(recorded)
+
+
+def test_a_budget_stops_between_steps_and_the_next_run_goes_on(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """What is left is named, nothing is recorded as whole; with time the same command trains only what is missing."""
+    cache, path = FeatureCache(open_dataset(subtle), tiny, settings), settings.cache / "runs.jsonl"
+
+    stopped = run_gap(cache, GAINS, budget=0.0, records=path)
+
+    assert [step.name for step in stopped.steps] == ["linear"]
+    assert stopped.left[:3] == ("pooling", "layers", "last:1")
+    assert stopped.record is None
+    assert any("left no time for pooling" in line for line in gap_lines(stopped))
+    assert {record.kind for record in read_records([path])} == {"fit"}
+    whole = run_gap(FeatureCache(cache.dataset, cache.spec, cache.settings), GAINS, budget=1e6, records=path)
+    assert whole.left == ()
+    assert whole.record is not None
+    assert whole.record.gap == (None if whole.total is None else asdict(whole.total))
+
+
+def step(name: str, origin: Any, right: Any, val: float, before: Any = None) -> GapStep:
+    """Return a step of which this many test images are right, kept after another."""
+    answers = np.arange(40) < right
+    record: Any = RunRecord.__new__(RunRecord)
+    for field, value in {
+        "right": encode_correct(answers),
+        "test": {"accuracy": right / 40, "accuracy_ci": None},
+        "val": {"accuracy": val, "log_loss": 1 - val},
+        "seconds": {"fit": 1.0},
+        "test_groups": None,
+        "dataset": "set",
+        "backbone": "net",
+    }.items():
+        object.__setattr__(record, field, value)
+    if before is None:
+        return GapStep(name, origin, record, (val, 1 - val), is_kept=True)
+    between = paired_gap(answers, np.arange(40) < before)
+    return GapStep(name, origin, record, (val, 1 - val), is_kept=True, images=right - before, between=between)
+
+
+def test_rounded_shares_add_up_to_the_rounded_whole() -> None:
+    """One image of 40 is 2.5 points: three origins, thirds of a point that rounding would lose or count twice."""
+    steps = [
+        step("linear", "", 20, 0.5),
+        step("pooling", "pooling", 23, 0.6, 20),
+        step("layers", "other layers", 30, 0.7, 23),
+    ]
+    steps.append(step("all", "weights", 37, 0.9, 30))
+
+    text = gap_sentence(GapResult(tuple(steps)))
+
+    assert "Of +42.5 points" in text
+    assert "+7.5 pooling, +17.5 other layers and +17.5 weights" in text
+
+
+def test_no_gain_is_told_as_none() -> None:
+    """Where validation keeps the probe, and where what it chose is no better on test."""
+    only = GapResult((step("linear", "", 20, 0.5), replace(step("all", "weights", 30, 0.4, 20), is_kept=False)))
+    worse = GapResult((step("linear", "", 20, 0.5), step("all", "weights", 19, 0.6, 20)))
+
+    assert gap_sentence(only).startswith("No step gained on validation")
+    assert "-2.5 points from the linear probe" in gap_sentence(worse)
+    assert gap_sentence(worse).endswith("no gain.")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_waterfall_is_drawn(tmp_path: Path, suffix: str) -> None:
+    """With kept and left steps, with intervals and without."""
+    pytest.importorskip("matplotlib")
+    steps = [step("linear", "", 20, 0.5), step("pooling", "pooling", 23, 0.6, 20)]
+    steps.append(replace(step("all", "weights", 30, 0.4, 20), is_kept=False, between=None))
+    assert isinstance(steps[1].between, Gap)
+
+    assert draw_gap(GapResult(tuple(steps)), tmp_path / f"gap.{suffix}").stat().st_size > 1000
+
+
+def test_a_grid_takes_gaps_apart(subtle: Path, tmp_path: Path, settings: Settings) -> None:
+    """One row for each data set, backbone and seed, run once."""
+    pipeline = tmp_path / "apart.toml"
+    pipeline.write_text(
+        f'gap = true\n[[dataset]]\ndata = "{subtle}"\n[[backbone]]\nname = "test_resnet"\nrandom_init = 0\n'
+        "input_size = 32\n[finetune]\nepochs = 1\nlr = 1e-3\n"
+    )
+    grid = load_grid(pipeline)
+
+    first, again = (run_bench(grid, settings, tmp_path / "out") for _ in range(2))
+
+    assert [record.kind for record in first.records] == ["gap"]
+    assert (first.computed_cells, again.computed_cells) == (1, 0)
+    assert again.records == first.records
+    assert first.failures == ()
+
+
+def test_the_command_prints_table_and_sentence(run: Any, subtle: Path) -> None:
+    """And as JSON the same steps."""
+    outcome: Outcome = run("gap", subtle, *TINY, "--epochs", "1", "--price", "3")
+    told = run("gap", subtle, *TINY, "--epochs", "1", "--json").json
+
+    assert outcome.code == 0
+    assert "other layers" in outcome.out
+    assert "price" in outcome.out
+    assert told["steps"][0]["step"] == "linear"
+    assert all(each["step"] in outcome.out for each in told["steps"])
