@@ -118,7 +118,7 @@ Run = Callable[..., Outcome]
     [
         "featcache.finetuning.model.save_checkpoint",
         "featcache.heads.linear.linear_estimator",  # of the head's file
-        "featcache.experiments.finetune.append_record",
+        "featcache.experiments.finetune.append_once",
         "featcache.finetuning.model.Checkpoint.clear",
     ],
 )
@@ -156,7 +156,7 @@ def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
     """Killed at the second depth's record, the first two are not trained again, and each depth has one record."""
     records, bench = tmp_path / "runs.jsonl", FeatureCache(open_dataset(folder), tiny, settings)
     plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
-    append = tuning.append_record
+    append = tuning.append_once
 
     def killed(path: Path, record: RunRecord) -> None:
         if read_cells(path):
@@ -165,7 +165,7 @@ def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
 
     trained = epochs_of(monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(tuning, "append_record", killed)
+        patched.setattr(tuning, "append_once", killed)
         with pytest.raises(KilledError):
             run_sweep(FineTuneInputs(bench), plan, records=records)
     assert len(trained) == 2

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,19 @@ from featcache.reports.records import RunRecord, record_from, stamp
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import Features, RowReader
 
+if TYPE_CHECKING:
+    from featcache.heads.bundle import Format
+    from featcache.heads.fit import FittedHead
+
 IN_NAMES = 8  # digits of a key that files are called by: enough for the experiments of one entry
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training and testing one model came to, on ``split``; ``right`` (t,): which test images it had right."""
+    """What training and testing one model came to, on ``split``; ``right`` (t,): which test images it had right.
+
+    ``notes`` are of the model, ``of_rows`` of the rows that it trained on.
+    """
 
     split: Split
     params: Mapping[str, Any]
@@ -39,6 +46,7 @@ class Outcome:
     probe: dict[str, Any] | None = None
     gap: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    of_rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,13 @@ class Experiment:
         folder = "tuned" if isinstance(self.plan, FineTunePlan) else "heads"
         return entry.store.path / folder / f"{stem}-seed{self.seed}-{self.short_key}"
 
+    def told(self, entry: Extracted, artefact: Path, outcome: Outcome, **facts: Any) -> tuple[RunRecord, dict[str, Any]]:
+        """Return the record of the experiment, and what its head's file says of itself; ``facts`` are of the head alone."""
+        record = self.record(entry, artefact, outcome)
+        if not isinstance(self.plan, FineTunePlan):  # by these ``stored`` knows it again
+            facts |= {"record": asdict(record), "split": outcome.split.fingerprint}
+        return record, self.card(entry, test=record.test, **facts)
+
     def record(self, entry: Extracted, artefact: Path, outcome: Outcome) -> RunRecord:
         """Return the record of the experiment.
 
@@ -118,7 +133,7 @@ class Experiment:
             artefact=artefact.relative_to(self.cache.settings.cache).as_posix(),
             test_groups=numbered(split.test_groups),
             copies=self.task.copies(split),
-            notes=(*self.task.remarks(split), *outcome.notes),
+            notes=(*outcome.of_rows, *self.task.remarks(split), *outcome.notes),
             **stamp(),
         )
 
@@ -143,8 +158,21 @@ class Experiment:
             "target": self.task.kind,
         } | facts
 
-    def recorded(self, entry: Extracted, card: dict[str, Any] | None, split: Split) -> RunRecord | None:
-        """Return the record that a head's card holds, where it is of this very experiment on these very rows and parts."""
+    def stored(
+        self, entry: Extracted, stem: str, split: Split, how: "Format"
+    ) -> "tuple[FittedHead, RunRecord, Path] | None":
+        """Return the head of this very experiment, on these rows and parts, with its record and file, where there is one.
+
+        Args:
+            entry: whose rows trained it.
+            stem: as of ``path``.
+            split: of the task.
+            how: the file's format.
+        """
+        from featcache.heads import bundle
+
+        path = bundle.head_path(self.path(entry, stem), how)
+        card = bundle.own_card(path)
         if card is None or not isinstance(card.get("record"), dict):  # cards of before have none
             return None
         try:
@@ -153,7 +181,9 @@ class Experiment:
             return None
         # the key has the name of a group's column, not its values: other values part the images otherwise
         names = (record.cell, record.feature_key, tuple(card["classes"]), card.get("split"))
-        return record if names == (self.key, entry.store.key, self.task.names, split.fingerprint) else None
+        if names != (self.key, entry.store.key, self.task.names, split.fingerprint):
+            return None
+        return bundle.fitted_head(path, card, record, self.task.kind), record, path
 
     @property
     def _group(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
-from featcache.reports.records import RunRecord, append_record, is_recorded, read_records
+from featcache.reports.records import RunRecord, append_once, read_records
 from featcache.reports.wording import finetune_table
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store.atomic import remove_file
@@ -204,13 +204,15 @@ class FineTuneJob:
         with own_randomness(self.inputs.cache.backbone.device):
             unfinished = Checkpoint(self.stem.with_name(f"{self.stem.name}.unfinished"), writes=processes.rank == 0)
             tuned = self._train(unfinished)
-            record = self._compared(tuned)
+            outcome = self._compared(tuned)
             with processes.one_first():
                 if processes.rank == 0:
                     # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
-                    self._save(tuned)
-                    if records and not is_recorded(records, record):
-                        append_record(records, record)
+                    record = self._save(tuned, outcome)
+                    if records:
+                        append_once(records, record)
+                else:
+                    record = self.experiment.record(self.rows.entry, self.checkpoint, outcome)
         epochs, head = tuple(asdict(epoch) for epoch in tuned.history), head_path(self.stem)
         computed = self.rows.entry.report.computed
         return FineTuneResult(record, epochs, tuned.similarity, self.checkpoint, head, computed, tuned, unfinished)
@@ -238,10 +240,15 @@ class FineTuneJob:
         before = context.before(rows.split.val)
         return Finetuner(network, context, rows.split, refitted, before, unfinished, saved).run()
 
-    def _compared(self, tuned: "FineTuned") -> RunRecord:
-        """Return the record, with the gap to the best probe and what is to be said of it."""
-        outcome = Outcome(
-            self.rows.split,
+    def _compared(self, tuned: "FineTuned") -> Outcome:
+        """Return what it came to, with the gap to the best probe and what is to be said of it."""
+        rows = self.rows
+        between = paired_gap(tuned.tested.right, rows.correct, groups=rows.split.test_groups) if tuned.best > 0 else None
+        remarks = self._remarks(tuned, between)
+        for note in remarks:
+            logger.warning("%s: %s", self.plan.unfreeze.text, note)
+        return Outcome(
+            rows.split,
             params=_params(tuned),
             val=tuned.history[tuned.best].val,
             test=tuned.tested.scores,
@@ -249,15 +256,31 @@ class FineTuneJob:
             seconds={"train": round(tuned.seconds, 3)} | self._seconds_before(),
             images_per_second=round(tuned.images_per_second, 1),
             probe=self._probe(),
+            gap=None if between is None else asdict(between),
+            notes=remarks,
+            of_rows=rows.notes,
         )
-        record = self.experiment.record(self.rows.entry, self.checkpoint, outcome)
-        if tuned.best > 0:
-            between = paired_gap(tuned.tested.right, self.rows.correct, groups=self.rows.split.test_groups)
-            record = replace(record, gap=asdict(between))
-        remarks = _remarks(tuned, record, self.plan)
-        for note in remarks:
-            logger.warning("%s: %s", record.short_method, note)
-        return replace(record, notes=(*self.rows.notes, *record.notes, *remarks))
+
+    def _remarks(self, tuned: "FineTuned", between: Gap | None) -> tuple[str, ...]:
+        """Return what a reader of the gap should know."""
+        remarks = []
+        if between is not None and between.is_noise:
+            told = "95 % interval {:+.1f} to {:+.1f}".format(*between.ci) if between.ci else "too few groups to tell"
+            remarks.append(
+                f"the gap of {between.points:+.1f} points to {self.rows.probe.method} is inside the noise of "
+                f"{len(self.rows.split.test)} test images ({told})"
+            )
+        if self.plan.refit and tuned.best > 0 and not tuned.refitted:
+            again = "trained again on train and validation it was worse on the latter"
+            remarks.append(f"{again}: the one trained on train is kept")
+        if tuned.best == 0:
+            start = "no epoch did better there than where training started, which is the answer"
+            remarks.append(f"no gain on validation: {start}")
+        if tuned.overfits:
+            remarks.append(tuned.overfits)
+        if tuned.similarity < _DRIFTED:
+            remarks.append(f"the embeddings are other ones now than the probe's (CKA {tuned.similarity:.2f})")
+        return tuple(remarks)
 
     def _seconds_before(self) -> dict[str, float]:
         """Return what has led to where this starts: a depth that goes on from another needed all that the other did."""
@@ -276,7 +299,7 @@ class FineTuneJob:
             "seconds": best.seconds,
         }
 
-    def _save(self, tuned: "FineTuned") -> None:
+    def _save(self, tuned: "FineTuned", outcome: Outcome) -> RunRecord:
         """Write the tuned network, and its head beside it: with it as its backbone the head predicts as any other."""
         from featcache.backbones.timm_models import hash_weights
         from featcache.finetuning.model import save_checkpoint
@@ -298,8 +321,10 @@ class FineTuneJob:
         head = tuned.model.linear_head()
         spec: BackboneSpec = replace(cache.spec, weights=str(self.checkpoint.resolve()), random_init=None)
         weights = hash_weights(backbone.module)
-        card = self.experiment.card(
+        record, card = self.experiment.told(
             self.rows.entry,
+            self.checkpoint,
+            outcome,
             backbone=backbone_identity(spec) | {"name": origins.absolute_name(spec)},
             weights=spec.weights,
             loaded=asdict(replace(cache.backbone.loaded, tag="file", weights_sha256=weights)),
@@ -307,9 +332,9 @@ class FineTuneJob:
             cut=POOLED,
             head=self.plan.unfreeze.text,
             params={"lr": tuned.lr, "epoch": tuned.best},
-            test=asdict(tuned.tested.scores),
         )
         bundle.save(linear_estimator(head.weights, head.bias), card, self.stem)
+        return record
 
 
 def _params(tuned: "FineTuned") -> dict[str, Any]:
@@ -404,23 +429,3 @@ def forget_state(folder: Path, cell: str) -> None:
     """
     for path in folder.glob(f"*/tuned/*-{cell[:IN_NAMES]}.unfinished"):
         remove_file(path)
-
-
-def _remarks(tuned: "FineTuned", record: RunRecord, plan: FineTunePlan) -> tuple[str, ...]:
-    """Return what a reader of the gap should know."""
-    remarks = []
-    if record.gap is not None and record.probe is not None and (between := Gap(**record.gap)).is_noise:
-        interval = f"95 % interval {between.ci[0]:+.1f} to {between.ci[1]:+.1f}" if between.ci else "too few groups to tell"
-        remarks.append(
-            f"the gap of {between.points:+.1f} points to {record.probe['head']} is inside the noise of "
-            f"{record.split['test']} test images ({interval})"
-        )
-    if plan.refit and tuned.best > 0 and not tuned.refitted:
-        remarks.append("trained again on train and validation it was worse on the latter: the one trained on train is kept")
-    if tuned.best == 0:
-        remarks.append("no gain on validation: no epoch did better there than where training started, which is the answer")
-    if tuned.overfits:
-        remarks.append(tuned.overfits)
-    if tuned.similarity < _DRIFTED:
-        remarks.append(f"the embeddings are other ones now than the probe's (CKA {tuned.similarity:.2f})")
-    return tuple(remarks)

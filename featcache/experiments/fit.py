@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -24,7 +24,7 @@ from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.heads import ALL, ENSEMBLE, STREAMING, bundle, heads_for, require_params
 from featcache.heads.baselines import SIDE, Baseline
 from featcache.heads.fit import FittedHead
-from featcache.reports.records import RunRecord, append_record, is_recorded
+from featcache.reports.records import RunRecord, append_once
 from featcache.resources import free_memory
 from featcache.specs import POOLED, TOKENS, Views, check_fields, cut_of_layers
 from featcache.store.atomic import replace_file
@@ -317,8 +317,8 @@ def run_fit(
         if result is None:
             continue
         # one that was fitted before may be in the file already; another file is given it all the same
-        if records and (only is None or name in only) and not is_recorded(records, result.record):
-            append_record(records, result.record)
+        if records and (only is None or name in only):
+            append_once(records, result.record)
         results.append(result)
     found = fitting.baselines(results) if plan.baselines else []
     pooling = read_choice(*fitting.pooling_note) if plan.best_pool else None
@@ -363,11 +363,14 @@ class _Fitting:
         """Return a head: from its file, or trained; of all heads, one that cannot be trained here costs no other."""
         members = [head.fitted.name for head in before] if name == ENSEMBLE else []
         experiment = self.plan.experiment(self.cache, self.task, name, self.seed, members)
-        stored = self._stored(experiment, name)
-        if stored is not None:
-            return stored
+        stem = name if self.task.kind == "label" else f"{name}-{self.task.kind}"
+        if stored := experiment.stored(self.entry, stem, self.split, self.plan.format):
+            fitted, record, path = stored
+            for note in record.notes[len(self.task.remarks(self.split)) :]:
+                logger.warning(note)
+            return HeadResult(fitted, record, path, self.task, self.split)
         try:
-            return self._keep(experiment, self._train(name, before))
+            return self._keep(experiment, stem, self._train(name, before))
         except DataError as error:
             if ALL not in self.plan.heads:
                 raise
@@ -388,53 +391,36 @@ class _Fitting:
         tells = head.fitted.tested.confidence is not None
         return replace(head, fitted=self._train(head.fitted.name, ())) if tells and head.fitted.answers is None else head
 
-    def _path(self, experiment: Experiment, name: str) -> Path:
-        kind = self.task.kind
-        return experiment.path(self.entry, name if kind == "label" else f"{name}-{kind}")
-
-    def _stored(self, experiment: Experiment, name: str) -> HeadResult | None:
-        """Return the head of the same experiment from its file, ``None`` where there is none that can be believed."""
-        path = bundle.head_path(self._path(experiment, name), self.plan.format)
-        card = bundle.own_card(path)
-        record = experiment.recorded(self.entry, card, self.split)
-        if card is None or record is None:
-            return None
-        for note in record.notes[len(self.task.remarks(self.split)) :]:
-            logger.warning(note)
-        return HeadResult(bundle.fitted_head(path, card, record, name, self.task.kind), record, path, self.task, self.split)
-
-    def _keep(self, experiment: Experiment, fitted: FittedHead) -> HeadResult:
+    def _keep(self, experiment: Experiment, stem: str, fitted: FittedHead) -> HeadResult:
         """Write a head with its record, so that it need not be fitted again, and return both."""
         for note in fitted.notes:
             logger.warning(note)
-        entry, plan = self.entry, self.plan
-        path = bundle.head_path(self._path(experiment, fitted.name), plan.format)
-        scores, tested = fitted.tested.scores, fitted.tested
+        entry, plan, tested = self.entry, self.plan, fitted.tested
+        place = experiment.path(entry, stem)
+        path = bundle.head_path(place, plan.format)
         outcome = Outcome(
             self.split,
             fitted.params,
             fitted.val,
-            scores,
+            tested.scores,
             {"fit": round(fitted.seconds, 3)} | ({"pooling": self.pooled[0].seconds} if plan.best_pool else {}),
             entry.cost[1],
             right=tested.right,
             notes=fitted.notes,
         )
-        record = experiment.record(entry, path, outcome)
-        card = experiment.card(
+        record, card = experiment.told(
             entry,
+            path,
+            outcome,
             head=fitted.name,
             params=fitted.params,
             scaled_by=fitted.temperature,
             views=plan.views,
-            test=asdict(scores),
-            record=asdict(record),
-            split=self.split.fingerprint,
             tested=bundle.packed(tested),
         )
         if plan.best_pool:
             card = pooled_card(card, self.pooled[0].kind)
-        bundle.save(fitted.estimator, card, self._path(experiment, fitted.name), plan.format, answers=fitted.answers)
+        bundle.save(fitted.estimator, card, place, plan.format, answers=fitted.answers)
         return HeadResult(fitted, record, path, self.task, self.split)
 
     def baselines(self, heads: Sequence[HeadResult]) -> list[Baseline]:

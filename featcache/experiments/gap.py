@@ -19,7 +19,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, run_fit
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning.plan import FineTunePlan
-from featcache.reports.records import RunRecord, append_record, is_recorded
+from featcache.reports.records import RunRecord, append_once
 from featcache.specs import POOLED
 
 Origin = Literal["", "pooling", "other layers", "attention", "weights"]
@@ -163,8 +163,8 @@ def run_gap(
         return GapResult(tuple(steps), left=tuple(left))
     result = GapResult(tuple(steps))
     record = _recorded(result, gap_experiment(cache, plan, group, seed), plan)
-    if records and not is_recorded(records, record):
-        append_record(records, record)
+    if records:
+        append_once(records, record)
     return replace(result, record=record)
 
 

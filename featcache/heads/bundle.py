@@ -208,12 +208,12 @@ def packed(tested: TestResult) -> dict[str, Any]:
     return {name: None if (values := getattr(tested, name)) is None else _pack(values) for name in _TOLD}
 
 
-def fitted_head(path: Path, card: Mapping[str, Any], record: "RunRecord", name: str, kind: Kind) -> FittedHead:
+def fitted_head(path: Path, card: Mapping[str, Any], record: "RunRecord", kind: Kind) -> FittedHead:
     """Return a head that lies in a file, with the scores of its record; the file is run where the estimator is asked for."""
     told: dict[str, Any] = {key: None if text is None else _unpack(text, _TOLD[key]) for key, text in card["tested"].items()}
     tested = TestResult(scores_from(kind, record.test), decode_correct(record.right), **told)
     return FittedHead(
-        name,
+        card["head"],
         dict(record.params),
         scores_from(kind, record.val),
         tested,

@@ -114,6 +114,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def append_once(path: Path, record: RunRecord) -> None:
+    """Add a record to a file that does not hold it yet.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    if not _is_recorded(path, record):
+        append_record(path, record)
+
+
 def append_record(path: Path, record: RunRecord) -> None:
     """Add a record to a JSONL file, as one whole line with a checksum of its own, whatever stands before it.
 
@@ -229,7 +239,7 @@ def record_from(data: dict[str, Any]) -> RunRecord:
     return RunRecord(**(data | {"notes": tuple(data.get("notes", ()))}))
 
 
-def is_recorded(path: Path, record: RunRecord) -> bool:
+def _is_recorded(path: Path, record: RunRecord) -> bool:
     """Tell whether a file holds this very record, to the second at which it was made; of fine-tuning, this very training."""
     if record.kind == "finetune":  # one that was killed once its record was written ends again: its epochs' seconds tell
         trained = canonical([record.cell, record.params, record.right])
