@@ -1,14 +1,24 @@
 """Which images train, which choose, which are tested: given by the source, else seeded, stratified and drawn by content."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.draws import Drawing, draw, fold_of_group, fold_of_image, image_order, require_enough, units_of
+from featcache.evaluation.draws import (
+    Drawing,
+    copies,
+    draw,
+    fold_of_group,
+    fold_of_image,
+    image_order,
+    remarks,
+    require_enough,
+    units_of,
+)
 from featcache.fingerprint import fingerprint
 
 Index = NDArray[np.int64]
@@ -31,6 +41,7 @@ class Split:
     ``cross`` are folds of train and val together, where candidates are to be chosen by cross-validation. ``groups`` (n,)
     numbers what each image of the data set belongs to, such as a patient, where that was asked for: images of one group
     are no independent evidence, so that intervals resample groups. ``same`` numbers contents: neither are copies.
+    ``copies`` and ``remarks`` are what ``counted`` has found out.
     """
 
     train: Index
@@ -39,6 +50,8 @@ class Split:
     cross: tuple[Fold, ...] = ()
     groups: Index | None = None
     same: Index | None = None
+    copies: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def folds(self) -> tuple[Fold, ...]:
@@ -238,7 +251,7 @@ def part_of(split: Split, y: NDArray[np.int64], share: float, seed: int, content
         ends = np.cumsum(sizes[order])
         many = max(1, int((ends - sizes[order] / 2 < share * len(inside)).sum()))
         kept.append(inside[np.isin(units.numbers[inside], numbers[order[:many]])])
-    return replace(split, train=np.sort(np.concatenate(kept)), cross=())
+    return replace(split, train=np.sort(np.concatenate(kept)), cross=(), copies={}, remarks=())
 
 
 def restricted(split: Split, keep: Index) -> Split:
@@ -259,10 +272,21 @@ def restricted(split: Split, keep: Index) -> Split:
     cross = tuple(Fold(among(fold.train), among(fold.val)) for fold in split.cross)
     groups, same = (None if numbers is None else numbers[keep] for numbers in (split.groups, split.same))
     cross = tuple(fold for fold in cross if len(fold.train) and len(fold.val))
-    return Split(**parts, cross=cross, groups=groups, same=same)
+    return Split(parts["train"], parts["val"], parts["test"], cross, groups, same)
 
 
-def untested(split: Split, y: NDArray[np.int64], classes: Sequence[str]) -> tuple[str, ...]:
+def counted(split: Split, y: NDArray[np.int64], contents: Sequence[str], classes: Sequence[str] | None) -> Split:
+    """Return a split with how many images it, or labels, take for different though they are equal (see ``draws.copies``).
+
+    Beside them stands in words what a reader of scores on it should know. ``classes`` are ``None`` where labels are no
+    classes: most numbers are in one part alone.
+    """
+    found = copies({"train": split.train, "val": split.val, "test": split.test}, y, contents)
+    told = remarks(found, split.sizes())
+    return replace(split, copies=found, remarks=told if classes is None else (*told, *_untested(split, y, classes)))
+
+
+def _untested(split: Split, y: NDArray[np.int64], classes: Sequence[str]) -> tuple[str, ...]:
     """Say which classes train but are not tested, since all their images are in one group or given splits leave them out."""
     absent = sorted(classes[label] for label in set(y[split.train_val].tolist()) - set(y[split.test].tolist()))
     return (

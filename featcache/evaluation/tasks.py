@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError
-from featcache.evaluation.draws import copies, remarks
 from featcache.evaluation.metrics import (
     AnyScores,
     LabelScores,
@@ -24,7 +23,7 @@ from featcache.evaluation.metrics import (
     score,
     scores_on_test,
 )
-from featcache.evaluation.splits import Index, Split, items_hash, make_free_split, make_split, untested
+from featcache.evaluation.splits import Index, Split, counted, items_hash, make_free_split, make_split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -119,19 +118,17 @@ class Task:
 
     def split(self, seed: int, folds: int | None = None) -> Split:
         """Return which images train, choose and are tested: as they are given, else drawn."""
-        features = self.features
+        features, contents = self.features, self.features.sha256
         if self.kind != "label":
             # of `y`, which is read here: where some images are unreadable, the labels of the others may be too few
-            return make_free_split(len(self.y), features.splits, seed, self.groups, features.sha256, folds)
-        return make_split(
-            features.y,
-            features.splits,
-            features.classes,
-            seed,
-            groups=self.groups,
-            folds=folds,
-            contents=features.sha256,
-        )
+            return self.counted(make_free_split(len(self.y), features.splits, seed, self.groups, contents, folds))
+        y, classes, groups = features.y, features.classes, self.groups
+        return self.counted(make_split(y, features.splits, classes, seed, groups=groups, folds=folds, contents=contents))
+
+    def counted(self, split: Split) -> Split:
+        """Return a split of these images with its copies, and what a reader of scores on it should know."""
+        features = self.features
+        return counted(split, features.y, features.sha256, features.classes if self.kind == "label" else None)
 
     @property
     def whole(self) -> "Task":
@@ -155,18 +152,6 @@ class Task:
         groups = None if self.groups is None else [self.groups[index] for index in keep.tolist()]
         kept = replace(features, X=features.X[keep], y=features.y[keep], **some)
         return replace(self, features=kept, groups=groups, parent=self.whole)
-
-    def copies(self, split: Split) -> dict[str, int]:
-        """Return how many images the split or the labels take for different that are equal (see ``draws.copies``)."""
-        parts = {"train": split.train, "val": split.val, "test": split.test}
-        return copies(parts, self.features.y, self.features.sha256)
-
-    def remarks(self, split: Split) -> tuple[str, ...]:
-        """Return what a reader of scores on this split should know."""
-        said = remarks(self.copies(split), split.sizes())
-        if self.kind != "label":  # every number is a label of its own in the listing: most are in one part alone
-            return said
-        return (*said, *untested(split, self.features.y, self.features.classes))
 
 
 def _label_sets(texts: "Sequence[str]") -> tuple[NDArray[np.bool_], tuple[str, ...]]:

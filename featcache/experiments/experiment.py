@@ -132,8 +132,8 @@ class Experiment:
             gap=outcome.gap,
             artefact=artefact.relative_to(self.cache.settings.cache).as_posix(),
             test_groups=numbered(split.test_groups),
-            copies=self.task.copies(split),
-            notes=(*outcome.of_rows, *self.task.remarks(split), *outcome.notes),
+            copies=dict(split.copies),
+            notes=(*outcome.of_rows, *split.remarks, *outcome.notes),
             **stamp(),
         )
 

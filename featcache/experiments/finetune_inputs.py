@@ -129,8 +129,9 @@ class FineTuneInputs:
         from featcache.experiments.experiment import aligned
 
         keep, task, take = aligned(self.task, entry.store)
-        split = restricted(self.split, keep)
+        split = self.split
         if missing := len(self.features.y) - len(keep):  # such as one that overflows float16 there
+            split = task.counted(restricted(split, keep))
             untested = len(self.split.test) - len(split.test)
             note = f"{missing} images have no activations at {entry.cut} and are left out, {untested} of them test images"
             notes = (*notes, note)

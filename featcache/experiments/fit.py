@@ -268,10 +268,10 @@ class Ledger:
         told = f"split: {sizes}{how}{chosen}"
         if told not in self.said:
             logger.info(told)
-        for note in (notes := task.remarks(split)):
+        for note in split.remarks:
             if note not in self.said:
                 logger.warning(note)
-        self.said.update((told, *notes))
+        self.said.update((told, *split.remarks))
 
 
 def run_fit(
@@ -366,7 +366,7 @@ class _Fitting:
         stem = name if self.task.kind == "label" else f"{name}-{self.task.kind}"
         if stored := experiment.stored(self.entry, stem, self.split, self.plan.format):
             fitted, record, path = stored
-            for note in record.notes[len(self.task.remarks(self.split)) :]:
+            for note in record.notes[len(self.split.remarks) :]:
                 logger.warning(note)
             return HeadResult(fitted, record, path, self.task, self.split)
         try:

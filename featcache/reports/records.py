@@ -32,7 +32,7 @@ class RunRecord(Displayed):
     right, as a text of 0 and 1 in the order that ``test_items`` hashes; ``artefact`` is a path below the cache.
 
     ``test_groups`` numbers the group of each test image, in that order, where groups were asked for; ``copies`` counts
-    images that splits or labels take for different although their bytes are equal (see ``units.copies``). Records of before
+    images that splits or labels take for different although their bytes are equal (see ``draws.copies``). Records of before
     have neither.
     """
 
