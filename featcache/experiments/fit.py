@@ -462,10 +462,11 @@ class _Fitting:
 
     def curves(self, head: str) -> "list[Curve]":
         """Train a head on so many images a class, and on shares of the training images, where that is asked for."""
-        from featcache.heads.fit import Embeddings, learning_curve, shot_curve
-
         if not (self.plan.shots or self.plan.curve):
             return []
+        from featcache.heads.fit import learning_curve, shot_curve
+        from featcache.heads.search import Embeddings
+
         embeddings, drawn = Embeddings.of(self.loaded, self.plan.views), []
         if self.plan.shots:
             drawn.append(shot_curve(embeddings, self.split, head, self.plan.shots, seed=self.seed))

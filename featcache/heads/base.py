@@ -38,17 +38,6 @@ def side_by_side(act: Callable[[Task], Result], tasks: Sequence[Task]) -> list[R
         return list(workers.map(act, tasks))
 
 
-def some_of(X: Many, rows: NDArray[np.int64]) -> Many:
-    """Return some rows of features, not in memory where the features are not."""
-    return X.only(rows) if isinstance(X, LazyRows) else X[rows]
-
-
-def as_rows(X: Many) -> Many:
-    """Return features (n, ..., d) as heads take them: float32 rows (n * ..., d); streamed ones are rows already."""
-    # float32 in one piece: BLAS would copy anything else in every product.
-    return X if isinstance(X, LazyRows) else np.ascontiguousarray(X.reshape(-1, X.shape[-1]), dtype=np.float32)
-
-
 def mask_of(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
     """Return which of so many rows are among some (k,)."""
     mask = np.zeros(count, dtype=bool)

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.display import progress
-from featcache.errors import DataError, UsageError
+from featcache.errors import UsageError
 from featcache.evaluation.metrics import AnyScores, TestResult, best_temperature
-from featcache.evaluation.splits import Fold, Split, few_shot, part_of
-from featcache.evaluation.tasks import Task, evaluate, evaluate_on_test
+from featcache.evaluation.splits import Split, few_shot, part_of
+from featcache.evaluation.tasks import Task, evaluate
 from featcache.heads import ENSEMBLE, MEMBERS, require_head
 
 if TYPE_CHECKING:
-    from featcache.heads.search import SearchResult
+    from featcache.heads.search import Embeddings, SearchResult
 
 
 _MOST_MEMBERS = 3
@@ -52,61 +52,6 @@ class FittedHead:
         return self.load_answers()
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """The rows (n * views, d) that a task's images have, an image's views one after the other."""
-
-    task: Task
-    X: Any
-    views: int = 1
-
-    @classmethod
-    def of(cls, task: Task, views: int) -> "Embeddings":
-        """Return a task's rows.
-
-        Raises:
-            DataError: its features are no embeddings.
-        """
-        from featcache.heads.base import as_rows
-
-        shape = task.features.X.shape
-        if len(shape) != (2 if views == 1 else 3) or (views > 1 and shape[1] != views):
-            raise DataError(f"heads train on embeddings (n, d), these features are {shape}: extract at the cut pooled.")
-        return cls(task, as_rows(task.features.X), views)
-
-    @property
-    def y(self) -> NDArray[Any]:
-        """What is to be told of each row."""
-        return np.repeat(self.task.y, self.views, axis=0)
-
-    def rows(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of some images."""
-        return (images[:, None] * self.views + np.arange(self.views)).reshape(-1)
-
-    def folds(self, split: Split) -> list[Fold]:
-        """Return a split's folds, of rows."""
-        return [Fold(self.rows(fold.train), self.rows(fold.val)) for fold in split.folds]
-
-    def train(self, name: str, params: dict[str, Any], images: NDArray[np.int64], seed: int) -> Any:
-        """Return a head that was fitted on some images."""
-        from featcache.heads import base, search
-
-        rows = self.rows(images)
-        return search.train(name, params, base.some_of(self.X, rows), self.y[rows], seed)
-
-    def test(self, estimator: Any, split: Split, temperature: float | None = None) -> TestResult:
-        """Return how a finished head does on the test split."""
-        from featcache.heads.search import over_views, predict_with
-
-        kind, classes = self.task.kind, len(self.task.names)
-        return evaluate_on_test(
-            lambda images: over_views(predict_with(estimator, self.X[self.rows(images)], kind, classes), self.views),
-            self.task.y,
-            split,
-            temperature,
-        )
-
-
 def fit(
     task: Task, split: Split, name: str, *, seed: int = 0, grid: Sequence[dict[str, Any]] | None = None, views: int = 1
 ) -> FittedHead:
@@ -124,13 +69,12 @@ def fit(
         UsageError: there is no such head.
         DataError: the features are no embeddings; or no candidate, or not the final fit, reached its optimum.
     """
-    from featcache.heads.search import search_head
+    from featcache.heads.search import Embeddings
 
     require_head(name)
     embeddings = Embeddings.of(task, views)
     started = time.monotonic()
-    search = search_head(name, embeddings.X, embeddings.y, embeddings.folds(split), seed, grid, views)
-    estimator = embeddings.train(name, search.params, split.train_val, seed)
+    search, estimator = embeddings.fit(name, split, seed, grid)
     return _tested(name, estimator, search, embeddings, split, time.monotonic() - started)
 
 
@@ -143,7 +87,7 @@ def ensemble(task: Task, split: Split, fitted: Sequence[FittedHead], views: int 
     from sklearn.ensemble import VotingClassifier
     from sklearn.preprocessing import LabelEncoder
 
-    from featcache.heads.search import SearchResult
+    from featcache.heads.search import Embeddings, SearchResult
 
     started = time.monotonic()
     answered = [(head, answers) for head in fitted if (answers := head.answers) is not None and answers.ndim == 2]
@@ -167,7 +111,7 @@ def ensemble(task: Task, split: Split, fitted: Sequence[FittedHead], views: int 
 
 
 def _tested(
-    name: str, estimator: Any, search: "SearchResult", embeddings: Embeddings, split: Split, seconds: float
+    name: str, estimator: Any, search: "SearchResult", embeddings: "Embeddings", split: Split, seconds: float
 ) -> FittedHead:
     """Return a head that was refitted after its search, with its scores; the test split is read here."""
     task, answers = embeddings.task, search.answers
@@ -237,7 +181,7 @@ class Curve:
 
 
 def shot_curve(
-    embeddings: Embeddings, split: Split, head: str, shots: Sequence[int], seed: int = 0, repeats: int = REPEATS
+    embeddings: "Embeddings", split: Split, head: str, shots: Sequence[int], seed: int = 0, repeats: int = REPEATS
 ) -> Curve:
     """Train on so many images a class, drawn from train and validation; parameters by cross-validation among them.
 
@@ -259,7 +203,12 @@ def shot_curve(
 
 
 def learning_curve(
-    embeddings: Embeddings, split: Split, head: str, shares: Sequence[float] = SHARES, seed: int = 0, repeats: int = REPEATS
+    embeddings: "Embeddings",
+    split: Split,
+    head: str,
+    shares: Sequence[float] = SHARES,
+    seed: int = 0,
+    repeats: int = REPEATS,
 ) -> Curve:
     """Train on stratified shares of the training images, larger ones holding the smaller; choose on all of validation."""
     task, points = embeddings.task, []
@@ -274,12 +223,11 @@ def learning_curve(
     return Curve(head, tuple(points), _slope(points))
 
 
-def _score(embeddings: Embeddings, split: Split, head: str, seed: int, *, refit: bool = True) -> float:
-    from featcache.heads.search import FAMILIES, search_head
+def _score(embeddings: "Embeddings", split: Split, head: str, seed: int, *, refit: bool = True) -> float:
+    from featcache.heads.search import FAMILIES
 
     if any(len(fold.val) for fold in split.folds):
-        folds = embeddings.folds(split)
-        params = search_head(head, embeddings.X, embeddings.y, folds, seed, views=embeddings.views).params
+        params = embeddings.search(head, split, seed).params
     else:
         params = FAMILIES[embeddings.task.kind][head].grid(len(split.train))[0]
     estimator = embeddings.train(head, params, split.train_val if refit else split.train, seed)

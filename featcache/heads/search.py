@@ -1,4 +1,4 @@
-"""How a head's parameters are chosen on validation, and how it is trained, whatever there is to tell."""
+"""How a head's parameters are chosen on validation, how it is trained and tested, whatever there is to tell."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +15,16 @@ from sklearn.preprocessing import LabelBinarizer, Normalizer
 
 from featcache.display import progress
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.metrics import AnyScores
-from featcache.evaluation.splits import Fold
-from featcache.evaluation.tasks import Kind, evaluate, kind_of
+from featcache.evaluation.metrics import AnyScores, TestResult
+from featcache.evaluation.splits import Fold, Split
+from featcache.evaluation.tasks import Kind, Task, evaluate, evaluate_on_test, kind_of
 from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
 from featcache.heads.base import answers as class_answers
 from featcache.heads.linear import ALPHAS, COARSE_CS, LOGISTIC, RIDGE, SELECTED, SVM
 from featcache.heads.nonlinear import BOOSTING, CENTROID, KNN, LDA, MLP, RBF
 from featcache.heads.solvers.scaled import solve_ridge
+from featcache.store.rows import LazyRows
 
 Labels = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
@@ -235,3 +236,61 @@ def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> Pipeline:
             "the features, give a stronger penalty with `grid`, or take another head."
         )
     return estimator
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The rows (n * views, d) that a task's images have, an image's views one after the other."""
+
+    task: Task
+    X: Many
+    views: int = 1
+
+    @classmethod
+    def of(cls, task: Task, views: int) -> "Embeddings":
+        """Return a task's rows.
+
+        Raises:
+            DataError: its features are no embeddings.
+        """
+        X: Any = task.features.X
+        if len(X.shape) != (2 if views == 1 else 3) or (views > 1 and X.shape[1] != views):
+            raise DataError(f"heads train on embeddings (n, d), these features are {X.shape}: extract at the cut pooled.")
+        if not isinstance(X, LazyRows):  # in one piece: BLAS would copy anything else in every product
+            X = np.ascontiguousarray(X.reshape(-1, X.shape[-1]), dtype=np.float32)
+        return cls(task, X, views)
+
+    @property
+    def y(self) -> NDArray[Any]:
+        """What is to be told of each row."""
+        return np.repeat(self.task.y, self.views, axis=0)
+
+    def rows(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of some images."""
+        return (images[:, None] * self.views + np.arange(self.views)).reshape(-1)
+
+    def search(self, name: str, split: Split, seed: int, grid: Sequence[Params] | None = None) -> SearchResult:
+        """Return what ``search_head`` finds on a split's folds."""
+        folds = [Fold(self.rows(fold.train), self.rows(fold.val)) for fold in split.folds]
+        return search_head(name, self.X, self.y, folds, seed, grid, self.views)
+
+    def fit(self, name: str, split: Split, seed: int, grid: Sequence[Params] | None = None) -> tuple[SearchResult, Pipeline]:
+        """Choose a head's parameters, and return it fitted with them on train and val."""
+        search = self.search(name, split, seed, grid)
+        return search, self.train(name, search.params, split.train_val, seed)
+
+    def train(self, name: str, params: Params, images: NDArray[np.int64], seed: int) -> Pipeline:
+        """Return a head that was fitted on some images."""
+        rows = self.rows(images)
+        X = self.X.only(rows) if isinstance(self.X, LazyRows) else self.X[rows]  # streamed ones are not in memory
+        return train(name, params, X, self.y[rows], seed)
+
+    def test(self, estimator: Any, split: Split, temperature: float | None = None) -> TestResult:
+        """Return how a finished head does on the test split."""
+        kind, classes = self.task.kind, len(self.task.names)
+        return evaluate_on_test(
+            lambda images: over_views(predict_with(estimator, self.X[self.rows(images)], kind, classes), self.views),
+            self.task.y,
+            split,
+            temperature,
+        )
