@@ -14,9 +14,9 @@ import pytest
 from support import TINY, Outcome
 
 from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset
+from featcache.datasets.base import Dataset, odd_names
 from featcache.datasets.images import encode
-from featcache.datasets.tables import Labels, labelled, odd_names
+from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError
 
 Run = Callable[..., Outcome]

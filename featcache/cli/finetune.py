@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from featcache.reports.records import RunRecord
 
 
-_PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in {"unfreeze", "batch_size"})
+_PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in {"unfreeze", "batch_size", "precision"})
 
 
 @click.command("finetune", cls=options.Command)
@@ -167,15 +167,14 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
 
     if plot is not None:
         require_picture(plot)
-    spec, settings, dataset = options.take_inputs(flags)
-    settings = replace(settings, budget=flags.pop("cache_budget"))
-    flags["precision"] = flags.pop("train_precision")
     plan = FineTunePlan(
         Unfreeze.parse(flags.pop("unfreeze")),
         batch_size=flags.pop("train_batch"),
+        precision=flags.pop("train_precision"),
         **{name: flags.pop(name) for name in _PLAN},
     )
-    options.announce(dataset, spec)
+    spec, settings, dataset = options.take_inputs(flags)
+    settings = replace(settings, budget=flags.pop("cache_budget"))
     result = (sweep if at_every_depth else finetune)(dataset, spec, plan=plan, settings=settings, **flags)
     if int(os.environ.get("RANK", "0")):  # of several processes one speaks
         return

@@ -72,7 +72,6 @@ def extract_command(as_json: bool, dry_run: bool, **flags: Any) -> None:  # noqa
     from featcache.specs import Views
 
     spec, settings, dataset = options.take_inputs(flags)
-    options.announce(dataset, spec)
     cuts, layers = flags.pop("cuts"), flags.pop("layers")
     if layers:
         from featcache.specs import cut_of_layers
@@ -190,12 +189,11 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
 
     best_pool = flags["pool"] == "auto"
     flags |= {"pool": "default"} if best_pool else {}
-    spec, settings, dataset = options.take_inputs(flags)
     flags |= {name: flags[name] or () for name in ("layers", "shots")}
     plan = FitPlan(best_pool=best_pool, **{name: flags.pop(name) for name in _PLAN})
     if plan.target != "label" and (show_classes or mistakes):
         raise click.UsageError(f"--per-class and --mistakes are of one class an image, not of --target {plan.target}.")
-    options.announce(dataset, spec, plan.target)
+    spec, settings, dataset = options.take_inputs(flags, plan.target)
     result = fit(dataset, spec, plan=plan, settings=settings, **flags)
     if as_json:
         summary = result.summary

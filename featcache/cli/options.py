@@ -377,22 +377,20 @@ def take_settings(options: dict[str, Any]) -> "Settings":
     )
 
 
-def take_inputs(options: dict[str, Any]) -> "tuple[BackboneSpec, Settings, Dataset]":
-    """Take what several commands begin with out of a command's options: the backbone, the settings, the data set, opened."""
+def take_inputs(options: dict[str, Any], target: str = "label") -> "tuple[BackboneSpec, Settings, Dataset]":
+    """Take what several commands begin with out of a command's options: the backbone, the settings, the data set, opened.
+
+    What the data set holds, and the backbone, is said on stderr, before anything is computed.
+    """
     from featcache.datasets import open_dataset
+    from featcache.display import logger
 
     # the data set last: to list a million files takes longer than to find a contradiction between flags
     spec, settings = take_spec(options), take_settings(options)
     data, name = options.pop("data"), options.pop("name")
-    return spec, settings, open_dataset(data, name, data_root=options.pop("data_root"), download=options.pop("download"))
-
-
-def announce(dataset: "Dataset", spec: "BackboneSpec", target: str = "label") -> None:
-    """Say on stderr what a data set holds, before anything is computed: images, classes, splits, backbone."""
-    from featcache.display import logger
-    from featcache.reports.wording import overview
-
-    logger.info(overview(dataset, spec, target))
+    dataset = open_dataset(data, name, data_root=options.pop("data_root"), download=options.pop("download"))
+    logger.info("%s; backbone %s", dataset.overview(target), spec.label)
+    return spec, settings, dataset
 
 
 def emit(value: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from featcache.datasets.base import Dataset, require_file, safe_name
+from featcache.datasets.base import Dataset, odd_names, require_file, safe_name
 from featcache.errors import DataError, FeatcacheError, UsageError
 from featcache.resources import FETCH, may_fetch
 
@@ -28,8 +28,6 @@ def open_dataset(
         UsageError: the kind of source is unknown, or nothing may be fetched.
         SetupError: it needs a library that is not installed.
     """
-    from featcache.datasets.tables import odd_names
-
     if download and not may_fetch():
         raise UsageError(f"`download`: nothing may be fetched, since {FETCH}=never.")
     try:

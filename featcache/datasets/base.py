@@ -3,7 +3,9 @@
 import os
 import re
 import stat as modes
+import unicodedata
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import eq
@@ -18,6 +20,8 @@ from featcache.fingerprint import fingerprint
 
 MOST_IMAGE_BYTES = 256 << 20  # 50 megapixels without compression, and room
 _MOST_SPLITS = 8
+# Marks that other programs write for a missing value; here they are only warned of, since they may be names.
+_OFTEN_MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "-1"})
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -231,6 +235,14 @@ class Dataset:
         assert isinstance(self.samples, SampleTable)
         return self.samples
 
+    def overview(self, target: str = "label") -> str:
+        """Return what it holds, in a line."""
+        counts = np.bincount(self.table.kinds(np.arange(len(self.table)))[1], minlength=len(self.table.splits)).tolist()
+        sizes = {name: count for name, count in zip(self.table.splits, counts, strict=True) if name}
+        splits = ", ".join(f"{sizes[name]} {name}" for name in ("train", "val", "test") if name in sizes)
+        kind = "different numbers" if target == "number" else "labels" if self.label_lists else "classes"
+        return f"{self.name}: {len(self.table)} images, {len(self.table.labels)} {kind}; {splits or 'no split'} given"
+
     def read(self, path: str) -> bytes:
         """Return an image's bytes.
 
@@ -313,6 +325,37 @@ def require_whole(items: Iterable[Sample], where: str) -> None:
         raise DataError(f"{where}: {twice[0]} is listed more than once ({len(twice)} such paths).")
     if 0 < sum(not item.split for item in items) < len(items):
         raise DataError(f"{where}: some rows have a split and some have none: fill in all of them, or none.")
+
+
+def odd_names(names: Iterable[str]) -> list[str]:
+    """Return notes on class names that look alike, or like marks for a missing label."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    doubtful = []
+    for name in names:
+        alike[_looks(name)].append(name)
+        if name.strip().lower() in _OFTEN_MISSING:
+            doubtful.append(name)
+    pairs = [sorted(group) for group in alike.values() if len(group) > 1]
+    notes = []
+    if pairs:
+        shown = "; ".join(" and ".join(map(ascii, group)) for group in pairs[:3])
+        notes.append(f"{len(pairs)} times several classes have names that look alike: {shown}")
+    if doubtful:
+        shown = ", ".join(map(ascii, doubtful))
+        notes.append(f"{shown}: a class like any other here, though often a mark for a missing label")
+    return notes
+
+
+def _looks(name: str) -> str:
+    """Return what two names share that look alike: to the eye, or as a number."""
+    visible = "".join(char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+    folded = " ".join(visible.split()).casefold()
+    if len(folded) < 2:  # a and A are two letters
+        return f"text {' '.join(visible.split())}" if not folded.isdecimal() else f"number {float(folded)!r}"
+    try:
+        return f"number {float(folded)!r}"
+    except ValueError:
+        return f"text {folded}"
 
 
 def location_hash(location: str) -> str:

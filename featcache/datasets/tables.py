@@ -4,9 +4,7 @@ import csv
 import json
 import math
 import threading
-import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
@@ -19,8 +17,6 @@ from featcache.errors import DataError, SetupError
 
 _MOST_CHARACTERS = 10_000  # a caption fits, a file that was taken for a label does not
 _BETWEEN = ";"  # what ``target` labels` divides a text at
-# Marks that other programs write for a missing value; here they are only warned of, since they may be names.
-_OFTEN_MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "-1"})
 
 
 class Labels:
@@ -114,37 +110,6 @@ def labelled(
         for split in sorted(unlabelled)
     ]
     return [number for number, label in enumerate(labels) if label is not None], notes
-
-
-def odd_names(names: Iterable[str]) -> list[str]:
-    """Return notes on class names that look alike, or like marks for a missing label."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    doubtful = []
-    for name in names:
-        alike[_looks(name)].append(name)
-        if name.strip().lower() in _OFTEN_MISSING:
-            doubtful.append(name)
-    pairs = [sorted(group) for group in alike.values() if len(group) > 1]
-    notes = []
-    if pairs:
-        shown = "; ".join(" and ".join(map(ascii, group)) for group in pairs[:3])
-        notes.append(f"{len(pairs)} times several classes have names that look alike: {shown}")
-    if doubtful:
-        shown = ", ".join(map(ascii, doubtful))
-        notes.append(f"{shown}: a class like any other here, though often a mark for a missing label")
-    return notes
-
-
-def _looks(name: str) -> str:
-    """Return what two names share that look alike: to the eye, or as a number."""
-    visible = "".join(char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
-    folded = " ".join(visible.split()).casefold()
-    if len(folded) < 2:  # a and A are two letters
-        return f"text {' '.join(visible.split())}" if not folded.isdecimal() else f"number {float(folded)!r}"
-    try:
-        return f"number {float(folded)!r}"
-    except ValueError:
-        return f"text {folded}"
 
 
 def _storable(text: str, where: str) -> str:

@@ -13,12 +13,10 @@ from featcache.reports.records import RunRecord
 from featcache.reports.tables import NO_GAIN
 
 if TYPE_CHECKING:
-    from featcache.datasets.base import Dataset
     from featcache.experiments.fit import FitResult, HeadResult
     from featcache.extraction.feature_cache import Extracted
     from featcache.heads.baselines import Baseline
     from featcache.heads.fit import Curve
-    from featcache.specs import BackboneSpec
 
 _WIDEST_MATRIX = 20  # classes whose confusion matrix still fits a terminal of 120 columns
 _CONFUSIONS = 10
@@ -29,18 +27,6 @@ _SCORES = {  # of each kind of record: the score that chooses, what a table call
     "fit-labels": ("mean_average_precision", "mAP %", 100, 1),
     "fit-number": ("r2", "R2", 1, 3),
 }
-
-
-def overview(dataset: "Dataset", backbone: "BackboneSpec", target: str = "label") -> str:
-    """Return what a data set holds and what is to look at it, in a line."""
-    table = dataset.table
-    _, numbers = table.kinds(np.arange(len(table)))
-    counts = np.bincount(numbers, minlength=len(table.splits)).tolist()
-    splits_given = {name: count for name, count in zip(table.splits, counts, strict=True) if name}
-    splits = ", ".join(f"{splits_given[name]} {name}" for name in ("train", "val", "test") if name in splits_given)
-    kind = "different numbers" if target == "number" else "labels" if dataset.label_lists else "classes"
-    contents = f"{len(table)} images, {len(table.labels)} {kind}; {splits or 'no split'} given"
-    return f"{dataset.name}: {contents}; backbone {backbone.label}"
 
 
 def extract_lines(result: "Extracted") -> Iterator[str]:
