@@ -3,8 +3,7 @@
 import shutil
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,11 @@ from featcache.extraction.loader import (
     NO_RUNTIME,
     Batch,
     BatchReader,
-    Pixels,
     Runtime,
+    SelectRuntime,
     Thumbnails,
     compute,
-    reading_ahead,
-    run_batches,
-    sample,
+    computed,
 )
 from featcache.extraction.scan import DatasetFiles, Positions
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport, say_left_out
@@ -31,8 +28,6 @@ from featcache.specs import Transform
 
 if TYPE_CHECKING:
     from featcache.extraction.ray_engine import WorkerConfig
-
-SelectRuntime = Callable[[Pixels, int], Runtime]  # given a first batch, and how many images are to be computed
 
 
 def positions_of(dataset: Dataset, part: tuple[int, int]) -> Positions:
@@ -94,24 +89,18 @@ class _Pass:
 
     def run(self, select: SelectRuntime, plan: ExtractPlan) -> Runtime:
         """Take batches from files to rows; return what computed them."""
-        started, runtime, size = time.monotonic(), NO_RUNTIME, plan.batch_size
+        started, runtime = time.monotonic(), NO_RUNTIME
         name = self._writers[0].files.dataset.name
         try:
-            with progress(self._images, f"extract {name}") as bar:
-                first = self._reader.fill(size)
-                ahead = deque[Batch]()
-                if first.fresh:
-                    # making a runtime ready takes seconds that would be lost to reading
-                    with reading_ahead(self._reader, size) as ahead:
-                        runtime = select(sample(first, size), self._images)
-                ahead.appendleft(first)
-                del first  # its pixels would be held to the end
-                with closing(run_batches(self._reader, runtime, size, ahead)) as batches:
-                    for batch in batches:
-                        self._take(batch)
-                        bar.update(len(batch))
-                        if any(writer.is_due(started) for writer in self._writers):
-                            self._commit(runtime, started)
+            with (
+                progress(self._images, f"extract {name}") as bar,
+                closing(computed(self._reader, select, self._images, plan.batch_size)) as batches,
+            ):
+                for runtime, batch in batches:
+                    self._take(batch)
+                    bar.update(len(batch))
+                    if any(writer.is_due(started) for writer in self._writers):
+                        self._commit(runtime, started)
         finally:  # an interrupt keeps what was computed
             self._commit(runtime)
         return runtime

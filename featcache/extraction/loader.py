@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +234,26 @@ def beside_pixels(cuts: Sequence[str], run: Callable[[Pixels], Rows] | None) -> 
         return tuple(pixels if cut == INPUT else next(rows) for cut in cuts)
 
     return both
+
+
+SelectRuntime = Callable[[Pixels, int], Runtime]  # given a first batch, and how many images are to be computed
+
+
+def computed(
+    reader: BatchReader, select: SelectRuntime, images: int, size: int
+) -> Generator[tuple[Runtime, Batch], None, None]:
+    """Yield batches with their rows, and what has computed them: chosen with the first, while others are read already."""
+    first, runtime = reader.fill(size), NO_RUNTIME
+    ahead: deque[Batch] = deque()
+    if first.fresh:
+        # making a runtime ready takes seconds that would be lost to reading
+        with reading_ahead(reader, size) as ahead:
+            runtime = select(sample(first, size), images)
+    ahead.appendleft(first)
+    del first  # its pixels would be held to the end
+    with closing(run_batches(reader, runtime, size, ahead)) as batches:
+        for batch in batches:
+            yield runtime, batch
 
 
 def run_batches(

@@ -129,6 +129,15 @@ class DatasetFiles:
         stat = np.where(self._settled[positions][:, None], self._stat[positions], -1)
         return FileIndex(tuple(map(self.path, positions.tolist())), self.sha256[positions], stat, checked_ns)
 
+    def listing(self, positions: Positions, checked_ns: int) -> Listing:
+        """Return the listing of files (k,) that have a row, in the data set's order."""
+        positions, table, classes = np.sort(positions), self.dataset.table, self.dataset.classes
+        label_of = {name: number for number, name in enumerate(classes)}
+        of_label, of_split = table.kinds(positions)
+        labels = np.array([label_of[name] for name in table.labels], np.int64)[of_label]
+        splits = np.array([SPLITS.index(name) for name in table.splits], np.uint8)[of_split]
+        return Listing(self.index(positions, checked_ns), labels, splits, classes)
+
     def are_as(self, positions: Positions, files: FileIndex, rows: Positions) -> NDArray[np.bool_]:
         """Return which files (k,), all looked at, have the signs that an entry remembers of them in rows (k,)."""
         then, now = files.stat[rows], self._stat[positions]
@@ -267,16 +276,6 @@ def _is_listed(files: DatasetFiles, positions: Positions, listing: Listing) -> b
     )
 
 
-def make_listing(files: DatasetFiles, cached: Positions, checked_ns: int) -> Listing:
-    """Return the listing of the files that have a row, in the data set's order."""
-    positions, table, classes = np.sort(cached), files.dataset.table, files.dataset.classes
-    label_of = {name: number for number, name in enumerate(classes)}
-    of_label, of_split = table.kinds(positions)
-    labels = np.array([label_of[name] for name in table.labels], np.int64)[of_label]
-    splits = np.array([SPLITS.index(name) for name in table.splits], np.uint8)[of_split]
-    return Listing(files.index(positions, checked_ns), labels, splits, classes)
-
-
 def renew(store: "FeatureStore", scanned: Scan) -> None:
     """Let an entry that answers as it is remember files by their present signs, where it had to hash them again.
 
@@ -290,7 +289,7 @@ def renew(store: "FeatureStore", scanned: Scan) -> None:
         bad = {bytes.fromhex(image.sha256) for image in before.quarantined if image.sha256}
         cached = scanned.cached[~scanned.files.are_among(scanned.cached, bad)]
         with suppress(StorageError):
-            store.commit(quarantined=before.quarantined, listing=make_listing(scanned.files, cached, time.time_ns()))
+            store.commit(quarantined=before.quarantined, listing=scanned.files.listing(cached, time.time_ns()))
 
 
 def quarantine_unread(path: str, error: OSError) -> Quarantined:

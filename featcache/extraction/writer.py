@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from featcache.datasets.base import Dataset
 from featcache.display import logger, printable
 from featcache.errors import DataError
-from featcache.extraction.scan import Hit, Positions, Scan, lookup, make_listing, scan
+from featcache.extraction.scan import Hit, Positions, Scan, lookup, scan
 from featcache.fingerprint import DigestSet
 from featcache.specs import StoredDtype, Views
 from featcache.store.hdf5 import Part
@@ -257,7 +257,7 @@ class EntryWriter:
             self.store.commit(quarantined=[image for image in all_bad if image.sha256], seconds=unbooked)
         elif not pending and not isinstance(lookup(self.store, scanned), Hit):
             require_usable(self.files.dataset, len(cached), all_bad, plan.max_bad)
-            self.store.commit(quarantined=all_bad, listing=make_listing(self.files, cached, time_ns()), seconds=unbooked)
+            self.store.commit(quarantined=all_bad, listing=self.files.listing(cached, time_ns()), seconds=unbooked)
             self.store.write_table()
         seconds = time.monotonic() - lasted[0]
         return ExtractReport(
