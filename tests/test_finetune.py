@@ -51,7 +51,8 @@ def test_the_head_of_train_alone_is_the_one_that_the_search_fitted(
     start, _ = inputs.linear_probes
 
     rows = inputs.split.train
-    anew = train(PROBE, probe.params, inputs.features.X[rows], inputs.features.y[rows], 0)
+    features = inputs.cache.extracted().store.features()
+    anew = train(PROBE, probe.params, features.X[rows], features.y[rows], 0)
     weights, bias = linear_heads.linear_weights(anew, 3)
     assert len(fitted) == solved
     np.testing.assert_allclose(start.weights, weights, atol=1e-3 * np.abs(weights).max())

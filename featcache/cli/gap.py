@@ -51,7 +51,6 @@ def gap_command(as_json: bool, price: float | None, plot: Path | None, epochs: i
         require_picture(plot)
     spec, settings, dataset = options.take_inputs(flags)
     settings = replace(settings, budget=flags.pop("cache_budget"))
-    options.announce(dataset, spec)
     plan = FineTunePlan(Unfreeze.parse("all"), epochs=epochs)
     result = gap(dataset, spec, plan=plan, settings=settings, **flags)
     if plot is not None:

@@ -22,7 +22,7 @@ from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.heads import ALL, ENSEMBLE, HEAD_NAMES, MEMBERS, STREAMING, in_order, members_of
 from featcache.reports import tables as report
-from featcache.reports.records import RECORDS, RunRecord, append_record, read_records
+from featcache.reports.records import RECORDS, RunRecord, append_once, read_records
 from featcache.specs import (
     POOLED,
     BackboneSpec,
@@ -350,7 +350,7 @@ class _Runner:
 
         record = run_gap(bench, plan, group=group, seed=seed, records=self.settings.cache / RECORDS).record
         if record is not None:
-            append_record(self.path, record)
+            append_once(self.path, record)
 
     def _fitting(self, in_memory: bool) -> list[str]:  # noqa: FBT001
         """Return the heads that have rows; of ``all`` those that read from disk, where features do not fit memory."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from featcache.backbones import origins
 from featcache.display import Displayed, Table, logger
 from featcache.evaluation.metrics import Gap, paired_gap
-from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.lookup import backbone_identity
@@ -367,9 +366,7 @@ def find_finished(inputs: FineTuneInputs, plan: FineTunePlan, method: str, recor
         return None
     if inputs.group is not None:  # the key names the column, not its values: who belongs together may be another now
         return None
-    # without the embeddings themselves: they are no part of the key
-    task = Task(inputs.cache.extracted().store.labelled())
-    key = Experiment(inputs.cache, task, method, plan, inputs.seed).key
+    key = Experiment(inputs.cache, inputs.listed, method, plan, inputs.seed).key
     for record in reversed(alike):
         # the heads that it was compared with are no part of the experiment's name
         if record.cell == key and set((record.probe or {})["of"]) == set(inputs.head_names):

@@ -19,7 +19,6 @@ from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.heads import STREAMING, require_head
 from featcache.specs import INPUT, POOLED, Views
-from featcache.store.rows import Features
 
 if TYPE_CHECKING:
     from featcache.experiments.fit import HeadResult, Ledger
@@ -130,7 +129,7 @@ class FineTuneInputs:
 
         keep, task, take = aligned(self.task, entry.store)
         split = self.split
-        if missing := len(self.features.y) - len(keep):  # such as one that overflows float16 there
+        if missing := len(self.task.features.y) - len(keep):  # such as one that overflows float16 there
             split = task.counted(restricted(split, keep))
             untested = len(self.split.test) - len(split.test)
             note = f"{missing} images have no activations at {entry.cut} and are left out, {untested} of them test images"
@@ -175,21 +174,19 @@ class FineTuneInputs:
         return max(records, key=lambda record: (record.val["accuracy"], record.method == PROBE))
 
     @cached_property
-    def features(self) -> Features:
-        """The embeddings that the heads were fitted on."""
-        return self.cache.extracted().store.features()
+    def listed(self) -> Task:
+        """The images that have embeddings, with their classes, before anything is fitted or grouped."""
+        return Task(self.cache.extracted().store.labelled())
 
-    @cached_property
+    @property
     def task(self) -> Task:
-        """The images that have embeddings, with their classes."""
-        from featcache.experiments.experiment import groups_of
+        """The images that the probes were fitted on, with their classes."""
+        return self.fitted[0].task
 
-        return Task(self.features, "label", groups_of(self.cache, self.features, self.group), self.group)
-
-    @cached_property
+    @property
     def split(self) -> Split:
         """The probes' split."""
-        return self.task.split(self.seed)
+        return self.fitted[0].split
 
     @cached_property
     def linear_probes(self) -> "tuple[LinearHead, LinearHead]":
@@ -200,13 +197,14 @@ class FineTuneInputs:
         from featcache.heads.search import train as train_head
 
         fitted = next(job.fitted for job in self.fitted if job.record.method == PROBE)
-        features, train = self.features, self.split.train
+        train = self.split.train
         if fitted.solutions and not self.split.cross:  # the search's one fold was `train`: its head is the one wanted here
             (alone,) = fitted.solutions
         else:  # no fold of a cross-validation trains on all of `train`
+            features = self.cache.extracted().store.features()
             X = np.ascontiguousarray(features.X[train], dtype=np.float32)
             alone = train_head(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
-        count = len(features.classes)
+        count = len(self.task.names)
         return LinearHead(*linear_weights(alone, count)), LinearHead(*linear_weights(fitted.estimator, count))
 
     def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:

@@ -82,17 +82,13 @@ def judge(
     rows: Mapping[Pool, NDArray[np.float32]], task: Task, split: Split, seed: int
 ) -> tuple[Pool, dict[str, dict[str, Any]]]:
     """Return which of several poolings' rows (n, d) does best on validation, and all scores; of views (n, views, d)."""
-    from featcache.heads.fit import Embeddings
-    from featcache.heads.search import search_head
+    from featcache.heads.search import Embeddings
 
     vals = {}
     with progress(len(rows), "choose the pooling", unit="pooling") as bar:
         for kind, X in rows.items():
-            views = X.shape[1] if X.ndim == 3 else 1
-            embeddings = Embeddings(task, X.reshape(-1, X.shape[-1]), views)
-            vals[kind] = search_head(
-                JUDGES[task.kind], embeddings.X, embeddings.y, embeddings.folds(split), seed, views=views
-            ).val
+            embeddings = Embeddings(task, X.reshape(-1, X.shape[-1]), X.shape[1] if X.ndim == 3 else 1)
+            vals[kind] = embeddings.search(JUDGES[task.kind], split, seed).val
             bar.update(1)
     best = min(vals, key=lambda kind: vals[kind].rank)  # of equals the first: the backbone's own way stays where it can
     return best, {kind: asdict(val) for kind, val in vals.items()}
