@@ -318,6 +318,7 @@ class FineTuneJob:
         }
         save_checkpoint(backbone.module, tuned.model, self.checkpoint, facts)
         head = tuned.model.linear_head()
+        estimator = linear_estimator(head.weights, head.bias)
         spec: BackboneSpec = replace(cache.spec, weights=str(self.checkpoint.resolve()), random_init=None)
         weights = hash_weights(backbone.module)
         record, card = self.experiment.told(
@@ -332,7 +333,7 @@ class FineTuneJob:
             head=self.plan.unfreeze.text,
             params={"lr": tuned.lr, "epoch": tuned.best},
         )
-        bundle.save(linear_estimator(head.weights, head.bias), card, self.stem)
+        bundle.save(estimator, card, self.stem)
         return record
 
 
