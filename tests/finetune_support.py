@@ -65,7 +65,7 @@ def tuned(
     stored = prepared.bench.extracted(trainable.cut, "float32" if trainable.cut != "input" else None).store.reader()
     result = prepared.tune(trainable.cut, take or stored.take, plan, checkpoint)
     return result.network.backbone.module.state_dict() | {
-        f"head.{name}": value for name, value in result.model.head.state_dict().items()
+        f"head.{name}": value for name, value in result.network.model.head.state_dict().items()
     }
 
 

@@ -107,7 +107,7 @@ def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: floa
     result = prepared.tune("layer3", stored.take, plan)
 
     val = prepared.split.val
-    now = score(prepared.features.y[val], predict(result.model, stored.take, val, 8))
+    now = score(prepared.features.y[val], predict(result.network.model, stored.take, val, 8))
     chosen = result.history[result.best].val.accuracy
     assert result.best == 0 or now.accuracy >= chosen - noise(chosen, len(val))
     assert result.best > 0 or not result.refitted

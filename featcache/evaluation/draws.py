@@ -234,11 +234,13 @@ def draw(pool: Index, drawing: Drawing, part: str, leave: int) -> tuple[Index, I
     return pool[~chosen], pool[chosen]
 
 
-def fold_of_image(both: Index, drawing: Drawing, folds: int) -> Index:
-    """Return each image's fold: of each class as many in each, in blocks of the drawing order.
+def fold_of(both: Index, drawing: Drawing, folds: int) -> Index:
+    """Return each image's fold: of each class as many in each, in blocks of the drawing order; groups stay whole.
 
     Blocks, since an image more then moves a few images at their ends; dealt out in turn, it would move all that follow.
     """
+    if drawing.grouped:
+        return _fold_of_group(both, drawing, folds)
     rank, numbers = drawing.units.order(drawing.seed, "folds"), drawing.units.numbers[both]
     fold = np.empty(len(both), dtype=np.int64)
     placed: dict[int, int] = {}
@@ -254,7 +256,7 @@ def fold_of_image(both: Index, drawing: Drawing, folds: int) -> Index:
     return fold
 
 
-def fold_of_group(both: Index, drawing: Drawing, folds: int) -> Index:
+def _fold_of_group(both: Index, drawing: Drawing, folds: int) -> Index:
     """Return each image's fold, whole groups in each, classes as even as groups allow."""
     from sklearn.model_selection import StratifiedGroupKFold
 

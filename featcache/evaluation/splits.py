@@ -8,17 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.draws import (
-    Drawing,
-    copies,
-    draw,
-    fold_of_group,
-    fold_of_image,
-    image_order,
-    remarks,
-    require_enough,
-    units_of,
-)
+from featcache.evaluation.draws import Drawing, copies, draw, fold_of, image_order, remarks, require_enough, units_of
 from featcache.fingerprint import fingerprint
 
 Index = NDArray[np.int64]
@@ -203,7 +193,7 @@ def _crossed(split: Split, drawing: Drawing, folds: int, *, required: bool = Fal
     if folds < 2:
         return split
     both = split.train_val
-    number = fold_of_group(both, drawing, folds) if drawing.grouped else fold_of_image(both, drawing, folds)
+    number = fold_of(both, drawing, folds)
     cross = tuple(Fold(both[number != fold], both[number == fold]) for fold in range(folds))
     classes = min(2, len(np.unique(drawing.y)))  # where nothing is stratified there is one stratum
     usable = tuple(fold for fold in cross if len(fold.val) and len(np.unique(drawing.y[fold.train])) >= classes)

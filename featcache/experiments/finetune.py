@@ -316,8 +316,8 @@ class FineTuneJob:
             "epochs": [asdict(epoch) for epoch in tuned.history],
             "cka": tuned.similarity,
         }
-        save_checkpoint(backbone.module, tuned.model, self.checkpoint, facts)
-        head = tuned.model.linear_head()
+        save_checkpoint(backbone.module, tuned.network.model, self.checkpoint, facts)
+        head = tuned.network.model.linear_head()
         estimator = linear_estimator(head.weights, head.bias)
         spec: BackboneSpec = replace(cache.spec, weights=str(self.checkpoint.resolve()), random_init=None)
         weights = hash_weights(backbone.module)

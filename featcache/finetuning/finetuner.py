@@ -20,7 +20,7 @@ from featcache.display import progress
 from featcache.evaluation.metrics import TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, noise
-from featcache.finetuning.model import Checkpoint, Network, OpenNetwork, SuffixAndHead, embed, predict
+from featcache.finetuning.model import Checkpoint, Network, OpenNetwork, embed, predict
 from featcache.finetuning.unfreezing import merge_lora
 from featcache.resources import keep_freed_memory
 from featcache.specs import Precision
@@ -78,11 +78,6 @@ class FineTuned:
     refitted: bool
     from_train: Network
     finished: Network
-
-    @property
-    def model(self) -> SuffixAndHead:
-        """The suffix and head."""
-        return self.network.model
 
     @property
     def overfits(self) -> str:

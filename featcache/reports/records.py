@@ -115,13 +115,19 @@ def environment() -> dict[str, Any]:
 
 
 def append_once(path: Path, record: RunRecord) -> None:
-    """Add a record to a file that does not hold it yet.
+    """Add a record to a file that lacks it: this very one, to the second at which it was made; of fine-tuning, its training.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    if not _is_recorded(path, record):
-        append_record(path, record)
+    if record.kind == "finetune":  # one that was killed once its record was written ends again: its epochs' seconds tell
+        trained = canonical([record.cell, record.params, record.right])
+        if any(canonical([it.cell, it.params, it.right]) == trained for it in read_records([path], warn=False)):
+            return
+    with contextlib.suppress(OSError):  # writing says what is wrong with it
+        if path.is_file() and _line(record).strip() in path.read_bytes():
+            return
+    append_record(path, record)
 
 
 def append_record(path: Path, record: RunRecord) -> None:
@@ -237,17 +243,6 @@ def record_from(data: dict[str, Any]) -> RunRecord:
     """
     _check_fields(data)
     return RunRecord(**(data | {"notes": tuple(data.get("notes", ()))}))
-
-
-def _is_recorded(path: Path, record: RunRecord) -> bool:
-    """Tell whether a file holds this very record, to the second at which it was made; of fine-tuning, this very training."""
-    if record.kind == "finetune":  # one that was killed once its record was written ends again: its epochs' seconds tell
-        trained = canonical([record.cell, record.params, record.right])
-        return any(canonical([it.cell, it.params, it.right]) == trained for it in read_records([path], warn=False))
-    try:
-        return path.is_file() and _line(record).strip() in path.read_bytes()
-    except OSError:  # whoever writes there next says what is wrong with it
-        return False
 
 
 def _check_fields(data: dict[str, Any]) -> None:
