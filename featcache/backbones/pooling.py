@@ -39,6 +39,14 @@ class Layout:
     prefix_tokens: int = 0
     class_token: bool = False
 
+    def tokens(self, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return activations of more than two axes as the tokens before the image's own, (b, p, c), and these, (b, n, c)."""
+        if self.channels == self.axes - 1:
+            tokens = activations.flatten(1, 2) if self.axes == 4 else activations
+        else:
+            tokens = activations.flatten(2).transpose(1, 2)
+        return tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+
 
 @dataclass(frozen=True)
 class TokenCounts:
@@ -203,19 +211,15 @@ class Pooling(nn.Module):
         """Return the vectors."""
         if self.layout.axes == 2:
             return activations
-        if self.layout.channels == self.layout.axes - 1:
-            tokens = activations.flatten(1, 2) if self.layout.axes == 4 else activations
-        else:
-            tokens = activations.flatten(2).transpose(1, 2)
-        patches = tokens[:, self.layout.prefix_tokens :] if self.layout.prefix_tokens else tokens
+        before, patches = self.layout.tokens(activations)
         if self.kind == "max":
             return patches.amax(1)
         if self.kind == "cls":
-            return tokens[:, 0]
+            return before[:, 0]
         if self.kind == "gem":
             return patches.clamp(min=1e-6).pow(3).mean(1).pow(1 / 3)
         average = patches.mean(1)
-        return torch.cat([average, tokens[:, 0]], 1) if self.kind == "avg+cls" else average
+        return torch.cat([average, before[:, 0]], 1) if self.kind == "avg+cls" else average
 
 
 class LastActivations(nn.Module):

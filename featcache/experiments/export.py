@@ -23,6 +23,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
+from featcache.backbones.attention import AttentiveHead
 from featcache.backbones.base import TorchRuntime
 from featcache.datasets.base import Dataset
 from featcache.datasets.images import ImagePreprocess, UnreadableImage
@@ -39,7 +40,7 @@ from featcache.store.atomic import replace_file
 
 AGREEMENT = 1e-4
 _CHECKED = 16
-_EXPORTABLE = "centroid, ridge, knn, logistic, svm, selected, lda, rbf, mlp, or an ensemble of them"
+_EXPORTABLE = "centroid, ridge, knn, logistic, svm, selected, lda, rbf, mlp, attentive, or an ensemble of them"
 
 
 @dataclass(frozen=True)
@@ -324,4 +325,5 @@ _WRITERS: dict[type, Callable[[Any], nn.Module]] = {
     KNeighborsClassifier: _neighbours,
     VotingClassifier: _average,
     MLPClassifier: _network,
+    AttentiveHead: lambda step: nn.Sequential(step.module(), nn.Softmax(dim=1)),
 }

@@ -19,9 +19,9 @@ from featcache.evaluation.metrics import confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
 from featcache.evaluation.tasks import Kind, Task, require_kind
 from featcache.experiments.experiment import Experiment, Outcome, aligned, groups_of
-from featcache.experiments.poolings import PoolingChoice, choose_pooling, pooled_card, read_choice
+from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
-from featcache.heads import ALL, ENSEMBLE, STREAMING, bundle, heads_for, require_params
+from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, bundle, heads_for, require_params
 from featcache.heads.baselines import SIDE, Baseline
 from featcache.heads.fit import FittedHead
 from featcache.reports.records import RunRecord, append_once
@@ -177,18 +177,19 @@ class FitPlan:
             raise UsageError(f"`grid` is of one head, not of {', '.join(names)}: name one in `heads`.")
         if candidates:
             require_params(names[0], candidates)
+        if {*names} & {*ATTENTIVE} and (self.views > 1 or self.layers or self.shots or self.curve):
+            raise UsageError(f"`heads` {names[-1]} trains on tokens: without `views`, `layers`, `shots` and `curve`.")
         if self.shots and self.target != "label":
             raise UsageError(
                 f"`shots` are images a class, and for `target` {self.target} an image has no one class: use `curve`."
             )
         return names
 
-    @property
-    def cut(self) -> str:
-        """What is extracted."""
-        if self.best_pool:
-            return TOKENS
-        return cut_of_layers(self.layers) if self.layers else POOLED
+    def cuts(self, names: Sequence[str]) -> list[str]:
+        """Return what is extracted for some heads, the tokens of attentive ones last."""
+        usual = TOKENS if self.best_pool else cut_of_layers(self.layers) if self.layers else POOLED
+        attentive = [name for name in names if name in ATTENTIVE]
+        return list(dict.fromkeys(([usual] if len(attentive) < len(names) else []) + [TOKENS] * len(attentive)))
 
     def candidates(self) -> list[dict[str, Any]] | None:
         """Return all combinations of the grid's values, ``None`` where there is no grid."""
@@ -298,7 +299,8 @@ def run_fit(
     """
     names = plan.names()
     require_kind(cache.dataset, plan.target)
-    (entry,) = cache.features([Output(plan.cut)], Views(plan.views), thumbnails=SIDE if plan.baselines else None)
+    outputs = [Output(cut) for cut in plan.cuts(names)]
+    entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
     features = entry.store.labelled()
     task = Task(features, plan.target, groups_of(cache, features, plan.group), plan.group)
@@ -307,13 +309,14 @@ def run_fit(
         few_shot(split, features.y, shots, seed, features.sha256)  # what cannot be drawn is said before anything is trained
     (ledger or Ledger()).tell(task, split)
     fitting = _Fitting(cache, entry, task, split, plan, seed)
+    attending = fitting.beside(entries[-1])
     results: list[HeadResult] = []
     started = time.monotonic()
     for name in names:
         if plan.budget is not None and results and time.monotonic() - started > plan.budget:
             logger.warning("`budget` %g s is spent: without %s", plan.budget, ", ".join(names[names.index(name) :]))
             break
-        result = fitting.result(name, results)
+        result = (attending if name in ATTENTIVE else fitting).result(name, results)
         if result is None:
             continue
         # one that was fitted before may be in the file already; another file is given it all the same
@@ -359,9 +362,16 @@ class _Fitting:
         path = experiment.path(self.entry, "pooling")
         return path.with_name(f"{path.name}.json"), (experiment.key, self.split.fingerprint)
 
+    def beside(self, entry: Extracted) -> "_Fitting":
+        """Return the same of another entry, of the images that it has too."""
+        if entry is self.entry:
+            return self
+        keep, task, _ = aligned(self.task, entry.store)
+        return replace(self, entry=entry, task=task, split=restricted(self.split, keep))
+
     def result(self, name: str, before: Sequence[HeadResult]) -> HeadResult | None:
         """Return a head: from its file, or trained; of all heads, one that cannot be trained here costs no other."""
-        members = [head.fitted.name for head in before] if name == ENSEMBLE else []
+        members = [head.fitted.name for head in before if head.fitted.name not in ATTENTIVE] if name == ENSEMBLE else []
         experiment = self.plan.experiment(self.cache, self.task, name, self.seed, members)
         stem = name if self.task.kind == "label" else f"{name}-{self.task.kind}"
         if stored := experiment.stored(self.entry, stem, self.split, self.plan.format):
@@ -370,20 +380,32 @@ class _Fitting:
                 logger.warning(note)
             return HeadResult(fitted, record, path, self.task, self.split)
         try:
-            return self._keep(experiment, stem, self._train(name, before))
+            result = self._keep(experiment, stem, self._train(name, before))
         except DataError as error:
             if ALL not in self.plan.heads:
                 raise
             logger.warning("%s is left out: %s", name, error)
             return None
+        if name in ATTENTIVE:  # once head and record are on the disk, and not before
+            from featcache.experiments.finetune import forget_state
+
+            forget_state(self.cache.folder, experiment.key)
+        return result
 
     def _train(self, name: str, before: Sequence[HeadResult]) -> FittedHead:
         from featcache.heads.fit import ensemble, fit
 
         plan = self.plan
+        if name in ATTENTIVE:
+            from featcache.experiments.attentive import fit_attentive
+
+            experiment = plan.experiment(self.cache, self.task, name, self.seed)
+            return fit_attentive(experiment, self.entry, self.split, name)
         if name == ENSEMBLE:
-            return ensemble(self.loaded, self.split, [self._with_answers(head).fitted for head in before], plan.views)
-        fitted = fit(self.loaded, self.split, name, seed=self.seed, grid=plan.candidates(), views=plan.views)
+            members = [self._with_answers(head).fitted for head in before if head.fitted.name not in ATTENTIVE]
+            fitted = ensemble(self.loaded, self.split, members, plan.views)
+        else:
+            fitted = fit(self.loaded, self.split, name, seed=self.seed, grid=plan.candidates(), views=plan.views)
         return replace(fitted, params=fitted.params | {"pool": self.pooled[0].kind}) if plan.best_pool else fitted
 
     def _with_answers(self, head: HeadResult) -> HeadResult:
@@ -403,7 +425,7 @@ class _Fitting:
             fitted.params,
             fitted.val,
             tested.scores,
-            {"fit": round(fitted.seconds, 3)} | ({"pooling": self.pooled[0].seconds} if plan.best_pool else {}),
+            {"fit": round(fitted.seconds, 3)} | ({"pooling": self.pooled[0].seconds} if "pool" in fitted.params else {}),
             entry.cost[1],
             right=tested.right,
             notes=fitted.notes,
@@ -418,8 +440,8 @@ class _Fitting:
             views=plan.views,
             tested=bundle.packed(tested),
         )
-        if plan.best_pool:
-            card = pooled_card(card, self.pooled[0].kind)
+        if self.entry.cut == TOKENS:
+            card = token_card(card, fitted.params.get("pool"))
         bundle.save(fitted.estimator, card, place, plan.format, answers=fitted.answers)
         return HeadResult(fitted, record, path, self.task, self.split)
 

@@ -16,7 +16,7 @@ from featcache.errors import UsageError
 from featcache.evaluation.splits import Split
 from featcache.evaluation.tasks import Kind, Task
 from featcache.resources import free_memory
-from featcache.specs import POOLED, POOLS, Pool
+from featcache.specs import POOLED, POOLS, TOKENS, Pool
 from featcache.store.atomic import make_folder, replace_file
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import read_note, sealed, unsealed
@@ -123,10 +123,14 @@ def _require_room(count: int, shape: tuple[int, ...], poolings: int) -> None:
         )
 
 
-def pooled_card(card: Mapping[str, Any], kind: Pool) -> dict[str, Any]:
-    """Return the card of a head that trained on pooled tokens as that of one on the pooled cut: it answers from there."""
-    pool = {"pool": kind}
-    return {**card, "cut": POOLED, "backbone": card["backbone"] | pool, "loaded": card["loaded"] | pool}
+def token_card(card: Mapping[str, Any], kind: Pool | None) -> dict[str, Any]:
+    """Return the card of a head that trained on an entry of tokens, which are the same whatever pooling is asked for.
+
+    One that trained on a pooling of them answers from the pooled cut of a backbone that pools so.
+    """
+    pool = {"pool": kind or "default"}
+    cut = TOKENS if kind is None else POOLED
+    return {**card, "cut": cut, "backbone": card["backbone"] | pool, "loaded": card["loaded"] | pool}
 
 
 def read_choice(path: Path, names: Sequence[str]) -> PoolingChoice | None:

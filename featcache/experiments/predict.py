@@ -22,7 +22,7 @@ from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads.bundle import Bundle
 from featcache.heads.search import over_views, predict_with
-from featcache.specs import BackboneSpec, TransformOverrides, Views, freeze_args
+from featcache.specs import TOKENS, BackboneSpec, TransformOverrides, Views, freeze_args
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import Quarantined
 
@@ -265,7 +265,8 @@ def _answer(bundle: Bundle, batch: Batch, source: Dataset, views: int) -> list[P
         return said
     names = [source.samples[position].path for position in batch.fresh]
     X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
-    X = X.reshape(-1, X.shape[-1])
+    if bundle.card.get("cut") != TOKENS:  # attention asks where tokens lie
+        X = X.reshape(-1, X.shape[-1])
     kind = bundle.card.get("target", "label")
     found = over_views(predict_with(bundle.estimator, X, kind, len(bundle.classes)), views)
     if kind == "number":

@@ -24,9 +24,10 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "mlp": ("alpha",),
     "boosting": (),
 }
+ATTENTIVE = ("attentive", "attentive-latent")  # these train on tokens, the others on what is pooled of them
 STREAMING = ("ridge", "logistic")  # these read features too large for memory from disk, in every pass
 ENSEMBLE, ALL = "ensemble", "all"
-HEAD_NAMES = (*PARAMETERS, ENSEMBLE, ALL)
+HEAD_NAMES = (*PARAMETERS, *ATTENTIVE, ENSEMBLE, ALL)
 MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")
 _USUAL_MEMBERS = MEMBERS[:4]  # the others take longer than they add on most data sets
 # one output a label: any loss that is a sum over outputs would do, the logistic one gives probabilities
@@ -67,9 +68,12 @@ def require_params(name: str, grid: Sequence[dict[str, Any]]) -> None:
 
 
 def in_order(names: Sequence[str]) -> list[str]:
-    """Return heads to run for those asked for, the cheapest first: ``all`` stands for each, an ensemble needs members."""
-    asked = set(names) | (set(HEAD_NAMES) if ALL in names else set())
-    return [name for name in (*PARAMETERS, ENSEMBLE) if name in asked]
+    """Return heads to run for those asked for, the cheapest first: ``all`` stands for each on what is pooled.
+
+    An ensemble needs members.
+    """
+    asked = set(names) | ({*PARAMETERS, ENSEMBLE} if ALL in names else set())
+    return [name for name in HEAD_NAMES if name in asked - {ALL}]
 
 
 def members_of(names: Sequence[str]) -> list[str]:

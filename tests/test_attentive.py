@@ -1,0 +1,189 @@
+"""Attention trained on stored tokens: it finds what averages hide, starts as the probe, and goes on where it was killed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from finetune_support import KilledError
+from numpy.typing import NDArray
+
+import featcache
+from featcache.backbones.pooling import Layout, Pooling
+from featcache.evaluation.splits import Fold, Split
+from featcache.experiments.fit import FitPlan
+from featcache.extraction.feature_cache import Settings
+from featcache.finetuning import attentive
+from featcache.finetuning.attentive import AttentionSpec, AttentiveTraining, Probe
+from featcache.finetuning.model import Checkpoint, LinearHead
+from featcache.heads import ATTENTIVE
+from featcache.heads.linear import linear_weights
+from featcache.heads.search import search_head, train
+from featcache.specs import BackboneSpec, Pool, TransformOverrides
+
+MAP = Layout(4, 1)
+DISTILLED = Layout(3, 2, 2, class_token=True)
+VIT = BackboneSpec(
+    "vit_tiny_patch16_224",
+    random_init=0,
+    model_args=(("depth", 2), ("img_size", 32), ("patch_size", 8)),
+    overrides=TransformOverrides(input_size=32),
+)
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Let PyTorch use one thread: on so little it would wait for others longer than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def planted(count: int, side: int = 24, channels: int = 8) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+    """Return maps of noise (n, c, side, side), each with one patch somewhere that stands out and tells the class."""
+    rng = np.random.default_rng(0)
+    y, where = rng.integers(0, 2, count), rng.integers(0, side * side, count)
+    X = rng.normal(size=(count, channels, side * side))
+    X[np.arange(count), 0, where] += 6
+    X[np.arange(count), 1, where] += np.where(y, 6, -6)
+    return X.reshape(count, channels, side, side).astype(np.float16), y.astype(np.int64)
+
+
+def training_of(
+    form: str,
+    X: NDArray[Any],
+    y: NDArray[np.int64],
+    *,
+    layout: Layout = MAP,
+    pool: Pool = "avg",
+    checkpoint: Callable[[str], Checkpoint] = lambda _: Checkpoint(None),
+    folds: int = 0,
+) -> tuple[AttentiveTraining, Any]:
+    """Return a training on half of the images, chosen on a fifth, and the probe that was refitted on both."""
+    ends = [len(y) // 2, len(y) * 7 // 10, len(y)]
+    parts = np.split(np.arange(len(y)), ends[:2])
+    both = np.arange(ends[1])
+    cross = tuple(Fold(both[both % folds != fold], both[both % folds == fold]) for fold in range(folds))
+    split = Split(*parts, cross=cross)
+    pooled = Pooling(pool, layout)(torch.from_numpy(X).float()).numpy()
+    params = search_head("logistic", pooled, y, split.folds, 0).params
+
+    def fitted(images: NDArray[np.int64]) -> Any:
+        return train("logistic", params, pooled[images], y[images], 0)
+
+    heads = [fitted(images) for images in (parts[0], both, *(fold.train for fold in cross))]
+    on_train, refitted, *on_folds = (LinearHead(*linear_weights(head, int(y.max()) + 1)) for head in heads)
+    probe = Probe(pool, on_train, refitted, tuple(on_folds))
+    return AttentiveTraining(
+        form, layout, lambda index: X[index], y, split, probe, 0, torch.device("cpu"), checkpoint
+    ), heads
+
+
+@pytest.mark.parametrize("form", ATTENTIVE)
+def test_attention_finds_the_patch_that_an_average_hides(form: str) -> None:
+    """One token of 576 decides the class: a linear probe hardly knows more than chance, attention nearly everything."""
+    X, y = planted(600)
+    training, (_, linear) = training_of(form, X, y)
+    test = training.split.test
+
+    attended = training.run()
+
+    assert np.mean(linear.predict(X[test].astype(np.float32).mean((2, 3))) == y[test]) <= 0.6
+    assert np.mean(attended.head.predict(X[test]) == y[test]) >= 0.95
+
+
+@pytest.mark.parametrize("form", ATTENTIVE)
+@pytest.mark.parametrize(("layout", "pool"), [(MAP, "avg"), (DISTILLED, "avg"), (DISTILLED, "cls"), (DISTILLED, "avg+cls")])
+def test_training_starts_as_the_probe(form: str, layout: Layout, pool: Pool) -> None:
+    """Before the first step every image's probabilities are those of the logistic probe on what is pooled."""
+    rng = np.random.default_rng(0)
+    X = (rng.normal(size=(60, 9, 18)) * rng.uniform(0.1, 9, 18) + 1).astype(np.float16)  # channels of many sizes
+    X = X if layout.axes == 3 else np.ascontiguousarray(X.reshape(60, 9, 3, 6).transpose(0, 3, 1, 2)[:, :, :3])
+    y = rng.integers(0, 3, 60)
+    training, (linear, _) = training_of(form, X, y, layout=layout, pool=pool)
+
+    network = training.network(AttentionSpec(3, 0.05), training.probe.on_train)
+    with torch.inference_mode():
+        probabilities = torch.softmax(network.model(torch.from_numpy(X)), 1).numpy()
+
+    pooled = Pooling(pool, layout)(torch.from_numpy(X).float()).numpy()
+    np.testing.assert_allclose(probabilities, linear.predict_proba(pooled), atol=1e-5)
+
+
+@pytest.mark.parametrize("reads", [9, 14, 31])
+def test_a_killed_training_ends_with_the_same_bits(reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed again and again, after so many reads of rows, it ends with the same head as without a break."""
+    monkeypatch.setattr("featcache.finetuning.loop._SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(attentive, "_EPOCHS", 3)
+    monkeypatch.setattr(attentive, "QUERIES", (4, 2))
+    X, y = planted(120, side=6)
+    undisturbed = training_of("attentive", X, y)[0].run()
+    training, _ = training_of("attentive", X, y, checkpoint=lambda name: Checkpoint(tmp_path / name))
+    kills = left = 0
+
+    def take(index: NDArray[np.int64]) -> NDArray[Any]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        return X[index]
+
+    while True:
+        left = reads
+        try:
+            resumed = replace(training, take=take).run()
+            break
+        except KilledError:
+            kills += 1
+            reads += 2  # what has ended is read again to be judged: each process has more of that before it goes on
+
+    assert kills > 0
+    assert (resumed.params, sorted(resumed.head.state)) == (undisturbed.params, sorted(undisturbed.head.state))
+    assert all(np.array_equal(value, undisturbed.head.state[name]) for name, value in resumed.head.state.items())
+
+
+def test_what_one_split_chose_is_judged_on_all_folds() -> None:
+    """Where validation is by folds, the answers are those of all of them; where they are no better, the probe answers."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(90, 4, 3, 3)).astype(np.float16), rng.integers(0, 2, 90)  # nothing can be learned here
+    training, (_, refitted, *_) = training_of("attentive", X, y, folds=3)
+
+    attended = training.run()
+
+    assert len(attended.answers) == len(attended.truth) == 63
+    assert attended.params["epoch"] == 0
+    pooled = X.astype(np.float32).mean((2, 3))
+    np.testing.assert_allclose(attended.head.predict_proba(X), refitted.predict_proba(pooled), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["joblib", "skops"])
+def test_an_attentive_head_is_fitted_kept_and_asked(how: Any, subtle: Path, settings: Settings, tmp_path: Path) -> None:
+    """Beside other heads: never below linear on validation; ``predict`` and ``export`` answer as it was tested."""
+    plan = FitPlan(heads=("logistic", "attentive"), format=how, baselines=False)
+    result = featcache.fit(str(subtle), VIT, plan=plan, settings=settings)
+    again = featcache.fit(str(subtle), VIT, plan=plan, settings=settings)
+    linear, head = result.heads
+
+    bundle, predictions = featcache.predict(head.bundle, [subtle], settings=settings)
+    written = featcache.export(head.bundle, tmp_path / "model.onnx", settings=settings)
+    by_path = {Path(image.path).relative_to(subtle).as_posix(): image.label for image in predictions}
+
+    assert head.fitted.val.primary[0] >= linear.fitted.val.primary[0]
+    assert (head.record.cut, bundle.card["cut"], bundle.card["head"]) == ("tokens", "tokens", "attentive")
+    answers = [by_path[head.task.features.paths[index]] for index in head.split.test]
+    assert answers == [head.classes[number] for number in head.fitted.tested.predicted]
+    assert written.difference < 1e-4
+    assert [each.record.time for each in again.heads] == [each.record.time for each in result.heads]
+    assert not list(settings.cache.rglob("*.unfinished"))
+
+
+def test_what_attention_cannot_be_given_is_refused() -> None:
+    """Several views, layers and curves are of what is pooled; ``all`` is every head on that."""
+    for options in ({"views": 2}, {"layers": ("layer3",)}, {"shots": (1,)}, {"curve": True}):
+        with pytest.raises(featcache.UsageError, match="attentive trains on tokens"):
+            FitPlan(heads=("attentive",), **options).names()  # type: ignore[arg-type]
+    assert not {*FitPlan(heads=("all",)).names()} & {*ATTENTIVE}
