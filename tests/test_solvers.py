@@ -15,8 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
+from featcache.evaluation.metrics import evaluate
 from featcache.evaluation.splits import Fold
-from featcache.evaluation.tasks import evaluate
 from featcache.heads import solvers
 from featcache.heads.linear import LOGISTIC, _Race, race_logistic
 from featcache.heads.solvers import newton

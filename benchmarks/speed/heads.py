@@ -31,8 +31,8 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from featcache.evaluation.metrics import evaluate
 from featcache.evaluation.splits import Fold, Split, make_split
-from featcache.evaluation.tasks import evaluate
 from featcache.heads import search, solvers
 from featcache.heads.linear import probabilities, race_logistic
 

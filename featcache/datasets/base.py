@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import eq
 from pathlib import Path
-from typing import NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError
 from featcache.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from featcache.evaluation.metrics import Kind
 
 MOST_IMAGE_BYTES = 256 << 20  # 50 megapixels without compression, and room
 _MOST_SPLITS = 8
@@ -242,6 +245,21 @@ class Dataset:
         splits = ", ".join(f"{sizes[name]} {name}" for name in ("train", "val", "test") if name in sizes)
         kind = "different numbers" if target == "number" else "labels" if self.label_lists else "classes"
         return f"{self.name}: {len(self.table)} images, {len(self.table.labels)} {kind}; {splits or 'no split'} given"
+
+    def require_kind(self, kind: "Kind") -> None:
+        """Refuse labels that are not what is to be told, before anything is computed.
+
+        Raises:
+            DataError: labels are lists where one an image is needed, a label is no number, or there is only one label.
+        """
+        if self.label_lists and kind != "labels":
+            raise DataError(
+                f"{self.location}: its labels are lists; only fit with `target='labels'` trains on several an image."
+            )
+        if kind != "label":
+            from featcache.evaluation.tasks import read_labels
+
+            read_labels(kind, self.table.labels)
 
     def read(self, path: str) -> bytes:
         """Return an image's bytes.

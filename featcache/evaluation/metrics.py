@@ -1,9 +1,9 @@
 """Scores with their uncertainty, and the one function that reads the test split."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from featcache.evaluation import intervals
 from featcache.evaluation.intervals import Groups, Interval
 from featcache.evaluation.splits import Index, Split
 
+Kind = Literal["label", "labels", "number"]
 Probabilities = NDArray[np.float64]
 Answers = TypeVar("Answers")
 Judged = TypeVar("Judged")
@@ -133,6 +134,37 @@ class Gap:
     def is_noise(self) -> bool:
         """Whether the two may be equally good: the interval includes 0, or there is none."""
         return self.ci is None or self.ci[0] <= 0 <= self.ci[1]
+
+
+def kind_of(y: NDArray[Any]) -> Kind:
+    """Return what is to be told by how it is held: classes are integers, labels a table of truth values, numbers floats."""
+    return "labels" if y.ndim == 2 else "number" if y.dtype.kind == "f" else "label"
+
+
+def evaluate(y_true: NDArray[Any], predictions: NDArray[Any], temperature: float | None = None) -> AnyScores:
+    """Return the scores, without intervals, of predictions for images of any kind of task."""
+    kind = kind_of(y_true)
+    if kind == "label":
+        return score(y_true, predictions, temperature)
+    return label_scores(y_true, predictions) if kind == "labels" else number_scores(y_true, predictions)
+
+
+def evaluate_on_test(
+    predict: Callable[[Index], NDArray[Any]], y: NDArray[Any], split: Split, temperature: float | None = None
+) -> TestResult:
+    """Score a finished model of any kind of task on the test split, with intervals that respect the split's groups."""
+    kind = kind_of(y)
+    if kind == "label":
+        return scores_on_test(predict, y, split, temperature)
+    scores = labels_on_test(predict, y, split) if kind == "labels" else numbers_on_test(predict, y, split)
+    return TestResult(scores, np.empty(0, np.bool_), np.empty(0, np.int64))
+
+
+def scores_from(kind: Kind, facts: Mapping[str, Any]) -> AnyScores:
+    """Return the scores that a record holds, intervals as pairs again."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    kinds: dict[Kind, type[AnyScores]] = {"label": Scores, "labels": LabelScores, "number": NumberScores}
+    return kinds[kind](**fields)
 
 
 def on_test(

@@ -4,79 +4,19 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError
-from featcache.evaluation.metrics import (
-    AnyScores,
-    LabelScores,
-    NumberScores,
-    Scores,
-    TestResult,
-    label_scores,
-    labels_on_test,
-    number_scores,
-    numbers_on_test,
-    score,
-    scores_on_test,
-)
-from featcache.evaluation.splits import Index, Split, counted, items_hash, make_free_split, make_split
+from featcache.evaluation.metrics import Kind
+from featcache.evaluation.splits import Split, counted, items_hash, make_free_split, make_split
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
 
-    from featcache.datasets.base import Dataset
     from featcache.store.rows import Features
-
-Kind = Literal["label", "labels", "number"]
-
-
-def kind_of(y: NDArray[Any]) -> Kind:
-    """Return what is to be told by how it is held: classes are integers, labels a table of truth values, numbers floats."""
-    return "labels" if y.ndim == 2 else "number" if y.dtype.kind == "f" else "label"
-
-
-def evaluate(y_true: NDArray[Any], predictions: NDArray[Any], temperature: float | None = None) -> AnyScores:
-    """Return the scores, without intervals, of predictions for images of any kind of task."""
-    kind = kind_of(y_true)
-    if kind == "label":
-        return score(y_true, predictions, temperature)
-    return label_scores(y_true, predictions) if kind == "labels" else number_scores(y_true, predictions)
-
-
-def evaluate_on_test(
-    predict: "Callable[[Index], NDArray[Any]]", y: NDArray[Any], split: Split, temperature: float | None = None
-) -> TestResult:
-    """Score a finished model of any kind of task on the test split, with intervals that respect the split's groups."""
-    kind = kind_of(y)
-    if kind == "label":
-        return scores_on_test(predict, y, split, temperature)
-    scores = labels_on_test(predict, y, split) if kind == "labels" else numbers_on_test(predict, y, split)
-    return TestResult(scores, np.empty(0, np.bool_), np.empty(0, np.int64))
-
-
-def scores_from(kind: Kind, facts: "Mapping[str, Any]") -> AnyScores:
-    """Return the scores that a record holds, intervals as pairs again."""
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    kinds: dict[Kind, type[AnyScores]] = {"label": Scores, "labels": LabelScores, "number": NumberScores}
-    return kinds[kind](**fields)
-
-
-def require_kind(dataset: "Dataset", kind: Kind) -> None:
-    """Refuse a data set whose labels are not what is to be told, before anything is computed for it.
-
-    Raises:
-        DataError: labels are lists where one an image is needed, a label is no number, or there is only one label.
-    """
-    if dataset.label_lists and kind != "labels":
-        raise DataError(
-            f"{dataset.location}: its labels are lists; only fit with `target='labels'` trains on several an image."
-        )
-    if kind != "label":
-        _ = _label_sets(dataset.table.labels) if kind == "labels" else _numbers(dataset.table.labels)
 
 
 @dataclass(frozen=True)
@@ -99,17 +39,13 @@ class Task:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The classes, or the labels, that answers number; of numbers there are none."""
-        if self.kind == "label":
-            return self.features.classes
-        return _label_sets(self.features.classes)[1] if self.kind == "labels" else ()
+        return self.features.classes if self.kind == "label" else read_labels(self.kind, self.features.classes)[1]
 
     @cached_property
     def y(self) -> NDArray[Any]:
         """What is to be told: classes (n,) int64, which labels there are (n, k) bool, or numbers (n,) float64."""
-        if self.kind == "label":
-            return self.features.y
-        values = _label_sets(self.features.classes)[0] if self.kind == "labels" else _numbers(self.features.classes)
-        return values[self.features.y]
+        y, classes = self.features.y, self.features.classes
+        return y if self.kind == "label" else read_labels(self.kind, classes)[0][y]
 
     @property
     def strata(self) -> NDArray[np.int64]:
@@ -152,6 +88,15 @@ class Task:
         groups = None if self.groups is None else [self.groups[index] for index in keep.tolist()]
         kept = replace(features, X=features.X[keep], y=features.y[keep], **some)
         return replace(self, features=kept, groups=groups, parent=self.whole)
+
+
+def read_labels(kind: Kind, texts: "Sequence[str]") -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Return what each label's text says, of several labels or a number (c, ...), and the names of those labels.
+
+    Raises:
+        DataError: a label is no number, or there is only one.
+    """
+    return _label_sets(texts) if kind == "labels" else (_numbers(texts), ())
 
 
 def _label_sets(texts: "Sequence[str]") -> tuple[NDArray[np.bool_], tuple[str, ...]]:

@@ -14,7 +14,7 @@ from featcache.display import logger
 from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation.metrics import decode_correct
 from featcache.evaluation.splits import Split, restricted
-from featcache.evaluation.tasks import Task, require_kind
+from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
 from featcache.finetuning.plan import FineTunePlan
 from featcache.heads import STREAMING, require_head
@@ -79,7 +79,7 @@ class FineTuneInputs:
         """Refuse what cannot be compared, before anything is computed."""
         for name in self.probes:
             require_head(name)
-        require_kind(self.cache.dataset, "label")
+        self.cache.dataset.require_kind("label")
 
     @cached_property
     def processes(self) -> "ProcessGroup":

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.metrics import confusion, per_class
+from featcache.evaluation.metrics import Kind, confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
-from featcache.evaluation.tasks import Kind, Task, require_kind
+from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment, Outcome, aligned, groups_of
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
@@ -298,7 +298,7 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     names = plan.names()
-    require_kind(cache.dataset, plan.target)
+    cache.dataset.require_kind(plan.target)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from featcache.display import logger, progress
 from featcache.errors import UsageError
+from featcache.evaluation.metrics import Kind
 from featcache.evaluation.splits import Split
-from featcache.evaluation.tasks import Kind, Task
+from featcache.evaluation.tasks import Task
 from featcache.resources import free_memory
 from featcache.specs import POOLED, POOLS, TOKENS, Pool
 from featcache.store.atomic import make_folder, replace_file

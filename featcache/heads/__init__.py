@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import DataError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from featcache.evaluation.tasks import Kind
+    from featcache.evaluation.metrics import Kind
 
 
 # what validation chooses of each head, in the order of the heads' cost

@@ -12,9 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.evaluation.metrics import AnyScores, NumberScores, TestResult, decode_correct, encode_correct, paired_gap
+from featcache.evaluation.metrics import (
+    AnyScores,
+    Kind,
+    NumberScores,
+    TestResult,
+    decode_correct,
+    encode_correct,
+    evaluate,
+    evaluate_on_test,
+    kind_of,
+    paired_gap,
+    scores_from,
+)
 from featcache.evaluation.splits import Fold, Index, Split
-from featcache.evaluation.tasks import Kind, evaluate, evaluate_on_test, kind_of, scores_from
 
 if TYPE_CHECKING:
     from featcache.heads.fit import FittedHead

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 import featcache
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
-from featcache.evaluation.metrics import TestResult, decode_correct
-from featcache.evaluation.tasks import Kind, scores_from
+from featcache.evaluation.metrics import Kind, TestResult, decode_correct, scores_from
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import parse_card
 from featcache.heads.fit import FittedHead

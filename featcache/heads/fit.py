@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from featcache.display import progress
 from featcache.errors import UsageError
-from featcache.evaluation.metrics import AnyScores, TestResult, best_temperature
+from featcache.evaluation.metrics import AnyScores, TestResult, best_temperature, evaluate
 from featcache.evaluation.splits import Split, few_shot, part_of
-from featcache.evaluation.tasks import Task, evaluate
+from featcache.evaluation.tasks import Task
 from featcache.heads import ENSEMBLE, MEMBERS, require_head
 
 if TYPE_CHECKING:

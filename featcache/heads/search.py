@@ -15,9 +15,9 @@ from sklearn.preprocessing import LabelBinarizer, Normalizer
 
 from featcache.display import progress
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.metrics import AnyScores, TestResult
+from featcache.evaluation.metrics import AnyScores, Kind, TestResult, evaluate, evaluate_on_test, kind_of
 from featcache.evaluation.splits import Fold, Split
-from featcache.evaluation.tasks import Kind, Task, evaluate, evaluate_on_test, kind_of
+from featcache.evaluation.tasks import Task
 from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
 from featcache.heads.base import answers as class_answers
