@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ class Split:
             return None
         return self.same[self.test]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all parts, folds and groups: two splits of one are the same."""
         parts = [self.train, self.val, self.test, *(each for fold in self.cross for each in (fold.train, fold.val))]

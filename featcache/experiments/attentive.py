@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.evaluation.metrics import best_temperature
+from featcache.evaluation.metrics import best_temperature, evaluate, evaluate_on_test
 from featcache.evaluation.splits import Index, Split
-from featcache.evaluation.tasks import Task, evaluate, evaluate_on_test
+from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment, aligned
 from featcache.experiments.poolings import pool_rows
 from featcache.extraction.feature_cache import Extracted

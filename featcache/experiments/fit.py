@@ -324,7 +324,7 @@ def run_fit(
             append_once(records, result.record)
         results.append(result)
     found = fitting.baselines(results) if plan.baselines else []
-    pooling = read_choice(*fitting.pooling_note) if plan.best_pool else None
+    pooling = read_choice(*fitting.note("pooling")) if plan.best_pool else None
     return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling)
 
 
@@ -350,16 +350,14 @@ class _Fitting:
     @cached_property
     def pooled(self) -> tuple[PoolingChoice, NDArray[np.float32]]:
         """The pooling that validation chooses, and its rows."""
-        return choose_pooling(
-            self.cache.backbone, self.entry.store, self.task, self.split, self.seed, note=self.pooling_note
-        )
+        note = self.note("pooling")
+        return choose_pooling(self.cache.backbone, self.entry.store, self.task, self.split, self.seed, note=note)
 
-    @property
-    def pooling_note(self) -> tuple[Path, tuple[str, str]]:
-        """The file that says which pooling was chosen, and the names of what it was chosen for."""
+    def note(self, stem: str) -> tuple[Path, tuple[str, str]]:
+        """Return the file that keeps what all heads share, whatever they choose from, and the names of what it is of."""
         plan = {name: value for name, value in self.plan.choice().items() if name != "grid"}
-        experiment = Experiment(self.cache, self.task, "pooling", plan, self.seed)
-        path = experiment.path(self.entry, "pooling")
+        experiment = Experiment(self.cache, self.task, stem, plan, self.seed)
+        path = experiment.path(self.entry, stem)
         return path.with_name(f"{path.name}.json"), (experiment.key, self.split.fingerprint)
 
     def beside(self, entry: Extracted) -> "_Fitting":
@@ -450,12 +448,9 @@ class _Fitting:
 
         They lie in a file as heads do, with the warnings that came of comparing heads with them: paired tests load SciPy.
         """
-        plan = {name: value for name, value in self.plan.choice().items() if name != "grid"}
-        experiment = Experiment(self.cache, self.task, "baselines", plan, self.seed)
-        path = experiment.path(self.entry, "baselines")
-        path = path.with_name(f"{path.name}.json")
+        path, names = self.note("baselines")
         best = min(heads, key=lambda head: head.fitted.val.rank)
-        note = _read_baselines(path, experiment.key, self.split.fingerprint)
+        note = _read_baselines(path, *names)
         if note is None or best.record.cell not in note["warnings"]:
             if not in_memory(self.entry.store):
                 return []
@@ -463,9 +458,7 @@ class _Fitting:
             results, warning = self._compare(best, stored)
             warnings = (note["warnings"] if note else {}) | {best.record.cell: warning}
             note = {"results": [result.stored for result in results], "warnings": warnings}
-            replace_file(
-                path, json.dumps(sealed(json.loads(json.dumps(note)), experiment.key, self.split.fingerprint)).encode()
-            )
+            replace_file(path, json.dumps(sealed(json.loads(json.dumps(note)), *names)).encode())
         if warning := note["warnings"][best.record.cell]:
             logger.warning(warning)
         return [Baseline.read(self.task.kind, stored) for stored in note["results"]]
