@@ -34,7 +34,12 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
     click.option(
         "--sweep", "at_every_depth", is_flag=True, help="Train at every depth instead, from the last stage to all."
     ),
-    click.option("--train-batchnorm", is_flag=True, help="Let BatchNorm statistics of the trained part move."),
+    click.option(
+        "--train-batchnorm/--no-train-batchnorm",
+        default=None,
+        help="Let BatchNorm statistics of the trained part move, or not; by default validation chooses where images have "
+        "another size than in pretraining.",
+    ),
     click.option(
         "--dtype", type=click.Choice(["float32", "float16"]), help="Store activations as this; by default as float16."
     ),

@@ -70,7 +70,7 @@ class Experiment:
     @cached_property
     def key(self) -> str:
         """The experiment's name: everything that decides its outcome but the code. Records call it ``cell``."""
-        plan = asdict(self.plan) | self._group if isinstance(self.plan, FineTunePlan) else dict(self.plan)
+        plan = _named(self.plan) | self._group if isinstance(self.plan, FineTunePlan) else dict(self.plan)
         return fingerprint(
             {
                 "backbone": self.cache.identity,
@@ -188,6 +188,11 @@ class Experiment:
     @property
     def _group(self) -> dict[str, Any]:
         return {"group": self.task.group} if self.task.group else {}
+
+
+def _named(plan: FineTunePlan) -> dict[str, Any]:
+    """Return a plan as keys name it: what nobody asks for is named as ever, so that experiments keep their names."""
+    return asdict(plan) | {"train_batchnorm": {None: False, False: "frozen", True: True}[plan.train_batchnorm]}
 
 
 def numbered(groups: NDArray[np.int64] | None) -> list[int] | None:

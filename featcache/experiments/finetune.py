@@ -21,6 +21,7 @@ from featcache.specs import POOLED, BackboneSpec
 from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
+    from featcache.backbones.base import Backbone
     from featcache.finetuning.finetuner import FineTuned
     from featcache.finetuning.model import Checkpoint
 
@@ -219,7 +220,7 @@ class FineTuneJob:
     def _train(self, unfinished: "Checkpoint") -> "FineTuned":
         from featcache.finetuning.finetuner import Finetuner
         from featcache.finetuning.loop import TrainContext, choose_precision
-        from featcache.finetuning.model import Network, open_up, to_device
+        from featcache.finetuning.model import Network, has_batchnorm, open_up, to_device
 
         inputs, rows, plan = self.inputs, self.rows, self.plan
         start, refitted = (Network({}, head) for head in rows.start)
@@ -237,7 +238,8 @@ class FineTuneJob:
             precision = choose_precision(network.model, batch, inputs.processes, on_cpu=precision == "auto")
         context = TrainContext(network.model, network.stages, rows.take, y, plan, inputs.processes, inputs.seed, precision)
         before = context.before(rows.split.val)
-        return Finetuner(network, context, rows.split, refitted, before, unfinished, saved).run()
+        tries_live = plan.train_batchnorm is None and _is_resized(backbone) and has_batchnorm(network)
+        return Finetuner(network, context, rows.split, refitted, before, unfinished, saved, tries_live).run()
 
     def _compared(self, tuned: "FineTuned") -> Outcome:
         """Return what it came to, with the gap to the best probe and what is to be said of it."""
@@ -249,7 +251,7 @@ class FineTuneJob:
         return Outcome(
             rows.split,
             params=_params(tuned),
-            val=tuned.history[tuned.best].val,
+            val=tuned.val,
             test=tuned.tested.scores,
             right=tuned.tested.right,
             seconds={"train": round(tuned.seconds, 3)} | self._seconds_before(),
@@ -275,6 +277,8 @@ class FineTuneJob:
         if tuned.best == 0:
             start = "no epoch did better there than where training started, which is the answer"
             remarks.append(f"no gain on validation: {start}")
+        if tuned.learns_little and not self.plan.mixup:
+            remarks.append(tuned.learns_little)
         if tuned.overfits:
             remarks.append(tuned.overfits)
         if tuned.similarity < _DRIFTED:
@@ -337,11 +341,20 @@ class FineTuneJob:
         return record
 
 
+def _is_resized(backbone: "Backbone") -> bool:
+    """Tell whether pretrained weights see images of another size than they were trained on."""
+    size = backbone.spec.overrides.input_size
+    published = (getattr(backbone.module, "pretrained_cfg", None) or {}).get("input_size", (size,))
+    return backbone.spec.random_init is None and size is not None and size != published[-1]
+
+
 def _params(tuned: "FineTuned") -> dict[str, Any]:
     return {
         "best_epoch": tuned.best,
         "lr": tuned.lr,
-        "val_by_lr": {f"{lr:g}": val for lr, val in tuned.rates.items()},
+        "val_by_lr": tuned.rates,
+        "share": tuned.share,
+        "live_batchnorm": tuned.live,
         "stages": [stage.name for stage in tuned.network.trainable.stages],
         "curve_smoothing": 0.0,  # records of before have training's loss with its label smoothing
         "cka": round(tuned.similarity, 4),

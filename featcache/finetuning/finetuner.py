@@ -1,10 +1,12 @@
 """Train what follows a cut, from the activations that are stored there, starting from the linear probe.
 
 The head starts as the probe (LP-FT: Kumar et al. 2022, arXiv 2202.10054); BatchNorm of the trained part stays in
-inference mode unless asked; rate and epoch are chosen on validation, where what cannot be told apart by accuracy is not
-told apart by it, and the start itself is epoch 0. Then the same training runs once more on train and validation together,
-as long as the kept epoch and with a rate that falls to zero at its end, as the probe was refitted (as Grill et al. 2020,
-BYOL, appendix D, do for fine-tuning).
+inference mode unless asked, or unless validation says otherwise of images of another size than those of pretraining; rate
+and epoch are chosen on validation, where what cannot be told apart by accuracy is not told apart by it, and the start
+itself is epoch 0. How far weights go from the start towards that epoch's is chosen there too (WiSE-FT: Wortsman et al.
+2022, section 3). Then the same training runs once more on train and validation together, as long as the kept epoch and
+with a rate that falls to zero at its end, as the probe was refitted (as Grill et al. 2020, BYOL, appendix D, do for
+fine-tuning).
 """
 
 import contextlib
@@ -14,12 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from featcache.display import progress
-from featcache.evaluation.metrics import TestResult, cka, scores_on_test
+from featcache.evaluation.metrics import Scores, TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
-from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, noise
+from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, is_gain, noise
 from featcache.finetuning.model import Checkpoint, Network, OpenNetwork, embed, predict
 from featcache.finetuning.unfreezing import merge_lora
 from featcache.resources import keep_freed_memory
@@ -28,6 +32,7 @@ from featcache.specs import Precision
 # what is called overfitting: the validation loss rose by this share and this much, and training is so far ahead in accuracy
 _RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
 _ROUNDING = 1e-9  # of differences of accuracies
+_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the way from the start to the best epoch
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,15 @@ class RateSearch:
     Attributes:
         best: the trial of the rate that is kept.
         rates: for each rate that was tried the validation accuracy of its best epoch.
+        share: of the way from the start to that epoch, that is kept.
+        val: scores on validation there.
         network: trained on ``train`` alone: where a deeper training may start.
     """
 
     best: Trained
-    rates: dict[float, float]
+    rates: dict[str, float]
+    share: float
+    val: Scores
     network: Network
 
 
@@ -54,7 +63,10 @@ class FineTuned:
         history: the epochs of the rate that was kept, epoch 0 the start.
         best: the epoch that was kept.
         lr: the rate that was kept.
+        live: whether BatchNorm statistics of the trained part moved.
         rates: for each rate that was tried the validation accuracy of its best epoch.
+        share: of the way from the start to the kept epoch, that was gone.
+        val: scores on validation there.
         tested: scores on the test split.
         seconds: of all training, that of killed processes included up to the last state that they kept.
         images_per_second: of the kept rate's.
@@ -69,7 +81,10 @@ class FineTuned:
     history: tuple[Epoch, ...]
     best: int
     lr: float
-    rates: dict[float, float]
+    live: bool
+    rates: dict[str, float]
+    share: float
+    val: Scores
     tested: TestResult
     seconds: float
     images_per_second: float
@@ -78,6 +93,18 @@ class FineTuned:
     refitted: bool
     from_train: Network
     finished: Network
+
+    @property
+    def learns_little(self) -> str:
+        """What is to be said where training images have become no more often right than validation's were at the start."""
+        first, last = self.history[0], self.history[-1]
+        if last.train_accuracy is None or last.train_accuracy >= first.val.accuracy - _AHEAD:
+            return ""
+        return (
+            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training images are "
+            f"right, where it started with {100 * first.val.accuracy:.1f} % of validation's: try other rates (`lr`), more "
+            "`epochs`, or `train_batchnorm`"
+        )
 
     @property
     def overfits(self) -> str:
@@ -104,14 +131,14 @@ class TrainingState:
         trial: the state of the one in flight, at a rate or of the refit.
     """
 
-    finished: tuple[tuple[float, float], ...] = ()
+    finished: tuple[tuple[str, float], ...] = ()
     contenders: tuple[Trained, ...] = ()
     trial: Plain | None = None
 
     @classmethod
     def of(cls, plain: Plain) -> "TrainingState":
         """Return what ``plain`` gave."""
-        finished = tuple((lr, accuracy) for lr, accuracy in plain["finished"])
+        finished = tuple((name, accuracy) for name, accuracy in plain["finished"])
         return cls(finished, tuple(map(_trial_of, plain["best"])), plain["trial"])
 
     def plain(self) -> Plain:
@@ -121,7 +148,8 @@ class TrainingState:
 
     def ended(self, trained: Trained, images: int) -> "TrainingState":
         """Return it after one more rate, judged by so many images."""
-        finished = (*self.finished, (trained.lr, trained.best.val.accuracy))
+        name = f"{trained.lr:g}{' with live BatchNorm' if trained.live else ''}"
+        finished = (*self.finished, (name, trained.best.val.accuracy))
         return TrainingState(finished, tuple(not_worse([*self.contenders, trained], images)))
 
 
@@ -147,6 +175,7 @@ class Finetuner:
             alone, so that ``val`` judges it fairly.
         checkpoint: where the state is kept.
         saved: what it has of an earlier process.
+        tries_live: whether the best rate is tried with BatchNorm statistics that move, too.
 
     Raises:
         StorageError: the state cannot be kept.
@@ -159,6 +188,7 @@ class Finetuner:
     before: tuple[Epoch, NDArray[np.float64]]
     checkpoint: Checkpoint
     saved: Plain | None = None
+    tries_live: bool = False
 
     def __post_init__(self) -> None:
         """Go back to where the checkpoint is."""
@@ -175,17 +205,46 @@ class Finetuner:
         """Train on ``train`` at every rate, each from the start, and keep the best rate and epoch on ``val``."""
         split, plan, model = self.split, self.context.plan, self.network.model
         finished = len(self._state.finished)
-        with progress(plan.epochs * len(plan.lr) * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
+        trials = len(plan.lr) + self.tries_live
+        with progress(plan.epochs * trials * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
             bar.update(plan.epochs * len(split.train) * finished)
-            for lr in plan.lr[finished:]:
+            for number in range(finished, trials):
+                context, lr = (self.context, plan.lr[number]) if number < len(plan.lr) else self._live(self._best.lr)
                 model.load_state_dict(self._untouched)
-                trained = self._train(Trial(self.context, lr, split.train, split.val, self.before[0]), bar)
+                trained = self._train(Trial(context, lr, split.train, split.val, self.before[0]), bar)
                 self._state = self._state.ended(trained, len(split.val))
                 self._save(self._state)
-        # of those that accuracy cannot tell apart
-        best = min(self._state.contenders, key=lambda trial: trial.best.scaled_loss)
-        model.load_state_dict(best.state)
-        return RateSearch(best, dict(self._state.finished), self.network.copied())
+        best, share, val = self._blended()
+        return RateSearch(best, dict(self._state.finished), share, val, self.network.copied())
+
+    @property
+    def _best(self) -> Trained:
+        """The trial that is the best so far, of those that accuracy cannot tell apart."""
+        return min(self._state.contenders, key=lambda trial: trial.best.scaled_loss)
+
+    def _live(self, lr: float) -> tuple[TrainContext, float]:
+        return replace(self.context, plan=replace(self.context.plan, train_batchnorm=True)), lr
+
+    def _blended(self) -> tuple[Trained, float, Scores]:
+        """Put the model where it does best on validation between its start and the best epoch, or at the start.
+
+        Returns:
+            The best trial, its best epoch 0 where none gains; the share of the way; and the scores there.
+        """
+        best, images, model, start = self._best, self.split.val, self.network.model, self.before[0]
+        tried = {1.0: (best.best.val, best.best.scaled_loss)}
+        for share in _SHARES[:-1] if best.best.number else ():
+            model.load_state_dict(between(self._untouched, best.state, share))
+            with contextlib.suppress(DivergedError):
+                tried[share] = self.context.validate(images)
+        highest = max(val.accuracy for val, _ in tried.values())
+        least = highest - noise(highest, len(images)) - _ROUNDING
+        share = min((share for share in tried if tried[share][0].accuracy >= least), key=lambda share: tried[share][1])
+        val, scaled_loss = tried[share]
+        if best.best.number and not is_gain(val.accuracy, scaled_loss, start, len(images)):
+            best, share, val = replace(best, best=start, state=self._untouched), 1.0, start.val
+        model.load_state_dict(between(self._untouched, best.state, share))
+        return best, share, val
 
     def refit(self, outcome: RateSearch) -> bool:
         """Train on train and val together as long as the kept epoch, from the refitted probe; tell whether that is kept.
@@ -193,17 +252,19 @@ class Finetuner:
         Where no epoch was better than the start, the refitted probe is what the model is then.
         """
         best, split, plan, model = outcome.best, self.split, self.context.plan, self.network.model
-        if best.best.number == 0 or plan.refit:
-            self._restart()
+        if best.best.number == 0:
+            self._restarted()
         if best.best.number == 0 or not plan.refit:
             return False
-        trial = Trial(self.context, best.lr, split.train_val, None, self.before[0], epochs=best.best.number)
+        chosen, start = copy.deepcopy(model.state_dict()), copy.deepcopy(self._restarted())
+        context, _ = self._live(best.lr) if best.live else (self.context, best.lr)
+        trial = Trial(context, best.lr, split.train_val, None, self.before[0], epochs=best.best.number)
         with progress(best.best.number * len(split.train_val), f"refit {plan.unfreeze.text}") as bar:
             again = self._train(trial, bar)
-        model.load_state_dict(again.state)
-        if not again.diverged and self._still_good(best.best.val.accuracy):
+        model.load_state_dict(between(start, again.state, outcome.share))
+        if not again.diverged and self._still_good(outcome.val.accuracy):
             return True
-        model.load_state_dict(best.state)
+        model.load_state_dict(chosen)
         return False
 
     def test(self, outcome: RateSearch, *, refitted: bool) -> FineTuned:
@@ -221,7 +282,10 @@ class Finetuner:
             outcome.best.history,
             outcome.best.best.number,
             outcome.best.lr,
+            outcome.best.live,
             outcome.rates,
+            outcome.share,
+            outcome.val,
             tested,
             seconds,
             outcome.best.images_per_second,
@@ -242,12 +306,13 @@ class Finetuner:
         state, self._state = self._state, replace(self._state, trial=None)
         return trial.run(bar, lambda plain: self._save(replace(state, trial=plain)))
 
-    def _restart(self) -> None:
+    def _restarted(self) -> dict[str, Tensor]:
         """Put the model where the refit begins: the weights untouched and the probe that was refitted, or the shallower."""
         self.network.model.load_state_dict(self._untouched)
         if self.refitted.weights:
             self.network.backbone.module.load_state_dict(self.refitted.weights)
         self.network.model.set_head(self.refitted.head)
+        return self.network.model.state_dict()
 
     def _still_good(self, chosen: float) -> bool:
         """Tell whether the model is as accurate on ``val`` as the one that was chosen there, but for noise.
@@ -258,6 +323,14 @@ class Finetuner:
         with contextlib.suppress(DivergedError):
             return self.context.validate(images)[0].accuracy >= chosen - noise(chosen, len(images))
         return False
+
+
+def between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return weights a share of the way from one state to another; what is counted is as at the end."""
+    return {
+        name: torch.lerp(start[name], value, share) if share < 1 and value.is_floating_point() else value
+        for name, value in end.items()
+    }
 
 
 def not_worse(trials: Sequence[Trained], images: int) -> list[Trained]:

@@ -75,7 +75,7 @@ def noise(accuracy: float, images: int) -> float:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one rate came to: its best epoch and the weights then, and whether a later one diverged."""
+    """What one rate came to: its best epoch and the weights then; whether a later one diverged, whether BatchNorm moved."""
 
     lr: float
     history: tuple[Epoch, ...]
@@ -83,6 +83,7 @@ class Trained:
     state: dict[str, Tensor]
     images_per_second: float
     diverged: bool = False
+    live: bool = False
 
 
 class DivergedError(ArithmeticError):
@@ -238,7 +239,9 @@ class Trial:
         bar.update((self._epochs + 1 - len(state.history) - diverged) * images)
         seconds = sum(epoch.seconds for epoch in state.history[1:])
         speed = (len(state.history) - 1) * images / seconds if seconds else 0.0
-        return Trained(self._lr, tuple(state.history), state.best, state.weights, speed, diverged)
+        return Trained(
+            self._lr, tuple(state.history), state.best, state.weights, speed, diverged, bool(plan.train_batchnorm)
+        )
 
     def state(self) -> Plain:
         """Return everything that decides how training goes on; it shares its tensors, and is to be written at once.
@@ -276,7 +279,7 @@ class Trial:
         context, plan, state, number = self._context, self._context.plan, self._state, len(self._state.history)
         if state.step == 0:  # else ``resume`` has put the generators where the epoch was left
             _seed_dropout(context.seed * 1000 + number, context.device)
-        set_training(context.model, train_batchnorm=plan.train_batchnorm)
+        set_training(context.model, train_batchnorm=bool(plan.train_batchnorm))
         rng = np.random.default_rng((context.seed, number))
         order = rng.permutation(self._train)
         rows = order * plan.views + rng.integers(plan.views, size=len(order))
@@ -390,6 +393,16 @@ def kept(history: Sequence[Epoch], images: int) -> int:
         return 0
     highest = max(epoch.val.accuracy for epoch in better)
     return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - _ROUNDING)
+
+
+def is_gain(accuracy: float, scaled_loss: float, start: Epoch, images: int) -> bool:
+    """Tell whether what was chosen is better than the start: by more than the noise, or as accurate at a lower scaled loss.
+
+    The best of many epochs and rates is ahead by an image or two of a small validation split anyway.
+    """
+    if accuracy > start.val.accuracy + noise(start.val.accuracy, images) - _ROUNDING:
+        return True
+    return accuracy >= start.val.accuracy and scaled_loss < start.scaled_loss
 
 
 def choose_precision(model: SuffixAndHead, rows: Tensor, processes: ProcessGroup, *, on_cpu: bool) -> Precision:

@@ -142,6 +142,15 @@ def open_up(
     return OpenNetwork(separate, trainable, model, stages)
 
 
+def has_batchnorm(network: OpenNetwork) -> bool:
+    """Tell whether statistics of batches could move in what trains."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - no public name
+        and any(parameter.requires_grad for parameter in module.parameters())
+        for module in network.model.modules()
+    )
+
+
 def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
     """Put what trains in training mode; frozen parts stay in inference mode, and BatchNorm too unless asked otherwise."""
     _set_training(model, parent=True)
@@ -243,7 +252,7 @@ def mixed(rows: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor,
 
 _STATE = b"featcache: state of a training\n"  # what a signature is for
 _SIGNATURE = 64  # hexadecimal digits
-_LAYOUT = 3  # of a training's state: one of an older version is begun again
+_LAYOUT = 4  # of a training's state: one of an older version is begun again
 
 
 class Checkpoint:

@@ -82,7 +82,8 @@ class FineTunePlan:
         warmup: share of the steps in which the rate rises.
         label_smoothing: of the training loss.
         patience: epochs without gain that end a trial.
-        train_batchnorm: let running statistics of the trained part move.
+        train_batchnorm: let running statistics of the trained part move; ``None``: where images have another size than those
+            of pretraining the best rate is tried so too, and validation chooses; elsewhere they rest.
         dtype: of the stored activations.
         optimiser: ``adamw``, ``adam`` (decay in the gradient), or ``sgd`` (momentum 0.9).
         views: stored views of each image; every epoch draws one of them.
@@ -108,7 +109,7 @@ class FineTunePlan:
     warmup: float = 0.1
     label_smoothing: float = 0.1
     patience: int = 3
-    train_batchnorm: bool = False
+    train_batchnorm: bool | None = None
     dtype: StoredDtype | None = None
     optimiser: Optimiser = "adamw"
     views: int = 1
