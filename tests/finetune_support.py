@@ -44,7 +44,14 @@ class Prepared:
         self.pixels = self.bench.extracted("input").store.reader()
 
     def tune(
-        self, cut: str, take: Take, plan: FineTunePlan = PLAN, checkpoint: Checkpoint | None = None, seed: int = 0
+        self,
+        cut: str,
+        take: Take,
+        plan: FineTunePlan = PLAN,
+        checkpoint: Checkpoint | None = None,
+        seed: int = 0,
+        *,
+        tries_live: bool = False,
     ) -> FineTuned:
         """Fine-tune what a plan unfreezes in a copy of the backbone, from rows at a cut, in the plan's precision."""
         trainable = select_trainable(self.backbone.stages, plan.unfreeze, self.backbone.module)
@@ -54,7 +61,7 @@ class Prepared:
         context = TrainContext(network.model, network.stages, take, self.features.y, plan, processes, seed, precision)
         before = context.before(self.split.val)
         saved = checkpoint.load()
-        return Finetuner(network, context, self.split, Network({}, self.probe), before, checkpoint, saved).run()
+        return Finetuner(network, context, self.split, Network({}, self.probe), before, checkpoint, saved, tries_live).run()
 
 
 def tuned(

@@ -11,9 +11,10 @@ from finetune_support import GAINS, PLAN, Prepared, tuned
 from test_loop import epochs
 from torch.nn import Parameter
 
+from featcache.evaluation.metrics import score
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.finetuner import FineTuned, not_worse
-from featcache.finetuning.loop import Trained, noise
+from featcache.finetuning.finetuner import FineTuned, between, not_worse
+from featcache.finetuning.loop import Trained, is_gain, noise
 from featcache.finetuning.model import predict
 from featcache.specs import BackboneSpec
 
@@ -97,11 +98,63 @@ def test_a_rate_that_diverges_is_left(prepared: Prepared, caplog: pytest.LogCapt
     torch.testing.assert_close(none["head.weight"], torch.from_numpy(prepared.probe.weights).float())
 
 
+def test_weights_go_as_far_as_validation_says(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:
+    """Of four places on the way the best is kept, told by its share and scores; never worse than the start."""
+    prepared = Prepared(subtle, tiny, settings)
+    result = prepared.tune("input", prepared.pixels.take, replace(GAINS, refit=False))
+
+    start, val = result.history[0], prepared.split.val
+    now = score(prepared.features.y[val], predict(result.model, prepared.pixels.take, val, 8))
+    assert result.best > 0
+    assert 0 < result.share <= 1
+    assert now.accuracy == result.val.accuracy >= start.val.accuracy
+    assert now.log_loss == pytest.approx(result.val.log_loss, rel=1e-4)
+
+
+def test_what_is_between_two_states() -> None:
+    """Numbers are in between, what is counted is as at the end; the end itself is taken as it is."""
+    start = {"weight": torch.zeros(2), "count": torch.tensor(0)}
+    end = {"weight": torch.tensor([1.0, 4.0]), "count": torch.tensor(7)}
+
+    halfway = between(start, end, 0.5)
+
+    assert halfway["weight"].tolist() == [0.5, 2.0]
+    assert halfway["count"] == 7
+    assert between(start, end, 1.0) == end
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "expected"), [(0.93, 0.9, True), (0.91, 0.4, False), (0.90, 0.2, True), (0.89, 0.1, False)]
+)
+def test_a_gain_is_more_than_an_image(accuracy: float, loss: float, *, expected: bool) -> None:
+    """By more than a standard error of 200 images, or as accurate and surer."""
+    (start,) = epochs((0.90, 0.3))
+
+    assert is_gain(accuracy, loss, start, 200) is expected
+
+
+def test_batchnorm_is_tried_live_at_the_best_rate(prepared: Prepared) -> None:
+    """One trial more, which is told apart from the others; it is kept where it does better, and a kill costs no trial."""
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+    plan = replace(GAINS, lr=(1e-6, 1e-3))
+
+    usual, result = (prepared.tune("layer3", stored.take, plan, tries_live=live) for live in (False, True))
+
+    (extra,) = set(result.rates) - set(usual.rates)
+    assert extra in {"1e-06 with live BatchNorm", "0.001 with live BatchNorm"}
+    assert {name: result.rates[name] for name in usual.rates} == usual.rates
+    assert result.val.accuracy >= usual.val.accuracy - noise(usual.val.accuracy, len(prepared.split.val))
+    moved = [
+        name
+        for name, value in prepared.backbone.module.state_dict().items()
+        if "running" in name and not torch.equal(value, result.network.backbone.module.state_dict()[name])
+    ]
+    assert bool(moved) is result.live
+
+
 @pytest.mark.parametrize("lr", [1e-2, 0.3])
 def test_a_refit_is_never_worse_on_what_it_has_seen(prepared: Prepared, lr: float) -> None:
     """The last training has no judge but the validation images: it is kept where it knows them as well, but for noise."""
-    from featcache.evaluation.metrics import score
-
     stored = prepared.bench.extracted("layer3", "float32").store.reader()
     plan = replace(PLAN, lr=(lr,), epochs=4, patience=4)
     result = prepared.tune("layer3", stored.take, plan)

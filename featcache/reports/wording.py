@@ -225,7 +225,7 @@ def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
     for record in records:
         yield f"{record.short_method}: {_gain(record)}"
         tried = ", ".join(f"{rate}: {100 * val:.1f} %" for rate, val in record.params["val_by_lr"].items())
-        yield f"  epoch {record.params['best_epoch']} at rate {record.params['lr']:g} (on validation by rate: {tried})"
+        yield f"  epoch {record.params['best_epoch']} at rate {_kept_at(record.params)} (on validation by rate: {tried})"
     if len(records) > 1:
         yield _sweep_sentence(records)
     probe = records[0].probe
@@ -235,6 +235,12 @@ def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
             f"The probe is {probe['head']}, the best on validation of {', '.join(probe['of'])}; its cost: extract "
             f"{cost['extract']:.1f} s, fit {cost['fit']:.1f} s."
         )
+
+
+def _kept_at(params: dict[str, Any]) -> str:
+    share = params.get("share", 1.0)  # records of before have none
+    way = f", {100 * share:g} % of the way from the start to its weights" if share < 1 else ""
+    return f"{params['lr']:g}{' with live BatchNorm' if params.get('live_batchnorm') else ''}{way}"
 
 
 def _sweep_sentence(records: Sequence[RunRecord]) -> str:
