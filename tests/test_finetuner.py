@@ -104,7 +104,7 @@ def test_weights_go_as_far_as_validation_says(subtle: Path, tiny: BackboneSpec, 
     result = prepared.tune("input", prepared.pixels.take, replace(GAINS, refit=False))
 
     start, val = result.history[0], prepared.split.val
-    now = score(prepared.features.y[val], predict(result.model, prepared.pixels.take, val, 8))
+    now = score(prepared.features.y[val], predict(result.network.model, prepared.pixels.take, val, 8))
     assert result.best > 0
     assert 0 < result.share <= 1
     assert now.accuracy == result.val.accuracy >= start.val.accuracy
