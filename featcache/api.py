@@ -263,7 +263,7 @@ def gap(
     budget: float | None = None,
     settings: "Settings | None" = None,
 ) -> "GapResult":
-    """Take the accuracy of a tuned network apart: what is pooling, what other layers, what other weights.
+    """Take the accuracy of a tuned network apart: what is pooling, other layers, attention, weights.
 
     ``plan.unfreeze`` is left aside: weights are trained at every depth. ``budget`` are seconds after which no further step
     is begun; called again it goes on from there.

@@ -39,7 +39,7 @@ def test_what_the_steps_add_is_the_whole_gap(taken: tuple[GapResult, FeatureCach
     result, _, _ = taken
     first, *later = result.kept
 
-    assert [step.name for step in result.steps][:4] == ["linear", "pooling", "layers", "last:1"]
+    assert [step.name for step in result.steps][:5] == ["linear", "pooling", "layers", "attentive", "last:1"]
     assert result.steps[-1].name == "all"
     assert later
     assert len({step.record.test_items for step in result.steps}) == 1
@@ -75,7 +75,7 @@ def test_a_budget_stops_between_steps_and_the_next_run_goes_on(subtle: Path, tin
     stopped = run_gap(cache, GAINS, budget=0.0, records=path)
 
     assert [step.name for step in stopped.steps] == ["linear"]
-    assert stopped.left[:3] == ("pooling", "layers", "last:1")
+    assert stopped.left[:3] == ("pooling", "layers", "attentive")
     assert stopped.record is None
     assert any("left no time for pooling" in line for line in gap_lines(stopped))
     assert {record.kind for record in read_records([path])} == {"fit"}

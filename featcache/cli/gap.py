@@ -35,7 +35,7 @@ from featcache.cli import options
 )
 @options.json_option
 def gap_command(as_json: bool, price: float | None, plot: Path | None, epochs: int, **flags: Any) -> None:  # noqa: FBT001
-    """Take the gap between a linear probe and the whole network tuned apart: pooling, other layers, other weights.
+    """Take the gap between a linear probe and the whole network tuned apart: pooling, other layers, attention, weights.
 
     Every step is tested on the same images, and kept where it is better on validation than all before it: what the kept ones
     add adds up to the whole gap. What was fitted or trained before is taken from the cache.

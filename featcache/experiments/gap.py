@@ -1,4 +1,4 @@
-"""Where accuracy comes from: better pooling, other layers, other weights; every step on the same test images."""
+"""Where accuracy comes from: pooling, other layers, attention, other weights; every step on the same test images."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -240,6 +240,7 @@ def _ways(
     yield "pooling", "pooling", partial(fitted, replace(fitting, best_pool=True))
     layers = [stage.name for stage in cache.backbone.stages[-_LAYERS:]]
     yield "layers", "other layers", partial(fitted, replace(fitting, layers=(*layers, POOLED)))
+    yield "attentive", "attention", partial(fitted, replace(fitting, heads=("attentive",)))
     # where another pooling is better, weights are trained under it
     pool = next((step.record.params["pool"] for step in steps if step.is_kept and step.origin == "pooling"), cache.spec.pool)
     tuning = FeatureCache(cache.dataset, replace(cache.spec, pool=pool), cache.settings, files=cache.files)
