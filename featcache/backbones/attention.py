@@ -48,10 +48,11 @@ class AttentivePooling(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Return the vectors."""
         before, patches = (part * self.scale for part in self.layout.tokens(rows))
+        patches = half_of(patches) if self.training else patches
         weights = torch.softmax(patches @ self.queries.T / self.scale.numel() ** 0.5, dim=1)
         pooled = weights.transpose(1, 2) @ patches  # (b, queries, c), projected afterwards: tokens are many, queries few
         count, width = self.queries.shape
-        values = self.values / width**0.5  # a step of the optimiser then turns vectors as far as it does scores
+        values = self.values / width  # a step of the optimiser then changes a value by no more than its rate
         shares = torch.diagonal(pooled.reshape(-1, count, count, width // count), dim1=1, dim2=2).transpose(1, 2)
         vectors = (shares + torch.einsum("bqc,qcd->bqd", pooled, values)).flatten(1)
         return torch.cat([vectors, before[:, 0]], 1) if self.layout.class_token else vectors
@@ -81,6 +82,7 @@ class LatentPooling(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Return the vectors."""
         before, patches = (part * self.scale for part in self.layout.tokens(rows))
+        patches = half_of(patches) if self.training else patches
         vectors = self.pool(patches)
         return torch.cat([vectors, before[:, 0]], 1) if self.layout.class_token else vectors
 
@@ -90,6 +92,13 @@ FORMS: Mapping[str, Callable[[Layout, int, int, Tensor], Attention]] = {
     "attentive": AttentivePooling,
     "attentive-latent": LatentPooling,
 }
+
+
+def half_of(tokens: Tensor) -> Tensor:
+    """Return half of each image's tokens (b, n, c), drawn anew: no training image is known by a few of its own."""
+    count, total = tokens.shape[:2]
+    chosen = torch.rand(count, total, device=tokens.device).topk((total + 1) // 2, dim=1).indices
+    return tokens[torch.arange(count, device=tokens.device)[:, None], chosen]
 
 
 def scale_of(layout: Layout, rows: Tensor) -> Tensor:

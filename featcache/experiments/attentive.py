@@ -91,10 +91,13 @@ def _probe(backbone: "Backbone", entry: Extracted, task: Task, split: Split, see
     rows = {kind: X[order] for kind, X in pool_rows(entry.store, poolings).items()}
     searches = {kind: search_head(_PROBE, X, y, split.folds, seed) for kind, X in rows.items()}
     pool = min(searches, key=lambda kind: searches[kind].val.rank)
+    # a probe that is sure of every training image leaves nothing to learn from: as sure as validation finds it right
+    truth = np.concatenate([y[fold.val] for fold in split.folds])
+    temperature = best_temperature(truth, searches[pool].answers) or 1.0
 
     def fitted(images: Index) -> LinearHead:
         estimator = train(_PROBE, searches[pool].params, rows[pool][images], y[images], seed)
-        return LinearHead(*linear_weights(estimator, len(task.names)))
+        return LinearHead(*(values / temperature for values in linear_weights(estimator, len(task.names))))
 
     return Probe(pool, fitted(split.train), fitted(split.train_val), tuple(fitted(fold.train) for fold in split.cross))
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 QUERIES = (16, 4, 32)  # the first is tried at every rate
 DECAYS = (0.05, 0.5)
 RATES = (1e-3, 1e-2)
-_HEAD_RATE = 4e-3  # of one channel; of many each must move less for the same change of logits
+_SMOOTHING = 0.1
+_HEAD_RATE = 1e-3  # of one channel; of many each must move less for the same change of logits
 _EPOCHS, _PATIENCE, _BATCH = 30, 5, 32
 _MEASURED = 256  # images whose tokens tell how widely each channel is spread
 _AT_ONCE = 256  # images a step of predicting
@@ -192,7 +193,7 @@ class AttentiveTraining:
             lr=rates,
             head_lr=_HEAD_RATE / len(self.scale) ** 0.5,
             weight_decay=candidate.decay,
-            label_smoothing=0.0,
+            label_smoothing=_SMOOTHING,
             patience=_PATIENCE,
         )
         # float32: there is so little to compute that another precision would save nothing
