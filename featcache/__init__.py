@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from featcache.api import bench, estimate, export, extract, extract_cuts, finetune, fit, gap, predict, sweep
+    from featcache.api import audit, bench, estimate, export, extract, extract_cuts, finetune, fit, gap, predict, sweep
     from featcache.datasets import open_dataset
     from featcache.datasets.base import Dataset
     from featcache.errors import CutError, DataError, FeatcacheError, SetupError, StorageError, UsageError
     from featcache.estimator import FeatureExtractor
+    from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _NAMES = {  # of each module
     "featcache.api": (
+        "audit",
         "bench",
         "estimate",
         "export",
@@ -48,6 +50,7 @@ _NAMES = {  # of each module
         "UsageError",
     ),
     "featcache.estimator": ("FeatureExtractor",),
+    "featcache.experiments.audit": ("AuditResult",),
     "featcache.experiments.bench": ("BenchResult",),
     "featcache.experiments.finetune": (
         "FineTuneResult",
@@ -79,6 +82,7 @@ _NAMES = {  # of each module
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "AuditResult",
     "BackboneSpec",
     "BenchResult",
     "CutError",
@@ -104,6 +108,7 @@ __all__ = [
     "Unfreeze",
     "UsageError",
     "Views",
+    "audit",
     "bench",
     "estimate",
     "export",

@@ -13,6 +13,7 @@ from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, che
 # for the ten modules behind its types.
 if TYPE_CHECKING:
     from featcache.datasets.base import Dataset
+    from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult
     from featcache.experiments.export import Exported
     from featcache.experiments.finetune import FineTuneResult, SweepResult
@@ -279,6 +280,36 @@ def gap(
     budget = check_value(budget, float | None, "budget")
     cache = _feature_cache(data, backbone, settings)
     return run_gap(cache, plan, group=group, seed=seed, budget=budget, records=cache.settings.cache / RECORDS)
+
+
+def audit(
+    data: "str | Path | Dataset",
+    backbone: str | BackboneSpec = BackboneSpec.name,
+    *,
+    group: str | None = None,
+    seed: int = 0,
+    settings: "Settings | None" = None,
+) -> "AuditResult":
+    """Look for copies across splits, likely wrong labels, odd images and shortcuts, and for what they do to test accuracy.
+
+    >>> import featcache
+    >>> audited = featcache.audit("photos")  # doctest: +SKIP
+    >>> audited.leaks.leaked.change_ci  # doctest: +SKIP
+
+    Args:
+        data: as of ``extract``; nothing of it is changed.
+        backbone: as of ``extract``.
+        group: a manifest's column whose values are never in two parts.
+        seed: of the drawn splits, folds and the sample that thresholds are fitted on.
+        settings: as of ``extract``.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    from featcache.experiments.audit import run_audit
+
+    seed, group = check_seed(seed), check_value(group, str | None, "group")
+    return run_audit(_feature_cache(data, backbone, settings), group=group, seed=seed)
 
 
 def bench(

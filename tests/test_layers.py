@@ -42,6 +42,7 @@ HOMES = {
     "datasets": {"datasets.hubs"},
     "peft": {"finetuning.unfreezing"},
     "matplotlib": {"reports.tables"},
+    "cleanlab": {"evaluation.suspects"},
     "torchvision": {"datasets.hubs"},
 }
 

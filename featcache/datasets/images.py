@@ -283,3 +283,42 @@ def _resized(image: Image.Image, full: tuple[int, int], box: _Box, transform: Tr
         image = image.resize((size, size), _RESAMPLING[transform.interpolation], box=edges)
     pixels = np.asarray(image)
     return pixels[:, ::-1] if box.flip else pixels
+
+
+ALTERATIONS = ("encoded", "resized", "encoded and resized", "mirrored")
+_QUALITY, _SHRUNK = 70, 0.9
+
+
+def altered(content: bytes, how: str) -> bytes:
+    """Return an image as a copy of it has come to look: encoded again, resized by 10 %, both, or mirrored and encoded.
+
+    Raises:
+        UnreadableImage: as of ``decode``.
+    """
+    try:
+        with _opened(content) as opened:
+            _require_size(*opened.size)
+            image = _to_rgb(opened)
+            if how == "mirrored":
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if "resized" in how:
+                size = (max(1, round(_SHRUNK * image.width)), max(1, round(_SHRUNK * image.height)))
+                image = image.resize(size, Image.Resampling.BICUBIC)
+            if how == "resized":
+                return encode_image(image)
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=_QUALITY)
+            return out.getvalue()
+    except (UnreadableImage, MemoryError):
+        raise
+    except Exception as error:  # as of ``decode``
+        raise UnreadableImage(f"broken image ({str(error) or type(error).__name__})") from error
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Return an image's width and height from its header, (0, 0) where that cannot be read."""
+    try:
+        with _opened(content) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 - as of ``decode``: what is broken is in quarantine, and has its reason there
+        return 0, 0

@@ -1,0 +1,78 @@
+"""How much of what is planted in a data set ``featcache audit`` finds: copies across splits, and flipped labels.
+
+python benchmarks/audit.py DATA OUT [BACKBONE]
+
+DATA has train/CLASS/IMAGE and test/CLASS/IMAGE. Of 100 training images a copy is put into test, a third of them encoded
+again (JPEG, quality 70), a third resized by 10 %, a third both; of 100 others a mirrored one. 5 % of all labels are flipped.
+What the audit finds in DATA as it is does not count, neither for nor against it: it is listed, to be looked at.
+"""
+
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+import featcache
+
+COPIES, MIRRORED, FLIPPED = 100, 100, 0.05
+KINDS = ("encoded", "resized", "both")
+
+
+def changed(path: Path, kind: str) -> bytes:
+    """Return the bytes of an image's copy."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    if kind == "mirrored":
+        image = ImageOps.mirror(image)
+    if kind in {"resized", "both"}:
+        image = image.resize((round(0.9 * image.width), round(0.9 * image.height)), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    image.save(out, "PNG" if kind == "resized" else "JPEG", **({} if kind == "resized" else {"quality": 70}))
+    return out.getvalue()
+
+
+def images_of(data: Path) -> list[tuple[str, str, str]]:
+    """Return path, label and split of all images."""
+    paths = sorted(path for path in data.resolve().glob("*/*/*") if path.is_file())
+    return [(str(path), path.parent.name, path.parent.parent.name) for path in paths]
+
+
+def plant_copies(data: Path, out: Path, seed: int) -> tuple[Path, dict[frozenset[str], str]]:
+    """Write a manifest of all images with copies in test; return it and which pairs are planted."""
+    rows = images_of(data)
+    train = [row for row in rows if row[2] == "train"]
+    chosen = np.random.default_rng(seed).choice(len(train), COPIES + MIRRORED, replace=False)
+    pairs, folder = {}, out / "copies"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, index in enumerate(chosen.tolist()):
+        path, label, _ = train[index]
+        kind = KINDS[number % 3] if number < COPIES else "mirrored"
+        copy = folder.resolve() / f"{number:03d}.{'png' if kind == 'resized' else 'jpg'}"
+        copy.write_bytes(changed(Path(path), kind))
+        rows.append((str(copy), label, "test"))
+        pairs[frozenset((path, str(copy)))] = kind
+    return written(out / "copies.csv", rows), pairs
+
+
+def plant_labels(data: Path, out: Path, seed: int) -> tuple[Path, set[str]]:
+    """Write a manifest with some labels flipped to another class; return it and whose they are."""
+    rows = images_of(data)
+    rng = np.random.default_rng(seed)
+    classes = sorted({label for _, label, _ in rows})
+    flipped = set(rng.choice(len(rows), round(FLIPPED * len(rows)), replace=False).tolist())
+    changed_rows = [
+        (path, str(rng.choice([name for name in classes if name != label])) if number in flipped else label, split)
+        for number, (path, label, split) in enumerate(rows)
+    ]
+    return written(out / "labels.csv", changed_rows), {rows[number][0] for number in flipped}
+
+
+def written(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    """Write a manifest."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows])
+    return path

@@ -1,0 +1,138 @@
+"""Images that show the same though their bytes differ: alike to a backbone and alike in their pixels, mirrored ones too.
+
+Either alone is too little: a backbone takes two photographs of one class for alike, pixels two blue skies.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.float32]
+Index = NDArray[np.int64]
+
+_TILE = 2048  # rows of a block: three products of two blocks are 48 MB, however many images there are
+_FLAT = 2.0  # levels of 255 that pixels spread by: what is flatter is like every other flat image, and a copy of none
+_LEAST_PASSING = 0.005  # of the copies that thresholds are fitted on, the share that may miss one of them
+_ROOM = 0.25  # by how much more than the sample's copies those of other images may differ
+_MOST_PAIRS = 2_000_000  # 100 MB: images that are all alike have as many pairs as squares
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """From which cosine of embeddings and which correlation of pixels on two images are copies."""
+
+    cosine: float
+    correlation: float
+
+    @classmethod
+    def fitted(cls, cosine: NDArray[Any], correlation: NDArray[Any]) -> "Likeness":
+        """Return what nearly all copies reach whose likenesses to their originals are these (k,).
+
+        The scale is the distance from 1, since that is what an image's content stretches.
+        """
+        ends = (float(np.quantile(values, _LEAST_PASSING)) for values in (cosine, correlation))
+        cosine_end, correlation_end = (1 - (1 + _ROOM) * (1 - end) for end in ends)
+        return cls(cosine_end, correlation_end)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Copies: positions ``first`` < ``second`` (k,), whether one is the other's mirror image, and how alike they are."""
+
+    first: Index
+    second: Index
+    mirrored: NDArray[np.bool_]
+    cosine: Rows
+    correlation: Rows
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """What one pass over all pairs of images finds: copies, and each image's cosine to the nearest other (n,)."""
+
+    pairs: Pairs
+    nearest: Rows
+    is_cut: bool = False
+
+
+def unit_rows(X: NDArray[Any], mean: NDArray[Any]) -> Rows:
+    """Return embeddings (n, d) less a mean (d,), of length 1: without it all images of one backbone look alike."""
+    centred = np.asarray(X, np.float32) - np.asarray(mean, np.float32)
+    rows: Rows = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), np.float32(1e-12))
+    return rows
+
+
+def pixel_rows(thumbnails: NDArray[np.uint8]) -> Rows:
+    """Return thumbnails (n, 32, 32, 3) as rows (n, 768) whose products are correlations; flat images are rows of 0."""
+    n, side = len(thumbnails), thumbnails.shape[1] // 2
+    halved = np.zeros((n, side, side, 3), np.float32)
+    for down in (0, 1):
+        for across in (0, 1):
+            halved += thumbnails[:, down::2, across::2]
+    flat = halved.reshape(n, -1) / 4
+    flat -= flat.mean(axis=1, keepdims=True)
+    spread = flat.std(axis=1, keepdims=True)
+    length = spread * np.float32(np.sqrt(flat.shape[1]))
+    rows: Rows = np.where(spread > _FLAT, flat / np.maximum(length, np.float32(1e-12)), np.float32(0))
+    return rows
+
+
+def mirrored(thumbnails: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return images (n, h, w, 3) with left and right exchanged."""
+    return thumbnails[:, :, ::-1]
+
+
+def neighbourhood(embeddings: Rows, thumbnails: NDArray[np.uint8], limits: Mapping[bool, Likeness]) -> Neighbourhood:
+    """Compare all images with each other, block by block.
+
+    Args:
+        embeddings: unit rows (n, d).
+        thumbnails: uint8 (n, 32, 32, 3).
+        limits: when two are copies, and when one is the other's mirror image (by ``True``).
+    """
+    pixels, flipped = pixel_rows(thumbnails), pixel_rows(mirrored(thumbnails))
+    nearest = np.full(len(embeddings), -1, np.float32)
+    blocks, count = list[tuple[NDArray[Any], ...]](), 0
+    for rows, columns in _tiles(len(embeddings)):
+        cosine = embeddings[rows] @ embeddings[columns].T
+        if rows == columns:
+            cosine[np.tril_indices(len(cosine))] = -1  # each pair once, no image with itself
+        nearest[rows] = np.maximum(nearest[rows], cosine.max(axis=1))
+        nearest[columns] = np.maximum(nearest[columns], cosine.max(axis=0))
+        is_copy = np.zeros(cosine.shape, np.bool_)
+        for is_mirrored, own in ((False, pixels), (True, flipped)):
+            correlation = own[rows] @ pixels[columns].T
+            alike = (cosine >= limits[is_mirrored].cosine) & (correlation >= limits[is_mirrored].correlation) & ~is_copy
+            is_copy |= alike
+            first, second = np.nonzero(alike)
+            kind = np.full(len(first), is_mirrored)
+            blocks.append((first + rows.start, second + columns.start, kind, cosine[alike], correlation[alike]))
+            count += len(first)
+        if count > _MOST_PAIRS:
+            break
+    columns_of = [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
+    return Neighbourhood(Pairs(*columns_of), nearest, is_cut=count > _MOST_PAIRS)
+
+
+def _tiles(n: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the blocks of the upper half of a table n x n."""
+    starts = range(0, n, _TILE)
+    for top in starts:
+        for start in range(top, n, _TILE):
+            yield slice(top, min(top + _TILE, n)), slice(start, min(start + _TILE, n))
+
+
+def components(n: int, first: Index, second: Index) -> Index:
+    """Return each image's group (n,): two that are a pair are in one, also by way of a third."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    edges = coo_array((np.ones(len(first)), (first, second)), shape=(n, n))
+    numbers: Index = connected_components(edges, directed=False)[1].astype(np.int64)
+    return numbers

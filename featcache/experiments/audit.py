@@ -1,0 +1,454 @@
+"""What is wrong with a data set, from its cached rows: copies across splits, doubtful labels, shortcuts, their cost."""
+
+import json
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.datasets.base import Dataset, FileReader, MemoryReader, Sample
+from featcache.datasets.images import ALTERATIONS, UnreadableImage, altered, size_of
+from featcache.display import Displayed, Table, logger, progress
+from featcache.errors import SetupError, UsageError
+from featcache.evaluation.draws import Units, units_of
+from featcache.evaluation.duplicates import (
+    Likeness,
+    Neighbourhood,
+    components,
+    mirrored,
+    neighbourhood,
+    pixel_rows,
+    unit_rows,
+)
+from featcache.evaluation.metrics import Gap, paired_gap
+from featcache.evaluation.suspects import Removal, label_issues, odd_images, outliers, without
+from featcache.evaluation.tasks import require_kind
+from featcache.experiments.experiment import Experiment, aligned
+from featcache.experiments.fit import PROBE, FitPlan, HeadResult, in_memory, run_fit
+from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
+from featcache.heads.baselines import SIDE
+from featcache.heads.checks import Shift, Shortcut, out_of_fold, shift, shortcuts
+from featcache.heads.search import Embeddings
+from featcache.specs import POOLED
+from featcache.store.atomic import replace_file
+from featcache.store.manifests import read_note, sealed, unsealed
+from featcache.store.rows import Features
+
+ACROSS = " across splits"
+COPIES = ("copy", "near copy", "mirrored copy")
+KINDS = (*(f"{kind}{ACROSS}" for kind in COPIES), *COPIES, "label", "blank", "dark", "bright", "tiny", "long", "outlier")
+_SAMPLE = 100  # images whose copies thresholds are fitted on: 400 more to compute, once
+_NEVER = Likeness(2.0, 2.0)  # of no image that shows anything there is nothing to fit
+_PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image that wants a look.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        path: the image, as its data set calls it.
+        label: its class.
+        split: the part that it is in.
+        other: the image that it is a copy of.
+        other_label: that one's class, or the class that a doubtful label should rather be.
+        other_split: the part that the other image is in.
+        score: what suspects of a kind are sorted by: likeness, doubt, distance.
+    """
+
+    kind: str
+    path: str
+    label: str
+    split: str
+    other: str = ""
+    other_label: str = ""
+    other_split: str = ""
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What test accuracy owes to copies of test images in train and val, and what doubtful test images cost it.
+
+    Attributes:
+        leaked: without the test images that train or val hold a copy of.
+        retrained: the probe less one that was trained without those copies, on the same test images; ``None`` without any.
+        doubtful: without leaked images, and without those of doubtful labels: an upper end, since those are images that
+            heads get wrong, whether their labels are right or not.
+    """
+
+    leaked: Removal
+    retrained: Gap | None
+    doubtful: Removal
+
+
+@dataclass(frozen=True, repr=False)
+class AuditResult(Displayed):
+    """What was found: suspects, copies across splits first; ``dropped``: what a cleaned list leaves out, with the reason.
+
+    ``shift`` is ``None`` where test was drawn, or has too few images; ``missing`` says what could not be looked for.
+    """
+
+    dataset: str
+    backbone: str
+    images: Mapping[str, int]
+    suspects: tuple[Suspect, ...]
+    leaks: Leaks
+    shortcuts: tuple[Shortcut, ...]
+    shift: Shift | None
+    dropped: Mapping[str, str]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many suspects of each kind each part has; kinds without any are left out."""
+        counts = Counter((suspect.kind, suspect.split) for suspect in self.suspects)
+        present = [kind for kind in KINDS if any(counts[kind, part] for part in _PARTS)]
+        return {kind: {part: counts[kind, part] for part in _PARTS} for kind in present}
+
+    def table(self) -> Table:
+        """Return the counts."""
+        from featcache.reports.audit import audit_table
+
+        return audit_table(self)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON object of ``featcache audit``."""
+        return {
+            "dataset": self.dataset,
+            "backbone": self.backbone,
+            "images": dict(self.images),
+            "counts": self.counts,
+            "test": asdict(self.leaks),
+            "shortcuts": [asdict(shortcut) for shortcut in self.shortcuts],
+            "shift": None if self.shift is None else asdict(self.shift),
+            "suspects": [asdict(suspect) for suspect in self.suspects],
+            "dropped": dict(self.dropped),
+            "missing": list(self.missing),
+        }
+
+
+def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -> AuditResult:
+    """Look for what makes a data set's scores mean less than they say.
+
+    Rows and thumbnails are those of ``fit``; the probe is the logistic one, fitted or taken from the cache.
+
+    Args:
+        cache: the data set and the backbone.
+        group: a manifest's column whose values are never in two parts.
+        seed: of the drawn splits, folds, and the sample that thresholds are fitted on.
+
+    Raises:
+        DataError: labels are no classes, or there are too few images.
+        UsageError: the features do not fit into memory.
+    """
+    require_kind(cache.dataset, "label")
+    entry = cache.features([Output(POOLED)], thumbnails=SIDE)[0]
+    if not in_memory(entry.store):
+        raise UsageError(f"{cache.dataset.name}: an audit holds all features in memory, and they do not fit.")
+    (probe,) = run_fit(cache, FitPlan((PROBE,), group=group, baselines=False), seed=seed).heads
+    return _Audit(cache, entry, probe, seed).result()
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """An image's nearest copy: which, what of, and how alike; exact ones are 1."""
+
+    other: int
+    kind: str
+    score: float
+
+
+@dataclass(frozen=True)
+class _Audit:
+    cache: FeatureCache
+    entry: Extracted
+    probe: HeadResult
+    seed: int
+
+    def result(self) -> AuditResult:
+        copies, missing = list(self._copy_suspects()), []
+        try:
+            doubtful = list(self._label_suspects())
+        except SetupError as error:
+            doubtful, missing = [], [str(error)]
+        sizes = self.sizes
+        suspects = [*copies, *doubtful, *self._odd_suspects(sizes[:, :2]), *self._outlier_suspects()]
+        order = {kind: place for place, kind in enumerate(KINDS)}
+        return AuditResult(
+            self.entry.store.path.parent.name,
+            self.cache.spec.label,
+            self.probe.split.sizes(),
+            tuple(sorted(suspects, key=lambda suspect: (order[suspect.kind], -suspect.score))),
+            self._leaks({suspect.path for suspect in doubtful}),
+            tuple(shortcuts(self._measures(sizes), self.y, self.probe.split, self.right, self.seed)),
+            shift(self.features.X, self.units, self.probe.split, self.probe.fitted.params, self.seed)
+            if "test" in self.features.splits
+            else None,
+            self._dropped(suspects),
+            tuple(missing),
+        )
+
+    @cached_property
+    def features(self) -> Features:
+        features = self.entry.store.features()
+        return replace(features, X=np.ascontiguousarray(features.X, np.float32))
+
+    @property
+    def y(self) -> NDArray[np.int64]:
+        return self.features.y
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        return self.probe.fitted.tested.right
+
+    @cached_property
+    def part(self) -> NDArray[np.object_]:
+        """Which part each image is in (n,)."""
+        part = np.full(len(self.y), "", dtype=object)
+        for name in _PARTS:
+            part[getattr(self.probe.split, name)] = name
+        return part
+
+    @cached_property
+    def thumbnails(self) -> NDArray[np.uint8]:
+        """The images' thumbnails (n, 32, 32, 3); what has none is left black, and so is like no other."""
+        store = self.cache.thumbnails(SIDE).store
+        keep, _, take = aligned(self.probe.task, store)
+        thumbnails = np.zeros((len(self.y), SIDE, SIDE, 3), np.uint8)
+        thumbnails[keep] = take(np.arange(len(keep)))
+        return thumbnails
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Width, height and bytes of each image's file (n, 3)."""
+        sizes = np.zeros((len(self.y), 3), np.int64)
+        with progress(len(self.y), "sizes") as bar:
+            for place, path in enumerate(self.features.paths):
+                content = self.cache.dataset.read(path)
+                sizes[place] = (*size_of(content), len(content))
+                bar.update(1)
+        return sizes
+
+    @cached_property
+    def first(self) -> NDArray[np.int64]:
+        """Of each image the first of the same bytes (n,)."""
+        _, first, number = np.unique(np.array(self.features.sha256, dtype=object), return_index=True, return_inverse=True)
+        return first[number].astype(np.int64)
+
+    @cached_property
+    def mean(self) -> NDArray[np.float32]:
+        mean: NDArray[np.float32] = self.features.X.mean(axis=0)
+        return mean
+
+    @cached_property
+    def near(self) -> Neighbourhood:
+        """Near copies and nearest neighbours of images of different bytes, by their positions."""
+        different = np.unique(self.first)
+        limits = self._limits(different)
+        rows = unit_rows(self.features.X[different], self.mean)
+        around = neighbourhood(rows, self.thumbnails[different], limits)
+        if around.is_cut:
+            logger.warning("so many images are alike that copies are told of the first blocks of them only")
+        nearest = np.full(len(self.y), 1, np.float32)
+        nearest[different] = around.nearest
+        pairs = replace(around.pairs, first=different[around.pairs.first], second=different[around.pairs.second])
+        return replace(around, pairs=pairs, nearest=nearest)
+
+    @cached_property
+    def units(self) -> Units:
+        """What must be in one fold: copies of any kind, and images of one group."""
+        everyone = np.arange(len(self.y))
+        first, second = self.near.pairs.first, self.near.pairs.second
+        numbers = components(len(self.y), np.concatenate([everyone, first]), np.concatenate([self.first, second]))
+        contents = [self.features.sha256[place] for place in np.unique(numbers, return_index=True)[1][numbers].tolist()]
+        return units_of(len(self.y), contents, self.probe.task.groups)
+
+    def _limits(self, different: NDArray[np.int64]) -> Mapping[bool, Likeness]:
+        """Return from when on images are copies: from the note of an earlier audit, or fitted on copies of a sample."""
+        experiment = Experiment(self.cache, self.probe.task, "audit", {"alterations": list(ALTERATIONS)}, self.seed)
+        path = experiment.path(self.entry, "audit")
+        path = path.with_name(f"{path.name}.json")
+        try:
+            note = unsealed(read_note(path), experiment.key) if path.exists() else None
+            if note is not None:
+                return {name == "mirrored": Likeness(**note[name]) for name in ("plain", "mirrored")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s: %s; thresholds are fitted again", path, error)
+        drawn = np.random.default_rng(self.seed).permutation(different)[:_SAMPLE]
+        limits = self._fitted_limits(np.sort(drawn))
+        told = {name: asdict(limits[name == "mirrored"]) for name in ("plain", "mirrored")}
+        replace_file(path, json.dumps(sealed(told, experiment.key)).encode())
+        return limits
+
+    def _fitted_limits(self, sample: NDArray[np.int64]) -> Mapping[bool, Likeness]:
+        """Send altered copies of some images through preprocessing and backbone, and see how alike they have stayed."""
+        content: dict[str, bytes] = {}
+        for place in sample.tolist():
+            original = self.cache.dataset.read(self.features.paths[place])
+            for how in ALTERATIONS:
+                try:
+                    content[f"{how}/{place}"] = altered(original, how)
+                except UnreadableImage as error:
+                    logger.debug("%s: %s", self.features.paths[place], error)
+        samples = [Sample(path, "copy") for path in content]
+        with tempfile.TemporaryDirectory(prefix="featcache-audit-") as folder:
+            settings = replace(self.cache.settings, cache=Path(folder), part=None, engine="local", rebind=False, max_bad=1.0)
+            copies = FeatureCache(Dataset("copies", folder, samples, MemoryReader(content)), self.cache.spec, settings)
+            (rows,) = copies.features([Output(POOLED)], thumbnails=SIDE)
+            features, pixels = rows.store.features(), copies.thumbnails(SIDE).store.features()
+            seen = dict(zip(pixels.paths, np.asarray(pixels.X), strict=True))
+        limits = {}
+        for is_mirrored in (False, True):
+            chosen = [
+                row for row, path in enumerate(features.paths) if path.startswith("mirrored") == is_mirrored and path in seen
+            ]
+            places = np.array([int(features.paths[row].rpartition("/")[2]) for row in chosen], np.int64)
+            of_copies = np.stack([seen[features.paths[row]] for row in chosen]).reshape(-1, SIDE, SIDE, 3)
+            originals = self.thumbnails[places]
+            shown = pixel_rows(mirrored(originals) if is_mirrored else originals)
+            cosine = (unit_rows(self.features.X[places], self.mean) * unit_rows(features.X[chosen], self.mean)).sum(axis=1)
+            correlation = (shown * pixel_rows(of_copies)).sum(axis=1)
+            is_telling = shown.any(axis=1)
+            limits[is_mirrored] = (
+                Likeness.fitted(cosine[is_telling], correlation[is_telling]) if is_telling.any() else _NEVER
+            )
+        return limits
+
+    @cached_property
+    def copies(self) -> Mapping[int, Sequence[_Copy]]:
+        """The copies of each image that has any, exact ones first."""
+        members: dict[int, list[int]] = defaultdict(list)
+        for place, first in enumerate(self.first.tolist()):
+            members[first].append(place)
+        copies: dict[int, list[_Copy]] = defaultdict(list)
+        for same in members.values():
+            for place in same if len(same) > 1 else ():
+                copies[place] += [_Copy(other, "copy", 1.0) for other in same if other != place]
+        pairs = self.near.pairs
+        columns = (pairs.first.tolist(), pairs.second.tolist(), pairs.mirrored.tolist(), pairs.cosine.tolist())
+        for first, second, is_mirrored, cosine in zip(*columns, strict=True):
+            kind = "mirrored copy" if is_mirrored else "near copy"
+            for place in members[first]:
+                copies[place] += [_Copy(other, kind, cosine) for other in members[second]]
+            for place in members[second]:
+                copies[place] += [_Copy(other, kind, cosine) for other in members[first]]
+        return {place: sorted(several, key=lambda copy: -copy.score) for place, several in copies.items()}
+
+    def _copy_suspects(self) -> Iterator[Suspect]:
+        """Yield a suspect an image: of test with its copy in train or val, of val in train, else with an earlier one."""
+        rank = {name: place for place, name in enumerate(_PARTS)}
+        for place, several in self.copies.items():
+            own = rank[self.part[place]]
+            across = [copy for copy in several if rank[self.part[copy.other]] < own]
+            within = [copy for copy in several if rank[self.part[copy.other]] == own and copy.other < place]
+            if across:
+                yield self._suspect(f"{across[0].kind}{ACROSS}", place, across[0].score, across[0].other)
+            elif within:
+                yield self._suspect(within[0].kind, place, within[0].score, within[0].other)
+
+    def _label_suspects(self) -> Iterator[Suspect]:
+        """Yield images whose label heads doubt that have seen neither them nor their copies."""
+        params = self.probe.fitted.params
+        places, answers = out_of_fold(self.features.X, self.y, self.units, params, self.seed)
+        if not len(places):
+            return
+        issues, doubt = label_issues(self.y[places], answers)
+        for issue in issues.tolist():
+            suspect = self._suspect("label", int(places[issue]), float(doubt[issue]))
+            yield replace(suspect, other_label=self.features.classes[int(answers[issue].argmax())])
+
+    def _odd_suspects(self, sizes: NDArray[np.int64]) -> Iterator[Suspect]:
+        for kind, mask in odd_images(self.thumbnails, sizes).items():
+            yield from (self._suspect(kind, place) for place in np.flatnonzero(mask).tolist())
+
+    def _outlier_suspects(self) -> Iterator[Suspect]:
+        nearest = self.near.nearest
+        for place in outliers(nearest).tolist():
+            yield self._suspect("outlier", place, 1 - float(nearest[place]))
+
+    def _suspect(self, kind: str, place: int, score: float = 0.0, other: int | None = None) -> Suspect:
+        features = self.features
+        suspect = Suspect(kind, features.paths[place], features.classes[self.y[place]], str(self.part[place]), score=score)
+        if other is None:
+            return suspect
+        label, part = features.classes[self.y[other]], str(self.part[other])
+        return replace(suspect, other=features.paths[other], other_label=label, other_split=part)
+
+    def _twins(self) -> tuple[set[int], set[int]]:
+        """Return the test images that have copies in train or val, and those copies."""
+        is_test = self.part == "test"
+        leaked, twins = set[int](), set[int]()
+        for place in np.flatnonzero(is_test).tolist():
+            others = {copy.other for copy in self.copies.get(place, ()) if not is_test[copy.other]}
+            if others:
+                leaked.add(place)
+                twins |= others
+        return leaked, twins
+
+    def _leaks(self, doubtful: set[str]) -> Leaks:
+        split = self.probe.split
+        leaked, twins = self._twins()
+        is_leaked = np.isin(split.test, sorted(leaked))
+        is_doubtful = np.array([self.features.paths[place] in doubtful for place in split.test.tolist()])
+        rest = split.train_val[~np.isin(split.train_val, sorted(twins))]
+        retrained = None
+        # a class that only copies train would be asked of a head that has never met it
+        if twins and set(self.y[rest].tolist()) == set(self.y[split.train_val].tolist()):
+            embeddings = Embeddings.of(replace(self.probe.task, features=self.features), 1)
+            estimator = embeddings.train(PROBE, self.probe.fitted.params, rest, self.seed)
+            tested = embeddings.test(estimator, split)
+            retrained = paired_gap(self.right, tested.right, groups=split.test_groups)
+        return Leaks(without(self.right, is_leaked), retrained, without(self.right, is_leaked | is_doubtful))
+
+    def _measures(self, sizes: NDArray[np.int64]) -> Mapping[str, NDArray[np.float64]]:
+        """Return what can be measured of an image without looking at what it shows, columns (n, m) by name."""
+        wide, high, weight = np.log(np.maximum(sizes, 1)).T
+        pixels = self.thumbnails.astype(np.float32)
+        grey = pixels.mean(axis=3).reshape(len(pixels), -1)
+        edges = [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]]
+        return {
+            "image size": np.stack([wide, high], axis=1),
+            "aspect ratio": (wide - high)[:, None],
+            "file size": weight[:, None],
+            "brightness": np.stack([grey.mean(axis=1), grey.std(axis=1)], axis=1),
+            "border colour": np.concatenate([edge.mean(axis=1) for edge in edges], axis=1),
+        }
+
+    def _dropped(self, suspects: Sequence[Suspect]) -> dict[str, str]:
+        """Return what a cleaned list leaves out, with the reason: the test part stays whole, train gives way to it.
+
+        Near copies within a part, doubtful labels and outliers stay: whether they are wrong only a look can tell.
+        """
+        dropped = {self.features.paths[place]: "copy of a test image" for place in sorted(self._twins()[1])}
+        for suspect in suspects:
+            if suspect.kind in {"copy", "blank"}:
+                dropped.setdefault(suspect.path, suspect.kind)
+            elif suspect.kind.endswith(ACROSS) and suspect.split == "val":
+                dropped.setdefault(suspect.other, "copy of a validation image")
+        return dropped
+
+
+def cleaned(dataset: Dataset, dropped: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Return the rows of a manifest of the images that are not dropped, its header first.
+
+    Raises:
+        UsageError: the images are no files of their own, which a manifest could name.
+    """
+    if not isinstance(dataset.reader, FileReader):
+        raise UsageError(f"{dataset.name}: its images are no files of their own, so that no manifest can list them.")
+    root, has_splits = dataset.reader.root.resolve(), any(dataset.table.splits)
+    rows = [
+        (str(root / sample.path), sample.label, *((sample.split,) if has_splits else ()))
+        for sample in dataset.samples
+        if sample.path not in dropped
+    ]
+    return [("path", "label", *(("split",) if has_splits else ())), *rows]

@@ -1,0 +1,134 @@
+"""What small heads tell about a data set instead of its classes: wrong labels, shortcuts, and whether test is like train."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.evaluation.draws import Drawing, Units, fold_of
+from featcache.evaluation.intervals import Interval
+from featcache.evaluation.metrics import Gap, paired_gap
+from featcache.evaluation.splits import FOLDS, Fold, Index, Split
+from featcache.evaluation.suspects import auc, mean_auc
+from featcache.evaluation.tasks import evaluate_on_test
+from featcache.heads.base import Params
+from featcache.heads.search import predict_with, search_head, train
+
+_HEAD = "logistic"
+_BINS = 10  # quantiles of a measure: a linear head on them follows any curve
+_GRID: Sequence[Params] = ({"C": 0.01}, {"C": 1.0}, {"C": 100.0})
+_NEAR = 0.5  # of the way from the commonest class to the probe, from which a measure is called a shortcut
+_FEWEST = 2  # images of both parts in a fold, of which a variance can be told
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What one measure of an image tells of its class: accuracy on test, and the gap to the commonest class.
+
+    ``is_near``: it is better than that, and at least half as much better as the probe is.
+    """
+
+    measure: str
+    accuracy: float
+    over_majority: Gap
+    is_near: bool
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How well a head on embeddings tells test from training images: the area under the ROC curve, 0.5 if not at all."""
+
+    auc: float
+    auc_ci: Interval
+
+
+def out_of_fold(X: NDArray[Any], y: Index, units: Units, params: Params, seed: int) -> tuple[Index, NDArray[np.float64]]:
+    """Return positions (k,), and what a head that has not seen them, nor copies of them, answers of each (k, classes).
+
+    Images of classes that have fewer units than there are folds are left out: a fold would not train on them.
+
+    Args:
+        X: embeddings (n, d).
+        y: classes (n,).
+        units: what is in one fold together.
+        params: of the head.
+        seed: of the folds.
+    """
+    drawing = Drawing(y, (), units, seed, grouped=False)
+    counts = drawing.counts(np.arange(len(y)))
+    keep = np.flatnonzero([counts[label] >= FOLDS for label in y.tolist()])
+    if len(np.unique(y[keep])) < 2:
+        return keep[:0], np.empty((0, int(y.max()) + 1))
+    folds = list(_folds(keep, drawing))
+    search = search_head(_HEAD, X, y, folds, seed, [params])
+    return np.concatenate([fold.val for fold in folds]), search.answers
+
+
+def _folds(positions: Index, drawing: Drawing) -> Iterator[Fold]:
+    fold = fold_of(positions, drawing, FOLDS)
+    for number in range(FOLDS):
+        if (fold == number).any():
+            yield Fold(positions[fold != number], positions[fold == number])
+
+
+def shortcuts(
+    measures: Mapping[str, NDArray[Any]], y: Index, split: Split, probe: NDArray[np.bool_], seed: int
+) -> list[Shortcut]:
+    """Return what measures of images tell of their class, each alone, the most telling first.
+
+    Args:
+        measures: by their names, columns (n, m).
+        y: classes (n,).
+        split: which images train, choose and test.
+        probe: whether the probe has each test image right (t,).
+        seed: of the heads' own randomness.
+    """
+    commonest = y[split.test] == np.bincount(y[split.train_val]).argmax()
+    results = []
+    for name, columns in measures.items():
+        X = binned(columns, split.train_val)
+        if not X.shape[1]:  # all images are alike in it
+            continue
+        search = search_head(_HEAD, X, y, split.folds, seed, _GRID)
+        estimator = train(_HEAD, search.params, X[split.train_val], y[split.train_val], seed)
+        classes = int(y.max()) + 1
+        right = evaluate_on_test(lambda index: predict_with(estimator, X[index], "label", classes), y, split).right  # noqa: B023
+        gap = paired_gap(right, commonest, groups=split.test_groups)
+        reach = _NEAR * 100 * (float(probe.mean()) - float(commonest.mean()))
+        results.append(Shortcut(name, float(right.mean()), gap, not gap.is_noise and gap.points > 0 and gap.points >= reach))
+    return sorted(results, key=lambda result: -result.accuracy)
+
+
+def binned(columns: NDArray[Any], train: Index) -> NDArray[np.float32]:
+    """Return which tenth of the training images' values each value (n, m) is in, one column a tenth (n, k)."""
+    parts = []
+    for values in columns.T:
+        edges = np.unique(np.quantile(values[train], np.linspace(0, 1, _BINS + 1)[1:-1]))
+        place = np.digitize(values, edges)
+        seen = np.unique(place[train])
+        if len(seen) > 1:
+            parts.append(place[:, None] == seen)
+    return np.concatenate(parts, axis=1).astype(np.float32) if parts else np.empty((len(columns), 0), np.float32)
+
+
+def shift(X: NDArray[Any], units: Units, split: Split, params: Params, seed: int) -> Shift | None:
+    """Return how well test images can be told from the others, by heads that have not seen them; ``None`` of too few.
+
+    Args:
+        X: embeddings (n, d).
+        units: what is in one fold together.
+        split: whose test images are told from the others.
+        params: of the head, chosen for another question: none is chosen on the images that it is judged by.
+        seed: of the folds.
+    """
+    is_test = np.zeros(len(X), np.int64)
+    is_test[split.test] = 1
+    folds = list(_folds(np.arange(len(X)), Drawing(is_test, (), units, seed, grouped=False)))
+    if any(np.bincount(is_test[part], minlength=2).min() < _FEWEST for fold in folds for part in (fold.train, fold.val)):
+        return None
+    answers = search_head(_HEAD, X, is_test, folds, seed, [params]).answers[:, 1]
+    ends = np.cumsum([len(fold.val) for fold in folds])[:-1]
+    parts = zip(folds, np.split(answers, ends), strict=True)
+    return Shift(*mean_auc([auc(is_test[fold.val] == 1, told) for fold, told in parts]))
