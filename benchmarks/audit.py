@@ -9,14 +9,10 @@ What the audit finds in DATA as it is does not count, neither for nor against it
 
 import csv
 import io
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-
-import featcache
 
 COPIES, MIRRORED, FLIPPED = 100, 100, 0.05
 KINDS = ("encoded", "resized", "both")

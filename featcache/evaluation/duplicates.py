@@ -15,8 +15,11 @@ Index = NDArray[np.int64]
 
 _TILE = 2048  # rows of a block: three products of two blocks are 48 MB, however many images there are
 _FLAT = 2.0  # levels of 255 that pixels spread by: what is flatter is like every other flat image, and a copy of none
-_LEAST_PASSING = 0.005  # of the copies that thresholds are fitted on, the share that may miss one of them
-_ROOM = 0.25  # by how much more than the sample's copies those of other images may differ
+_PASSING = 0.05  # quantile of the sample's copies that limits are set by: the few oddest images say nothing of the others
+# By how much farther from 1 than that others may be, in cosine and in correlation; and where no sample says that it is
+# enough. Pixels of unlike images are so far apart that what was photographed twice passes too (benchmarks/audit.md).
+_ROOM = (0.5, 2.5)
+_LEAST = (0.2, 0.9)
 _MOST_PAIRS = 2_000_000  # 100 MB: images that are all alike have as many pairs as squares
 
 
@@ -33,9 +36,8 @@ class Likeness:
 
         The scale is the distance from 1, since that is what an image's content stretches.
         """
-        ends = (float(np.quantile(values, _LEAST_PASSING)) for values in (cosine, correlation))
-        cosine_end, correlation_end = (1 - (1 + _ROOM) * (1 - end) for end in ends)
-        return cls(cosine_end, correlation_end)
+        ends = (float(np.quantile(values, _PASSING)) for values in (cosine, correlation))
+        return cls(*(max(least, 1 - (1 + room) * (1 - end)) for least, room, end in zip(_LEAST, _ROOM, ends, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def pixel_rows(thumbnails: NDArray[np.uint8]) -> Rows:
     for down in (0, 1):
         for across in (0, 1):
             halved += thumbnails[:, down::2, across::2]
+    halved -= halved.mean(axis=(1, 2), keepdims=True)  # of each channel: a common hue would make all images alike
     flat = halved.reshape(n, -1) / 4
-    flat -= flat.mean(axis=1, keepdims=True)
     spread = flat.std(axis=1, keepdims=True)
     length = spread * np.float32(np.sqrt(flat.shape[1]))
     rows: Rows = np.where(spread > _FLAT, flat / np.maximum(length, np.float32(1e-12)), np.float32(0))

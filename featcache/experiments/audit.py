@@ -283,7 +283,8 @@ class _Audit:
                 return {name == "mirrored": Likeness(**note[name]) for name in ("plain", "mirrored")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s: %s; thresholds are fitted again", path, error)
-        drawn = np.random.default_rng(self.seed).permutation(different)[:_SAMPLE]
+        odd = np.any(list(odd_images(self.thumbnails, self.sizes[:, :2]).values()), axis=0)
+        drawn = np.random.default_rng(self.seed).permutation(different[~odd[different]])[:_SAMPLE]
         limits = self._fitted_limits(np.sort(drawn))
         told = {name: asdict(limits[name == "mirrored"]) for name in ("plain", "mirrored")}
         replace_file(path, json.dumps(sealed(told, experiment.key)).encode())
@@ -291,6 +292,21 @@ class _Audit:
 
     def _fitted_limits(self, sample: NDArray[np.int64]) -> Mapping[bool, Likeness]:
         """Send altered copies of some images through preprocessing and backbone, and see how alike they have stayed."""
+        content = self._altered(sample)
+        if not content:
+            return {False: _NEVER, True: _NEVER}
+        samples = [Sample(path, "copy") for path in content]
+        # a cache of its own, that nobody else's list of entries shows
+        with tempfile.TemporaryDirectory(prefix="featcache-audit-") as folder:
+            settings = replace(self.cache.settings, cache=Path(folder), part=None, engine="local", rebind=False, max_bad=1.0)
+            cache = FeatureCache(Dataset("copies", folder, samples, MemoryReader(content)), self.cache.spec, settings)
+            (rows,) = cache.features([Output(POOLED)], thumbnails=SIDE)
+            copies, pixels = rows.store.features(), cache.thumbnails(SIDE).store.features()
+        shown = dict(zip(pixels.paths, np.asarray(pixels.X).reshape(-1, SIDE, SIDE, 3), strict=True))
+        return {is_mirrored: self._limit(copies, shown, is_mirrored=is_mirrored) for is_mirrored in (False, True)}
+
+    def _altered(self, sample: NDArray[np.int64]) -> dict[str, bytes]:
+        """Return copies of some images, by how they were altered and which image they are of."""
         content: dict[str, bytes] = {}
         for place in sample.tolist():
             original = self.cache.dataset.read(self.features.paths[place])
@@ -299,29 +315,18 @@ class _Audit:
                     content[f"{how}/{place}"] = altered(original, how)
                 except UnreadableImage as error:
                     logger.debug("%s: %s", self.features.paths[place], error)
-        samples = [Sample(path, "copy") for path in content]
-        with tempfile.TemporaryDirectory(prefix="featcache-audit-") as folder:
-            settings = replace(self.cache.settings, cache=Path(folder), part=None, engine="local", rebind=False, max_bad=1.0)
-            copies = FeatureCache(Dataset("copies", folder, samples, MemoryReader(content)), self.cache.spec, settings)
-            (rows,) = copies.features([Output(POOLED)], thumbnails=SIDE)
-            features, pixels = rows.store.features(), copies.thumbnails(SIDE).store.features()
-            seen = dict(zip(pixels.paths, np.asarray(pixels.X), strict=True))
-        limits = {}
-        for is_mirrored in (False, True):
-            chosen = [
-                row for row, path in enumerate(features.paths) if path.startswith("mirrored") == is_mirrored and path in seen
-            ]
-            places = np.array([int(features.paths[row].rpartition("/")[2]) for row in chosen], np.int64)
-            of_copies = np.stack([seen[features.paths[row]] for row in chosen]).reshape(-1, SIDE, SIDE, 3)
-            originals = self.thumbnails[places]
-            shown = pixel_rows(mirrored(originals) if is_mirrored else originals)
-            cosine = (unit_rows(self.features.X[places], self.mean) * unit_rows(features.X[chosen], self.mean)).sum(axis=1)
-            correlation = (shown * pixel_rows(of_copies)).sum(axis=1)
-            is_telling = shown.any(axis=1)
-            limits[is_mirrored] = (
-                Likeness.fitted(cosine[is_telling], correlation[is_telling]) if is_telling.any() else _NEVER
-            )
-        return limits
+        return content
+
+    def _limit(self, copies: Features, shown: Mapping[str, NDArray[np.uint8]], *, is_mirrored: bool) -> Likeness:
+        rows = [row for row, path in enumerate(copies.paths) if path.startswith("mirrored") == is_mirrored and path in shown]
+        if not rows:
+            return _NEVER
+        places = np.array([int(copies.paths[row].rpartition("/")[2]) for row in rows], np.int64)
+        originals = self.thumbnails[places]
+        pixels = pixel_rows(mirrored(originals) if is_mirrored else originals)
+        cosine = (unit_rows(self.features.X[places], self.mean) * unit_rows(copies.X[rows], self.mean)).sum(axis=1)
+        correlation = (pixels * pixel_rows(np.stack([shown[copies.paths[row]] for row in rows]))).sum(axis=1)
+        return Likeness.fitted(cosine, correlation)
 
     @cached_property
     def copies(self) -> Mapping[int, Sequence[_Copy]]:

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featcache.evaluation.suspects import Removal
     from featcache.experiments.audit import AuditResult, Suspect
 
+COLUMNS = ("kind", "path", "label", "split", "other", "other_label", "other_split", "score")
 _SHOWN = 5  # suspects of a kind in a terminal; a file has all of them
 _ABOUT = {
     "label": "label is likely wrong",
@@ -37,12 +38,12 @@ def audit_lines(result: "AuditResult") -> Iterator[str]:
     """Yield the counts, the first suspects of each kind, and what follows for scores."""
     yield audit_table(result).plain()
     for kind in result.counts:
-        own = [suspect for suspect in result.suspects if suspect.kind == kind]
+        of_kind = [suspect for suspect in result.suspects if suspect.kind == kind]
         yield ""
         yield f"{_ABOUT.get(kind, kind)}:"
-        yield from (f"  {_suspect_text(suspect)}" for suspect in own[:_SHOWN])
-        if len(own) > _SHOWN:
-            yield f"  and {len(own) - _SHOWN} more"
+        yield from (f"  {_suspect_text(suspect)}" for suspect in of_kind[:_SHOWN])
+        if len(of_kind) > _SHOWN:
+            yield f"  and {len(of_kind) - _SHOWN} more"
     yield ""
     yield from leak_lines(result)
     yield from _shortcut_lines(result)
@@ -97,19 +98,16 @@ def _shortcut_lines(result: "AuditResult") -> Iterator[str]:
 
 
 def _suspect_text(suspect: "Suspect") -> str:
-    own = f"{printable(suspect.path)} ({printable(suspect.label)}, {suspect.split})"
+    text = f"{printable(suspect.path)} ({printable(suspect.label)}, {suspect.split})"
     if suspect.other:
-        return f"{own} = {printable(suspect.other)} ({printable(suspect.other_label)}, {suspect.other_split})"
-    return f"{own}, rather {printable(suspect.other_label)}" if suspect.other_label else own
+        return f"{text} = {printable(suspect.other)} ({printable(suspect.other_label)}, {suspect.other_split})"
+    return f"{text}, rather {printable(suspect.other_label)}" if suspect.other_label else text
 
 
 def suspects_csv(suspects: Sequence["Suspect"]) -> str:
     """Return all suspects as CSV; a cell that a spreadsheet would run as a formula is quoted with an apostrophe."""
-    from featcache.experiments.audit import Suspect
-
-    header = [field.name for field in fields(Suspect)]
     rows = ([inert(cell) if isinstance(cell, str) else f"{cell:.6g}" for cell in astuple(suspect)] for suspect in suspects)
-    return _csv([header, *rows])
+    return _csv([COLUMNS, *rows])
 
 
 def write_csv(path: Path, text: str) -> None:
