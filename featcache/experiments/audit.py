@@ -28,7 +28,6 @@ from featcache.evaluation.duplicates import (
 )
 from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.evaluation.suspects import Removal, label_issues, odd_images, outliers, without
-from featcache.evaluation.tasks import require_kind
 from featcache.experiments.experiment import Experiment, aligned
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, in_memory, run_fit
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
@@ -150,7 +149,7 @@ def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -
         DataError: labels are no classes, or there are too few images.
         UsageError: the features do not fit into memory.
     """
-    require_kind(cache.dataset, "label")
+    cache.dataset.require_kind("label")
     entry = cache.features([Output(POOLED)], thumbnails=SIDE)[0]
     if not in_memory(entry.store):
         raise UsageError(f"{cache.dataset.name}: an audit holds all features in memory, and they do not fit.")

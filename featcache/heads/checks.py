@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from featcache.evaluation.draws import Drawing, Units, fold_of
 from featcache.evaluation.intervals import Interval
-from featcache.evaluation.metrics import Gap, paired_gap
+from featcache.evaluation.metrics import Gap, evaluate_on_test, paired_gap
 from featcache.evaluation.splits import FOLDS, Fold, Index, Split
 from featcache.evaluation.suspects import auc, mean_auc
-from featcache.evaluation.tasks import evaluate_on_test
 from featcache.heads.base import Params
 from featcache.heads.search import predict_with, search_head, train
 
