@@ -127,6 +127,16 @@ def test_seeds_share_a_row() -> None:
     assert row[8:] == ["4.0", "1.7", "-"]
 
 
+def test_seeds_that_answer_alike_have_the_interval() -> None:
+    """A deviation of zero would hide how many test images there are."""
+    seeds = [record_of(seed=seed, cell=str(seed), right="1" * 30 + "0" * 10) for seed in range(3)]
+
+    (row,) = rows(seeds)
+
+    low, high = seeds[0].test["accuracy_ci"]
+    assert row[4] == f"{100 * low:.1f} to {100 * high:.1f} (3 seeds alike)"
+
+
 def test_another_request_is_another_row() -> None:
     """A method with other settings is not taken for a seed of the same."""
     usual, wider = record_of(cell="0"), record_of(cell="1", seed=1, request={"grid": [["alpha", [1.0]]]})

@@ -114,9 +114,10 @@ def _without_seed(record: RunRecord) -> str:
 def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
     first = group.first
     accuracies = [100 * record.test["accuracy"] for record in group.records]
-    if len(accuracies) == 1:
+    if len(set(accuracies)) == 1:  # of seeds that all answer the same, a deviation of 0 would tell nothing
         interval = first.test["accuracy_ci"]
-        spread = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "-"
+        alike = f" ({len(accuracies)} seeds alike)" if len(accuracies) > 1 else ""
+        spread = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}{alike}" if interval else f"-{alike}"
     else:
         spread = f"± {statistics.stdev(accuracies):.2f} ({len(accuracies)} seeds)"
     points, gap_spread, p_value = _gap_cells(group, records)
