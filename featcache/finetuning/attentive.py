@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 QUERIES = (16, 4, 32)  # the first is tried at every rate
 DECAYS = (0.05, 0.5)
-RATES = (1e-3, 1e-2)
+RATES = (1e-3, 1e-2, 3e-2)
 _SMOOTHING = 0.1
 _HEAD_RATE = 1e-3  # of one channel; of many each must move less for the same change of logits
-_EPOCHS, _PATIENCE, _BATCH = 30, 5, 32
+_EPOCHS, _PATIENCE, _BATCH = 50, 5, 32
 _MEASURED = 256  # images whose tokens tell how widely each channel is spread
 _AT_ONCE = 256  # images a step of predicting
 
