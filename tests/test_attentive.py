@@ -173,6 +173,7 @@ def test_an_attentive_head_is_fitted_kept_and_asked(how: Any, subtle: Path, sett
     plan = FitPlan(heads=("logistic", "attentive"), format=how, baselines=False)
     result = featcache.fit(str(subtle), VIT, plan=plan, settings=settings)
     again = featcache.fit(str(subtle), VIT, plan=plan, settings=settings)
+    beside = featcache.fit(str(subtle), VIT, plan=replace(plan, best_pool=True), settings=settings)
     linear, head = result.heads
 
     bundle, predictions = featcache.predict(head.bundle, [subtle], settings=settings)
@@ -185,6 +186,7 @@ def test_an_attentive_head_is_fitted_kept_and_asked(how: Any, subtle: Path, sett
     assert answers == [head.classes[number] for number in head.fitted.tested.predicted]
     assert written.difference < 1e-4
     assert [each.record.time for each in again.heads] == [each.record.time for each in result.heads]
+    assert beside.heads[1].record.time == head.record.time  # what others are trained on makes it no other experiment
     assert not list(settings.cache.rglob("*.unfinished"))
 
 

@@ -210,6 +210,8 @@ class FitPlan:
 
         Tables call it by the head, with what it is trained on, where that is not the usual.
         """
+        if head in ATTENTIVE and self.best_pool:  # the same experiment, whatever others are trained on
+            return replace(self, best_pool=False).experiment(cache, task, head, seed, members)
         words = [head if task.kind == "label" else f"{head} ({task.kind})"]
         words += [f"on {'+'.join(self.layers)}"] if self.layers else []
         words += ["best pool"] if self.best_pool else []
