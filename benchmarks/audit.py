@@ -9,13 +9,21 @@ What the audit finds in DATA as it is does not count, neither for nor against it
 
 import csv
 import io
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+import featcache
+from featcache.experiments.audit import Suspect
+from featcache.reports.audit import leak_lines
+
 COPIES, MIRRORED, FLIPPED = 100, 100, 0.05
 KINDS = ("encoded", "resized", "both")
+MANIFEST = "planted.csv"  # one name for all: rows of images that were computed are taken again
 
 
 def changed(path: Path, kind: str) -> bytes:
@@ -51,7 +59,7 @@ def plant_copies(data: Path, out: Path, seed: int) -> tuple[Path, dict[frozenset
         copy.write_bytes(changed(Path(path), kind))
         rows.append((str(copy), label, "test"))
         pairs[frozenset((path, str(copy)))] = kind
-    return written(out / "copies.csv", rows), pairs
+    return written(out / MANIFEST, rows), pairs
 
 
 def plant_labels(data: Path, out: Path, seed: int) -> tuple[Path, set[str]]:
@@ -64,7 +72,7 @@ def plant_labels(data: Path, out: Path, seed: int) -> tuple[Path, set[str]]:
         (path, str(rng.choice([name for name in classes if name != label])) if number in flipped else label, split)
         for number, (path, label, split) in enumerate(rows)
     ]
-    return written(out / "labels.csv", changed_rows), {rows[number][0] for number in flipped}
+    return written(out / MANIFEST, changed_rows), {rows[number][0] for number in flipped}
 
 
 def written(path: Path, rows: list[tuple[str, str, str]]) -> Path:
@@ -72,3 +80,60 @@ def written(path: Path, rows: list[tuple[str, str, str]]) -> Path:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "split"), *rows])
     return path
+
+
+def score_copies(data: Path, out: Path, backbone: str) -> None:
+    """Print which of the planted copies are found, and which pairs beside them."""
+    before = {frozenset((suspect.path, suspect.other)) for suspect in copies_in(data, out, backbone)}
+    manifest, pairs = plant_copies(data, out, seed=0)
+    started = time.perf_counter()
+    result = featcache.audit(manifest, backbone)
+    seconds = time.perf_counter() - started
+    told = {frozenset((full(suspect.path), full(suspect.other))) for suspect in result.suspects if suspect.other}
+    for kind in (*KINDS, "mirrored"):
+        of_kind = [pair for pair, own in pairs.items() if own == kind]
+        print(f"{kind}: {sum(pair in told for pair in of_kind)} of {len(of_kind)} found")
+    beside = told - pairs.keys()
+    print(f"pairs told: {len(told)}, planted {len(told & pairs.keys())}, in DATA before {len(beside & before)}, ", end="")
+    print(f"neither {len(beside - before)}; {seconds:.1f} s")
+    for pair in beside:
+        print("  look at", *sorted(pair))
+    print("\n".join(leak_lines(result)))
+
+
+def copies_in(data: Path, out: Path, backbone: str) -> list[Suspect]:
+    """Return the copies that a data set holds by itself, by full paths."""
+    result = featcache.audit(written(out / MANIFEST, images_of(data)), backbone)
+    copies = [suspect for suspect in result.suspects if suspect.other]
+    return [replace(suspect, path=full(suspect.path), other=full(suspect.other)) for suspect in copies]
+
+
+def full(path: str) -> str:
+    """Return a path as the manifest has it."""
+    return str(Path("/") / path)
+
+
+def score_labels(data: Path, out: Path, backbone: str) -> None:
+    """Print how many of the flipped labels are doubted, and the precision down to where 80 % are."""
+    manifest, flipped = plant_labels(data, out, seed=0)
+    result = featcache.audit(manifest, backbone)
+    doubted = [full(suspect.path) in flipped for suspect in result.suspects if suspect.kind == "label"]
+    hits = np.cumsum(doubted)
+    print(f"{len(flipped)} labels flipped, {len(doubted)} doubted, {int(hits[-1])} of them flipped")
+    needed = 0.8 * len(flipped)
+    if hits[-1] >= needed:
+        place = int(np.searchsorted(hits, needed)) + 1
+        print(f"precision at recall .8: {hits[place - 1] / place:.3f}")
+    else:
+        print(f"recall .8 is not reached: {hits[-1] / len(flipped):.3f} at precision {hits[-1] / len(doubted):.3f}")
+
+
+def main(data: str, out: str, backbone: str = "lite0") -> None:
+    """Plant, audit, count."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    score_copies(Path(data), Path(out), backbone)
+    score_labels(Path(data), Path(out), backbone)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
