@@ -14,6 +14,7 @@ Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 _BLANK, _DARK, _BRIGHT = 3.0, 16.0, 239.0  # levels of 255: the spread of a blank image; means of dark and bright ones
+_AT_ONCE = 4096  # images: 100 MB
 _TINY = 0.25  # of the median image's shorter side
 _LONG = 3.0  # times as long as it is high, or the reverse, where the median image is not
 _FAR = 5.0  # deviations (1.4826 x the median one, as of a normal distribution) from the median distance
@@ -52,8 +53,7 @@ def odd_images(thumbnails: NDArray[np.uint8], sizes: Index) -> Mapping[str, Mask
         thumbnails: uint8 (n, 32, 32, 3).
         sizes: width and height (n, 2), 0 where they are not known.
     """
-    flat = thumbnails.reshape(len(thumbnails), -1)
-    spread, level = flat.std(axis=1), flat.mean(axis=1)
+    level, spread = levels(thumbnails).T
     is_blank = spread < _BLANK
     wide, high = np.maximum(sizes.T.astype(np.float64), 1e-9)
     shorter, stretch = np.minimum(wide, high), np.abs(np.log(wide / high))
@@ -68,6 +68,15 @@ def odd_images(thumbnails: NDArray[np.uint8], sizes: Index) -> Mapping[str, Mask
         "tiny": is_sized & (shorter < _TINY * usual_side),
         "long": is_sized & (stretch > np.log(_LONG)) & (usual_stretch < np.log(_LONG)),
     }
+
+
+def levels(thumbnails: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the mean and the spread of each image's levels (n, 2)."""
+    flat = thumbnails.reshape(len(thumbnails), -1)
+    # some at a time: numbers of floating point take eight times the memory of pixels
+    blocks = [flat[start : start + _AT_ONCE] for start in range(0, len(flat), _AT_ONCE)]
+    parts = [np.stack([block.mean(axis=1), block.std(axis=1)], axis=1) for block in blocks]
+    return np.concatenate(parts) if parts else np.empty((0, 2))
 
 
 def outliers(nearest: NDArray[np.float32]) -> Index:

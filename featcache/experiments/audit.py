@@ -27,7 +27,7 @@ from featcache.evaluation.duplicates import (
     unit_rows,
 )
 from featcache.evaluation.metrics import Gap, paired_gap
-from featcache.evaluation.suspects import Removal, label_issues, odd_images, outliers, without
+from featcache.evaluation.suspects import Removal, label_issues, levels, odd_images, outliers, without
 from featcache.experiments.experiment import Experiment, aligned
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, in_memory, run_fit
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
@@ -329,31 +329,31 @@ class _Audit:
 
     @cached_property
     def copies(self) -> Mapping[int, Sequence[_Copy]]:
-        """The copies of each image that has any, exact ones first."""
-        members: dict[int, list[int]] = defaultdict(list)
+        """The copies of each image that has any, exact ones first; of images of the same bytes the first of each part."""
+        members, firsts = defaultdict[int, list[int]](list), defaultdict[int, dict[str, int]](dict)
         for place, first in enumerate(self.first.tolist()):
             members[first].append(place)
-        copies: dict[int, list[_Copy]] = defaultdict(list)
-        for same in members.values():
+            # one a part: a thousand times the same image would be a million pairs
+            firsts[first].setdefault(self.part[place], place)
+        copies = defaultdict[int, list[_Copy]](list)
+        for first, same in members.items():
             for place in same if len(same) > 1 else ():
-                copies[place] += [_Copy(other, "copy", 1.0) for other in same if other != place]
+                copies[place] += [_Copy(other, "copy", 1.0) for other in firsts[first].values() if other != place]
         pairs = self.near.pairs
         columns = (pairs.first.tolist(), pairs.second.tolist(), pairs.mirrored.tolist(), pairs.cosine.tolist())
         for first, second, is_mirrored, cosine in zip(*columns, strict=True):
             kind = "mirrored copy" if is_mirrored else "near copy"
-            for place in members[first]:
-                copies[place] += [_Copy(other, kind, cosine) for other in members[second]]
-            for place in members[second]:
-                copies[place] += [_Copy(other, kind, cosine) for other in members[first]]
+            for image, other_image in ((first, second), (second, first)):
+                for place in members[image]:
+                    copies[place] += [_Copy(other, kind, cosine) for other in firsts[other_image].values()]
         return {place: sorted(several, key=lambda copy: -copy.score) for place, several in copies.items()}
 
     def _copy_suspects(self) -> Iterator[Suspect]:
         """Yield a suspect an image: of test with its copy in train or val, of val in train, else with an earlier one."""
-        rank = {name: place for place, name in enumerate(_PARTS)}
         for place, several in self.copies.items():
-            own = rank[self.part[place]]
-            across = [copy for copy in several if rank[self.part[copy.other]] < own]
-            within = [copy for copy in several if rank[self.part[copy.other]] == own and copy.other < place]
+            own = _PARTS.index(self.part[place])
+            across = [copy for copy in several if _PARTS.index(self.part[copy.other]) < own]
+            within = [copy for copy in several if _PARTS.index(self.part[copy.other]) == own and copy.other < place]
             if across:
                 yield self._suspect(f"{across[0].kind}{ACROSS}", place, across[0].score, across[0].other)
             elif within:
@@ -387,23 +387,21 @@ class _Audit:
         label, part = features.classes[self.y[other]], str(self.part[other])
         return replace(suspect, other=features.paths[other], other_label=label, other_split=part)
 
-    def _twins(self) -> tuple[set[int], set[int]]:
-        """Return the test images that have copies in train or val, and those copies."""
-        is_test = self.part == "test"
-        leaked, twins = set[int](), set[int]()
-        for place in np.flatnonzero(is_test).tolist():
-            others = {copy.other for copy in self.copies.get(place, ()) if not is_test[copy.other]}
-            if others:
-                leaked.add(place)
-                twins |= others
-        return leaked, twins
+    def _with_copies_in(self, part: str, *, of: Sequence[str]) -> list[int]:
+        """Return the images of some parts that another part holds a copy of."""
+        return [
+            place
+            for place, several in self.copies.items()
+            if self.part[place] in of and any(self.part[copy.other] == part for copy in several)
+        ]
 
     def _leaks(self, doubtful: set[str]) -> Leaks:
         split = self.probe.split
-        leaked, twins = self._twins()
+        leaked = {place for part in ("train", "val") for place in self._with_copies_in(part, of=["test"])}
         is_leaked = np.isin(split.test, sorted(leaked))
         is_doubtful = np.array([self.features.paths[place] in doubtful for place in split.test.tolist()])
-        rest = split.train_val[~np.isin(split.train_val, sorted(twins))]
+        twins = self._with_copies_in("test", of=["train", "val"])
+        rest = split.train_val[~np.isin(split.train_val, twins)]
         retrained = None
         # a class that only copies train would be asked of a head that has never met it
         if twins and set(self.y[rest].tolist()) == set(self.y[split.train_val].tolist()):
@@ -416,14 +414,13 @@ class _Audit:
     def _measures(self, sizes: NDArray[np.int64]) -> Mapping[str, NDArray[np.float64]]:
         """Return what can be measured of an image without looking at what it shows, columns (n, m) by name."""
         wide, high, weight = np.log(np.maximum(sizes, 1)).T
-        pixels = self.thumbnails.astype(np.float32)
-        grey = pixels.mean(axis=3).reshape(len(pixels), -1)
+        pixels = self.thumbnails
         edges = [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]]
         return {
             "image size": np.stack([wide, high], axis=1),
             "aspect ratio": (wide - high)[:, None],
             "file size": weight[:, None],
-            "brightness": np.stack([grey.mean(axis=1), grey.std(axis=1)], axis=1),
+            "brightness": levels(pixels),
             "border colour": np.concatenate([edge.mean(axis=1) for edge in edges], axis=1),
         }
 
@@ -432,12 +429,17 @@ class _Audit:
 
         Near copies within a part, doubtful labels and outliers stay: whether they are wrong only a look can tell.
         """
-        dropped = {self.features.paths[place]: "copy of a test image" for place in sorted(self._twins()[1])}
+        twins = (
+            ("copy of a test image", self._with_copies_in("test", of=["train", "val"])),
+            ("copy of a validation image", self._with_copies_in("val", of=["train"])),
+        )
+        dropped = dict[str, str]()
+        for reason, places in twins:
+            for place in places:
+                dropped.setdefault(self.features.paths[place], reason)
         for suspect in suspects:
             if suspect.kind in {"copy", "blank"}:
                 dropped.setdefault(suspect.path, suspect.kind)
-            elif suspect.kind.endswith(ACROSS) and suspect.split == "val":
-                dropped.setdefault(suspect.other, "copy of a validation image")
         return dropped
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COLUMNS = ("kind", "path", "label", "split", "other", "other_label", "other_split", "score")
 _SHOWN = 5  # suspects of a kind in a terminal; a file has all of them
 _ABOUT = {
-    "label": "label is likely wrong",
+    "label": "label is doubted",
     "long": "very long or high",
     "tiny": "much smaller than the others",
     "outlier": "like no other image",
