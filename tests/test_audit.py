@@ -222,9 +222,11 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = neighbourhood(rows, thumbnails, limits)
     monkeypatch.setattr(duplicates, "_TILE", 5)
     by_blocks = neighbourhood(rows, thumbnails, limits)
+    monkeypatch.setattr(duplicates, "_FEW", 0)
+    by_tables = neighbourhood(rows, thumbnails, limits)
 
     cosine = rows @ rows.T - 2 * np.eye(23)
-    for result in (at_once, by_blocks):
+    for result in (at_once, by_blocks, by_tables):
         pairs = zip(result.pairs.first.tolist(), result.pairs.second.tolist(), result.pairs.mirrored.tolist(), strict=True)
         assert sorted(pairs) == [(4, 20, False), (7, 21, True)]
         np.testing.assert_allclose(result.nearest, cosine.max(axis=1), atol=1e-6)

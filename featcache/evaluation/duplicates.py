@@ -20,6 +20,7 @@ _PASSING = 0.05  # quantile of the sample's copies that limits are set by: the f
 # enough. Pixels of unlike images are so far apart that what was photographed twice passes too (benchmarks/audit.md).
 _ROOM = (0.5, 2.5)
 _LEAST = (0.2, 0.9)
+_FEW = 1 / 200  # of a block's pairs: more of them, each by itself, take longer and 130 MB
 _MOST_PAIRS = 2_000_000  # 100 MB: images that are all alike have as many pairs as squares
 
 
@@ -99,7 +100,7 @@ def neighbourhood(embeddings: Rows, thumbnails: NDArray[np.uint8], limits: Mappi
         limits: when two are copies, and when one is the other's mirror image (by ``True``).
     """
     pixels, flipped = pixel_rows(thumbnails), pixel_rows(mirrored(thumbnails))
-    nearest = np.full(len(embeddings), -1, np.float32)
+    nearest, least = np.full(len(embeddings), -1, np.float32), min(limit.cosine for limit in limits.values())
     blocks, count = list[tuple[NDArray[Any], ...]](), 0
     for rows, columns in _tiles(len(embeddings)):
         cosine = embeddings[rows] @ embeddings[columns].T
@@ -107,19 +108,29 @@ def neighbourhood(embeddings: Rows, thumbnails: NDArray[np.uint8], limits: Mappi
             cosine[np.tril_indices(len(cosine))] = -1  # each pair once, no image with itself
         nearest[rows] = np.maximum(nearest[rows], cosine.max(axis=1))
         nearest[columns] = np.maximum(nearest[columns], cosine.max(axis=0))
-        is_copy = np.zeros(cosine.shape, np.bool_)
+        first, second = np.nonzero(cosine >= least)
+        likeness, is_copy = cosine[first, second], np.zeros(len(first), np.bool_)
         for is_mirrored, own in ((False, pixels), (True, flipped)):
-            correlation = own[rows] @ pixels[columns].T
-            alike = (cosine >= limits[is_mirrored].cosine) & (correlation >= limits[is_mirrored].correlation) & ~is_copy
+            correlation = _correlations(own[rows], pixels[columns], first, second)
+            limit = limits[is_mirrored]
+            alike = (likeness >= limit.cosine) & (correlation >= limit.correlation) & ~is_copy
             is_copy |= alike
-            first, second = np.nonzero(alike)
-            kind = np.full(len(first), is_mirrored)
-            blocks.append((first + rows.start, second + columns.start, kind, cosine[alike], correlation[alike]))
-            count += len(first)
+            places = first[alike] + rows.start, second[alike] + columns.start
+            blocks.append((*places, np.full(len(places[0]), is_mirrored), likeness[alike], correlation[alike]))
+        count += int(is_copy.sum())
         if count > _MOST_PAIRS:
             break
     columns_of = [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
     return Neighbourhood(Pairs(*columns_of), nearest, is_cut=count > _MOST_PAIRS)
+
+
+def _correlations(one: Rows, other: Rows, first: Index, second: Index) -> Rows:
+    """Return the products of some pairs of rows (k,): pair by pair where they are few, else from the table of all."""
+    if len(first) > _FEW * len(one) * len(other):
+        table: Rows = one @ other.T
+        return table[first, second]
+    products: Rows = np.einsum("ij,ij->i", one[first], other[second])
+    return products
 
 
 def _tiles(n: int) -> Iterator[tuple[slice, slice]]:

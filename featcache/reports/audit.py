@@ -40,7 +40,13 @@ def audit_lines(result: "AuditResult") -> Iterator[str]:
     for kind in result.counts:
         of_kind = [suspect for suspect in result.suspects if suspect.kind == kind]
         yield ""
-        yield f"{_ABOUT.get(kind, kind)}:"
+        # where heads err often they doubt right labels: a count of doubts alone would read as one of errors
+        often = (
+            f" (the probe errs on {100 * (1 - result.leaks.leaked.accuracy):.1f} % of test images)"
+            if kind == "label"
+            else ""
+        )
+        yield f"{_ABOUT.get(kind, kind)}{often}:"
         yield from (f"  {_suspect_text(suspect)}" for suspect in of_kind[:_SHOWN])
         if len(of_kind) > _SHOWN:
             yield f"  and {len(of_kind) - _SHOWN} more"
