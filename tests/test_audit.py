@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,10 +18,13 @@ from support import TINY, Outcome
 from featcache.datasets import open_dataset
 from featcache.errors import UsageError
 from featcache.evaluation import duplicates
+from featcache.evaluation.draws import units_of
 from featcache.evaluation.duplicates import Likeness, components, neighbourhood, pixel_rows, unit_rows
+from featcache.evaluation.splits import Split
 from featcache.evaluation.suspects import auc, label_issues, odd_images, outliers, without
 from featcache.experiments.audit import AuditResult, Suspect, cleaned, run_audit
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.heads.checks import out_of_fold, shift
 from featcache.reports.audit import audit_lines, suspects_csv
 from featcache.specs import BackboneSpec, TransformOverrides
 
@@ -340,3 +344,55 @@ def test_the_terminal_shows_suspects_and_what_they_cost(planted: Planted) -> Non
     assert any(f"{path} " in lines and original in lines for path, (_, original) in copies.items())
     assert f"Without the {len(copies)} that train or val hold a copy of:" in lines
     assert "Trained without those copies" in lines
+
+
+def test_without_cleanlab_the_rest_is_told(monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
+    """What could not be looked for is said, with the command that installs it."""
+    copies, cache, _ = planted
+    monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
+
+    result = run_audit(FeatureCache(cache.dataset, cache.spec, cache.settings))
+
+    assert "pip install 'featcache[audit]'" in result.missing[0]
+    assert result.missing[0] in "\n".join(audit_lines(result))
+    assert copies.keys() == {suspect.path for suspect in result.suspects}
+
+
+def test_test_images_of_another_kind_are_told_from_training_images() -> None:
+    """Moved by a deviation they are, with an interval above chance; drawn alike they are not."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 8)).astype(np.float32)
+    split = Split(np.arange(200), np.empty(0, np.int64), np.arange(200, 300))
+    moved = X.copy()
+    moved[200:, 0] += 1
+
+    alike, other = (shift(rows, units_of(300), split, {"C": 0.01}, 0) for rows in (X, moved))
+
+    assert alike is not None
+    assert other is not None
+    assert alike.auc_ci[0] < 0.5
+    assert other.auc_ci[0] > 0.6
+
+
+def test_folds_keep_copies_together_and_leave_small_classes_out() -> None:
+    """A head that has not seen an image has not seen its copy: labels drawn at random are told no better than by chance."""
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.normal(size=(60, 40)).astype(np.float32), 2, axis=0)
+    y = np.repeat(rng.integers(0, 2, 60), 2)
+    y[:4] = 2  # two contents
+    contents = [f"{number // 2:03d}" for number in range(120)]
+
+    places, together = out_of_fold(X, y, units_of(120, contents), {"C": 10.0}, 0)
+    places_apart, apart = out_of_fold(X, y, units_of(120), {"C": 10.0}, 0)
+
+    assert places.min() == 4
+    assert (together.argmax(axis=1) == y[places]).mean() < 0.7
+    assert (apart.argmax(axis=1) == y[places_apart]).mean() > 0.8
+
+
+def test_where_ordinary_images_are_alike_limits_are_above_them() -> None:
+    """Copies that changed much do not make neighbours into copies; where neighbours are far, copies alone decide."""
+    fitted = Likeness.fitted(np.full(50, 0.9), np.full(50, 0.98))
+
+    assert fitted.above(np.full(50, 0.96)).correlation == pytest.approx(0.99)
+    assert fitted.above(np.full(50, 0.5)) == fitted

@@ -4,7 +4,7 @@ Either alone is too little: a backbone takes two photographs of one class for al
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ _PASSING = 0.05  # quantile of the sample's copies that limits are set by: the f
 # enough. Pixels of unlike images are so far apart that what was photographed twice passes too (benchmarks/audit.md).
 _ROOM = (0.5, 2.5)
 _LEAST = (0.2, 0.9)
+_WITHOUT_COPIES, _ABOVE = 0.25, 0.75
 _FEW = 1 / 200  # of a block's pairs: more of them, each by itself, take longer and 130 MB
 _MOST_PAIRS = 2_000_000  # 100 MB: images that are all alike have as many pairs as squares
 
@@ -39,6 +40,14 @@ class Likeness:
         """
         ends = (float(np.quantile(values, _PASSING)) for values in (cosine, correlation))
         return cls(*(max(least, 1 - (1 + room) * (1 - end)) for least, room, end in zip(_LEAST, _ROOM, ends, strict=True)))
+
+    def above(self, others: NDArray[Any]) -> "Likeness":
+        """Return limits that images which are no copies do not reach, given how alike some are to their nearest (k,).
+
+        Digits of 8 pixels are as alike as copies of one that was resized. A quarter of the images are taken to have no copy.
+        """
+        usual = float(np.quantile(others, _WITHOUT_COPIES))
+        return replace(self, correlation=max(self.correlation, usual + _ABOVE * (1 - usual)))
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,14 @@ def pixel_rows(thumbnails: NDArray[np.uint8]) -> Rows:
     length = spread * np.float32(np.sqrt(flat.shape[1]))
     rows: Rows = np.where(spread > _FLAT, flat / np.maximum(length, np.float32(1e-12)), np.float32(0))
     return rows
+
+
+def nearest_others(rows: Rows, pixels: Rows, places: Index) -> Rows:
+    """Return the greatest correlation of some images' rows (k, d) with those of all images (n, d) but their own (k,)."""
+    correlation = rows @ pixels.T
+    correlation[np.arange(len(places)), places] = -1
+    nearest: Rows = correlation.max(axis=1)
+    return nearest
 
 
 def mirrored(thumbnails: NDArray[np.uint8]) -> NDArray[np.uint8]:

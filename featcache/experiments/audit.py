@@ -22,6 +22,7 @@ from featcache.evaluation.duplicates import (
     Neighbourhood,
     components,
     mirrored,
+    nearest_others,
     neighbourhood,
     pixel_rows,
     unit_rows,
@@ -273,7 +274,9 @@ class _Audit:
 
     def _limits(self, different: NDArray[np.int64]) -> Mapping[bool, Likeness]:
         """Return from when on images are copies: from the note of an earlier audit, or fitted on copies of a sample."""
-        experiment = Experiment(self.cache, self.probe.task, "audit", {"alterations": list(ALTERATIONS)}, self.seed)
+        experiment = Experiment(
+            self.cache, self.probe.task, "audit", {"alterations": list(ALTERATIONS), "above": "others"}, self.seed
+        )
         path = experiment.path(self.entry, "audit")
         path = path.with_name(f"{path.name}.json")
         try:
@@ -302,7 +305,12 @@ class _Audit:
             (rows,) = cache.features([Output(POOLED)], thumbnails=SIDE)
             copies, pixels = rows.store.features(), cache.thumbnails(SIDE).store.features()
         shown = dict(zip(pixels.paths, np.asarray(pixels.X).reshape(-1, SIDE, SIDE, 3), strict=True))
-        return {is_mirrored: self._limit(copies, shown, is_mirrored=is_mirrored) for is_mirrored in (False, True)}
+        everyone, limits = pixel_rows(self.thumbnails), dict[bool, Likeness]()
+        for is_mirrored in (False, True):
+            drawn = self.thumbnails[sample]
+            others = nearest_others(pixel_rows(mirrored(drawn) if is_mirrored else drawn), everyone, sample)
+            limits[is_mirrored] = self._limit(copies, shown, is_mirrored=is_mirrored).above(others)
+        return limits
 
     def _altered(self, sample: NDArray[np.int64]) -> dict[str, bytes]:
         """Return copies of some images, by how they were altered and which image they are of."""
