@@ -108,6 +108,22 @@ def test_rounded_shares_add_up_to_the_rounded_whole() -> None:
     assert "+7.5 pooling, +17.5 other layers and +17.5 weights" in text
 
 
+def test_no_verdict_without_a_second_step() -> None:
+    """A budget that is spent at once has measured nothing."""
+    assert gap_sentence(GapResult((step("linear", "", 20, 0.5),), left=("pooling",))).startswith("Only the linear probe")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [(("--pool", "auto"), "tries every pooling by itself"), (("--price", "-1"), "--price")]
+)
+def test_flags_that_mean_nothing_here_are_refused(run: Any, folder: Path, flags: tuple[str, ...], told: str) -> None:
+    """Before anything is opened, with what to do."""
+    outcome: Outcome = run("gap", folder, *TINY, *flags)
+
+    assert outcome.code == 2
+    assert told in outcome.err
+
+
 def test_no_gain_is_told_as_none() -> None:
     """Where validation keeps the probe, and where what it chose is no better on test."""
     only = GapResult((step("linear", "", 20, 0.5), replace(step("all", "weights", 30, 0.4, 20), is_kept=False)))

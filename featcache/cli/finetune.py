@@ -155,9 +155,7 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
 @options.run_options
 @options.grouped(
     "Output",
-    click.option(
-        "--price", type=options.NUMBER, help="Tell costs in money too, given the price of an hour on this machine."
-    ),
+    click.option("--price", type=options.PRICE, help="Tell costs in money too, given the price of an hour on this machine."),
     click.option("--plot", type=options.FILE, help="Draw loss, accuracy and costs into this file: .png, .svg or .pdf."),
 )
 @options.json_option

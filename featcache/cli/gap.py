@@ -28,9 +28,7 @@ from featcache.cli import options
 @options.run_options
 @options.grouped(
     "Output",
-    click.option(
-        "--price", type=options.NUMBER, help="Tell costs in money too, given the price of an hour on this machine."
-    ),
+    click.option("--price", type=options.PRICE, help="Tell costs in money too, given the price of an hour on this machine."),
     click.option("--plot", type=options.FILE, help="Draw the steps as a waterfall into this file: .png, .svg or .pdf."),
 )
 @options.json_option

@@ -192,6 +192,7 @@ COUNTS = Parsed("N,N", lambda text: tuple(map(_count, text.split(","))), "write 
 NAMES = Parsed("A,B", _separated, "write names with commas between.")
 SECONDS = Parsed("TIME", lambda text: _quantity(text, _TIMES), "write a time, such as 60s or 5m.")
 BYTES = Parsed("SIZE", lambda text: int(_quantity(text, _SIZES)), "write a size, such as 500MB or 20GB.")
+PRICE = click.FloatRange(min=0)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -385,6 +386,11 @@ def take_inputs(options: dict[str, Any], target: str = "label") -> "tuple[Backbo
     from featcache.datasets import open_dataset
     from featcache.display import logger
 
+    if options.get("pool") == "auto":
+        raise click.UsageError(
+            "--pool auto: validation chooses in `featcache fit` alone; `featcache gap` tries every pooling by itself. Name "
+            "one here, or leave it out."
+        )
     # the data set last: to list a million files takes longer than to find a contradiction between flags
     spec, settings = take_spec(options), take_settings(options)
     data, name = options.pop("data"), options.pop("name")

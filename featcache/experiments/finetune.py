@@ -16,7 +16,8 @@ from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import canonical
 from featcache.reports.records import RunRecord, append_once, read_records
-from featcache.reports.wording import finetune_table
+from featcache.reports.tables import NO_GAIN
+from featcache.reports.wording import START_STAYS, finetune_table
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store.atomic import remove_file
 
@@ -275,8 +276,7 @@ class FineTuneJob:
             again = "trained again on train and validation it was worse on the latter"
             remarks.append(f"{again}: the one trained on train is kept")
         if tuned.best == 0:
-            start = "no epoch did better there than where training started, which is the answer"
-            remarks.append(f"no gain on validation: {start}")
+            remarks.append(f"{NO_GAIN}: {START_STAYS}")
         if tuned.learns_little and not self.plan.mixup:
             remarks.append(tuned.learns_little)
         if tuned.overfits:

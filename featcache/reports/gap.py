@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from featcache.experiments.gap import GapResult, GapStep
 
 NOT_KEPT = "not better on validation"
-_FOOT = 5  # points that the lowest bar is high: accuracies would hide what steps add
+_FOOT = 5  # points below and above all steps: a whole axis would hide what they add
 _COLOURS = {"": "0.45", "pooling": "C0", "other layers": "C1", "attention": "C2", "weights": "C3"}
 
 
@@ -25,8 +25,8 @@ def gap_table(result: "GapResult", price: float | None = None) -> Table:
     scores = ("validation %", "val part %", "test %", "95 % interval")
     headers = ("step", "changes", *scores, "adds, points", "95 % interval", "p", "seconds")
     note = (
-        "validation: heads are told apart on all their folds, weights from what was before on the val part; seconds: with "
-        "extraction and all that led to a step"
+        "A step is kept where it is more accurate on validation than all kept before, or as accurate and surer: weights are "
+        "compared on the val part, heads with heads on all images that choose. Seconds include extraction and what led there."
     )
     return Table((*headers, "price") if price else headers, rows, note=note)
 
@@ -61,7 +61,9 @@ def gap_sentence(result: "GapResult") -> str:
     """Return of what the whole gain consists."""
     total = result.total
     if total is None:
-        tried = ", ".join(result.origins) or "nothing"
+        tried = ", ".join(result.origins)
+        if not tried:
+            return "Only the linear probe was taken: nothing is known yet of what would add to it."
         return f"No step gained on validation over the linear probe ({tried} tried): its features are enough here."
     spread = f"95 % interval {total.ci[0]:+.1f} to {total.ci[1]:+.1f}" if total.ci else "too few groups for an interval"
     told = f"{total.points:+.1f} points from the linear probe on test ({spread}, p = {total.p_value:.2g})"
@@ -99,16 +101,18 @@ def draw_gap(result: "GapResult", path: Path) -> Path:
     require_picture(path)
     figure = new_figure(1 + len(result.steps) / 8)
     axes = figure.subplots()
-    level = min(100 * step.accuracy for step in result.kept) - _FOOT
+    level = 0.0
     for place, step in enumerate(result.steps):
         if step.is_kept:
             _draw_step(axes, place, step, level)
             level = 100 * step.accuracy
         else:
-            axes.plot(place, 100 * step.accuracy, "x", color=_COLOURS[step.origin])
+            axes.plot(place, 100 * step.accuracy, "x", color=_COLOURS[step.origin], label=step.origin)
     axes.set_xticks(range(len(result.steps)), [step.name for step in result.steps], rotation=30, ha="right")
     first = result.steps[0].record
     axes.set(ylabel="test accuracy, % (crosses: not kept)", title=f"{first.dataset}, {first.backbone}")
+    seen = [100 * step.accuracy for step in result.steps]
+    axes.set_ylim(max(0.0, min(seen) - _FOOT), min(100.0, max(seen) + _FOOT))  # the rest of long intervals is left out
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

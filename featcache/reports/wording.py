@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _WIDEST_MATRIX = 20  # classes whose confusion matrix still fits a terminal of 120 columns
 _CONFUSIONS = 10
 NO_BACKBONE = "needs no backbone"
+START_STAYS = "nothing was more accurate there than the start by more than the noise, or as accurate and surer: it stays"
 TOO_FEW = "too few to tell"  # images or groups, for an interval
 _SCORES = {  # of each kind of record: the score that chooses, what a table calls it, its factor and digits
     "fit": ("accuracy", "%", 100, 1),
@@ -261,7 +262,7 @@ def _gain(record: RunRecord) -> str:
     before = f", {seconds['before']:.1f} s for the shallower one it starts from" if "before" in seconds else ""
     cost = f"cost: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s{before}"
     if record.gap is None:
-        return f"{NO_GAIN}: no epoch did better than where training started, which is the answer; {cost}."
+        return f"{NO_GAIN}: {START_STAYS}; {cost}."
     low_high = record.gap["ci"]
     interval = f"95 % interval {low_high[0]:+.1f} to {low_high[1]:+.1f}" if low_high else "too few groups for an interval"
     return f"gap {record.gap['points']:+.1f} points ({interval}, p = {record.gap['p_value']:.2g}); {cost}{_worth(record)}."
