@@ -24,11 +24,7 @@ def gap_table(result: "GapResult", price: float | None = None) -> Table:
     rows = [(*_cells(step, result.kept[0]), *_price_cell(step, price)) for step in result.steps]
     scores = ("validation %", "val part %", "test %", "95 % interval")
     headers = ("step", "changes", *scores, "adds, points", "95 % interval", "p", "seconds")
-    note = (
-        "A step is kept where it is more accurate on validation than all kept before, or as accurate and surer: weights are "
-        "compared on the val part, heads with heads on all images that choose. Seconds include extraction and what led there."
-    )
-    return Table((*headers, "price") if price else headers, rows, note=note)
+    return Table((*headers, "price") if price else headers, rows)
 
 
 def _cells(step: "GapStep", first: "GapStep") -> tuple[str, ...]:
@@ -51,6 +47,8 @@ def _price_cell(step: "GapStep", price: float | None) -> tuple[str, ...]:
 def gap_lines(result: "GapResult", price: float | None = None) -> Iterator[str]:
     """Yield the table and what follows from it."""
     yield gap_table(result, price).plain()
+    yield "A step is kept where it is more accurate on validation than all kept before, or as accurate and surer: weights are"
+    yield "compared on the val part, heads with heads on all images that choose. Seconds include extraction and what led there."
     yield ""
     yield gap_sentence(result)
     if result.left:
