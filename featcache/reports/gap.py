@@ -47,8 +47,8 @@ def _price_cell(step: "GapStep", price: float | None) -> tuple[str, ...]:
 def gap_lines(result: "GapResult", price: float | None = None) -> Iterator[str]:
     """Yield the table and what follows from it."""
     yield gap_table(result, price).plain()
-    yield "A step is kept where it is more accurate on validation than all kept before, or as accurate and surer: weights are"
-    yield "compared on the val part, heads with heads on all images that choose. Seconds include extraction and what led there."
+    yield "A step is kept where it is more accurate on validation than all kept before, or as accurate and surer: weights"
+    yield "are compared on the val part, heads with heads on all images that choose. Seconds: with all that led to a step."
     yield ""
     yield gap_sentence(result)
     if result.left:
