@@ -139,6 +139,12 @@ def _part(text: str) -> tuple[int, int]:
     return first, second
 
 
+def _price(text: str) -> float:
+    if (price := finite(text)) < 0:
+        raise ValueError
+    return price
+
+
 def _natural(text: str) -> int:
     if not re.fullmatch(r"\s*\d{1,15}\s*", text, re.ASCII):  # int() itself takes 1_000, and Arabic digits
         raise ValueError(text)
@@ -192,7 +198,7 @@ COUNTS = Parsed("N,N", lambda text: tuple(map(_count, text.split(","))), "write 
 NAMES = Parsed("A,B", _separated, "write names with commas between.")
 SECONDS = Parsed("TIME", lambda text: _quantity(text, _TIMES), "write a time, such as 60s or 5m.")
 BYTES = Parsed("SIZE", lambda text: int(_quantity(text, _SIZES)), "write a size, such as 500MB or 20GB.")
-PRICE = click.FloatRange(min=0)
+PRICE = Parsed("NUMBER", _price, "a number from 0 is needed.")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
