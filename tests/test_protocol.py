@@ -79,6 +79,16 @@ def test_finetune_keeps_groups_on_one_side(subtle: Path, tiny: BackboneSpec, set
     assert grouped.cell != plain.cell
 
 
+@pytest.mark.parametrize("command", ["fit", "finetune", "gap"])
+def test_groups_that_are_not_told_are_refused_before_anything_is_extracted(run: Run, folder: Path, command: str) -> None:
+    """A folder has no columns: the flag is named, and no image was looked at for it."""
+    outcome = run(command, folder, *TINY, "--group", "patient")
+
+    assert outcome.code == 3
+    assert "--group patient" in outcome.err
+    assert "to compute" not in outcome.err
+
+
 def test_groups_from_the_command_line(run: Run, subtle: Path, tmp_path: Path) -> None:
     """``finetune --group`` and ``fit --group`` test the same patients; an image without a value is an error."""
     path = manifest(tmp_path, subtle)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from featcache.backbones import origins
 from featcache.datasets.tables import read_column
 from featcache.errors import DataError
-from featcache.evaluation.metrics import encode_correct
+from featcache.evaluation.metrics import Kind, encode_correct
 from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Extracted, FeatureCache
@@ -208,6 +208,17 @@ def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, C
     task = task.restricted(keep)
     where = np.array([position[path] for path in task.features.paths], dtype=np.int64)
     return keep, task, lambda index: reader.take(where[index])
+
+
+def require_task(cache: FeatureCache, kind: Kind, group: str | None) -> None:
+    """Refuse what the data set does not tell, before anything is extracted for it.
+
+    Raises:
+        DataError: it tells another kind of thing, or not what images belong to.
+    """
+    cache.dataset.require_kind(kind)
+    if group is not None:
+        read_column(cache.dataset.location, group)
 
 
 def groups_of(cache: FeatureCache, features: Features, column: str | None) -> list[str] | None:

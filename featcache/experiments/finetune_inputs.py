@@ -77,9 +77,11 @@ class FineTuneInputs:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared, before anything is computed."""
+        from featcache.experiments.experiment import require_task
+
         for name in self.probes:
             require_head(name)
-        self.cache.dataset.require_kind("label")
+        require_task(self.cache, "label", self.group)
 
     @cached_property
     def processes(self) -> "ProcessGroup":

@@ -18,7 +18,7 @@ from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Kind, confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, Outcome, aligned, groups_of
+from featcache.experiments.experiment import Experiment, Outcome, aligned, groups_of, require_task
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, bundle, heads_for, require_params
@@ -300,7 +300,7 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     names = plan.names()
-    cache.dataset.require_kind(plan.target)
+    require_task(cache, plan.target, plan.group)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)

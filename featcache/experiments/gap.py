@@ -13,7 +13,7 @@ from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap, score
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, groups_of
+from featcache.experiments.experiment import Experiment, groups_of, require_task
 from featcache.experiments.finetune import sweep_steps
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, run_fit
@@ -151,7 +151,7 @@ def run_gap(
         budget: seconds after which no further step is begun.
         records: a JSONL file that gets the records of all steps.
     """
-    cache.dataset.require_kind("label")
+    require_task(cache, "label", group)
     started, steps, left = time.monotonic(), list[GapStep](), list[str]()
     for name, origin, act in _ways(cache, plan, (group, seed), records, steps):
         if budget is not None and steps and time.monotonic() - started > budget:
