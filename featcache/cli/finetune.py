@@ -43,11 +43,7 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
     click.option(
         "--dtype", type=click.Choice(["float32", "float16"]), help="Store activations as this; by default as float16."
     ),
-    click.option(
-        "--cache-budget",
-        type=options.BYTES,
-        help="Store at most so many activations, such as 20GB; what needs more is computed again in every epoch.",
-    ),
+    options.cache_budget_option,
     click.option(
         "--refit/--no-refit",
         default=True,
@@ -155,7 +151,7 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
 @options.run_options
 @options.grouped(
     "Output",
-    click.option("--price", type=options.PRICE, help="Tell costs in money too, given the price of an hour on this machine."),
+    options.price_option,
     click.option("--plot", type=options.FILE, help="Draw loss, accuracy and costs into this file: .png, .svg or .pdf."),
 )
 @options.json_option

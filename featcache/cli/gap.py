@@ -16,11 +16,7 @@ from featcache.cli import options
         "--budget", type=options.SECONDS, help="Begin no further step after this time, such as 10m; a second run goes on."
     ),
     click.option("--epochs", type=options.POSITIVE, default=10, show_default=True, help="Train so many epochs at most."),
-    click.option(
-        "--cache-budget",
-        type=options.BYTES,
-        help="Store at most so many activations, such as 20GB; what needs more is computed again in every epoch.",
-    ),
+    options.cache_budget_option,
     options.group_option,
     options.seed_option,
 )
@@ -28,7 +24,7 @@ from featcache.cli import options
 @options.run_options
 @options.grouped(
     "Output",
-    click.option("--price", type=options.PRICE, help="Tell costs in money too, given the price of an hour on this machine."),
+    options.price_option,
     click.option("--plot", type=options.FILE, help="Draw the steps as a waterfall into this file: .png, .svg or .pdf."),
 )
 @options.json_option

@@ -232,6 +232,14 @@ json_option = grouped(
     "Output", click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
 )
 seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Draw splits, and train, from this seed.")
+price_option = click.option(
+    "--price", type=PRICE, help="Tell costs in money too, given the price of an hour on this machine."
+)
+cache_budget_option = click.option(
+    "--cache-budget",
+    type=BYTES,
+    help="Store at most so many activations, such as 20GB; what needs more is computed again in every epoch.",
+)
 group_option = click.option(
     "--group",
     metavar="COLUMN",

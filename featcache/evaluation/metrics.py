@@ -269,7 +269,7 @@ def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], t
         accuracy_ci=None,
         balanced_accuracy=float(recall_score(truth, predicted, labels=present, average="macro", zero_division=0)),
         macro_f1=float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0)),
-        log_loss=_log_loss(truth, answer) if known else None,
+        log_loss=log_loss(truth, answer) if known else None,
         ece=_calibration_error(right, answer.max(axis=1)) if known else None,
         top5=_top(truth, answer, 5) if answer.ndim == 2 and answer.shape[1] > 5 else None,
         auroc=_auroc(truth, answer[:, 1]) if answer.ndim == 2 and answer.shape[1] == 2 else None,
@@ -448,7 +448,8 @@ def _auroc(truth: NDArray[np.int64], score_of_second: NDArray[Any]) -> float | N
     return float(roc_auc_score(truth, score_of_second)) if len(np.unique(truth)) == 2 else None
 
 
-def _log_loss(truth: NDArray[np.int64], probabilities: NDArray[Any]) -> float:
+def log_loss(truth: NDArray[np.int64], probabilities: NDArray[Any]) -> float:
+    """Return the mean log-loss of probabilities (n, classes) for classes (n,)."""
     picked = probabilities[np.arange(len(truth)), truth]
     return float(-np.log(np.clip(picked, _LEAST, None)).mean())
 

@@ -1,6 +1,5 @@
 """What is wrong with a data set, from its cached rows: copies across splits, doubtful labels, shortcuts, their cost."""
 
-import json
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +35,7 @@ from featcache.heads.baselines import SIDE
 from featcache.heads.checks import Shift, Shortcut, out_of_fold, shift, shortcuts
 from featcache.heads.search import Embeddings
 from featcache.specs import POOLED
-from featcache.store.atomic import replace_file
-from featcache.store.manifests import read_note, sealed, unsealed
+from featcache.store.checksums import keep_note, kept_note
 from featcache.store.rows import Features
 
 ACROSS = " across splits"
@@ -279,17 +277,19 @@ class _Audit:
         )
         path = experiment.path(self.entry, "audit")
         path = path.with_name(f"{path.name}.json")
-        try:
-            note = unsealed(read_note(path), experiment.key) if path.exists() else None
-            if note is not None:
-                return {name == "mirrored": Likeness(**note[name]) for name in ("plain", "mirrored")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s: %s; thresholds are fitted again", path, error)
+        kept = kept_note(
+            path,
+            [experiment.key],
+            lambda note: {name == "mirrored": Likeness(**note[name]) for name in ("plain", "mirrored")},
+            "thresholds are fitted again",
+        )
+        if kept is not None:
+            return kept
         odd = np.any(list(odd_images(self.thumbnails, self.sizes[:, :2]).values()), axis=0)
         drawn = np.random.default_rng(self.seed).permutation(different[~odd[different]])[:_SAMPLE]
         limits = self._fitted_limits(np.sort(drawn))
         told = {name: asdict(limits[name == "mirrored"]) for name in ("plain", "mirrored")}
-        replace_file(path, json.dumps(sealed(told, experiment.key)).encode())
+        keep_note(path, [experiment.key], told)
         return limits
 
     def _fitted_limits(self, sample: NDArray[np.int64]) -> Mapping[bool, Likeness]:

@@ -210,25 +210,19 @@ def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, C
     return keep, task, lambda index: reader.take(where[index])
 
 
-def require_task(cache: FeatureCache, kind: Kind, group: str | None) -> None:
-    """Refuse what the data set does not tell, before anything is extracted for it.
+def require_task(cache: FeatureCache, kind: Kind, group: str | None) -> Mapping[str, str] | None:
+    """Refuse what the data set does not tell, before anything is extracted for it; return what each path belongs to.
 
     Raises:
-        DataError: it tells another kind of thing, or not what images belong to.
+        DataError: it tells another kind of thing; it is no manifest, has no such column, or an image no value there.
     """
     cache.dataset.require_kind(kind)
-    if group is not None:
-        read_column(cache.dataset.location, group)
-
-
-def groups_of(cache: FeatureCache, features: Features, column: str | None) -> list[str] | None:
-    """Return what each image belongs to by a column of the data set's manifest, ``None`` where none is asked for.
-
-    Raises:
-        DataError: the data set is no manifest, has no such column, or an image no value there.
-    """
-    if column is None:
+    if group is None:
         return None
-    values = read_column(cache.dataset.location, column)
-    of_path = dict(zip((sample.path for sample in cache.dataset.samples), values, strict=True))
-    return [of_path[path] for path in features.paths]
+    values = read_column(cache.dataset.location, group)
+    return dict(zip((sample.path for sample in cache.dataset.samples), values, strict=True))
+
+
+def groups_of(features: Features, group_by_path: Mapping[str, str] | None) -> list[str] | None:
+    """Return what each image belongs to, ``None`` where that was not asked for."""
+    return None if group_by_path is None else [group_by_path[path] for path in features.paths]

@@ -1,6 +1,5 @@
 """Heads on a data set's embeddings: each is fitted once, its file answers from then on."""
 
-import json
 import math
 import time
 from collections.abc import Collection, Sequence
@@ -27,9 +26,8 @@ from featcache.heads.fit import FittedHead
 from featcache.reports.records import RunRecord, append_once
 from featcache.resources import free_memory
 from featcache.specs import POOLED, TOKENS, Views, check_fields, cut_of_layers
-from featcache.store.atomic import replace_file
+from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
-from featcache.store.manifests import read_note, sealed, unsealed
 
 if TYPE_CHECKING:
     from featcache.heads.fit import Curve
@@ -300,12 +298,12 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     names = plan.names()
-    require_task(cache, plan.target, plan.group)
+    group_by_path = require_task(cache, plan.target, plan.group)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
     features = entry.store.labelled()
-    task = Task(features, plan.target, groups_of(cache, features, plan.group), plan.group)
+    task = Task(features, plan.target, groups_of(features, group_by_path), plan.group)
     split = task.split(seed, plan.folds)
     for shots in plan.shots:
         few_shot(split, features.y, shots, seed, features.sha256)  # what cannot be drawn is said before anything is trained
@@ -452,7 +450,7 @@ class _Fitting:
         """
         path, names = self.note("baselines")
         best = min(heads, key=lambda head: head.fitted.val.rank)
-        note = _read_baselines(path, *names)
+        note = kept_note(path, names, dict, "the baselines are trained again")
         if note is None or best.record.cell not in note["warnings"]:
             if not in_memory(self.entry.store):
                 return []
@@ -460,7 +458,7 @@ class _Fitting:
             results, warning = self._compare(best, stored)
             warnings = (note["warnings"] if note else {}) | {best.record.cell: warning}
             note = {"results": [result.stored for result in results], "warnings": warnings}
-            replace_file(path, json.dumps(sealed(json.loads(json.dumps(note)), *names)).encode())
+            keep_note(path, names, note)
         if warning := note["warnings"][best.record.cell]:
             logger.warning(warning)
         return [Baseline.read(self.task.kind, stored) for stored in note["results"]]
@@ -490,15 +488,6 @@ class _Fitting:
         if self.plan.curve:
             drawn.append(learning_curve(embeddings, self.split, head, seed=self.seed))
         return drawn
-
-
-def _read_baselines(path: Path, *names: str) -> dict[str, Any] | None:
-    """Return what an earlier command has written of the same baselines, ``None`` where it is not there, or not whole."""
-    try:
-        return unsealed(read_note(path), *names) if path.exists() else None
-    except (OSError, ValueError) as error:
-        logger.warning("%s: %s; the baselines are trained again", path, error)
-        return None
 
 
 def _trainable(store: FeatureStore, plan: FitPlan, names: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, UsageError
-from featcache.evaluation.metrics import Gap, decode_correct, paired_gap, score
+from featcache.evaluation.metrics import Gap, score
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment, groups_of, require_task
 from featcache.experiments.finetune import sweep_steps
@@ -20,6 +20,7 @@ from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, run_fi
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.reports.records import RunRecord, append_once
+from featcache.reports.tables import between_records
 from featcache.specs import POOLED
 
 Origin = Literal["", "pooling", "other layers", "attention", "weights"]
@@ -83,7 +84,7 @@ class GapResult(Displayed):
     def total(self) -> Gap | None:
         """From the linear probe to the last step that was kept; ``None`` where no other was."""
         first, *_, last = self.kept if len(self.kept) > 1 else (None, None)
-        return None if first is None or last is None else _between(last.record, first.record)
+        return None if first is None or last is None else between_records(last.record, first.record)
 
     @property
     def images(self) -> dict[str, int]:
@@ -171,7 +172,7 @@ def run_gap(
 def gap_experiment(cache: FeatureCache, plan: FineTunePlan, group: str | None, seed: int) -> Experiment:
     """Return the experiment that all steps are together."""
     features = cache.extracted().store.labelled()
-    task = Task(features, "label", groups_of(cache, features, group), group)
+    task = Task(features, "label", groups_of(features, require_task(cache, "label", group)), group)
     return Experiment(cache, task, "gap", {"steps": asdict(plan)} | ({"group": group} if group else {}), seed)
 
 
@@ -276,10 +277,5 @@ def _placed(name: str, origin: Origin, taken: _Taken, kept: Sequence[GapStep]) -
     if not kept or not taken.is_gain or not step.is_better(kept[-1]):
         return step
     before = kept[-1].record
-    images = int(decode_correct(step.record.right).sum()) - int(decode_correct(before.right).sum())
-    return replace(step, is_kept=True, images=images, between=_between(step.record, before))
-
-
-def _between(record: RunRecord, before: RunRecord) -> Gap:
-    groups = None if record.test_groups is None else np.array(record.test_groups)
-    return paired_gap(decode_correct(record.right), decode_correct(before.right), groups=groups)
+    images = step.record.right.count("1") - before.right.count("1")
+    return replace(step, is_kept=True, images=images, between=between_records(step.record, before))

@@ -1,6 +1,5 @@
 """Which pooling heads train on: every one is made from the stored tokens, and validation chooses."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,8 @@ from featcache.evaluation.splits import Split
 from featcache.evaluation.tasks import Task
 from featcache.resources import free_memory
 from featcache.specs import POOLED, POOLS, TOKENS, Pool
-from featcache.store.atomic import make_folder, replace_file
+from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
-from featcache.store.manifests import read_note, sealed, unsealed
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone
@@ -74,8 +72,7 @@ def choose_pooling(
     kind, val = judge(rows, task, split, seed)
     choice = PoolingChoice(kind, val, round(time.monotonic() - started, 3))
     logger.info("%s", choice.text)
-    make_folder(path.parent)
-    replace_file(path, json.dumps(sealed(json.loads(json.dumps(asdict(choice))), *names)).encode())
+    keep_note(path, names, asdict(choice))
     return choice, rows[choice.kind]
 
 
@@ -136,11 +133,5 @@ def token_card(card: Mapping[str, Any], kind: Pool | None) -> dict[str, Any]:
 
 def read_choice(path: Path, names: Sequence[str]) -> PoolingChoice | None:
     """Return what an earlier command chose, ``None`` where that is not there, or not whole."""
-    try:
-        if not path.exists():
-            return None
-        told = unsealed(read_note(path), *names)
-        return PoolingChoice(told["kind"], told["val"], told["seconds"]) if told["kind"] in POOLS else None
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s: %s; the pooling is chosen again", path, error)
-        return None
+    choice = kept_note(path, names, lambda told: PoolingChoice(**told), "the pooling is chosen again")
+    return choice if choice is not None and choice.kind in POOLS else None

@@ -209,7 +209,7 @@ class Finetuner:
         with progress(plan.epochs * trials * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
             bar.update(plan.epochs * len(split.train) * finished)
             for number in range(finished, trials):
-                context, lr = (self.context, plan.lr[number]) if number < len(plan.lr) else self._live(self._best.lr)
+                context, lr = (self.context, plan.lr[number]) if number < len(plan.lr) else (self._live, self._best.lr)
                 model.load_state_dict(self._untouched)
                 trained = self._train(Trial(context, lr, split.train, split.val, self.before[0]), bar)
                 self._state = self._state.ended(trained, len(split.val))
@@ -222,8 +222,9 @@ class Finetuner:
         """The trial that is the best so far, of those that accuracy cannot tell apart."""
         return min(self._state.contenders, key=lambda trial: trial.best.scaled_loss)
 
-    def _live(self, lr: float) -> tuple[TrainContext, float]:
-        return replace(self.context, plan=replace(self.context.plan, train_batchnorm=True)), lr
+    @property
+    def _live(self) -> TrainContext:
+        return replace(self.context, plan=replace(self.context.plan, train_batchnorm=True))
 
     def _blended(self) -> tuple[Trained, float, Scores]:
         """Put the model where it does best on validation between its start and the best epoch, or at the start.
@@ -257,7 +258,7 @@ class Finetuner:
         if best.best.number == 0 or not plan.refit:
             return False
         chosen, start = copy.deepcopy(model.state_dict()), copy.deepcopy(self._restarted())
-        context, _ = self._live(best.lr) if best.live else (self.context, best.lr)
+        context = self._live if best.live else self.context
         trial = Trial(context, best.lr, split.train_val, None, self.before[0], epochs=best.best.number)
         with progress(best.best.number * len(split.train_val), f"refit {plan.unfreeze.text}") as bar:
             again = self._train(trial, bar)

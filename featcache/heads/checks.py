@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from featcache.evaluation.draws import Drawing, Units, fold_of
 from featcache.evaluation.intervals import Interval
-from featcache.evaluation.metrics import Gap, evaluate_on_test, paired_gap
+from featcache.evaluation.metrics import Gap, evaluate_on_test, log_loss, paired_gap
 from featcache.evaluation.splits import FOLDS, Fold, Index, Split
 from featcache.evaluation.suspects import auc, mean_auc
 from featcache.heads.base import Params
@@ -65,11 +65,7 @@ def out_of_fold(X: NDArray[Any], y: Index, units: Units, params: Params, seed: i
     held = np.concatenate([fold.val for fold in folds])
     # Parameters were chosen by accuracy, where a head may be too sure of itself. Here probabilities count: by log-loss.
     tried = [search_head(_HEAD, X, y, folds, seed, [{"C": share * params["C"]}]) for share in _CALMER]
-    return held, min(tried, key=lambda search: _log_loss(search.answers, y[held])).answers
-
-
-def _log_loss(answers: NDArray[np.float64], y: Index) -> float:
-    return -float(np.log(np.maximum(answers[np.arange(len(y)), y], np.finfo(np.float64).eps)).mean())
+    return held, min(tried, key=lambda search: log_loss(y[held], search.answers)).answers
 
 
 def _folds(positions: Index, drawing: Drawing) -> Iterator[Fold]:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tabulate import tabulate
 
 from featcache.display import Table
 from featcache.errors import SetupError, UsageError
-from featcache.evaluation.metrics import Gap, paired_gap
+from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
 from featcache.reports.records import RunRecord
 from featcache.store.atomic import make_folder, replace_file
 
@@ -176,12 +175,16 @@ def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
         return Gap(record.gap["points"], record.gap["ci"], record.gap["p_value"])
     if rival is None or rival.cell == record.cell:
         return None
-    # Paired by image: records on other test images say nothing about a difference.
-    right, groups = _right(record), record.test_groups
-    if len(right) != len(_right(rival)) or not len(right):
+    return between_records(record, rival)
+
+
+def between_records(record: RunRecord, rival: RunRecord) -> Gap | None:
+    """Return how much better one is than another, image by image; ``None`` where they were tested on other images."""
+    right, groups = decode_correct(record.right), record.test_groups
+    if len(right) != len(rival.right) or not len(right):
         return None
     known_groups = np.array(groups) if groups is not None and len(groups) == len(right) else None
-    return paired_gap(right, _right(rival), groups=known_groups)
+    return paired_gap(right, decode_correct(rival.right), groups=known_groups)
 
 
 def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
@@ -195,10 +198,6 @@ def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | 
     ]
     # By validation, never by test; a tie goes to logistic, from which fine-tuning starts.
     return max(rivals, key=lambda rival: (rival.val["accuracy"], rival.method == "logistic"), default=None)
-
-
-def _right(record: RunRecord) -> NDArray[np.bool_]:
-    return np.array([char == "1" for char in record.right])
 
 
 def inert(cell: str) -> str:

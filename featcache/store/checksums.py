@@ -7,10 +7,12 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
+from featcache.display import logger
 from featcache.errors import SetupError, StorageError
 from featcache.fingerprint import sha256_of_file
 from featcache.resources import cores
@@ -188,3 +190,33 @@ def _advice(path: Path, why: str) -> str:
         f"{path}: this secret, which signs your heads, {why}. Delete it: the next command makes a new one; fit heads that "
         "were signed with the old one again, or load them with `trust=True`."
     )
+
+
+Content = TypeVar("Content")
+
+
+def kept_note(path: Path, where: Sequence[str], read: Callable[[dict[str, Any]], Content], again: str) -> Content | None:
+    """Return what an earlier command has kept in a sealed note, ``None`` where it is not there, or not whole: that is said.
+
+    Args:
+        path: of the note.
+        where: what it was sealed for.
+        read: makes of the note what is returned.
+        again: what is done instead.
+    """
+    try:
+        return read(unsealed(read_note(path), *where)) if path.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: %s; %s", path, error, again)
+        return None
+
+
+def keep_note(path: Path, where: Sequence[str], note: Mapping[str, Any]) -> None:
+    """Keep a note of plain values, sealed.
+
+    Raises:
+        StorageError: the disk failed.
+    """
+    make_folder(path.parent)
+    plain = json.loads(json.dumps(note))  # as it will be read, so that its hash is the same
+    replace_file(path, json.dumps(sealed(plain, *where)).encode())
