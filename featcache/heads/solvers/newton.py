@@ -253,16 +253,17 @@ def _lowest(margins: Floats, change: Floats, slope: float, curvature: float, C: 
 
     ``slope`` and ``curvature`` are the penalty's along the step.
     """
+
+    def slope_at(share: float) -> float:
+        slack = np.maximum(0, 1 - margins - share * change)
+        return slope + share * curvature - 2 * C * float(slack @ change)
+
+    if slope_at(1.0) <= 0:
+        return 1.0
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
-        middle = high if low == 0 and high == 1 else (low + high) / 2
-        slack = np.maximum(0, 1 - margins - middle * change)
-        if slope + middle * curvature - 2 * C * float(slack @ change) > 0:
-            high = middle if middle < 1 else np.nextafter(1.0, 0)
-        elif middle == 1:
-            return 1.0
-        else:
-            low = middle
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope_at(middle) > 0 else (middle, high)
     return low
 
 
