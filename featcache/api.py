@@ -136,7 +136,7 @@ def predict(
 
     Args:
         head: its file.
-        images: files and folders.
+        images: files and folders; of a head that was trained on columns, manifests that have these columns.
         weights: where the backbone's weights file is now, if it has moved.
         trust: load a head that somebody else made: it can run any code.
         settings: device, batch size, runtime, workers.
@@ -144,11 +144,13 @@ def predict(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.experiments.predict import find_images, label_images
+    from featcache.experiments.predict import find_images, label_images, label_manifests, needs_columns
     from featcache.extraction.feature_cache import Settings
     from featcache.heads.bundle import load
 
     bundle = load(Path(head), trust=trust)
+    if needs_columns(bundle):
+        return bundle, label_manifests(bundle, list(map(Path, images)), settings or Settings(), weights=weights)
     paths = list(find_images(map(str, images)))
     if not paths:
         raise DataError(f"{', '.join(map(str, images)) or 'nothing'}: there is no image to label.")

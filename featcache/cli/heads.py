@@ -104,7 +104,21 @@ def _print_estimate(estimate: Any, *, as_json: bool) -> None:
 
 
 _HEADS = f"Train this head, or all, the cheapest first; repeat it for more. There are {', '.join(HEAD_NAMES[:-1])}."
-_PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group", "shots", "curve", "baselines", "format")
+_PLAN = (
+    "heads",
+    "layers",
+    "views",
+    "grid",
+    "folds",
+    "budget",
+    "target",
+    "group",
+    "columns",
+    "shots",
+    "curve",
+    "baselines",
+    "format",
+)
 
 
 @click.command("fit", cls=options.Command)
@@ -115,6 +129,13 @@ _PLAN = ("heads", "layers", "views", "grid", "folds", "budget", "target", "group
         "--head", "heads", multiple=True, type=options.Head(), default=["logistic"], show_default=True, help=_HEADS
     ),
     click.option("--layers", type=options.NAMES, help="Train on these layers side by side, such as layer3,layer4."),
+    click.option(
+        "--with",
+        "columns",
+        type=options.NAMES,
+        help="Train on these columns of a CSV or Parquet beside each image, such as age,site; site:category takes numbers "
+        "for names.",
+    ),
     click.option(
         "--views",
         type=options.POSITIVE,
@@ -189,7 +210,7 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
 
     best_pool = flags["pool"] == "auto"
     flags |= {"pool": "default"} if best_pool else {}
-    flags |= {name: flags[name] or () for name in ("layers", "shots")}
+    flags |= {name: flags[name] or () for name in ("layers", "columns", "shots")}
     plan = FitPlan(best_pool=best_pool, **{name: flags.pop(name) for name in _PLAN})
     if plan.target != "label" and (show_classes or mistakes):
         raise click.UsageError(f"--per-class and --mistakes are of one class an image, not of --target {plan.target}.")
@@ -228,6 +249,8 @@ head_options = options.grouped(
 )
 def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
     """Label IMAGES (files, folders, or - for a list on stdin) with a HEAD that `featcache fit` wrote.
+
+    A head that was trained on columns takes CSV or Parquet files that have path and these columns.
 
     CSV with path, label and the probability of each class; an image that cannot be read gets a row with its reason.
     """

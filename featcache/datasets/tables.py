@@ -135,14 +135,23 @@ _MOST_LINE = 1 << 20  # characters: csv would read a file without line ends whol
 _BATCH_BYTES = 64 << 20  # of decoded columns at a time
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Further columns to read: their names, the setting that names them, and whether rows need labels beside."""
+
+    names: tuple[str, ...] = ()
+    setting: str = "group"
+    with_labels: bool = True
+
+
 @dataclass
 class _Rows:
-    """A manifest's rows, as columns: what each is called, its label, its split, and a column that was asked for."""
+    """A manifest's rows, as columns: what each is called, its label, its split, and columns that were asked for."""
 
     names: list[str] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
-    asked: list[str | None] = field(default_factory=list)
+    asked: list[tuple[str, ...]] = field(default_factory=list)
     lists: bool = False
     notes: tuple[str, ...] = ()
 
@@ -193,28 +202,72 @@ def read_column(location: str, column: str) -> list[str]:
     Raises:
         DataError: the source is no manifest, has no such column, or a value is missing.
     """
-    path = Path(location)
-    if path.suffix.lower() == ".csv":
-        rows, word, first = _csv_rows(path, column), "line", 2
-    elif path.suffix.lower() == ".parquet":
-        (rows, _), word, first = _parquet_rows(path, column), "row", 0
-    else:
-        raise DataError(f"`group` {column}: {location} is no manifest: list its images in a CSV or Parquet file.")
-    usable, _, _ = rows.labelled(path, word, first)
-    missing = next((number for number in usable if not rows.asked[number]), None)
+    usable, rows = _read_asked(Path(location), _Asked((column,)))
+    missing = next((number for number in usable if not rows.asked[number][0]), None)
     if missing is not None:
-        raise DataError(f"`group` {column}: {path}, {word} {missing + first} has none.")
-    return [rows.asked[number] or "" for number in usable]
+        word, first = _counting(Path(location))
+        raise DataError(f"`group` {column}: {location}, {word} {missing + first} has none.")
+    return [rows.asked[number][0] for number in usable]
 
 
-def _csv_rows(path: Path, asked: str | None = None) -> _Rows:
+def read_columns(location: str, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return a manifest's values in some columns as text, "" where one is missing: a tuple for each image of its source.
+
+    Raises:
+        DataError: the source is no manifest, or has no such column.
+    """
+    usable, rows = _read_asked(Path(location), _Asked(tuple(names), "columns"))
+    return [rows.asked[number] for number in usable]
+
+
+def open_unlabelled(path: Path, names: Sequence[str]) -> tuple[Dataset, list[tuple[str, ...]]]:
+    """Open a manifest of images that are to be labelled, with each one's values in some columns; labels are not looked at.
+
+    Raises:
+        DataError: it is no manifest, has no such column, or names an image twice.
+    """
+    asked, column = _Asked(tuple(names), "columns", with_labels=False), None
+    _require_manifest(path, asked)
+    if path.suffix.lower() == ".csv":
+        rows = _csv_rows(path, asked)
+    else:
+        rows, column = _parquet_rows(path, asked)
+    samples = tuple(Sample(name, "") for name in rows.names)
+    require_whole(samples, str(path))
+    reader: Any = FileReader(path.resolve().parent)
+    if column is not None:
+        numbers = {name: row for row, name in enumerate(rows.names)}
+        reader = ArrayReader(numbers, _RowGroups(path, column), path.resolve())
+    return Dataset(safe_name(path.stem), str(path.resolve()), samples, reader), rows.asked
+
+
+def _read_asked(path: Path, asked: _Asked) -> tuple[list[int], _Rows]:
+    """Return which rows are images of the manifest's source, and all rows with what was asked for."""
+    _require_manifest(path, asked)
+    rows = _csv_rows(path, asked) if path.suffix.lower() == ".csv" else _parquet_rows(path, asked)[0]
+    return rows.labelled(path, *_counting(path))[0], rows
+
+
+def _require_manifest(path: Path, asked: _Asked) -> None:
+    if path.suffix.lower() not in {".csv", ".parquet"}:
+        raise DataError(
+            f"`{asked.setting}` {','.join(asked.names)}: {path} is no manifest: list its images in a CSV or Parquet file."
+        )
+
+
+def _counting(path: Path) -> tuple[str, int]:
+    """Return what a manifest's rows are called in errors, and the number of the first."""
+    return ("line", 2) if path.suffix.lower() == ".csv" else ("row", 0)
+
+
+def _csv_rows(path: Path, asked: _Asked = _Asked()) -> _Rows:
     rows, read = _Rows(), Labels(str(path))
     try:
         # utf-8-sig: Excel begins its files with a byte order mark, which would stand in the first column's name.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(_sane_lines(file, path))
             columns = next(reader, [])
-            _require_columns(columns, path)
+            _require_columns(columns, path, asked)
             _require_single(columns, path, asked)
             at = {name: columns.index(name) for name in columns}
             for line, cells_read in enumerate((cells for cells in reader if cells), start=2):
@@ -222,10 +275,11 @@ def _csv_rows(path: Path, asked: str | None = None) -> _Rows:
                 if any(cells_read[len(columns) :]):
                     raise DataError(f"{where}: more cells than columns; a path or label with a comma needs quotes.")
                 cells = cells_read + [""] * (len(columns) - len(cells_read))
-                label = read.read(cells[at["label"]], f"line {line}")
-                rows.add(cells[at["path"]], label, cells[at["split"]] if "split" in at else None, where)
-                if asked is not None:
-                    rows.asked.append(cells[at[asked]])
+                # without labels there are no splits either: what is labelled now belongs to none
+                label = read.read(cells[at["label"]], f"line {line}") if asked.with_labels else None
+                split = cells[at["split"]] if asked.with_labels and "split" in at else None
+                rows.add(cells[at["path"]], label, split, where)
+                rows.asked.append(tuple(cells[at[name]] for name in asked.names))
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -241,7 +295,7 @@ def _sane_lines(file: Any, path: Path) -> Iterator[str]:
         yield line
 
 
-def _parquet_rows(path: Path, asked: str | None = None) -> tuple[_Rows, str | None]:
+def _parquet_rows(path: Path, asked: _Asked = _Asked()) -> tuple[_Rows, str | None]:
     """Return the rows, and the column of the images' bytes where there is one."""
     try:
         import pyarrow as pa
@@ -260,34 +314,34 @@ def _parquet_rows(path: Path, asked: str | None = None) -> tuple[_Rows, str | No
             (name for name in _BYTES_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)), None
         )
         if column is None:
-            _require_columns(schema.names, path)
-        elif "label" not in schema.names:
+            _require_columns(schema.names, path, asked)
+        elif asked.with_labels and "label" not in schema.names:
             raise DataError(f"{path}: a column label is needed beside {column}, found {sorted(schema.names)}.")
-        _require_single(schema.names, path, asked)
+        _require_single(schema.names, path, asked, column)
         _require_text(schema, column, path)
         # A row takes a byte at least, however well it is packed.
         if file.metadata.num_rows > path.stat().st_size:
             raise DataError(f"{path}: claims {file.metadata.num_rows} rows in {path.stat().st_size} bytes.")
         classes, broken = _class_names(schema.metadata or {})
         rows, read = _Rows(notes=(f"{path}: {broken}",) if broken else ()), Labels(str(path), classes)
-        for number, row in enumerate(_records(file, column, asked)):
+        for number, row in enumerate(_records(file, column, asked.names)):
             inner_path = row.get("path", row.get("inner"))
             name = inner_path or ""
             if column is not None:
                 name = f"{number:08d}" + (f"-{PurePosixPath(inner_path).name}" if inner_path else "")
-            rows.add(name, read.read(row["label"], f"row {number}"), row.get("split"), f"{path}, row {number}")
-            if asked is not None:
-                rows.asked.append("" if row[asked] is None else str(row[asked]))
+            label = read.read(row["label"], f"row {number}") if asked.with_labels else None
+            rows.add(name, label, row.get("split") if asked.with_labels else None, f"{path}, row {number}")
+            rows.asked.append(tuple("" if row[name] is None else str(row[name]) for name in asked.names))
     rows.lists = read.lists
     return rows, column
 
 
-def _records(file: Any, column: str | None, asked: str | None) -> Iterator[dict[str, Any]]:
+def _records(file: Any, column: str | None, asked: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield rows without the images' bytes; as many at once as fit into memory if each were as large as all together."""
     import pyarrow as pa
 
     schema = file.schema_arrow
-    names = [name for name in {"path": 0, "label": 0, "split": 0, **({asked: 0} if asked else {})} if name in schema.names]
+    names = [name for name in dict.fromkeys(("path", "label", "split", *asked)) if name in schema.names]
     struct = column is not None and pa.types.is_struct(schema.field(column).type)
     inner = struct and "path" not in names and any(part.name == "path" for part in schema.field(column).type)
     columns = [*names, f"{column}.path"] if inner else names
@@ -382,16 +436,21 @@ def _class_names(metadata: dict[bytes, bytes]) -> tuple[list[str], str]:
         return [], f"its notes on class names cannot be read ({type(error).__name__}); classes are called by their numbers"
 
 
-def _require_columns(columns: Sequence[str], path: Path) -> None:
-    if not {"path", "label"} <= set(columns):
+def _require_columns(columns: Sequence[str], path: Path, asked: _Asked) -> None:
+    if not asked.with_labels and "path" not in columns:
+        raise DataError(f"{path}: a column path is needed, found {sorted(map(str, columns))}.")
+    if asked.with_labels and not {"path", "label"} <= set(columns):
         raise DataError(
             f"{path}: the columns path and label are needed (split is optional), found {sorted(map(str, columns))}."
         )
 
 
-def _require_single(columns: Sequence[str], path: Path, asked: str | None) -> None:
-    twice = next((name for name in ("path", "label", "split", asked) if columns.count(name) > 1), None)
+def _require_single(columns: Sequence[str], path: Path, asked: _Asked, images: str | None = None) -> None:
+    twice = next((name for name in ("path", "label", "split", *asked.names) if columns.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: two columns are called {twice}.")
-    if asked is not None and asked not in columns:
-        raise DataError(f"`group` {asked}: {path.name} has no such column.")
+    missing = next((name for name in asked.names if name not in columns), None)
+    if missing is not None:
+        raise DataError(f"`{asked.setting}` {missing}: {path.name} has no such column.")
+    if images in asked.names:
+        raise DataError(f"`{asked.setting}` {images}: this column of {path.name} holds the images.")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError
+from featcache.evaluation.columns import Columns
 from featcache.evaluation.metrics import Kind
 from featcache.evaluation.splits import Split, counted, items_hash, make_free_split, make_split
 
@@ -28,12 +29,14 @@ class Task:
         kind: a class each, several labels each, or a number.
         groups: what each image belongs to, such as a patient, where images of one must stay together.
         group: the column that says so.
+        columns: of the manifest, that heads are given beside the features.
     """
 
     features: "Features"
     kind: Kind = "label"
     groups: "Sequence[str] | None" = None
     group: str | None = None
+    columns: Columns | None = None
     parent: "Task | None" = field(default=None, repr=False)
 
     @cached_property
@@ -86,8 +89,9 @@ class Task:
             name: tuple(getattr(features, name)[index] for index in keep.tolist()) for name in ("paths", "splits", "sha256")
         }
         groups = None if self.groups is None else [self.groups[index] for index in keep.tolist()]
+        columns = None if self.columns is None else self.columns.restricted(keep)
         kept = replace(features, X=features.X[keep], y=features.y[keep], **some)
-        return replace(self, features=kept, groups=groups, parent=self.whole)
+        return replace(self, features=kept, groups=groups, columns=columns, parent=self.whole)
 
 
 def read_labels(kind: Kind, texts: "Sequence[str]") -> tuple[NDArray[Any], tuple[str, ...]]:

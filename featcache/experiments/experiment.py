@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
-from featcache.datasets.tables import read_column
+from featcache.datasets.tables import read_column, read_columns
 from featcache.errors import DataError
+from featcache.evaluation.columns import Columns, column_names
 from featcache.evaluation.metrics import Kind, encode_correct
 from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
@@ -226,3 +227,23 @@ def require_task(cache: FeatureCache, kind: Kind, group: str | None) -> Mapping[
 def groups_of(features: Features, group_by_path: Mapping[str, str] | None) -> list[str] | None:
     """Return what each image belongs to, ``None`` where that was not asked for."""
     return None if group_by_path is None else [group_by_path[path] for path in features.paths]
+
+
+def require_columns(cache: FeatureCache, asked: tuple[str, ...]) -> Mapping[str, tuple[str, ...]] | None:
+    """Return the manifest's values in some columns for each path, ``None`` where no column was asked for.
+
+    Raises:
+        DataError: the data set is no manifest, or has no such column.
+        UsageError: a column is no such as could be trained on.
+    """
+    if not asked:
+        return None
+    values = read_columns(cache.dataset.location, column_names(asked))
+    return dict(zip((sample.path for sample in cache.dataset.samples), values, strict=True))
+
+
+def columns_of(
+    features: Features, values_by_path: Mapping[str, tuple[str, ...]] | None, asked: tuple[str, ...]
+) -> Columns | None:
+    """Return the columns beside each image, ``None`` where none was asked for."""
+    return None if values_by_path is None else Columns(asked, [values_by_path[path] for path in features.paths])

@@ -29,6 +29,7 @@ from featcache.datasets.base import Dataset
 from featcache.datasets.images import ImagePreprocess, UnreadableImage
 from featcache.display import logger
 from featcache.errors import DataError, SetupError, UsageError
+from featcache.evaluation.columns import ColumnCoder
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
 from featcache.experiments.predict import cache_of
 from featcache.extraction.feature_cache import Settings
@@ -77,8 +78,7 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         DataError: no image of ``check`` can be read, the model disagrees, or another network lies behind the backbone's
             name than when the head was trained.
     """
-    if bundle.card.get("target", "label") != "label":
-        raise UsageError(f"{bundle.path}: only heads of one class an image can be exported.")
+    _require_pixels_alone(bundle)
     try:
         import onnx
         import onnxruntime
@@ -129,6 +129,19 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         raise DataError(f"{path}: not written, the model's scores differ by {difference:.1g} from the head's own.")
     replace_file(path, content)
     return Exported(path, difference, len(images), _notes(bundle, path))
+
+
+def _require_pixels_alone(bundle: Bundle) -> None:
+    """Refuse a head that tells more than one class an image, or needs more than the image.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if bundle.card.get("target", "label") != "label":
+        raise UsageError(f"{bundle.path}: only heads of one class an image can be exported.")
+    if columns := bundle.card.get("columns"):
+        names = ", ".join(ColumnCoder.of_card(columns).names)
+        raise UsageError(f"{bundle.path}: a model takes pixels alone, and this head needs the columns {names} beside them.")
 
 
 def _notes(bundle: Bundle, path: Path) -> tuple[str, ...]:

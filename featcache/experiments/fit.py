@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -14,10 +14,19 @@ from numpy.typing import NDArray
 
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, UsageError
+from featcache.evaluation.columns import ColumnCoder, column_names
 from featcache.evaluation.metrics import Kind, confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, Outcome, aligned, groups_of, require_task
+from featcache.experiments.experiment import (
+    Experiment,
+    Outcome,
+    aligned,
+    columns_of,
+    groups_of,
+    require_columns,
+    require_task,
+)
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, bundle, heads_for, require_params
@@ -28,6 +37,7 @@ from featcache.resources import free_memory
 from featcache.specs import POOLED, TOKENS, Views, check_fields, cut_of_layers
 from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
+from featcache.store.rows import beside
 
 if TYPE_CHECKING:
     from featcache.heads.fit import Curve
@@ -36,6 +46,7 @@ PROBE = "logistic"
 PROBES = ("ridge", "knn", PROBE)  # what the gap is taken to at least: the cheap ones
 _MOST_SHOTS = 1_000_000
 _MOST_IN_A_MATRIX = 50
+_SAMPLED = 4096  # training images whose embeddings tell how much embeddings vary
 _COPIES = 2.5  # of the features in float32, that the heads that take the most memory need
 
 
@@ -125,6 +136,8 @@ class FitPlan:
         budget: seconds after which no further head is begun.
         target: what a label is: a class, several labels with ``;`` between, or a number.
         group: the column of the data set's manifest whose values stay together, such as a patient.
+        columns: of the manifest, that heads are given beside the embedding: numbers, and categories, one number each;
+            ``NAME:category`` takes a column's numbers for names.
         shots: train on so many images a class too, several times.
         curve: train on shares of the training images too, several times.
         baselines: train trivial methods beside, which need no backbone.
@@ -140,6 +153,7 @@ class FitPlan:
     budget: float | None = None
     target: Kind = "label"
     group: str | None = None
+    columns: tuple[str, ...] = ()
     shots: tuple[int, ...] = ()
     curve: bool = False
     baselines: bool = True
@@ -160,6 +174,7 @@ class FitPlan:
             raise UsageError("`grid`: at least one value a parameter is needed.")
         if self.best_pool and self.layers:
             raise UsageError("`best_pool` is of the last activations, `layers` have averages: leave one of them out.")
+        column_names(self.columns)
         Views(self.views)
 
     def names(self) -> list[str]:
@@ -175,8 +190,10 @@ class FitPlan:
             raise UsageError(f"`grid` is of one head, not of {', '.join(names)}: name one in `heads`.")
         if candidates:
             require_params(names[0], candidates)
-        if {*names} & {*ATTENTIVE} and (self.views > 1 or self.layers or self.shots or self.curve):
-            raise UsageError(f"`heads` {names[-1]} trains on tokens: without `views`, `layers`, `shots` and `curve`.")
+        if {*names} & {*ATTENTIVE} and (self.views > 1 or self.layers or self.shots or self.curve or self.columns):
+            raise UsageError(
+                f"`heads` {names[-1]} trains on tokens: without `views`, `layers`, `columns`, `shots` and `curve`."
+            )
         if self.shots and self.target != "label":
             raise UsageError(
                 f"`shots` are images a class, and for `target` {self.target} an image has no one class: use `curve`."
@@ -199,7 +216,7 @@ class FitPlan:
         usual = FitPlan()
         return {
             name: getattr(self, name)
-            for name in ("grid", "folds", "group", "best_pool")
+            for name in ("grid", "folds", "group", "columns", "best_pool")
             if getattr(self, name) != getattr(usual, name)
         }
 
@@ -214,7 +231,10 @@ class FitPlan:
         words += [f"on {'+'.join(self.layers)}"] if self.layers else []
         words += ["best pool"] if self.best_pool else []
         words += [f"{self.views} views"] if self.views > 1 else []
+        words += [f"with {', '.join(column_names(self.columns))}"] if self.columns else []
         plan = self.choice() | ({"members": list(members)} if members else {})
+        if (columns := task.whole.columns) is not None:
+            plan |= {"column_values": columns.sha256}
         return Experiment(cache, task, " ".join(words), plan, seed)
 
 
@@ -222,7 +242,7 @@ class FitPlan:
 class FitResult(Displayed):
     """What ``fit`` has done: the embeddings' entry, the heads, baselines that need no backbone, and curves.
 
-    ``pooling`` is what was chosen, where that was asked for.
+    ``pooling`` is what was chosen, where that was asked for; ``lone_columns`` are what each column reaches alone.
     """
 
     extracted: Extracted
@@ -230,6 +250,7 @@ class FitResult(Displayed):
     baselines: list[Baseline]
     curves: "list[Curve]"
     pooling: PoolingChoice | None = None
+    lone_columns: list[Baseline] = field(default_factory=list)
 
     def table(self) -> Table:
         """Return heads and baselines, the best on validation first."""
@@ -245,12 +266,17 @@ class FitResult(Displayed):
     @property
     def summary(self) -> dict[str, Any]:
         """The JSON object of ``featcache fit``."""
-        return {
-            "extract": self.extracted.summary,
-            "heads": [head.summary for head in self.heads],
-            "controls": [baseline.summary for baseline in self.baselines],
-            "curves": [curve.summary for curve in self.curves],
-        } | ({"pooling": asdict(self.pooling)} if self.pooling is not None else {})
+        columns = {"columns": [column.summary for column in self.lone_columns]} if self.lone_columns else {}
+        return (
+            {
+                "extract": self.extracted.summary,
+                "heads": [head.summary for head in self.heads],
+                "controls": [baseline.summary for baseline in self.baselines],
+                "curves": [curve.summary for curve in self.curves],
+            }
+            | ({"pooling": asdict(self.pooling)} if self.pooling is not None else {})
+            | columns
+        )
 
 
 @dataclass
@@ -298,12 +324,13 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     names = plan.names()
-    group_by_path = require_task(cache, plan.target, plan.group)
+    group_by_path, values_by_path = require_task(cache, plan.target, plan.group), require_columns(cache, plan.columns)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
     features = entry.store.labelled()
-    task = Task(features, plan.target, groups_of(features, group_by_path), plan.group)
+    columns = columns_of(features, values_by_path, plan.columns)
+    task = Task(features, plan.target, groups_of(features, group_by_path), plan.group, columns)
     split = task.split(seed, plan.folds)
     for shots in plan.shots:
         few_shot(split, features.y, shots, seed, features.sha256)  # what cannot be drawn is said before anything is trained
@@ -323,9 +350,9 @@ def run_fit(
         if records and (only is None or name in only):
             append_once(records, result.record)
         results.append(result)
-    found = fitting.baselines(results) if plan.baselines else []
+    found, lone = fitting.baselines(results) if plan.baselines else ([], [])
     pooling = read_choice(*fitting.note("pooling")) if plan.best_pool else None
-    return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling)
+    return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling, lone)
 
 
 @dataclass(frozen=True)
@@ -339,13 +366,26 @@ class _Fitting:
     plan: FitPlan
     seed: int
 
-    @cached_property
+    @property
     def loaded(self) -> Task:
-        """The task with its features: read only where something is trained."""
-        store = self.entry.store
+        """The task with what heads train on: read only where something is trained."""
+        return self._inputs[0]
+
+    @cached_property
+    def _inputs(self) -> tuple[Task, ColumnCoder | None]:
+        """The task with its features, columns behind them where there are any, and how those became numbers."""
+        store, columns = self.entry.store, self.task.columns
         if self.plan.best_pool:
-            return replace(self.task, features=replace(self.task.features, X=self.pooled[1]))
-        return replace(self.task, features=store.features() if in_memory(store) else store.streamed())
+            features = replace(self.task.features, X=self.pooled[1])
+        else:
+            features = store.features() if in_memory(store) else store.streamed()
+        if columns is None:
+            return replace(self.task, features=features), None
+        train = self.split.train
+        sample = features.X[train[np.linspace(0, len(train) - 1, min(len(train), _SAMPLED)).astype(np.int64)]]
+        coder = columns.coder(train).weighted(sample.reshape(-1, sample.shape[-1]), columns, train)
+        logger.info("columns: %s", "; ".join(column.text for column in coder.columns))
+        return replace(self.task, features=replace(features, X=beside(features.X, coder.encode(columns.values)))), coder
 
     @cached_property
     def pooled(self) -> tuple[PoolingChoice, NDArray[np.float32]]:
@@ -437,14 +477,15 @@ class _Fitting:
             scaled_by=fitted.temperature,
             views=plan.views,
             tested=bundle.packed(tested),
+            **({"columns": coder.card} if (coder := self._inputs[1]) else {}),
         )
         if self.entry.cut == TOKENS:
             card = token_card(card, fitted.params.get("pool"))
         bundle.save(fitted.estimator, card, place, plan.format, answers=fitted.answers)
         return HeadResult(fitted, record, path, self.task, self.split)
 
-    def baselines(self, heads: Sequence[HeadResult]) -> list[Baseline]:
-        """Return the baselines on the same split, and warn where the best on validation does as well as the best head.
+    def baselines(self, heads: Sequence[HeadResult]) -> tuple[list[Baseline], list[Baseline]]:
+        """Return the baselines on the same split, and each column alone; warn where they do as well as the best head.
 
         They lie in a file as heads do, with the warnings that came of comparing heads with them: paired tests load SciPy.
         """
@@ -453,27 +494,45 @@ class _Fitting:
         note = kept_note(path, names, dict, "the baselines are trained again")
         if note is None or best.record.cell not in note["warnings"]:
             if not in_memory(self.entry.store):
-                return []
-            stored = [Baseline.read(self.task.kind, told) for told in note["results"]] if note else []
-            results, warning = self._compare(best, stored)
+                return [], []
+            results, lone = self._read_baselines(note or {})
+            results, lone, warning = self._compare(best, results, lone)
             warnings = (note["warnings"] if note else {}) | {best.record.cell: warning}
             note = {"results": [result.stored for result in results], "warnings": warnings}
+            note |= {"columns": [result.stored for result in lone]} if lone else {}
             keep_note(path, names, note)
-        if warning := note["warnings"][best.record.cell]:
+        for warning in filter(None, note["warnings"][best.record.cell].split("\n")):
             logger.warning(warning)
-        return [Baseline.read(self.task.kind, stored) for stored in note["results"]]
+        return self._read_baselines(note)
 
-    def _compare(self, best: HeadResult, results: list[Baseline]) -> tuple[list[Baseline], str]:
+    def _read_baselines(self, note: Mapping[str, Any]) -> tuple[list[Baseline], list[Baseline]]:
+        results, lone = (
+            [Baseline.read(self.task.kind, stored) for stored in note.get(name, ())] for name in ("results", "columns")
+        )
+        return results, lone
+
+    def _compare(
+        self, best: HeadResult, results: list[Baseline], lone: list[Baseline]
+    ) -> tuple[list[Baseline], list[Baseline], str]:
         """Train the baselines, unless they were before for another head, and say whether one does as well as this one."""
-        from featcache.heads.baselines import baselines, best_on_validation, warning_of
+        from featcache.heads.baselines import baselines, best_on_validation, of_columns, warning_of, warning_of_columns
 
         keep, common, take = aligned(self.task, self.cache.thumbnails(SIDE).store)
         if left_out := len(self.task.features.y) - len(keep):
             logger.warning("baselines: %d images have no thumbnail, they are compared on the others", left_out)
         shared = restricted(self.split, keep)
-        results = results or baselines(take(np.arange(len(keep))), common.y, shared, self.seed)
-        strongest = best_on_validation(results)
-        return results, warning_of(strongest, best.fitted, best.record.method, shared, keep, self.split)
+        if not results:
+            results = baselines(take(np.arange(len(keep))), common.y, shared, self.seed)
+            if common.columns is not None:
+                together, *lone = of_columns(common.columns, common.y, shared, self.seed)
+                results.append(together)
+        method = best.record.method
+        warning = warning_of(best_on_validation(results), best.fitted, method, shared, keep, self.split)
+        return (
+            results,
+            lone,
+            "\n".join([*filter(None, [warning]), *warning_of_columns(lone, results[0], best.fitted, method)]),
+        )
 
     def curves(self, head: str) -> "list[Curve]":
         """Train a head on so many images a class, and on shares of the training images, where that is asked for."""

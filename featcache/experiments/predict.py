@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
 from featcache.datasets.folder import image_files
+from featcache.datasets.tables import open_unlabelled
 from featcache.display import logger, progress
 from featcache.errors import DataError, StorageError, UsageError
+from featcache.evaluation.columns import ColumnCoder
 from featcache.evaluation.metrics import at_temperature
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches, sample
@@ -25,6 +28,7 @@ from featcache.heads.search import over_views, predict_with
 from featcache.specs import TOKENS, BackboneSpec, TransformOverrides, Views, freeze_args
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import Quarantined
+from featcache.store.rows import beside
 
 _AT_ONCE = 4096  # images whose embeddings and answers are held: copies among them are computed once
 
@@ -189,8 +193,46 @@ def label_images(
     return _predictions(bundle, paths, cache_of(bundle, source, settings, weights))
 
 
-def _predictions(bundle: Bundle, paths: Sequence[str], cache: FeatureCache) -> Iterator[Prediction]:
-    embedder = _Embedder(cache, bundle.card.get("cut", "pooled"), Views(bundle.card.get("views", 1)))
+def needs_columns(bundle: Bundle) -> bool:
+    """Tell whether a head was trained on columns beside its images."""
+    return bool(bundle.card.get("columns"))
+
+
+def label_manifests(
+    bundle: Bundle, places: Sequence[Path], settings: Settings, *, weights: str | None = None
+) -> Iterator[Prediction]:
+    """Return what yields a prediction for each image of manifests, by a head that needs their columns.
+
+    Args:
+        bundle: the head.
+        places: CSV or Parquet files with path, or the images' bytes, and these columns.
+        settings: as of ``label_images``.
+        weights: as of ``label_images``.
+
+    Raises:
+        UsageError: as of ``label_images``.
+        DataError: as of ``label_images``; or a file is no manifest, lacks a column, or a number is none.
+    """
+    coder = ColumnCoder.of_card(bundle.card["columns"])
+    for place in places:
+        if place.suffix.lower() not in {".csv", ".parquet"}:
+            raise DataError(
+                f"{place}: this head was trained on the columns {', '.join(coder.names)} beside each image: give a CSV or "
+                "Parquet file with path and these columns."
+            )
+    opened = [open_unlabelled(place, coder.names) for place in places]
+    coded = [coder.encode(values, source.location) for source, values in opened]
+    caches = [cache_of(bundle, source, settings, weights) for source, _ in opened]
+    return chain.from_iterable(
+        _predictions(bundle, [sample.path for sample in cache.dataset.samples], cache, columns)
+        for cache, columns in zip(caches, coded, strict=True)
+    )
+
+
+def _predictions(
+    bundle: Bundle, paths: Sequence[str], cache: FeatureCache, columns: NDArray[np.float32] | None = None
+) -> Iterator[Prediction]:
+    embedder = _Embedder(cache, bundle.card.get("cut", "pooled"), Views(bundle.card.get("views", 1)), columns)
     position = {item.path: index for index, item in enumerate(cache.dataset.samples)}
     with progress(len(paths), "predict") as bar:
         for start in range(0, len(paths), _AT_ONCE):
@@ -203,7 +245,7 @@ def _in_order(bundle: Bundle, paths: Sequence[str], position: dict[str, int], em
     done: dict[str, Prediction] = {}
     waiting = list(reversed(paths))
     for several in embedder.batches([position[path] for path in dict.fromkeys(paths)]):
-        done.update((one.path, one) for one in _answer(bundle, several, embedder.cache.dataset, embedder.views.count))
+        done.update((one.path, one) for one in _answer(bundle, several, embedder))
         while waiting and waiting[-1] in done:
             yield done[waiting.pop()]
 
@@ -211,8 +253,8 @@ def _in_order(bundle: Bundle, paths: Sequence[str], position: dict[str, int], em
 class _Embedder:
     """Computes embeddings of images some at a time; the backbone is made ready once, on the first batch."""
 
-    def __init__(self, cache: FeatureCache, cut: str, views: Views) -> None:
-        self.cache, self.cut, self.views = cache, cut, views
+    def __init__(self, cache: FeatureCache, cut: str, views: Views, columns: NDArray[np.float32] | None) -> None:
+        self.cache, self.cut, self.views, self.columns = cache, cut, views, columns
         self._runtime: Runtime | None = None
 
     def batches(self, positions: Sequence[int]) -> Iterator[Batch]:
@@ -259,7 +301,8 @@ def _inside(enter: Callable[[], AbstractContextManager[None]], batches: Iterator
         yield batch
 
 
-def _answer(bundle: Bundle, batch: Batch, source: Dataset, views: int) -> list[Prediction]:
+def _answer(bundle: Bundle, batch: Batch, embedder: _Embedder) -> list[Prediction]:
+    source, views = embedder.cache.dataset, embedder.views.count
     said = [Prediction(bad.path, reason=bad.reason) for bad in batch.bad]
     if not batch.fresh:
         return said
@@ -267,6 +310,8 @@ def _answer(bundle: Bundle, batch: Batch, source: Dataset, views: int) -> list[P
     X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
     if bundle.card.get("cut") != TOKENS:  # attention asks where tokens lie
         X = X.reshape(-1, X.shape[-1])
+    if embedder.columns is not None:  # an image's own, for each of its views
+        X = beside(X, np.repeat(embedder.columns[np.array(batch.fresh)], views, axis=0))
     kind = bundle.card.get("target", "label")
     found = over_views(predict_with(bundle.estimator, X, kind, len(bundle.classes)), views)
     if kind == "number":

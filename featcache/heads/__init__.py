@@ -165,5 +165,6 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "loaded": _is_object,
     "transform": _is_object,
     "params": _is_object,
+    "columns": _is_object,
     "test": _is_object,
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.evaluation.columns import Columns, alone
 from featcache.evaluation.metrics import (
     AnyScores,
     Kind,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from featcache.heads.fit import FittedHead
 
 SIDE = 32  # pixels of the thumbnails that baselines look at
+_MUCH = 0.5  # of what the best head adds to the answer that looks at no image: from there a column alone is told of
 _RAW_SIDE = 16
 
 
@@ -97,6 +99,64 @@ def baselines(thumbnails: NDArray[np.uint8], y: NDArray[Any], split: Split, seed
         tested = evaluate_on_test(lambda index: predict_with(estimator, X[index], kind, classes), y, split)  # noqa: B023
         results.append(Baseline(f"{title} + {_SHOWN.get(head, head)}", search.val, tested, seconds))
     return results
+
+
+def of_columns(columns: Columns, y: NDArray[Any], split: Split, seed: int = 0) -> list[Baseline]:
+    """Return what a linear head reaches on all columns together, without an image, and then on each alone.
+
+    Args:
+        columns: of the images.
+        y: as of ``baselines``.
+        split: which images train, choose and test.
+        seed: of the heads' own randomness.
+    """
+    kind, train = kind_of(y), split.train
+    head = _HEADS[kind][1]
+    parts = [
+        alone(column, [row[place] for row in columns.values], train)
+        for place, column in enumerate(columns.coder(train).columns)
+    ]
+    named = [(f"columns + {head}", np.concatenate(parts, axis=1)), *zip(columns.names, parts, strict=True)]
+    return [_fitted(name, head, X, y, split, seed) for name, X in named]
+
+
+def _fitted(name: str, head: str, X: NDArray[np.float32], y: NDArray[Any], split: Split, seed: int) -> Baseline:
+    from featcache.heads.search import predict_with, search_head, train
+
+    kind, started = kind_of(y), time.monotonic()
+    classes = int(y.max()) + 1 if kind == "label" else 0
+    search = search_head(head, X, y, split.folds, seed)
+    estimator = train(head, search.params, X[split.train_val], y[split.train_val], seed)
+    seconds = time.monotonic() - started
+    tested = evaluate_on_test(lambda index: predict_with(estimator, X[index], kind, classes), y, split)
+    return Baseline(name, search.val, tested, seconds)
+
+
+def warning_of_columns(lone: Sequence[Baseline], blind: Baseline, head: "FittedHead", method: str) -> list[str]:
+    """Return what is to be said of columns that tell the label alone: it may have been written down from it.
+
+    Args:
+        lone: each column alone.
+        blind: the answer that looks at nothing.
+        head: the best on validation, of image and columns.
+        method: what tables call it.
+    """
+    least, of_head = blind.tested.scores.primary[0], head.tested.scores.primary[0]
+    warnings = []
+    for column in lone:
+        reached, interval = column.tested.scores.primary
+        is_sure = interval is not None and interval[0] > least
+        if not is_sure or reached < least + _MUCH * (of_head - least):
+            continue
+        is_share = not isinstance(column.val, NumberScores)
+        told, nothing, most = (
+            f"{100 * value:.1f} %" if is_share else f"R2 {value:.3f}" for value in (reached, least, of_head)
+        )
+        warnings.append(
+            f"the column {column.name!a} alone reaches {told} ({blind.name} {nothing}, {method} {most}): is it known before "
+            "the label is, and not written down from it?"
+        )
+    return warnings
 
 
 def best_on_validation(results: Sequence[Baseline]) -> Baseline:

@@ -97,3 +97,12 @@ class LazyRows:
     def only(self, index: Index) -> "LazyRows":
         """Return some rows, not read yet."""
         return LazyRows(self._take, self.shape[1], self._rows[index])
+
+
+def beside(X: Any, columns: NDArray[np.float32]) -> Any:
+    """Return rows (n, d), of several views (n, views, d), each with an image's columns (n, k) behind it."""
+    width = X.shape[-1] + columns.shape[1]
+    if isinstance(X, LazyRows):
+        return LazyRows(lambda index: np.concatenate([X[index], columns[index]], axis=1), width, np.arange(len(X)))
+    of_views = columns if X.ndim == 2 else np.broadcast_to(columns[:, None], (*X.shape[:2], columns.shape[1]))
+    return np.concatenate([X, of_views], axis=-1)
