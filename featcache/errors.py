@@ -54,3 +54,7 @@ class CutError(FeatcacheError):
     """A backbone cannot be cut where it was asked to be."""
 
     exit_code = 2
+
+
+class UnreadableSample(Exception):  # noqa: N818 - it names what was met, and becomes a reason in the quarantine list
+    """A sample cannot be used; the text says why."""

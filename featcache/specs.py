@@ -149,7 +149,7 @@ REVISED = 2  # the version of rows that version 1 held otherwise: of another ten
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
 CropMode = Literal["center", "squash"]
-StoredDtype = Literal["float32", "float16", "uint8"]
+StoredDtype = Literal["float32", "float16", "uint8", "int32"]
 Decoder = Literal["pillow-scaled", "pillow"]
 Pool = Literal["default", "avg", "max", "cls", "avg+cls", "gem"]
 POOLS: tuple[Pool, ...] = ("default", "avg", "max", "cls", "avg+cls", "gem")
@@ -160,9 +160,12 @@ Precision = Literal["float32", "bfloat16", "float16"]
 _MAX_INPUT = 4096  # pixels a side: one float32 image of this size takes 200 MB before the backbone has done anything
 _MAX_VIEWS = 1000  # each view is a row: more would fill a disk by a slip of the keyboard
 
+SampleKind = Literal["image", "text"]  # what the bytes of a sample are
+
 POOLED = "pooled"
 TOKENS = "tokens"  # the activations before pooling
 INPUT = "input"
+TEXT = "text:"  # what names of encoders of texts begin with
 
 
 @dataclass(frozen=True)
@@ -207,12 +210,14 @@ class Transform:
 class Tokenisation:
     """How a text becomes the numbers that a backbone sees: so many ids, cut off or filled up with ``padding``.
 
-    ``vocabulary`` tells what turns texts into ids: the SHA-256 of a vocabulary, or the name of a rule that needs none.
+    ``vocabulary`` tells what turns texts into ids: the SHA-256 of a tokeniser's files, or the name of a rule that needs
+    none. What is too long loses its end, or its beginning where ``truncation`` is "left".
     """
 
     vocabulary: str
     length: int
     padding: int = 0
+    truncation: Literal["right", "left"] = "right"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be carried out."""
@@ -269,10 +274,16 @@ class BackboneSpec:
             raise UsageError(f"`random_init` {self.random_init}: a seed from 0 to {MAX_SEED} is needed.")
 
     @property
+    def samples(self) -> SampleKind:
+        """What it takes: names say it, so that nothing has to be loaded for it."""
+        return "text" if self.name.startswith(TEXT) else "image"
+
+    @property
     def label(self) -> str:
         """The name as it stands in folders and tables."""
         # It becomes a folder's name: a hub's slashes and colons would be folders, or refused by a file system.
-        label = re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-.")
+        name = TEXT + "/".join(Path(self.name.removeprefix(TEXT)).parts[-2:]) if self.samples == "text" else self.name
+        label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
         return f"{label}.random{self.random_init}" if self.random_init is not None else label
 
 
@@ -324,8 +335,9 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         """Refuse a dtype that the cut cannot have."""
         check_fields(self)
-        if (self.cut == INPUT) != (self.dtype == "uint8"):
-            raise UsageError(f"`dtype` {self.dtype}: input is stored as uint8, every other cut as a float.")
+        inputs = "int32" if isinstance(self.transform, Tokenisation) else "uint8"
+        if self.dtype != inputs if self.cut == INPUT else self.dtype in {"uint8", "int32"}:
+            raise UsageError(f"`dtype` {self.dtype}: input is stored as {inputs}, every other cut as a float.")
 
     @property
     def key(self) -> str:
@@ -365,10 +377,10 @@ def is_embedding(cut: str) -> bool:
     return cut == POOLED or "+" in cut
 
 
-def stored_dtype(cut: str, dtype: StoredDtype | None = None) -> StoredDtype:
-    """Return the dtype that a cut is stored in: embeddings float32, activation maps float16, pixels uint8."""
+def stored_dtype(cut: str, dtype: StoredDtype | None = None, kind: SampleKind = "image") -> StoredDtype:
+    """Return the dtype that a cut is stored in: embeddings float32, activations float16, pixels uint8, token ids int32."""
     if cut == INPUT:
-        return "uint8"
+        return "int32" if kind == "text" else "uint8"
     return dtype or ("float32" if is_embedding(cut) else "float16")
 
 

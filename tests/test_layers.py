@@ -44,6 +44,7 @@ HOMES = {
     "matplotlib": {"reports.tables"},
     "cleanlab": {"evaluation.suspects"},
     "torchvision": {"datasets.hubs"},
+    "transformers": {"backbones.text"},
 }
 
 

@@ -176,7 +176,7 @@ def texts() -> Dataset:
     content["kitchen/copy.txt"] = content["kitchen/00.txt"]
     content["weather/broken.txt"] = b"\xff\xfe not a text"
     samples = [Sample(path, path.partition("/")[0]) for path in content]
-    return Dataset("texts", "drawn", samples, MemoryReader(content))
+    return Dataset("texts", "drawn", samples, MemoryReader(content), kind="text")
 
 
 @pytest.fixture
@@ -242,7 +242,17 @@ def test_a_text_encoder_is_fine_tuned_from_stored_activations(cache: FeatureCach
     assert result.record.test["accuracy"] > 0.6
 
 
-def test_token_ids_are_not_stored_yet(cache: FeatureCache) -> None:
-    """The cut at the input is refused by name."""
-    with pytest.raises(UsageError, match="`cut` input: token ids are not stored"):
-        cache.extracted("input")
+def test_token_ids_are_stored_at_the_input(cache: FeatureCache, texts: Dataset) -> None:
+    """The cut at the input holds what the tokenisation gives, for every encoder that has the same one."""
+    store = cache.extracted("input").store
+
+    reader, paths = store.reader(), store.listing().files.paths
+    expected = np.concatenate([text_encoder().preprocess(texts.read(path), Views()) for path in paths])
+    np.testing.assert_array_equal(reader.take(np.arange(len(paths))), expected)
+    assert (store.spec["dtype"], store.spec["backbone"]) == ("int32", None)
+
+
+def test_texts_go_to_encoders_of_texts_alone(texts: Dataset, tmp_path: Path) -> None:
+    """A backbone of images is refused before anything is opened."""
+    with pytest.raises(UsageError, match="takes images, and drawn holds texts"):
+        FeatureCache(texts, BackboneSpec("lite0"), Settings(tmp_path))

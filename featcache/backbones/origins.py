@@ -15,11 +15,16 @@ from urllib.parse import urlsplit
 from featcache.errors import UsageError
 from featcache.fingerprint import fingerprint, sha256_of_file
 from featcache.resources import may_fetch
-from featcache.specs import BackboneSpec
+from featcache.specs import TEXT, BackboneSpec
 
 BUNDLED = ("mini", "lite0")  # weights come with the installation: these names alone say which
 _FOLDER, _HUB = ("local-dir:",), ("hf-hub:", "hf_hub:")
 _CONFIG = "config.json"
+TOKENISER = "tokenizer"  # what an origin of texts reads beside
+# What turns texts into ids, by whichever library it was written; and how a folder of sentence encoders pools.
+_TOKENISER = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "sentencepiece",
+              "sentence_bert_config")  # fmt: skip
+POOLING = ("modules.json", "1_Pooling/config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt", ".npz")  # more than timm reads: one too many only misses
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
 _hashed: dict[tuple[str | int, ...], str] = {}  # of this process: one command asks for the same weights many times
@@ -34,7 +39,7 @@ class Origin:
         place: the folder's path, the repository, or the file's name.
         revision: of a repository, as it was asked for; its main branch where empty.
         filename: of the weights in a repository, where it is not one of the usual.
-        reads: what of it decides the network: ``config`` its architecture, ``weights``.
+        reads: what of it decides the network: ``config`` its architecture, ``weights``, ``tokenizer`` of texts.
     """
 
     kind: Literal["folder", "hub", "file"]
@@ -58,13 +63,12 @@ class Origin:
             return _torch_downloads()
         if self.kind == "hub":
             return _snapshot(self.place, self.revision)
-        path = Path(self.place)
+        path, is_text = Path(self.place), TOKENISER in self.reads
+        name, writer = (f"{TEXT}{path}", "save_pretrained") if is_text else (f"local-dir:{path}", "timm.models.save_for_hf")
         if not path.is_dir():
-            raise UsageError(f"`backbone` local-dir:{self.place}: there is no such folder.")
+            raise UsageError(f"`backbone` {name}: there is no such folder.")
         if not (path / _CONFIG).is_file():
-            raise UsageError(
-                f"`backbone` local-dir:{self.place}: no {_CONFIG} in it. timm.models.save_for_hf writes such a folder."
-            )
+            raise UsageError(f"`backbone` {name}: no {_CONFIG} in it. {writer} writes such a folder.")
         return path
 
     def content(self, folder: Path | None = None) -> str | None:
@@ -78,14 +82,16 @@ class Origin:
         """
         folder = folder or self.folder()
         files = list(self._files(folder)) if folder is not None else []
-        if not files:
+        if folder is None or not files:
             return None
-        return fingerprint({file.name: sha256_of_weights(file) for file in files})
+        return fingerprint({file.relative_to(folder).as_posix(): sha256_of_weights(file) for file in files})
 
     def _files(self, folder: Path) -> Iterator[Path]:
         # The architecture's file counts too: the same weights under another configuration are another network.
         if "config" in self.reads and (folder / _CONFIG).is_file():
             yield folder / _CONFIG
+        if TOKENISER in self.reads:
+            yield from (*tokeniser_files(folder), *(path for name in POOLING if (path := folder / name).is_file()))
         if "weights" not in self.reads:
             return
         if self.filename:
@@ -94,10 +100,23 @@ class Origin:
             yield from sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHTS) and path.is_file())
 
 
+def tokeniser_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that decide how texts become ids, in order."""
+    return sorted(path for path in folder.iterdir() if path.name.startswith(_TOKENISER) and path.is_file())
+
+
 def named(spec: BackboneSpec) -> Origin | None:
-    """Return the origin that a name spells out, ``local-dir:PATH`` or ``hf-hub:ORG/NAME[@REVISION]``; else ``None``."""
+    """Return the origin that a name spells out; ``None`` where it spells none.
+
+    Names are ``local-dir:PATH``, ``hf-hub:ORG/NAME[@REVISION]``, and ``text:`` before either's place.
+    """
     kind, _, place = spec.name.partition(":")
     reads = ("config", "weights") if spec.weights is None and spec.random_init is None else ("config",)
+    if spec.samples == "text":
+        reads = (*reads, TOKENISER)
+        is_folder = place.startswith((".", "/", "~")) or Path(place).is_dir()  # the hub's names begin with letters
+        kind = "local-dir" if is_folder else "hf-hub"
+        place = str(Path(place).expanduser()) if is_folder else place
     if f"{kind}:" in _FOLDER:
         return Origin("folder", place, reads=reads)
     if f"{kind}:" in _HUB:
@@ -114,13 +133,18 @@ def by_name(spec: BackboneSpec) -> bool:
 def plain_name(spec: BackboneSpec) -> str:
     """Return a name without what content decides: where a folder lies."""
     origin = named(spec)
-    return "local-dir:" if origin is not None and origin.kind == "folder" else spec.name
+    return f"{_world_of(spec)}:" if origin is not None and origin.kind == "folder" else spec.name
+
+
+def _world_of(spec: BackboneSpec) -> str:
+    return spec.name.partition(":")[0]
 
 
 def absolute_name(spec: BackboneSpec) -> str:
     """Return a name that means the same in every working folder."""
     origin = named(spec)
-    return f"local-dir:{Path(origin.place).resolve()}" if origin is not None and origin.kind == "folder" else spec.name
+    is_folder = origin is not None and origin.kind == "folder"
+    return f"{_world_of(spec)}:{Path(origin.place).resolve()}" if origin is not None and is_folder else spec.name
 
 
 def other_revisions(spec: BackboneSpec) -> list[str]:
@@ -130,7 +154,7 @@ def other_revisions(spec: BackboneSpec) -> list[str]:
         return []
     copies = [path for path in (_repository(origin.place) / "snapshots").glob("*") if path.is_dir()]
     copies.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return [f"hf-hub:{origin.place}@{path.name}" for path in copies]
+    return [f"{_world_of(spec)}:{origin.place}@{path.name}" for path in copies]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

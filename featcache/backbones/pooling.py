@@ -31,21 +31,30 @@ class Layout:
 
     There are ``axes`` of them; ``channels`` is that of channels: the last of (b, h, w, c) and (b, n, c), 1 of (b, c),
     (b, c, h, w) and (b, c, n). ``prefix_tokens`` of n tokens come before the image's; ``class_token`` tells whether the
-    first of them is one.
+    first of them is one. Where they are ``masked`` the last channel is no activation: it is 1 for a token and 0 for what
+    only fills a text up; the class token of a text is one of its tokens too.
     """
 
     axes: int
     channels: int
     prefix_tokens: int = 0
     class_token: bool = False
+    masked: bool = False
 
     def tokens(self, activations: Tensor) -> tuple[Tensor, Tensor]:
         """Return activations of more than two axes as the tokens before the image's own, (b, p, c), and these, (b, n, c)."""
+        if self.masked:
+            states = activations[..., :-1]
+            return states[:, :1], states
         if self.channels == self.axes - 1:
             tokens = activations.flatten(1, 2) if self.axes == 4 else activations
         else:
             tokens = activations.flatten(2).transpose(1, 2)
         return tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+
+    def mask(self, activations: Tensor) -> Tensor | None:
+        """Return which of the tokens are some, bool (b, n), ``None`` where all are."""
+        return activations[..., -1] > 0.5 if self.masked else None
 
 
 @dataclass(frozen=True)
@@ -212,14 +221,23 @@ class Pooling(nn.Module):
         if self.layout.axes == 2:
             return activations
         before, patches = self.layout.tokens(activations)
+        mask = self.layout.mask(activations)
         if self.kind == "max":
-            return patches.amax(1)
+            return (patches if mask is None else patches.masked_fill(~mask[..., None], -torch.inf)).amax(1)
         if self.kind == "cls":
             return before[:, 0]
         if self.kind == "gem":
-            return patches.clamp(min=1e-6).pow(3).mean(1).pow(1 / 3)
-        average = patches.mean(1)
+            return mean_of(patches.clamp(min=1e-6).pow(3), mask).pow(1 / 3)
+        average = mean_of(patches, mask)
         return torch.cat([average, before[:, 0]], 1) if self.kind == "avg+cls" else average
+
+
+def mean_of(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean (b, c) of tokens (b, n, c), of those alone that a mask (b, n) names."""
+    if mask is None:
+        return tokens.mean(1)
+    weights = mask.to(tokens.dtype)[..., None]
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
 class LastActivations(nn.Module):

@@ -69,6 +69,8 @@ def trainable_copy(backbone: Backbone, drop_path: float) -> Backbone:
     Raises:
         DataError: its weights are others by now.
     """
+    if drop_path and backbone.spec.samples != "image":
+        raise UsageError("`drop_path` is of backbones of images: encoders of texts train with the dropout of their own.")
     if not drop_path:
         separate = backbone.separate()
         for module in separate.module.modules():
@@ -104,7 +106,7 @@ def _fill(module: nn.Module, spec: BackboneSpec) -> str | None:
     """Load the weights that timm does not, and return the SHA-256 of the user's file, if there is one."""
     digest = origins.sha256_of_given_weights(spec)
     if spec.weights is not None:
-        _load_weights(module, Path(spec.weights))
+        load_weights(module, Path(spec.weights))
         if origins.sha256_of_given_weights(spec) != digest:
             raise DataError(f"`weights` {spec.weights}: changed while it was read. Run again.")
     elif spec.name in BUNDLED and spec.random_init is None:
@@ -113,7 +115,7 @@ def _fill(module: nn.Module, spec: BackboneSpec) -> str | None:
             _load_packaged(module, spec, card)
         else:
             with resources.as_file(resources.files("featcache") / "assets" / f"{spec.name}.safetensors") as path:
-                _load_weights(module, path)
+                load_weights(module, path)
     return digest
 
 
@@ -225,10 +227,10 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | No
         raise UsageError(f"`model_args`: {name} does not take it ({error}).") from error
     except Exception as error:
         if not pretrained:
-            raise UsageError(f"`backbone` {name}: timm cannot create it ({_first_line(error)}).") from error
+            raise UsageError(f"`backbone` {name}: timm cannot create it ({first_line(error)}).") from error
         if name.startswith("local-dir:"):
-            raise DataError(f"`backbone` {name}: its weights cannot be read ({_first_line(error)}).") from error
-        reason = _first_line(error) if reachable else "they are not on this machine, and the hub cannot be reached"
+            raise DataError(f"`backbone` {name}: its weights cannot be read ({first_line(error)}).") from error
+        reason = first_line(error) if reachable else "they are not on this machine, and the hub cannot be reached"
         raise SetupError(
             f"the published weights of {name} cannot be had ({reason}). "
             "Use `backbone='lite0'`, which is installed, give a checkpoint with `weights=FILE`, or say `random_init=SEED`."
@@ -251,7 +253,12 @@ def _require_here(name: str) -> None:
         )
 
 
-def _load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a file of tensors, .safetensors or a plain .pth, into a network whose tensors are called so.
+
+    Raises:
+        DataError: it is no such file, or another network's.
+    """
     if path.is_dir():
         raise DataError(
             f"`weights` {path}: this is a folder. Name the file in it; a folder with config.json is "
@@ -350,7 +357,7 @@ def _try_image(module: nn.Module, spec: BackboneSpec, size: int, device: torch.d
     except Exception as error:  # it runs the model's own code, which can fail in any way
         asked = f"`input_size` {size}" if spec.overrides.input_size is not None else f"`backbone` {spec.name}"
         raise UsageError(
-            f"{asked}: {spec.name} does not take images of {size} pixels and 3 channels ({_first_line(error)}). "
+            f"{asked}: {spec.name} does not take images of {size} pixels and 3 channels ({first_line(error)}). "
             f"{_how_to_fit(module, spec, size)}"
         ) from error
     if not isinstance(out, Tensor) or out.dim() < 2 or out.shape[0] != 1 or not out.numel() or not out.is_floating_point():
@@ -416,10 +423,11 @@ def _by_channel(values: Any) -> tuple[float, float, float]:
 
 def _reason(error: Exception) -> str:
     """Return an error's first sentence in brackets, "" where it gives advice: PyTorch's is on arguments of its own."""
-    sentence = _first_line(error).partition(". ")[0].rstrip(".")
+    sentence = first_line(error).partition(". ")[0].rstrip(".")
     return "" if "weights_only" in sentence else f" ({sentence})"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what a library's error says first, its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Where images come from. A source lists labelled images and reads their bytes; after that all kinds are alike."""
+"""Where samples come from. A source lists labelled ones and reads their bytes; after that all kinds are alike."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,8 @@ def open_dataset(
     """Open a data set; its ``notes`` say what lies there and is not read.
 
     Args:
-        data: a folder; a ``.csv`` or ``.parquet`` manifest; ``.npz`` or ``.h5`` arrays; ``torchvision:NAME``;
-            ``hf:org/name``; ``wds:shards-{000..009}.tar``; ``sklearn:digits``.
+        data: a folder of images or texts; a ``.csv`` or ``.parquet`` table of paths or of texts; ``.npz`` or ``.h5`` arrays;
+            ``torchvision:NAME``; ``hf:org/name``; ``wds:shards-{000..009}.tar``; ``sklearn:digits``.
         name: what to call it, instead of its own name.
         data_root: where torchvision's sets lie.
         download: whether ``torchvision:`` and ``hf:`` may fetch what is not there.
@@ -39,7 +39,10 @@ def open_dataset(
         raise DataError(f"{data}: cannot be read ({type(error).__name__}{f': {reason}' if reason else ''}).") from error
     if not source.samples:
         also = f" {'; '.join(source.notes)}." if source.notes else ""
-        raise DataError(f"{data}: no image found in it. A folder needs CLASS/IMAGE or train/CLASS/IMAGE files.{also}")
+        raise DataError(
+            f"{data}: no image found in it, and no text. A folder needs CLASS/IMAGE or train/CLASS/IMAGE files, "
+            f"texts as .txt.{also}"
+        )
     odd = tuple(f"{data}: {note}" for note in odd_names(source.table.labels))
     return replace(
         source,

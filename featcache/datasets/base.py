@@ -20,6 +20,7 @@ from featcache.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from featcache.evaluation.metrics import Kind
+    from featcache.specs import SampleKind
 
 MOST_IMAGE_BYTES = 256 << 20  # 50 megapixels without compression, and room
 _MOST_SPLITS = 8
@@ -208,7 +209,8 @@ class Dataset:
     """A named list of labelled images.
 
     ``notes`` are things about it that the user should hear: above all what lies there and is not read. ``label_lists`` says
-    that labels are lists, joined with ``;``. ``reopens`` opens it again from anywhere, "" where nothing does.
+    that labels are lists, joined with ``;``. ``reopens`` opens it again from anywhere, "" where nothing does. ``kind``: what
+    a sample's bytes are.
     """
 
     name: str
@@ -218,6 +220,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     label_lists: bool = False
     reopens: str = ""
+    kind: "SampleKind" = "image"
 
     def __post_init__(self) -> None:
         """Pack the list."""
@@ -225,7 +228,9 @@ class Dataset:
             object.__setattr__(self, "samples", SampleTable(self.samples))
 
     def __repr__(self) -> str:
-        return f"Dataset({self.name!r}: {len(self.samples)} images, {len(self.table.labels)} labels, in {self.location})"
+        return (
+            f"Dataset({self.name!r}: {len(self.samples)} {self.kind}s, {len(self.table.labels)} labels, in {self.location})"
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -244,7 +249,7 @@ class Dataset:
         sizes = {name: count for name, count in zip(self.table.splits, counts, strict=True) if name}
         splits = ", ".join(f"{sizes[name]} {name}" for name in ("train", "val", "test") if name in sizes)
         kind = "different numbers" if target == "number" else "labels" if self.label_lists else "classes"
-        return f"{self.name}: {len(self.table)} images, {len(self.table.labels)} {kind}; {splits or 'no split'} given"
+        return f"{self.name}: {len(self.table)} {self.kind}s, {len(self.table.labels)} {kind}; {splits or 'no split'} given"
 
     def require_kind(self, kind: "Kind") -> None:
         """Refuse labels that are not what is to be told, before anything is computed.

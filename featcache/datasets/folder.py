@@ -1,4 +1,4 @@
-"""Images in folders: CLASS/IMAGE, or train|val|test/CLASS/IMAGE. What lies there and is not read is said."""
+"""Images or texts in folders: CLASS/IMAGE, or train|val|test/CLASS/IMAGE. What lies there and is not read is said."""
 
 import os
 from collections import Counter
@@ -17,7 +17,9 @@ from featcache.datasets.base import (
     safe_name,
     split_within,
 )
+from featcache.datasets.texts import TEXT_SUFFIXES
 from featcache.errors import DataError
+from featcache.specs import SampleKind
 
 # In order of preference, where one sample has its image in several formats.
 _PHOTOGRAPHS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".avif", ".jp2")
@@ -28,6 +30,7 @@ IN_ORDER = _PHOTOGRAPHS + _OTHERS + _RARE
 IMAGE_SUFFIXES = frozenset(IN_ORDER)
 _OF_SYSTEMS = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
                          "system volume information", "lost+found"})  # fmt: skip
+_SUFFIXES: dict[SampleKind, frozenset[str]] = {"image": IMAGE_SUFFIXES, "text": TEXT_SUFFIXES}
 _SHOWN = 3
 
 
@@ -55,31 +58,32 @@ class Unread:
         ]
 
 
-def image_files(root: Path) -> tuple[list[str], list[str]]:
-    """Return the relative POSIX paths of the image files below a folder, sorted, and notes on what else lies there."""
-    tree = Tree(root)
+def sample_files(root: Path, kind: SampleKind = "image") -> tuple[list[str], list[str]]:
+    """Return the relative POSIX paths of the samples below a folder, sorted, and notes on what else lies there."""
+    tree = Tree(root, kind=kind)
     paths = sorted(tree.files())
     unread = tree.unread.said()
     return paths, [f"{root}: left out: {', '.join(unread)}"] if unread else []
 
 
 class Tree:
-    """The image files below a folder; links to folders are followed, every folder is read once.
+    """The files of images, or texts, below a folder; links to folders are followed, every folder is read once.
 
     Args:
         root: the folder that paths are relative to.
         tops: the folders below it that will be read: what lies there is not read through a link from elsewhere.
+        kind: of the samples.
     """
 
-    def __init__(self, root: Path, tops: Sequence[str] = ("",)) -> None:
-        self.unread = Unread()
+    def __init__(self, root: Path, tops: Sequence[str] = ("",), kind: SampleKind = "image") -> None:
+        self.unread, self.kind = Unread(), kind
         self._root, self._real = root, os.path.realpath(root)
         self._tops = tops
         self._seen: set[str] = set()
         self._lying: set[str] | None = None
 
     def files(self, folder: str = "") -> Iterator[str]:
-        """Yield the relative POSIX paths of the image files below a folder, in no order."""
+        """Yield the relative POSIX paths of the samples below a folder, in no order."""
         # Folders are told by their real path: links may lead to one from several places.
         real = os.path.realpath(os.path.join(self._real, folder))  # noqa: PTH118 - as below
         # What is read under its own name is not read again under a link: the image would count for two classes.
@@ -112,7 +116,7 @@ class Tree:
                             self.unread.repeated.append(path)
                         else:
                             waiting.append((path, target))
-                    elif suffix_of(entry.name) in IMAGE_SUFFIXES:
+                    elif suffix_of(entry.name) in _SUFFIXES[self.kind]:
                         yield path
                     elif entry.is_symlink() and not leads(entry.is_file):
                         self.unread.dead.append(path)
@@ -185,7 +189,7 @@ _FOLDER_SPLITS = SPLIT_FOLDERS | {"testing": "test", "dev": "val"}
 
 
 def open_folder(root: Path) -> Dataset:
-    """Open a folder of images.
+    """Open a folder of images; of texts, where no image lies below it.
 
     Links to folders are followed. Hidden files, and what systems leave behind, are left out; what else is not read is noted
     with its number.
@@ -193,11 +197,11 @@ def open_folder(root: Path) -> Dataset:
     Raises:
         DataError: splits would be taken for classes, a split would be lost, or images lie outside class folders only.
     """
-    folders = folders_in(root)
+    kind, folders = _kind_below(root), folders_in(root)
     splits = _splits_in(root, folders)
     places = [(f"{top}/{label}", label, split) for top, split in splits.items() for label in folders_in(root / top)]
     places = places if splits else [(label, label, "") for label in folders]
-    tree = Tree(root, [folder for folder, _, _ in places])
+    tree = Tree(root, [folder for folder, _, _ in places], kind)
     images: Counter[str] = Counter()
     nested: Counter[str] = Counter()  # by the folder that lies in a class folder
 
@@ -210,20 +214,32 @@ def open_folder(root: Path) -> Dataset:
 
     # Packed as they come: millions of Sample values at once would take gigabytes.
     table = SampleTable(samples())
-    outside, beside = _outside(root, list(splits), tree.unread), Counter[str]()
+    outside, beside = _outside(root, list(splits), tree), Counter[str]()
     if splits:
-        beside = _beside(root, folders, splits)
+        beside = _beside(root, folders, splits, kind)
         for top in splits:
-            _require_split(root, top, images, outside)
+            _require_split(Tree(root, [top], kind), root, top, images, outside)
     else:
         _require_no_splits(root, [folder for folder in folders if images[folder]], nested)
     if not table and outside:
         raise DataError(
-            f"{root}: {many(outside.total(), 'image')} lie outside class folders: put them into one folder a class "
-            "(CLASS/IMAGE), or list them with their labels in a CSV file."
+            f"{root}: {many(outside.total(), kind)} lie outside class folders: put them into one folder a class "
+            f"(CLASS/{kind.upper()}), or list them with their labels in a CSV file."
         )
-    notes = _folder_notes(root, [*tree.unread.said(), *_strays(outside, beside)], images, nested)
-    return Dataset(safe_name(root.resolve().name), str(root.resolve()), table, FileReader(root.resolve()), notes)
+    notes = _folder_notes(root, [*tree.unread.said(), *_strays(outside, beside, kind)], images, nested, kind)
+    return Dataset(safe_name(root.resolve().name), str(root.resolve()), table, FileReader(root.resolve()), notes, kind=kind)
+
+
+def _kind_below(root: Path) -> SampleKind:
+    """Return what lies below a folder: images, unless there is none and there are texts."""
+    has_texts = False
+    for _, folders, files in os.walk(root, followlinks=False):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        suffixes = {suffix_of(name) for name in files if not is_hidden(name)}
+        if suffixes & IMAGE_SUFFIXES:
+            return "image"
+        has_texts = has_texts or bool(suffixes & TEXT_SUFFIXES)
+    return "text" if has_texts else "image"
 
 
 def _splits_in(root: Path, folders: Sequence[str]) -> dict[str, str]:
@@ -232,22 +248,24 @@ def _splits_in(root: Path, folders: Sequence[str]) -> dict[str, str]:
     return splits if any(split == "train" and folders_in(root / name) for name, split in splits.items()) else {}
 
 
-def _strays(outside: Counter[str], beside: Counter[str]) -> list[str]:
+def _strays(outside: Counter[str], beside: Counter[str], kind: SampleKind) -> list[str]:
     return [
-        *([f"{many(outside.total(), 'image')} outside class folders ({tallied(outside)})"] if outside else []),
-        *([f"what lies beside train/ (images: {tallied(beside)})"] if beside else []),
+        *([f"{many(outside.total(), kind)} outside class folders ({tallied(outside)})"] if outside else []),
+        *([f"what lies beside train/ ({kind}s: {tallied(beside)})"] if beside else []),
     ]
 
 
-def _folder_notes(root: Path, unread: Sequence[str], images: Counter[str], nested: Counter[str]) -> tuple[str, ...]:
+def _folder_notes(
+    root: Path, unread: Sequence[str], images: Counter[str], nested: Counter[str], kind: SampleKind
+) -> tuple[str, ...]:
     """Return what the user should hear: what is not read, classes without images, images deeper than a class."""
     notes = [f"{root}: left out: {', '.join(unread)}"] if unread else []
     notes += [
-        f"{root / folder}: no image in it, the class is left out there" for folder, count in images.items() if not count
+        f"{root / folder}: no {kind} in it, the class is left out there" for folder, count in images.items() if not count
     ]
     if nested:
         notes.append(
-            f"{root}: {many(nested.total(), 'image')} in folders inside class folders are of the class of the outer one "
+            f"{root}: {many(nested.total(), kind)} in folders inside class folders are of the class of the outer one "
             f"({tallied(nested)})"
         )
     return tuple(notes)
@@ -263,16 +281,16 @@ def folders_in(root: Path) -> list[str]:
     return sorted(names, key=natural)
 
 
-def _outside(root: Path, tops: Collection[str], unread: Unread) -> Counter[str]:
+def _outside(root: Path, tops: Collection[str], tree: Tree) -> Counter[str]:
     """Return how many images lie directly in the folder or its splits; what else lies there is added to the rest."""
-    counts: Counter[str] = Counter()
+    counts, unread = Counter[str](), tree.unread
     for top in ("", *tops):
         with os.scandir(root / top) as entries:
             for entry in entries:
                 path = f"{top}/{entry.name}" if top else entry.name
                 if is_hidden(entry.name) or leads(entry.is_dir):
                     continue
-                if suffix_of(entry.name) in IMAGE_SUFFIXES:
+                if suffix_of(entry.name) in _SUFFIXES[tree.kind]:
                     counts[f"{top or '.'}/"] += 1
                 elif entry.is_symlink() and not leads(entry.is_file):
                     unread.dead.append(path)
@@ -284,7 +302,7 @@ def _outside(root: Path, tops: Collection[str], unread: Unread) -> Counter[str]:
     return counts
 
 
-def _beside(root: Path, folders: Sequence[str], splits: dict[str, str]) -> Counter[str]:
+def _beside(root: Path, folders: Sequence[str], splits: dict[str, str], kind: SampleKind) -> Counter[str]:
     """Return how many images lie in the folders beside the splits.
 
     Raises:
@@ -294,7 +312,7 @@ def _beside(root: Path, folders: Sequence[str], splits: dict[str, str]) -> Count
     for name in folders:
         if name in splits:
             continue
-        tree = Tree(root, [name])
+        tree = Tree(root, [name], kind)
         counts[name] = sum(1 for _ in tree.files(name))
         split = looks_like_split(name)
         # test1/ beside train/: left out without a word, the test images would be drawn from train.
@@ -306,7 +324,7 @@ def _beside(root: Path, folders: Sequence[str], splits: dict[str, str]) -> Count
     return counts
 
 
-def _require_split(root: Path, top: str, images: Counter[str], outside: Counter[str]) -> None:
+def _require_split(tree: Tree, root: Path, top: str, images: Counter[str], outside: Counter[str]) -> None:
     """Refuse a split of which nothing is read, though there is something.
 
     Raises:
@@ -314,14 +332,13 @@ def _require_split(root: Path, top: str, images: Counter[str], outside: Counter[
     """
     if any(number for folder, number in images.items() if folder.startswith(f"{top}/")):
         return
-    tree = Tree(root, [top])
     count = sum(1 for _ in tree.files(top))
     if count or tree.unread:
-        why = f"{many(outside[f'{top}/'], 'image')} lie outside class folders" if outside[f"{top}/"] else ""
+        why = f"{many(outside[f'{top}/'], tree.kind)} lie outside class folders" if outside[f"{top}/"] else ""
         reason = why or ", ".join(tree.unread.said()) or "what lies there is read under another name already"
         raise DataError(
-            f"{root / top}: this split would be lost: {reason}. A split is {top}/CLASS/IMAGE; move it away if it has no "
-            "labels."
+            f"{root / top}: this split would be lost: {reason}. A split is {top}/CLASS/{tree.kind.upper()}; move it away "
+            "if it has no labels."
         )
 
 

@@ -27,11 +27,13 @@ from featcache.datasets.folder import many
 from featcache.datasets.images import encode_image
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError, SetupError, UsageError
+from featcache.specs import SampleKind
 
 # Where torchvision's classes keep paths; read from there, no image is decoded by torchvision.
 _FILE_LISTS = (("samples", None), ("_samples", None), ("imgs", None), ("_image_files", "_labels"), ("_images", "_labels"))
 # The hub's sets name the part that chooses in four ways.
 _HF_SPLITS = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "test": "test"}
+_LABELS = ("label", "labels")
 _MOST_LOOKED_AT = 100_000  # files; a whole disk that is named by mistake ends here
 
 
@@ -114,7 +116,7 @@ def open_hub(name: str, *, download: bool) -> Dataset:
     for split, row, label in (rows[number] for number in usable):
         items.setdefault(split, []).append(Sample(f"{row:08d}", label or ""))
     by_split = [
-        Dataset(name, name, items[split], part.reader, (), part.lists)
+        Dataset(name, name, items[split], part.reader, (), part.lists, kind=part.kind)
         for split, part in zip(parts, read, strict=True)
         if split in items
     ]
@@ -135,12 +137,13 @@ def _load_hub(datasets: Any, name: str, *, download: bool) -> Any:
 
 @dataclass(frozen=True)
 class _HubPart:
-    """One split: what reads its images, its labels, notes on other columns, and whether labels are lists."""
+    """One split: what reads its samples, its labels, notes on other columns, whether labels are lists, and of what kind."""
 
     reader: ArrayReader
     labels: list[str | None]
     notes: list[str]
     lists: bool
+    kind: SampleKind
 
 
 def _hub_splits(name: str, loaded: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -170,11 +173,16 @@ def _hub_splits(name: str, loaded: dict[str, Any]) -> tuple[dict[str, Any], list
 
 def _hub_part(name: str, split: str, rows: Any, datasets: Any) -> _HubPart:
     images = [key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    # without images it is a set of texts: of several columns the one that is called so, as in tables
+    texts_in = [] if images else _text_columns(rows.features)
     classes = [key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
-    labels = [key for key in ("label", "labels") if key in rows.features] + classes
-    image = "image" if "image" in images else next(iter(images), None)
+    labels = [key for key in _LABELS if key in rows.features] + classes
+    samples = images or texts_in
+    image = next((key for key in ("image", "text") if key in samples), next(iter(samples), None))
     if image is None or not labels:
-        raise DataError(f"hf:{name}: a column of images and one of labels are needed, found {sorted(rows.features)}.")
+        raise DataError(
+            f"hf:{name}: a column of images or texts and one of labels are needed, found {sorted(rows.features)}."
+        )
     label, kind = labels[0], rows.features[labels[0]]
     # A list of labels keeps the class names in its inner feature.
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None) or ()
@@ -182,13 +190,30 @@ def _hub_part(name: str, split: str, rows: Any, datasets: Any) -> _HubPart:
     texts = [read.read(value, f"row {row}") for row, value in enumerate(rows[label])]
     numbers = {f"{row:08d}": row for row in range(len(texts))}
     # The file's own bytes: decoded by `datasets` and encoded again they would be another image.
-    undecoded = rows.cast_column(image, datasets.Image(decode=False))
+    undecoded = rows.cast_column(image, datasets.Image(decode=False)) if images else rows
     notes = []
-    for chosen, all_of in ((label, list(dict.fromkeys(labels))), (image, images)):
+    for chosen, all_of in ((label, list(dict.fromkeys(labels))), (image, samples)):
         unread = [key for key in all_of if key != chosen]
         if unread:
             notes.append(f"hf:{name}: the column {chosen} is read, not {', '.join(unread)}")
-    return _HubPart(ArrayReader(numbers, partial(_hub_bytes, undecoded, image)), texts, notes, read.lists)
+    reader = ArrayReader(numbers, partial(_hub_bytes if images else _hub_text, undecoded, image))
+    return _HubPart(reader, texts, notes, read.lists, "image" if images else "text")
+
+
+def _text_columns(features: Any) -> list[str]:
+    """Return the columns of text, but for those that are labels."""
+    return [
+        key
+        for key, kind in features.items()
+        if getattr(kind, "dtype", "") in {"string", "large_string"} and key not in _LABELS
+    ]
+
+
+def _hub_text(rows: Any, column: str, row: int) -> bytes:
+    value = rows[row][column]
+    if not isinstance(value, str):
+        raise OSError(f"row {row} holds no text")
+    return value.encode("utf-8", "surrogatepass")
 
 
 def _error_in_words(error: Exception) -> str:
@@ -336,11 +361,11 @@ class _Parts:
 def _with_splits(name: str, location: str, splits: list[str], parts: list[Dataset], notes: list[str]) -> Dataset:
     all_notes, lists = tuple(notes), any(part.label_lists for part in parts)
     if len(parts) == 1:
-        return Dataset(name, location, parts[0].samples, parts[0].reader, all_notes, lists)
+        return replace(parts[0], name=name, location=location, notes=all_notes, label_lists=lists)
     named = {f"{number}-{split}": part for number, (split, part) in enumerate(zip(splits, parts, strict=True))}
     items = tuple(
         Sample(f"{key}/{item.path}", item.label, key.partition("-")[2])
         for key, part in named.items()
         for item in part.samples
     )
-    return Dataset(name, location, items, _Parts(named), all_notes, lists)
+    return Dataset(name, location, items, _Parts(named), all_notes, lists, kind=parts[0].kind)

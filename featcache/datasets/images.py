@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from featcache.errors import UnreadableSample
 from featcache.specs import Transform, Views
 
 MAX_MEGAPIXELS = 50.0
@@ -57,7 +58,7 @@ class ImagePreprocess:
         return decode(content, self.spec, views)
 
 
-class UnreadableImage(Exception):  # noqa: N818 - it names what was met, and becomes a reason in the quarantine list
+class UnreadableImage(UnreadableSample):
     """An image cannot be used; the text says why."""
 
 

@@ -1,10 +1,11 @@
-"""Manifests, CSV or Parquet, that list images with labels and splits; and what a label may be, in every kind of data set."""
+"""Tables, CSV or Parquet, of images' paths or of texts, with labels and splits; and what a label may be, everywhere."""
 
 import csv
 import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ import numpy as np
 
 from featcache.datasets.base import ArrayReader, Dataset, FileReader, Sample, require_whole, safe_name, split_of
 from featcache.errors import DataError, SetupError
+from featcache.specs import SampleKind
 
 _MOST_CHARACTERS = 10_000  # a caption fits, a file that was taken for a label does not
 _BETWEEN = ";"  # what ``target` labels` divides a text at
@@ -132,7 +134,9 @@ def _abbreviated(value: Any) -> str:
 # Names under which Parquet files hold images, Hugging Face's first.
 _BYTES_COLUMNS = ("image", "bytes", "img", "jpg", "png")
 _MOST_LINE = 1 << 20  # characters: csv would read a file without line ends whole before it complains
+_MOST_TEXT = 16 << 20  # characters of a line where cells hold texts, and of a cell: what is too long is set aside later
 _BATCH_BYTES = 64 << 20  # of decoded columns at a time
+_TEXT = "text"  # the column of texts, where there is none of paths
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ class _Rows:
     labels: list[str | None] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
     asked: list[tuple[str, ...]] = field(default_factory=list)
+    texts: list[bytes] = field(default_factory=list)
     lists: bool = False
     notes: tuple[str, ...] = ()
 
@@ -174,26 +179,37 @@ class _Rows:
 
 
 def open_csv(path: Path) -> Dataset:
-    """Open a manifest with the columns path and label, and optionally split; paths are absolute, or relative to it."""
+    """Open a table with the columns path and label, or text and label, and optionally split.
+
+    Paths are absolute, or relative to it. Without a column of paths its samples are the texts, called by their rows.
+    """
     rows = _csv_rows(path)
-    _, items, notes = rows.labelled(path, "line", 2)
-    require_whole(items, str(path))
-    return Dataset(safe_name(path.stem), str(path.resolve()), tuple(items), FileReader(path.resolve().parent), notes)
+    usable, items, notes = rows.labelled(path, "line", 2)
+    return _opened(path, rows, None, (usable, items), notes)
 
 
 def open_parquet(path: Path) -> Dataset:
-    """Open a Parquet file: path, label and optionally split; or the images' bytes in a column such as ``image``.
+    """Open a Parquet file: path, label and optionally split; or the images' bytes in a column such as ``image``; or texts.
 
     A column of bytes is binary, or a struct of bytes and path as Hugging Face writes it; its class names are used.
     """
     rows, column = _parquet_rows(path)
     usable, items, notes = rows.labelled(path, "row", 0)
-    require_whole(items, str(path))
-    contents: Any = FileReader(path.resolve().parent)
-    if column is not None:
-        numbers = {item.path: row for row, item in zip(usable, items, strict=True)}
-        contents = ArrayReader(numbers, _RowGroups(path, column), path.resolve())
-    return Dataset(safe_name(path.stem), str(path.resolve()), tuple(items), contents, notes, rows.lists)
+    return _opened(path, rows, column, (usable, items), notes)
+
+
+def _opened(
+    path: Path, rows: _Rows, column: str | None, used: tuple[Sequence[int], Sequence[Sample]], notes: tuple[str, ...] = ()
+) -> Dataset:
+    """Return the data set of some rows and their samples, which lie in the table, in a column of it, or beside it."""
+    numbers, place = {sample.path: row for row, sample in zip(*used, strict=True)}, path.resolve()
+    require_whole(used[1], str(path))
+    reader: Any = FileReader(place.parent)
+    if rows.texts or column is not None:
+        read_at = rows.texts.__getitem__ if column is None else _RowGroups(path, column)
+        reader = ArrayReader(numbers, read_at, place)
+    kind: SampleKind = "text" if rows.texts or column == _TEXT else "image"
+    return Dataset(safe_name(path.stem), str(place), tuple(used[1]), reader, notes, rows.lists, kind=kind)
 
 
 def read_column(location: str, column: str) -> list[str]:
@@ -221,7 +237,7 @@ def read_columns(location: str, names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def open_unlabelled(path: Path, names: Sequence[str]) -> tuple[Dataset, list[tuple[str, ...]]]:
-    """Open a manifest of images that are to be labelled, with each one's values in some columns; labels are not looked at.
+    """Open a table of what is to be labelled, with each one's values in some columns; labels are not looked at.
 
     Raises:
         DataError: it is no manifest, has no such column, or names an image twice.
@@ -232,13 +248,8 @@ def open_unlabelled(path: Path, names: Sequence[str]) -> tuple[Dataset, list[tup
         rows = _csv_rows(path, asked)
     else:
         rows, column = _parquet_rows(path, asked)
-    samples = tuple(Sample(name, "") for name in rows.names)
-    require_whole(samples, str(path))
-    reader: Any = FileReader(path.resolve().parent)
-    if column is not None:
-        numbers = {name: row for row, name in enumerate(rows.names)}
-        reader = ArrayReader(numbers, _RowGroups(path, column), path.resolve())
-    return Dataset(safe_name(path.stem), str(path.resolve()), samples, reader), rows.asked
+    samples = [Sample(name, "") for name in rows.names]
+    return _opened(path, rows, column, (range(len(samples)), samples)), rows.asked
 
 
 def _read_asked(path: Path, asked: _Asked) -> tuple[list[int], _Rows]:
@@ -263,9 +274,12 @@ def _counting(path: Path) -> tuple[str, int]:
 def _csv_rows(path: Path, asked: _Asked = _Asked()) -> _Rows:
     rows, read = _Rows(), Labels(str(path))
     try:
+        is_of_texts = _is_of_texts(path)
+        # bytes that are no UTF-8 are the matter of the one text that holds them; in a path they are the file's fault
+        errors, most = ("surrogateescape", _MOST_TEXT) if is_of_texts else ("strict", _MOST_LINE)
         # utf-8-sig: Excel begins its files with a byte order mark, which would stand in the first column's name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(_sane_lines(file, path))
+        with path.open(newline="", encoding="utf-8-sig", errors=errors) as file, _cells_of(most):
+            reader = csv.reader(_sane_lines(file, path, most))
             columns = next(reader, [])
             _require_columns(columns, path, asked)
             _require_single(columns, path, asked)
@@ -278,7 +292,9 @@ def _csv_rows(path: Path, asked: _Asked = _Asked()) -> _Rows:
                 # without labels there are no splits either: what is labelled now belongs to none
                 label = read.read(cells[at["label"]], f"line {line}") if asked.with_labels else None
                 split = cells[at["split"]] if asked.with_labels and "split" in at else None
-                rows.add(cells[at["path"]], label, split, where)
+                rows.add(f"{line:08d}" if is_of_texts else cells[at["path"]], label, split, where)
+                if is_of_texts:
+                    rows.texts.append(cells[at[_TEXT]].encode("utf-8", "surrogateescape"))
                 rows.asked.append(tuple(cells[at[name]] for name in asked.names))
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
@@ -287,11 +303,32 @@ def _csv_rows(path: Path, asked: _Asked = _Asked()) -> _Rows:
     return rows
 
 
-def _sane_lines(file: Any, path: Path) -> Iterator[str]:
+def _is_of_texts(path: Path) -> bool:
+    """Tell whether a CSV file holds texts, by its first line."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        return _holds_texts(next(csv.reader([file.readline(_MOST_LINE)]), []))
+
+
+def _holds_texts(columns: Sequence[str]) -> bool:
+    """Tell whether a table's samples are texts; beside paths of images a text is a caption."""
+    return _TEXT in columns and "path" not in columns
+
+
+@contextmanager
+def _cells_of(characters: int) -> Iterator[None]:
+    """Let a cell of a CSV file be so long: the library's limit is made for numbers and names."""
+    before = csv.field_size_limit(max(characters, csv.field_size_limit()))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _sane_lines(file: Any, path: Path, most: int) -> Iterator[str]:
     """Yield lines of a sane length: a file that is no manifest may be one line of any size."""
-    while line := file.readline(_MOST_LINE):
-        if len(line) == _MOST_LINE:
-            raise DataError(f"{path}: not a CSV file: a line of over {_MOST_LINE} characters.")
+    while line := file.readline(most):
+        if len(line) == most:
+            raise DataError(f"{path}: not a CSV file: a line of over {most} characters.")
         yield line
 
 
@@ -315,6 +352,7 @@ def _parquet_rows(path: Path, asked: _Asked = _Asked()) -> tuple[_Rows, str | No
         )
         if column is None:
             _require_columns(schema.names, path, asked)
+            column = _TEXT if _holds_texts(schema.names) else None
         elif asked.with_labels and "label" not in schema.names:
             raise DataError(f"{path}: a column label is needed beside {column}, found {sorted(schema.names)}.")
         _require_single(schema.names, path, asked, column)
@@ -394,6 +432,8 @@ class _RowGroups:
                     self._held[group] = file.read_row_group(group, columns=[self._column])[self._column].to_pylist()
             value = self._held[group][row - (self._ends[group - 1] if group else 0)]
         content = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            return content.encode("utf-8", "surrogateescape")
         if not isinstance(content, bytes):
             raise OSError(f"row {row} holds no bytes")
         return content
@@ -415,7 +455,8 @@ def _require_text(schema: Any, column: str | None, path: Path) -> None:
     """
     import pyarrow as pa
 
-    kinds = {name: schema.field(name).type for name in ("path", "split") if name in schema.names}
+    names = ("path", "split", *([_TEXT] if column == _TEXT else []))
+    kinds = {name: schema.field(name).type for name in names if name in schema.names}
     if column is not None and pa.types.is_struct(schema.field(column).type):
         kinds |= {f"{column}.path": part.type for part in schema.field(column).type if part.name == "path"}
     for name, kind in kinds.items():
@@ -437,16 +478,19 @@ def _class_names(metadata: dict[bytes, bytes]) -> tuple[list[str], str]:
 
 
 def _require_columns(columns: Sequence[str], path: Path, asked: _Asked) -> None:
-    if not asked.with_labels and "path" not in columns:
-        raise DataError(f"{path}: a column path is needed, found {sorted(map(str, columns))}.")
-    if asked.with_labels and not {"path", "label"} <= set(columns):
+    has_samples = bool({"path", _TEXT} & set(columns))
+    if not asked.with_labels and not has_samples:
+        raise DataError(f"{path}: a column path or text is needed, found {sorted(map(str, columns))}.")
+    if asked.with_labels and not ("label" in columns and has_samples):
         raise DataError(
-            f"{path}: the columns path and label are needed (split is optional), found {sorted(map(str, columns))}."
+            f"{path}: the columns path and label are needed, or text and label (split is optional), found "
+            f"{sorted(map(str, columns))}."
         )
 
 
 def _require_single(columns: Sequence[str], path: Path, asked: _Asked, images: str | None = None) -> None:
-    twice = next((name for name in ("path", "label", "split", *asked.names) if columns.count(name) > 1), None)
+    read = (_TEXT if _holds_texts(columns) else "path", "label", "split", *asked.names)
+    twice = next((name for name in read if columns.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: two columns are called {twice}.")
     missing = next((name for name in asked.names if name not in columns), None)

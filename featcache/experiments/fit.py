@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -515,14 +515,12 @@ class _Fitting:
         self, best: HeadResult, results: list[Baseline], lone: list[Baseline]
     ) -> tuple[list[Baseline], list[Baseline], str]:
         """Train the baselines, unless they were before for another head, and say whether one does as well as this one."""
-        from featcache.heads.baselines import baselines, best_on_validation, of_columns, warning_of, warning_of_columns
+        from featcache.heads.baselines import best_on_validation, of_columns, warning_of, warning_of_columns
 
-        keep, common, take = aligned(self.task, self.cache.thumbnails(SIDE).store)
-        if left_out := len(self.task.features.y) - len(keep):
-            logger.warning("baselines: %d images have no thumbnail, they are compared on the others", left_out)
+        keep, common, train = self._without_backbone()
         shared = restricted(self.split, keep)
         if not results:
-            results = baselines(take(np.arange(len(keep))), common.y, shared, self.seed)
+            results = train(common.y, shared, self.seed)
             if common.columns is not None:
                 together, *lone = of_columns(common.columns, common.y, shared, self.seed)
                 results.append(together)
@@ -533,6 +531,21 @@ class _Fitting:
             lone,
             "\n".join([*filter(None, [warning]), *warning_of_columns(lone, results[0], best.fitted, method)]),
         )
+
+    def _without_backbone(self) -> "tuple[NDArray[np.int64], Task, Callable[[NDArray[Any], Split, int], list[Baseline]]]":
+        """Return which samples baselines see (k,), the task of those alone, and what trains them on these."""
+        if self.cache.dataset.kind == "text":
+            from featcache.datasets.texts import decode_text
+            from featcache.heads.text_baselines import text_baselines
+
+            texts = [decode_text(self.cache.dataset.read(path)) for path in self.task.features.paths]
+            return np.arange(len(texts)), self.task, partial(text_baselines, texts)
+        from featcache.heads.baselines import baselines
+
+        keep, common, take = aligned(self.task, self.cache.thumbnails(SIDE).store)
+        if left_out := len(self.task.features.y) - len(keep):
+            logger.warning("baselines: %d images have no thumbnail, they are compared on the others", left_out)
+        return keep, common, partial(baselines, take(np.arange(len(keep))))
 
     def curves(self, head: str) -> "list[Curve]":
         """Train a head on so many images a class, and on shares of the training images, where that is asked for."""

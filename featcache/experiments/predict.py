@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
-from featcache.datasets.folder import image_files
+from featcache.datasets.folder import sample_files
 from featcache.datasets.tables import open_unlabelled
 from featcache.display import logger, progress
 from featcache.errors import DataError, StorageError, UsageError
@@ -161,7 +161,7 @@ def find_images(places: Iterable[str]) -> Iterator[str]:
     for place in places:
         path = Path(place)
         if path.is_dir():
-            found, notes = image_files(path)
+            found, notes = sample_files(path)
             for note in notes or ([] if found else [f"{place}: no image in it"]):
                 logger.warning(note)
             yield from (str(path / inside) for inside in found)

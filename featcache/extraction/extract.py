@@ -5,9 +5,10 @@ import time
 import zlib
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
 from featcache.display import logger, progress
@@ -137,15 +138,14 @@ def _compute_remotely(
     return Runtime(NO_RUNTIME.run, "ray")
 
 
-def measure(files: DatasetFiles, positions: Positions, plan: ExtractPlan, runtime: Runtime) -> float:
-    """Return the seconds that computing some images would take, from a first batch in one worker."""
-    blank = np.zeros((plan.batch_size, *plan.preprocess.shape), plan.preprocess.dtype)
+def measure(files: DatasetFiles, positions: Positions, plan: ExtractPlan, runtime: Runtime, blank: NDArray[Any]) -> float:
+    """Return the seconds that computing some samples would take, from a first batch in one worker, after a ``blank`` one."""
     runtime.run(blank)  # what is computed first takes longer
     started = time.perf_counter()
     batch = BatchReader(files, positions, plan.preprocess, plan.views).fill(plan.batch_size)
     if not batch.fresh:
         return 0.0
-    compute(batch, runtime.run, plan.batch_size)
+    compute(batch, runtime, plan.batch_size)
     return (time.perf_counter() - started) / len(batch) * len(positions) / runtime.workers
 
 

@@ -1,6 +1,6 @@
 """A data set and a backbone side by side: obtain the entry of a cut, computing only what it lacks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
@@ -16,7 +17,7 @@ from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as entries
 from featcache.extraction.extract import extract, measure, positions_of
-from featcache.extraction.loader import NO_RUNTIME, Pixels, Runtime, Workers, beside_pixels, workers_here
+from featcache.extraction.loader import NO_RUNTIME, Pixels, Rows, Runtime, Workers, beside_pixels, workers_here
 from featcache.extraction.scan import DatasetFiles, Hit, Positions, Scan, lookup, renew, scan
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.fingerprint import fingerprint
@@ -28,6 +29,7 @@ from featcache.specs import (
     FeatureSpec,
     RuntimeName,
     StoredDtype,
+    Tokenisation,
     Transform,
     TransformOverrides,
     Views,
@@ -37,13 +39,14 @@ from featcache.specs import (
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
-    from featcache.backbones.base import Backbone, Preprocess, TorchRuntime
+    from featcache.backbones.base import Backbone, Preprocess
     from featcache.extraction.ray_engine import WorkerConfig
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
 _TINY_IMAGE = 32  # pixels; up to it what the interpreter does for a batch weighs as much as computing it
 _MOST_IN_A_BATCH, _MOST_WORKERS = 65_536, 1024
 _SMALL_BATCH, _CPU_BATCH, _TINY_BATCH, _GPU_BATCH = 16, 64, 256, 128
+_TEXTS, _GPU_TEXTS = 256, 4096  # texts at a time: of so many most lengths have pieces that are full
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,8 @@ class FeatureCache:
         self._content: str | None = None
         self._complete: dict[tuple[str, StoredDtype, Views], Extracted] = {}
         self._thumbnails: dict[int, FeatureCache] = {}
+        if preprocess is None and spec.samples != dataset.kind:
+            raise UsageError(_OTHER_SAMPLES[dataset.kind].format(backbone=spec.name, data=dataset.location))
         for note in dataset.notes:
             logger.warning(note)
 
@@ -212,11 +217,11 @@ class FeatureCache:
     @cached_property
     def backbone(self) -> "Backbone":
         """The loaded backbone; the first use imports torch."""
+        from featcache.backbones import open_backbone
         from featcache.backbones.base import device_of
-        from featcache.backbones.timm_models import load_backbone
 
         device = self.settings.device
-        backbone = load_backbone(self.spec, device_of(device) if device is not None else None)
+        backbone = open_backbone(self.spec, device_of(device) if device is not None else None)
         if backbone.file_sha256 is not None and self._facts["weights"] != f"sha256:{backbone.file_sha256}":
             raise DataError(f"`weights` {self.spec.weights}: changed while this ran. Run again.")
         self._content = fingerprint([asdict(backbone.loaded), asdict(backbone.preprocess.spec)])
@@ -243,7 +248,8 @@ class FeatureCache:
         return self._feature_spec(self._request(Output(cut, dtype), views)).key
 
     def _request(self, output: Output, views: Views) -> entries.CacheRequest:
-        return entries.CacheRequest(self.spec, self._facts, output.cut, stored_dtype(output.cut, output.dtype), views)
+        dtype = stored_dtype(output.cut, output.dtype, self.spec.samples)
+        return entries.CacheRequest(self.spec, self._facts, output.cut, dtype, views)
 
     def extracted(self, cut: str = POOLED, dtype: StoredDtype | None = None, views: Views | None = None) -> Extracted:
         """Return the entry of a cut, computing what it lacks."""
@@ -258,6 +264,8 @@ class FeatureCache:
         are kept in the same pass.
         """
         views = views or Views()
+        if views.count > 1 and self.dataset.kind == "text":
+            raise UsageError(f"`views` {views.count}: a text has one view, augmentations are of images.")
         requests = [self._request(output, views) for output in outputs]
         keys = [(request.cut, request.dtype, views) for request in requests]
         answers = {key: self._complete[key] for key in keys if key in self._complete}
@@ -300,7 +308,8 @@ class FeatureCache:
         shapes = self._shapes([request.cut for request in requests])
         with self.threads():
             run = self._eager(computed) if computed else NO_RUNTIME.run
-            seconds = measure(self.files, pending, plan, Runtime(run, workers=self._workers.count))
+            runtime = Runtime(run, workers=self._workers.count, any_size=self.dataset.kind == "text")
+            seconds = measure(self.files, pending, plan, runtime, self.backbone.example_inputs(plan.batch_size))
         sizes = [
             len(scanned.pending) * views.count * int(np.prod(shape)) * np.dtype(request.dtype).itemsize
             for request, scanned, shape in zip(requests, scans, shapes, strict=True)
@@ -404,7 +413,7 @@ class FeatureCache:
         beside = None
         if self.settings.engine == "ray" and any(len(writer.scanned.pending) for writer in writers):
             plan = replace(plan, remote=self._worker_config(writers, plan))
-        elif thumbnails is not None and self.settings.part is None:
+        elif thumbnails is not None and self.settings.part is None and self.dataset.kind == "image":
             beside = self._thumbnail_cache(thumbnails).as_beside(plan.batch_size)
         with self.threads():
             return extract(self.files, writers, lambda first, images: self.prepare(cuts, first, images), plan, beside)
@@ -420,10 +429,9 @@ class FeatureCache:
         computed = [cut for cut in cuts if cut != INPUT]
         if not computed:
             return Runtime(beside_pixels(cuts, None), workers=self._workers.count)
-        from featcache.extraction.runtimes import Machine, select_runtime
+        from featcache.extraction.runtimes import runtime_of
 
-        machine = Machine(self.backbone.device, self.spec.precision, self._workers)
-        runtime = select_runtime(self.backbone.program(computed), first, images, self.settings.runtime, machine)
+        runtime = runtime_of(self.backbone, computed, first, images, self.settings.runtime, self._workers)
         logger.debug("runtime %s, %d workers", runtime.name, runtime.workers)
         return replace(runtime, run=beside_pixels(cuts, runtime.run))
 
@@ -436,10 +444,10 @@ class FeatureCache:
         preprocess = self._preprocess or self.backbone.preprocess
         return [preprocess.shape if cut == INPUT else next(rows).shape[1:] for cut in cuts]
 
-    def _eager(self, cuts: Sequence[str]) -> "TorchRuntime":
-        from featcache.backbones.base import TorchRuntime
+    def _eager(self, cuts: Sequence[str]) -> Callable[[NDArray[Any]], Rows]:
+        from featcache.extraction.runtimes import eager_run
 
-        return TorchRuntime(self.backbone.program(cuts), self.backbone.device, self.spec.precision)
+        return eager_run(self.backbone, cuts)
 
     @cached_property
     def _workers(self) -> Workers:
@@ -484,7 +492,10 @@ class FeatureCache:
         size = self.settings.batch_size
         if size is None:
             on_gpu = "backbone" in self.__dict__ and self.backbone.device.type != "cpu"
-            size = _GPU_BATCH if on_gpu else _cpu_batch(preprocess.shape[0])
+            if isinstance(preprocess.spec, Tokenisation):
+                size = _GPU_TEXTS if on_gpu else _TEXTS
+            else:
+                size = _GPU_BATCH if on_gpu else _cpu_batch(preprocess.shape[0])
         return ExtractPlan(
             preprocess, views, size, self.settings.max_bad, self.settings.part, lists=self.lists, purpose=self._purpose
         )
@@ -493,15 +504,20 @@ class FeatureCache:
         transform = (self._preprocess or self.backbone.preprocess).spec
         views, seed = request.views.count, request.views.seed if request.views.count > 1 else 0
         if request.cut == INPUT:
-            if not isinstance(transform, Transform):
-                raise UsageError("`cut` input: token ids are not stored. Choose a stage, or pooled.")
-            return FeatureSpec(transform.pixels_only(), None, INPUT, dtype="uint8", views=views, views_seed=seed)
+            shared = transform.pixels_only() if isinstance(transform, Transform) else transform
+            return FeatureSpec(shared, None, INPUT, dtype=request.dtype, views=views, views_seed=seed)
         _ = self.backbone.whole  # an impossible pooling is refused before an entry is made
         backbone, precision = self.backbone.loaded, self.spec.precision
         if request.cut == TOKENS:  # they are what comes before any pooling
             backbone = replace(backbone, pool="default")
         version = self.backbone.format_version(request.cut)
         return FeatureSpec(transform, backbone, request.cut, precision, request.dtype, views, seed, version)
+
+
+_OTHER_SAMPLES = {
+    "text": "`backbone` {backbone}: takes images, and {data} holds texts: name an encoder, text:NAME or text:FOLDER.",
+    "image": "`backbone` {backbone}: takes texts, and {data} holds images: name a backbone of images, such as lite0.",
+}
 
 
 def _cpu_batch(pixels: int) -> int:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.images import UnreadableImage, decode_both
+from featcache.datasets.images import decode_both
+from featcache.errors import UnreadableSample
 from featcache.extraction.scan import DatasetFiles, Positions, quarantine_unread
 from featcache.fingerprint import DigestSet
 from featcache.resources import cores
@@ -54,7 +55,8 @@ def workers_here() -> Workers:
 class Runtime:
     """What computes: ``run`` takes pixels uint8 (b, h, w, 3) to rows (b, ...), one a cut, on ``workers`` threads at once.
 
-    ``difference`` is its greatest one from PyTorch's, relative to the greatest activation; ``seconds`` are a batch's.
+    ``difference`` is its greatest one from PyTorch's, relative to the greatest activation; ``seconds`` are a batch's. One of
+    ``any_size`` takes batches of any number, and gives a row that does not depend on it.
     """
 
     run: Callable[[Pixels], Rows]
@@ -62,6 +64,7 @@ class Runtime:
     difference: float = 0.0
     seconds: float = math.inf
     workers: int = 1
+    any_size: bool = False
 
 
 NO_RUNTIME = Runtime(lambda pixels: (pixels,))  # of a run that computes nothing but pixels
@@ -162,7 +165,7 @@ class BatchReader:
                 batch.beside.append(position)
         except OSError as error:
             batch.bad.append(quarantine_unread(self._files.path(position), error))
-        except UnreadableImage as error:
+        except UnreadableSample as error:
             batch.bad.append(Quarantined(self._files.path(position), digest.hex(), str(error)))
         except Exception as error:  # noqa: BLE001 - one image never ends a run, whatever a reader raises
             batch.bad.append(Quarantined(self._files.path(position), digest.hex(), f"{type(error).__name__}: {error}"))
@@ -213,9 +216,11 @@ def sample(batch: Batch, size: int) -> Pixels:
     return pixels.reshape(-1, *pixels.shape[2:])[:size]
 
 
-def compute(batch: Batch, run: Callable[[Pixels], Rows], size: int) -> Batch:
+def compute(batch: Batch, runtime: Runtime, size: int) -> Batch:
     """Give a batch its rows and drop its pixels."""
     if batch.fresh:
+        run = runtime.run
+        size = len(batch.fresh) if runtime.any_size else size
         pixels = filled_up(batch.pixels, size)
         flat, views = pixels.reshape(-1, *pixels.shape[2:]), pixels.shape[1]
         pieces = [run(flat[start : start + size]) for start in range(0, len(flat), size)]
@@ -275,7 +280,7 @@ def run_batches(
                 batch, begun = reader.fill(size, stop.is_set, begun), None
                 if not len(batch):
                     break
-                results.put(compute(batch, runtime.run, size))
+                results.put(compute(batch, runtime, size))
         except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
             last = error
         results.put(last)

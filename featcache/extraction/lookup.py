@@ -13,7 +13,7 @@ from featcache.datasets.base import Dataset, location_hash
 from featcache.display import logger
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical
-from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Views
+from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Tokenisation, Views
 from featcache.store.atomic import create_file, make_folder, remove_abandoned, replace_file
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import read_note, sealed, unsealed
@@ -77,7 +77,8 @@ def bound_location(note: Path) -> str:
 
 def entry_path(folder: Path, label: str, spec: FeatureSpec) -> Path:
     """Return where an entry lies in its data set's folder."""
-    stem = f"pixels.{INPUT}" if spec.cut == INPUT else f"{label}.{spec.cut}"
+    shared = "ids" if isinstance(spec.transform, Tokenisation) else "pixels"
+    stem = f"{shared}.{INPUT}" if spec.cut == INPUT else f"{label}.{spec.cut}"
     return folder / f"{stem}-{spec.key[:8]}"
 
 

@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 from featcache.datasets.base import Dataset
 from featcache.display import logger
 from featcache.errors import SetupError, UsageError
-from featcache.extraction.loader import Batch, BatchReader, Pixels, Workers, beside_pixels, compute, sample
+from featcache.extraction.loader import (
+    NO_RUNTIME,
+    Batch,
+    BatchReader,
+    Pixels,
+    Runtime,
+    Workers,
+    beside_pixels,
+    compute,
+    sample,
+)
 from featcache.extraction.scan import DatasetFiles, Positions
 from featcache.extraction.writer import in_dtype, not_finite
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Views
@@ -162,24 +172,21 @@ class _Actor:
         self._stores = [FeatureStore.open(path) for path in config.entries]
         self._computed = [cut for cut in config.cuts if cut != INPUT]
         self._images = images
-        self._run: Any = None
-        self._runtime = ""
+        self._runtime: Runtime | None = None
 
     def _prepare(self, first: NDArray[np.uint8]) -> None:
         import torch
 
-        from featcache.backbones.timm_models import load_backbone
-        from featcache.extraction.runtimes import Machine, select_runtime
+        from featcache.backbones import open_backbone
+        from featcache.extraction.runtimes import runtime_of
 
         torch.set_num_threads(1)
         device = torch.device(self._config.device) if self._config.device else None
-        backbone = load_backbone(self._config.spec, device)
+        backbone = open_backbone(self._config.spec, device)
         if backbone.loaded != self._config.loaded:
             raise SetupError(f"`engine` ray: {backbone.spec.name} has other weights on this node than on the driver.")
-        machine = Machine(backbone.device, backbone.spec.precision, Workers(1, 1))
-        program = backbone.program(self._computed)
-        runtime = select_runtime(program, first, self._images, self._config.runtime, machine)
-        self._run, self._runtime = runtime.run, runtime.name
+        config = self._config
+        self._runtime = runtime_of(backbone, self._computed, first, self._images, config.runtime, Workers(1, 1))
 
     def work(self, unit: DecodedUnit) -> WrittenPart:
         """Compute a unit and write its parts."""
@@ -187,9 +194,11 @@ class _Actor:
         collected: list[list[NDArray[Any]]] = [[] for _ in self._config.cuts]
         for start in range(0, count, size):
             piece = Batch(fresh=unit.fresh[start : start + size].tolist(), pixels=list(unit.pixels[start : start + size]))
-            if self._computed and self._run is None:
+            if self._computed and self._runtime is None:
                 self._prepare(sample(piece, size))
-            compute(piece, beside_pixels(self._config.cuts, self._run), size)
+            runtime = self._runtime or NO_RUNTIME
+            run = beside_pixels(self._config.cuts, runtime.run if self._computed else None)
+            compute(piece, replace(runtime, run=run), size)
             for rows, new in zip(collected, piece.rows, strict=True):
                 rows.append(new)
         parts: list[FileRecord | None] = []
@@ -197,7 +206,7 @@ class _Actor:
         bad: list[tuple[Quarantined, ...]] = []
         files = unit.files.take(np.arange(count))
         for store, dtype, rows in zip(self._stores, self._config.dtypes, collected, strict=True):
-            record, finite, unusable = write_part(store, dtype, rows, files, self._runtime)
+            record, finite, unusable = write_part(store, dtype, rows, files, self._runtime.name if self._runtime else "")
             parts.append(record)
             good.append(unit.fresh[finite])
             bad.append((*unit.bad, *unusable))

@@ -10,9 +10,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from featcache.backbones.base import Outputs, Pixels, TorchRuntime, as_tuple, to_array
+from featcache.backbones.base import Backbone, Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.display import logger
 from featcache.errors import SetupError, UsageError
+from featcache.extraction.lengths import CPU_TOKENS, GPU_TOKENS, by_length, typical
 from featcache.extraction.loader import Runtime, Workers
 from featcache.resources import keep_freed_memory
-from featcache.specs import Precision, RuntimeName
+from featcache.specs import Precision, RuntimeName, Tokenisation
 
 AGREEMENT = 1e-3  # of the greatest activation: rounding is 1e-6, another operator's arithmetic more
 _PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}  # of work left: less than compiling takes is lost
@@ -71,6 +72,33 @@ def threads_per_worker(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def runtime_of(
+    backbone: Backbone, cuts: Sequence[str], first: NDArray[Any], images: int, name: RuntimeName, workers: Workers
+) -> Runtime:
+    """Return the runtime for a backbone's cuts, made ready on a first batch for so many samples; see ``select_runtime``."""
+    machine, tokens = Machine(backbone.device, backbone.spec.precision, workers), _tokens_at_once(backbone)
+    if tokens:
+        if name not in {"auto", "torch"}:
+            raise UsageError(f"`runtime` {name}: texts are of many lengths, which torch alone computes: leave it out.")
+        name = "torch"
+    usual: NDArray[Any] = typical(first, tokens) if tokens else first
+    runtime = select_runtime(backbone.program(cuts), usual, images, name, machine)
+    return replace(runtime, run=by_length(runtime.run, tokens), any_size=True) if tokens else runtime
+
+
+def eager_run(backbone: Backbone, cuts: Sequence[str]) -> Callable[[NDArray[Any]], Outputs]:
+    """Return what computes a backbone's cuts with PyTorch as it is."""
+    run, tokens = TorchRuntime(backbone.program(cuts), backbone.device, backbone.spec.precision), _tokens_at_once(backbone)
+    return by_length(run, tokens) if tokens else run
+
+
+def _tokens_at_once(backbone: Backbone) -> int:
+    """Return how many tokens of texts are computed at once, 0 where samples are no texts."""
+    if not isinstance(backbone.preprocess.spec, Tokenisation):
+        return 0
+    return CPU_TOKENS if backbone.device.type == "cpu" else GPU_TOKENS
 
 
 def select_runtime(program: nn.Module, first: Pixels, images: int, name: RuntimeName, machine: Machine) -> Runtime:

@@ -292,7 +292,7 @@ def in_dtype(pieces: Sequence[NDArray[Any]], dtype: StoredDtype) -> tuple[NDArra
     """Return rows as they will be stored, and which of them are finite."""
     with np.errstate(over="ignore"):
         rows = (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(dtype, copy=False)
-    if dtype == "uint8":
+    if dtype in {"uint8", "int32"}:
         return rows, np.ones(len(rows), dtype=bool)
     return rows, np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
 

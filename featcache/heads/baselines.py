@@ -7,7 +7,7 @@ baselines nobody would see it.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,24 +81,41 @@ def baselines(thumbnails: NDArray[np.uint8], y: NDArray[Any], split: Split, seed
         split: which images train, choose and test.
         seed: of the heads' own randomness.
     """
+    on_statistics, on_pixels = _HEADS[kind_of(y)]
+    return [
+        blind(y, split),
+        on_rows("image statistics", on_statistics, statistics(thumbnails), y, split, seed),
+        # the solver scales pixels by itself
+        _fitted(f"16 x 16 pixels + {on_pixels}", on_pixels, raw_pixels(thumbnails), y, split, seed),
+    ]
+
+
+def on_rows(title: str, head: str, X: NDArray[np.float32], y: NDArray[Any], split: Split, seed: int) -> Baseline:
+    """Return a head on rows (n, d) of a few measures, scaled by what trains; the table calls it by what they measure."""
+    rows = _SearchRows(*_by_fold(X, y, split), standardised(X, split.train_val))
+    return _searched(f"{title} + {_SHOWN.get(head, head)}", head, rows, (y, split), seed)
+
+
+class _SearchRows(NamedTuple):
+    """What a head is searched on, with labels and folds, and what it is fitted on in the end."""
+
+    searched: NDArray[Any]
+    labels: NDArray[Any]
+    folds: tuple[Fold, ...]
+    X: NDArray[Any]
+
+
+def _searched(name: str, head: str, rows: _SearchRows, asked: tuple[NDArray[Any], Split], seed: int) -> Baseline:
     from featcache.heads.search import predict_with, search_head, train
 
+    (y, split), X, started = asked, rows.X, time.monotonic()
     kind = kind_of(y)
     classes = int(y.max()) + 1 if kind == "label" else 0
-    results = [_blind(y, split)]
-    colours, pixels = statistics(thumbnails), raw_pixels(thumbnails)
-    on_statistics, on_pixels = _HEADS[kind]
-    for title, head, (rows, labels, folds), X in (
-        ("image statistics", on_statistics, _by_fold(colours, y, split), standardised(colours, split.train_val)),
-        ("16 x 16 pixels", on_pixels, (pixels, y, split.folds), pixels),  # the solver scales by itself
-    ):
-        started = time.monotonic()
-        search = search_head(head, rows, labels, folds, seed)
-        estimator = train(head, search.params, X[split.train_val], y[split.train_val], seed)
-        seconds = time.monotonic() - started
-        tested = evaluate_on_test(lambda index: predict_with(estimator, X[index], kind, classes), y, split)  # noqa: B023
-        results.append(Baseline(f"{title} + {_SHOWN.get(head, head)}", search.val, tested, seconds))
-    return results
+    search = search_head(head, rows.searched, rows.labels, rows.folds, seed)
+    estimator = train(head, search.params, X[split.train_val], y[split.train_val], seed)
+    seconds = time.monotonic() - started
+    tested = evaluate_on_test(lambda index: predict_with(estimator, X[index], kind, classes), y, split)
+    return Baseline(name, search.val, tested, seconds)
 
 
 def of_columns(columns: Columns, y: NDArray[Any], split: Split, seed: int = 0) -> list[Baseline]:
@@ -121,15 +138,7 @@ def of_columns(columns: Columns, y: NDArray[Any], split: Split, seed: int = 0) -
 
 
 def _fitted(name: str, head: str, X: NDArray[np.float32], y: NDArray[Any], split: Split, seed: int) -> Baseline:
-    from featcache.heads.search import predict_with, search_head, train
-
-    kind, started = kind_of(y), time.monotonic()
-    classes = int(y.max()) + 1 if kind == "label" else 0
-    search = search_head(head, X, y, split.folds, seed)
-    estimator = train(head, search.params, X[split.train_val], y[split.train_val], seed)
-    seconds = time.monotonic() - started
-    tested = evaluate_on_test(lambda index: predict_with(estimator, X[index], kind, classes), y, split)
-    return Baseline(name, search.val, tested, seconds)
+    return _searched(name, head, _SearchRows(X, y, split.folds, X), (y, split), seed)
 
 
 def warning_of_columns(lone: Sequence[Baseline], blind: Baseline, head: "FittedHead", method: str) -> list[str]:
@@ -191,7 +200,7 @@ def warning_of(best: Baseline, head: "FittedHead", method: str, shared: Split, k
     return f"{best.name} reaches {first} without a backbone, {method} {second}: this data set may not need one"
 
 
-def _blind(y: NDArray[Any], split: Split) -> Baseline:
+def blind(y: NDArray[Any], split: Split) -> Baseline:
     """Return the commonest class, each label's share of the images, or the mean, whatever an image shows."""
     kind = kind_of(y)
 

@@ -549,7 +549,7 @@ def _is_spec(spec: dict[str, Any]) -> bool:
     return (
         (backbone is None or (isinstance(backbone, dict) and isinstance(backbone.get("weights_sha256"), str)))
         and isinstance(spec.get("cut"), str)
-        and spec.get("dtype") in {"float32", "float16", "uint8"}
+        and spec.get("dtype") in {"float32", "float16", "uint8", "int32"}
     )
 
 

@@ -25,7 +25,7 @@ Array = NDArray[Any]
 Chunks = list[memoryview]
 SPLITS = ("", "train", "val", "test")
 # What spec.json can ask for. Another dtype in a file means that it is none of ours.
-_STORED = tuple(map(np.dtype, ("float32", "float16", "uint8")))
+_STORED = tuple(map(np.dtype, ("float32", "float16", "uint8", "int32")))
 _DIGEST_BYTES = 32
 _FIRST_SIGNS = 3  # size, mtime, inode
 _PIECE_BYTES = 16 << 20  # long enough that the disk is waited for, not calls
