@@ -1,6 +1,9 @@
 """The gap taken apart: steps from the linear probe to the whole network, on one set of test images."""
 
 import json
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,18 @@ from featcache.reports.gap import draw_gap, gap_lines, gap_sentence
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec
 
+REPEATED = """
+import pickle, sys
+from featcache.datasets import open_dataset
+from featcache.experiments.gap import GapStep, run_gap
+from featcache.extraction.feature_cache import FeatureCache
+data, spec, settings, plan, records = pickle.load(sys.stdin.buffer)
+is_better = GapStep.is_better
+GapStep.is_better = lambda step, other: step.name != "last:2" and is_better(step, other)
+run_gap(FeatureCache(open_dataset(data), spec, settings), plan, records=records)
+print("loaded", *({"torch", "timm"} & set(sys.modules)))
+"""
+
 
 def images_right(record: RunRecord) -> int:
     """Return how many test images a record has right."""
@@ -27,18 +42,26 @@ def images_right(record: RunRecord) -> int:
 
 
 def test_steps_add_up_and_a_second_run_computes_nothing(
-    subtle: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    subtle: Path,
+    tiny: BackboneSpec,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Image by image and in points; a kept step is better on validation, its interval is of the two on the same images.
 
-    Again no head and no epoch is trained, the same is said, and no record is written twice.
+    A depth goes on from the last that was kept, not from one that validation rejects. Again no head and no epoch is trained,
+    with a budget that is spent or not; the same is said, no record is written twice.
     """
+    is_better = GapStep.is_better
     monkeypatch.setattr("featcache.finetuning.attentive._EPOCHS", 2)
+    monkeypatch.setattr(GapStep, "is_better", lambda step, other: step.name != "last:2" and is_better(step, other))
+    caplog.set_level("INFO", "featcache")
     dataset, records, plan = open_dataset(subtle), settings.cache / "runs.jsonl", replace(GAINS, epochs=2)
     result = run_gap(FeatureCache(dataset, tiny, settings), plan, records=records)
     first, *later = result.kept
 
-    assert [step.name for step in result.steps][:5] == ["linear", "pooling", "layers", "attentive", "last:1"]
+    assert [step.name for step in result.steps][:6] == ["linear", "pooling", "layers", "attentive", "last:1", "last:2"]
     assert result.steps[-1].name == "all"
     assert later
     assert len({step.record.test_items for step in result.steps}) == 1
@@ -50,14 +73,39 @@ def test_steps_add_up_and_a_second_run_computes_nothing(
     for step in result.steps:
         if not step.is_kept:
             assert (step.images, step.between) == (0, None)
+    require_starts(result)
+    # what is told of a fine-tuning by itself is of its own probe: another gap than the table's
+    assert not [line for line in caplog.messages if "to logistic" in line or "no gain" in line]
+    assert len([line for line in caplog.messages if line.startswith("activations at")]) == 1
 
     recorded = [record.cell for record in read_records([records])]
     monkeypatch.setattr(finetune.FineTuneJob, "run", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(fit._Fitting, "_train", lambda *_: pytest.fail("fitted again"))
-    again = run_gap(FeatureCache(dataset, tiny, settings), plan, records=records)
+    again = run_gap(FeatureCache(dataset, tiny, settings), plan, records=records, budget=0.0)
     assert json.loads(json.dumps(again.summary)) == json.loads(json.dumps(result.summary))
     assert [record.cell for record in read_records([records])] == recorded
     assert len(set(recorded)) == len(recorded)
+    arguments = pickle.dumps((subtle, tiny, settings, plan, records))
+    loaded = subprocess.run([sys.executable, "-c", REPEATED], input=arguments, capture_output=True, check=True).stdout
+    assert loaded.split() == [b"loaded"]  # the stages' names are noted: no backbone is needed for them
+    Path(settings.cache / result.steps[-1].record.artefact).unlink()
+    told = run_gap(FeatureCache(dataset, tiny, settings), plan, records=records, budget=0.0)
+    assert [step.name for step in told.steps] == [step.name for step in result.steps[:-1]]
+    assert told.left == ("all",)
+
+
+def require_starts(result: GapResult) -> None:
+    """Assert what depths go on from, and that they and the whole cost what led there."""
+    probe, last = next(step for step in reversed(result.kept) if step.origin in {"", "pooling"}), None
+    for step in (step for step in result.steps if step.origin == "weights"):
+        before = last or probe
+        assert step.starts_from == before.name
+        assert step.record.method == (step.name if last is None else f"{step.name} after {last.record.method}")
+        own = step.record.seconds["extract"] + step.record.seconds["train"]
+        assert step.seconds == pytest.approx(before.seconds + own, abs=1e-2)
+        last = step if step.is_kept else last
+    assert result.record is not None
+    assert sum(result.record.seconds.values()) >= max(step.seconds for step in result.steps) - 1e-2
 
 
 def test_a_budget_stops_between_steps(subtle: Path, tiny: BackboneSpec, settings: Settings) -> None:

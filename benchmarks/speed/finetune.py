@@ -41,8 +41,8 @@ from featcache.extraction.loader import workers_here
 from featcache.finetuning.loop import Epoch, TrainContext, Trial
 from featcache.finetuning.model import LinearHead, Network, Take, open_up
 from featcache.finetuning.optim import ProcessGroup
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.finetuning.unfreezing import depths, select_trainable
+from featcache.finetuning.plan import FineTunePlan, Unfreeze, depths
+from featcache.finetuning.unfreezing import select_trainable
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 
 HERE = Path(__file__).parent
@@ -232,7 +232,7 @@ def measure_sweep(small: Path, work: Path) -> Iterator[dict[str, Any]]:
     jobs = run_sweep(FineTuneInputs(bench("together")), plan).jobs
     together = time.perf_counter() - start
     apart = []
-    for wish in depths(bench("none").backbone.stages):
+    for wish in depths(len(bench("none").backbone.stages)):
         start = time.perf_counter()
         run_finetune(FineTuneInputs(bench(f"apart-{wish.text.replace(':', '')}")), replace(plan, unfreeze=wish))
         apart.append(time.perf_counter() - start)

@@ -1,7 +1,7 @@
 """Fine-tune from stored activations, compare with the best probe on the same images, and tell the gap at its price."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.lookup import backbone_identity
-from featcache.finetuning.plan import FineTunePlan
+from featcache.finetuning.plan import FineTunePlan, depths
 from featcache.fingerprint import canonical
 from featcache.reports.records import RunRecord, append_once, read_records
 from featcache.reports.tables import NO_GAIN
@@ -42,6 +42,7 @@ class FineTuneResult(Displayed):
         computed_images: whose activations were extracted for it.
         tuned: the network in memory; ``None`` where an earlier command has trained it.
         unfinished: the training's state, until it is cleared.
+        remarks: what a reader of the gap should know.
     """
 
     record: RunRecord
@@ -52,6 +53,7 @@ class FineTuneResult(Displayed):
     computed_images: int = 0
     tuned: "FineTuned | None" = None
     unfinished: "Checkpoint | None" = None
+    remarks: tuple[str, ...] = ()
 
     def table(self) -> Table:
         """Return it beside the probe that its gap is to."""
@@ -121,43 +123,92 @@ def run_finetune(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | 
         plan: what trains, and how.
         records: a JSONL file that gets the record.
     """
-    before = find_finished(inputs, plan, plan.unfreeze.text, records)
-    if inputs.all_agree(before is not None) and before is not None:
-        return _reported_again([before], inputs)[0]
-    (rows,) = inputs.prepare([plan])
-    result = FineTuneJob(inputs, plan, rows).run(records)
-    if result.unfinished is not None:
-        result.unfinished.clear()
+    result = find_finished(inputs, plan, plan.unfreeze.text, records)
+    if not inputs.all_agree(result is not None) or result is None:
+        (rows,) = inputs.prepare([plan])
+        result = FineTuneJob(inputs, plan, rows).run(records)
+    _tell([result])
+    _forget(inputs, [result])
     return result
 
 
 def run_sweep(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | None = None) -> SweepResult:
     """Fine-tune at every depth from the last stage to the whole backbone; ``plan.unfreeze`` is left aside."""
-    return SweepResult(tuple(sweep_steps(inputs, plan, records=records)))
+    sweep = Sweep(inputs, plan, records)
+    for place in range(len(sweep.plans)):
+        if sweep.take(place).gained:
+            sweep.keep(place)
+    _tell(sweep.results)
+    sweep.end()
+    return SweepResult(tuple(sweep.results))
 
 
-def sweep_steps(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | None = None) -> Iterator[FineTuneResult]:
-    """Yield what each depth comes to, the shallowest first; whoever stops finds those that were trained when it goes on.
+class Sweep:
+    """Fine-tunings from the last stage to the whole backbone, taken one after another, the shallowest first.
 
-    All boundaries are extracted in one pass. Each depth starts from the weights of the one before it and takes over its
-    rate, once one depth has gained on the probe: the others' rates need no search.
+    Each depth goes on from the weights of the last one that was kept, at its rate: the others' rates need no search. What an
+    earlier command has trained is taken from its record; whoever stops finds the trained depths when the sweep goes on. All
+    boundaries are extracted in one pass, once a depth has to be trained.
+
+    Args:
+        inputs: as of ``run_finetune``.
+        plan: how all depths train; ``unfreeze`` is left aside.
+        records: a JSONL file that gets the records.
     """
-    from featcache.finetuning.unfreezing import depths
 
-    plans = [replace(plan, unfreeze=unfreeze) for unfreeze in depths(inputs.cache.backbone.stages)]
-    before = _find_finished_sweep(inputs, plans, records)
-    if inputs.all_agree(bool(before)) and before:
-        yield from _reported_again(before, inputs)
-        return
-    results: list[FineTuneResult] = []
-    gained: FineTuneResult | None = None
-    for depth, rows in zip(plans, inputs.prepare(plans), strict=True):
-        results.append(FineTuneJob(inputs, _after(depth, gained), rows, gained).run(records))
-        gained = results[-1] if results[-1].gained else gained
-        yield results[-1]
-    for result in results:  # not before: a sweep that is killed finds the depths that it has trained
-        if result.unfinished is not None:
-            result.unfinished.clear()
+    def __init__(self, inputs: FineTuneInputs, plan: FineTunePlan, records: Path | None = None) -> None:
+        unfreezes = depths(len(inputs.cache.stage_names))
+        self.inputs, self.records = inputs, records
+        self.plans = [replace(plan, unfreeze=unfreeze) for unfreeze in unfreezes]
+        self._results: dict[int, FineTuneResult] = {}
+        self._before: dict[int, int | None] = {}  # of each depth: the one that it goes on from
+        self._last_kept: int | None = None
+        self._looked_up: dict[tuple[int, int | None], FineTuneResult | None] = {}
+
+    @property
+    def results(self) -> list[FineTuneResult]:
+        """What was taken, the shallowest first."""
+        return list(self._results.values())
+
+    @cached_property
+    def _rows(self) -> list[StoredRows]:
+        return self.inputs.prepare(self.plans)
+
+    def finished(self, place: int) -> FineTuneResult | None:
+        """Return what an earlier command has trained at a depth after the last that was kept, if it has."""
+        asked = (place, self._last_kept)
+        if asked not in self._looked_up:
+            before = None if self._last_kept is None else self._results[self._last_kept]
+            plan = _after(self.plans[place], before)
+            result = find_finished(self.inputs, plan, _method_after(plan, before), self.records)
+            self._looked_up[asked] = result
+        return self._looked_up[asked]
+
+    def take(self, place: int) -> FineTuneResult:
+        """Return what a depth comes to, trained where it was not before."""
+        result = self.finished(place)
+        self._before[place] = self._last_kept
+        if not self.inputs.all_agree(result is not None) or result is None:
+            result = self._train(place)
+        self._results[place] = result
+        return result
+
+    def keep(self, place: int) -> None:
+        """Let deeper ones go on from a depth."""
+        self._last_kept = place
+
+    def end(self) -> None:
+        """Forget the states of all trainings: not before the last depth, since a sweep that goes on starts from them."""
+        _forget(self.inputs, self.results)
+
+    def _train(self, place: int) -> FineTuneResult:
+        earlier = self._before[place]
+        if earlier is None:
+            return FineTuneJob(self.inputs, self.plans[place], self._rows[place]).run(self.records)
+        if self._results[earlier].tuned is None:  # of an earlier command: its state has the weights, or it trains again
+            self._results[earlier] = self._train(earlier)
+        before = self._results[earlier]
+        return FineTuneJob(self.inputs, _after(self.plans[place], before), self._rows[place], before).run(self.records)
 
 
 def _after(plan: FineTunePlan, gained: FineTuneResult | None) -> FineTunePlan:
@@ -216,7 +267,8 @@ class FineTuneJob:
                     record = self.experiment.record(self.rows.entry, self.checkpoint, outcome)
         epochs, head = tuple(asdict(epoch) for epoch in tuned.history), head_path(self.stem)
         computed = self.rows.entry.report.computed
-        return FineTuneResult(record, epochs, tuned.similarity, self.checkpoint, head, computed, tuned, unfinished)
+        facts = (tuned.similarity, self.checkpoint, head, computed, tuned, unfinished)
+        return FineTuneResult(record, epochs, *facts, remarks=outcome.notes)
 
     def _train(self, unfinished: "Checkpoint") -> "FineTuned":
         from featcache.finetuning.finetuner import Finetuner
@@ -246,9 +298,6 @@ class FineTuneJob:
         """Return what it came to, with the gap to the best probe and what is to be said of it."""
         rows = self.rows
         between = paired_gap(tuned.tested.right, rows.correct, groups=rows.split.test_groups) if tuned.best > 0 else None
-        remarks = self._remarks(tuned, between)
-        for note in remarks:
-            logger.warning("%s: %s", self.plan.unfreeze.text, note)
         return Outcome(
             rows.split,
             params=_params(tuned),
@@ -259,7 +308,7 @@ class FineTuneJob:
             images_per_second=round(tuned.images_per_second, 1),
             probe=self._probe(),
             gap=None if between is None else asdict(between),
-            notes=remarks,
+            notes=self._remarks(tuned, between),
             of_rows=rows.notes,
         )
 
@@ -319,6 +368,7 @@ class FineTuneJob:
             # the record has the curve alone: with these what an earlier command has trained is reported whole
             "epochs": [asdict(epoch) for epoch in tuned.history],
             "cka": tuned.similarity,
+            "split": self.inputs.split.fingerprint,
         }
         save_checkpoint(backbone.module, tuned.network.model, self.checkpoint, facts)
         head = tuned.network.model.linear_head()
@@ -378,58 +428,54 @@ def find_finished(inputs: FineTuneInputs, plan: FineTunePlan, method: str, recor
     ]
     if not alike:  # told without looking at the data set: embeddings that are missing are extracted in one pass, later
         return None
-    if inputs.group is not None:  # the key names the column, not its values: who belongs together may be another now
-        return None
     key = Experiment(inputs.cache, inputs.listed, method, plan, inputs.seed).key
     for record in reversed(alike):
         # the heads that it was compared with are no part of the experiment's name
         if record.cell == key and set((record.probe or {})["of"]) == set(inputs.head_names):
-            return _read_again(record, inputs.cache.settings.cache / record.artefact)
+            return _read_again(record, inputs)
     return None
 
 
-def _find_finished_sweep(
-    inputs: FineTuneInputs, plans: Sequence[FineTunePlan], records: Path | None
-) -> list[FineTuneResult]:
-    """Return all depths that an earlier command has trained, or none: a depth goes on from the weights of the one before."""
-    results: list[FineTuneResult] = []
-    gained: FineTuneResult | None = None
-    for plan in plans:
-        result = find_finished(inputs, _after(plan, gained), _method_after(plan, gained), records)
-        if result is None:
-            return []
-        results.append(result)
-        gained = result if result.gained else gained
-    return results
-
-
-def _read_again(record: RunRecord, checkpoint: Path) -> FineTuneResult | None:
+def _read_again(record: RunRecord, inputs: FineTuneInputs) -> FineTuneResult | None:
     from safetensors import safe_open
 
     from featcache.heads.bundle import head_path
 
+    checkpoint = inputs.cache.settings.cache / record.artefact
     head = head_path(checkpoint.with_name(checkpoint.name.removesuffix(".safetensors")))
     if not checkpoint.is_file() or not head.is_file():
         return None
     try:
         with safe_open(checkpoint, framework="numpy") as file:
             facts = json.loads(file.metadata()["featcache"])
-        return FineTuneResult(record, tuple(facts["epochs"]), facts["cka"], checkpoint, head)
+        result = FineTuneResult(record, tuple(facts["epochs"]), facts["cka"], checkpoint, head, remarks=record.notes)
     except Exception as error:  # noqa: BLE001 - a damaged file fails in any way; one of an earlier version has no epochs
         logger.info("%s: trained anew (%s: %s)", checkpoint, type(error).__name__, error)
         return None
+    # the key names the column, not its values: who belongs together may be another now
+    is_parted_so = inputs.group is None or facts.get("split") == inputs.split.fingerprint
+    return result if is_parted_so else None
 
 
-def _reported_again(results: Sequence[FineTuneResult], inputs: FineTuneInputs) -> tuple[FineTuneResult, ...]:
-    """Say of results that they are an earlier command's, and clear what it may have left when it was killed at its end."""
-    names = ", ".join(result.record.short_method for result in results)
-    file = str(results[0].checkpoint) if len(results) == 1 else f"{results[0].checkpoint} and what is named like it"
-    logger.info("%s: trained already (%s); remove %s to train again", names, results[-1].record.time, file)
+def _tell(results: Sequence[FineTuneResult]) -> None:
+    """Say what is to be said of fine-tunings, and which of them are an earlier command's."""
+    again = [result for result in results if result.tuned is None]
+    if again:
+        names = ", ".join(result.record.short_method for result in again)
+        file = str(again[0].checkpoint) if len(again) == 1 else f"{again[0].checkpoint} and what is named like it"
+        logger.info("%s: trained already (%s); remove %s to train again", names, again[-1].record.time, file)
     for result in results:
-        for note in result.record.notes:
-            logger.warning("%s: %s", result.record.short_method, note)
-        forget_state(inputs.cache.folder, result.record.cell)
-    return tuple(results)
+        for remark in result.remarks:
+            logger.warning("%s: %s", result.record.short_method, remark)
+
+
+def _forget(inputs: FineTuneInputs, results: Sequence[FineTuneResult]) -> None:
+    """Clear the states of trainings that have ended, and what an earlier command left that was killed at its end."""
+    for result in results:
+        if result.unfinished is not None:
+            result.unfinished.clear()
+        else:
+            forget_state(inputs.cache.folder, result.record.cell)
 
 
 def forget_state(folder: Path, cell: str) -> None:

@@ -15,7 +15,7 @@ from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation.metrics import decode_correct
 from featcache.evaluation.splits import Split, restricted
 from featcache.evaluation.tasks import Task
-from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output
+from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.finetuning.plan import FineTunePlan
 from featcache.heads import STREAMING, require_head
 from featcache.specs import INPUT, POOLED, Views
@@ -117,7 +117,7 @@ class FineTuneInputs:
                 logger.warning(note)
                 places[boundary] = (INPUT, (*notes, note))
         cuts = list(dict.fromkeys(cut for cut, _ in places.values()))
-        outputs = [Output(cut, plan.dtype if cut != INPUT else None) for cut in cuts]
+        outputs = [self._output(cut, plan) for cut in cuts]
         if plan.views == 1:
             entries = self.cache.features([Output(POOLED), *outputs])[1:]
         else:  # the probes' embeddings are of the plain image: a pass of its own, of one view
@@ -231,32 +231,37 @@ class FineTuneInputs:
         free = int(shutil.disk_usage(self.cache.folder).free * _USABLE)
         budget = self.cache.settings.budget
         room = free if budget is None else min(free, budget)
+        views = Views(plan.views)
+        sizes = self.cache.sizes([self._output(cut, plan) for cut in cuts], views)
         allowed: set[str] = set()
-        for cut in (cut for cut in cuts if cut != INPUT):
-            cost = self._cost(cut, plan)
-            if cost.bytes <= room:
+        for cut, size in zip(cuts, sizes, strict=True):
+            if cut != INPUT and size <= room:
                 allowed.add(cut)
-                room -= cost.bytes
+                room -= size
         if allowed != set(cuts):  # one entry of pixels stands for all cuts that do not fit
-            cost = self._cost(INPUT, plan)
-            if cost.bytes > room:
+            (pixels,) = self.cache.sizes([self._output(INPUT, plan)], views)
+            if pixels > room:
                 raise StorageError(
-                    f"{self.cache.folder}: the images' pixels ({cost.bytes / 1e9:.1f} GB) do not fit: use another `cache`, "
+                    f"{self.cache.folder}: the images' pixels ({pixels / 1e9:.1f} GB) do not fit: use another `cache`, "
                     "a larger `budget`, or unfreeze less."
                 )
             allowed.add(INPUT)
+        self._tell_cost([*(cut for cut in cuts if cut in allowed and cut != INPUT), *({INPUT} & allowed)], plan)
         return allowed
 
-    def _cost(self, cut: str, plan: FineTunePlan) -> Estimate:
-        """Return what storing at a cut takes, and say it."""
-        cost = self.cache.estimate([Output(cut, plan.dtype if cut != INPUT else None)], Views(plan.views))
+    @staticmethod
+    def _output(cut: str, plan: FineTunePlan) -> Output:
+        return Output(cut, plan.dtype if cut != INPUT else None)
+
+    def _tell_cost(self, cuts: Sequence[str], plan: FineTunePlan) -> None:
+        """Say what storing at some cuts takes, all of them in one pass."""
+        cost = self.cache.estimate([self._output(cut, plan) for cut in cuts], Views(plan.views))
         if cost.to_compute:
             logger.info(
                 "activations at %s: %.1f MB, once about %.0f s; without the cache that in each of up to %d epochs (%s)",
-                cut,
+                cuts[0] if len(cuts) == 1 else f"{len(cuts)} cuts, from {cuts[0]} to {cuts[-1]}",
                 cost.bytes / 1e6,
                 cost.seconds,
                 plan.epochs * (len(plan.lr) + plan.refit),
                 f"{plan.epochs} a rate{' and in the refit' if plan.refit else ''}",
             )
-        return cost

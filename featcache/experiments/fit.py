@@ -50,6 +50,10 @@ _SAMPLED = 4096  # training images whose embeddings tell how much embeddings var
 _COPIES = 2.5  # of the features in float32, that the heads that take the most memory need
 
 
+# of each path: its group, and its values in the columns that are trained on; None where none was asked for
+_ByPath = tuple[Mapping[str, str] | None, Mapping[str, tuple[str, ...]] | None]
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A test image that a head takes for another class, and the probability that it gives that class, if it gives any."""
@@ -324,18 +328,15 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     names = plan.names()
-    group_by_path, values_by_path = require_task(cache, plan.target, plan.group), require_columns(cache, plan.columns)
+    manifest = require_task(cache, plan.target, plan.group), require_columns(cache, plan.columns)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
-    features = entry.store.labelled()
-    columns = columns_of(features, values_by_path, plan.columns)
-    task = Task(features, plan.target, groups_of(features, group_by_path), plan.group, columns)
-    split = task.split(seed, plan.folds)
-    for shots in plan.shots:
-        few_shot(split, features.y, shots, seed, features.sha256)  # what cannot be drawn is said before anything is trained
+    fitting = _Fitting.of(cache, entry, plan, seed, manifest)
+    task, split = fitting.task, fitting.split
+    for shots in plan.shots:  # what cannot be drawn is said before anything is trained
+        few_shot(split, task.features.y, shots, seed, task.features.sha256)
     (ledger or Ledger()).tell(task, split)
-    fitting = _Fitting(cache, entry, task, split, plan, seed)
     attending = fitting.beside(entries[-1])
     results: list[HeadResult] = []
     started = time.monotonic()
@@ -355,6 +356,17 @@ def run_fit(
     return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling, lone)
 
 
+def is_fitted(cache: FeatureCache, plan: FitPlan, *, seed: int = 0) -> bool:
+    """Tell whether one head is there already, so that ``run_fit`` extracts and trains nothing for it."""
+    (name,) = names = plan.names()
+    manifest = require_task(cache, plan.target, plan.group), require_columns(cache, plan.columns)
+    outputs = [Output(cut) for cut in plan.cuts(names)]
+    if not cache.holds(outputs, Views(plan.views)):
+        return False
+    (entry,) = cache.features(outputs, Views(plan.views))
+    return _Fitting.of(cache, entry, plan, seed, manifest).stored(name) is not None
+
+
 @dataclass(frozen=True)
 class _Fitting:
     """One data set's images, split, and an entry's rows of them: what all heads of a command are trained on."""
@@ -365,6 +377,14 @@ class _Fitting:
     split: Split
     plan: FitPlan
     seed: int
+
+    @classmethod
+    def of(cls, cache: FeatureCache, entry: Extracted, plan: FitPlan, seed: int, manifest: "_ByPath") -> "_Fitting":
+        """Return that of all images of an entry, in groups and with columns where these are given."""
+        features, (group_by_path, values_by_path) = entry.store.labelled(), manifest
+        columns = columns_of(features, values_by_path, plan.columns)
+        task = Task(features, plan.target, groups_of(features, group_by_path), plan.group, columns)
+        return cls(cache, entry, task, task.split(seed, plan.folds), plan, seed)
 
     @property
     def loaded(self) -> Task:
@@ -409,16 +429,13 @@ class _Fitting:
 
     def result(self, name: str, before: Sequence[HeadResult]) -> HeadResult | None:
         """Return a head: from its file, or trained; of all heads, one that cannot be trained here costs no other."""
-        members = [head.fitted.name for head in before if head.fitted.name not in ATTENTIVE] if name == ENSEMBLE else []
-        experiment = self.plan.experiment(self.cache, self.task, name, self.seed, members)
-        stem = name if self.task.kind == "label" else f"{name}-{self.task.kind}"
-        if stored := experiment.stored(self.entry, stem, self.split, self.plan.format):
-            fitted, record, path = stored
-            for note in record.notes[len(self.split.remarks) :]:
+        experiment = self._experiment(name, before)
+        if stored := self.stored(name, before):
+            for note in stored.record.notes[len(self.split.remarks) :]:
                 logger.warning(note)
-            return HeadResult(fitted, record, path, self.task, self.split)
+            return stored
         try:
-            result = self._keep(experiment, stem, self._train(name, before))
+            result = self._keep(experiment, self._stem(name), self._train(name, before))
         except DataError as error:
             if ALL not in self.plan.heads:
                 raise
@@ -429,6 +446,18 @@ class _Fitting:
 
             forget_state(self.cache.folder, experiment.key)
         return result
+
+    def stored(self, name: str, before: Sequence[HeadResult] = ()) -> HeadResult | None:
+        """Return a head that an earlier command has fitted, if it has."""
+        stored = self._experiment(name, before).stored(self.entry, self._stem(name), self.split, self.plan.format)
+        return None if stored is None else HeadResult(*stored, self.task, self.split)
+
+    def _experiment(self, name: str, before: Sequence[HeadResult]) -> Experiment:
+        members = [head.fitted.name for head in before if head.fitted.name not in ATTENTIVE] if name == ENSEMBLE else []
+        return self.plan.experiment(self.cache, self.task, name, self.seed, members)
+
+    def _stem(self, name: str) -> str:
+        return name if self.task.kind == "label" else f"{name}-{self.task.kind}"
 
     def _train(self, name: str, before: Sequence[HeadResult]) -> FittedHead:
         from featcache.heads.fit import ensemble, fit

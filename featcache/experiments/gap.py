@@ -14,9 +14,9 @@ from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, score
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment, groups_of, require_task
-from featcache.experiments.finetune import sweep_steps
+from featcache.experiments.finetune import Sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
-from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, run_fit
+from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fitted, run_fit
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.reports.records import RunRecord, append_once
@@ -39,6 +39,8 @@ class GapStep:
         is_kept: whether it is better on validation than all before it.
         images: how many more test images are right than by what was kept before, where it is kept.
         between: that in points, with its paired interval.
+        starts_from: the kept step whose weights it goes on from; nothing where it needs none of them.
+        seconds_before: what led to that, where the record does not count it.
     """
 
     name: str
@@ -48,11 +50,13 @@ class GapStep:
     is_kept: bool
     images: int = 0
     between: Gap | None = None
+    starts_from: str = ""
+    seconds_before: float = 0.0
 
     @property
     def seconds(self) -> float:
         """What it costs with all that led to it, extraction included."""
-        return sum(self.record.seconds.values())
+        return self.seconds_before + sum(self.record.seconds.values())
 
     @property
     def accuracy(self) -> float:
@@ -120,6 +124,9 @@ class GapResult(Displayed):
                     "images": step.images,
                     "gap": None if step.between is None else asdict(step.between),
                     "seconds": step.record.seconds,
+                    "starts_from": step.starts_from or None,
+                    "seconds_with_all_before": round(step.seconds, 3),
+                    "notes": list(step.record.notes),
                 }
                 for step in self.steps
             ],
@@ -142,7 +149,9 @@ def run_gap(
     """Take the way from a linear probe to the whole network tuned step by step, on one split.
 
     A step is kept where it is better on validation than all before it; its gain is measured on the test images against
-    what was kept before, so that gains add up to the whole gap. What an earlier command has fitted or trained is taken.
+    what was kept before, so that gains add up to the whole gap. Weights go on from the last depth that was kept, at first
+    from the linear probe under the kept pooling. What an earlier command has fitted or trained is taken, and told where the
+    budget is spent too.
 
     Args:
         cache: the data set and the backbone.
@@ -154,10 +163,14 @@ def run_gap(
     """
     require_task(cache, "label", group)
     started, steps, left = time.monotonic(), list[GapStep](), list[str]()
-    for name, origin, act in _ways(cache, plan, (group, seed), records, steps):
-        if budget is not None and steps and time.monotonic() - started > budget:
-            left.append(name)
-        elif (step := _step_of(name, origin, act, steps)) is not None:
+    for way in _ways(cache, plan, (group, seed), records, steps):
+        is_there = way.is_there()
+        if budget is not None and steps and not is_there and time.monotonic() - started > budget:
+            left.append(way.name)
+            continue
+        if not is_there:
+            logger.info("step %s%s", way.name, f" ({way.origin})" if way.origin else "")
+        if (step := _step_of(way, steps)) is not None:
             steps.append(step)
     if left:
         logger.warning("`budget` %g s is spent: without %s", budget, ", ".join(left))
@@ -192,24 +205,21 @@ def _recorded(result: GapResult, experiment: Experiment, plan: FineTunePlan) -> 
     request = {"backbone": experiment.cache.identity, "plan": asdict(plan)}
     total = None if result.total is None else asdict(result.total)
     params = {"best": result.kept[-1].name, "steps": steps}
-    return replace(
-        last, kind="gap", cell=experiment.key, method="gap", request=request, params=params, probe=probe, gap=total, notes=()
-    )
+    told: dict[str, Any] = {
+        "request": request,
+        "params": params,
+        "probe": probe,
+        "gap": total,
+        "seconds": _costs(result.steps),
+    }
+    return replace(last, kind="gap", cell=experiment.key, method="gap", notes=(), **told)
 
 
-def _step_of(name: str, origin: Origin, act: "Callable[[], _Taken]", steps: Sequence[GapStep]) -> GapStep | None:
-    """Take a step, unless it cannot be taken here or is tested on other images than the first."""
-    try:
-        taken = act()
-    except (CutError, UsageError) as error:
-        if not steps:
-            raise
-        logger.warning("%s is left out: %s", name, error)
-        return None
-    if steps and taken.record.test_items != steps[0].record.test_items:
-        logger.warning("%s is left out: some images have no row there, it was tested on others", name)
-        return None
-    return _placed(name, origin, taken, [step for step in steps if step.is_kept])
+def _costs(steps: Sequence[GapStep]) -> dict[str, float]:
+    """Return what all steps took, each entry's extraction once: none could be left out, since validation chose among all."""
+    extracted = {step.record.feature_key: step.record.seconds["extract"] for step in steps}
+    trained = [step.record.seconds.get(name, 0.0) for step in steps for name in ("fit", "pooling", "train")]
+    return {"extract": round(sum(extracted.values()), 3), "train": round(sum(trained), 3)}
 
 
 @dataclass(frozen=True)
@@ -221,38 +231,80 @@ class _Taken:
     is_gain: bool = True
 
 
-_Way = tuple[str, Origin, Callable[[], _Taken]]
+@dataclass(frozen=True)
+class _Way:
+    """A step before it is taken: how, whether an earlier command did, and the kept step that it would go on from."""
+
+    name: str
+    origin: Origin
+    take: Callable[[], _Taken]
+    is_there: Callable[[], bool]
+    start: GapStep | None = None
+
+
+def _step_of(way: _Way, steps: Sequence[GapStep]) -> GapStep | None:
+    """Take a step, unless it cannot be taken here or is tested on other images than the first."""
+    try:
+        taken = way.take()
+    except (CutError, UsageError) as error:
+        if not steps:
+            raise
+        logger.warning("%s is left out: %s", way.name, error)
+        return None
+    if steps and taken.record.test_items != steps[0].record.test_items:
+        logger.warning("%s is left out: some images have no row there, it was tested on others", way.name)
+        return None
+    return _placed(way, taken, [step for step in steps if step.is_kept])
 
 
 def _ways(
     cache: FeatureCache, plan: FineTunePlan, asked: tuple[str | None, int], records: Path | None, steps: Sequence[GapStep]
 ) -> Iterator[_Way]:
-    """Yield the steps, each with what takes it; ``asked`` are group and seed, ``steps`` those that were taken so far."""
-    from featcache.finetuning.unfreezing import depths
-
+    """Yield the steps, each once those before it are placed; ``asked`` are group and seed, ``steps`` what was placed."""
     group, seed = asked
     fitting, ledger = FitPlan((PROBE,), group=group, baselines=False), Ledger()
 
-    def fitted(more: FitPlan) -> _Taken:
-        (head,) = run_fit(cache, more, seed=seed, records=records, ledger=ledger).heads
-        return _Taken(head.record, _on_validation(head))
+    def fitted(name: str, origin: Origin, **changes: Any) -> _Way:
+        def take() -> _Taken:
+            (head,) = run_fit(cache, chosen, seed=seed, records=records, ledger=ledger).heads
+            return _Taken(head.record, _on_validation(head))
 
-    yield "linear", "", partial(fitted, fitting)
-    yield "pooling", "pooling", partial(fitted, replace(fitting, best_pool=True))
-    layers = [stage.name for stage in cache.backbone.stages[-_LAYERS:]]
-    yield "layers", "other layers", partial(fitted, replace(fitting, layers=(*layers, POOLED)))
-    yield "attentive", "attention", partial(fitted, replace(fitting, heads=("attentive",)))
+        chosen = replace(fitting, **changes)
+        return _Way(name, origin, take, lambda: is_fitted(cache, chosen, seed=seed))
+
+    yield fitted("linear", "")
+    yield fitted("pooling", "pooling", best_pool=True)
+    yield fitted("layers", "other layers", layers=(*cache.stage_names[-_LAYERS:], POOLED))
+    yield fitted("attentive", "attention", heads=("attentive",))
     # where another pooling is better, weights are trained under it
-    pool = next((step.record.params["pool"] for step in steps if step.is_kept and step.origin == "pooling"), cache.spec.pool)
-    tuning = FeatureCache(cache.dataset, replace(cache.spec, pool=pool), cache.settings, files=cache.files)
-    tuned = sweep_steps(FineTuneInputs(tuning, group=group, seed=seed, ledger=ledger), plan, records=records)
+    pooled = next((step for step in steps if step.is_kept and step.origin == "pooling"), None)
+    spec = cache.spec if pooled is None else replace(cache.spec, pool=pooled.record.params["pool"])
+    tuning = FeatureCache(replace(cache.dataset, notes=()), spec, cache.settings, files=cache.files)
+    inputs = FineTuneInputs(tuning, group=group, seed=seed, ledger=ledger)
+    yield from _depths(Sweep(inputs, plan, records), pooled or steps[0], steps)
 
-    def deeper() -> _Taken:
-        result = next(tuned)
+
+def _depths(sweep: Sweep, start: GapStep, steps: Sequence[GapStep]) -> Iterator[_Way]:
+    """Yield the depths; each goes on from the last that was kept, the first from a linear probe."""
+    tried: list[int] = []
+
+    def take(place: int) -> _Taken:
+        tried.append(place)
+        result = sweep.take(place)
         return _Taken(result.record, _val_of(result.record.val), result.gained)
 
-    for unfreeze in depths(cache.backbone.stages):
-        yield unfreeze.text, "weights", deeper
+    def is_there(place: int) -> bool:
+        # what a depth goes on from is not known where the budget leaves out one before it
+        return len(tried) == place and sweep.finished(place) is not None
+
+    for place, depth in enumerate(sweep.plans):
+        name = depth.unfreeze.text
+        yield _Way(name, "weights", partial(take, place), partial(is_there, place), start)
+        if steps[-1].name == name and steps[-1].is_kept:
+            sweep.keep(place)
+            start = steps[-1]
+    if len(tried) == len(sweep.plans):
+        sweep.end()
 
 
 def _on_validation(head: HeadResult) -> tuple[float, float]:
@@ -271,11 +323,15 @@ def _val_of(scores: dict[str, Any]) -> tuple[float, float]:
     return scores["accuracy"], float("inf") if loss is None else loss
 
 
-def _placed(name: str, origin: Origin, taken: _Taken, kept: Sequence[GapStep]) -> GapStep:
+def _placed(way: _Way, taken: _Taken, kept: Sequence[GapStep]) -> GapStep:
     """Return a step after those that were kept before it."""
-    step = GapStep(name, origin, taken.record, taken.val, is_kept=not kept)
+    step = GapStep(way.name, way.origin, taken.record, taken.val, is_kept=not kept)
+    if way.start is not None:
+        is_counted = "before" in taken.record.seconds  # of one depth after another: all depths that led there
+        before = way.start.seconds_before if is_counted else way.start.seconds
+        step = replace(step, starts_from=way.start.name, seconds_before=before)
     if not kept or not taken.is_gain or not step.is_better(kept[-1]):
         return step
-    before = kept[-1].record
-    images = step.record.right.count("1") - before.right.count("1")
-    return replace(step, is_kept=True, images=images, between=between_records(step.record, before))
+    last = kept[-1].record
+    images = step.record.right.count("1") - last.right.count("1")
+    return replace(step, is_kept=True, images=images, between=between_records(step.record, last))

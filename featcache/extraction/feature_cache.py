@@ -36,6 +36,7 @@ from featcache.specs import (
     check_fields,
     stored_dtype,
 )
+from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
@@ -295,6 +296,33 @@ class FeatureCache:
             if report is not None
         ]
 
+    def holds(self, outputs: Sequence[Output], views: Views | None = None) -> bool:
+        """Tell whether the flags lead to entries of some cuts that lack nothing, so that no backbone is needed for them."""
+        for output in outputs:
+            request = self._request(output, views or Views())
+            if (request.cut, request.dtype, request.views) in self._complete:
+                continue
+            store = entries.find_entry(self.folder, request)
+            if not isinstance(lookup(store, self._scan(store)), Hit):
+                return False
+        return True
+
+    @cached_property
+    def stage_names(self) -> tuple[str, ...]:
+        """The names of the backbone's stages, in forward order.
+
+        They are noted beside the embeddings: to load a backbone for its stages' names would take ten times what everything
+        else of a command takes whose results are all there.
+        """
+        store, request = self.extracted().store, self._request(Output(), Views()).to_json()
+        path, where = store.path / "heads" / "stages.json", (store.key,)
+        note = kept_note(path, where, dict, "the backbone is loaded for its stages") or {}
+        if note.get("request") != request:  # other versions may tell other stages
+            note = {"request": request, "stages": [stage.name for stage in self.backbone.stages]}
+            with suppress(StorageError):  # a cache that cannot be written answers all the same
+                keep_note(path, where, note)
+        return tuple(note["stages"])
+
     def estimate(self, outputs: Sequence[Output], views: Views | None = None) -> Estimate:
         """Say what an extraction would compute, write and take; measures a first batch, and keeps nothing of it."""
         views = views or Views()
@@ -305,16 +333,23 @@ class FeatureCache:
             return Estimate(len(self.files), 0, 0, 0.0)
         plan = self.plan_for(self.backbone.preprocess, views)
         computed = [request.cut for request in requests if request.cut != INPUT]
-        shapes = self._shapes([request.cut for request in requests])
         with self.threads():
             run = self._eager(computed) if computed else NO_RUNTIME.run
             runtime = Runtime(run, workers=self._workers.count, any_size=self.dataset.kind == "text")
             seconds = measure(self.files, pending, plan, runtime, self.backbone.example_inputs(plan.batch_size))
-        sizes = [
-            len(scanned.pending) * views.count * int(np.prod(shape)) * np.dtype(request.dtype).itemsize
-            for request, scanned, shape in zip(requests, scans, shapes, strict=True)
+        return Estimate(len(self.files), len(pending), sum(self.sizes(outputs, views)), seconds)
+
+    def sizes(self, outputs: Sequence[Output], views: Views | None = None) -> list[int]:
+        """Return how many bytes an extraction would write of each cut."""
+        views = views or Views()
+        requests = [self._request(output, views) for output in outputs]
+        pending = [len(scanned.pending) for _, scanned in self._find(requests)]
+        lacking = [request for request, count in zip(requests, pending, strict=True) if count]
+        shapes = iter(self._shapes([request.cut for request in lacking]))
+        return [
+            count * views.count * int(np.prod(next(shapes))) * np.dtype(request.dtype).itemsize if count else 0
+            for request, count in zip(requests, pending, strict=True)
         ]
-        return Estimate(len(self.files), len(pending), sum(sizes), seconds)
 
     def _find(self, requests: Sequence[entries.CacheRequest]) -> list[tuple[FeatureStore | None, Scan]]:
         """Return the entries that are there, by the flags or by the key, with what they lack.

@@ -62,6 +62,13 @@ def _stages(stages: str, text: str) -> tuple[Literal["last", "share", "stage", "
     )
 
 
+def depths(count: int) -> list[Unfreeze]:
+    """Return what to unfreeze of so many stages, from the last to all: every depth up to 8 stages, else doubling ones."""
+    # a long backbone's depths double: 24 blocks one by one would be 24 trainings for a curve that five points show
+    numbers = range(1, count) if count <= 8 else (2**power for power in range(count.bit_length()) if 2**power < count)
+    return [*(Unfreeze.parse(f"last:{number}") for number in numbers), Unfreeze.parse("all")]
+
+
 @dataclass(frozen=True)
 class FineTunePlan:
     """How the unfrozen part is trained.

@@ -58,14 +58,6 @@ def select_trainable(stages: Sequence[Stage], spec: Unfreeze, module: nn.Module 
     return Trainable(tuple(picked[empty:]), stages[first - 1].name if first else INPUT, spec)
 
 
-def depths(stages: Sequence[Stage]) -> list[Unfreeze]:
-    """Return what to unfreeze at each depth, from the last stage to all: every depth up to 8 stages, else doubling ones."""
-    count = len(stages)
-    # a long backbone's depths double: 24 blocks one by one would be 24 trainings for a curve that five points show
-    numbers = range(1, count) if count <= 8 else (2**power for power in range(count.bit_length()) if 2**power < count)
-    return [*(Unfreeze.parse(f"last:{number}") for number in numbers), Unfreeze.parse("all")]
-
-
 def _allowed(module: nn.Module, spec: Unfreeze) -> set[str]:
     if spec.what == "bias":
         return {name for name, _ in module.named_parameters() if name.endswith("bias")}
