@@ -29,6 +29,7 @@ _NAMES = {  # of each module
     "featcache.api": (
         "audit",
         "bench",
+        "compare",
         "estimate",
         "export",
         "extract",
@@ -37,6 +38,7 @@ _NAMES = {  # of each module
         "fit",
         "gap",
         "predict",
+        "replay",
         "sweep",
     ),
     "featcache.datasets": ("open_dataset",),
@@ -61,6 +63,7 @@ _NAMES = {  # of each module
         "FitResult",
     ),
     "featcache.experiments.gap": ("GapResult",),
+    "featcache.experiments.replay": ("Places",),
     "featcache.extraction.feature_cache": (
         "Extracted",
         "Settings",
@@ -68,6 +71,10 @@ _NAMES = {  # of each module
     "featcache.finetuning.plan": (
         "FineTunePlan",
         "Unfreeze",
+    ),
+    "featcache.reports.comparison": (
+        "AgainstResult",
+        "ReplayResult",
     ),
     "featcache.reports.records": ("RunRecord",),
     "featcache.specs": (
@@ -82,6 +89,7 @@ _NAMES = {  # of each module
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "AgainstResult",
     "AuditResult",
     "BackboneSpec",
     "BenchResult",
@@ -99,6 +107,8 @@ __all__ = [
     "FitPlan",
     "FitResult",
     "GapResult",
+    "Places",
+    "ReplayResult",
     "RunRecord",
     "Settings",
     "SetupError",
@@ -110,6 +120,7 @@ __all__ = [
     "Views",
     "audit",
     "bench",
+    "compare",
     "estimate",
     "export",
     "extract",
@@ -119,6 +130,7 @@ __all__ = [
     "gap",
     "open_dataset",
     "predict",
+    "replay",
     "sweep",
 ]
 

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from featcache.experiments.fit import FitPlan, FitResult
     from featcache.experiments.gap import GapResult
     from featcache.experiments.predict import Prediction
+    from featcache.experiments.replay import Places
     from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
     from featcache.finetuning.plan import FineTunePlan
     from featcache.heads.bundle import Bundle
+    from featcache.reports.comparison import AgainstResult, ReplayResult
+    from featcache.reports.records import RunRecord
 
 
 def extract(
@@ -331,6 +334,66 @@ def bench(
     grid = load_grid(Path(pipeline))
     grid = replace(grid, data=tuple(replace(entry, group=entry.group or group) for entry in grid.data))
     return run_bench(grid, settings or Settings(), out or default_out())
+
+
+def replay(
+    records: str | Path, places: "Places | None" = None, *, only: str = "", settings: "Settings | None" = None
+) -> "ReplayResult":
+    """Run the experiments of a file of records again, in a cache of their own, and compare what comes out.
+
+    >>> featcache.replay("benchmarks/quickstart.jsonl").agrees  # doctest: +SKIP
+    True
+
+    Args:
+        records: a JSONL file of ``bench`` or a cache's ``records/runs.jsonl``.
+        places: where data sets and weights lie, and what may be reused.
+        only: the beginning of the cells to run; all of them by default.
+        settings: device, batch size, runtime, workers; its cache is left alone.
+
+    Raises:
+        DataError: no such record is in the file.
+        StorageError: the disk failed.
+    """
+    from featcache.experiments.replay import Places, run_replay
+    from featcache.extraction.feature_cache import Settings
+
+    places = check_value(places or Places(), Places, "places")
+    chosen = [record for record in read_published(records) if record.cell.startswith(only)]
+    if not chosen:
+        raise DataError(f"{records}: no record's cell begins with {only!r:.70} (`only`).")
+    return run_replay(chosen, places, settings or Settings())
+
+
+def compare(records: "Sequence[RunRecord]", published: str | Path) -> "AgainstResult":
+    """Put own records beside published ones of the same test images, split, score and protocol; others are refused.
+
+    >>> result = featcache.bench("grid.toml")  # doctest: +SKIP
+    >>> featcache.compare(result.records, "published.jsonl")  # doctest: +SKIP
+
+    Args:
+        records: own ones, as ``bench`` returns them.
+        published: a JSONL file of records.
+
+    Raises:
+        DataError: the file has no record, or none that an own one may stand beside.
+    """
+    from featcache.reports.comparison import compare_with_published
+
+    return compare_with_published(list(records), read_published(published))
+
+
+def read_published(path: str | Path) -> "list[RunRecord]":
+    """Read a file of records, of a cell that ran twice the latest.
+
+    Raises:
+        DataError: there is none in it.
+    """
+    from featcache.reports.records import read_records
+
+    latest = {record.cell: record for record in read_records([Path(path)])}
+    if not latest:
+        raise DataError(f"{path}: there is no run record in it: a JSONL file that `featcache bench` wrote is needed.")
+    return list(latest.values())
 
 
 def default_out() -> Path:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from featcache.cli import options
+from featcache.cli.replay import replay_options, show_replay, take_replay
 from featcache.finetuning.plan import OPTIMISERS, RATES, FineTunePlan
 from featcache.specs import Precision
 
 if TYPE_CHECKING:
     from featcache.experiments.bench import BenchResult
+    from featcache.reports.comparison import AgainstResult
     from featcache.reports.records import RunRecord
 
 
@@ -222,29 +224,46 @@ _GRID: options.Glossary = (
 
 
 @click.command("bench", cls=options.Command, glossary=_GRID)
-@click.argument("pipeline", type=options.FILE)
+@click.argument("pipeline", type=options.FILE, required=False)
 @options.grouped(
     "Grid",
     click.option("--out", type=options.FOLDER, help="Write records and tables to this folder."),
     options.group_option,
     options.max_bad_option,
+    click.option(
+        "--against",
+        type=options.FILE,
+        help="Print the rows beside the published ones in this JSONL file of records; rows of other test images, splits, "
+        "scores or protocols are refused.",
+    ),
 )
+@replay_options
 @options.run_options
 @options.json_option
-def bench_command(pipeline: Path, out: Path | None, group: str | None, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
+def bench_command(pipeline: Path | None, out: Path | None, against: Path | None, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
     """Run the missing cells of PIPELINE, a TOML file, and write its records and tables.
 
     A cell is a data set, a backbone, a head or fine-tuning, and a seed. Without --out records and tables go to benchmarks/
-    where there is one, else to the current folder. docs/grids.md describes every key.
+    where there is one, else to the current folder. docs/grids.md describes every key. With --from-record recorded cells
+    run again instead.
     """
-    from featcache.api import bench
+    from featcache.api import bench, compare
 
-    settings = options.take_settings(flags)
-    show(bench(pipeline, out=out, group=group, settings=settings), as_json=as_json)
+    asked, group = take_replay(flags), flags.pop("group")
+    if asked.recorded is not None:
+        if against is not None or group is not None:
+            raise click.UsageError("--from-record goes without --against and --group: records name their groups.")
+        if not show_replay(pipeline, out, asked, flags, as_json=as_json):
+            click.get_current_context().exit(FAILED)
+        return
+    if pipeline is None:
+        raise click.UsageError("Missing argument 'PIPELINE': a TOML file, or --from-record FILE.")
+    result = bench(pipeline, out=out, group=group, settings=options.take_settings(flags))
+    show(result, against=None if against is None else compare(result.records, against), as_json=as_json)
 
 
-def show(result: "BenchResult", *, as_json: bool) -> None:
-    """Print a grid's table or its JSON; end with 3 where a cell failed."""
+def show(result: "BenchResult", *, against: "AgainstResult | None" = None, as_json: bool) -> None:
+    """Print a grid's table or its JSON, beside published records where these are given; end with 3 where a cell failed."""
     from dataclasses import asdict
 
     from featcache.cli import spelling
@@ -259,6 +278,7 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
                 "computed_images": result.computed_images,
                 "computed_cells": result.computed_cells,
             }
+            | ({} if against is None else {"against": against.summary})
         )
     else:
         click.echo(short_table(result.records).plain())
@@ -267,6 +287,8 @@ def show(result: "BenchResult", *, as_json: bool) -> None:
         failed = f", {len(result.failures)} failed" if result.failures else ""
         counts = f"{result.computed_images} images computed, {cells}{failed}"
         click.echo(f"{counts}; the table is in {result.paths['md']}, the records are in {result.paths['records']}")
+        if against is not None:
+            click.echo(f"\n{against.table().plain()}")
     if result.failures:
         click.get_current_context().exit(FAILED)
 

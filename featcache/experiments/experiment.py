@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
+from featcache.datasets.base import Dataset
 from featcache.datasets.tables import read_column, read_columns
 from featcache.errors import DataError
 from featcache.evaluation.columns import Columns, column_names
@@ -19,7 +20,7 @@ from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import fingerprint
-from featcache.reports.records import RunRecord, record_from, stamp
+from featcache.reports.records import PROTOCOL, RunRecord, record_from, stamp
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import Features, RowReader
 
@@ -135,7 +136,9 @@ class Experiment:
             test_groups=numbered(split.test_groups),
             copies=dict(split.copies),
             notes=(*outcome.of_rows, *split.remarks, *outcome.notes),
-            **stamp(),
+            protocol=PROTOCOL,
+            source=source_of(self.cache.dataset, self.task),
+            **_stamped(entry),
         )
 
     def card(self, entry: Extracted, **facts: Any) -> dict[str, Any]:
@@ -189,6 +192,22 @@ class Experiment:
     @property
     def _group(self) -> dict[str, Any]:
         return {"group": self.task.group} if self.task.group else {}
+
+
+def source_of(dataset: Dataset, task: Task) -> dict[str, Any]:
+    """Return what tells a data set apart and opens it again, without the folders that it lies in here."""
+    text = dataset.reopens or dataset.location
+    kind, colon, rest = ("", "", text) if Path(text).is_absolute() else text.partition(":")
+    rest = rest.partition("@")[0] if kind == "torchvision" else rest  # behind it stands the folder
+    data = f"{kind}{colon}{Path(rest).name if Path(rest).is_absolute() else rest}"
+    return {"data": data, "images": len(task.whole.features.y), "items": task.items}
+
+
+def _stamped(entry: Extracted) -> dict[str, Any]:
+    """Return where and when, with what computed the entry's rows: runtimes differ by rounding, and are in no key."""
+    stamped = stamp()
+    runtimes = sorted({part.runtime for part in entry.store.manifest.parts if part.runtime})
+    return stamped | {"environment": stamped["environment"] | {"runtime": "+".join(runtimes)}}
 
 
 def _named(plan: FineTunePlan) -> dict[str, Any]:

@@ -202,7 +202,8 @@ def _recorded(result: GapResult, experiment: Experiment, plan: FineTunePlan) -> 
         }
         for step in result.steps
     }
-    request = {"backbone": experiment.cache.identity, "plan": asdict(plan)}
+    group = {"group": experiment.task.group} if experiment.task.group else {}
+    request = {"backbone": experiment.cache.identity, "plan": asdict(plan)} | group
     total = None if result.total is None else asdict(result.total)
     params = {"best": result.kept[-1].name, "steps": steps}
     told: dict[str, Any] = {

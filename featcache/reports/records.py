@@ -21,7 +21,14 @@ from featcache.errors import DataError, StorageError
 from featcache.fingerprint import canonical
 
 SCHEMA_VERSION = 1
+# Of how splits, choices, tests and intervals are made (benchmarks/PROTOCOL.md): raised where the same images and the same
+# request would come to other numbers. Records of before it was numbered have 0.
+PROTOCOL = 1
 RECORDS = Path("records") / "runs.jsonl"  # of commands, below the cache
+_DECIDING = (  # libraries whose versions round otherwise
+    *("featcache", "torch", "torchvision", "timm", "scikit-learn", "numpy", "scipy", "pillow", "h5py"),
+    *("openvino", "onnxruntime"),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,8 +39,9 @@ class RunRecord(Displayed):
     right, as a text of 0 and 1 in the order that ``test_items`` hashes; ``artefact`` is a path below the cache.
 
     ``test_groups`` numbers the group of each test image, in that order, where groups were asked for; ``copies`` counts
-    images that splits or labels take for different although their bytes are equal (see ``draws.copies``). Records of before
-    have neither.
+    images that splits or labels take for different although their bytes are equal (see ``draws.copies``). ``source`` is
+    what opens the data set again (a path's last part alone: records are passed on), with the number of its images and the
+    hash of their contents and labels; ``protocol`` is how numbers are made. Records of before have none of these.
     """
 
     kind: str
@@ -63,6 +71,8 @@ class RunRecord(Displayed):
     peak_memory_mb: float = 0.0
     time: str = ""
     schema_version: int = SCHEMA_VERSION
+    protocol: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
 
     @property
     def short_method(self) -> str:
@@ -97,7 +107,7 @@ def environment() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
-    for name in ("featcache", "torch", "torchvision", "timm", "scikit-learn", "numpy", "pillow", "h5py"):
+    for name in _DECIDING:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -108,6 +118,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "processors": os.cpu_count(),
+        "cpu": _processor(),
         "device": device,
         "versions": versions,
         "git": _git_revision(),
@@ -245,6 +256,11 @@ def record_from(data: dict[str, Any]) -> RunRecord:
     return RunRecord(**(data | {"notes": tuple(data.get("notes", ()))}))
 
 
+def as_read(record: RunRecord) -> RunRecord:
+    """Return a record as a file of records gives it back: keys that are texts, lists for tuples."""
+    return record_from(json.loads(json.dumps(asdict(record))))
+
+
 def _check_fields(data: dict[str, Any]) -> None:
     """Refuse what tables could not be made from.
 
@@ -308,6 +324,14 @@ def _sync_new_name(folder: Path) -> None:
 def _peak_memory_mb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20) if sys.platform == "darwin" else peak / (1 << 10)
+
+
+def _processor() -> str:
+    """Return the processor's name: two of them may round the same sum otherwise."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return platform.processor() or platform.machine()
 
 
 def _git_revision() -> str:
