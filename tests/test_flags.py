@@ -17,14 +17,25 @@ from featcache import api, open_dataset
 from featcache.cli import cli, spelling
 from featcache.errors import DataError, UsageError
 from featcache.experiments.fit import FitPlan
+from featcache.experiments.replay import Places
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
 
 ROOT = Path(featcache.__file__).parent
 LIBRARY = [path for path in sorted(ROOT.rglob("*.py")) if "cli" not in path.relative_to(ROOT).parts]
-VALUES = (Settings, FitPlan, FineTunePlan, BackboneSpec, FeatureSpec, TransformOverrides, Views)
-FUNCTIONS = (api.extract, api.extract_cuts, api.fit, api.predict, api.export, api.finetune, api.bench, open_dataset)
+VALUES = (Settings, FitPlan, FineTunePlan, BackboneSpec, FeatureSpec, TransformOverrides, Views, Places)
+FUNCTIONS = (
+    api.extract,
+    api.extract_cuts,
+    api.fit,
+    api.predict,
+    api.export,
+    api.finetune,
+    api.bench,
+    api.replay,
+    open_dataset,
+)
 
 
 def spelt(command: str, text: str) -> str:

@@ -20,7 +20,7 @@ replay_options = options.grouped(
     ),
     click.option("--only", metavar="CELL", default="", help="Run those records alone whose cell begins so."),
     click.option("--data-root", type=options.FOLDER, help="Look in this folder for the data sets that records name."),
-    click.option("--weights", help="Load this checkpoint where a record's backbone was loaded from a file."),
+    click.option("--checkpoint", type=options.FILE, help="Load this file where a record's backbone was loaded from a file."),
     click.option(
         "--reuse", is_flag=True, help="Let heads and trainings of --cache answer; without it only its features are taken."
     ),
@@ -34,15 +34,15 @@ class ReplayFlags:
     recorded: Path | None
     only: str
     data_root: Path | None
-    weights: str | None
+    checkpoint: Path | None
     reuse: bool
 
 
 def take_replay(flags: dict[str, Any]) -> ReplayFlags:
     """Take a replay's options out of a command's."""
-    asked = ReplayFlags(**{name: flags.pop(name) for name in ("recorded", "only", "data_root", "weights", "reuse")})
+    asked = ReplayFlags(**{name: flags.pop(name) for name in ("recorded", "only", "data_root", "checkpoint", "reuse")})
     if asked.recorded is None and asked != ReplayFlags(None, "", None, None, reuse=False):
-        raise click.UsageError("--only, --data-root, --weights and --reuse are of --from-record.")
+        raise click.UsageError("--only, --data-root, --checkpoint and --reuse are of --from-record.")
     if asked.reuse and flags["cache"] is None:
         raise click.UsageError("--reuse needs --cache: whose heads and trainings are meant.")
     return asked
@@ -58,7 +58,8 @@ def show_replay(
 
     assert asked.recorded is not None
     new_records = None if out is None else out / asked.recorded.name
-    places = Places(pipeline, asked.data_root, asked.weights, flags["cache"], reuse=asked.reuse, out=new_records)
+    checkpoint = None if asked.checkpoint is None else str(asked.checkpoint)
+    places = Places(pipeline, asked.data_root, checkpoint, flags["cache"], reuse=asked.reuse, out=new_records)
     result = replay(asked.recorded, places, only=asked.only, settings=options.take_settings(flags))
     if as_json:
         options.emit(result.summary)

@@ -44,7 +44,7 @@ class Places:
     Attributes:
         pipeline: a grid's file whose data sets and backbones are looked through first.
         data_root: a folder that holds data sets under their names, torchvision's too; else the current one.
-        weights: the checkpoint of backbones that were loaded from a file.
+        checkpoint: the file of backbones that were loaded from a file.
         features: a cache whose features are taken instead of computed anew.
         reuse: work in that cache itself, so that heads and trainings that lie there answer.
         out: a JSONL file that gets the new records.
@@ -52,7 +52,7 @@ class Places:
 
     pipeline: Path | None = None
     data_root: Path | None = None
-    weights: str | None = None
+    checkpoint: str | None = None
     features: Path | None = None
     reuse: bool = False
     out: Path | None = None
@@ -108,11 +108,11 @@ class Places:
         )
         if weights is None or not weights.startswith("sha256:"):
             return spec
-        if self.weights is None:
-            raise DataError(f"its weights are a file of SHA-256 {weights[7:23]}...: say where it is (`weights`).")
-        spec = replace(spec, weights=self.weights)
+        if self.checkpoint is None:
+            raise DataError(f"its weights are a file of SHA-256 {weights[7:23]}...: say where it is (`checkpoint`).")
+        spec = replace(spec, weights=self.checkpoint)
         if backbone_identity(spec)["weights"] != weights:
-            raise DataError(f"{self.weights}: its SHA-256 is not the recorded {weights[7:23]}...: give the file it was.")
+            raise DataError(f"{self.checkpoint}: its SHA-256 is not the recorded {weights[7:23]}...: give the file it was.")
         return spec
 
 
@@ -208,7 +208,7 @@ class _Replayer:
     def _fit(self, cache: FeatureCache, record: RunRecord) -> RunRecord:
         asked, method = record.request, _METHOD.fullmatch(record.method)
         if method is None:
-            raise DataError(f"its method {record.method!r:.60} is none of `fit`.")
+            raise DataError(f"its method {record.method!r:.60} is none of a head's.")
         head = method["head"]
         plan = FitPlan(
             heads=(*asked.get("members", ()), head),

@@ -22,7 +22,7 @@ _NAMES = ("kind", "backbone", "method", "cut", "seed", "cell", "feature_key", "s
 _SINCE_PROTOCOL = ("protocol", "source", "request", "test_groups", "copies")
 _OUTCOME = ("val", "test", "right", "params", "probe", "gap", "notes")
 _TIMED = frozenset({"seconds", "curve"})  # inside of an outcome: told, not compared; a curve's losses are compared apart
-_DIGITS = 1e-6  # relative: threads may add up a sum in another order
+_DIGITS = 1e-4  # relative: an optimum is found to a stated distance, and threads may add up a sum in another order
 _HEAD_SHARE = 0.01  # of test images that a head may answer otherwise where something rounds otherwise
 _FEWEST = 2  # images: fewer prove nothing
 _PRIMARY = ("accuracy", "mean_average_precision", "r2")
@@ -128,7 +128,7 @@ def compare_again(record: RunRecord, again: RunRecord) -> Replayed:
     """Hold what a second run gave against the record.
 
     What names the experiment, its images and counts must be equal in any case. Where libraries, runtime and processor are
-    those of the record, so must every answer and choice, and other numbers to 1e-6 of their size. Where something of these
+    those of the record, so must every answer and choice, and other numbers to 1e-4 of their size. Where something of these
     is another, or was not recorded, the accuracies of validation and test must be within one standard error and two images
     of the recorded ones, and a head (which is an optimum, no training) may answer 1 % of the test images, at least two,
     otherwise. Seconds, memory and dates are not compared.
@@ -149,19 +149,19 @@ def _contradictions(record: RunRecord) -> Iterator[str]:
     """Yield what a record says against itself: its scores follow from its answers."""
     right = decode_correct(record.right)
     if bool(record.protocol) != bool(record.source):  # they came together
-        yield f"protocol: {record.protocol}, and source {_text(record.source)}"
+        yield f"protocol: {record.protocol}, and source {_in_short(record.source)}"
     if record.right.strip("01"):
-        yield f"right: {_text(record.right)} is not of 0 and 1"
+        yield f"right: {_in_short(record.right)} is not of 0 and 1"
     elif len(right) and len(right) != record.split.get("test"):
         yield f"right: {len(right)} answers to {record.split.get('test')} test images"
     elif len(right) and not _equal(record.test.get("accuracy"), float(right.mean())):
-        yield f"test.accuracy: {_text(record.test.get('accuracy'))}, but {right.mean():.6g} of the answers are right"
+        yield f"test.accuracy: {_in_short(record.test.get('accuracy'))}, but {right.mean():.6g} of the answers are right"
     elif len(right) and record.protocol:  # intervals of before were other ones
         groups = None if record.test_groups is None else np.array(record.test_groups)
         interval = None if groups is not None and len(groups) != len(right) else of_accuracy(right, groups)
         told = record.test.get("accuracy_ci")
         if not _equal(told, None if interval is None else list(interval)):
-            yield f"test.accuracy_ci: {_text(told)}, but of these answers it is {_text(interval)}"
+            yield f"test.accuracy_ci: {_in_short(told)}, but of these answers it is {_in_short(interval)}"
 
 
 def _names_that_differ(record: RunRecord, again: RunRecord) -> Iterator[str]:
@@ -169,9 +169,9 @@ def _names_that_differ(record: RunRecord, again: RunRecord) -> Iterator[str]:
     names = (*_NAMES, *_SINCE_PROTOCOL) if record.protocol else _NAMES
     # two data sets of one name have a suffix each, by where they lie
     if again.dataset not in {record.dataset, record.dataset.rpartition("-")[0]}:
-        yield f"dataset: {_text(record.dataset)} recorded, {_text(again.dataset)} again"
+        yield f"dataset: {_in_short(record.dataset)} recorded, {_in_short(again.dataset)} again"
     for name in names:
-        ours, theirs = _plain(getattr(record, name)), _plain(getattr(again, name))
+        ours, theirs = _as_list(getattr(record, name)), _as_list(getattr(again, name))
         if name == "artefact":  # below the data set's folder, whatever that is called
             ours, theirs = ours.partition("/")[2], theirs.partition("/")[2]
         yield from _differing(name, ours, theirs)
@@ -180,12 +180,12 @@ def _names_that_differ(record: RunRecord, again: RunRecord) -> Iterator[str]:
 def _outcomes_that_differ(record: RunRecord, again: RunRecord) -> Iterator[str]:
     """Yield which results are not equal."""
     for name in _OUTCOME:
-        yield from _differing(name, _plain(getattr(record, name)), _plain(getattr(again, name)))
+        yield from _differing(name, _as_list(getattr(record, name)), _as_list(getattr(again, name)))
     curves = ([epoch[:-1] for epoch in each.params.get("curve", ())] for each in (record, again))  # the last are seconds
     yield from _differing("params.curve", *curves)
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -196,10 +196,10 @@ def _differing(name: str, recorded: Any, again: Any) -> Iterator[str]:
             ours, theirs = ({str(name): value for name, value in each.items()} for each in (recorded, again))
             yield from _differing(f"{name}.{key}", ours.get(key), theirs.get(key))
     elif not _equal(recorded, again):
-        both = f"{_text(recorded)} recorded, {_text(again)} again"
+        values = f"{_in_short(recorded)} recorded, {_in_short(again)} again"
         if name == "right" and isinstance(recorded, str) and len(recorded) == len(again):
-            both = f"{_changed(recorded, again)} of {len(again)} answers are others"
-        yield f"{name}: {both}"
+            values = f"{_flips(recorded, again)} of {len(again)} answers are others"
+        yield f"{name}: {values}"
 
 
 def _equal(recorded: Any, again: Any) -> bool:
@@ -210,12 +210,12 @@ def _equal(recorded: Any, again: Any) -> bool:
     return type(recorded) is type(again) and bool(recorded == again)
 
 
-def _text(value: Any) -> str:
+def _in_short(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
 
-def _changed(recorded: str, again: str) -> int:
+def _flips(recorded: str, again: str) -> int:
     return sum(first != second for first, second in zip(recorded, again, strict=True))
 
 
@@ -224,7 +224,7 @@ def _is_near(record: RunRecord, again: RunRecord) -> bool:
     is_head = record.kind.startswith("fit") and not record.method.startswith("attentive")
     images = again.split["test"]
     answered = is_head and len(record.right) == len(again.right)
-    if answered and _changed(record.right, again.right) > max(_FEWEST, _HEAD_SHARE * images):
+    if answered and _flips(record.right, again.right) > max(_FEWEST, _HEAD_SHARE * images):
         return False
     for part, of in (("val", again.split["val"]), ("test", images)):
         recorded, replayed = (_primary(getattr(each, part)) for each in (record, again))
@@ -252,7 +252,7 @@ def _elsewhere(recorded: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:
         if then is None:
             yield f"{name} not recorded"
         elif then != now:
-            yield f"{name} {_text(then)}, here {_text(now)}"
+            yield f"{name} {_in_short(then)}, here {_in_short(now)}"
 
 
 def _percent(record: RunRecord | None) -> str:
@@ -356,8 +356,8 @@ def _unlike(record: RunRecord, published: Sequence[RunRecord]) -> str:
     ours = _key(record)
     names = ("test images", "split", "metric", "protocol")
 
-    def unlike(other: RunRecord) -> list[int]:
-        return [place for place, pair in enumerate(zip(ours, _key(other), strict=True)) if pair[0] != pair[1]]
+    def unlike(rival: RunRecord) -> list[int]:
+        return [place for place, pair in enumerate(zip(ours, _key(rival), strict=True)) if pair[0] != pair[1]]
 
     named = [each for each in published if each.dataset == record.dataset] or list(published)
     nearest = min(named, key=lambda each: len(unlike(each)), default=None)
@@ -365,7 +365,7 @@ def _unlike(record: RunRecord, published: Sequence[RunRecord]) -> str:
         return f"{record.dataset}: no published record"
     theirs = _key(nearest)
     told = [
-        f"other {names[place]}" + (f" ({_text(theirs[place])}, own {_text(ours[place])})" if place in {2, 3} else "")
+        f"other {names[place]}" + (f" ({_in_short(theirs[place])}, own {_in_short(ours[place])})" if place in {2, 3} else "")
         for place in unlike(nearest)
     ]
     return f"{record.dataset}: {' and '.join(told)}"
