@@ -34,6 +34,7 @@ _SUFFIXES = ("", ".csv", ".parquet", ".npz", ".h5", ".hdf5", ".tar")
 _BUNDLED = {"digits": "sklearn:digits"}  # sets that lie on every machine, for records that do not say how to open theirs
 _METHOD = re.compile(
     r"(?P<head>[a-z-]+)(?: \((?:labels|number)\))?(?: on (?P<layers>\S+))?(?: best pool)?(?: (?P<views>\d+) views)?"
+    r"(?: with .+)?"  # columns, which the request names too
 )
 
 
@@ -216,7 +217,7 @@ class _Replayer:
             views=int(method["views"] or 1),
             target={"fit-labels": "labels", "fit-number": "number"}.get(record.kind, "label"),  # type: ignore[arg-type]
             baselines=False,
-            **{name: asked[name] for name in ("grid", "folds", "group", "best_pool") if name in asked},
+            **{name: asked[name] for name in ("grid", "folds", "group", "columns", "best_pool") if name in asked},
         )
         results = run_fit(cache, plan, seed=record.seed, ledger=self.ledger).heads
         return next(result.record for result in results if result.fitted.name == head)
