@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from featcache.errors import DataError
 from featcache.evaluation.intervals import of_accuracy
 from featcache.evaluation.metrics import decode_correct
 from featcache.experiments.bench import load_grid, run_bench
-from featcache.experiments.finetune import sweep_steps
+from featcache.experiments.finetune import Sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.replay import Places, run_replay
 from featcache.extraction.feature_cache import FeatureCache, Settings
@@ -172,7 +171,10 @@ def test_depths_that_go_on_from_others_are_run_again(place: Path, places: Places
     """A sweep's second depth is run behind the first, at its rate: to the same record; alone it says what is lacking."""
     spec = BackboneSpec("test_resnet", random_init=0, overrides=TransformOverrides(input_size=32))
     cache = FeatureCache(open_dataset(place / "data" / "subtle"), spec, Settings(tmp_path / "cache", batch_size=8))
-    first, second = (step.record for step in islice(sweep_steps(FineTuneInputs(cache), GAINS), 2))
+    sweep = Sweep(FineTuneInputs(cache), GAINS)
+    first = sweep.take(0).record
+    sweep.keep(0)
+    second = sweep.take(1).record
     assert second.method == "last:2 after last:1"
     for record in (first, second):
         append_record(tmp_path / "records.jsonl", record)

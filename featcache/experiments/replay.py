@@ -14,7 +14,7 @@ from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
 from featcache.display import logger
 from featcache.errors import DataError, FeatcacheError, StorageError
-from featcache.experiments.finetune import FineTuneResult, run_finetune, sweep_steps
+from featcache.experiments.finetune import Sweep, run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBES, FitPlan, Ledger, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
@@ -160,7 +160,6 @@ class _Replayer:
     settings: Settings
     caches: dict[str, FeatureCache] = field(default_factory=dict)
     files: dict[str, DatasetFiles] = field(default_factory=dict)
-    sweeps: dict[str, tuple[Iterator[FineTuneResult], list[RunRecord]]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
     def run(self, record: RunRecord) -> Replayed:
@@ -229,21 +228,21 @@ class _Replayer:
         return self._of_sweep(inputs, record, plan)
 
     def _of_sweep(self, inputs: FineTuneInputs, record: RunRecord, plan: FineTunePlan) -> RunRecord:
-        """Return a depth that went on from a shallower one: all before it are run too, once for all depths."""
-        first = record.method.rpartition(" after ")[2]
-        base = next((each for each in self.records if _same_run(each, record) and each.method == first), None)
+        """Return a depth that went on from shallower ones: those are run before it, as its method names them."""
+        names = record.method.split(" after ")[::-1]
+        base = next((each for each in self.records if _same_run(each, record) and each.method == names[0]), None)
         if base is None:
-            raise DataError(f"it goes on from {first}, whose record is not among these: give the records of all depths.")
-        # later depths have the rate of the one that gained; the first has what was asked for
+            raise DataError(f"it goes on from {names[0]}, whose record is not among these: give the records of all depths.")
+        # later depths have the rate of the one before; the first has what was asked for
         plan = replace(plan, lr=_plan_of(base).lr)
-        name = canonical([record.dataset, record.request["backbone"], plan.lr, record.seed, inputs.probes, inputs.group])
-        steps, depths = self.sweeps.setdefault(name, (sweep_steps(inputs, plan, records=self._kept), []))
-        while all(depth.short_method != record.short_method for depth in depths) and (step := next(steps, None)):
-            depths.append(step.record)
-        for depth in depths:
-            if depth.short_method == record.short_method:
-                return depth
-        raise DataError(f"its depth {record.short_method} is none of this backbone.")
+        sweep = Sweep(inputs, plan, self._kept)
+        places = {each.unfreeze.text: place for place, each in enumerate(sweep.plans)}
+        if unknown := [name for name in names if name not in places]:
+            raise DataError(f"its depth {unknown[0]} is none of this backbone.")
+        for name in names[:-1]:
+            sweep.take(places[name])
+            sweep.keep(places[name])
+        return sweep.take(places[names[-1]]).record
 
     @property
     def _kept(self) -> Path | None:
