@@ -8,11 +8,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from featcache.api import audit, bench, estimate, export, extract, extract_cuts, finetune, fit, gap, predict, sweep
+    from featcache.api import (
+        advise,
+        audit,
+        bench,
+        estimate,
+        export,
+        extract,
+        extract_cuts,
+        finetune,
+        fit,
+        gap,
+        predict,
+        sweep,
+    )
     from featcache.datasets import open_dataset
     from featcache.datasets.base import Dataset
     from featcache.errors import CutError, DataError, FeatcacheError, SetupError, StorageError, UsageError
     from featcache.estimator import FeatureExtractor
+    from featcache.experiments.advise import AdviceResult
     from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult
     from featcache.experiments.finetune import FineTuneResult, SweepResult
@@ -27,6 +41,7 @@ if TYPE_CHECKING:
 
 _NAMES = {  # of each module
     "featcache.api": (
+        "advise",
         "audit",
         "bench",
         "compare",
@@ -53,6 +68,7 @@ _NAMES = {  # of each module
     ),
     "featcache.estimator": ("FeatureExtractor",),
     "featcache.experiments.audit": ("AuditResult",),
+    "featcache.experiments.advise": ("AdviceResult",),
     "featcache.experiments.bench": ("BenchResult",),
     "featcache.experiments.finetune": (
         "FineTuneResult",
@@ -89,6 +105,7 @@ _NAMES = {  # of each module
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "AdviceResult",
     "AgainstResult",
     "AuditResult",
     "BackboneSpec",
@@ -118,6 +135,7 @@ __all__ = [
     "Unfreeze",
     "UsageError",
     "Views",
+    "advise",
     "audit",
     "bench",
     "compare",

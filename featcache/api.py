@@ -13,6 +13,7 @@ from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, che
 # for the ten modules behind its types.
 if TYPE_CHECKING:
     from featcache.datasets.base import Dataset
+    from featcache.experiments.advise import AdviceResult
     from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult
     from featcache.experiments.export import Exported
@@ -315,6 +316,42 @@ def audit(
 
     seed, group = check_seed(seed), check_value(group, str | None, "group")
     return run_audit(_feature_cache(data, backbone, settings), group=group, seed=seed)
+
+
+def advise(
+    data: "str | Path | Dataset",
+    backbones: Sequence[str | BackboneSpec] = (),
+    *,
+    group: str | None = None,
+    seed: int = 0,
+    budget: float | None = None,
+    settings: "Settings | None" = None,
+) -> "AdviceResult":
+    """Find the backbone that does best on samples of the images, and what speaks for training its weights.
+
+    >>> import featcache
+    >>> advice = featcache.advise("photos", ["resnet50"])  # doctest: +SKIP
+    >>> advice.backbone, advice.depth, advice.chance  # doctest: +SKIP
+
+    Args:
+        data: as of ``extract``; its test split is not looked at.
+        backbones: candidates beside the bundled ones and those that have rows of this data set already.
+        group: a manifest's column whose values are never in two parts.
+        seed: of splits, samples and draws.
+        budget: seconds after which no further step is begun.
+        settings: as of ``extract``.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    from featcache.experiments.advise import run_advise
+
+    seed, group = check_seed(seed), check_value(group, str | None, "group")
+    budget = check_value(budget, float | None, "budget")
+    names = check_value(backbones, tuple[str | BackboneSpec, ...], "backbones")
+    specs = [BackboneSpec(name) if isinstance(name, str) else name for name in names]
+    cache = _feature_cache(data, specs[0] if specs else BackboneSpec(), settings)
+    return run_advise(cache, specs, group=group, seed=seed, budget=budget)
 
 
 def bench(

@@ -286,6 +286,13 @@ class BackboneSpec:
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
         return f"{label}.random{self.random_init}" if self.random_init is not None else label
 
+    @property
+    def text(self) -> str:
+        """The name with what is asked otherwise than usual, where several of one name stand side by side."""
+        size = f" at {self.overrides.input_size} px" if self.overrides.input_size else ""
+        pool = f", pool {self.pool}" if self.pool != "default" else ""
+        return f"{self.name}{size}{pool}{' (random weights)' if self.random_init is not None else ''}"
+
 
 @dataclass(frozen=True)
 class LoadedBackbone:

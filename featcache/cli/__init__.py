@@ -22,6 +22,7 @@ COMMANDS = {  # in the order of a user's way through them: the module, and what 
     "fit": ("heads", "Train scikit-learn heads on cached features."),
     "finetune": ("finetune", "Train part of the backbone from the cache; print the gap to the probe."),
     "gap": ("gap", "Take the gap apart: what is pooling, other layers, attention, weights."),
+    "advise": ("advise", "Find which backbone, whether to train its weights, what more images would bring."),
     "audit": ("audit", "Look for leaks, wrong labels and shortcuts, and what they do to test accuracy."),
     "predict": ("heads", "Label images with a trained head."),
     "export": ("heads", "Write backbone and head as one ONNX model."),

@@ -397,7 +397,6 @@ def take_inputs(options: dict[str, Any], target: str = "label") -> "tuple[Backbo
 
     What the data set holds, and the backbone, is said on stderr, before anything is computed.
     """
-    from featcache.datasets import open_dataset
     from featcache.display import logger
 
     if options.get("pool") == "auto":
@@ -407,10 +406,17 @@ def take_inputs(options: dict[str, Any], target: str = "label") -> "tuple[Backbo
         )
     # the data set last: to list a million files takes longer than to find a contradiction between flags
     spec, settings = take_spec(options), take_settings(options)
-    data, name = options.pop("data"), options.pop("name")
-    dataset = open_dataset(data, name, data_root=options.pop("data_root"), download=options.pop("download"))
+    dataset = take_dataset(options)
     logger.info("%s; backbone %s", dataset.overview(target), spec.label)
     return spec, settings, dataset
+
+
+def take_dataset(options: dict[str, Any]) -> "Dataset":
+    """Take the data set's options out of a command's and return it, opened."""
+    from featcache.datasets import open_dataset
+
+    data, name = options.pop("data"), options.pop("name")
+    return open_dataset(data, name, data_root=options.pop("data_root"), download=options.pop("download"))
 
 
 def emit(value: dict[str, Any]) -> None:

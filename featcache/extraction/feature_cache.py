@@ -207,7 +207,9 @@ class FeatureCache:
             spec = BackboneSpec("pixels", overrides=TransformOverrides(input_size=side))
             settings = replace(self.settings, part=None, engine="local")
             quiet = replace(self.dataset, notes=())
-            self._thumbnails[side] = FeatureCache(quiet, spec, settings, preprocess=preprocess, files=self.files)
+            self._thumbnails[side] = FeatureCache(
+                quiet, spec, settings, lists=self.lists, preprocess=preprocess, files=self.files
+            )
         return self._thumbnails[side]
 
     @cached_property

@@ -1,0 +1,369 @@
+"""Advice from measurements on a sample: which backbone, whether to train its weights, and what more images would bring."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.backbones.origins import BUNDLED
+from featcache.display import Displayed, Table, logger, progress
+from featcache.errors import CutError, UsageError
+from featcache.evaluation.metrics import Gap, paired_gap
+from featcache.evaluation.resampling import MoreImages, drawn_accuracies, drawn_weights, more_images, round_count
+from featcache.evaluation.splits import Fold
+from featcache.experiments.backbone_race import MARGIN, Judged, Pool, Race, Runner, Standing, judge_sample
+from featcache.experiments.experiment import require_task
+from featcache.experiments.short_tuning import EPOCHS, PROBE_HEAD, TRIED, TuningRows, last_stage, tune_shortly
+from featcache.extraction.feature_cache import FeatureCache
+from featcache.extraction.lookup import entry_folders
+from featcache.heads.baselines import SIDE, standardised, statistics
+from featcache.heads.search import predict_with, train
+from featcache.specs import POOLED, BackboneSpec, TransformOverrides, cut_of_layers, freeze_args
+from featcache.store.entry import FeatureStore
+
+Depth = Literal["features", "last", "all"]
+CURVE_HEAD = "ridge"
+_LAYERS = 4  # as of a gap's step
+_SHARES, _REPEATS = (0.125, 0.25, 0.5, 1.0), 2
+_FEWEST_IN_A_CURVE = 2  # images of each class
+_TRAINS = 0.6  # of the sample, in the short training: the rest judges it
+_STEP = 0.5  # of the seconds of extracting an image, that a step of training takes for one, about
+FEW, MANY = 1000, 20_000  # training images, of the textbook rule, which gives no numbers
+ERROR_LEFT = 0.1  # after the short training, from which on all weights are worth a try
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of the best backbone, on images of train and val alone; what was not is ``None``.
+
+    Attributes:
+        images: that train and choose, in the whole data set.
+        classes: that they have.
+        seen: of the last sample.
+        majority: share of the commonest class.
+        statistics: accuracy of neighbours by image statistics, without a backbone.
+        accuracies: of each head on features, on images that it had not seen.
+        layers: points that ridge on several layers adds to ridge on the last.
+        tuned: points that a short training of the last stage adds to its probe.
+        pays: the chance that these are more than the margin.
+        error_left: the share of images that the short training leaves wrong.
+    """
+
+    images: int
+    classes: int
+    seen: int
+    majority: float
+    statistics: float
+    accuracies: dict[str, float]
+    layers: Gap | None = None
+    tuned: Gap | None = None
+    pays: float | None = None
+    error_left: float | None = None
+
+    @property
+    def is_similar(self) -> bool | None:
+        """Whether the last features are what the task asks for: earlier ones add nothing that could be told from noise."""
+        return None if self.layers is None else not (self.layers.ci is not None and self.layers.ci[0] > 0)
+
+    @property
+    def depth(self) -> tuple[Depth, float | None]:
+        """What to train, and how sure it is that training weights pays, or does not; ``None`` where it was not tried."""
+        if self.pays is None:
+            return ("features" if self.is_similar in {True, None} else "last"), None
+        if self.pays < 0.5:
+            return "features", 1 - self.pays
+        return ("all" if (self.error_left or 0.0) >= ERROR_LEFT else "last"), self.pays
+
+    @property
+    def textbook(self) -> Depth | None:
+        """What the usual rule says (Karpathy, CS231n, transfer learning), by images and whether their kind is similar."""
+        if self.images >= MANY:
+            return "all"
+        if self.is_similar is None:
+            return None
+        if self.images < FEW:
+            return "features" if self.is_similar else "last"
+        return "last" if self.is_similar else "all"
+
+
+@dataclass(frozen=True, repr=False)
+class AdviceResult(Displayed):
+    """Advice and what it rests on.
+
+    Attributes:
+        dataset: its name.
+        backbone: the best one.
+        chance: that no other candidate is better by more than the margin.
+        standings: of all candidates, the best first.
+        evidence: about the best one.
+        more: what more images would bring; ``None`` where the curve does not tell.
+        missing: what the budget left no time for, or could not be measured.
+        seconds: by what they were spent on.
+    """
+
+    dataset: str
+    backbone: BackboneSpec
+    chance: float
+    standings: tuple[Standing, ...]
+    evidence: Evidence
+    more: MoreImages | None = None
+    missing: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> Depth:
+        """What to train: a head on features only, the last stages, or all."""
+        return self.evidence.depth[0]
+
+    def table(self) -> Table:
+        """Return the candidates."""
+        from featcache.reports.advise import advice_table
+
+        return advice_table(self)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON object of ``featcache advise``."""
+        depth, sure = self.evidence.depth
+        return {
+            "dataset": self.dataset,
+            "backbone": self.backbone.text,
+            "backbone_chance": self.chance,
+            "train": depth,
+            "train_chance": sure,
+            "textbook": self.evidence.textbook,
+            "candidates": [
+                {
+                    "backbone": standing.runner.spec.text,
+                    "images": standing.images,
+                    "accuracy": dict(standing.accuracies),
+                    "chance": standing.chance,
+                    "left": standing.is_left,
+                    "seconds_an_image": standing.runner.price(1) or None,
+                }
+                for standing in self.standings
+            ],
+            "evidence": asdict(self.evidence),
+            "more_images": None if self.more is None else asdict(self.more),
+            "missing": list(self.missing),
+            "seconds": self.seconds,
+        }
+
+
+def run_advise(
+    cache: FeatureCache,
+    specs: Sequence[BackboneSpec],
+    *,
+    group: str | None = None,
+    seed: int = 0,
+    budget: float | None = None,
+) -> AdviceResult:
+    """Find the backbone that does best on samples, and measure on its last sample what speaks for training weights.
+
+    The test split is neither computed nor looked at. Rows of samples stay in the cache.
+
+    Args:
+        cache: the data set, and where its rows are kept; its backbone says nothing here.
+        specs: candidates beside the bundled ones and those that have rows of this data set already.
+        group: a manifest's column whose values are never in two parts.
+        seed: of splits, samples and draws.
+        budget: seconds after which no further step is begun.
+
+    Raises:
+        DataError: labels are no classes, or too few images can be used.
+        UsageError: no candidate can be had here.
+    """
+    started = time.monotonic()
+    pool = Pool.of(cache.dataset, require_task(cache, "label", group), seed)
+    settings = replace(cache.settings, part=None, engine="local")
+    runners = [Runner(spec, settings) for spec in candidates(cache, specs)]
+    deadline = None if budget is None else started + budget
+    race = Race(pool, runners, deadline)
+    runner, chance = race.run()
+    raced = time.monotonic()
+    best_first = sorted(
+        race.standings.values(), key=lambda standing: (standing.is_left, -standing.images, -standing.accuracy)
+    )
+    missing = ["larger samples of the last candidates"] if race.stopped else []
+    study = _Study(pool, runner, deadline, missing)
+    evidence, more = study.evidence()
+    seconds = {"backbones": round(raced - started, 3), "evidence": round(time.monotonic() - raced, 3)}
+    name = cache.folder.name
+    return AdviceResult(name, runner.spec, chance, tuple(best_first), evidence, more, tuple(missing), seconds)
+
+
+def candidates(cache: FeatureCache, specs: Sequence[BackboneSpec]) -> list[BackboneSpec]:
+    """Return those asked for, the bundled ones, and those of which the cache has rows of this data set; each once."""
+    bundled = [BackboneSpec(name) for name in reversed(BUNDLED)]
+    return list(dict.fromkeys([*specs, *bundled, *_cached(cache)]))
+
+
+def _cached(cache: FeatureCache) -> list[BackboneSpec]:
+    """Return the backbones that a data set's entries name; one whose weights are a file cannot be told from there."""
+    specs = []
+    for path in entry_folders(cache.folder.parent):
+        if path.parent != cache.folder or f".{POOLED}-" not in path.name:
+            continue
+        for request in FeatureStore.open(path).requests():
+            with suppress(KeyError, TypeError, UsageError):
+                is_plain = request["cut"] == POOLED and request["count"] == 1 and request["weights"] is None
+                if is_plain and not request["name"].startswith("local-dir:"):
+                    specs.append(_spec_of(request))
+    return specs
+
+
+def _spec_of(request: dict[str, Any]) -> BackboneSpec:
+    overrides: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in request["overrides"].items()
+    }
+    return BackboneSpec(
+        request["name"],
+        random_init=request["random_init"],
+        model_args=freeze_args(dict(request["model_args"])),
+        overrides=TransformOverrides(**overrides),
+        pool=request.get("pool", "default"),
+        precision=request.get("precision", "float32"),
+    )
+
+
+@dataclass
+class _Study:
+    """What is measured of the winner, the cheapest first."""
+
+    pool: Pool
+    runner: Runner
+    deadline: float | None
+    missing: list[str]
+
+    def evidence(self) -> tuple[Evidence, MoreImages | None]:
+        pool = self.pool
+        places = pool.sample(pool.most)
+        if self._is_late("the largest sample", self.runner.price(pool.most - self.runner.computed)):
+            places = pool.sample(min(pool.most, max(pool.first, self.runner.computed)))
+        judged = judge_sample(pool, [self.runner], places)
+        (X,), (right,) = judged.X, judged.right
+        probe, params = judged.answer(PROBE_HEAD, X, pool.seed)
+        counts = np.bincount(pool.y[pool.images])
+        measured = Evidence(
+            len(pool.images),
+            pool.classes,
+            len(judged.y),
+            float(counts.max() / counts.sum()),
+            self._by_statistics(judged),
+            {head: float(hits.mean()) for head, hits in (right | {PROBE_HEAD: probe}).items()},
+        )
+        return self._deeper(judged, measured, params), self._more(judged)
+
+    def _by_statistics(self, judged: Judged) -> float:
+        """Return the accuracy of neighbours by colours and edges of thumbnails."""
+        cache = self.runner.cache
+        assert cache is not None
+        thumbnails = cache.thumbnails(SIDE).store
+        known = thumbnails.digests()
+        digests = [bytes.fromhex(content) for content in judged.units.contents]
+        if not all(digest in known for digest in digests):
+            return float("nan")
+        pixels = thumbnails.rows_of(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
+        rows = standardised(statistics(pixels.reshape(-1, SIDE, SIDE, 3)), np.arange(len(pixels)))
+        return float(judged.answer("knn", rows, self.pool.seed)[0].mean())
+
+    def _more(self, judged: Judged) -> MoreImages | None:
+        """Return what more images would bring to a head on features, from training sets of growing size."""
+        (X,), (params,), (right,) = judged.X, judged.params, judged.right
+        least = min(len(fold.train) for fold in judged.folds)
+        shares = [share for share in _SHARES if share * least >= _FEWEST_IN_A_CURVE * self.pool.classes]
+        if len(shares) < len(_SHARES) - 1:
+            return None
+        rng = np.random.default_rng(self.pool.seed)
+        hits = np.zeros((len(shares), _REPEATS, len(judged.y)), np.bool_)
+        hits[-1] = right[CURVE_HEAD]
+        with progress(len(shares) * _REPEATS, "learning curve", unit="fit") as bar:
+            for place, share in enumerate(shares[:-1]):
+                for repeat in range(_REPEATS):
+                    for fold in judged.folds:
+                        drawn = _stratified(fold.train, judged.y, share, rng)
+                        head = train(CURVE_HEAD, params[CURVE_HEAD], X[drawn], judged.y[drawn], self.pool.seed)
+                        told = predict_with(head, X[fold.val], "label", int(judged.y.max()) + 1)
+                        told = told.argmax(axis=1) if told.ndim == 2 else told
+                        hits[place, repeat, fold.val] = told == judged.y[fold.val]
+                    bar.update(1)
+        sizes = np.array([round(share * least) for share in shares], np.int64)
+        weights = drawn_weights(judged.units.numbers, self.pool.seed)
+        now = len(self.pool.images)
+        return more_images(sizes, hits, weights, now, round_count(now))
+
+    def _deeper(self, judged: Judged, measured: Evidence, params: dict[str, float]) -> Evidence:
+        """Add what other layers and a short training say; both take their rows of one pass."""
+        pool, runner = self.pool, self.runner
+        passed = runner.price(len(judged.y))
+        training = len(TRIED) * EPOCHS * _TRAINS * _STEP * passed
+        if self._is_late("other layers, and a short training of the last stage", passed):
+            return measured
+        assert runner.cache is not None
+        backbone = runner.cache.backbone
+        cuts = [POOLED, cut_of_layers((*(stage.name for stage in backbone.stages[-_LAYERS:]), POOLED))]
+        is_late = self._is_late("a short training of the last stage", passed + training)
+        if not is_late:
+            try:
+                cuts.append(last_stage(backbone).cut)
+            except CutError as error:
+                self.missing.append(f"a short training of the last stage ({error})")
+        rows, has_row = runner.rows(pool, judged.places, cuts)
+        if len(has_row) < len(judged.y):
+            self.missing.append("other layers, and a short training: some images have no row there")
+            return measured
+        groups = None if len(judged.units.names) == len(judged.y) else judged.units.numbers
+        on_layers, _ = judged.answer(CURVE_HEAD, np.ascontiguousarray(rows[1], np.float32), pool.seed)
+        measured = replace(measured, layers=paired_gap(on_layers, judged.right[0][CURVE_HEAD], groups=groups))
+        return self._tuned(judged, measured, rows[2], params) if len(cuts) > 2 else measured
+
+    def _tuned(self, judged: Judged, measured: Evidence, rows: NDArray[Any], params: dict[str, float]) -> Evidence:
+        """Add what a short training says, on images that it has not seen."""
+        pool, runner, numbers = self.pool, self.runner, judged.units.numbers
+        assert runner.cache is not None
+        fold, halves = _parted(judged, pool.seed)
+        given = TuningRows(rows, judged.X[0], judged.y, fold, halves, params)
+        short = tune_shortly(runner.cache.backbone, given, pool.seed)
+        groups = numbers[fold.val]
+        is_grouped = len(np.unique(groups)) < len(groups)
+        drawn = drawn_accuracies(np.stack([short.tuned, short.probe]), drawn_weights(groups, pool.seed))
+        return replace(
+            measured,
+            tuned=paired_gap(short.tuned, short.probe, groups=groups if is_grouped else None),
+            pays=float((drawn[:, 0] > drawn[:, 1] + MARGIN).mean()),
+            error_left=float(1 - short.tuned.mean()),
+        )
+
+    def _is_late(self, what: str, price: float) -> bool:
+        """Tell whether a step would end after the deadline, and note it."""
+        is_late = self.deadline is not None and time.monotonic() + price > self.deadline
+        if is_late and what not in self.missing:
+            logger.warning("`budget`: no time is left for %s", what)
+            self.missing.append(what)
+        return is_late
+
+
+def _stratified(
+    train_rows: NDArray[np.int64], y: NDArray[np.int64], share: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return a share of some rows, of each class as much, at least one."""
+    picked = []
+    for label in np.unique(y[train_rows]):
+        inside = rng.permutation(train_rows[y[train_rows] == label])
+        picked.append(inside[: max(1, round(share * len(inside)))])
+    return np.sort(np.concatenate(picked))
+
+
+def _parted(judged: Judged, seed: int) -> tuple[Fold, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return which images train and which judge, by whole folds, and the halves of those that judge, by whole units."""
+    folds = judged.folds
+    count = max(1, round((1 - _TRAINS) * len(folds)))
+    val = np.sort(np.concatenate([fold.val for fold in folds[:count]]))
+    train_rows = np.setdiff1d(np.arange(len(judged.y)), val)
+    numbers = np.unique(judged.units.numbers[val], return_inverse=True)[1]
+    side = np.random.default_rng(seed).permutation(np.arange(int(numbers.max()) + 1) % 2)[numbers]
+    return Fold(train_rows, val), (np.flatnonzero(side == 0), np.flatnonzero(side == 1))

@@ -1,0 +1,329 @@
+"""Which backbone: candidates answer for growing samples of the images, and those that fall behind are left.
+
+Successive halving (Jamieson and Talwalkar 2016) by nearest neighbours and ridge: neighbours on a sample rank backbones
+better than scores made for it (arXiv 2204.01403, 2503.18528). Rows go through the cache, so that whatever is fitted later
+finds them. The test split is not looked at.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.datasets.base import Dataset
+from featcache.display import logger
+from featcache.errors import CutError, SetupError, UsageError
+from featcache.evaluation.draws import Drawing, Units, fold_of, units_of
+from featcache.evaluation.resampling import chances, drawn_accuracies, drawn_weights
+from featcache.evaluation.splits import FOLDS, Fold, Index, Split, part_of
+from featcache.evaluation.tasks import Task
+from featcache.extraction.feature_cache import FeatureCache, Output, Settings
+from featcache.extraction.scan import DatasetFiles
+from featcache.extraction.writer import require_usable
+from featcache.heads.baselines import SIDE
+from featcache.heads.search import search_head
+from featcache.specs import POOLED, BackboneSpec
+from featcache.store.rows import Features
+
+MARGIN = 0.005  # of accuracy: backbones that are nearer to each other than this are as good as each other
+HEADS = ("knn", "ridge")  # that judge backbones
+MOST = 1600  # images of the last sample; more tell little for what they cost
+_FIRST, _OF_A_CLASS = 200, 5  # images of the first sample, and of each class in it
+_IN_THE_RACE = 0.25  # the chance of being the best from which on nobody is left behind by halving
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The images that train and choose, of which samples are drawn; those that are tested are not among them.
+
+    Attributes:
+        dataset: whose images they are.
+        positions: of the readable images in the data set (u,).
+        task: these images with their classes; features are empty.
+        split: of them, as ``fit`` has it.
+        seed: of the draws.
+    """
+
+    dataset: Dataset
+    positions: Index
+    task: Task
+    split: Split
+    seed: int
+
+    @classmethod
+    def of(cls, dataset: Dataset, groups: Mapping[str, str] | None, seed: int) -> "Pool":
+        """Return the pool of a data set; where no test images are given, all are read, since they are drawn by content."""
+        files = DatasetFiles(dataset)
+        positions, is_drawn = np.arange(len(files)), "test" not in dataset.table.splits
+        if is_drawn:
+            files.hash(positions)
+            positions = np.array([place for place in positions.tolist() if place not in files.unreadable], np.int64)
+        samples = [dataset.samples[place] for place in positions.tolist()]
+        number = {name: place for place, name in enumerate(dataset.classes)}
+        contents = [files.digest(place).hex() if is_drawn else "" for place in positions.tolist()]
+        features = Features(
+            np.empty((len(samples), 0)),
+            np.array([number[sample.label] for sample in samples], np.int64),
+            dataset.classes,
+            [sample.path for sample in samples],
+            [sample.split for sample in samples],
+            contents,
+        )
+        belongs = None if groups is None else [groups[sample.path] for sample in samples]
+        task = Task(features, "label", belongs)
+        return cls(dataset, positions, task, task.split(seed), seed)
+
+    @property
+    def images(self) -> Index:
+        """The places (p,) of the images that may be looked at."""
+        return self.split.train_val
+
+    @property
+    def y(self) -> Index:
+        """The classes (u,) of all."""
+        return self.task.features.y
+
+    @property
+    def classes(self) -> int:
+        """How many classes the images that may be looked at have."""
+        return len(np.unique(self.y[self.images]))
+
+    @property
+    def first(self) -> int:
+        """How many images the first sample has."""
+        return min(max(_FIRST, _OF_A_CLASS * self.classes), self.most)
+
+    @property
+    def most(self) -> int:
+        """How many images the last sample has at most."""
+        return min(max(MOST, _OF_A_CLASS * self.classes), len(self.images))
+
+    def sample(self, size: int) -> Index:
+        """Return about so many images (k,), as many of each class as its share; larger samples hold the smaller."""
+        nothing = np.empty(0, np.int64)
+        inside = Split(self.images, nothing, nothing, groups=self.split.groups, same=self.split.same)
+        return part_of(inside, self.y, size / len(self.images), self.seed, self.task.features.sha256).train
+
+    def part(self, places: Index) -> Dataset:
+        """Return a data set of some images, in the place of the whole: rows are shared with it."""
+        samples = [self.dataset.samples[place] for place in self.positions[places].tolist()]
+        return replace(self.dataset, samples=samples, notes=())
+
+    def units(self, places: Index, contents: Sequence[str]) -> Units:
+        """Return what must not be parted of some images: copies, and groups."""
+        groups = self.task.groups
+        return units_of(len(places), contents, None if groups is None else [groups[place] for place in places.tolist()])
+
+
+@dataclass(eq=False)
+class Runner:
+    """A backbone in the race: its rows of samples, and what they took."""
+
+    spec: BackboneSpec
+    settings: Settings
+    cache: FeatureCache | None = None
+    seconds: float = 0.0
+    computed: int = 0
+
+    def rows(self, pool: Pool, places: Index, cuts: Sequence[str] = (POOLED,)) -> tuple[list[NDArray[np.generic]], Index]:
+        """Return the rows of some images at some cuts, and which of the images have them all (k,), by their order.
+
+        Raises:
+            FeatcacheError: the backbone cannot be had, or too many images cannot be used.
+        """
+        started, dataset = time.monotonic(), pool.part(places)
+        # the entry goes on listing what it lists: a sample is no data set
+        cache = FeatureCache(dataset, self.spec, self.settings, lists=False)
+        if self.cache is not None and "backbone" in self.cache.__dict__:
+            cache.backbone = self.cache.backbone
+        self.cache = cache
+        entries = cache.features([Output(cut) for cut in cuts], thumbnails=SIDE)
+        has_row = np.sort(entries[0].report.positions)
+        for entry in entries:
+            require_usable(dataset, len(entry.report.positions), entry.report.quarantined, self.settings.max_bad)
+            has_row = np.intersect1d(has_row, entry.report.positions)
+        rows = [entry.store.rows_of(cache.files.sha256[has_row]) for entry in entries]
+        computed = max(entry.report.computed for entry in entries)
+        if computed:  # what was cached says nothing of the price
+            self.computed, self.seconds = self.computed + computed, self.seconds + time.monotonic() - started
+        return rows, has_row
+
+    def digests(self, has_row: Index) -> list[str]:
+        """Return the SHA-256 of images of the last sample, as hexadecimal digits."""
+        assert self.cache is not None
+        return [row.tobytes().hex() for row in self.cache.files.sha256[has_row]]
+
+    def price(self, images: int) -> float:
+        """Return about how many seconds so many more images take, 0 where none was computed yet."""
+        return images * self.seconds / self.computed if self.computed else 0.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A sample with its folds, and which of its images each runner has right.
+
+    Attributes:
+        places: of the images in the pool (k,).
+        y: their classes (k,).
+        folds: over them.
+        units: what is drawn together.
+        X: the runners' embeddings, each (k, d).
+        right: of each runner and head, which images it has right when it has not seen them (k,).
+        params: of each runner and head, what was chosen.
+    """
+
+    places: Index
+    y: Index
+    folds: tuple[Fold, ...]
+    units: Units
+    X: list[NDArray[np.float32]]
+    right: list[dict[str, NDArray[np.bool_]]] = field(default_factory=list)
+    params: list[dict[str, dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def best(self) -> NDArray[np.bool_]:
+        """What each runner's better head has right (r, k)."""
+        return np.stack([max(by_head.values(), key=lambda right: right.mean()) for by_head in self.right])
+
+    def answer(self, head: str, X: NDArray[np.float32], seed: int) -> tuple[NDArray[np.bool_], dict[str, float]]:
+        """Return which images a head has right that has not seen them (k,), and what was chosen for it."""
+        search = search_head(head, X, self.y, self.folds, seed)
+        order = np.concatenate([fold.val for fold in self.folds])
+        told = search.answers.argmax(axis=1) if search.answers.ndim == 2 else search.answers
+        right = np.zeros(len(self.y), np.bool_)
+        right[order] = told == self.y[order]
+        return right, search.params
+
+
+def judge_sample(pool: Pool, runners: Sequence[Runner], places: Index) -> Judged:
+    """Extract a sample's rows by every runner, and see which images each has right, on the same folds."""
+    rows = [runner.rows(pool, places) for runner in runners]
+    common = rows[0][1]
+    for _, has_row in rows[1:]:
+        common = np.intersect1d(common, has_row)
+    chosen, y = places[common], pool.y[places[common]]
+    units = pool.units(chosen, runners[0].digests(common))
+    X = [np.ascontiguousarray(of[0][np.isin(has_row, common)], np.float32) for of, has_row in rows]
+    judged = Judged(chosen, y, _whole_folds(y, units, pool), units, X)
+    for embeddings in X:
+        by_head = {head: judged.answer(head, embeddings, pool.seed) for head in HEADS}
+        judged.right.append({head: right for head, (right, _) in by_head.items()})
+        judged.params.append({head: params for head, (_, params) in by_head.items()})
+    return judged
+
+
+def _whole_folds(y: Index, units: Units, pool: Pool) -> tuple[Fold, ...]:
+    drawing = Drawing(y, (), units, pool.seed, grouped=pool.task.groups is not None)
+    everyone, count = np.arange(len(y)), min(FOLDS, len(units.names))
+    number = fold_of(everyone, drawing, count)
+    folds = (Fold(everyone[number != fold], everyone[number == fold]) for fold in range(count))
+    return tuple(fold for fold in folds if len(fold.val) and len(np.unique(y[fold.train])) > 1)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a backbone did in the last round that it was in.
+
+    Attributes:
+        runner: the backbone.
+        images: of the sample.
+        accuracies: of each head on images that it had not seen.
+        chance: of being the best there, or as good.
+        is_left: whether it fell behind before the end.
+    """
+
+    runner: Runner
+    images: int
+    accuracies: Mapping[str, float]
+    chance: float
+    is_left: bool = False
+
+    @property
+    def accuracy(self) -> float:
+        """Of the better head."""
+        return max(self.accuracies.values())
+
+
+@dataclass
+class Race:
+    """Rounds on samples that double, after each of which the worse half is left, but for whoever may be the best."""
+
+    pool: Pool
+    runners: list[Runner]
+    deadline: float | None = None
+    standings: dict[int, Standing] = field(default_factory=dict)
+    rounds: list[tuple[list[int], NDArray[np.float64]]] = field(default_factory=list)
+    stopped: bool = False
+
+    def run(self) -> tuple[Runner, float]:
+        """Return the backbone that won, and the chance that no other is better by more than the margin."""
+        alive, size = self._able(), self.pool.first
+        while True:
+            alive = self._round(alive, size)
+            if len(alive) == 1 or size >= self.pool.most:
+                break
+            if self._is_late(alive, size):
+                self.stopped = True
+                break
+            size = min(2 * size, self.pool.most)
+        best = max(alive, key=lambda number: self.standings[number].accuracy)
+        return self.runners[best], self._chance(best)
+
+    def _able(self) -> list[int]:
+        """Return the runners whose backbone can be had here."""
+        able, reason = list[int](), UsageError("`backbones`: at least one is needed.")
+        places = self.pool.sample(self.pool.first)
+        for number, runner in enumerate(self.runners):
+            try:
+                runner.rows(self.pool, places)
+            except (SetupError, UsageError, CutError) as error:
+                logger.warning("%s is left out: %s", runner.spec.label, error)
+                reason = error  # type: ignore[assignment]
+                continue
+            able.append(number)
+        if not able:
+            raise reason
+        return able
+
+    def _round(self, alive: list[int], size: int) -> list[int]:
+        """Judge those in the race on a sample; return those that stay in it."""
+        judged = judge_sample(self.pool, [self.runners[number] for number in alive], self.pool.sample(size))
+        weights = drawn_weights(judged.units.numbers, self.pool.seed)
+        drawn = drawn_accuracies(judged.best, weights)
+        self.rounds.append((alive, drawn))
+        for number, chance, by_head in zip(alive, chances(drawn, MARGIN).tolist(), judged.right, strict=True):
+            accuracies = {head: float(right.mean()) for head, right in by_head.items()}
+            self.standings[number] = Standing(self.runners[number], len(judged.y), accuracies, chance)
+        ranked = sorted(alive, key=lambda number: -self.standings[number].accuracy)
+        if size >= self.pool.most:
+            return ranked
+        half = -(-len(ranked) // 2)
+        stay = [number for place, number in enumerate(ranked) if place < half or self._may_win(number)]
+        for number in set(ranked) - set(stay):
+            self.standings[number] = replace(self.standings[number], is_left=True)
+        return stay
+
+    def _may_win(self, number: int) -> bool:
+        return self.standings[number].chance >= _IN_THE_RACE
+
+    def _is_late(self, alive: Sequence[int], size: int) -> bool:
+        """Tell whether the next round would end after the deadline."""
+        more = min(size, self.pool.most - size)
+        price = sum(self.runners[number].price(more) for number in alive)
+        return self.deadline is not None and time.monotonic() + price > self.deadline
+
+    def _chance(self, best: int) -> float:
+        """Return the chance that nobody is better than the winner by more than the margin.
+
+        By the last round of each of the others: that anybody is is at most as likely as the sum of all (Boole).
+        """
+        doubt, seen = 0.0, set[int]()
+        for alive, drawn in reversed(self.rounds):
+            fresh = [place for place, number in enumerate(alive) if number not in seen and number != best]
+            seen.update(alive)
+            if fresh:
+                rivals, winner = drawn[:, fresh], drawn[:, alive.index(best)]
+                doubt += float((rivals.max(axis=1) > winner + MARGIN).mean())
+        return max(0.0, 1 - doubt)
