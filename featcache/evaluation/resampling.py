@@ -14,6 +14,7 @@ from featcache.evaluation.intervals import Interval
 
 DRAWS = 4000
 _FEWEST_SIZES = 3  # a power law has two parameters
+_FEWEST_WRONG = 5  # images at the largest size: the logarithm of fewer is anybody's guess
 _LAPLACE = 0.5  # wrong images that are added to each error: the logarithm of none would be infinite
 
 
@@ -74,7 +75,7 @@ class MoreImages:
 def more_images(
     sizes: NDArray[np.int64], right: NDArray[np.bool_], weights: NDArray[np.float32], now: int, more: int
 ) -> MoreImages | None:
-    """Return what more images would bring; ``None`` where too few sizes were tried, or the error does not fall.
+    """Return what more images would bring; ``None`` where too few sizes were tried, or too few images are wrong.
 
     error = a x images^b is fitted to logarithms by least squares (Hestness et al. 2017, section 3), in every draw of images
     and of training sets anew.
@@ -86,9 +87,9 @@ def more_images(
         now: training images that there are.
         more: how many more.
     """
-    if len(sizes) < _FEWEST_SIZES:
-        return None
     wrong = 1.0 - right.astype(np.float64)
+    if len(sizes) < _FEWEST_SIZES or wrong[-1].mean(axis=0).sum() < _FEWEST_WRONG:
+        return None
     total = weights.sum(axis=1, dtype=np.float64)
     by_draw = np.einsum("dn,srn->dsr", weights.astype(np.float64), wrong, optimize=True)
     repeats = right.shape[1]

@@ -189,7 +189,7 @@ def run_advise(
         race.standings.values(), key=lambda standing: (standing.is_left, -standing.images, -standing.accuracy)
     )
     missing = ["larger samples of the last candidates"] if race.stopped else []
-    study = _Study(pool, runner, deadline, missing)
+    study = Study(pool, runner, deadline, missing)
     evidence, more = study.evidence()
     seconds = {"backbones": round(raced - started, 3), "evidence": round(time.monotonic() - raced, 3)}
     name = cache.folder.name
@@ -231,7 +231,7 @@ def _spec_of(request: dict[str, Any]) -> BackboneSpec:
 
 
 @dataclass
-class _Study:
+class Study:
     """What is measured of the winner, the cheapest first."""
 
     pool: Pool
@@ -240,6 +240,7 @@ class _Study:
     missing: list[str]
 
     def evidence(self) -> tuple[Evidence, MoreImages | None]:
+        """Return what was measured, as far as there was time."""
         pool = self.pool
         places = pool.sample(pool.most)
         if self._is_late("the largest sample", self.runner.price(pool.most - self.runner.computed)):

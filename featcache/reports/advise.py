@@ -79,7 +79,7 @@ def _textbook(evidence: "Evidence") -> str:
 def more_text(more: "MoreImages | None") -> str:
     """Return what more images would bring to a head on features."""
     if more is None:
-        return "too few for a learning curve."
+        return "too few for a learning curve, or too few of them wrong."
     low, high = more.interval
     nothing = "; it may be nothing" if low <= 0 else ""
     return (
