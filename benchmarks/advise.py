@@ -15,14 +15,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
+from featcache.evaluation.resampling import drawn_weights, more_images
 from featcache.experiments.advise import Study
-from featcache.experiments.backbone_race import Judged, Pool, Race, Runner
+from featcache.experiments.backbone_race import Judged, Pool, Race, Runner, judge_sample
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.reports.records import RunRecord, read_records
@@ -143,26 +145,40 @@ def tuning(records: list[RunRecord], data: str, backbone: str, size: int | None)
     }
 
 
-def advise_all(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[dict[str, Any]]:
-    """Yield a line for every race, and for every question whether to tune that has an answer."""
+def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yield what is asked, and what answers it: races first, then curves, then whether to tune, the dearest."""
     settings, specs = Settings(cache), backbones(weights)
     records = read_records(Path(__file__).with_name(f"{name}.jsonl") for name in RECORDS)
     remember_answers()
-    for dataset in data_sets(root):
-        truth = {name: probes(dataset, spec, settings) for name, spec in specs.items()}
-        pool = Pool.of(dataset, None, 0)  # one split for all: what is drawn anew are samples
+    sets = list(data_sets(root))
+    truths = {data.name: {name: probes(data, spec, settings) for name, spec in specs.items()} for data in sets}
+    # one split for all: what is drawn anew are samples
+    pools = {data.name: Pool.of(data, None, 0) for data in sets}
+    for data, truth in truths.items():
         for seed in range(seeds):
-            drawn = replace(pool, seed=seed)
             for field in FIELDS:
-                yield {"what": "race", "data": dataset.name, "seed": seed} | race(drawn, field, specs, settings, truth)
-        for name in specs:
-            if (dataset.name, name) in TUNED:
-                size = specs[name].overrides.input_size
-                outcome = tuning(records, dataset.name, TUNED[dataset.name, name], size)
-                for seed in range(seeds):
-                    runner = Runner(specs[name], settings)
-                    line = {"what": "depth", "data": dataset.name, "backbone": name, "seed": seed, "outcome": outcome}
-                    yield line | study(replace(pool, seed=seed), runner, truth[name]["a_row"])
+                asked = {"what": "race", "data": data, "seed": seed, "field": field}
+                yield asked, partial(race, replace(pools[data], seed=seed), field, specs, settings, truth)
+    for data in truths:
+        for name, spec in specs.items():
+            asked = {"what": "more", "data": data, "backbone": name}
+            yield asked, partial(more, pools[data], Runner(spec, settings))
+    for seed in range(seeds):
+        for data, name in TUNED:
+            outcome = tuning(records, data, TUNED[data, name], specs[name].overrides.input_size)
+            asked = {"what": "depth", "data": data, "backbone": name, "seed": seed, "outcome": outcome}
+            pool = replace(pools[data], seed=seed)
+            yield asked, partial(study, pool, Runner(specs[name], settings), truths[data][name]["a_row"])
+
+
+def more(pool: Pool, runner: Runner) -> dict[str, Any]:
+    """Return what the curve without its last point says of that point, and what it is."""
+    judged = judge_sample(pool, [runner], pool.sample(pool.most))
+    sizes, hits = Study(pool, runner, None, []).curve(judged)
+    weights, (now, then) = drawn_weights(judged.units.numbers, 0), sizes[-2:].tolist()
+    told = more_images(sizes[:-1], hits[:-1], weights, now, then - now) if len(sizes) > 1 else None
+    came = 100 * float(hits[-1].mean() - hits[-2].mean())
+    return {"told": None if told is None else asdict(told), "came": came}
 
 
 def race(pool: Pool, field: tuple[str, ...], specs: Any, settings: Settings, truth: Any) -> dict[str, Any]:
@@ -173,7 +189,6 @@ def race(pool: Pool, field: tuple[str, ...], specs: Any, settings: Settings, tru
     winner, chance = contest.run()
     extracted = sum(contest.standings[number].images * truth[name]["a_row"] for number, name in enumerate(field))
     return {
-        "field": field,
         "chosen": field[runners.index(winner)],
         "chance": chance,
         "truth": {name: truth[name]["test"] for name in field},
@@ -187,7 +202,7 @@ def study(pool: Pool, runner: Runner, a_row: float) -> dict[str, Any]:
     """Return the evidence about one backbone, and what it would have cost without rows of before."""
     started = time.monotonic()
     evidence, more = Study(pool, runner, None, []).evidence()
-    extracted = runner.computed * 0.0 + 2 * evidence.seen * a_row
+    extracted = 2 * evidence.seen * a_row  # embeddings, and later layers with what is before the last stage
     return {
         "evidence": asdict(evidence),
         "more": None if more is None else asdict(more),
@@ -196,12 +211,16 @@ def study(pool: Pool, runner: Runner, a_row: float) -> dict[str, Any]:
 
 
 def main(root: str, weights: str, cache: str, out: str, seeds: str = "3") -> None:
-    """Give all advice, write it line by line, and print the tables."""
+    """Answer all questions that OUT has no line of."""
     path = Path(out)
-    with path.open("w") as file:
-        for line in advise_all(Path(root), weights, Path(cache), int(seeds)):
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+    answered = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    names = ("what", "data", "backbone", "field", "seed")
+    seen = {json.dumps([line.get(name) for name in names]) for line in answered}
+    for asked, answer in questions(Path(root), weights, Path(cache), int(seeds)):
+        if json.dumps([asked.get(name) for name in names]) not in seen:
+            line = json.dumps(asked | answer()) + "\n"
+            with path.open("a") as file:
+                file.write(line)
 
 
 if __name__ == "__main__":

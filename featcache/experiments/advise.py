@@ -273,12 +273,16 @@ class Study:
         return float(judged.answer("knn", rows, self.pool.seed)[0].mean())
 
     def _more(self, judged: Judged) -> MoreImages | None:
-        """Return what more images would bring to a head on features, from training sets of growing size."""
+        """Return what more images would bring to a head on features."""
+        sizes, hits = self.curve(judged)
+        weights, now = drawn_weights(judged.units.numbers, self.pool.seed), len(self.pool.images)
+        return more_images(sizes, hits, weights, now, round_count(now))
+
+    def curve(self, judged: Judged) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return sizes of training sets (s,), and which images are right, not seen by the head, by size and draw (s, r, n)."""
         (X,), (params,), (right,) = judged.X, judged.params, judged.right
         least = min(len(fold.train) for fold in judged.folds)
         shares = [share for share in _SHARES if share * least >= _FEWEST_IN_A_CURVE * self.pool.classes]
-        if len(shares) < len(_SHARES) - 1:
-            return None
         rng = np.random.default_rng(self.pool.seed)
         hits = np.zeros((len(shares), _REPEATS, len(judged.y)), np.bool_)
         hits[-1] = right[CURVE_HEAD]
@@ -292,10 +296,7 @@ class Study:
                         told = told.argmax(axis=1) if told.ndim == 2 else told
                         hits[place, repeat, fold.val] = told == judged.y[fold.val]
                     bar.update(1)
-        sizes = np.array([round(share * least) for share in shares], np.int64)
-        weights = drawn_weights(judged.units.numbers, self.pool.seed)
-        now = len(self.pool.images)
-        return more_images(sizes, hits, weights, now, round_count(now))
+        return np.array([round(share * least) for share in shares], np.int64), hits
 
     def _deeper(self, judged: Judged, measured: Evidence, params: dict[str, float]) -> Evidence:
         """Add what other layers and a short training say; both take their rows of one pass."""
