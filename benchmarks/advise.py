@@ -159,16 +159,16 @@ def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tup
             for field in FIELDS:
                 asked = {"what": "race", "data": data, "seed": seed, "field": field}
                 yield asked, partial(race, replace(pools[data], seed=seed), field, specs, settings, truth)
-    for data in truths:
+    for data, pool in pools.items():
         for name, spec in specs.items():
             asked = {"what": "more", "data": data, "backbone": name}
-            yield asked, partial(more, pools[data], Runner(spec, settings))
+            yield asked, partial(more, pool, Runner(spec, settings))
     for seed in range(seeds):
         for data, name in TUNED:
             outcome = tuning(records, data, TUNED[data, name], specs[name].overrides.input_size)
             asked = {"what": "depth", "data": data, "backbone": name, "seed": seed, "outcome": outcome}
-            pool = replace(pools[data], seed=seed)
-            yield asked, partial(study, pool, Runner(specs[name], settings), truths[data][name]["a_row"])
+            drawn = replace(pools[data], seed=seed)
+            yield asked, partial(study, drawn, Runner(specs[name], settings), truths[data][name]["a_row"])
 
 
 def more(pool: Pool, runner: Runner) -> dict[str, Any]:

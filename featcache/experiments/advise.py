@@ -279,7 +279,7 @@ class Study:
         return more_images(sizes, hits, weights, now, round_count(now))
 
     def curve(self, judged: Judged) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return sizes of training sets (s,), and which images are right, not seen by the head, by size and draw (s, r, n)."""
+        """Return sizes of training sets (s,), and which images are right, unseen by the head, by size and draw (s, r, n)."""
         (X,), (params,), (right,) = judged.X, judged.params, judged.right
         least = min(len(fold.train) for fold in judged.folds)
         shares = [share for share in _SHARES if share * least >= _FEWEST_IN_A_CURVE * self.pool.classes]
