@@ -154,11 +154,11 @@ def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tup
     truths = {data.name: {name: probes(data, spec, settings) for name, spec in specs.items()} for data in sets}
     # one split for all: what is drawn anew are samples
     pools = {data.name: Pool.of(data, None, 0) for data in sets}
-    for data, truth in truths.items():
+    for data, pool in pools.items():
         for seed in range(seeds):
             for field in FIELDS:
                 asked = {"what": "race", "data": data, "seed": seed, "field": field}
-                yield asked, partial(race, replace(pools[data], seed=seed), field, specs, settings, truth)
+                yield asked, partial(race, replace(pool, seed=seed), field, specs, settings, truths[data])
     for data, pool in pools.items():
         for name, spec in specs.items():
             asked = {"what": "more", "data": data, "backbone": name}

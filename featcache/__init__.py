@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         advise,
         audit,
         bench,
+        compare,
         estimate,
         export,
         extract,
