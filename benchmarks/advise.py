@@ -164,8 +164,8 @@ def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tup
             asked = {"what": "more", "data": data, "backbone": name}
             yield asked, partial(more, pool, Runner(spec, settings))
     for seed in range(seeds):
-        for data, name in TUNED:
-            outcome = tuning(records, data, TUNED[data, name], specs[name].overrides.input_size)
+        for (data, name), recorded in TUNED.items():
+            outcome = tuning(records, data, recorded, specs[name].overrides.input_size)
             asked = {"what": "depth", "data": data, "backbone": name, "seed": seed, "outcome": outcome}
             drawn = replace(pools[data], seed=seed)
             yield asked, partial(study, drawn, Runner(specs[name], settings), truths[data][name]["a_row"])
