@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         fit,
         gap,
         predict,
+        report,
         sweep,
     )
     from featcache.datasets import open_dataset
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
     from featcache.experiments.gap import GapResult
+    from featcache.experiments.report import PagePlan, Report
     from featcache.extraction.feature_cache import Extracted, Settings
     from featcache.finetuning.plan import FineTunePlan, Unfreeze
     from featcache.reports.records import RunRecord
@@ -55,6 +57,7 @@ _NAMES = {  # of each module
         "gap",
         "predict",
         "replay",
+        "report",
         "sweep",
     ),
     "featcache.datasets": ("open_dataset",),
@@ -81,6 +84,10 @@ _NAMES = {  # of each module
     ),
     "featcache.experiments.gap": ("GapResult",),
     "featcache.experiments.replay": ("Places",),
+    "featcache.experiments.report": (
+        "PagePlan",
+        "Report",
+    ),
     "featcache.extraction.feature_cache": (
         "Extracted",
         "Settings",
@@ -125,8 +132,10 @@ __all__ = [
     "FitPlan",
     "FitResult",
     "GapResult",
+    "PagePlan",
     "Places",
     "ReplayResult",
+    "Report",
     "RunRecord",
     "Settings",
     "SetupError",
@@ -150,6 +159,7 @@ __all__ = [
     "open_dataset",
     "predict",
     "replay",
+    "report",
     "sweep",
 ]
 

@@ -1,6 +1,6 @@
 """The library's commands as functions; the command line only parses options and calls these."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from featcache.experiments.gap import GapResult
     from featcache.experiments.predict import Prediction
     from featcache.experiments.replay import Places
+    from featcache.experiments.report import Format, PagePlan, Report
     from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
     from featcache.finetuning.plan import FineTunePlan
     from featcache.heads.bundle import Bundle
@@ -431,6 +432,41 @@ def read_published(path: str | Path) -> "list[RunRecord]":
     if not latest:
         raise DataError(f"{path}: there is no run record in it: a JSONL file that `featcache bench` wrote is needed.")
     return list(latest.values())
+
+
+def report(
+    records: "str | Path | Sequence[str | Path]" = (),
+    files: "Mapping[Format, str | Path | None] | None" = None,
+    *,
+    plan: "PagePlan | None" = None,
+    datasets: Sequence[str] = (),
+    cache: Path | None = None,
+) -> "Report":
+    """Make one page to send, or tables, of records.
+
+    >>> import featcache
+    >>> featcache.report(files={"html": "page.html"})  # doctest: +SKIP
+
+    Args:
+        records: JSONL files; all below the cache, where none is given.
+        files: what is made, of ``html``, ``md``, ``csv`` and ``tex``, and where; ``None``: it is in the result's ``texts``.
+        plan: what the page shows.
+        datasets: report these alone.
+        cache: the one that the records' heads and images are found by.
+
+    Raises:
+        DataError: there is no such record.
+        StorageError: a file cannot be read or written.
+    """
+    from featcache.experiments.report import PagePlan, run_report
+    from featcache.extraction.lookup import default_cache
+
+    where = cache or default_cache()
+    sources = [Path(records)] if isinstance(records, str | Path) else list(map(Path, records))
+    sources = sources or sorted((where / RECORDS.parent).glob("*.jsonl")) or [where / RECORDS]
+    targets = {kind: None if path is None else Path(path) for kind, path in (files or {}).items()}
+    plan = check_value(plan or PagePlan(), PagePlan, "plan")
+    return run_report(sources, targets, plan, where, check_value(datasets, tuple[str, ...], "datasets"))
 
 
 def default_out() -> Path:

@@ -30,7 +30,7 @@ RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in na
 HOMES = {
     "h5py": {"store", "datasets.arrays"},
     "timm": {"backbones"},
-    "PIL": {"datasets.images", "estimator"},
+    "PIL": {"datasets.images", "datasets.thumbnails", "estimator"},
     "click": {"cli"},
     "torch": {"backbones", "extraction", "finetuning", "experiments.export", "doctor"},
     "openvino": {"extraction.runtimes"},
@@ -43,6 +43,8 @@ HOMES = {
     "peft": {"finetuning.unfreezing"},
     "matplotlib": {"reports.tables"},
     "cleanlab": {"evaluation.suspects"},
+    "openTSNE": {"evaluation.projection"},
+    "jinja2": {"reports.page"},
     "torchvision": {"datasets.hubs"},
     "transformers": {"backbones.text"},
 }

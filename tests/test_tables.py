@@ -13,7 +13,8 @@ import pytest
 
 from featcache.evaluation.metrics import paired_gap
 from featcache.reports.records import RunRecord, append_record, read_records
-from featcache.reports.tables import COLUMNS, NO_GAIN, inert, markdown, rows, short_table, to_csv
+from featcache.reports.inert import csv_cell
+from featcache.reports.tables import COLUMNS, NO_GAIN, markdown, rows, short_table, to_csv
 
 
 def record_of(kind: str = "fit", method: str = "ridge", val: float = 0.9, right: str = "1" * 40, **facts: Any) -> RunRecord:
@@ -183,7 +184,7 @@ def test_a_name_moves_no_cell(name: str) -> None:
     header, line = csv.reader(io.StringIO(to_csv([record])))
 
     assert tuple(header) == COLUMNS
-    assert line == [inert(name), *rows([record])[0][1:]]
+    assert line == [csv_cell(name), *rows([record])[0][1:]]
     assert line[0][0] not in "=+-@"
     assert all(text.replace("\\|", "").count("|") == len(COLUMNS) + 1 for text in markdown([record]).splitlines())
 

@@ -27,6 +27,7 @@ COMMANDS = {  # in the order of a user's way through them: the module, and what 
     "predict": ("heads", "Label images with a trained head."),
     "export": ("heads", "Write backbone and head as one ONNX model."),
     "bench": ("finetune", "Run the missing cells of a grid; write records and tables."),
+    "report": ("report", "Make one page to send, or tables, of what was run."),
     "store": ("store", "List, describe, verify and remove what the cache holds."),
     "backbones": ("store", "List the backbones that timm knows."),
     "doctor": ("store", "Check the environment and say the exact repair."),

@@ -278,16 +278,16 @@ def _write(file: Any, bundle: "Bundle", predictions: "Iterator[Prediction]", *, 
             file.write(json.dumps({"schema_version": SCHEMA_VERSION, **facts}) + "\n")
         return
     from featcache.display import printable
-    from featcache.reports.tables import inert
+    from featcache.reports.inert import csv_cell
 
     writer = csv.writer(file, lineterminator="\n")
     shown = printable if file.isatty() else str  # a terminal obeys what stands in a file's name; a file keeps it
     columns = _columns(bundle.classes) if hasattr(bundle.estimator, "predict_proba") else []
-    writer.writerow(["path", "label", *map(inert, columns), "reason"])
+    writer.writerow(["path", "label", *map(csv_cell, columns), "reason"])
     for image in predictions:
         numbers = image.probabilities
         cells = [""] * len(columns) if numbers is None else [f"{number:.6g}" for number in numbers][: len(columns)]
-        path, label, reason = (shown(inert(text or "")) for text in (image.path, image.label, image.reason))
+        path, label, reason = (shown(csv_cell(text or "")) for text in (image.path, image.label, image.reason))
         writer.writerow([path, label, *cells, reason])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featcache.display import Table, printable
-from featcache.reports.tables import inert
+from featcache.reports.inert import csv_cell
 from featcache.store.atomic import replace_file
 
 if TYPE_CHECKING:
@@ -112,7 +112,9 @@ def _suspect_text(suspect: "Suspect") -> str:
 
 def suspects_csv(suspects: Sequence["Suspect"]) -> str:
     """Return all suspects as CSV; a cell that a spreadsheet would run as a formula is quoted with an apostrophe."""
-    rows = ([inert(cell) if isinstance(cell, str) else f"{cell:.6g}" for cell in astuple(suspect)] for suspect in suspects)
+    rows = (
+        [csv_cell(cell) if isinstance(cell, str) else f"{cell:.6g}" for cell in astuple(suspect)] for suspect in suspects
+    )
     return _csv([COLUMNS, *rows])
 
 

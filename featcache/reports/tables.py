@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tabulate import tabulate
 
-from featcache.display import Table
+from featcache.display import Table, printable
 from featcache.errors import SetupError, UsageError
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
+from featcache.reports.inert import booktabs, csv_cell, markdown_cell
 from featcache.reports.records import RunRecord
 from featcache.store.atomic import make_folder, replace_file
 
@@ -34,6 +35,7 @@ COLUMNS = (
     "fit or train s",
     "images/s",
 )
+NAMES = 3  # columns of names, which a stranger may have given; in the others are numbers
 
 
 # Where no epoch gained, the probe is the answer: a gap of +0.0 would read as a measured tie.
@@ -57,15 +59,32 @@ def rows(records: Sequence[RunRecord]) -> list[list[str]]:
     Gaps are to the head that did best on validation for the same data set, backbone, groups and seed, among the table's
     and those that fine-tuning was compared with itself; records with other test items are not compared.
     """
-    # Of a cell that ran twice the last run counts, as a rerun is meant to replace.
-    latest = tuple({record.cell: record for record in records}.values())
-    return [_row(group, latest) for group in _groups(latest)]
+    return [_row(_Group(group), latest_of(records)) for group in groups_of_seeds(records)]
+
+
+def latest_of(records: Sequence[RunRecord]) -> tuple[RunRecord, ...]:
+    """Return of each cell its last run, as a rerun is meant to replace."""
+    return tuple({record.cell: record for record in records}.values())
+
+
+def groups_of_seeds(records: Sequence[RunRecord]) -> list[tuple[RunRecord, ...]]:
+    """Return the records of each row of a table: one experiment under its seeds, of each cell the last run."""
+    by_row: dict[tuple[str, ...], list[RunRecord]] = {}
+    for record in latest_of(records):
+        name = (record.dataset, record.backbone, record.kind, record.method, _without_seed(record))
+        by_row.setdefault(name, []).append(record)
+    return [tuple(group) for group in by_row.values()]
 
 
 def markdown(records: Sequence[RunRecord]) -> str:
     """Return the table in Markdown."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows(records)]
+    escaped = [[markdown_cell(cell) for cell in row] for row in rows(records)]
     return tabulate(escaped, headers=COLUMNS, tablefmt="pipe", disable_numparse=True)
+
+
+def latex(records: Sequence[RunRecord]) -> str:
+    """Return the table in LaTeX, by the rules of booktabs."""
+    return booktabs(COLUMNS, rows(records), NAMES)
 
 
 def short_table(records: Sequence[RunRecord]) -> Table:
@@ -92,16 +111,8 @@ def to_csv(records: Sequence[RunRecord]) -> str:
     writer.writerow(COLUMNS)
     for row in rows(records):
         # Only names can begin with =, + or -: numbers such as a gap of -0.5 must stay numbers.
-        writer.writerow([inert(cell) if index < 3 else cell for index, cell in enumerate(row)])
+        writer.writerow([csv_cell(printable(cell)) if index < NAMES else cell for index, cell in enumerate(row)])
     return out.getvalue()
-
-
-def _groups(records: Sequence[RunRecord]) -> list[_Group]:
-    by_row: dict[tuple[str, ...], list[RunRecord]] = {}
-    for record in records:
-        name = (record.dataset, record.backbone, record.kind, record.method, _without_seed(record))
-        by_row.setdefault(name, []).append(record)
-    return [_Group(tuple(group)) for group in by_row.values()]
 
 
 def _without_seed(record: RunRecord) -> str:
@@ -145,7 +156,7 @@ def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, s
     idle = [record for record in group.records if has_no_gain(record)]
     if len(idle) == len(group.records):
         return (NO_GAIN, "-", "-")
-    compared = [between for record in group.records if (between := _gap(record, records)) is not None]
+    compared = [between for record in group.records if (between := gap_to_probe(record, records)) is not None]
     if not compared:
         return ("-", "-", "-")
     if len(group.records) == 1:
@@ -164,7 +175,7 @@ def has_no_gain(record: RunRecord) -> bool:
     return record.kind == "finetune" and record.params.get("best_epoch") == 0
 
 
-def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
+def gap_to_probe(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
     """Return a record's gap to the best probe; where no epoch gained, the probe is kept, and the gap is none."""
     compared = record.probe or {}
     if has_no_gain(record) and compared.get("start", "logistic") == "logistic":
@@ -198,11 +209,6 @@ def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | 
     ]
     # By validation, never by test; a tie goes to logistic, from which fine-tuning starts.
     return max(rivals, key=lambda rival: (rival.val["accuracy"], rival.method == "logistic"), default=None)
-
-
-def inert(cell: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula."""
-    return f"'{cell}" if cell[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell
 
 
 _FORMATS = ("png", "svg", "pdf")

@@ -1,0 +1,182 @@
+"""Records into the charts of a page."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from featcache.reports.gap import depth_of, steps_of
+from featcache.reports.records import RunRecord
+from featcache.reports.svg import Bar, Chart, Point, Series, cost_chart, line_chart, waterfall
+from featcache.reports.tables import has_no_gain
+
+_COLOUR_OF = {"": 9, "pooling": 0, "other layers": 1, "attention": 2, "weights": 3}
+_MOST_LINES = 4  # of one chart: more cannot be told apart
+
+
+def gap_chart(record: RunRecord, key: str) -> Markup | None:
+    """Return the waterfall of a gap."""
+    steps = steps_of(record)
+    if len(steps) < 2:
+        return None
+    level, bars = 0.0, list[Bar]()
+    for step in steps:
+        text = f"{step.accuracy:.1f}" if not bars else f"{step.accuracy - level:+.1f}"
+        colour = _COLOUR_OF.get(step.changes, 9)
+        bars.append(Bar(step.name, level, step.accuracy, text, colour, is_kept=step.is_kept))
+        level = step.accuracy if step.is_kept else level
+    about = "; ".join(f"{bar.name} {bar.text}{'' if bar.is_kept else ' (not kept)'}" for bar in bars)
+    names = tuple(step.name for step in steps)
+    return waterfall(Chart(key, "Where the gap comes from", about, "", "test accuracy, %", names), bars)
+
+
+def costs(groups: Sequence[Sequence[RunRecord]], key: str) -> Markup | None:
+    """Return accuracy against cost, a point for each row of the table."""
+    points = [_cost_point(group) for group in groups]
+    if not points:
+        return None
+    about = "; ".join(point.title for point in points)
+    chart = Chart(key, "Accuracy against cost", about, "seconds, extraction included (log scale)", "test accuracy, %")
+    return cost_chart(chart, points)
+
+
+def _cost_point(group: Sequence[RunRecord]) -> Point:
+    seconds = statistics.mean(sum(record.seconds.values()) for record in group)
+    accuracy = statistics.mean(100 * record.test["accuracy"] for record in group)
+    low, high = _spread(group)
+    first = group[0]
+    title = f"{first.short_method} on {first.backbone}: {accuracy:.1f} % in {seconds:.0f} s"
+    return Point(max(seconds, 1e-2), accuracy, low, high, first.short_method, title, 3 if first.kind == "finetune" else 0)
+
+
+def _spread(group: Sequence[RunRecord]) -> tuple[float | None, float | None]:
+    """Return the mean of seeds' intervals: what one run is uncertain by, which seeds make no smaller."""
+    intervals = [record.test["accuracy_ci"] for record in group if record.test.get("accuracy_ci")]
+    if not intervals:
+        return None, None
+    low, high = (100 * statistics.mean(interval[side] for interval in intervals) for side in (0, 1))
+    return low, high
+
+
+def depths_chart(groups: Sequence[Sequence[RunRecord]], key: str) -> Markup | None:
+    """Return test accuracy by how many stages were trained, beside the probe's."""
+    by_backbone: dict[str, list[Sequence[RunRecord]]] = {}
+    for group in groups:
+        if group[0].kind == "finetune" and not math.isnan(depth_of(group[0].short_method)):
+            by_backbone.setdefault(group[0].backbone, []).append(group)
+    lines = {backbone: swept for backbone, swept in by_backbone.items() if len({each[0].short_method for each in swept}) > 1}
+    names = sorted({each[0].short_method for swept in lines.values() for each in swept}, key=depth_of)
+    if not names:
+        return None
+    place = {name: 1.0 + number for number, name in enumerate(names)}
+    series = [
+        Series(backbone, _depth_points(swept, place, colour), colour)
+        for colour, (backbone, swept) in enumerate(list(lines.items())[:_MOST_LINES])
+    ]
+    about = "; ".join(point.title for each in series for point in each.points)
+    chart = Chart(key, "Accuracy by depth", about, "what was trained", "test accuracy, %", ("probe", *names))
+    return line_chart(chart, series, percent=True)
+
+
+def _depth_points(swept: Sequence[Sequence[RunRecord]], place: dict[str, float], colour: int) -> tuple[Point, ...]:
+    points = []
+    for group in sorted(swept, key=lambda each: depth_of(each[0].short_method)):
+        accuracy = statistics.mean(100 * record.test["accuracy"] for record in group)
+        name = group[0].short_method
+        points.append(Point(place[name], accuracy, *_spread(group), title=f"{name} {accuracy:.1f} %", colour=colour))
+    probe = swept[0][0].probe
+    if probe is not None and isinstance(probe.get("test"), dict) and isinstance(probe["test"].get("accuracy"), float):
+        accuracy = 100 * probe["test"]["accuracy"]
+        points.insert(0, Point(0.0, accuracy, title=f"probe ({probe.get('head')}) {accuracy:.1f} %", colour=colour))
+    return tuple(points)
+
+
+def epochs_chart(records: Sequence[RunRecord], key: str) -> Markup | None:
+    """Return accuracy over the epochs of fine-tuning: training dashed, validation with the epoch that was kept ringed."""
+    series: list[Series] = []
+    for colour, record in enumerate(records[:_MOST_LINES]):
+        validation, training = _epochs(record, 3), _epochs(record, 1)
+        if len(validation) < 2:
+            continue
+        best = record.params.get("best_epoch")
+        name = record.short_method if record.seed == 0 else f"{record.short_method}, seed {record.seed}"
+        series += [
+            Series(name, _at_epochs(validation, colour, name), colour, ringed=best if isinstance(best, int) else None),
+            Series("", _at_epochs(training, colour, f"{name}, training"), colour, is_dashed=True),
+        ]
+    if not series:
+        return None
+    about = "; ".join(f"{each.name}: {each.points[-1].y:.1f} % at the end" for each in series if each.name)
+    chart = Chart(key, "Accuracy by epoch", about, "epoch (dashed: training; ringed: kept)", "validation accuracy, %")
+    return line_chart(chart, series, percent=True)
+
+
+def _epochs(record: RunRecord, column: int) -> list[tuple[int, float]]:
+    """Return a column of a fine-tuning's curve in percent; what is no number is left out, as training's before it began."""
+    curve: Any = record.params.get("curve")
+    rows = curve if isinstance(curve, list) else []
+    cells = [(epoch, row[column]) for epoch, row in enumerate(rows) if isinstance(row, list) and len(row) > column]
+    return [(epoch, 100.0 * cell) for epoch, cell in cells if isinstance(cell, int | float) and math.isfinite(cell)]
+
+
+def _at_epochs(values: Sequence[tuple[int, float]], colour: int, name: str) -> tuple[Point, ...]:
+    return tuple(Point(float(epoch), y, title=f"{name}, epoch {epoch}: {y:.1f} %", colour=colour) for epoch, y in values)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Test images whose confidence lies in one range: how many, their mean confidence and accuracy, in percent."""
+
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def reliability_chart(bins: Sequence[Bin], name: str, key: str) -> Markup:
+    """Return accuracy by confidence; on the diagonal a head is as often right as it says."""
+    points = tuple(
+        Point(
+            each.confidence, each.accuracy, title=f"{each.count} images: says {each.confidence:.0f} %, {each.accuracy:.0f} %"
+        )
+        for each in bins
+    )
+    about = f"{name}: {'; '.join(point.title for point in points)} are right"
+    chart = Chart(key, "Reliability", about, "confidence, %", "test accuracy, %")
+    return line_chart(chart, [Series("", points)], percent=True, diagonal=True)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A head's test score on so many training images: mean and standard deviation over draws, in percent."""
+
+    images: int
+    mean: float
+    std: float
+
+
+def learning_chart(points: Sequence[Learned], name: str, key: str) -> Markup:
+    """Return test accuracy by the number of training images, on a log scale."""
+    drawn = tuple(
+        Point(
+            math.log10(each.images),
+            each.mean,
+            each.mean - each.std,
+            each.mean + each.std,
+            title=f"{each.images} images: {each.mean:.1f} % ± {each.std:.1f}",
+        )
+        for each in points
+    )
+    about = f"{name}: {'; '.join(point.title for point in drawn)}"
+    chart = Chart(
+        key, "Accuracy by training images", about, "training images (bars: ± 1 standard deviation of draws)", "test, %"
+    )
+    return line_chart(chart, [Series("", drawn)], percent=True)
+
+
+def tuned_records(groups: Sequence[Sequence[RunRecord]]) -> list[RunRecord]:
+    """Return the fine-tunings whose epochs are worth a look: the first seed of each, those that gained first."""
+    firsts = [group[0] for group in groups if group[0].kind == "finetune"]
+    return sorted(firsts, key=lambda record: (has_no_gain(record), -record.val["accuracy"]))

@@ -1,0 +1,261 @@
+"""One page to send: records, and what lies behind them, as one HTML file that asks nothing of anyone."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from markupsafe import Markup
+
+from featcache.datasets.thumbnails import TILE, Sheet
+from featcache.display import Table, printable
+from featcache.reports import charts
+from featcache.reports.answer import Answer, answer_of
+from featcache.reports.records import RunRecord
+from featcache.reports.svg import COLOURS, Chart, Dot, map_chart
+from featcache.reports.tables import NAMES, groups_of_seeds, short_table
+
+Command = Callable[[RunRecord], str]
+_SMALL = 52  # CSS pixels a side of thumbnails behind a cell
+_MOST_CLASSES = 20  # of a confusion matrix that a screen has room for
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image as a page shows it; ``tile`` is its place in the sheet of thumbnails, ``text`` what it is, if a text."""
+
+    path: str
+    label: str
+    predicted: str = ""
+    confidence: float | None = None
+    tile: int | None = None
+    text: str = ""
+    note: str = ""
+
+    @property
+    def caption(self) -> str:
+        """What is said of it, in words."""
+        sure = "" if self.confidence is None else f", {100 * self.confidence:.0f} % sure"
+        taken = f": {self.label}, taken for {self.predicted}{sure}" if self.predicted else f": {self.label}"
+        return f"{self.path}{taken}{f'; {self.note}' if self.note else ''}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Test images of one class that a head takes for one class: how many, and some of them."""
+
+    label: str
+    predicted: str
+    count: int
+    shown: tuple[Shown, ...]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A head on the test images: ``cells`` by true class (rows) and predicted class (columns); ``None``: no image."""
+
+    cells: tuple[tuple[Cell | None, ...], ...]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Images on a plane (n, 2), and how they got there; ``total`` are all that there are."""
+
+    places: tuple[tuple[float, float], ...]
+    shown: tuple[Shown, ...]
+    classes: tuple[str, ...]
+    how: str
+    total: int
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """Suspects of one kind of an audit: how many, and some of them."""
+
+    kind: str
+    count: int
+    shown: tuple[Shown, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What lies behind a data set's records; what could not be read is empty, and ``remarks`` say why."""
+
+    head: str = ""
+    confusion: Confusion | None = None
+    per_class: Table | None = None
+    mistakes: tuple[Shown, ...] = ()
+    mistakes_total: int = 0
+    bins: tuple[charts.Bin, ...] = ()
+    learned: tuple[tuple[str, tuple[charts.Learned, ...]], ...] = ()
+    suspicions: tuple[Suspicion, ...] = ()
+    scatter: Scatter | None = None
+    counts: Table | None = None
+    facts: tuple[tuple[str, str], ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+    left_out_total: int = 0
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A data set's part of the page."""
+
+    key: str
+    answer: Answer
+    evidence: Evidence
+    drawings: tuple[tuple[str, Markup, str], ...]
+    map: Markup | None
+    colours: tuple[tuple[int, str], ...] = field(default=())
+
+
+def render(
+    records: Sequence[RunRecord],
+    evidence: Mapping[str, Evidence],
+    sheet: Sheet | None,
+    commands: Command,
+) -> str:
+    """Return the page.
+
+    Jinja escapes what the template prints, and what cannot be seen is spelt out before. A policy in the page's head lets
+    nothing be loaded, and nothing run but the one script, known by its hash.
+
+    Args:
+        records: of one or several data sets; of a cell the latest counts.
+        evidence: by data set.
+        sheet: the thumbnails that ``Shown.tile`` means, ``None`` for a page without images.
+        commands: tells how a record is made again.
+    """
+    from jinja2 import Environment, StrictUndefined  # 0.15 s that nothing else pays
+
+    assets = resources.files("featcache") / "assets"
+    template, style, script = ((assets / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    style += _tile_rules(sheet)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_finalized, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["tiles"] = sheet is not None
+    datasets = list(dict.fromkeys(record.dataset for record in records))
+    sections = [
+        _section(f"d{number}", [record for record in records if record.dataset == name], evidence.get(name, Evidence()))
+        for number, name in enumerate(datasets)
+    ]
+    return environment.from_string(template).render(
+        style=Markup(style),  # noqa: S704 - of the package, and numbers
+        script=Markup(script),  # noqa: S704 - of the package
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        sections=sections,
+        table=short_table([record for record in records if "accuracy" in record.test]),
+        texts=NAMES,
+        environments=_environments(records),
+        runs=_runs(records, commands),
+        title=f"featcache: {', '.join(datasets)}",
+        made=max((record.time for record in records), default=""),
+    )
+
+
+def _finalized(value: Any) -> Any:
+    """Return what a template prints; jinja escapes it after this."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _tile_rules(sheet: Sheet | None) -> str:
+    """Return the sheet and each tile's place as rules of the style: its policy allows no style at an element."""
+    if sheet is None:
+        return ""
+    data = base64.b64encode(sheet.content).decode()
+    rules = [f'.t,#hover .picture{{background-image:url("data:image/webp;base64,{data}")}}\n']
+    for tile in range(sheet.count):
+        x, y = sheet.place(tile)
+        rules.append(f".t{tile}{{background-position:-{x}px -{y}px}}\n")
+    return f"{''.join(rules)}.t,#hover .picture{{width:{TILE}px;height:{TILE}px}}\n"
+
+
+def _section(key: str, records: Sequence[RunRecord], evidence: Evidence) -> Section:
+    groups = [group for group in groups_of_seeds(records) if "accuracy" in group[0].test]
+    plain = [group for group in groups if group[0].kind in {"fit", "finetune"}]
+    drawings = [
+        ("Accuracy against cost", charts.costs(plain, f"{key}-cost"), _COST),
+        *(
+            ("Where the gap comes from", charts.gap_chart(group[-1], f"{key}-gap{number}"), _GAP)
+            for number, group in enumerate(groups)
+            if group[0].kind == "gap"
+        ),
+        ("Accuracy by depth", charts.depths_chart(plain, f"{key}-depth"), _DEPTH),
+        ("Accuracy by epoch", charts.epochs_chart(charts.tuned_records(plain), f"{key}-epochs"), _EPOCHS),
+        *(
+            (f"Accuracy by training images: {name}", charts.learning_chart(points, name, f"{key}-learn{number}"), "")
+            for number, (name, points) in enumerate(evidence.learned)
+        ),
+    ]
+    if evidence.bins:
+        drawings.append(("Reliability", charts.reliability_chart(evidence.bins, evidence.head, f"{key}-bins"), _BINS))
+    return Section(
+        key,
+        answer_of(records),
+        evidence,
+        tuple((name, drawing, note) for name, drawing, note in drawings if drawing is not None),
+        _map(key, evidence.scatter),
+        _colours(evidence.scatter),
+    )
+
+
+_COST = "Bars are 95 % intervals, of several seeds their mean; the dotted line is the best that so many seconds buy."
+_GAP = "Each step from what was kept before it; crosses were not better on validation and are not kept."
+_DEPTH = "From the last stage to the whole backbone, each with its 95 % interval."
+_EPOCHS = "Validation chooses the epoch; where none is better than the start, the start is kept."
+_BINS = "On the dotted line a head is as often right as it says; above it, it is too modest; below, too sure."
+
+
+def _map(key: str, scatter: Scatter | None) -> Markup | None:
+    if scatter is None:
+        return None
+    number = _numbers(scatter)
+    dots = [
+        Dot(x, y, number[shown.label], shown.caption, shown.tile, is_wrong=shown.predicted not in {"", shown.label})
+        for (x, y), shown in zip(scatter.places, scatter.shown, strict=True)
+    ]
+    about = f"{len(dots)} of {scatter.total} images by their embeddings, on {scatter.how}; ringed ones are test mistakes."
+    return map_chart(Chart(f"{key}-map", "Map of the embeddings", about, "", ""), dots)
+
+
+def _numbers(scatter: Scatter) -> dict[str, int]:
+    """Return each class's colour; beyond those that can be told apart, all share the last."""
+    return {name: min(place, COLOURS - 1) for place, name in enumerate(scatter.classes)}
+
+
+def _colours(scatter: Scatter | None) -> tuple[tuple[int, str], ...]:
+    if scatter is None:
+        return ()
+    names = list(scatter.classes)
+    if len(names) > COLOURS:
+        names = [*names[: COLOURS - 1], f"{len(names) - COLOURS + 1} more classes"]
+    return tuple(enumerate(names))
+
+
+def _environments(records: Sequence[RunRecord]) -> list[list[tuple[str, str]]]:
+    """Return where records were made, each place once."""
+    places: dict[str, list[tuple[str, str]]] = {}
+    for record in records:
+        told = record.environment
+        versions = told.get("versions")
+        facts = [(name, str(told[name])) for name in ("platform", "python", "processors", "device", "git") if told.get(name)]
+        facts += [(str(name), str(version)) for name, version in versions.items()] if isinstance(versions, dict) else []
+        places.setdefault(repr(facts), facts)
+    return [facts for facts in places.values() if facts]
+
+
+def _runs(records: Sequence[RunRecord], commands: Command) -> list[tuple[str, str]]:
+    """Return the commands that make the records again, with what each makes."""
+    runs: dict[str, list[str]] = {}
+    for record in records:
+        runs.setdefault(commands(record), []).append(f"{record.dataset}, {record.method}, seed {record.seed}")
+    return [(command, "; ".join(dict.fromkeys(made))) for command, made in runs.items()]
