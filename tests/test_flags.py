@@ -18,13 +18,14 @@ from featcache.cli import cli, spelling
 from featcache.errors import DataError, UsageError
 from featcache.experiments.fit import FitPlan
 from featcache.experiments.replay import Places
+from featcache.experiments.report import PagePlan
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
 
 ROOT = Path(featcache.__file__).parent
 LIBRARY = [path for path in sorted(ROOT.rglob("*.py")) if "cli" not in path.relative_to(ROOT).parts]
-VALUES = (Settings, FitPlan, FineTunePlan, BackboneSpec, FeatureSpec, TransformOverrides, Views, Places)
+VALUES = (Settings, FitPlan, FineTunePlan, BackboneSpec, FeatureSpec, TransformOverrides, Views, Places, PagePlan)
 FUNCTIONS = (
     api.extract,
     api.extract_cuts,

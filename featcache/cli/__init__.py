@@ -50,6 +50,7 @@ _RENAMED = {
     "budget": "cache_budget",
     "decoder": "decode",
     "heads": "probes",
+    "projection": "map",
 }
 _SPINS = "2000"  # how often PyTorch's waiting threads look before they sleep (libgomp's default: some 300,000 times)
 

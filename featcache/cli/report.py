@@ -74,7 +74,7 @@ def command_of(record: "RunRecord", data: str) -> str:
     asked = record.request
     plan = asked.get("plan")
     if isinstance(plan, dict):
-        words += _plan_words(plan, command)
+        words += _plan_words(plan, command, is_swept=" after " in record.method)
     if command == "fit":
         words += _head_words(record)
     if asked.get("group"):
@@ -102,15 +102,17 @@ def _backbone_words(backbone: Any) -> Iterator[str]:
             yield from (f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
-def _plan_words(plan: dict[str, Any], command: str) -> Iterator[str]:
+def _plan_words(plan: dict[str, Any], command: str, *, is_swept: bool) -> Iterator[str]:
     """Yield the options of a fine-tuning that are not as usual."""
     from featcache.finetuning.plan import FineTunePlan, Unfreeze
 
     usual = FineTunePlan(Unfreeze.parse("last:1"))
+    # a depth that goes on from another is made by a sweep alone, which takes its rate over from that one too
+    skipped = {"unfreeze", "lr"} if is_swept else {"unfreeze"}
     if command == "finetune":
-        yield from ("--unfreeze", str(plan.get("unfreeze", {}).get("text")))
+        yield from ("--sweep",) if is_swept else ("--unfreeze", str(plan.get("unfreeze", {}).get("text")))
     renamed = {"batch_size": "train-batch", "precision": "train-precision"}
-    for name in (field.name for field in fields(FineTunePlan) if field.name != "unfreeze"):
+    for name in (field.name for field in fields(FineTunePlan) if field.name not in skipped):
         value, default = plan.get(name), getattr(usual, name)
         if value is None or value == default or (isinstance(value, list) and tuple(value) == default):
             continue
@@ -125,7 +127,7 @@ def _plan_words(plan: dict[str, Any], command: str) -> Iterator[str]:
 
 def _head_words(record: "RunRecord") -> Iterator[str]:
     """Yield the options of a head, from what tables call it and what was asked for."""
-    head, *more = record.method.split(" ")
+    head, *more = record.method.partition(" with ")[0].split(" ")
     for name in record.request.get("members") or []:
         yield from ("--head", str(name))
     yield from ("--head", head)

@@ -26,16 +26,21 @@ def projected(X: NDArray[Any], way: Way = "pca", seed: int = 0) -> Plane:
     ``pca`` takes the two directions of the greatest variance (Pearson 1901); ``tsne`` keeps neighbours together and says
     nothing of distances (van der Maaten and Hinton 2008; the package openTSNE, Policar et al. 2024).
 
+    There are at least three rows and three columns.
+
     Raises:
         SetupError: openTSNE is asked for and not installed.
     """
     centred = np.asarray(X, np.float64) - X.mean(axis=0, dtype=np.float64)
     if way == "tsne":
-        return _neighbours(centred, seed)
-    # the smaller of both products: its eigenvectors are exact, and a tenth of a second at 2,000 rows
+        return _by_neighbours(centred, seed)
+    from scipy.sparse.linalg import eigsh
+
+    # the smaller of both products, of which two eigenvectors are wanted: all of them would take seconds
     is_wide = centred.shape[1] > centred.shape[0]
-    values, vectors = np.linalg.eigh(centred @ centred.T if is_wide else centred.T @ centred)
-    values, vectors = values[::-1][:2], vectors[:, ::-1][:, :2]
+    product = centred @ centred.T if is_wide else centred.T @ centred
+    values, vectors = eigsh(product, k=2, v0=np.linspace(1, 2, len(product)))
+    values, vectors = values[::-1], vectors[:, ::-1]
     xy = vectors * np.sqrt(np.maximum(values, 0)) if is_wide else centred @ vectors
     # a direction has no sign of its own: the same rows always give the same picture
     xy = xy * np.where(xy[np.abs(xy).argmax(axis=0), np.arange(xy.shape[1])] < 0, -1, 1)
@@ -44,7 +49,7 @@ def projected(X: NDArray[Any], way: Way = "pca", seed: int = 0) -> Plane:
     return Plane(xy, f"the two principal components, which hold {share:.0f} % of the variance")
 
 
-def _neighbours(centred: NDArray[np.float64], seed: int) -> Plane:
+def _by_neighbours(centred: NDArray[np.float64], seed: int) -> Plane:
     try:
         from openTSNE import TSNE
     except ImportError:

@@ -18,9 +18,10 @@ from featcache.evaluation.projection import Way, projected
 from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.heads import bundle
-from featcache.reports.charts import Bin, Learned
-from featcache.reports.page import Cell, Confusion, Evidence, Scatter, Shown, Suspicion
+from featcache.reports.answer import best_probes
 from featcache.reports.records import RunRecord
+from featcache.reports.shown import Bin, Cell, Confusion, Evidence, Learned, Scatter, Shown, Suspicion
+from featcache.reports.tables import groups_of_seeds
 from featcache.store.checksums import kept_note
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import Features
@@ -65,17 +66,18 @@ class HeadEvidence:
 
 def best_head(records: Sequence[RunRecord], cache: Path) -> tuple[HeadEvidence | None, list[str]]:
     """Return of a data set's heads the best on validation whose file is in the cache, and why better ones are not taken."""
-    heads = [record for record in records if record.kind == "fit"]
-    remarks: list[str] = []
-    for record in sorted(heads, key=lambda each: -each.val["accuracy"]):
+    groups, remarks = groups_of_seeds(records), list[str]()
+    best = best_probes(groups) or ()  # the page's answer speaks of it, so that it comes first
+    heads = [record for record in records if record.kind == "fit" and record not in best]
+    for record in (*best, *sorted(heads, key=lambda each: -each.val["accuracy"])):
         try:
-            return _opened(record, cache), remarks
+            return _open_head(record, cache), remarks
         except (FeatcacheError, ValueError, KeyError, TypeError) as error:
             remarks.append(f"{record.method}, seed {record.seed}: {error}")
     return None, remarks[:1]
 
 
-def _opened(record: RunRecord, cache: Path) -> HeadEvidence:
+def _open_head(record: RunRecord, cache: Path) -> HeadEvidence:
     """Return what a head's file says of the test images.
 
     Raises:
@@ -139,7 +141,7 @@ def gather(head: HeadEvidence, way: Way = "pca") -> Evidence:
         learned=tuple(_learned(head.store)),
         suspicions=tuple(_suspicions(head)),
         scatter=_scatter(head, way),
-        counts=_counts(head),
+        counts=_class_counts(head),
         left_out=tuple((bad.path, bad.reason) for bad in manifest.quarantined[:_LISTED]),
         left_out_total=len(manifest.quarantined),
     )
@@ -252,7 +254,7 @@ def _scatter(head: HeadEvidence, way: Way) -> Scatter | None:
     return Scatter(places, shown, tuple(classes), plane.how, len(rows))
 
 
-def _counts(head: HeadEvidence) -> Table:
+def _class_counts(head: HeadEvidence) -> Table:
     """Return how many images of each class are in each part, as given; those without one are drawn from."""
     features = head.features
     splits = np.array(list(features.splits), dtype=object)

@@ -21,8 +21,8 @@ from featcache.evaluation.projection import WAYS, Way
 from featcache.experiments.evidence import HeadEvidence, best_head, gather
 from featcache.fingerprint import sha256_of_bytes
 from featcache.reports import page, tables
-from featcache.reports.page import Evidence, Shown
 from featcache.reports.records import RunRecord, read_records
+from featcache.reports.shown import Evidence, Shown
 from featcache.specs import check_fields
 from featcache.store.atomic import make_folder, replace_file
 
@@ -211,7 +211,7 @@ def _tiled(evidence: dict[str, Evidence], looks: Mapping[str, _Look]) -> Sheet |
         texts = {path: glance.text for path, glance in glances.items()}
         evidence[name] = replace(
             with_tiles(evidence[name], places, texts),
-            facts=_facts(list(glances.values())),
+            facts=_size_facts(list(glances.values())),
             remarks=(*evidence[name].remarks, *_remarks(look, len(paths), len(glances))),
         )
     return sheet_of(tiles, _MOST_BYTES) if tiles else None
@@ -225,7 +225,7 @@ def _remarks(look: _Look, asked: int, seen: int) -> tuple[str, ...]:
     return ()
 
 
-def _facts(glances: Sequence[_Glance]) -> tuple[tuple[str, str], ...]:
+def _size_facts(glances: Sequence[_Glance]) -> tuple[tuple[str, str], ...]:
     """Return sizes in words: of the images that were read for the page alone, since reading all would take too long."""
     sizes = np.array([glance.size for glance in glances if all(glance.size)])
     facts = []
@@ -237,7 +237,7 @@ def _facts(glances: Sequence[_Glance]) -> tuple[tuple[str, str], ...]:
     if glances:
         median = float(np.median([glance.bytes for glance in glances]))
         facts.append(("bytes of a file", f"{median / 1000:.1f} kB (median)"))
-        facts.append(("sizes are of", f"{len(glances)} that were read for this page"))
+        facts.append(("these are of", f"the {len(glances)} images that were read for this page"))
     return tuple(facts)
 
 

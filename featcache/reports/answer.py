@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featcache.evaluation.metrics import Gap
-from featcache.reports.gap import steps_of
 from featcache.reports.records import RunRecord
-from featcache.reports.tables import gap_to_probe, groups_of_seeds, has_no_gain
+from featcache.reports.shown import steps_of
+from featcache.reports.tables import between_records, groups_of_seeds, has_no_gain
 from featcache.reports.wording import test_text
 
 Group = tuple[RunRecord, ...]
@@ -15,76 +15,77 @@ Group = tuple[RunRecord, ...]
 
 @dataclass(frozen=True)
 class Answer:
-    """What stands above everything else on a page: ``figure`` is the score of what validation chooses."""
+    """What stands above everything else on a page: the sentence, what it rests on, and the score of what it speaks for."""
 
     dataset: str
     figure: str
     about: str
     sentence: str
+    more: str = ""
 
 
 def answer_of(records: Sequence[RunRecord]) -> Answer:
     """Return the answer of one data set's records; what is compared is chosen on validation, never on test."""
     groups = [group for group in groups_of_seeds(records) if "accuracy" in group[0].test]
-    probes = [group for group in groups if group[0].kind == "fit"]
-    tuned = [group for group in groups if group[0].kind == "finetune"]
-    taken_apart = next((group[-1] for group in groups if group[0].kind == "gap"), None)
+    name = records[0].dataset
     if not groups:
-        return Answer(records[0].dataset, "", "", _of_another_kind(records))
-    probe = max(probes, key=_rank, default=None)
+        return Answer(name, "", "", _of_another_kind(records))
+    probe = best_probes(groups)
+    tuned = [group for group in groups if group[0].kind == "finetune"]
+    taken_apart = [steps_sentence(group[-1]) for group in groups if group[0].kind == "gap"]
     gaining = [group for group in tuned if not all(map(has_no_gain, group))]
-    best = max(gaining, key=_rank, default=None)
-    parts = [_probe_text(probe)] if probe else []
-    if best is not None:
-        parts.append(_tuned_text(best, records))
-    elif tuned:
-        parts.append(f"Fine-tuning ({_names(tuned)}) gained nothing on validation: the frozen features are enough here.")
-    elif taken_apart is None:
-        parts.append("Nothing was fine-tuned yet.")
-    if taken_apart is not None:
-        parts.append(steps_sentence(taken_apart))
-    shown = _chosen(probe, best, records) or groups[0]
-    return Answer(records[0].dataset, f"{_mean(shown):.1f} %", f"{_method(shown)}, test accuracy", " ".join(parts))
+    best = max(gaining, key=_group_rank, default=None)
+    if probe is None:
+        shown, sentence = groups[0], "No probe was fitted: there is nothing yet to compare fine-tuning with."
+    elif best is None:
+        shown, sentence = probe, _probe_alone(probe, tuned, taken_apart)
+    else:
+        verdict, sentence = _verdict(best, probe)
+        shown = best if verdict == "pays" else probe
+    basis = [_basis(group) for group in (probe, best) if group is not None]
+    about = f"{shown[0].short_method} on {shown[0].backbone}, test accuracy"
+    return Answer(name, f"{_mean(shown):.1f} %", about, sentence, " ".join([*basis, *taken_apart]))
 
 
-def _rank(group: Group) -> tuple[float, bool]:
+def best_probes(groups: Sequence[Group]) -> Group | None:
+    """Return the head, under its seeds, that is best on validation."""
+    return max((group for group in groups if group[0].kind == "fit"), key=_group_rank, default=None)
+
+
+def _group_rank(group: Group) -> tuple[float, bool]:
     # a tie goes to logistic, from which fine-tuning starts
     return (statistics.mean(record.val["accuracy"] for record in group), group[0].method == "logistic")
-
-
-def _chosen(probe: Group | None, best: Group | None, records: Sequence[RunRecord]) -> Group | None:
-    """Return what the figure is of: the tuned network where its gain is certain, else the probe, which costs less."""
-    if best is not None and (probe is None or _verdict(_gaps(best, records)) == "pays"):
-        return best
-    return probe
 
 
 def _mean(group: Group) -> float:
     return float(statistics.mean(100 * record.test["accuracy"] for record in group))
 
 
-def _method(group: Group) -> str:
-    return f"{group[0].short_method} on {group[0].backbone}"
-
-
-def _names(groups: Sequence[Group]) -> str:
-    return ", ".join(dict.fromkeys(group[0].short_method for group in groups))
-
-
-def _score(group: Group) -> str:
+def _score_text(group: Group) -> str:
     accuracies = [100 * record.test["accuracy"] for record in group]
     if len(set(accuracies)) == 1:
         return test_text(group[0])
     return f"{_mean(group):.1f} % ± {statistics.stdev(accuracies):.1f} ({len(group)} seeds)"
 
 
-def _probe_text(group: Group) -> str:
-    first = group[0]
-    cost = statistics.mean(sum(record.seconds.values()) for record in group)
-    return (
-        f"On frozen {first.backbone} features {first.method} is the best on validation and has {_score(group)} of "
-        f"{first.split['test']} test images right, in {seconds_text(cost)}."
-    )
+def _basis(group: Group) -> str:
+    """Return a method's score with what it is uncertain by, and its cost."""
+    name = f"{group[0].short_method} ({'frozen features' if group[0].kind == 'fit' else 'fine-tuned'})"
+    return f"{name}: {_score_text(group)} of {len(group[0].right)} test images right, after {seconds_text(_cost(group))}."
+
+
+def _cost(group: Group) -> float:
+    return float(statistics.mean(sum(record.seconds.values()) for record in group))
+
+
+def _probe_alone(probe: Group, tuned: Sequence[Group], taken_apart: Sequence[str]) -> str:
+    name = f"{probe[0].method} on frozen {probe[0].backbone} features"
+    if tuned:
+        names = ", ".join(dict.fromkeys(group[0].short_method for group in tuned))
+        return f"Stay with {name}: fine-tuning ({names}) gained nothing on validation."
+    if taken_apart:
+        return f"{name} is the best head on validation."
+    return f"{name} is the best head on validation; nothing was fine-tuned yet."
 
 
 def seconds_text(seconds: float) -> str:
@@ -94,35 +95,31 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _gaps(group: Group, records: Sequence[RunRecord]) -> list[Gap]:
-    return [gap for record in group if not has_no_gain(record) and (gap := gap_to_probe(record, records)) is not None]
-
-
-def _verdict(gaps: Sequence[Gap]) -> str:
-    """Return what intervals say: ``pays`` or ``costs`` where every seed's lies on that side of zero, else ``noise``."""
-    intervals = [gap.ci for gap in gaps]
-    sides = {(interval[0] > 0) - (interval[1] < 0) if interval else 0 for interval in intervals}
-    return "pays" if sides == {1} else "costs" if sides == {-1} else "noise"
-
-
-def _tuned_text(group: Group, records: Sequence[RunRecord]) -> str:
-    gaps, first = _gaps(group, records), group[0]
-    cost = statistics.mean(sum(record.seconds.values()) for record in group)
-    head = f"{first.short_method} has {_score(group)} in {seconds_text(cost)}"
+def _verdict(best: Group, probe: Group) -> tuple[str, str]:
+    """Return what the intervals say, and the sentence: it pays, or costs, where every seed's lies on that side of zero."""
+    gaps = [gap for record in best if (gap := _between(record, probe)) is not None]
+    name, price = best[0].short_method, f"{seconds_text(_cost(best))} instead of {seconds_text(_cost(probe))}"
     if not gaps:
-        return f"Fine-tuning: {head}; no probe was tested on the same images to compare it with."
-    change = f"{_change(gaps)} to the best probe"
-    return {
-        "pays": f"Fine-tuning pays: {head}, {change}.",
-        "costs": f"Fine-tuning is worse here: {head}, {change}.",
-        "noise": f"Fine-tuning is not shown to pay: {head}, {change}, inside the noise of {len(first.right)} test images.",
-    }[_verdict(gaps)]
+        return "noise", f"{name} and {probe[0].method} were not tested on the same images: they cannot be compared."
+    sides = {(gap.ci[0] > 0) - (gap.ci[1] < 0) if gap.ci else 0 for gap in gaps}
+    change = f"{_change(gaps)} to {probe[0].method}, for {price}"
+    if sides == {1}:
+        return "pays", f"Fine-tuning pays: {name} brings {change}."
+    if sides == {-1}:
+        return "costs", f"Fine-tuning is worse here: {name} comes to {change}."
+    return "noise", f"Fine-tuning is not shown to pay: {name} comes to {change}, inside the noise of so few test images."
+
+
+def _between(record: RunRecord, probe: Group) -> Gap | None:
+    """Return how much better a record is than the probe of its seed, ``None`` where they were tested on other images."""
+    rivals = [rival for rival in probe if (rival.seed, rival.test_items) == (record.seed, record.test_items)]
+    return between_records(record, rivals[0]) if rivals else None
 
 
 def _change(gaps: Sequence[Gap]) -> str:
     points = [gap.points for gap in gaps]
     if len(gaps) > 1:
-        return f"{statistics.mean(points):+.1f} ± {statistics.stdev(points):.1f} points over {len(gaps)} seeds"
+        return f"{statistics.mean(points):+.1f} ± {statistics.stdev(points):.1f} points ({len(gaps)} seeds)"
     spread = f"95 % interval {gaps[0].ci[0]:+.1f} to {gaps[0].ci[1]:+.1f}, " if gaps[0].ci else "too few groups, "
     return f"{points[0]:+.1f} points ({spread}p = {gaps[0].p_value:.2g})"
 

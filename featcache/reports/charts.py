@@ -3,18 +3,17 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from featcache.reports.gap import depth_of, steps_of
 from featcache.reports.records import RunRecord
-from featcache.reports.svg import Bar, Chart, Point, Series, cost_chart, line_chart, waterfall
+from featcache.reports.shown import Bin, Learned, depth_of, steps_of
+from featcache.reports.svg import Bar, Chart, Mark, Series, cost_chart, line_chart, waterfall
 from featcache.reports.tables import has_no_gain
 
 _COLOUR_OF = {"": 9, "pooling": 0, "other layers": 1, "attention": 2, "weights": 3}
-_MOST_LINES = 4  # of one chart: more cannot be told apart
+_MOST_LINES, _MOST_TRAINED = 6, 3  # of one chart: more cannot be told apart
 
 
 def gap_chart(record: RunRecord, key: str) -> Markup | None:
@@ -43,16 +42,16 @@ def costs(groups: Sequence[Sequence[RunRecord]], key: str) -> Markup | None:
     return cost_chart(chart, points)
 
 
-def _cost_point(group: Sequence[RunRecord]) -> Point:
+def _cost_point(group: Sequence[RunRecord]) -> Mark:
     seconds = statistics.mean(sum(record.seconds.values()) for record in group)
     accuracy = statistics.mean(100 * record.test["accuracy"] for record in group)
-    low, high = _spread(group)
+    low, high = _mean_interval(group)
     first = group[0]
     title = f"{first.short_method} on {first.backbone}: {accuracy:.1f} % in {seconds:.0f} s"
-    return Point(max(seconds, 1e-2), accuracy, low, high, first.short_method, title, 3 if first.kind == "finetune" else 0)
+    return Mark(max(seconds, 1e-2), accuracy, low, high, first.short_method, title, 3 if first.kind == "finetune" else 0)
 
 
-def _spread(group: Sequence[RunRecord]) -> tuple[float | None, float | None]:
+def _mean_interval(group: Sequence[RunRecord]) -> tuple[float | None, float | None]:
     """Return the mean of seeds' intervals: what one run is uncertain by, which seeds make no smaller."""
     intervals = [record.test["accuracy_ci"] for record in group if record.test.get("accuracy_ci")]
     if not intervals:
@@ -81,23 +80,23 @@ def depths_chart(groups: Sequence[Sequence[RunRecord]], key: str) -> Markup | No
     return line_chart(chart, series, percent=True)
 
 
-def _depth_points(swept: Sequence[Sequence[RunRecord]], place: dict[str, float], colour: int) -> tuple[Point, ...]:
+def _depth_points(swept: Sequence[Sequence[RunRecord]], place: dict[str, float], colour: int) -> tuple[Mark, ...]:
     points = []
     for group in sorted(swept, key=lambda each: depth_of(each[0].short_method)):
         accuracy = statistics.mean(100 * record.test["accuracy"] for record in group)
         name = group[0].short_method
-        points.append(Point(place[name], accuracy, *_spread(group), title=f"{name} {accuracy:.1f} %", colour=colour))
+        points.append(Mark(place[name], accuracy, *_mean_interval(group), title=f"{name} {accuracy:.1f} %", colour=colour))
     probe = swept[0][0].probe
     if probe is not None and isinstance(probe.get("test"), dict) and isinstance(probe["test"].get("accuracy"), float):
         accuracy = 100 * probe["test"]["accuracy"]
-        points.insert(0, Point(0.0, accuracy, title=f"probe ({probe.get('head')}) {accuracy:.1f} %", colour=colour))
+        points.insert(0, Mark(0.0, accuracy, title=f"probe ({probe.get('head')}) {accuracy:.1f} %", colour=colour))
     return tuple(points)
 
 
 def epochs_chart(records: Sequence[RunRecord], key: str) -> Markup | None:
     """Return accuracy over the epochs of fine-tuning: training dashed, validation with the epoch that was kept ringed."""
     series: list[Series] = []
-    for colour, record in enumerate(records[:_MOST_LINES]):
+    for colour, record in enumerate(records[:_MOST_TRAINED]):
         validation, training = _epochs(record, 3), _epochs(record, 1)
         if len(validation) < 2:
             continue
@@ -122,46 +121,32 @@ def _epochs(record: RunRecord, column: int) -> list[tuple[int, float]]:
     return [(epoch, 100.0 * cell) for epoch, cell in cells if isinstance(cell, int | float) and math.isfinite(cell)]
 
 
-def _at_epochs(values: Sequence[tuple[int, float]], colour: int, name: str) -> tuple[Point, ...]:
-    return tuple(Point(float(epoch), y, title=f"{name}, epoch {epoch}: {y:.1f} %", colour=colour) for epoch, y in values)
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Test images whose confidence lies in one range: how many, their mean confidence and accuracy, in percent."""
-
-    count: int
-    confidence: float
-    accuracy: float
+def _at_epochs(values: Sequence[tuple[int, float]], colour: int, name: str) -> tuple[Mark, ...]:
+    return tuple(Mark(float(epoch), y, title=f"{name}, epoch {epoch}: {y:.1f} %", colour=colour) for epoch, y in values)
 
 
 def reliability_chart(bins: Sequence[Bin], name: str, key: str) -> Markup:
     """Return accuracy by confidence; on the diagonal a head is as often right as it says."""
+    total = sum(each.count for each in bins)
     points = tuple(
-        Point(
-            each.confidence, each.accuracy, title=f"{each.count} images: says {each.confidence:.0f} %, {each.accuracy:.0f} %"
+        Mark(
+            each.confidence,
+            each.accuracy,
+            title=f"{each.count} images: {each.confidence:.0f} % sure, {each.accuracy:.0f} % right",
+            radius=2 + 7 * math.sqrt(each.count / total),
         )
         for each in bins
     )
-    about = f"{name}: {'; '.join(point.title for point in points)} are right"
-    chart = Chart(key, "Reliability", about, "confidence, %", "test accuracy, %")
+    about = f"{name}: {'; '.join(point.title for point in points)}"
+    chart = Chart(key, "Reliability", about, "how sure, %", "right, %")
     return line_chart(chart, [Series("", points)], percent=True, diagonal=True)
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A head's test score on so many training images: mean and standard deviation over draws, in percent."""
-
-    images: int
-    mean: float
-    std: float
 
 
 def learning_chart(points: Sequence[Learned], name: str, key: str) -> Markup:
     """Return test accuracy by the number of training images, on a log scale."""
     drawn = tuple(
-        Point(
-            math.log10(each.images),
+        Mark(
+            float(each.images),
             each.mean,
             each.mean - each.std,
             each.mean + each.std,
@@ -171,9 +156,9 @@ def learning_chart(points: Sequence[Learned], name: str, key: str) -> Markup:
     )
     about = f"{name}: {'; '.join(point.title for point in drawn)}"
     chart = Chart(
-        key, "Accuracy by training images", about, "training images (bars: ± 1 standard deviation of draws)", "test, %"
+        key, "Accuracy by training images", about, "training images (log scale; bars: ± 1 std of draws)", "test accuracy, %"
     )
-    return line_chart(chart, [Series("", drawn)], percent=True)
+    return line_chart(chart, [Series("", drawn)], percent=True, is_log=True)
 
 
 def tuned_records(groups: Sequence[Sequence[RunRecord]]) -> list[RunRecord]:

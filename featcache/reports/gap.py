@@ -1,14 +1,10 @@
 """The way from a linear probe to the whole network tuned, as a table, a sentence and a waterfall."""
 
-import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.display import Table
-from featcache.reports.records import RunRecord
 from featcache.reports.tables import new_figure, require_picture, save_figure
 from featcache.reports.wording import interval_text
 
@@ -18,8 +14,6 @@ if TYPE_CHECKING:
 NOT_KEPT = "not better on validation"
 _FOOT = 5  # points below and above all steps: a whole axis would hide what they add
 _COLOURS = {"": "0.45", "pooling": "C0", "other layers": "C1", "attention": "C2", "weights": "C3"}
-
-_ORDER = {"linear": 0, "pooling": 1, "layers": 2, "attentive": 3}
 
 
 def gap_table(result: "GapResult", price: float | None = None) -> Table:
@@ -133,40 +127,3 @@ def _draw_step(axes: Any, place: int, step: "GapStep", level: float) -> None:
     text = f"{accuracy:.1f}" if between is None else f"{between.points:+.1f}"
     where = (place, max(level, accuracy))
     axes.annotate(text, where, xytext=(8, 3), textcoords="offset points", ha="left", fontsize="small")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a gap, as its record has it; accuracy in percent."""
-
-    name: str
-    changes: str
-    accuracy: float
-    is_kept: bool
-    images: int
-
-
-def steps_of(record: RunRecord) -> list[Step]:
-    """Return the steps of a gap in the order in which they were taken; none where the record's are not as they are written.
-
-    A record's JSON has its keys sorted, so that the order is made again: heads first, then weights by their depth.
-    """
-    told = record.params.get("steps")
-    if record.kind != "gap" or not isinstance(told, dict):
-        return []
-    try:
-        steps = [
-            Step(str(name), str(step["changes"]), 100 * float(step["test"]), bool(step["kept"]), int(step["images"]))
-            for name, step in told.items()
-        ]
-    except (KeyError, TypeError, ValueError):
-        return []
-    return sorted(steps, key=lambda step: (_ORDER.get(step.name, 4), depth_of(step.name)))
-
-
-def depth_of(name: str) -> float:
-    """Return how deep an unfreezing by stages goes, NaN of any other."""
-    if name.partition(":")[0] == "all":
-        return math.inf
-    match = re.fullmatch(r"last:(\d{1,4})", name)
-    return float(match[1]) if match else math.nan

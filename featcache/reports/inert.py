@@ -60,8 +60,8 @@ def tag(name: str, *content: str, **attributes: object) -> Markup:
     """
     told = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     inside = "".join(f' {key}="{escape(_attribute(value))}"' for key, value in told.items())
-    inner = Markup("").join(map(html_text, content))
-    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup(inside), inner)  # noqa: S704 - each attribute was escaped
+    # not by Markup's own format, which takes half of a page's time: attributes and texts are escaped here
+    return Markup(f"<{name}{inside}>{''.join(map(html_text, content))}</{name}>")  # noqa: S704
 
 
 def html_text(text: object) -> Markup:

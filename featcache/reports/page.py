@@ -10,94 +10,15 @@ from typing import Any
 from markupsafe import Markup
 
 from featcache.datasets.thumbnails import TILE, Sheet
-from featcache.display import Table, printable
+from featcache.display import printable
 from featcache.reports import charts
 from featcache.reports.answer import Answer, answer_of
 from featcache.reports.records import RunRecord
+from featcache.reports.shown import Evidence, Scatter
 from featcache.reports.svg import COLOURS, Chart, Dot, map_chart
 from featcache.reports.tables import NAMES, groups_of_seeds, short_table
 
 Command = Callable[[RunRecord], str]
-_SMALL = 52  # CSS pixels a side of thumbnails behind a cell
-_MOST_CLASSES = 20  # of a confusion matrix that a screen has room for
-
-
-@dataclass(frozen=True)
-class Shown:
-    """An image as a page shows it; ``tile`` is its place in the sheet of thumbnails, ``text`` what it is, if a text."""
-
-    path: str
-    label: str
-    predicted: str = ""
-    confidence: float | None = None
-    tile: int | None = None
-    text: str = ""
-    note: str = ""
-
-    @property
-    def caption(self) -> str:
-        """What is said of it, in words."""
-        sure = "" if self.confidence is None else f", {100 * self.confidence:.0f} % sure"
-        taken = f": {self.label}, taken for {self.predicted}{sure}" if self.predicted else f": {self.label}"
-        return f"{self.path}{taken}{f'; {self.note}' if self.note else ''}"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Test images of one class that a head takes for one class: how many, and some of them."""
-
-    label: str
-    predicted: str
-    count: int
-    shown: tuple[Shown, ...]
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """A head on the test images: ``cells`` by true class (rows) and predicted class (columns); ``None``: no image."""
-
-    cells: tuple[tuple[Cell | None, ...], ...]
-    classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """Images on a plane (n, 2), and how they got there; ``total`` are all that there are."""
-
-    places: tuple[tuple[float, float], ...]
-    shown: tuple[Shown, ...]
-    classes: tuple[str, ...]
-    how: str
-    total: int
-
-
-@dataclass(frozen=True)
-class Suspicion:
-    """Suspects of one kind of an audit: how many, and some of them."""
-
-    kind: str
-    count: int
-    shown: tuple[Shown, ...]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What lies behind a data set's records; what could not be read is empty, and ``remarks`` say why."""
-
-    head: str = ""
-    confusion: Confusion | None = None
-    per_class: Table | None = None
-    mistakes: tuple[Shown, ...] = ()
-    mistakes_total: int = 0
-    bins: tuple[charts.Bin, ...] = ()
-    learned: tuple[tuple[str, tuple[charts.Learned, ...]], ...] = ()
-    suspicions: tuple[Suspicion, ...] = ()
-    scatter: Scatter | None = None
-    counts: Table | None = None
-    facts: tuple[tuple[str, str], ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()
-    left_out_total: int = 0
-    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,28 +50,24 @@ def render(
         sheet: the thumbnails that ``Shown.tile`` means, ``None`` for a page without images.
         commands: tells how a record is made again.
     """
-    from jinja2 import Environment, StrictUndefined  # 0.15 s that nothing else pays
-
     assets = resources.files("featcache") / "assets"
     template, style, script = ((assets / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     style += _tile_rules(sheet)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_finalized, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals["tiles"] = sheet is not None
     datasets = list(dict.fromkeys(record.dataset for record in records))
     sections = [
         _section(f"d{number}", [record for record in records if record.dataset == name], evidence.get(name, Evidence()))
         for number, name in enumerate(datasets)
     ]
-    return environment.from_string(template).render(
+    return _filled(
+        template,
         style=Markup(style),  # noqa: S704 - of the package, and numbers
         script=Markup(script),  # noqa: S704 - of the package
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=_policy_hash(style),
+        script_hash=_policy_hash(script),
         sections=sections,
         table=short_table([record for record in records if "accuracy" in record.test]),
         texts=NAMES,
+        tiles=sheet is not None,
         environments=_environments(records),
         runs=_runs(records, commands),
         title=f"featcache: {', '.join(datasets)}",
@@ -158,12 +75,23 @@ def render(
     )
 
 
+def _filled(template: str, **values: object) -> str:
+    """Return a template with its values: every text is spelt out where it cannot be seen, and escaped."""
+    from jinja2 import Environment, StrictUndefined  # 0.15 s that nothing else pays
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_finalized, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["tiles"] = values["tiles"]  # macros see no other values
+    return environment.from_string(template).render(**values)
+
+
 def _finalized(value: Any) -> Any:
     """Return what a template prints; jinja escapes it after this."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
 
 
-def _hash(text: str) -> str:
+def _policy_hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
@@ -212,13 +140,13 @@ _COST = "Bars are 95 % intervals, of several seeds their mean; the dotted line i
 _GAP = "Each step from what was kept before it; crosses were not better on validation and are not kept."
 _DEPTH = "From the last stage to the whole backbone, each with its 95 % interval."
 _EPOCHS = "Validation chooses the epoch; where none is better than the start, the start is kept."
-_BINS = "On the dotted line a head is as often right as it says; above it, it is too modest; below, too sure."
+_BINS = "Larger dots are of more test images. Where a head is as often right as it says they lie on the dotted line."
 
 
 def _map(key: str, scatter: Scatter | None) -> Markup | None:
     if scatter is None:
         return None
-    number = _numbers(scatter)
+    number = _class_colours(scatter)
     dots = [
         Dot(x, y, number[shown.label], shown.caption, shown.tile, is_wrong=shown.predicted not in {"", shown.label})
         for (x, y), shown in zip(scatter.places, scatter.shown, strict=True)
@@ -227,7 +155,7 @@ def _map(key: str, scatter: Scatter | None) -> Markup | None:
     return map_chart(Chart(f"{key}-map", "Map of the embeddings", about, "", ""), dots)
 
 
-def _numbers(scatter: Scatter) -> dict[str, int]:
+def _class_colours(scatter: Scatter) -> dict[str, int]:
     """Return each class's colour; beyond those that can be told apart, all share the last."""
     return {name: min(place, COLOURS - 1) for place, name in enumerate(scatter.classes)}
 

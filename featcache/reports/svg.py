@@ -8,9 +8,9 @@ from markupsafe import Markup
 
 from featcache.reports.inert import tag
 
-WIDTH, HEIGHT = 460, 300  # in units of the drawing, about a phone's width: letters stay legible where it is not scaled up
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 44
-_LETTER = 6.1  # the mean width of a letter of 11 units, for labels to make room for each other
+WIDTH, HEIGHT = 420, 290  # in units of the drawing, about a phone's width: letters stay legible where it is not scaled up
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 26, 46
+_LETTER = 6.7  # the mean width of a letter of 12 units, for labels to make room for each other
 _LINE = 14
 COLOURS = 10
 
@@ -45,7 +45,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Point:
+class Mark:
     """A value of a chart; ``low`` and ``high`` are its interval, ``label`` stands beside it, ``title`` is read of it."""
 
     x: float
@@ -55,6 +55,7 @@ class Point:
     label: str = ""
     title: str = ""
     colour: int = 0
+    radius: float = 4.5
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Series:
     """Points that a line joins; ``ringed`` is the one that was kept."""
 
     name: str
-    points: tuple[Point, ...]
+    points: tuple[Mark, ...]
     colour: int = 0
     is_dashed: bool = False
     ringed: int | None = None
@@ -101,8 +102,9 @@ class Chart:
             *(tag("path", d=f"M{_LEFT} {y(value):.1f}H{WIDTH - _RIGHT}", class_="grid") for value in y.ticks()),
             *(tag("text", f"{value:g}", x=_LEFT - 6, y=y(value) + 4, class_="tick end") for value in y.ticks()),
             *(_x_tick(x(value), name, slanted=len(self.x_names) > 6) for value, name in across),
+            tag("path", d=f"M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}", class_="base"),
             tag("text", self.x_label, x=(_LEFT + WIDTH - _RIGHT) / 2, y=float(HEIGHT - 4), class_="axis middle"),
-            tag("text", self.y_label, x=4.0, y=10.0, class_="axis"),
+            tag("text", self.y_label, x=2.0, y=12.0, class_="axis"),
         ]
 
 
@@ -131,11 +133,11 @@ def _upward(values: Sequence[float], *, percent: bool) -> Axis:
     return Axis(max(axis.low, 0.0), min(axis.high, 100.0), axis.start, axis.end) if percent else axis
 
 
-def _ends(points: Sequence[Point]) -> list[float]:
+def _ends(points: Sequence[Mark]) -> list[float]:
     return [value for point in points for value in (point.y, point.low, point.high) if value is not None]
 
 
-def cost_chart(chart: Chart, points: Sequence[Point]) -> Markup:
+def cost_chart(chart: Chart, points: Sequence[Mark]) -> Markup:
     """Return accuracy (in percent) against seconds, with intervals, and the front of what nothing cheaper is better than."""
     x, y = _across([point.x for point in points], is_log=True), _upward(_ends(points), percent=True)
     front = pareto(points)
@@ -144,24 +146,24 @@ def cost_chart(chart: Chart, points: Sequence[Point]) -> Markup:
         for place, point in enumerate(front)
     )
     boxes = [(x(point.x) - 5, y(point.y) - 5, x(point.x) + 5, y(point.y) + 5) for point in points]
-    labels = [_label(point.label, x(point.x), y(point.y), boxes, is_good=point in front) for point in points]
+    labels = [_placed_label(point.label, x(point.x), y(point.y), boxes, is_good=point in front) for point in points]
     return chart.drawn(
         x, y, tag("path", d=f"{steps}H{x.end:.1f}", class_="front"), *(_dot(point, x, y) for point in points), *labels
     )
 
 
-def pareto(points: Sequence[Point]) -> list[Point]:
+def pareto(points: Sequence[Mark]) -> list[Mark]:
     """Return the points than which no cheaper one is as good, the cheapest first."""
-    front: list[Point] = []
+    front: list[Mark] = []
     for point in sorted(points, key=lambda each: (each.x, -each.y)):
         if not front or point.y > front[-1].y:
             front.append(point)
     return front
 
 
-def _dot(point: Point, x: Axis, y: Axis) -> Markup:
+def _dot(point: Mark, x: Axis, y: Axis) -> Markup:
     across, up = x(point.x), y(point.y)
-    parts = [tag("circle", cx=across, cy=up, r=4.5, class_=f"f{point.colour % COLOURS}")]
+    parts = [tag("circle", cx=across, cy=up, r=point.radius, class_=f"f{point.colour % COLOURS}")]
     if point.low is not None and point.high is not None:
         ends = (max(min(y(end), y.start), y.end) for end in (point.low, point.high))
         low, high = ends
@@ -173,7 +175,7 @@ def _dot(point: Point, x: Axis, y: Axis) -> Markup:
 Box = tuple[float, float, float, float]
 
 
-def _label(text: str, across: float, up: float, boxes: list[Box], *, is_good: bool) -> Markup:
+def _placed_label(text: str, across: float, up: float, boxes: list[Box], *, is_good: bool) -> Markup:
     """Return a label where it covers neither a point nor another label; else nothing, its point has a title."""
     text = text if len(text) <= 28 else f"{text[:27]}…"
     wide = _LETTER * len(text)
@@ -182,12 +184,12 @@ def _label(text: str, across: float, up: float, boxes: list[Box], *, is_good: bo
     places += [(across + 8, up + shift) for shift in (-9, 17, -23, 31)] + [
         (across - 8 - wide, up + shift) for shift in (-9, 17)
     ]
-    for left, base in places:
-        box = (left, base - 10, left + wide, base + 3)
-        inside = left >= _LEFT and left + wide <= WIDTH - 2 and base >= _TOP and base <= HEIGHT - _BOTTOM
+    for start, base in places:
+        box = (start, base - 10, start + wide, base + 3)
+        inside = start >= _LEFT and start + wide <= WIDTH - 2 and base >= _TOP and base <= HEIGHT - _BOTTOM
         if inside and not any(_overlap(box, taken) for taken in boxes):
             boxes.append(box)
-            return tag("text", text, x=left, y=base, class_="name strong" if is_good else "name")
+            return tag("text", text, x=start, y=base, class_="name strong" if is_good else "name")
     return Markup("")
 
 
@@ -195,20 +197,22 @@ def _overlap(box: Box, taken: Box) -> bool:
     return box[0] < taken[2] and taken[0] < box[2] and box[1] < taken[3] and taken[1] < box[3]
 
 
-def line_chart(chart: Chart, series: Sequence[Series], *, percent: bool, diagonal: bool = False) -> Markup:
+def line_chart(
+    chart: Chart, series: Sequence[Series], *, percent: bool, diagonal: bool = False, is_log: bool = False
+) -> Markup:
     """Return lines with intervals; ``diagonal`` draws where both axes are equal, from 0 to 100."""
     points = [point for each in series for point in each.points]
     square = [0.0, 100.0] if diagonal else []
-    x = _across([*(point.x for point in points), *square, *map(float, range(len(chart.x_names)))])
+    x = _across([*(point.x for point in points), *square, *map(float, range(len(chart.x_names)))], is_log=is_log)
     y = Axis(0, 100, HEIGHT - _BOTTOM, _TOP) if diagonal else _upward(_ends(points), percent=percent)
     content = [tag("path", d=f"M{x(0):.1f} {y(0):.1f}L{x(100):.1f} {y(100):.1f}", class_="front")] if diagonal else []
     for each in series:
-        content += _line(each, x, y)
+        content += _line_marks(each, x, y)
     named = [each for each in series if each.name]
     return chart.drawn(x, y, *content, *_legend(named if len(named) > 1 else []))
 
 
-def _line(series: Series, x: Axis, y: Axis) -> list[Markup]:
+def _line_marks(series: Series, x: Axis, y: Axis) -> list[Markup]:
     path = "".join(f"{'L' if place else 'M'}{x(point.x):.1f} {y(point.y):.1f}" for place, point in enumerate(series.points))
     style = f"s{series.colour % COLOURS} line{' dashed' if series.is_dashed else ''}"
     rings = [
@@ -223,13 +227,13 @@ def _legend(series: Sequence[Series]) -> list[Markup]:
     """Return the names of lines, in the lower right, where curves that rise leave room."""
     rows = []
     wide = max((_LETTER * len(each.name) for each in series), default=0.0)
-    left = WIDTH - _RIGHT - wide - 34
+    start = WIDTH - _RIGHT - wide - 34
     for place, each in enumerate(series):
         y = HEIGHT - _BOTTOM - 8 - _LINE * (len(series) - 1 - place)
         style = f"s{each.colour % COLOURS} line{' dashed' if each.is_dashed else ''}"
         rows += [
-            tag("path", d=f"M{left:.1f} {y - 4}h22", class_=style),
-            tag("text", each.name, x=left + 28, y=float(y), class_="name"),
+            tag("path", d=f"M{start:.1f} {y - 4}h22", class_=style),
+            tag("text", each.name, x=start + 28, y=float(y), class_="name"),
         ]
     return rows
 

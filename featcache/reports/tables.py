@@ -156,7 +156,7 @@ def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, s
     idle = [record for record in group.records if has_no_gain(record)]
     if len(idle) == len(group.records):
         return (NO_GAIN, "-", "-")
-    compared = [between for record in group.records if (between := gap_to_probe(record, records)) is not None]
+    compared = [between for record in group.records if (between := _gap(record, records)) is not None]
     if not compared:
         return ("-", "-", "-")
     if len(group.records) == 1:
@@ -175,7 +175,7 @@ def has_no_gain(record: RunRecord) -> bool:
     return record.kind == "finetune" and record.params.get("best_epoch") == 0
 
 
-def gap_to_probe(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
+def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
     """Return a record's gap to the best probe; where no epoch gained, the probe is kept, and the gap is none."""
     compared = record.probe or {}
     if has_no_gain(record) and compared.get("start", "logistic") == "logistic":
