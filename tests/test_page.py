@@ -356,7 +356,7 @@ def test_colours_can_be_told_apart() -> None:
 
 def test_the_command_of_a_record_makes_it_again(run: Run, tmp_path: Path) -> None:
     """What the page says was typed leads to the same experiment, whatever was asked for."""
-    images = draw_subtle(tmp_path / "subtle")
+    images = draw_subtle(tmp_path / "subtle", per_class=10)
     usual = [str(word) for word in (images, *TINY[:-2])]
     asked = [
         ("fit", *usual, "--head", "logistic", "--grid", "C=0.1,1", "--seed", "3", "--folds", "3", "--no-baselines"),

@@ -139,6 +139,8 @@ def _head_words(record: "RunRecord") -> Iterator[str]:
         yield from ("--views", more[-2])
     if record.kind != "fit":
         yield from ("--target", record.kind.removeprefix("fit-"))
+    if record.request.get("columns"):
+        yield from ("--with", ",".join(map(str, record.request["columns"])))
     if record.request.get("folds") is not None:
         yield from ("--folds", str(record.request["folds"]))
     for name, values in record.request.get("grid") or []:
