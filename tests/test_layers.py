@@ -43,7 +43,7 @@ HOMES = {
     "peft": {"finetuning.unfreezing"},
     "matplotlib": {"reports.tables"},
     "cleanlab": {"evaluation.suspects"},
-    "openTSNE": {"evaluation.projection"},
+    "openTSNE": {"experiments.evidence"},
     "jinja2": {"reports.page"},
     "torchvision": {"datasets.hubs"},
     "transformers": {"backbones.text"},

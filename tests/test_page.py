@@ -21,12 +21,11 @@ from support import TINY, Outcome, draw_subtle
 import featcache
 from featcache.cli.report import command_of
 from featcache.datasets.thumbnails import TILE, sheet_of
-from featcache.evaluation.projection import projected
-from featcache.experiments.evidence import best_head, reliability
+from featcache.experiments.evidence import best_head, projected, reliability
 from featcache.reports.inert import csv_cell, latex_cell, markdown_cell
 from featcache.reports.page import render
 from featcache.reports.records import RunRecord, read_records
-from featcache.reports.shown import Cell, Confusion, Evidence, Scatter, Shown, Suspicion
+from featcache.reports.shown import Cell, Confusion, DatasetEvidence, Scatter, Shown, Suspicion
 from featcache.reports.svg import Mark, pareto
 from featcache.reports.tables import rows, short_table, to_csv
 
@@ -211,7 +210,7 @@ def test_hostile_names_are_inert_on_a_page(name: str, fitted: tuple[Path, Path, 
     def drawn(record: RunRecord, name: str) -> Page:
         shown = Shown(name, name, f"{name}2", 0.5, None, name, name)
         cell = Cell(name, f"{name}2", 1, (shown,))
-        evidence = Evidence(
+        evidence = DatasetEvidence(
             head=name,
             confusion=Confusion(((cell, None), (None, cell)), (name, f"{name}2")),
             mistakes=(shown,),

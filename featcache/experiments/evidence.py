@@ -5,27 +5,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets import open_dataset
 from featcache.display import Table
-from featcache.errors import FeatcacheError, StorageError
+from featcache.errors import FeatcacheError, SetupError, StorageError
 from featcache.evaluation.metrics import ECE_BINS, TestResult, confusion, per_class
-from featcache.evaluation.projection import Way, projected
 from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.heads import bundle
 from featcache.reports.answer import best_probes
 from featcache.reports.records import RunRecord
-from featcache.reports.shown import Bin, Cell, Confusion, Evidence, Learned, Scatter, Shown, Suspicion
+from featcache.reports.shown import Bin, Cell, Confusion, DatasetEvidence, Learned, Scatter, Shown, Suspicion
 from featcache.reports.tables import groups_of_seeds
 from featcache.store.checksums import kept_note
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import Features
 
+Way = Literal["pca", "tsne"]
+WAYS: tuple[Way, ...] = ("pca", "tsne")
 MISTAKES, IN_A_CELL, ON_THE_DIAGONAL, OF_A_KIND, ON_A_MAP = 24, 8, 3, 8, 1200
 _LISTED = 20  # images that were left out, by name
 _MOST_CLASSES = 20  # whose confusions fit a page as a matrix
@@ -121,7 +122,7 @@ def _test_images(record: RunRecord, features: Features, card: dict[str, Any]) ->
     return split.test
 
 
-def gather(head: HeadEvidence, way: Way = "pca") -> Evidence:
+def gather(head: HeadEvidence, way: Way = "pca") -> DatasetEvidence:
     """Return what a page shows of a data set, images by their paths alone.
 
     Args:
@@ -131,7 +132,7 @@ def gather(head: HeadEvidence, way: Way = "pca") -> Evidence:
     right = head.tested.right
     wrong = [number for number in head.order.tolist() if not right[number]]
     manifest = head.store.manifest
-    return Evidence(
+    return DatasetEvidence(
         head=f"{head.record.method} on {head.record.backbone}, seed {head.record.seed}",
         confusion=_confusion(head),
         per_class=_per_class(head),
@@ -262,3 +263,50 @@ def _class_counts(head: HeadEvidence) -> Table:
     counts = [np.bincount(features.y[splits == name], minlength=len(features.classes)) for name in names]
     rows = [(label, *(str(count[number]) for count in counts)) for number, label in enumerate(features.classes)]
     return Table(("class", *(name or "no split given" for name in names)), rows)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Places (n, 2) float64, and how they were found, in words."""
+
+    xy: NDArray[np.float64]
+    how: str
+
+
+def projected(X: NDArray[Any], way: Way = "pca", seed: int = 0) -> Plane:
+    """Return embeddings X (n, d) on a plane.
+
+    ``pca`` takes the two directions of the greatest variance (Pearson 1901); ``tsne`` keeps neighbours together and says
+    nothing of distances (van der Maaten and Hinton 2008; the package openTSNE, Policar et al. 2024).
+
+    There are at least three rows and three columns.
+
+    Raises:
+        SetupError: openTSNE is asked for and not installed.
+    """
+    centred = np.asarray(X, np.float64) - X.mean(axis=0, dtype=np.float64)
+    if way == "tsne":
+        return _by_neighbours(centred, seed)
+    from scipy.sparse.linalg import eigsh
+
+    # the smaller of both products, of which two eigenvectors are wanted: all of them would take seconds
+    is_wide = centred.shape[1] > centred.shape[0]
+    product = centred @ centred.T if is_wide else centred.T @ centred
+    values, vectors = eigsh(product, k=2, v0=np.linspace(1, 2, len(product)))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    xy = vectors * np.sqrt(np.maximum(values, 0)) if is_wide else centred @ vectors
+    # a direction has no sign of its own: the same rows always give the same picture
+    xy = xy * np.where(xy[np.abs(xy).argmax(axis=0), np.arange(xy.shape[1])] < 0, -1, 1)
+    total = float((centred**2).sum())
+    share = 100 * float(np.maximum(values, 0).sum()) / total if total else 0.0
+    return Plane(xy, f"the two principal components, which hold {share:.0f} % of the variance")
+
+
+def _by_neighbours(centred: NDArray[np.float64], seed: int) -> Plane:
+    try:
+        from openTSNE import TSNE
+    except ImportError:
+        raise SetupError("a t-SNE map needs openTSNE: `pip install 'featcache[map]'`.") from None
+    perplexity = max(2.0, min(30.0, (len(centred) - 1) / 3))
+    xy = np.asarray(TSNE(perplexity=perplexity, random_state=seed, metric="cosine", n_jobs=-1).fit(centred), np.float64)
+    return Plane(xy, f"t-SNE of perplexity {perplexity:g}: neighbours are alike, distances between groups say nothing")

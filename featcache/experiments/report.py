@@ -17,12 +17,11 @@ from featcache.datasets.images import UnreadableImage, size_of
 from featcache.datasets.thumbnails import Sheet, sheet_of, thumbnail
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, FeatcacheError, UsageError
-from featcache.evaluation.projection import WAYS, Way
-from featcache.experiments.evidence import HeadEvidence, best_head, gather
+from featcache.experiments.evidence import WAYS, HeadEvidence, Way, best_head, gather
 from featcache.fingerprint import sha256_of_bytes
 from featcache.reports import page, tables
 from featcache.reports.records import RunRecord, read_records
-from featcache.reports.shown import Evidence, Shown
+from featcache.reports.shown import DatasetEvidence, Shown
 from featcache.specs import check_fields
 from featcache.store.atomic import make_folder, replace_file
 
@@ -126,13 +125,13 @@ def _scored(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 def page_of(records: Sequence[RunRecord], plan: PagePlan, cache: Path) -> str:
     """Return the page of some records."""
-    evidence: dict[str, Evidence] = {}
+    evidence: dict[str, DatasetEvidence] = {}
     looks: dict[str, _Look] = {}
     heads: dict[str, HeadEvidence] = {}
     for name in dict.fromkeys(record.dataset for record in records):
         head, remarks = best_head([record for record in records if record.dataset == name], cache)
         if head is None:
-            evidence[name] = Evidence(
+            evidence[name] = DatasetEvidence(
                 remarks=(f"No images and no map: {remarks[0]}." if remarks else "No head was fitted.",)
             )
             continue
@@ -195,7 +194,7 @@ class _Look:
             return None
 
 
-def _tiled(evidence: dict[str, Evidence], looks: Mapping[str, _Look]) -> Sheet | None:
+def _tiled(evidence: dict[str, DatasetEvidence], looks: Mapping[str, _Look]) -> Sheet | None:
     """Put images into evidence, in place, and return the sheet that holds them; each data set gets as many as the others."""
     asked = {name: worth_showing(evidence[name]) for name in looks}
     turns = zip_longest(*([(name, path) for path in paths] for name, paths in asked.items()))
@@ -241,7 +240,7 @@ def _size_facts(glances: Sequence[_Glance]) -> tuple[tuple[str, str], ...]:
     return tuple(facts)
 
 
-def worth_showing(evidence: Evidence) -> list[str]:
+def worth_showing(evidence: DatasetEvidence) -> list[str]:
     """Return the paths of the images that a page has a place for, what matters most first, each once."""
     cells = [cell for row in (evidence.confusion.cells if evidence.confusion else ()) for cell in row if cell is not None]
     cells.sort(key=lambda cell: cell.label == cell.predicted)  # confusions before what is right
@@ -254,7 +253,7 @@ def worth_showing(evidence: Evidence) -> list[str]:
     return list(dict.fromkeys(each.path for each in shown))
 
 
-def with_tiles(evidence: Evidence, tiles: Mapping[str, int], texts: Mapping[str, str]) -> Evidence:
+def with_tiles(evidence: DatasetEvidence, tiles: Mapping[str, int], texts: Mapping[str, str]) -> DatasetEvidence:
     """Return evidence whose images know their place in the sheet, or whose texts are there to be read."""
 
     def placed(shown: tuple[Shown, ...]) -> tuple[Shown, ...]:

@@ -14,7 +14,7 @@ from featcache.display import printable
 from featcache.reports import charts
 from featcache.reports.answer import Answer, answer_of
 from featcache.reports.records import RunRecord
-from featcache.reports.shown import Evidence, Scatter
+from featcache.reports.shown import DatasetEvidence, Scatter
 from featcache.reports.svg import COLOURS, Chart, Dot, map_chart
 from featcache.reports.tables import NAMES, groups_of_seeds, short_table
 
@@ -27,7 +27,7 @@ class Section:
 
     key: str
     answer: Answer
-    evidence: Evidence
+    evidence: DatasetEvidence
     drawings: tuple[tuple[str, Markup, str], ...]
     map: Markup | None
     colours: tuple[tuple[int, str], ...] = field(default=())
@@ -35,7 +35,7 @@ class Section:
 
 def render(
     records: Sequence[RunRecord],
-    evidence: Mapping[str, Evidence],
+    evidence: Mapping[str, DatasetEvidence],
     sheet: Sheet | None,
     commands: Command,
 ) -> str:
@@ -55,7 +55,9 @@ def render(
     style += _tile_rules(sheet)
     datasets = list(dict.fromkeys(record.dataset for record in records))
     sections = [
-        _section(f"d{number}", [record for record in records if record.dataset == name], evidence.get(name, Evidence()))
+        _section(
+            f"d{number}", [record for record in records if record.dataset == name], evidence.get(name, DatasetEvidence())
+        )
         for number, name in enumerate(datasets)
     ]
     return _filled(
@@ -107,7 +109,7 @@ def _tile_rules(sheet: Sheet | None) -> str:
     return f"{''.join(rules)}.t,#hover .picture{{width:{TILE}px;height:{TILE}px}}\n"
 
 
-def _section(key: str, records: Sequence[RunRecord], evidence: Evidence) -> Section:
+def _section(key: str, records: Sequence[RunRecord], evidence: DatasetEvidence) -> Section:
     groups = [group for group in groups_of_seeds(records) if "accuracy" in group[0].test]
     plain = [group for group in groups if group[0].kind in {"fit", "finetune"}]
     drawings = [

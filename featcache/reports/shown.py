@@ -87,7 +87,7 @@ class Suspicion:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class DatasetEvidence:
     """What lies behind a data set's records; what could not be read is empty, and ``remarks`` say why."""
 
     head: str = ""
