@@ -54,19 +54,13 @@ def render(
     template, style, script = ((assets / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     style += _tile_rules(sheet)
     datasets = list(dict.fromkeys(record.dataset for record in records))
-    sections = [
-        _section(
-            f"d{number}", [record for record in records if record.dataset == name], evidence.get(name, DatasetEvidence())
-        )
-        for number, name in enumerate(datasets)
-    ]
     return _filled(
         template,
         style=Markup(style),  # noqa: S704 - of the package, and numbers
         script=Markup(script),  # noqa: S704 - of the package
         style_hash=_policy_hash(style),
         script_hash=_policy_hash(script),
-        sections=sections,
+        sections=[_section(f"d{number}", name, records, evidence) for number, name in enumerate(datasets)],
         table=short_table([record for record in records if "accuracy" in record.test]),
         texts=NAMES,
         tiles=sheet is not None,
@@ -109,7 +103,9 @@ def _tile_rules(sheet: Sheet | None) -> str:
     return f"{''.join(rules)}.t,#hover .picture{{width:{TILE}px;height:{TILE}px}}\n"
 
 
-def _section(key: str, records: Sequence[RunRecord], evidence: DatasetEvidence) -> Section:
+def _section(key: str, name: str, every: Sequence[RunRecord], behind: Mapping[str, DatasetEvidence]) -> Section:
+    records = [record for record in every if record.dataset == name]
+    evidence = behind.get(name, DatasetEvidence())
     groups = [group for group in groups_of_seeds(records) if "accuracy" in group[0].test]
     plain = [group for group in groups if group[0].kind in {"fit", "finetune"}]
     drawings = [
