@@ -98,7 +98,7 @@ class CodedColumn:
         """Refuse what could not be computed with."""
         check_fields(self)
         if self.spread <= 0:
-            raise UsageError(f"`spread` {self.spread}: a number above 0 is needed.")
+            raise UsageError(f"{self.name}: a spread of {self.spread}: a number above 0 is needed.")
 
     def encode(self, values: Sequence[str], where: str) -> NDArray[np.float64]:
         """Return values (n,) as numbers (n, k).
