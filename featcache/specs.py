@@ -166,6 +166,7 @@ POOLED = "pooled"
 TOKENS = "tokens"  # the activations before pooling
 INPUT = "input"
 TEXT = "text:"  # what names of encoders of texts begin with
+CLIP = "clip:"  # what names of models of images and texts begin with
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,8 @@ class BackboneSpec:
     def label(self) -> str:
         """The name as it stands in folders and tables."""
         # It becomes a folder's name: a hub's slashes and colons would be folders, or refused by a file system.
-        name = TEXT + "/".join(Path(self.name.removeprefix(TEXT)).parts[-2:]) if self.samples == "text" else self.name
+        world = next((world for world in (TEXT, CLIP) if self.name.startswith(world)), None)
+        name = self.name if world is None else world + "/".join(Path(self.name.removeprefix(world)).parts[-2:])
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
         return f"{label}.random{self.random_init}" if self.random_init is not None else label
 

@@ -31,6 +31,7 @@ HOMES = {
     "h5py": {"store", "datasets.arrays"},
     "timm": {"backbones"},
     "PIL": {"datasets.images", "datasets.thumbnails", "estimator"},
+    "open_clip": {"backbones.image_text"},
     "click": {"cli"},
     "torch": {"backbones", "extraction", "finetuning", "experiments.export", "doctor"},
     "openvino": {"extraction.runtimes"},

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from featcache.specs import BackboneSpec
+from featcache.specs import CLIP, BackboneSpec
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,10 @@ def open_backbone(spec: BackboneSpec, device: "torch.device | None" = None) -> "
         from featcache.backbones.text import load_text
 
         return load_text(spec, device)
+    if spec.name.startswith(CLIP):
+        from featcache.backbones.image_text import load_image_tower
+
+        return load_image_tower(spec, device)
     from featcache.backbones.timm_models import load_backbone
 
     return load_backbone(spec, device)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from featcache.errors import UsageError
 from featcache.fingerprint import fingerprint, sha256_of_file
 from featcache.resources import may_fetch
-from featcache.specs import TEXT, BackboneSpec
+from featcache.specs import CLIP, TEXT, BackboneSpec
 
 BUNDLED = ("mini", "lite0")  # weights come with the installation: these names alone say which
 _FOLDER, _HUB = ("local-dir:",), ("hf-hub:", "hf_hub:")
@@ -25,6 +25,8 @@ TOKENISER = "tokenizer"  # what an origin of texts reads beside
 _TOKENISER = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "sentencepiece",
               "sentence_bert_config")  # fmt: skip
 POOLING = ("modules.json", "1_Pooling/config.json")
+# what an origin of images and texts reads: its configuration has a name of its own, and texts have a tokeniser
+_CLIP_CONFIG, _CLIP_TOKENISER = "open_clip_config.json", ("tokenizer", "vocab", "merges", "special_tokens_map")
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt", ".npz")  # more than timm reads: one too many only misses
 _RACY_NS = 2_000_000_000  # a file changed this close to being hashed may change again unseen
 _hashed: dict[tuple[str | int, ...], str] = {}  # of this process: one command asks for the same weights many times
@@ -63,12 +65,15 @@ class Origin:
             return _torch_downloads()
         if self.kind == "hub":
             return _snapshot(self.place, self.revision)
-        path, is_text = Path(self.place), TOKENISER in self.reads
+        path, is_clip, is_text = Path(self.place), CLIP in self.reads, TOKENISER in self.reads
+        config = _CLIP_CONFIG if is_clip else _CONFIG
         name, writer = (f"{TEXT}{path}", "save_pretrained") if is_text else (f"local-dir:{path}", "timm.models.save_for_hf")
+        if is_clip:
+            name, writer = f"{CLIP}{path}", "open_clip.push_to_hf_hub.save_for_hf"
         if not path.is_dir():
             raise UsageError(f"`backbone` {name}: there is no such folder.")
-        if not (path / _CONFIG).is_file():
-            raise UsageError(f"`backbone` {name}: no {_CONFIG} in it. {writer} writes such a folder.")
+        if not (path / config).is_file():
+            raise UsageError(f"`backbone` {name}: no {config} in it. {writer} writes such a folder.")
         return path
 
     def content(self, folder: Path | None = None) -> str | None:
@@ -92,6 +97,9 @@ class Origin:
             yield folder / _CONFIG
         if TOKENISER in self.reads:
             yield from (*tokeniser_files(folder), *(path for name in POOLING if (path := folder / name).is_file()))
+        if CLIP in self.reads:
+            names = (_CLIP_CONFIG, *_CLIP_TOKENISER)
+            yield from sorted(path for path in folder.iterdir() if path.name.startswith(names) and path.is_file())
         if "weights" not in self.reads:
             return
         if self.filename:
@@ -108,10 +116,14 @@ def tokeniser_files(folder: Path) -> list[Path]:
 def named(spec: BackboneSpec) -> Origin | None:
     """Return the origin that a name spells out; ``None`` where it spells none.
 
-    Names are ``local-dir:PATH``, ``hf-hub:ORG/NAME[@REVISION]``, and ``text:`` before either's place.
+    Names are ``local-dir:PATH``, ``hf-hub:ORG/NAME[@REVISION]``, ``text:`` before either's place, and ``clip:PATH``.
     """
     kind, _, place = spec.name.partition(":")
     reads = ("config", "weights") if spec.weights is None and spec.random_init is None else ("config",)
+    if spec.name.startswith(CLIP):
+        if not (place.startswith((".", "/", "~")) or Path(place).is_dir()):
+            return None  # MODEL/TAG: the library knows where that is
+        return Origin("folder", str(Path(place).expanduser()), reads=(CLIP, *reads))
     if spec.samples == "text":
         reads = (*reads, TOKENISER)
         is_folder = place.startswith((".", "/", "~")) or Path(place).is_dir()  # the hub's names begin with letters

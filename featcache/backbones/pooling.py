@@ -70,7 +70,7 @@ class TokenCounts:
         """Read the attributes of a timm backbone; what they leave out is told from the number of tokens later on."""
         declared = getattr(backbone, "num_prefix_tokens", 0)
         names = [name.rpartition(".")[2].rstrip("0123456789") for name, _ in backbone.named_parameters()]
-        class_token = "cls_token" in names
+        class_token = not {"cls_token", "class_embedding"}.isdisjoint(names)  # as timm, and as open_clip call it
         return cls(
             image_size, tuple(sorted({0, declared if isinstance(declared, int) else 0, int(class_token)})), class_token
         )

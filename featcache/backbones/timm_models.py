@@ -21,7 +21,7 @@ from featcache.backbones.tracing import timm
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_bytes, sha256_of_chunks
 from featcache.resources import FETCH, may_fetch
-from featcache.specs import INTERPOLATIONS, BackboneSpec, LoadedBackbone, Transform, freeze_args
+from featcache.specs import CLIP, INTERPOLATIONS, BackboneSpec, LoadedBackbone, Transform, freeze_args
 
 
 def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> TimmBackbone:
@@ -41,7 +41,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
     is_published = spec.weights is None and spec.random_init is None and config is None
     module = _create(architecture, args, pretrained=is_published, seed=spec.random_init)
     file_sha256 = _fill(module, spec)
-    _freeze(module, device)
+    freeze(module, device)
     published = config or timm.data.resolve_model_data_config(module)
     pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
     if named is not None:
@@ -58,8 +58,8 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
     # the part behind the dot names the weights, which their hash says better
     base = spec.name if config is not None else architecture.partition(".")[0]
     loaded = LoadedBackbone(base, _tag(spec, pretrained_cfg), hash_weights(module), freeze_args(args), spec.pool)
-    transform = _transform(published, spec)
-    _try_image(module, spec, transform.input_size, device)
+    transform = transform_of(published, spec)
+    try_image(module, spec, transform.input_size, device)
     return TimmBackbone(spec, loaded, transform, module, device, named, content, file_sha256)
 
 
@@ -71,6 +71,8 @@ def trainable_copy(backbone: Backbone, drop_path: float) -> Backbone:
     """
     if drop_path and backbone.spec.samples != "image":
         raise UsageError("`drop_path` is of backbones of images: encoders of texts train with the dropout of their own.")
+    if drop_path and backbone.spec.name.startswith(CLIP):
+        raise UsageError("`drop_path` is of timm's backbones: towers of open_clip's are trained without.")
     if not drop_path:
         separate = backbone.separate()
         for module in separate.module.modules():
@@ -94,7 +96,7 @@ def _architecture_of(spec: BackboneSpec) -> tuple[str, dict[str, Any], dict[str,
     return card["architecture"], card["model_args"] | dict(spec.model_args), card["data_config"]
 
 
-def _freeze(module: nn.Module, device: torch.device) -> None:
+def freeze(module: nn.Module, device: torch.device) -> None:
     """Put a network into inference mode: BatchNorm that stayed in training mode would let a row depend on its batch."""
     module.eval().requires_grad_(False).to(device)
     for value in (*module.parameters(), *module.buffers()):
@@ -349,7 +351,7 @@ def hash_weights(module: nn.Module) -> str:
     return sha256_of_chunks(chunks())
 
 
-def _try_image(module: nn.Module, spec: BackboneSpec, size: int, device: torch.device) -> None:
+def try_image(module: nn.Module, spec: BackboneSpec, size: int, device: torch.device) -> None:
     """Let a blank image through: what a model cannot take is told before anything is computed."""
     try:
         with torch.no_grad():  # what attention keeps of an inference could not be trained
@@ -397,7 +399,12 @@ def _tag(spec: BackboneSpec, pretrained_cfg: dict[str, Any]) -> str:
     return str(pretrained_cfg.get("tag") or "default")
 
 
-def _transform(config: dict[str, Any], spec: BackboneSpec) -> Transform:
+def transform_of(config: dict[str, Any], spec: BackboneSpec) -> Transform:
+    """Return how images are prepared, by a data configuration of timm's kind and what the user wants otherwise.
+
+    Raises:
+        UsageError: its images are not square, or cropped in an unknown way.
+    """
     height, width = config["input_size"][-2:]
     if height != width:
         raise UsageError(f"`backbone` {spec.name}: its input of {height}x{width} pixels is not square; square ones are.")
