@@ -389,3 +389,22 @@ def test_the_command_prints_and_writes(run: Run, folder: Path, tmp_path: Path) -
     assert "there are images" in missing.err
     assert run("report", tmp_path / "none.jsonl").code == 3
     assert run("report", "--md", "-", "--json").code == 2
+
+
+def test_commands_say_how_a_page_is_made(run: Run, tmp_path: Path) -> None:
+    """What ``fit`` says on stderr makes the page, with its learning curve; after an audit its suspects are on it too."""
+    images = draw_subtle(tmp_path / "subtle", per_class=12)
+    shutil.copy(images / "a" / "00.png", images / "b" / "copy.png")
+    (told,) = re.findall(
+        r"featcache (report .*)", run("fit", images, *TINY, "--head", "knn", "--curve", "--no-baselines").err
+    )
+    assert run("audit", images, *TINY).code == 0
+    _, *words = shlex.split(told)
+    place = tmp_path / "page.html"
+    assert run("report", *(str(place) if word == "subtle.html" else word for word in words)).code == 0
+    page = place.read_text()
+
+    assert "Accuracy by training images: knn" in page
+    assert "Suspects of the audit" in page
+    assert "copy of" in Page(page).text()
+    assert "--curve" not in page

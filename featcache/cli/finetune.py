@@ -194,6 +194,7 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
         click.echo(f"{job.record.short_method} is kept in {job.checkpoint}, its head in {job.bundle}.")
     if plot is not None:
         click.echo(str(plot))
+    options.tell_page(records[0].dataset, settings.cache)
 
 
 def _money(record: "RunRecord", price: float | None) -> dict[str, float]:
@@ -258,7 +259,10 @@ def bench_command(pipeline: Path | None, out: Path | None, against: Path | None,
         return
     if pipeline is None:
         raise click.UsageError("Missing argument 'PIPELINE': a TOML file, or --from-record FILE.")
-    result = bench(pipeline, out=out, group=group, settings=options.take_settings(flags))
+    settings = options.take_settings(flags)
+    result = bench(pipeline, out=out, group=group, settings=settings)
+    if result.records and not as_json:
+        options.tell_page(Path(result.paths["md"]).stem, settings.cache, Path(result.paths["records"]))
     show(result, against=None if against is None else compare(result.records, against), as_json=as_json)
 
 
@@ -302,9 +306,12 @@ def quickstart_command(cache: Path | None, as_json: bool) -> None:  # noqa: FBT0
 
     Needs no network. Run again, everything comes from the cache.
     """
+    from dataclasses import replace
     from importlib import resources
 
-    from featcache.api import bench
+    from featcache.api import bench, report
+    from featcache.cli.report import command_of
+    from featcache.experiments.report import PagePlan
     from featcache.extraction.feature_cache import Settings
     from featcache.extraction.lookup import default_cache
     from featcache.reports.records import RECORDS
@@ -312,6 +319,11 @@ def quickstart_command(cache: Path | None, as_json: bool) -> None:  # noqa: FBT0
     where = cache or default_cache()
     with resources.as_file(resources.files("featcache") / "assets" / "quickstart.toml") as pipeline:
         result = bench(pipeline, out=where / RECORDS.parent, settings=Settings(where))
+    if result.records:
+        page = Path(result.paths["records"]).with_suffix(".html")
+        report(result.paths["records"], {"html": page}, plan=PagePlan(command=command_of), cache=where)
+        result = replace(result, paths=result.paths | {"html": str(page)})
     show(result, as_json=as_json)
     if not as_json:
+        click.echo(f"One page to send of this is {result.paths.get('html', 'not written: there is no record')}.")
         click.echo("Now your own images: featcache fit FOLDER --head logistic --head knn")

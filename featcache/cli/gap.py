@@ -57,3 +57,4 @@ def gap_command(as_json: bool, price: float | None, plot: Path | None, epochs: i
         click.echo(line)
     if plot is not None:
         click.echo(str(plot))
+    options.tell_page(result.steps[0].record.dataset, settings.cache)

@@ -228,6 +228,7 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
         lines += mistake_lines(result.best, mistakes, dataset.location) if mistakes else ()
     for line in lines:
         click.echo(line)
+    options.tell_page(result.heads[0].record.dataset, settings.cache)
 
 
 head_options = options.grouped(

@@ -419,6 +419,18 @@ def take_dataset(options: dict[str, Any]) -> "Dataset":
     return open_dataset(data, name, data_root=options.pop("data_root"), download=options.pop("download"))
 
 
+def tell_page(name: str, cache: Path, records: Path | None = None) -> None:
+    """Say on stderr which command makes a page of what was just recorded: of a data set's records, or of a file of them."""
+    import shlex
+
+    from featcache.display import logger
+    from featcache.extraction.lookup import default_cache
+
+    of = [str(records)] if records is not None else ["--dataset", name]
+    where = [] if cache.resolve() == default_cache().resolve() else ["--cache", str(cache)]
+    logger.info("one page to send of this: %s", shlex.join(["featcache", "report", *of, "--html", f"{name}.html", *where]))
+
+
 def emit(value: dict[str, Any]) -> None:
     """Print one JSON object with its schema version."""
     import json

@@ -44,6 +44,7 @@ KINDS = (*(f"{kind}{ACROSS}" for kind in COPIES), *COPIES, "label", "blank", "da
 _SAMPLE = 100  # images whose copies thresholds are fitted on: 400 more to compute, once
 _NEVER = Likeness(2.0, 2.0)  # of no image that shows anything there is nothing to fit
 _PARTS = ("train", "val", "test")
+_KEPT = 1000  # suspects, for reports: copies across splits come first
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,11 @@ def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -
     if not in_memory(entry.store):
         raise UsageError(f"{cache.dataset.name}: an audit holds all features in memory, and they do not fit.")
     (probe,) = run_fit(cache, FitPlan((PROBE,), group=group, baselines=False), seed=seed).heads
-    return _Audit(cache, entry, probe, seed).result()
+    result = _Audit(cache, entry, probe, seed).result()
+    # for reports, which show suspects without looking for them again
+    path = entry.store.path / "heads" / f"suspects-seed{seed}.json"
+    keep_note(path, [entry.store.key], {"suspects": [asdict(suspect) for suspect in result.suspects[:_KEPT]]})
+    return result
 
 
 @dataclass(frozen=True)

@@ -588,6 +588,10 @@ class _Fitting:
             drawn.append(shot_curve(embeddings, self.split, head, self.plan.shots, seed=self.seed))
         if self.plan.curve:
             drawn.append(learning_curve(embeddings, self.split, head, seed=self.seed))
+        if self.task.kind == "label":  # for reports, which draw them; records have no room for what no table shows
+            for curve, how in zip(drawn, (["shots"] if self.plan.shots else []) + ["shares"], strict=False):
+                path = self.entry.store.path / "heads" / f"curve-{head}-{how}-seed{self.seed}.json"
+                keep_note(path, [self.entry.store.key], curve.summary)
         return drawn
 
 
