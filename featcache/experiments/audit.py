@@ -3,6 +3,7 @@
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from featcache.datasets.base import Dataset, FileReader, MemoryReader, Sample
 from featcache.datasets.images import ALTERATIONS, UnreadableImage, altered, size_of
 from featcache.display import Displayed, Table, logger, progress
-from featcache.errors import SetupError, UsageError
+from featcache.errors import SetupError, StorageError, UsageError
 from featcache.evaluation.draws import Units, units_of
 from featcache.evaluation.duplicates import (
     Likeness,
@@ -157,7 +158,8 @@ def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -
     result = _Audit(cache, entry, probe, seed).result()
     # for reports, which show suspects without looking for them again
     path = entry.store.path / "heads" / f"suspects-seed{seed}.json"
-    keep_note(path, [entry.store.key], {"suspects": [asdict(suspect) for suspect in result.suspects[:_KEPT]]})
+    with suppress(StorageError):  # a cache that cannot be written answers all the same
+        keep_note(path, [entry.store.key], {"suspects": [asdict(suspect) for suspect in result.suspects[:_KEPT]]})
     return result
 
 

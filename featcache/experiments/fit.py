@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.display import Displayed, Table, logger
-from featcache.errors import DataError, UsageError
+from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.columns import ColumnCoder, column_names
 from featcache.evaluation.metrics import Kind, confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
@@ -591,7 +592,8 @@ class _Fitting:
         if self.task.kind == "label":  # for reports, which draw them; records have no room for what no table shows
             for curve, how in zip(drawn, (["shots"] if self.plan.shots else []) + ["shares"], strict=False):
                 path = self.entry.store.path / "heads" / f"curve-{head}-{how}-seed{self.seed}.json"
-                keep_note(path, [self.entry.store.key], curve.summary)
+                with suppress(StorageError):  # a cache that cannot be written answers all the same
+                    keep_note(path, [self.entry.store.key], curve.summary)
         return drawn
 
 
