@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.unfreezing import Trainable
     from featcache.reports.records import RunRecord
 
+_STEEP, _DEAD = 1e4, 1e-5  # a weight, and a feature's deviation, beside the median one
 _USABLE = 0.9  # of a disk's free room: parts are written beside what they replace, and others write too
 
 
@@ -207,7 +208,25 @@ class FineTuneInputs:
             X = np.ascontiguousarray(features.X[train], dtype=np.float32)
             alone = train_head(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
         count = len(self.task.names)
-        return LinearHead(*linear_weights(alone, count)), LinearHead(*linear_weights(fitted.estimator, count))
+        first, second = (LinearHead(*linear_weights(estimator, count)) for estimator in (alone, fitted.estimator))
+        return self._without_dead(first, train), self._without_dead(second, self.split.train_val)
+
+    def _without_dead(self, head: "LinearHead", images: NDArray[np.int64]) -> "LinearHead":
+        """Return a probe that leaves out features which do not vary but for rounding.
+
+        Scaled to a deviation of 1 as the others they have weights of millions, and the first step of training, which moves
+        them by a thousandth, would drown all else.
+        """
+        from featcache.finetuning.model import LinearHead
+
+        greatest = np.abs(head.weights).max(axis=0)
+        if greatest.max() <= _STEEP * np.median(greatest):
+            return head
+        X = self.cache.extracted().store.features().X[images].astype(np.float64)
+        deviations, mean = X.std(axis=0), X.mean(axis=0)
+        dead = deviations < _DEAD * np.median(deviations)
+        weights = np.where(dead, 0.0, head.weights)
+        return LinearHead(weights, head.bias + (head.weights - weights) @ mean)
 
     def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
         """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""

@@ -24,6 +24,7 @@ from featcache.display import logger
 from featcache.errors import FeatcacheError
 from featcache.evaluation.splits import Index
 from featcache.finetuning.unfreezing import Trainable, add_lora, fold_norms
+from featcache.specs import INPUT
 from featcache.store.atomic import make_folder, remove_file, replace_file, replace_file_by
 from featcache.store.checksums import is_signed, sign
 
@@ -69,7 +70,7 @@ class SuffixAndHead(nn.Module):
 
     def embed(self, stored: Tensor) -> Tensor:
         """Return the embeddings (b, d)."""
-        if stored.dtype != torch.uint8:
+        if stored.is_floating_point():  # pixels and token ids are taken as they are stored
             stored = stored.float()
             if stored.dim() == 4 and stored.shape[-1] != 3:  # pixels, even as floats, have their channels last
                 # rows are stored channels first, convolutions are faster on channels last: copied once, here
@@ -130,6 +131,8 @@ def open_up(
     if trainable.spec.what == "lora":
         weights = {id(named[name]): stage.name for stage in trainable.stages for name in stage.parameters}
         blank = torch.from_numpy(separate.example_inputs(1)).to(separate.device)  # untraced, it takes prepared samples
+        if separate.spec.samples == "text" and cut != INPUT:  # never traced, it takes what is stored
+            (blank,) = separate.program((cut,))(blank)
         by_stage: dict[str, list[nn.Parameter]] = {stage.name: [] for stage in trainable.stages}
         for weight, parameters in add_lora(model.suffix, weights, trainable.spec.rank, seed, blank):
             by_stage[weights[weight]] += parameters

@@ -1,0 +1,182 @@
+"""Encoders of transformers: every family is cut alike, trains from what is stored, and is told by its files."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from featcache.backbones import open_backbone
+from featcache.backbones.base import Backbone
+from featcache.datasets import open_dataset
+from featcache.errors import DataError, UsageError
+from featcache.experiments.fit import FitPlan, run_fit
+from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.extraction.lengths import by_length
+from featcache.finetuning.model import LinearHead, Network, open_up
+from featcache.finetuning.plan import Unfreeze
+from featcache.finetuning.unfreezing import select_trainable
+from featcache.specs import BackboneSpec, TransformOverrides, Views
+
+pytest.importorskip("transformers")
+
+SUBJECTS = {"weather": ["rain", "wind", "cloud", "storm", "sun"], "kitchen": ["pan", "salt", "oven", "spoon", "bread"]}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(word for words in SUBJECTS.values() for word in words)]
+TEXTS = ("rain", "wind cloud storm", "pan salt oven spoon bread rain wind", "sun sun")
+SIZES = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+WIDE = SIZES | {"intermediate_size": 24, "max_position_embeddings": 40, "pad_token_id": 0}
+FAMILIES = {
+    "bert": WIDE,
+    "roberta": WIDE,
+    "distilbert": {"vocab_size": len(WORDS), "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 24},
+    "electra": WIDE | {"embedding_size": 8},
+    "mpnet": WIDE,
+    "deberta-v2": WIDE | {"relative_attention": True, "position_biased_input": False},
+    "modernbert": WIDE | {"global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": None},
+}
+
+
+def write_encoder(folder: Path, family: str = "bert") -> BackboneSpec:
+    """Write a tiny encoder with random weights and a tokeniser of whole words, and return its spec."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModel.from_config(AutoConfig.for_model(family, **FAMILIES[family])).save_pretrained(folder)
+    return BackboneSpec(f"text:{folder}")
+
+
+def ids_of(backbone: Backbone, texts: tuple[str, ...] = TEXTS) -> torch.Tensor:
+    """Return texts as a backbone takes them."""
+    return torch.from_numpy(np.concatenate([backbone.preprocess(text.encode(), Views()) for text in texts]))
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> BackboneSpec:
+    """A tiny encoder."""
+    return write_encoder(tmp_path / "encoder")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """40 texts of two subjects in a CSV file, and three that are none."""
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{' '.join(rng.choice(words, rng.integers(2, 7)))},{label}" for label, words in SUBJECTS.items() for _ in range(20)
+    ]
+    path = tmp_path / "subjects.csv"
+    path.write_bytes(
+        "\n".join(["text,label", *rows, " ,kitchen", "x" * 1_200_000 + ",kitchen", ""]).encode() + b"\xff,kitchen\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_cut_between_its_blocks(family: str, tmp_path: Path) -> None:
+    """Prefix then suffix is the whole encoder at every stage, and as transformers itself computes each text alone."""
+    backbone = open_backbone(write_encoder(tmp_path, family))
+    ids = ids_of(backbone)
+
+    with torch.inference_mode():
+        whole = backbone.whole(ids)
+        for stage in backbone.stages[:-1]:
+            rows = backbone.prefix(stage.name)(ids)
+            torch.testing.assert_close(backbone.suffix(stage.name)(rows), whole, rtol=1e-4, atol=1e-5)
+        alone = [backbone.module(input_ids=row[row >= 0].long()[None]).last_hidden_state.mean(1) for row in ids]
+    torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert len(backbone.stages) == 4
+
+
+def test_a_step_from_the_cache_is_the_whole_encoders_step(spec: BackboneSpec) -> None:
+    """Loss and gradients of the last block are the same from stored states as from token ids."""
+    backbone = open_backbone(spec)
+    ids, y = ids_of(backbone), torch.tensor([0, 0, 1, 0])
+    trainable = select_trainable(backbone.stages, Unfreeze.parse("last:1"), backbone.module)
+    head = LinearHead(np.random.default_rng(0).normal(size=(2, 16)), np.zeros(2))
+    with torch.no_grad():
+        (stored,) = backbone.program((trainable.cut,))(ids)
+
+    steps = []
+    for cut, rows in ((trainable.cut, stored), ("input", ids)):
+        network = open_up(backbone, trainable, cut, Network({}, head))
+        network.model.eval()
+        loss = torch.nn.functional.cross_entropy(network.model(rows), y)
+        loss.backward()
+        steps.append([loss.detach(), *(parameter.grad for parameter in network.stages[0])])
+
+    assert len(steps[0]) > 10
+    for from_cache, from_ids in zip(*steps, strict=True):
+        torch.testing.assert_close(from_cache, from_ids, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_does_not_depend_on_other_texts(spec: BackboneSpec) -> None:
+    """A text gives the same bits alone and beside longer and shorter ones."""
+    backbone = open_backbone(spec)
+    program = backbone.program(("pooled", "tokens"))
+
+    def run(ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        with torch.inference_mode():
+            return tuple(rows.numpy() for rows in program(torch.from_numpy(ids)))
+
+    ids = ids_of(backbone, TEXTS * 9).numpy()
+    together = by_length(run, 64)(ids)
+    for place in (0, 1, 2, 17):
+        for rows, alone in zip(together, by_length(run, 64)(ids[place : place + 1]), strict=True):
+            np.testing.assert_array_equal(rows[place : place + 1], alone)
+
+
+def test_heads_stand_beside_words_and_lengths(spec: BackboneSpec, table: Path, tmp_path: Path) -> None:
+    """Texts of a table are fitted with their own baselines; what is no text is set aside with its reason."""
+    cache = FeatureCache(open_dataset(table), spec, Settings(tmp_path / "cache", max_bad=0.2))
+
+    result = run_fit(cache, FitPlan())
+
+    names = [baseline.name for baseline in result.baselines]
+    assert names == ["majority class", "length + logistic", "TF-IDF + logistic"]
+    reasons = sorted(bad.reason for bad in result.extracted.report.quarantined)
+    assert [reason.split(" (")[0] for reason in reasons] == [
+        "a text of 1.2 MB, over the limit of 1.0 MB", "an empty text", "no text in UTF-8",
+    ]  # fmt: skip
+    assert result.baselines[-1].tested.scores.primary[0] > 0.9
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
+def test_changed_files_are_another_entry(file: str, spec: BackboneSpec, table: Path, tmp_path: Path) -> None:
+    """A tokeniser or a configuration that was changed misses; the same files hit, wherever they lie."""
+    settings = Settings(tmp_path / "cache", max_bad=0.2)
+
+    def computed() -> int:
+        return FeatureCache(open_dataset(table), spec, settings).extracted().report.computed
+
+    assert computed() > 0
+    assert computed() == 0
+    path = Path(spec.name.removeprefix("text:")) / file
+    facts = json.loads(path.read_text())
+    changed: dict[str, Callable[[], None]] = {
+        "tokenizer.json": lambda: facts.update(normalizer={"type": "Lowercase"}),
+        "config.json": lambda: facts.update(layer_norm_eps=1e-3),
+    }
+    changed[file]()
+    path.write_text(json.dumps(facts))
+    assert computed() > 0
+
+
+def test_what_no_encoder_has_is_refused_by_name(spec: BackboneSpec, tmp_path: Path) -> None:
+    """Images' settings, too long texts and pickled weights end in plain errors."""
+    with pytest.raises(UsageError, match="`crop_pct`: text:"):
+        open_backbone(replace(spec, overrides=TransformOverrides(crop_pct=0.5)))
+    with pytest.raises(UsageError, match="`input_size` 99: .* takes texts of 3 to 32 tokens"):
+        open_backbone(replace(spec, overrides=TransformOverrides(input_size=99)))
+    folder = Path(spec.name.removeprefix("text:"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"no \.safetensors in it"):
+        open_backbone(spec)
