@@ -141,7 +141,8 @@ def predict(
 
     Args:
         head: its file.
-        images: files and folders; of a head that was trained on columns, manifests that have these columns.
+        images: files and folders, of texts as of images; tables of texts; of a head that was trained on columns, manifests
+            that have these columns.
         weights: where the backbone's weights file is now, if it has moved.
         trust: load a head that somebody else made: it can run any code.
         settings: device, batch size, runtime, workers.
@@ -149,16 +150,17 @@ def predict(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.experiments.predict import find_images, label_images, label_manifests, needs_columns
+    from featcache.experiments.predict import find_images, label_images, label_manifests, needs_tables, samples_of
     from featcache.extraction.feature_cache import Settings
     from featcache.heads.bundle import load
 
     bundle = load(Path(head), trust=trust)
-    if needs_columns(bundle):
+    if needs_tables(bundle, list(map(Path, images))):
         return bundle, label_manifests(bundle, list(map(Path, images)), settings or Settings(), weights=weights)
-    paths = list(find_images(map(str, images)))
+    kind = samples_of(bundle)
+    paths = list(find_images(map(str, images), kind))
     if not paths:
-        raise DataError(f"{', '.join(map(str, images)) or 'nothing'}: there is no image to label.")
+        raise DataError(f"{', '.join(map(str, images)) or 'nothing'}: there is no {kind} to label.")
     return bundle, label_images(bundle, paths, settings or Settings(), weights=weights)
 
 

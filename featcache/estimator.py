@@ -21,10 +21,11 @@ from featcache.specs import POOLED, BackboneSpec, TransformOverrides, cut_of_lay
 
 
 class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no annotations
-    """Images to the embeddings of a frozen backbone, float32 (n, d), computed once and kept in the cache.
+    """Images, or texts, to the embeddings of a frozen backbone, float32 (n, d), computed once and kept in the cache.
 
-    Takes file paths, PIL images, or arrays uint8 (h, w) or (h, w, 3); one column of a data frame or a list alike. Works in
-    ``Pipeline``, ``GridSearchCV`` and ``ColumnTransformer``; a copy or a pickle holds parameters, never weights.
+    Takes file paths, PIL images, or arrays uint8 (h, w) or (h, w, 3); of an encoder of texts, texts; one column
+    of a data frame or a list alike. Works in ``Pipeline``, ``GridSearchCV`` and ``ColumnTransformer``; a copy or a pickle
+    holds parameters, never weights.
 
     >>> from sklearn.linear_model import LogisticRegression
     >>> from sklearn.pipeline import make_pipeline
@@ -32,13 +33,13 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
     >>> model.fit(paths, labels).predict(others)  # doctest: +SKIP
 
     Args:
-        backbone: ``mini`` or a timm name.
+        backbone: ``mini``, a timm name, or ``text:`` before a folder or a name of the hub.
         layers: concatenate the pooled activations of these layers instead of the last embedding.
         pool: how activations become a vector, see BackboneSpec.
         weights: a checkpoint file.
         random_init: a seed: random weights.
         model_args: passed to timm.
-        input_size: pixels, where not the backbone's own.
+        input_size: pixels, or of texts tokens, where not the backbone's own.
         cache: where features are kept; default as for the command line.
         device: ``cpu``, ``cuda``, ...
         batch_size: images at a time.
@@ -124,15 +125,17 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
 
     def _embed(self, images: list[Any]) -> tuple[NDArray[np.float32], str]:
         """Return embeddings and the key that they are cached under: of fitting's, where that has been."""
-        reader = _ImageReader(tuple(images))
+        spec = self._spec()
+        reader = _TextReader(tuple(images)) if spec.samples == "text" else _ImageReader(tuple(images))
         paths = [reader.path(number) for number in range(len(images))]
         position = {path: number for number, path in enumerate(dict.fromkeys(paths))}
         samples = [Sample(path, "") for path in position]
-        dataset = Dataset("extractor", "images given to FeatureExtractor", samples, reader)
+        where = f"{spec.samples}s given to FeatureExtractor"
+        dataset = Dataset("extractor", where, samples, reader, kind=spec.samples)
         runtime: Any = self.runtime
         folder = Path(self.cache) if self.cache is not None else default_cache()
         settings = Settings(folder, self.batch_size, self.device, max_bad=1.0, runtime=runtime)
-        cache = FeatureCache(dataset, self._spec(), settings, lists=False)
+        cache = FeatureCache(dataset, spec, settings, lists=False)
         loaded = getattr(self, "_loaded", None)
         if loaded is not None and loaded[0] == (cache.spec, self.device) and loaded[1].is_current:
             cache.backbone = loaded[1]
@@ -177,6 +180,27 @@ class _ImageReader:
         if path.startswith("image "):
             return None
         return stat_file(path)
+
+
+@dataclass(frozen=True)
+class _TextReader:
+    """Texts, read as the samples of a data set."""
+
+    texts: tuple[Any, ...]
+
+    def path(self, number: int) -> str:
+        """Return what a text is called."""
+        return f"text {number}"
+
+    def read(self, path: str) -> bytes:
+        """Return a text's bytes."""
+        text = self.texts[int(path.removeprefix("text "))]
+        if not isinstance(text, str):
+            raise OSError(f"a {type(text).__name__}, and no text")
+        return text.encode("utf-8", "surrogatepass")
+
+    def stat(self, path: str) -> None:
+        """Return nothing: there is no file."""
 
 
 def _one_column(X: Any) -> list[Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import featcache
 from featcache.backbones import open_backbone
 from featcache.backbones.base import Backbone
 from featcache.datasets import open_dataset
@@ -170,13 +171,45 @@ def test_changed_files_are_another_entry(file: str, spec: BackboneSpec, table: P
     assert computed() > 0
 
 
-def test_what_no_encoder_has_is_refused_by_name(spec: BackboneSpec, tmp_path: Path) -> None:
+def test_what_no_encoder_has_is_refused_by_name(spec: BackboneSpec) -> None:
     """Images' settings, too long texts and pickled weights end in plain errors."""
     with pytest.raises(UsageError, match="`crop_pct`: text:"):
         open_backbone(replace(spec, overrides=TransformOverrides(crop_pct=0.5)))
-    with pytest.raises(UsageError, match="`input_size` 99: .* takes texts of 3 to 32 tokens"):
+    with pytest.raises(UsageError, match=r"`input_size` 99: .* takes texts of 3 to 32 tokens"):
         open_backbone(replace(spec, overrides=TransformOverrides(input_size=99)))
     folder = Path(spec.name.removeprefix("text:"))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"no \.safetensors in it"):
         open_backbone(spec)
+
+
+def test_a_head_labels_texts_of_tables_and_files(spec: BackboneSpec, table: Path, tmp_path: Path) -> None:
+    """Texts in a table without labels, in files and in folders get the same labels; what is none gets its reason."""
+    cache = FeatureCache(open_dataset(table), spec, Settings(tmp_path / "cache", max_bad=0.2))
+    (head,) = run_fit(cache, FitPlan(baselines=False)).heads
+    folder, texts = tmp_path / "new", ("rain wind sun", "pan salt", "")
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    new = tmp_path / "new.csv"
+    new.write_text("\n".join(["text,other", *(f'"{text}",x' for text in texts), ""]))
+
+    for place in (new, folder):
+        _, predictions = featcache.predict(head.bundle, [place])
+        answers = list(predictions)
+        assert [answer.label for answer in answers] == ["weather", "kitchen", None]
+        assert answers[2].reason == "an empty text"
+
+
+def test_texts_go_through_a_pipeline(spec: BackboneSpec, tmp_path: Path) -> None:
+    """FeatureExtractor takes texts in a list or a column, and gives the encoder's embeddings."""
+    extractor = featcache.FeatureExtractor(spec.name, cache=tmp_path / "cache")
+
+    rows = extractor.fit_transform(list(TEXTS))
+
+    backbone = open_backbone(spec)
+    with torch.inference_mode():
+        expected = backbone.whole(ids_of(backbone)).numpy()
+    np.testing.assert_allclose(rows, expected, atol=1e-5)
+    with pytest.raises(DataError, match=r"text 1: .* and no text"):
+        extractor.transform(["rain", 3])

@@ -25,11 +25,12 @@ from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads.bundle import Bundle
 from featcache.heads.search import over_views, predict_with
-from featcache.specs import TOKENS, BackboneSpec, TransformOverrides, Views, freeze_args
+from featcache.specs import TOKENS, BackboneSpec, SampleKind, TransformOverrides, Views, freeze_args
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import Quarantined
 from featcache.store.rows import beside
 
+_TABLES = (".csv", ".parquet")
 _AT_ONCE = 4096  # images whose embeddings and answers are held: copies among them are computed once
 
 
@@ -152,8 +153,14 @@ def _difference_of_key(bundle: Bundle, cache: FeatureCache) -> str:
     return ""
 
 
-def find_images(places: Iterable[str]) -> Iterator[str]:
-    """Yield files as they are, and the images in and below folders.
+def samples_of(bundle: Bundle) -> SampleKind:
+    """Return what a head labels, as its backbone's name says."""
+    facts = bundle.card.get("backbone")
+    return BackboneSpec(facts["name"]).samples if isinstance(facts, dict) and facts.get("name") else "image"
+
+
+def find_images(places: Iterable[str], kind: SampleKind = "image") -> Iterator[str]:
+    """Yield files as they are, and the images, or texts, in and below folders.
 
     Raises:
         DataError: a path is not there.
@@ -161,8 +168,8 @@ def find_images(places: Iterable[str]) -> Iterator[str]:
     for place in places:
         path = Path(place)
         if path.is_dir():
-            found, notes = sample_files(path)
-            for note in notes or ([] if found else [f"{place}: no image in it"]):
+            found, notes = sample_files(path, kind)
+            for note in notes or ([] if found else [f"{place}: no {kind} in it"]):
                 logger.warning(note)
             yield from (str(path / inside) for inside in found)
         elif path.exists():
@@ -189,23 +196,25 @@ def label_images(
         DataError: it is another one now.
     """
     items = tuple(Sample(path, "") for path in dict.fromkeys(paths))
-    source = Dataset("images", "images", items, _Anywhere())
+    kind = samples_of(bundle)
+    source = Dataset(f"{kind}s", f"{kind}s", items, _Anywhere(), kind=kind)
     return _predictions(bundle, paths, cache_of(bundle, source, settings, weights))
 
 
-def needs_columns(bundle: Bundle) -> bool:
-    """Tell whether a head was trained on columns beside its images."""
-    return bool(bundle.card.get("columns"))
+def needs_tables(bundle: Bundle, places: Sequence[Path]) -> bool:
+    """Tell whether tables are to be read: a head needs columns beside images, or tables hold the texts that it labels."""
+    has_tables = any(place.suffix.lower() in _TABLES for place in places)
+    return bool(bundle.card.get("columns")) or (has_tables and samples_of(bundle) == "text")
 
 
 def label_manifests(
     bundle: Bundle, places: Sequence[Path], settings: Settings, *, weights: str | None = None
 ) -> Iterator[Prediction]:
-    """Return what yields a prediction for each image of manifests, by a head that needs their columns.
+    """Return what yields a prediction for each sample of tables, by a head that needs their columns, or is of their texts.
 
     Args:
         bundle: the head.
-        places: CSV or Parquet files with path, or the images' bytes, and these columns.
+        places: CSV or Parquet files with path, the images' bytes, or text, and these columns; labels are not needed.
         settings: as of ``label_images``.
         weights: as of ``label_images``.
 
@@ -213,15 +222,17 @@ def label_manifests(
         UsageError: as of ``label_images``.
         DataError: as of ``label_images``; or a file is no manifest, lacks a column, or a number is none.
     """
-    coder = ColumnCoder.of_card(bundle.card["columns"])
+    coder = ColumnCoder.of_card(bundle.card["columns"]) if bundle.card.get("columns") else None
     for place in places:
-        if place.suffix.lower() not in {".csv", ".parquet"}:
+        if place.suffix.lower() not in _TABLES:
+            if coder is None:
+                raise DataError(f"{place}: no table, and others are: give tables, or files and folders of texts.")
             raise DataError(
                 f"{place}: this head was trained on the columns {', '.join(coder.names)} beside each image: give a CSV or "
                 "Parquet file with path and these columns."
             )
-    opened = [open_unlabelled(place, coder.names) for place in places]
-    coded = [coder.encode(values, source.location) for source, values in opened]
+    opened = [open_unlabelled(place, coder.names if coder else ()) for place in places]
+    coded = [coder.encode(values, source.location) if coder else None for source, values in opened]
     caches = [cache_of(bundle, source, settings, weights) for source, _ in opened]
     return chain.from_iterable(
         _predictions(bundle, [sample.path for sample in cache.dataset.samples], cache, columns)
