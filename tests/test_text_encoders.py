@@ -213,3 +213,17 @@ def test_texts_go_through_a_pipeline(spec: BackboneSpec, tmp_path: Path) -> None
     np.testing.assert_allclose(rows, expected, atol=1e-5)
     with pytest.raises(DataError, match=r"text 1: .* and no text"):
         extractor.transform(["rain", 3])
+
+
+def test_a_head_is_exported_with_token_ids_in(spec: BackboneSpec, table: Path, tmp_path: Path) -> None:
+    """One ONNX model takes ids, as the tokenisation in its metadata makes them, to the head's own probabilities."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    cache = FeatureCache(open_dataset(table), spec, Settings(tmp_path / "cache", max_bad=0.2))
+    (head,) = run_fit(cache, FitPlan(baselines=False)).heads
+
+    written = featcache.export(head.bundle, tmp_path / "model.onnx")
+
+    session = onnxruntime.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
+    ids = ids_of(cache.backbone, ("wind rain", "spoon pan oven salt")).numpy()
+    (scores,) = session.run(None, {"ids": ids})
+    assert [head.classes[number] for number in scores.argmax(1)] == ["weather", "kitchen"]

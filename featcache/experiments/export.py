@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from featcache.backbones.attention import AttentiveHead
 from featcache.backbones.base import TorchRuntime
 from featcache.datasets.base import Dataset
-from featcache.datasets.images import ImagePreprocess, UnreadableImage
+from featcache.datasets.images import ImagePreprocess
 from featcache.display import logger
-from featcache.errors import DataError, SetupError, UsageError
+from featcache.errors import DataError, SetupError, UnreadableSample, UsageError
 from featcache.evaluation.columns import ColumnCoder
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
 from featcache.experiments.predict import cache_of
@@ -62,7 +62,8 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
     """Write backbone and head as one ONNX model, once it has agreed with them on real images.
 
     Input ``pixels`` is uint8 (batch, size, size, 3), decoded and cropped as the model's metadata say; normalising is
-    inside. Output ``scores`` is float32 (batch, classes): probabilities where the head knows them, scaled by its temperature
+    inside. Of an encoder of texts it is ``ids``, int32 (batch, length): token ids, special ones too, and -1 behind the text.
+    Output ``scores`` is float32 (batch, classes): probabilities where the head knows them, scaled by its temperature
     as those of ``predict``. It looks at one view of an image; a head that averages several says so in a note.
 
     Args:
@@ -86,18 +87,16 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         raise SetupError("export needs ONNX: `pip install 'featcache[onnx]'`.") from None
     cache = cache_of(bundle, check, settings, weights)
     preprocess, pixels = cache.backbone.preprocess, []
-    if not isinstance(preprocess, ImagePreprocess):
-        raise UsageError(f"{bundle.path}: only backbones of images can be exported.")
     for item in check.samples:
         try:
             pixels.append(preprocess(check.read(item.path), Views())[0])
-        except (OSError, ValueError, UnreadableImage):
+        except (OSError, ValueError, UnreadableSample):
             continue
         if len(pixels) == _CHECKED:
             break
     if not pixels:
-        raise DataError(f"{check.location}: none of its images can be read to check the model on.")
-    images = np.stack(pixels)
+        raise DataError(f"{check.location}: none of its {check.kind}s can be read to check the model on.")
+    images, name = np.stack(pixels), "pixels" if isinstance(preprocess, ImagePreprocess) else "ids"
     head = _scaled(_as_module(bundle.estimator, len(bundle.classes)), bundle.card.get("scaled_by"))
     model = _Whole(cache.backbone.program((bundle.card.get("cut", "pooled"),)), head).eval()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -107,7 +106,7 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
             model,
             (torch.from_numpy(images[:2] if len(images) > 1 else np.repeat(images, 2, axis=0)),),
             str(draft),
-            input_names=["pixels"],
+            input_names=[name],
             output_names=["scores"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
@@ -116,14 +115,14 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         )
         proto = onnx.load(str(draft))
     facts = {"classes": list(bundle.classes), "transform": asdict(preprocess.spec), "head": bundle.card.get("head", "")}
-    for name, value in facts.items():
-        proto.metadata_props.add(key=name, value=json.dumps(value))
+    for fact, value in facts.items():
+        proto.metadata_props.add(key=fact, value=json.dumps(value))
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     program = cache.backbone.program((bundle.card.get("cut", "pooled"),))
     (features,) = TorchRuntime(program, cache.backbone.device, cache.spec.precision)(images)
     expected = _expected(bundle, features)
-    got = np.concatenate([session.run(None, {"pixels": images[:1]})[0], session.run(None, {"pixels": images})[0][1:]])
+    got = np.concatenate([session.run(None, {name: images[:1]})[0], session.run(None, {name: images})[0][1:]])
     difference = _difference(got, expected)
     if difference > AGREEMENT:
         raise DataError(f"{path}: not written, the model's scores differ by {difference:.1g} from the head's own.")
