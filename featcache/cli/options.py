@@ -21,8 +21,14 @@ Glossary = tuple[str, tuple[tuple[str, str], ...]]
 DATA_KINDS: Glossary = (
     "DATA is one of",
     (
-        ("FOLDER", "CLASS/IMAGE files, or train|val|test/CLASS/IMAGE; splits that are missing are drawn."),
-        ("FILE.csv, FILE.parquet", "Columns path, label and perhaps split; in Parquet a column image may hold the bytes."),
+        (
+            "FOLDER",
+            "CLASS/IMAGE files, or train|val|test/CLASS/IMAGE; texts as CLASS/TEXT.txt. Splits that are missing are drawn.",
+        ),
+        (
+            "FILE.csv, FILE.parquet",
+            "Columns path, label and perhaps split; in Parquet a column image may hold the bytes; texts: text, label.",
+        ),
         (
             "FILE.npz, FILE.h5",
             "Arrays images, uint8 (n, h, w[, 3]), and labels, or a pair a split: train_images, train_labels.",
@@ -270,7 +276,8 @@ backbone_options = grouped(
         default="lite0",
         show_default=True,
         metavar="NAME",
-        help="Take this backbone: lite0 (comes along), mini (a toy), a timm name, hf-hub:ORG/REPO or local-dir:PATH.",
+        help="Take this backbone: lite0 (comes along), mini (a toy), a timm name, hf-hub:ORG/REPO or local-dir:PATH; of "
+        "texts text:ORG/NAME or text:FOLDER.",
     ),
     click.option(
         "--weights",
@@ -283,7 +290,11 @@ backbone_options = grouped(
     click.option(
         "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Pass this to timm; repeat it for more."
     ),
-    click.option("--input-size", type=POSITIVE, help="Scale images to so many pixels a side, not to the backbone's own."),
+    click.option(
+        "--input-size",
+        type=POSITIVE,
+        help="Scale images to so many pixels a side, not to the backbone's own; end texts after so many tokens.",
+    ),
     click.option("--crop-pct", type=NUMBER, help="Keep this share, from 0 to 1, of the scaled short side."),
     click.option(
         "--interpolation",

@@ -151,6 +151,8 @@ def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -
         UsageError: the features do not fit into memory.
     """
     cache.dataset.require_kind("label")
+    if cache.dataset.kind != "image":
+        raise UsageError(f"{cache.dataset.location}: an audit looks at images, and these are {cache.dataset.kind}s.")
     entry = cache.features([Output(POOLED)], thumbnails=SIDE)[0]
     if not in_memory(entry.store):
         raise UsageError(f"{cache.dataset.name}: an audit holds all features in memory, and they do not fit.")
