@@ -18,6 +18,7 @@ from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.heads import bundle
 from featcache.reports.answer import best_probes
+from featcache.reports.audit import ABOUT
 from featcache.reports.records import RunRecord
 from featcache.reports.shown import Bin, Cell, Confusion, DatasetEvidence, Learned, Scatter, Shown, Suspicion
 from featcache.reports.tables import groups_of_seeds
@@ -216,7 +217,7 @@ def _suspicions(head: HeadEvidence) -> Iterator[Suspicion]:
     present = set(head.features.paths)
     suspects = [(kind, shown) for kind, shown in suspects if shown.path in present]
     for kind, count in Counter(kind for kind, _ in suspects).items():
-        yield Suspicion(kind, count, tuple(shown for each, shown in suspects if each == kind)[:OF_A_KIND])
+        yield Suspicion(ABOUT.get(kind, kind), count, tuple(shown for each, shown in suspects if each == kind)[:OF_A_KIND])
 
 
 def _suspects(note: dict[str, Any]) -> list[tuple[str, Shown]]:

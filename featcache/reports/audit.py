@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("kind", "path", "label", "split", "other", "other_label", "other_split", "score")
 _SHOWN = 5  # suspects of a kind in a terminal; a file has all of them
-_ABOUT = {
+ABOUT = {
     "label": "label is doubted",
     "long": "very long or high",
     "tiny": "much smaller than the others",
@@ -28,7 +28,7 @@ _ABOUT = {
 
 def audit_table(result: "AuditResult") -> Table:
     """Return how many suspects of each kind each part has."""
-    rows = [(_ABOUT.get(kind, kind), *map(str, parts.values())) for kind, parts in result.counts.items()]
+    rows = [(ABOUT.get(kind, kind), *map(str, parts.values())) for kind, parts in result.counts.items()]
     sizes = ", ".join(f"{count} {name}" for name, count in result.images.items())
     note = "" if rows else "Nothing suspicious."
     return Table(("suspects", "train", "val", "test"), rows, f"{result.dataset}, {result.backbone}: {sizes} images", note)
@@ -46,7 +46,7 @@ def audit_lines(result: "AuditResult") -> Iterator[str]:
             if kind == "label"
             else ""
         )
-        yield f"{_ABOUT.get(kind, kind)}{often}:"
+        yield f"{ABOUT.get(kind, kind)}{often}:"
         yield from (f"  {_suspect_text(suspect)}" for suspect in of_kind[:_SHOWN])
         if len(of_kind) > _SHOWN:
             yield f"  and {len(of_kind) - _SHOWN} more"

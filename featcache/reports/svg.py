@@ -118,7 +118,9 @@ def _x_tick(place: float, name: str, *, slanted: bool) -> Markup:
 def _axis(values: Sequence[float], start: float, end: float, *, is_log: bool = False, margin: float = 0.06) -> Axis:
     low, high = min(values), max(values)
     if is_log:
-        return Axis(max(low, 1e-3) / 1.4, max(high, 1e-3) * 1.4, start, end, is_log=True)
+        low, high = max(low, 1e-3), max(high, 1e-3)
+        room = 1.4 if high > 3 * low else 2.5  # less would have no two round values to be read by
+        return Axis(low / room, high * room, start, end, is_log=True)
     room = (high - low) * margin or 1.0
     return Axis(low - room, high + room, start, end)
 
