@@ -114,6 +114,7 @@ _PLAN = (
     "target",
     "group",
     "columns",
+    "prompts",
     "shots",
     "curve",
     "baselines",
@@ -129,6 +130,13 @@ _PLAN = (
         "--head", "heads", multiple=True, type=options.Head(), default=["logistic"], show_default=True, help=_HEADS
     ),
     click.option("--layers", type=options.NAMES, help="Train on these layers side by side, such as layer3,layer4."),
+    click.option(
+        "--prompt",
+        "prompts",
+        multiple=True,
+        metavar="TEXT",
+        help="Let zero-shot heads read a class so, {} standing for it, as in 'a photo of a {}.'; repeat it to average.",
+    ),
     click.option(
         "--with",
         "columns",
@@ -211,6 +219,7 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
     best_pool = flags["pool"] == "auto"
     flags |= {"pool": "default"} if best_pool else {}
     flags |= {name: flags[name] or () for name in ("layers", "columns", "shots")}
+    flags["prompts"] = flags["prompts"] or FitPlan.prompts
     plan = FitPlan(best_pool=best_pool, **{name: flags.pop(name) for name in _PLAN})
     if plan.target != "label" and (show_classes or mistakes):
         raise click.UsageError(f"--per-class and --mistakes are of one class an image, not of --target {plan.target}.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.backbones import origins
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.columns import ColumnCoder, column_names
@@ -30,19 +31,22 @@ from featcache.experiments.experiment import (
 )
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
-from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, bundle, heads_for, require_params
+from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, bundle, heads_for, require_params
 from featcache.heads.baselines import SIDE, Baseline
 from featcache.heads.fit import FittedHead
 from featcache.reports.records import RunRecord, append_once
 from featcache.resources import free_memory
-from featcache.specs import POOLED, TOKENS, Views, check_fields, cut_of_layers
+from featcache.specs import CLIP, POOLED, TOKENS, BackboneSpec, Views, check_fields, cut_of_layers
 from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import beside
 
 if TYPE_CHECKING:
     from featcache.heads.fit import Curve
+    from featcache.heads.zeroshot import ClassRows
 
+# plain ones: which wording suits a data set is the user's to say
+PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a {}.")
 PROBE = "logistic"
 PROBES = ("ridge", "knn", PROBE)  # what the gap is taken to at least: the cheap ones
 _MOST_SHOTS = 1_000_000
@@ -143,6 +147,7 @@ class FitPlan:
         group: the column of the data set's manifest whose values stay together, such as a patient.
         columns: of the manifest, that heads are given beside the embedding: numbers, and categories, one number each;
             ``NAME:category`` takes a column's numbers for names.
+        prompts: texts with {} for a class, whose rows are averaged: what zero-shot heads begin with.
         shots: train on so many images a class too, several times.
         curve: train on shares of the training images too, several times.
         baselines: train trivial methods beside, which need no backbone.
@@ -159,6 +164,7 @@ class FitPlan:
     target: Kind = "label"
     group: str | None = None
     columns: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = PROMPTS
     shots: tuple[int, ...] = ()
     curve: bool = False
     baselines: bool = True
@@ -180,6 +186,10 @@ class FitPlan:
         if self.best_pool and self.layers:
             raise UsageError("`best_pool` is of the last activations, `layers` have averages: leave one of them out.")
         column_names(self.columns)
+        if not self.prompts or not all("{}" in prompt for prompt in self.prompts):
+            raise UsageError(
+                "`prompts`: at least one is needed, each with {} where a class stands, as in 'a photo of a {}.'."
+            )
         Views(self.views)
 
     def names(self) -> list[str]:
@@ -198,6 +208,11 @@ class FitPlan:
         if {*names} & {*ATTENTIVE} and (self.views > 1 or self.layers or self.shots or self.curve or self.columns):
             raise UsageError(
                 f"`heads` {names[-1]} trains on tokens: without `views`, `layers`, `columns`, `shots` and `curve`."
+            )
+        if {*names} & {*ZEROSHOT} and (self.layers or self.best_pool or self.shots or self.curve or self.columns):
+            raise UsageError(
+                f"`heads` {', '.join(ZEROSHOT)} compare texts with the embedding: without `layers`, `best_pool`, `columns`, "
+                "`shots` and `curve`."
             )
         if self.shots and self.target != "label":
             raise UsageError(
@@ -238,6 +253,9 @@ class FitPlan:
         words += [f"{self.views} views"] if self.views > 1 else []
         words += [f"with {', '.join(column_names(self.columns))}"] if self.columns else []
         plan = self.choice() | ({"members": list(members)} if members else {})
+        if head in ZEROSHOT:
+            texts = origins.named(cache.spec)
+            plan |= {"prompts": list(self.prompts), "texts": texts.content() if texts is not None else None}
         if (columns := task.whole.columns) is not None:
             plan |= {"column_values": columns.sha256}
         return Experiment(cache, task, " ".join(words), plan, seed)
@@ -330,6 +348,7 @@ def run_fit(
     """
     names = plan.names()
     manifest = require_task(cache, plan.target, plan.group), require_columns(cache, plan.columns)
+    _require_texts(cache.spec, names)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
@@ -469,12 +488,26 @@ class _Fitting:
 
             experiment = plan.experiment(self.cache, self.task, name, self.seed)
             return fit_attentive(experiment, self.entry, self.split, name)
+        if name in ZEROSHOT:
+            from featcache.heads.zeroshot import fit_zeroshot
+
+            return fit_zeroshot(name, self.loaded, self.split, self.class_rows, self.seed, plan.views)
         if name == ENSEMBLE:
             members = [self._with_answers(head).fitted for head in before if head.fitted.name not in ATTENTIVE]
             fitted = ensemble(self.loaded, self.split, members, plan.views)
         else:
             fitted = fit(self.loaded, self.split, name, seed=self.seed, grid=plan.candidates(), views=plan.views)
         return replace(fitted, params=fitted.params | {"pool": self.pooled[0].kind}) if plan.best_pool else fitted
+
+    @cached_property
+    def class_rows(self) -> "ClassRows":
+        """What the text tower says of the classes: of one loading for all heads."""
+        from featcache.backbones.image_text import embed_classes
+        from featcache.heads.zeroshot import ClassRows
+
+        names = [name.replace("_", " ") for name in self.task.names]
+        texts = embed_classes(self.cache.spec, names, self.plan.prompts, self.cache.backbone.device)
+        return ClassRows(texts.rows, texts.scale, texts.bias)
 
     def _with_answers(self, head: HeadResult) -> HeadResult:
         """Return a head with what it answered on validation: one whose file holds none, being too large, is fitted again."""
@@ -595,6 +628,20 @@ class _Fitting:
                 with suppress(StorageError):  # a cache that cannot be written answers all the same
                     keep_note(path, [self.entry.store.key], curve.summary)
         return drawn
+
+
+def _require_texts(spec: BackboneSpec, names: Sequence[str]) -> None:
+    """Refuse heads of texts where there is no text tower whose rows lie beside the embeddings.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if not {*names} & {*ZEROSHOT}:
+        return
+    if not spec.name.startswith(CLIP):
+        raise UsageError(f"`heads` {', '.join(ZEROSHOT)} need a model of images and texts, `backbone=clip:MODEL/TAG`.")
+    if spec.pool != "default":
+        raise UsageError(f"`pool` {spec.pool}: texts lie beside the model's own embedding: leave it out.")
 
 
 def _trainable(store: FeatureStore, plan: FitPlan, names: list[str]) -> list[str]:

@@ -24,10 +24,12 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "mlp": ("alpha",),
     "boosting": (),
 }
+# these begin with what a text tower says of the classes: of models of images and texts alone
+ZEROSHOT = ("zeroshot", "zeroshot-probe", "tip")
 ATTENTIVE = ("attentive", "attentive-latent")  # these train on tokens, the others on what is pooled of them
 STREAMING = ("ridge", "logistic")  # these read features too large for memory from disk, in every pass
 ENSEMBLE, ALL = "ensemble", "all"
-HEAD_NAMES = (*PARAMETERS, *ATTENTIVE, ENSEMBLE, ALL)
+HEAD_NAMES = (*PARAMETERS, *ZEROSHOT, *ATTENTIVE, ENSEMBLE, ALL)
 MEMBERS = ("logistic", "knn", "lda", "rbf", "mlp", "boosting")
 _USUAL_MEMBERS = MEMBERS[:4]  # the others take longer than they add on most data sets
 # one output a label: any loss that is a sum over outputs would do, the logistic one gives probabilities

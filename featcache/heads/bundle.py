@@ -38,6 +38,7 @@ _CARD = b"featcache: card of a head\n"  # what a signature is for; it covers the
 _TRUSTED = frozenset(
     {
         "featcache.backbones.attention.AttentiveHead",  # arrays, numbers and texts
+        "featcache.heads.zeroshot.TipAdapter",
         "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
         "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
         "sklearn.ensemble._hist_gradient_boosting.binning._BinMapper",

@@ -75,7 +75,7 @@ def fit(
     embeddings = Embeddings.of(task, views)
     started = time.monotonic()
     search, estimator = embeddings.fit(name, split, seed, grid)
-    return _tested(name, estimator, search, embeddings, split, time.monotonic() - started)
+    return tested_head(name, estimator, search, embeddings, split, time.monotonic() - started)
 
 
 def ensemble(task: Task, split: Split, fitted: Sequence[FittedHead], views: int = 1) -> FittedHead:
@@ -107,10 +107,10 @@ def ensemble(task: Task, split: Split, fitted: Sequence[FittedHead], views: int 
     seconds = time.monotonic() - started + sum(head.seconds for head in members)
     params = {"members": [head.name for head in members]}
     search = SearchResult(params, evaluate(y_true, averages[best]), averages[best], most, 0)
-    return _tested(ENSEMBLE, estimator, search, Embeddings.of(task, views), split, seconds)
+    return tested_head(ENSEMBLE, estimator, search, Embeddings.of(task, views), split, seconds)
 
 
-def _tested(
+def tested_head(
     name: str, estimator: Any, search: "SearchResult", embeddings: "Embeddings", split: Split, seconds: float
 ) -> FittedHead:
     """Return a head that was refitted after its search, with its scores; the test split is read here."""
