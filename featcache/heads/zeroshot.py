@@ -194,7 +194,7 @@ def _refitted(name: str, params: Params, classes: ClassRows, X: X_, y: Y_, seed:
 
 
 def _pulled(classes: ClassRows, X: X_, y: Y_, pull: float) -> tuple[NDArray[np.float64], bool]:
-    """Minimise pull x (sum of log-losses) + |W - W of zero-shot|^2 / 2; return the difference (k, d), and if it is proven."""
+    """Minimise pull x (sum of log-losses) + |W - W of zero-shot|^2 / 2; return the difference (k, d), and if proven."""
     unit, start = normalize(X).astype(np.float64), classes.logits(X)
     truth = np.eye(len(classes.rows))[y]
 
