@@ -135,7 +135,7 @@ def _zeroshot(classes: ClassRows, X: X_, _: Y_, folds: Sequence[Fold]) -> Iterat
     yield Candidate({}, np.concatenate([softmax(classes.logits(X[fold.val]), axis=1) for fold in folds]))
 
 
-def _probe(classes: ClassRows, X: X_, y: Y_, folds: Sequence[Fold]) -> Iterator[Candidate]:
+def _towards_probe(classes: ClassRows, X: X_, y: Y_, folds: Sequence[Fold]) -> Iterator[Candidate]:
     logits = np.concatenate([classes.logits(X[fold.val]) for fold in folds])
     yield Candidate({"pull": 0.0}, softmax(logits, axis=1))
     for pull in _PULLS:
@@ -165,7 +165,7 @@ def _tip(classes: ClassRows, X: X_, y: Y_, folds: Sequence[Fold]) -> Iterator[Ca
 
 _CANDIDATES: dict[str, Callable[[ClassRows, X_, Y_, Sequence[Fold]], Iterator[Candidate]]] = {
     "zeroshot": _zeroshot,
-    "zeroshot-probe": _probe,
+    "zeroshot-probe": _towards_probe,
     "tip": _tip,
 }
 
