@@ -22,14 +22,17 @@ from typing import Any
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
+from featcache.evaluation.metrics import Gap
 from featcache.evaluation.resampling import drawn_weights, more_images
-from featcache.experiments.advise import Study
+from featcache.experiments.advise import Evidence, Study
 from featcache.experiments.backbone_race import Judged, Pool, Race, Runner, judge_sample
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec, TransformOverrides, freeze_args
 
+SURE, MISSED = 0.9, 0.5 + 1e-9  # points: what counts as wrong
+DEPTHS = ("features", "last:1", "last:2", "all")
 HEADS = ("ridge", "knn", "logistic")
 RECORDS = ("lab", "lab-lite0", "depths-pretrained", "depths-pretrained-small", "advise-tuned")
 HALF = (0.5, 0.5, 0.5)
@@ -145,6 +148,11 @@ def tuning(records: list[RunRecord], data: str, backbone: str, size: int | None)
     }
 
 
+def fair(field: tuple[str, ...], data: str) -> tuple[str, ...]:
+    """Return the candidates that were not trained on the very images: ``mini`` was on those of TinyImageNet."""
+    return tuple(name for name in field if name != "mini" or not data.startswith("tiny"))
+
+
 def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tuple[dict[str, Any], Any]]:
     """Yield what is asked, and what answers it: races first, then curves, then whether to tune, the dearest."""
     settings, specs = Settings(cache), backbones(weights)
@@ -156,7 +164,7 @@ def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tup
     pools = {data.name: Pool.of(data, None, 0) for data in sets}
     for data, pool in pools.items():
         for seed in range(seeds):
-            for field in FIELDS:
+            for field in (fair(field, data) for field in FIELDS):
                 asked = {"what": "race", "data": data, "seed": seed, "field": field}
                 yield asked, partial(race, replace(pool, seed=seed), field, specs, settings, truths[data])
     for data, pool in pools.items():
@@ -210,6 +218,87 @@ def study(pool: Pool, runner: Runner, a_row: float) -> dict[str, Any]:
     }
 
 
+def regret(line: dict[str, Any]) -> float:
+    """Return how many points of test accuracy a race lost."""
+    return float(100 * (max(line["truth"].values()) - line["truth"][line["chosen"]]))
+
+
+def lost(line: dict[str, Any], depth: str) -> float:
+    """Return how many points of test accuracy a depth loses; of depths that were not trained the nearest stands for it."""
+    outcome = {name: 100 * scores["test"] for name, scores in line["outcome"].items()}
+    nearest = {"features": ("features",), "last": ("last:2", "last:1"), "all": ("all", "last:2", "last:1")}[depth]
+    return max(outcome.values()) - next(outcome[name] for name in nearest if name in outcome)
+
+
+def evidence_of(line: dict[str, Any]) -> Evidence:
+    """Return the evidence of a line, as what it was."""
+    told = line["evidence"]
+    gaps = {name: None if told[name] is None else Gap(**told[name]) for name in ("layers", "tuned")}
+    return Evidence(**(told | gaps))
+
+
+def tables(path: Path) -> Iterator[str]:
+    """Yield what the lines of a file come to, in Markdown."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    races, depths, curves = ([line for line in lines if line["what"] == what] for what in ("race", "depth", "more"))
+    yield from race_table(races)
+    yield ""
+    yield from depth_table(depths)
+    yield ""
+    yield from sums(depths, curves)
+
+
+def race_table(races: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what backbones were chosen and how sure that was, by data set."""
+    yield "| set | races | mean regret | worst | sure of 90 % | of those right | seconds, of fitting all |"
+    yield "|---|" + "---|" * 6
+    for data in [*dict.fromkeys(line["data"] for line in races), "all"]:
+        of_set = [line for line in races if data in {line["data"], "all"}]
+        sure = [regret(line) <= MISSED for line in of_set if line["chance"] >= SURE]
+        share = sum(line["seconds"] for line in of_set) / sum(line["everything"] for line in of_set)
+        regrets = [regret(line) for line in of_set]
+        right = f"{100 * mean(sure):.0f} %" if sure else "-"
+        numbers = f"{mean(regrets):.2f} | {max(regrets):.1f} | {len(sure)} | {right} | {100 * share:.0f} %"
+        yield f"| {data} | {len(of_set)} | {numbers} |"
+
+
+def depth_table(depths: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what was said of tuning beside what tuning came to."""
+    yield "| set, backbone | short last:1, points | says, sure | textbook | features, last:1, last:2, all | lost |"
+    yield "|---|" + "---|" * 5
+    for line in depths:
+        told, outcome = evidence_of(line), line["outcome"]
+        depth, sure = told.depth
+        came = ", ".join(f"{100 * outcome[name]['test']:.1f}" if name in outcome else "-" for name in DEPTHS)
+        gain = f"{told.tuned.points:+.1f}" if told.tuned else "-"
+        says = f"{depth}, {100 * (sure or 0):.0f} % | {told.textbook}"
+        yield f"| {line['data']}, {line['backbone']} | {gain} | {says} | {came} | {lost(line, depth):.1f} |"
+
+
+def sums(depths: list[dict[str, Any]], curves: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what the ways to decide lose, how often what was sure was right, and how far curves were off."""
+    ways = {
+        "advice": lambda line: evidence_of(line).depth[0],
+        "the textbook rule, with likeness as it was measured here": lambda line: evidence_of(line).textbook,
+        "always the last stages": lambda _: "last",
+        "always all": lambda _: "all",
+        "never": lambda _: "features",
+    }
+    for name, way in ways.items():
+        losses = [lost(line, way(line)) for line in depths]
+        yield f"- {name}: {mean(losses):.2f} points lost on average, {max(losses):.1f} at worst"
+    sure = [line for line in depths if (evidence_of(line).depth[1] or 0) >= SURE]
+    right = [(lost(line, "features") > MISSED) == (evidence_of(line).depth[0] != "features") for line in sure]
+    yield f"- sure of 90 % whether tuning pays: {len(sure)} of {len(depths)}, right in {sum(right)}"
+    trained = sum(scores["seconds"] for line in depths for scores in line["outcome"].values())
+    share = sum(line["seconds"] for line in depths) / trained
+    yield f"- seconds: {100 * share:.0f} % of the fits and trainings that this is held against"
+    told = [line for line in curves if line["told"]]
+    held = [line["told"]["interval"][0] <= line["came"] <= line["told"]["interval"][1] for line in told]
+    off = mean(abs(line["told"]["points"] - line["came"]) for line in told)
+    yield f"- twice the images: the interval held what came in {sum(held)} of {len(held)}; {off:.1f} points off on average"
+
+
 def main(root: str, weights: str, cache: str, out: str, seeds: str = "3") -> None:
     """Answer all questions that OUT has no line of."""
     path = Path(out)
@@ -221,6 +310,7 @@ def main(root: str, weights: str, cache: str, out: str, seeds: str = "3") -> Non
             line = json.dumps(asked | answer()) + "\n"
             with path.open("a") as file:
                 file.write(line)
+    print("\n".join(tables(path)))
 
 
 if __name__ == "__main__":
