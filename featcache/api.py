@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from featcache.display import Displayed
 from featcache.errors import DataError, FeatcacheError, UsageError
 from featcache.reports.records import RECORDS
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, check_seed, check_value
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from featcache.heads.bundle import Bundle
     from featcache.reports.comparison import AgainstResult, ReplayResult
     from featcache.reports.records import RunRecord
+
+Tabled = TypeVar("Tabled", bound=Displayed)
 
 
 def extract(
@@ -126,7 +129,7 @@ def fit(
     usual = FitPlan() if heads is None else FitPlan(_names(heads, "heads"))
     seed, plan = check_seed(seed), check_value(plan or usual, FitPlan, "plan")
     cache = _feature_cache(data, backbone, settings)
-    return run_fit(cache, plan, seed=seed, records=cache.settings.cache / RECORDS)
+    return _tracked(run_fit(cache, plan, seed=seed, records=cache.settings.cache / RECORDS), cache.settings, "fit")
 
 
 def predict(
@@ -233,7 +236,7 @@ def finetune(
     group = check_value(group, str | None, "group")
     cache = _feature_cache(data, backbone, settings)
     inputs = FineTuneInputs(cache, probes=probes, group=group, seed=seed)
-    return run_finetune(inputs, plan, records=cache.settings.cache / RECORDS)
+    return _tracked(run_finetune(inputs, plan, records=cache.settings.cache / RECORDS), cache.settings, "finetune")
 
 
 def sweep(
@@ -260,7 +263,7 @@ def sweep(
     group = check_value(group, str | None, "group")
     cache = _feature_cache(data, backbone, settings)
     inputs = FineTuneInputs(cache, probes=probes, group=group, seed=seed)
-    return run_sweep(inputs, plan, records=cache.settings.cache / RECORDS)
+    return _tracked(run_sweep(inputs, plan, records=cache.settings.cache / RECORDS), cache.settings, "finetune")
 
 
 def gap(
@@ -288,7 +291,8 @@ def gap(
     seed, group = check_seed(seed), check_value(group, str | None, "group")
     budget = check_value(budget, float | None, "budget")
     cache = _feature_cache(data, backbone, settings)
-    return run_gap(cache, plan, group=group, seed=seed, budget=budget, records=cache.settings.cache / RECORDS)
+    result = run_gap(cache, plan, group=group, seed=seed, budget=budget, records=cache.settings.cache / RECORDS)
+    return _tracked(result, cache.settings, "gap")
 
 
 def audit(
@@ -373,7 +377,8 @@ def bench(
 
     grid = load_grid(Path(pipeline))
     grid = replace(grid, data=tuple(replace(entry, group=entry.group or group) for entry in grid.data))
-    return run_bench(grid, settings or Settings(), out or default_out())
+    settings = settings or Settings()
+    return _tracked(run_bench(grid, settings, out or default_out()), settings, f"bench {grid.name}")
 
 
 def replay(
@@ -488,6 +493,13 @@ def _names(values: Sequence[str], field: str) -> tuple[str, ...]:
     if not names:
         raise UsageError(f"{field}: at least one is needed.")
     return names
+
+
+def _tracked(result: "Tabled", settings: "Settings", name: str) -> "Tabled":
+    """Return a result once the tracker, where there is one, has been told its table."""
+    if settings.tracker is not None:
+        settings.tracker.on_result(name, result.table())
+    return result
 
 
 def _feature_cache(

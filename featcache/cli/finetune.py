@@ -154,6 +154,7 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
 @options.grouped(
     "Output",
     options.price_option,
+    options.track_option,
     click.option("--plot", type=options.FILE, help="Draw loss, accuracy and costs into this file: .png, .svg or .pdf."),
 )
 @options.json_option
@@ -240,6 +241,7 @@ _GRID: options.Glossary = (
 )
 @replay_options
 @options.run_options
+@options.grouped("Output", options.track_option)
 @options.json_option
 def bench_command(pipeline: Path | None, out: Path | None, against: Path | None, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
     """Run the missing cells of PIPELINE, a TOML file, and write its records and tables.

@@ -25,6 +25,7 @@ from featcache.cli import options
 @options.grouped(
     "Output",
     options.price_option,
+    options.track_option,
     click.option("--plot", type=options.FILE, help="Draw the steps as a waterfall into this file: .png, .svg or .pdf."),
 )
 @options.json_option

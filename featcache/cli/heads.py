@@ -203,6 +203,7 @@ _PLAN = (
         help="Show the N most confident mistakes of the best head on the test split.",
     ),
 )
+@options.grouped("Output", options.track_option)
 @options.json_option
 def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) -> None:  # noqa: FBT001
     """Train heads on the features of DATA, extracted first if needed.

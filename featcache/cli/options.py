@@ -241,6 +241,12 @@ seed_option = click.option("--seed", type=SEED, default=0, show_default=True, he
 price_option = click.option(
     "--price", type=PRICE, help="Tell costs in money too, given the price of an hour on this machine."
 )
+track_option = click.option(
+    "--track",
+    "tracker",
+    metavar="TRACKER",
+    help="Tell curves, tables and records to wandb, trackio, tensorboard or mlflow; a project or folder may follow a colon.",
+)
 cache_budget_option = click.option(
     "--cache-budget",
     type=BYTES,
@@ -400,7 +406,16 @@ def take_settings(options: dict[str, Any]) -> "Settings":
         workers=options.pop("workers"),
         part=options.pop("part", None),
         engine=options.pop("engine", "local"),
+        tracker=_opened(options.pop("tracker", None)),
     )
+
+
+def _opened(tracker: str | None) -> Any:
+    if tracker is None:
+        return None
+    from featcache.reports.trackers import Tracker
+
+    return Tracker(tracker)
 
 
 def take_inputs(options: dict[str, Any], target: str = "label") -> "tuple[BackboneSpec, Settings, Dataset]":

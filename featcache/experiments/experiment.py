@@ -20,7 +20,7 @@ from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import fingerprint
-from featcache.reports.records import PROTOCOL, RunRecord, record_from, stamp
+from featcache.reports.records import PROTOCOL, RunRecord, append_once, record_from, stamp
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import Features, RowReader
 
@@ -192,6 +192,14 @@ class Experiment:
     @property
     def _group(self) -> dict[str, Any]:
         return {"group": self.task.group} if self.task.group else {}
+
+
+def finish(record: RunRecord, records: Path | None, cache: FeatureCache) -> None:
+    """Append a finished record to its file, and tell the command's tracker of it; without a file neither is wanted."""
+    if records is not None:
+        append_once(records, record)
+        if cache.settings.tracker is not None:
+            cache.settings.tracker.on_record(record)
 
 
 def source_of(dataset: Dataset, task: Task) -> dict[str, Any]:

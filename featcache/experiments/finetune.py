@@ -1,7 +1,7 @@
 """Fine-tune from stored activations, compare with the best probe on the same images, and tell the gap at its price."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from featcache.backbones import origins
 from featcache.display import Displayed, Table, logger
 from featcache.evaluation.metrics import Gap, paired_gap
-from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome
+from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome, finish
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan, depths
 from featcache.fingerprint import canonical
-from featcache.reports.records import RunRecord, append_once, read_records
+from featcache.reports.records import RunRecord, read_records
 from featcache.reports.tables import NO_GAIN
 from featcache.reports.wording import START_STAYS, finetune_table
 from featcache.specs import POOLED, BackboneSpec
@@ -24,6 +24,7 @@ from featcache.store.atomic import remove_file
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone
     from featcache.finetuning.finetuner import FineTuned
+    from featcache.finetuning.loop import Epoch
     from featcache.finetuning.model import Checkpoint
 
 _DRIFTED = 0.5  # CKA below which the embeddings are no longer the probe's
@@ -127,6 +128,8 @@ def run_finetune(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | 
     if not inputs.all_agree(result is not None) or result is None:
         (rows,) = inputs.prepare([plan])
         result = FineTuneJob(inputs, plan, rows).run(records)
+    else:
+        finish(result.record, records, inputs.cache)
     _tell([result])
     _forget(inputs, [result])
     return result
@@ -190,6 +193,8 @@ class Sweep:
         self._before[place] = self._last_kept
         if not self.inputs.all_agree(result is not None) or result is None:
             result = self._train(place)
+        else:
+            finish(result.record, self.records, self.inputs.cache)
         self._results[place] = result
         return result
 
@@ -261,8 +266,7 @@ class FineTuneJob:
                 if processes.rank == 0:
                     # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
                     record = self._save(tuned, outcome)
-                    if records:
-                        append_once(records, record)
+                    finish(record, records, self.inputs.cache)
                 else:
                     record = self.experiment.record(self.rows.entry, self.checkpoint, outcome)
         epochs, head = tuple(asdict(epoch) for epoch in tuned.history), head_path(self.stem)
@@ -289,10 +293,27 @@ class FineTuneJob:
         if precision in {None, "auto"}:
             batch = to_device(rows.take(rows.split.train[: plan.batch_size] * plan.views), backbone.device)
             precision = choose_precision(network.model, batch, inputs.processes, on_cpu=precision == "auto")
-        context = TrainContext(network.model, network.stages, rows.take, y, plan, inputs.processes, inputs.seed, precision)
+        how = (plan, inputs.processes, inputs.seed, precision, self._told)
+        context = TrainContext(network.model, network.stages, rows.take, y, *how)
         before = context.before(rows.split.val)
         tries_live = plan.train_batchnorm is None and _is_resized(backbone) and has_batchnorm(network)
         return Finetuner(network, context, rows.split, refitted, before, unfinished, saved, tries_live).run()
+
+    @property
+    def _told(self) -> "Callable[[float, Epoch], None] | None":
+        """What tells the command's tracker of each epoch; of several processes one does."""
+        cache, tracker = self.inputs.cache, self.inputs.cache.settings.tracker
+        if tracker is None or self.inputs.processes.rank:
+            return None
+        name = f"{cache.dataset.name} {cache.spec.label} {self.experiment.method} seed {self.inputs.seed}"
+
+        def tell(rate: float, epoch: "Epoch") -> None:
+            val = {"validation accuracy": epoch.val.accuracy, "validation log-loss": epoch.val.log_loss}
+            facts = {"number": epoch.number, "train loss": epoch.train_loss, "train accuracy": epoch.train_accuracy} | val
+            numbers = {key: value for key, value in facts.items() if value is not None}
+            tracker.on_epoch(name, self.experiment.key, rate, numbers)
+
+        return tell
 
     def _compared(self, tuned: "FineTuned") -> Outcome:
         """Return what it came to, with the gap to the best probe and what is to be said of it."""

@@ -25,6 +25,7 @@ from featcache.experiments.experiment import (
     Outcome,
     aligned,
     columns_of,
+    finish,
     groups_of,
     require_columns,
     require_task,
@@ -34,7 +35,7 @@ from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, bundle, heads_for, require_params
 from featcache.heads.baselines import SIDE, Baseline
 from featcache.heads.fit import FittedHead
-from featcache.reports.records import RunRecord, append_once
+from featcache.reports.records import RunRecord
 from featcache.resources import free_memory
 from featcache.specs import CLIP, POOLED, TOKENS, BackboneSpec, Views, check_fields, cut_of_layers
 from featcache.store.checksums import keep_note, kept_note
@@ -368,8 +369,8 @@ def run_fit(
         if result is None:
             continue
         # one that was fitted before may be in the file already; another file is given it all the same
-        if records and (only is None or name in only):
-            append_once(records, result.record)
+        if only is None or name in only:
+            finish(result.record, records, cache)
         results.append(result)
     found, lone = fitting.baselines(results) if plan.baselines else ([], [])
     pooling = read_choice(*fitting.note("pooling")) if plan.best_pool else None

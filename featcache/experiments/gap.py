@@ -13,13 +13,13 @@ from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, score
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, groups_of, require_task
+from featcache.experiments.experiment import Experiment, finish, groups_of, require_task
 from featcache.experiments.finetune import Sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fitted, run_fit
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning.plan import FineTunePlan
-from featcache.reports.records import RunRecord, append_once
+from featcache.reports.records import RunRecord
 from featcache.reports.tables import between_records
 from featcache.specs import POOLED
 
@@ -177,8 +177,7 @@ def run_gap(
         return GapResult(tuple(steps), left=tuple(left))
     result = GapResult(tuple(steps))
     record = _recorded(result, gap_experiment(cache, plan, group, seed), plan)
-    if records:
-        append_once(records, record)
+    finish(record, records, cache)
     return replace(result, record=record)
 
 

@@ -55,7 +55,8 @@ class Settings:
     """What changes how a job runs, and none of its numbers beyond rounding.
 
     ``batch_size`` ``None`` leaves it to the device; ``budget`` is how many bytes the activations of a fine-tuning may
-    take; ``part`` (i, n) computes the i-th of n shares of the images, for several processes on one entry.
+    take; ``part`` (i, n) computes the i-th of n shares of the images, for several processes on one entry; ``tracker``
+    is told of epochs and records (``reports.trackers.Tracker``).
     """
 
     cache: Path = field(default_factory=entries.default_cache)
@@ -68,6 +69,7 @@ class Settings:
     engine: Literal["local", "ray"] = "local"
     workers: int | None = None
     budget: int | None = None
+    tracker: Any = None
 
     def __post_init__(self) -> None:
         """Refuse what nothing could run with."""

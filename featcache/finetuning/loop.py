@@ -103,6 +103,7 @@ class TrainContext:
         processes: those that share the work.
         seed: of the order of images, of views, mixing and dropout.
         precision: what steps are computed in.
+        on_epoch: is told the rate and each epoch that validation has judged.
     """
 
     model: SuffixAndHead
@@ -113,6 +114,7 @@ class TrainContext:
     processes: ProcessGroup
     seed: int
     precision: Precision
+    on_epoch: Callable[[float, Epoch], None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -235,6 +237,8 @@ class Trial:
                 diverged = True
                 break
             keep(self.state())
+            if self._context.on_epoch is not None and self._val is not None:
+                self._context.on_epoch(self._lr, state.history[-1])
             bar.set_postfix_str(f"lr {self._lr:g}, val {100 * state.history[-1].val.accuracy:.1f} %")
         bar.update((self._epochs + 1 - len(state.history) - diverged) * images)
         seconds = sum(epoch.seconds for epoch in state.history[1:])
