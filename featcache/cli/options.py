@@ -406,11 +406,11 @@ def take_settings(options: dict[str, Any]) -> "Settings":
         workers=options.pop("workers"),
         part=options.pop("part", None),
         engine=options.pop("engine", "local"),
-        tracker=_opened(options.pop("tracker", None)),
+        tracker=_open_tracker(options.pop("tracker", None)),
     )
 
 
-def _opened(tracker: str | None) -> Any:
+def _open_tracker(tracker: str | None) -> Any:
     if tracker is None:
         return None
     from featcache.reports.trackers import Tracker

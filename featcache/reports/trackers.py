@@ -114,7 +114,7 @@ class Tracker:
         for number, epoch in enumerate(record.params.get("curve", ())):
             values = {f"kept/{key}": value for key, value in zip(_CURVE, epoch, strict=False) if value is not None}
             run.scalars(values, number)
-        run.scalars(dict(_numbers(plain)), 0)
+        run.scalars(dict(_scores_by_path(plain)), 0)
         run.table("record", record.table())
         with TemporaryDirectory() as folder:
             path = Path(folder) / f"record-{record.cell[:8]}.json"
@@ -147,7 +147,7 @@ def run_name(record: RunRecord) -> str:
     return f"{record.dataset} {record.backbone} {record.method} seed {record.seed}"
 
 
-def _numbers(plain: Mapping[str, Any]) -> "list[tuple[str, float]]":
+def _scores_by_path(plain: Mapping[str, Any]) -> "list[tuple[str, float]]":
     """Return the scores, intervals, gap and costs of a record, each by its path."""
     pairs = []
     for part in ("val", "test", "gap", "seconds"):
@@ -297,7 +297,7 @@ def _markdown(table: Table) -> str:
     return f"{escape(table.title)}\n\n{body}\n" if table.title else f"{body}\n"
 
 
-def _named(make: Callable[[str], _Opened]) -> Callable[[str], _Opened]:
+def _with_safe_name(make: Callable[[str], _Opened]) -> Callable[[str], _Opened]:
     def open_kind(where: str) -> _Opened:
         opened = make(where)
         return lambda name, config: opened(_safe(name), config)
@@ -306,8 +306,8 @@ def _named(make: Callable[[str], _Opened]) -> Callable[[str], _Opened]:
 
 
 TRACKERS = {
-    "wandb": _named(_wandb),
-    "trackio": _named(_trackio),
-    "tensorboard": _named(_tensorboard),
-    "mlflow": _named(_mlflow),
+    "wandb": _with_safe_name(_wandb),
+    "trackio": _with_safe_name(_trackio),
+    "tensorboard": _with_safe_name(_tensorboard),
+    "mlflow": _with_safe_name(_mlflow),
 }
