@@ -43,15 +43,21 @@ def set_up_notes(*, quiet: bool = False, verbose: bool = False, wording: Callabl
 
 @contextmanager
 def progress(total: int, title: str, unit: str = "img", start: int = 0) -> Iterator[Any]:
-    """Yield a bar with an ``update(n)``; shown on a terminal only, and once it has run for a second."""
+    """Yield a bar with an ``update(n)``; shown on a terminal or in a notebook, and once it has run for a second."""
     # Here: commands without a bar do not pay for it.
     from tqdm import tqdm
 
-    hidden = _silent.get() or not sys.stderr.isatty()
+    hidden = _silent.get() or not (sys.stderr.isatty() or _in_notebook())
     with tqdm(
         total=total, desc=title, unit=unit, initial=start, delay=1, disable=hidden, dynamic_ncols=True, file=sys.stderr
     ) as bar:
         yield bar
+
+
+def _in_notebook() -> bool:
+    """Tell whether this is a notebook's kernel, whose stderr is no terminal and shows a bar all the same."""
+    ipython = sys.modules.get("IPython")  # never imported for this: a kernel has
+    return ipython is not None and type(ipython.get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
 @dataclass(frozen=True)
