@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from featcache.experiments.report import PagePlan, Report
     from featcache.extraction.feature_cache import Extracted, Settings
     from featcache.finetuning.plan import FineTunePlan, Unfreeze
+    from featcache.heads.bundle import RejectPlan
     from featcache.reports.records import RunRecord
     from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
     from featcache.store.entry import FeatureStore
@@ -96,6 +97,7 @@ _NAMES = {  # of each module
         "FineTunePlan",
         "Unfreeze",
     ),
+    "featcache.heads.bundle": ("RejectPlan",),
     "featcache.reports.comparison": (
         "AgainstResult",
         "ReplayResult",
@@ -134,6 +136,7 @@ __all__ = [
     "GapResult",
     "PagePlan",
     "Places",
+    "RejectPlan",
     "ReplayResult",
     "Report",
     "RunRecord",

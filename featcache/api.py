@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from featcache.experiments.report import Format, PagePlan, Report
     from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
     from featcache.finetuning.plan import FineTunePlan
-    from featcache.heads.bundle import Bundle
+    from featcache.heads.bundle import Bundle, RejectPlan
     from featcache.reports.comparison import AgainstResult, ReplayResult
     from featcache.reports.records import RunRecord
 
@@ -136,6 +136,7 @@ def predict(
     head: str | Path,
     images: Sequence[str | Path],
     *,
+    reject: "RejectPlan | None" = None,
     weights: str | None = None,
     trust: bool = False,
     settings: "Settings | None" = None,
@@ -146,6 +147,7 @@ def predict(
         head: its file.
         images: files and folders, of texts as of images; tables of texts; of a head that was trained on columns, manifests
             that have these columns.
+        reject: say of each image, too, which classes may be true, and whether the head knows; by default that is not asked.
         weights: where the backbone's weights file is now, if it has moved.
         trust: load a head that somebody else made: it can run any code.
         settings: device, batch size, runtime, workers.
@@ -155,16 +157,17 @@ def predict(
     """
     from featcache.experiments.predict import find_images, label_images, label_manifests, needs_tables, samples_of
     from featcache.extraction.feature_cache import Settings
-    from featcache.heads.bundle import load
+    from featcache.heads.bundle import Rejection, RejectPlan, load
 
-    bundle = load(Path(head), trust=trust)
-    if needs_tables(bundle, list(map(Path, images))):
-        return bundle, label_manifests(bundle, list(map(Path, images)), settings or Settings(), weights=weights)
+    bundle, settings = load(Path(head), trust=trust), settings or Settings()
+    rejection = None if reject is None else Rejection.of(bundle, check_value(reject, RejectPlan, "reject"))
+    if needs_tables(bundle, places := list(map(Path, images))):
+        return bundle, label_manifests(bundle, places, settings, weights=weights, rejection=rejection)
     kind = samples_of(bundle)
     paths = list(find_images(map(str, images), kind))
     if not paths:
         raise DataError(f"{', '.join(map(str, images)) or 'nothing'}: there is no {kind} to label.")
-    return bundle, label_images(bundle, paths, settings or Settings(), weights=weights)
+    return bundle, label_images(bundle, paths, settings, weights=weights, rejection=rejection)
 
 
 def export(

@@ -14,7 +14,7 @@ from featcache.heads import HEAD_NAMES
 
 if TYPE_CHECKING:
     from featcache.experiments.predict import Prediction
-    from featcache.heads.bundle import Bundle
+    from featcache.heads.bundle import Bundle, RejectPlan
 
 
 @click.command("extract", cls=options.Command)
@@ -248,9 +248,46 @@ head_options = options.grouped(
 )
 
 
+reject_options = options.grouped(
+    "I don't know",
+    click.option(
+        "--reject",
+        is_flag=True,
+        help="Say, too, which classes may be true, how familiar an image is, and whether that is one answer.",
+    ),
+    click.option(
+        "--coverage",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=0.9,
+        show_default=True,
+        help="Make sets of classes that hold the true one this often, with --reject.",
+    ),
+    click.option(
+        "--sets",
+        type=click.Choice(["lac", "aps"]),
+        default="lac",
+        show_default=True,
+        help="Make the smallest sets on average, or ones whose sizes follow how hard an image is, with --reject.",
+    ),
+    click.option("--of-group", "group", help="Take IMAGES as of this group that the head was calibrated on, with --reject."),
+)
+
+
+def take_reject_plan(flags: dict[str, Any]) -> "RejectPlan | None":
+    """Take what was asked about not knowing out of a command's flags."""
+    from featcache.heads.bundle import RejectPlan
+
+    asked = flags.pop("reject")
+    plan = RejectPlan(**{name: flags.pop(name) for name in ("coverage", "sets", "group")})
+    if not asked and plan != RejectPlan():
+        raise click.UsageError("--coverage, --sets and --of-group go with --reject.")
+    return plan if asked else None
+
+
 @click.command("predict", cls=options.Command)
 @click.argument("head", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
+@reject_options
 @head_options
 @options.compute_options
 @options.grouped(
@@ -263,29 +300,41 @@ def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as
 
     A head that was trained on columns takes CSV or Parquet files that have path and these columns.
 
-    CSV with path, label and the probability of each class; an image that cannot be read gets a row with its reason.
+    CSV with path, label and the probability of each class; an image that cannot be read gets a row with its reason. With
+    --reject also the set of classes that holds the true one as often as --coverage says, the share of training images that
+    are at most as familiar, and a verdict: sure (one class), unsure (several), none, or unfamiliar (a share up to 0.05).
     """
     from featcache.api import predict
 
+    plan = take_reject_plan(flags)
     paths = [line.rstrip("\n") for line in sys.stdin if line.strip()] if images == ("-",) else list(images)
     settings = options.take_settings(flags)
-    bundle, predictions = predict(head, paths, settings=settings, weights=flags["weights"], trust=flags["trust"])
+    bundle, predictions = predict(
+        head, paths, reject=plan, settings=settings, weights=flags["weights"], trust=flags["trust"]
+    )
+    how = {"as_json": as_json, "judged": plan is not None}
     if target is None:
-        _write(sys.stdout, bundle, predictions, as_json=as_json)
+        _write(sys.stdout, bundle, predictions, **how)
         return
     # paths that are no UTF-8 go out as the bytes they came in
     with target.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        _write(file, bundle, predictions, as_json=as_json)
+        _write(file, bundle, predictions, **how)
 
 
-def _write(file: Any, bundle: "Bundle", predictions: "Iterator[Prediction]", *, as_json: bool) -> None:
+def _write(file: Any, bundle: "Bundle", predictions: "Iterator[Prediction]", *, as_json: bool, judged: bool) -> None:
     if as_json:
         from featcache.reports.records import SCHEMA_VERSION
 
         for image in predictions:
             numbers = image.probabilities
             shares = None if numbers is None else dict(zip(bundle.classes, numbers.tolist(), strict=True))
-            facts = {"path": image.path, "label": image.label, "probabilities": shares, "reason": image.reason}
+            facts: dict[str, Any] = {
+                "path": image.path,
+                "label": image.label,
+                "probabilities": shares,
+                "reason": image.reason,
+            }
+            facts |= {"set": image.candidates, "familiar": image.familiar, "verdict": image.verdict} if judged else {}
             file.write(json.dumps({"schema_version": SCHEMA_VERSION, **facts}) + "\n")
         return
     from featcache.display import printable
@@ -293,18 +342,29 @@ def _write(file: Any, bundle: "Bundle", predictions: "Iterator[Prediction]", *, 
 
     writer = csv.writer(file, lineterminator="\n")
     shown = printable if file.isatty() else str  # a terminal obeys what stands in a file's name; a file keeps it
-    columns = _columns(bundle.classes) if hasattr(bundle.estimator, "predict_proba") else []
-    writer.writerow(["path", "label", *map(csv_cell, columns), "reason"])
+    columns = _columns(bundle.classes, _JUDGED if judged else ()) if hasattr(bundle.estimator, "predict_proba") else []
+    writer.writerow(["path", "label", *map(csv_cell, columns), *(_JUDGED if judged else ()), "reason"])
     for image in predictions:
         numbers = image.probabilities
         cells = [""] * len(columns) if numbers is None else [f"{number:.6g}" for number in numbers][: len(columns)]
         path, label, reason = (shown(csv_cell(text or "")) for text in (image.path, image.label, image.reason))
-        writer.writerow([path, label, *cells, reason])
+        writer.writerow([path, label, *cells, *(map(shown, _judgement(image)) if judged else ()), reason])
 
 
-def _columns(classes: Sequence[str]) -> list[str]:
+_JUDGED = ("set", "familiar", "verdict")
+
+
+def _judgement(image: "Prediction") -> tuple[str, str, str]:
+    """Return the cells of what is said of an image's certainty; classes stand with ; between."""
+    from featcache.reports.inert import csv_cell
+
+    classes = "" if image.candidates is None else csv_cell(";".join(image.candidates))
+    return classes, "" if image.familiar is None else f"{image.familiar:.3f}", image.verdict or ""
+
+
+def _columns(classes: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
     """Return what the columns of probabilities are called: classes' names, marked where one is a column's name already."""
-    clash = not {"path", "label", "reason"}.isdisjoint(classes)
+    clash = not {"path", "label", "reason", *beside}.isdisjoint(classes)
     return [f"p({name})" if clash else name for name in classes]
 
 

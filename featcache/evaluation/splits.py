@@ -55,6 +55,15 @@ class Split:
         return np.sort(np.concatenate([self.train, self.val]))
 
     @property
+    def units(self) -> Index:
+        """What each image of the data set belongs to (n,): its group, else its copies."""
+        if self.groups is not None:
+            return self.groups
+        if self.same is not None:
+            return self.same
+        return np.arange(1 + max(int(part.max(initial=-1)) for part in (self.train, self.val, self.test)))
+
+    @property
     def test_groups(self) -> Index | None:
         """The group of each test image (t,), where there are groups or some of the images are copies of each other."""
         if self.groups is not None:
@@ -204,6 +213,21 @@ def _crossed(split: Split, drawing: Drawing, folds: int, *, required: bool = Fal
             "ask for fewer."
         )
     return replace(split, cross=usable if len(usable) > 1 else ())
+
+
+def crossed_folds(split: Split, y: NDArray[np.int64], contents: Sequence[str], seed: int) -> tuple[Fold, ...]:
+    """Return folds of train and val together, whatever candidates were chosen on; none where there are too few images.
+
+    Args:
+        split: with its groups.
+        y: classes of all images (n,).
+        contents: their SHA-256.
+        seed: of the folds.
+    """
+    units = units_of(len(y), contents, None if split.groups is None else split.groups.tolist())
+    drawing = Drawing(y, (), units, seed, grouped=split.groups is not None)
+    counts = drawing.counts(split.train_val)
+    return _crossed(split, drawing, FOLDS).cross if min(counts.values()) >= FOLDS else ()
 
 
 def few_shot(split: Split, y: NDArray[np.int64], shots: int, seed: int, contents: Sequence[str] | None = None) -> Split:

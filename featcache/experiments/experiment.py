@@ -179,6 +179,8 @@ class Experiment:
         card = bundle.own_card(path)
         if card is None or not isinstance(card.get("record"), dict):  # cards of before have none
             return None
+        if not _is_calibrated(path, card):
+            return None
         try:
             record = record_from(card["record"])
         except DataError:
@@ -216,6 +218,13 @@ def _stamped(entry: Extracted) -> dict[str, Any]:
     stamped = stamp()
     runtimes = sorted({part.runtime for part in entry.store.manifest.parts if part.runtime})
     return stamped | {"environment": stamped["environment"] | {"runtime": "+".join(runtimes)}}
+
+
+def _is_calibrated(path: Path, card: Mapping[str, Any]) -> bool:
+    """Tell whether a head can say when it does not know, or never could: whoever is told to fit again must get it."""
+    facts = card.get("calibration")
+    neighbours = (facts or {}).get("neighbours")
+    return facts is not None and (neighbours is None or (path.parent / str(neighbours["file"])).is_file())
 
 
 def _named(plan: FineTunePlan) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from featcache.backbones import origins
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.columns import ColumnCoder, column_names
-from featcache.evaluation.metrics import Kind, confusion, per_class
+from featcache.evaluation.metrics import Kind, at_temperature, confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
 from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import (
@@ -43,6 +43,7 @@ from featcache.store.entry import FeatureStore
 from featcache.store.rows import beside
 
 if TYPE_CHECKING:
+    from featcache.evaluation.suspects import Neighbours
     from featcache.heads.fit import Curve
     from featcache.heads.zeroshot import ClassRows
 
@@ -541,12 +542,39 @@ class _Fitting:
             scaled_by=fitted.temperature,
             views=plan.views,
             tested=bundle.packed(tested),
+            calibration=self._calibration(fitted, place.parent),
             **({"columns": coder.card} if (coder := self._inputs[1]) else {}),
         )
         if self.entry.cut == TOKENS:
             card = token_card(card, fitted.params.get("pool"))
         bundle.save(fitted.estimator, card, place, plan.format, answers=fitted.answers)
         return HeadResult(fitted, record, path, self.task, self.split)
+
+    def _calibration(self, fitted: FittedHead, folder: Path) -> dict[str, Any]:
+        """Return what tells when a head should not answer; nothing of one that gives no class a probability."""
+        from featcache.evaluation.suspects import Calibration
+        from featcache.heads.bundle import keep_calibration
+
+        if fitted.unseen is None or fitted.temperature is None:
+            return {}
+        images, probabilities = fitted.unseen.images, at_temperature(fitted.unseen.answers, fitted.temperature)
+        names = None if self.task.groups is None else [self.task.groups[image] for image in images.tolist()]
+        contents = [self.task.features.sha256[image] for image in images.tolist()]
+        calibration = Calibration.of(self.task.y[images], probabilities, contents, self.split.units[images], names)
+        return keep_calibration(calibration, self._neighbours, folder)
+
+    @cached_property
+    def _neighbours(self) -> "Neighbours | None":
+        """Training images that tell how familiar others are: the first by content, since hashes are as good as drawn."""
+        from featcache.evaluation.suspects import MOST_NEIGHBOURS, Neighbours
+
+        if self.entry.cut == TOKENS and not self.plan.best_pool:
+            return None
+        contents, both = self.task.features.sha256, self.split.train_val
+        images = np.array(sorted(both.tolist(), key=lambda image: contents[image])[:MOST_NEIGHBOURS])
+        rows = self.pooled[1][images] if self.plan.best_pool else aligned(self.task, self.entry.store)[2](images)
+        X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the image as it is
+        return Neighbours.fitted(X, self.task.y[images], self.split.units[images])
 
     def baselines(self, heads: Sequence[HeadResult]) -> tuple[list[Baseline], list[Baseline]]:
         """Return the baselines on the same split, and each column alone; warn where they do as well as the best head.

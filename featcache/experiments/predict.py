@@ -23,7 +23,7 @@ from featcache.evaluation.metrics import at_temperature
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches, sample
 from featcache.fingerprint import canonical, sha256_of_file
-from featcache.heads.bundle import Bundle
+from featcache.heads.bundle import Bundle, Judgement, Rejection, Verdict
 from featcache.heads.search import over_views, predict_with
 from featcache.specs import TOKENS, BackboneSpec, SampleKind, TransformOverrides, Views, freeze_args
 from featcache.store.entry import FeatureStore
@@ -36,12 +36,19 @@ _AT_ONCE = 4096  # images whose embeddings and answers are held: copies among th
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a head says of one image: ``probabilities`` (classes,) where it knows any; ``reason`` where it says nothing."""
+    """What a head says of one image: ``probabilities`` (classes,) where it knows any; ``reason`` where it says nothing.
+
+    Where it was asked when it does not know: ``candidates``, the classes in its set, likeliest first; ``familiar``, the
+    share of training images that are at most as familiar; and whether that is one answer.
+    """
 
     path: str
     label: str | None = None
     probabilities: NDArray[np.float64] | None = None
     reason: str | None = None
+    candidates: tuple[str, ...] | None = None
+    familiar: float | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,12 @@ def find_images(places: Iterable[str], kind: SampleKind = "image") -> Iterator[s
 
 
 def label_images(
-    bundle: Bundle, paths: Sequence[str], settings: Settings, *, weights: str | None = None
+    bundle: Bundle,
+    paths: Sequence[str],
+    settings: Settings,
+    *,
+    weights: str | None = None,
+    rejection: Rejection | None = None,
 ) -> Iterator[Prediction]:
     """Return what yields a prediction for each image, in the order given; one that cannot be read gives the reason.
 
@@ -190,6 +202,7 @@ def label_images(
         paths: image files.
         settings: device, batch size, runtime, workers.
         weights: where the backbone's weights file is now.
+        rejection: when the head does not know.
 
     Raises:
         UsageError: the backbone is not where it was.
@@ -198,7 +211,8 @@ def label_images(
     items = tuple(Sample(path, "") for path in dict.fromkeys(paths))
     kind = samples_of(bundle)
     source = Dataset(f"{kind}s", f"{kind}s", items, _Anywhere(), kind=kind)
-    return _predictions(bundle, paths, cache_of(bundle, source, settings, weights))
+    cache = cache_of(bundle, source, settings, weights)
+    return _predictions(_Answering(bundle, rejection), paths, cache)
 
 
 def needs_tables(bundle: Bundle, places: Sequence[Path]) -> bool:
@@ -208,7 +222,12 @@ def needs_tables(bundle: Bundle, places: Sequence[Path]) -> bool:
 
 
 def label_manifests(
-    bundle: Bundle, places: Sequence[Path], settings: Settings, *, weights: str | None = None
+    bundle: Bundle,
+    places: Sequence[Path],
+    settings: Settings,
+    *,
+    weights: str | None = None,
+    rejection: Rejection | None = None,
 ) -> Iterator[Prediction]:
     """Return what yields a prediction for each sample of tables, by a head that needs their columns, or is of their texts.
 
@@ -217,6 +236,7 @@ def label_manifests(
         places: CSV or Parquet files with path, the images' bytes, or text, and these columns; labels are not needed.
         settings: as of ``label_images``.
         weights: as of ``label_images``.
+        rejection: as of ``label_images``.
 
     Raises:
         UsageError: as of ``label_images``.
@@ -235,28 +255,39 @@ def label_manifests(
     coded = [coder.encode(values, source.location) if coder else None for source, values in opened]
     caches = [cache_of(bundle, source, settings, weights) for source, _ in opened]
     return chain.from_iterable(
-        _predictions(bundle, [sample.path for sample in cache.dataset.samples], cache, columns)
+        _predictions(_Answering(bundle, rejection), [sample.path for sample in cache.dataset.samples], cache, columns)
         for cache, columns in zip(caches, coded, strict=True)
     )
 
 
+@dataclass(frozen=True)
+class _Answering:
+    """A head, and when it does not know, where that is asked."""
+
+    bundle: Bundle
+    rejection: Rejection | None
+
+
 def _predictions(
-    bundle: Bundle, paths: Sequence[str], cache: FeatureCache, columns: NDArray[np.float32] | None = None
+    asked: _Answering, paths: Sequence[str], cache: FeatureCache, columns: NDArray[np.float32] | None = None
 ) -> Iterator[Prediction]:
+    bundle = asked.bundle
     embedder = _Embedder(cache, bundle.card.get("cut", "pooled"), Views(bundle.card.get("views", 1)), columns)
     position = {item.path: index for index, item in enumerate(cache.dataset.samples)}
     with progress(len(paths), "predict") as bar:
         for start in range(0, len(paths), _AT_ONCE):
-            yield from _in_order(bundle, paths[start : start + _AT_ONCE], position, embedder)
+            yield from _in_order(asked, paths[start : start + _AT_ONCE], position, embedder)
             bar.update(min(_AT_ONCE, len(paths) - start))
 
 
-def _in_order(bundle: Bundle, paths: Sequence[str], position: dict[str, int], embedder: "_Embedder") -> Iterator[Prediction]:
+def _in_order(
+    asked: _Answering, paths: Sequence[str], position: dict[str, int], embedder: "_Embedder"
+) -> Iterator[Prediction]:
     """Yield the predictions of some paths, of which one may come twice; they are forgotten then."""
     done: dict[str, Prediction] = {}
     waiting = list(reversed(paths))
     for several in embedder.batches([position[path] for path in dict.fromkeys(paths)]):
-        done.update((one.path, one) for one in _answer(bundle, several, embedder))
+        done.update((one.path, one) for one in _answer(asked, several, embedder))
         while waiting and waiting[-1] in done:
             yield done[waiting.pop()]
 
@@ -312,7 +343,8 @@ def _inside(enter: Callable[[], AbstractContextManager[None]], batches: Iterator
         yield batch
 
 
-def _answer(bundle: Bundle, batch: Batch, embedder: _Embedder) -> list[Prediction]:
+def _answer(asked: _Answering, batch: Batch, embedder: _Embedder) -> list[Prediction]:
+    bundle = asked.bundle
     source, views = embedder.cache.dataset, embedder.views.count
     said = [Prediction(bad.path, reason=bad.reason) for bad in batch.bad]
     if not batch.fresh:
@@ -321,6 +353,7 @@ def _answer(bundle: Bundle, batch: Batch, embedder: _Embedder) -> list[Predictio
     X = np.ascontiguousarray(batch.rows[0], dtype=np.float32)
     if bundle.card.get("cut") != TOKENS:  # attention asks where tokens lie
         X = X.reshape(-1, X.shape[-1])
+    plain = X[::views]
     if embedder.columns is not None:  # an image's own, for each of its views
         X = beside(X, np.repeat(embedder.columns[np.array(batch.fresh)], views, axis=0))
     kind = bundle.card.get("target", "label")
@@ -337,4 +370,22 @@ def _answer(bundle: Bundle, batch: Batch, embedder: _Embedder) -> list[Predictio
     labels = [bundle.classes[number] for number in found.argmax(axis=1)]
     if (temperature := bundle.card.get("scaled_by")) is not None:
         found = at_temperature(found, temperature)
-    return said + [Prediction(*one) for one in zip(names, labels, found, strict=True)]
+    answered = [Prediction(*one) for one in zip(names, labels, found, strict=True)]
+    if asked.rejection is not None:
+        contents = [embedder.cache.files.digest(position).hex() for position in batch.fresh]
+        judged = asked.rejection.judge(found, plain, contents)
+        answered = [_judged(one, judged, image, bundle.classes) for image, one in enumerate(answered)]
+    return said + answered
+
+
+def _judged(prediction: Prediction, judged: Judgement, image: int, classes: Sequence[str]) -> Prediction:
+    """Return a prediction with what is said of its certainty."""
+    assert prediction.probabilities is not None
+    inside = np.flatnonzero(judged.sets[image])
+    likeliest = inside[np.argsort(-prediction.probabilities[inside], kind="stable")]
+    return replace(
+        prediction,
+        candidates=tuple(classes[number] for number in likeliest.tolist()),
+        familiar=None if judged.familiar is None else float(judged.familiar[image]),
+        verdict=judged.verdict(image),
+    )

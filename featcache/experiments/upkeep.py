@@ -57,6 +57,8 @@ def _trained(folder: Path) -> Iterator[str]:
             yield f"{path}: the head that it describes is missing"
         elif path.suffix == ".safetensors" and (problem := _of_checkpoint(path)):
             yield f"{path}: {problem}"
+        elif path.suffix == ".npz" and path.stem != f"neighbours-{sha256_of_file(path)[:16]}":
+            yield f"{path}: is not what was written there: remove it, and fit again"
         elif path.suffix == ".unfinished" and not _is_whole_state(path):
             yield f"{path}: damaged; that training begins again"
 
@@ -187,7 +189,7 @@ def find_entries(cache: Path, names: Sequence[Path]) -> list[Path]:
 def contents_of(folder: Path) -> EntryContents:
     """Count what an entry's folder holds."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    trained = sum(path.suffix != ".json" and path.parent.name in {"heads", "tuned"} for path in files)
+    trained = sum(path.suffix not in {".json", ".npz"} and path.parent.name in {"heads", "tuned"} for path in files)
     return EntryContents(folder, len(files), sum(path.stat().st_size for path in files), trained)
 
 

@@ -168,5 +168,6 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "transform": _is_object,
     "params": _is_object,
     "columns": _is_object,
+    "calibration": _is_object,
     "test": _is_object,
 }

@@ -1,0 +1,271 @@
+"""When a head says that it does not know: sets keep their promise, far images are unfamiliar, errors say what to do."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import TINY, Outcome, draw_folder, draw_image
+
+from featcache.errors import DataError, UsageError
+from featcache.evaluation.metrics import at_temperature
+from featcache.evaluation.suspects import Calibration, Neighbours, SetScore, all_scores, draws_of, fewest_units
+from featcache.evaluation.tasks import Task
+from featcache.heads import bundle
+from featcache.heads.bundle import Rejection, RejectPlan
+from featcache.heads.fit import fit
+from featcache.heads.search import predict_with
+from featcache.store.rows import Features
+
+Run = Callable[..., Outcome]
+
+
+def drawn_answers(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return classes (n,), and probabilities (n, 4) that are too sure of themselves."""
+    logits = rng.normal(size=(n, 4))
+    y = np.array([rng.choice(4, p=row) for row in at_temperature(np.exp(logits), 1.0)])
+    return y, at_temperature(np.exp(logits), 0.4)
+
+
+def calibrated(rng: np.random.Generator, n: int) -> Calibration:
+    """Return the calibration by ``n`` images, each its own unit."""
+    y, answers = drawn_answers(rng, n)
+    return Calibration.of(y, answers, [f"{rng.integers(1 << 62):064x}" for _ in range(n)], np.arange(n))
+
+
+@pytest.mark.parametrize("kind", ["lac", "aps"])
+@pytest.mark.parametrize("coverage", [0.8, 0.9])
+def test_sets_hold_the_true_class_as_often_as_stated(kind: SetScore, coverage: float) -> None:
+    """Over many calibrations coverage is the stated one, at most 1 / (n + 1) more, however wrong probabilities are."""
+    rng, n, hits = np.random.default_rng(0), 60, []
+    for _ in range(300):
+        threshold = calibrated(rng, n).threshold(kind, coverage)
+        y, answers = drawn_answers(rng, 50)
+        hits.append((all_scores(answers, kind, rng.random(50))[np.arange(50), y] <= threshold).mean())
+
+    error = 3 * np.std(hits) / np.sqrt(len(hits))
+    assert coverage - error <= np.mean(hits) <= coverage + 1 / (n + 1) + error
+
+
+def test_a_threshold_is_the_right_order_statistic() -> None:
+    """Of 19 images, at 90 %, the 18th score: ceil(20 x 0.9)."""
+    scores = np.random.default_rng(0).permutation(np.arange(1.0, 20))
+    calibration = Calibration(scores, scores, np.arange(19), np.empty(0, np.int64))
+
+    assert calibration.threshold("lac", 0.9) == 18
+    assert calibration.threshold("lac", 0.5) == 10
+
+
+def test_an_image_that_was_copied_counts_once() -> None:
+    """Copies of a calibration image change no threshold; taken for different images they would."""
+    rng = np.random.default_rng(0)
+    scores, units = rng.random(40), np.arange(40)
+    often = np.concatenate([units, np.full(200, scores.argmax())])
+
+    plain = Calibration(scores, scores, units, np.empty(0, np.int64))
+    copied = Calibration(scores[often], scores[often], often, np.empty(0, np.int64))
+
+    assert copied.threshold("lac", 0.9) == plain.threshold("lac", 0.9)
+    assert replace(copied, units=np.arange(len(often))).threshold("lac", 0.9) > plain.threshold("lac", 0.9)
+
+
+def test_images_of_new_groups_are_covered() -> None:
+    """Sets of images of a new group hold the true class as often as stated; thresholds by image would not."""
+    rng, hits, naive = np.random.default_rng(1), [], []
+    for _ in range(600):
+        hard = rng.random(30) < 0.3
+        sizes = np.where(hard, 2, 40)
+        units = np.repeat(np.arange(30), sizes)
+        scores = rng.random(len(units)) + 2.0 * hard[units]
+        calibration = Calibration(scores, scores, units, np.empty(0, np.int64))
+        new = rng.random() + 2.0 * (rng.random() < 0.3)
+        hits.append(new <= calibration.threshold("lac", 0.9))
+        naive.append(new <= replace(calibration, units=np.arange(len(units))).threshold("lac", 0.9))
+
+    assert np.mean(hits) >= 0.9 - 3 * 0.3 / np.sqrt(600)
+    assert np.mean(naive) < 0.8
+
+
+def test_a_group_has_its_own_threshold() -> None:
+    """Asked of one group, only its images count."""
+    scores = np.concatenate([np.arange(1.0, 20), 100 + np.arange(1.0, 20)])
+    calibration = Calibration(scores, scores, np.arange(38), np.repeat([0, 1], 19), ("north", "south"))
+
+    assert calibration.threshold("lac", 0.9, "north") == 18
+    assert calibration.threshold("lac", 0.9, "south") == 118
+    with pytest.raises(UsageError, match="no such group"):
+        calibration.threshold("lac", 0.9, "west")
+
+
+@pytest.mark.parametrize(("coverage", "fewest"), [(0.5, 1), (0.9, 9), (0.95, 19)])
+def test_too_little_to_calibrate_by_is_an_error(coverage: float, fewest: int) -> None:
+    """With fewer images than a threshold needs no set is made that would be of no use."""
+    assert fewest_units(coverage) == fewest
+    few = calibrated(np.random.default_rng(0), fewest)
+    assert np.isfinite(few.threshold("lac", coverage))
+    few = Calibration(few.lac[1:], few.aps[1:], few.units[1:], few.members)
+
+    with pytest.raises(UsageError, match="ask for less coverage"):
+        few.threshold("lac", coverage)
+
+
+def test_draws_are_uniform_and_the_same_again() -> None:
+    """What APS draws of an image follows its content alone."""
+    contents = [f"{value:064x}" for value in np.random.default_rng(0).integers(1 << 62, size=4000)]
+    draws = draws_of(contents)
+
+    assert draws_of(contents[::-1])[::-1].tolist() == draws.tolist()
+    assert np.abs(np.quantile(draws, [0.1, 0.5, 0.9]) - [0.1, 0.5, 0.9]).max() < 0.03
+
+
+def blobs(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return embeddings (n, 20) of three classes, and the classes."""
+    y = np.arange(n) % 3
+    return (3 * np.eye(20)[y] + rng.normal(0, 0.7, (n, 20))).astype(np.float32), y
+
+
+def test_familiarity_is_a_p_value_for_images_like_those_of_training() -> None:
+    """New images of the same classes are called unfamiliar as often as 5 %, far ones always."""
+    rng = np.random.default_rng(0)
+    X, y = blobs(rng, 300)
+    neighbours = Neighbours.fitted(X, y, np.arange(300))
+
+    alike = neighbours.shares(blobs(rng, 3000)[0])
+    far = neighbours.shares((-12 * np.eye(20)[5] + rng.normal(0, 1, (50, 20))).astype(np.float32))
+
+    assert 0.03 <= (alike <= 0.05).mean() <= 0.07
+    assert abs(alike.mean() - 0.5) < 0.05
+    assert (far <= 0.05).mean() > 0.9
+
+
+def test_leaving_out_needs_no_second_fit() -> None:
+    """What each neighbour gets without its unit is what a fit without that unit gives it."""
+    X, y = blobs(np.random.default_rng(0), 60)
+    units = np.arange(60) // 2
+    neighbours = Neighbours.fitted(X, y, units)
+
+    alone = []
+    for unit in range(30):
+        others = Neighbours.fitted(X[units != unit], y[units != unit], np.arange(58))
+        others = replace(others, mean=neighbours.mean)  # the mean is of all
+        rest = replace(neighbours, rows=neighbours.rows[units != unit])
+        votes = np.linalg.solve(
+            np.exp(2 * (rest.rows.astype(float) @ rest.rows.astype(float).T - 1)) + 0.1 * np.eye(58),
+            np.eye(3)[y[units != unit]],
+        )
+        alone += replace(rest, votes=votes.astype(np.float32)).familiarity(X[units == unit]).tolist()
+
+    np.testing.assert_allclose(neighbours.usual, np.sort(alone), atol=5e-3)
+
+
+def test_the_limit_is_where_the_share_is_reached() -> None:
+    """An image is as unfamiliar as a share says exactly where its familiarity is below the limit."""
+    rng = np.random.default_rng(0)
+    X, y = blobs(rng, 200)
+    neighbours = Neighbours.fitted(X, y, np.arange(200))
+    new = rng.normal(0, 2, (500, 20)).astype(np.float32)
+
+    np.testing.assert_array_equal(neighbours.shares(new) <= 0.05, neighbours.familiarity(new) < neighbours.limit(0.05))
+
+
+def test_a_drawn_val_split_calibrates_out_of_fold() -> None:
+    """Where a small val split was drawn all of train and val calibrate, out of fold; a given one is taken as it is."""
+    rng = np.random.default_rng(0)
+    n = 1500
+    X, y = blobs(rng, n)
+    paths = [str(number) for number in range(n)]
+    contents = [f"{value:064x}" for value in rng.integers(1 << 62, size=n)]
+    features = Features(X, y.astype(np.int64), ("a", "b", "c"), paths, [""] * n, contents)
+    drawn, split = Task(features), Task(features).split(0)
+    given = Task(replace(features, splits=["val" if number in set(split.val.tolist()) else "" for number in range(n)]))
+
+    fitted, fitted_given = fit(drawn, split, "logistic"), fit(given, given.split(0), "logistic")
+
+    assert fitted.unseen is not None
+    assert fitted_given.unseen is not None
+    assert sorted(fitted.unseen.images.tolist()) == split.train_val.tolist()
+    assert sorted(fitted_given.unseen.images.tolist()) == sorted(split.val.tolist())
+    seen = predict_with(fitted.estimator, X[fitted.unseen.images], "label", 3)
+    truth = y[fitted.unseen.images]
+    assert fitted.unseen.answers[np.arange(len(truth)), truth].mean() < seen[np.arange(len(truth)), truth].mean()
+
+
+@pytest.fixture
+def head(tmp_path: Path, run: Run) -> Path:
+    """A logistic head on three colours, fitted by the command."""
+    data = draw_folder(tmp_path / "photos", 20)
+    told = run("fit", str(data), *TINY, "--no-baselines", "--json").json
+    return Path(told["heads"][0]["bundle"])
+
+
+def test_predict_says_what_it_does_not_know(head: Path, tmp_path: Path, run: Run) -> None:
+    """With ``--reject`` each image has its set, how familiar it is and a verdict; without, output is as ever."""
+    draw_image(tmp_path / "new" / "red.png", (200, 50, 40), 77)
+    (tmp_path / "new" / "broken.png").write_bytes(b"no image")
+
+    plain = run("predict", str(head), str(tmp_path / "new"))
+    lines = run("predict", str(head), str(tmp_path / "new"), "--reject").out.splitlines()
+    told = run("predict", str(head), str(tmp_path / "new"), "--reject", "--sets", "aps", "--json").out.splitlines()
+
+    assert plain.out.splitlines()[0] == "path,label,blue,green,red,reason"
+    assert lines[0] == "path,label,blue,green,red,set,familiar,verdict,reason"
+    assert lines[1].split(",")[5:8] == ["", "", ""]
+    _, label, *_, classes, familiar, verdict, _ = lines[2].split(",")
+    assert verdict in {"sure", "unsure", "none", "unfamiliar"}
+    assert 0 < float(familiar) <= 1
+    assert (verdict != "sure") or classes == label
+    assert json.loads(told[1])["verdict"] in {"sure", "unsure", "none", "unfamiliar"}
+    assert isinstance(json.loads(told[1])["set"], list)
+
+
+def test_options_of_reject_go_with_it(head: Path, tmp_path: Path, run: Run) -> None:
+    """A coverage without ``--reject``, one that no set can have, and a group that was not there are errors of usage."""
+    draw_image(tmp_path / "red.png", (200, 50, 40), 77)
+    image = str(tmp_path / "red.png")
+
+    assert "go with --reject" in run("predict", str(head), image, "--coverage", "0.8").err
+    assert run("predict", str(head), image, "--reject", "--coverage", "1").code == 2
+    assert "--of-group 'x'" in run("predict", str(head), image, "--reject", "--of-group", "x").err
+    assert "--coverage 0.999: 999 images" in run("predict", str(head), image, "--reject", "--coverage", "0.999").err
+
+
+def test_a_head_of_before_is_calibrated_by_fitting_again(head: Path, tmp_path: Path, run: Run) -> None:
+    """A card that says nothing of it is an error that names the remedy, and the remedy works."""
+    loaded = bundle.load(head)
+    card = {name: value for name, value in loaded.card.items() if name not in {"calibration", "signature"}}
+    bundle.save(loaded.estimator, card, head.with_suffix(""))
+
+    with pytest.raises(DataError, match="fit again"):
+        Rejection.of(bundle.load(head), RejectPlan())
+
+    run("fit", str(tmp_path / "photos"), *TINY, "--no-baselines")
+    assert Rejection.of(bundle.load(head), RejectPlan()).neighbours is not None
+
+
+def test_what_lies_beside_a_head_is_checked(head: Path, tmp_path: Path, run: Run) -> None:
+    """Neighbours that were changed are refused, absent ones named; fitting again brings them back."""
+    (neighbours,) = head.parent.glob("neighbours-*.npz")
+    content = neighbours.read_bytes()
+    neighbours.write_bytes(content[:-1] + b"?")
+    with pytest.raises(DataError, match="not what was written"):
+        Rejection.of(bundle.load(head), RejectPlan())
+    verified = run("store", "verify")
+    assert neighbours.name in verified.out + verified.err
+    neighbours.unlink()
+    with pytest.raises(DataError, match="goes where that goes"):
+        Rejection.of(bundle.load(head), RejectPlan())
+
+    run("fit", str(tmp_path / "photos"), *TINY, "--no-baselines")
+    assert neighbours.read_bytes() == content
+
+
+def test_heads_without_probabilities_cannot_reject(tmp_path: Path, run: Run) -> None:
+    """A ridge head says so."""
+    data = draw_folder(tmp_path / "photos", 20)
+    told = run("fit", str(data), *TINY, "--head", "ridge", "--no-baselines", "--json").json
+
+    ended = run("predict", told["heads"][0]["bundle"], str(data), "--reject")
+
+    assert "probability" in ended.err
