@@ -31,7 +31,7 @@ def advice_table(result: "AdviceResult") -> Table:
 def _standing_row(standing: "Standing") -> tuple[str, ...]:
     price = standing.runner.price(1000)
     cells = (f"{100 * accuracy:.1f}" for accuracy in standing.accuracies.values())
-    chance = f"{100 * standing.chance:.0f} %"
+    chance = _percent_sure(standing.chance)
     where = "left there" if standing.is_left else ""
     name = standing.runner.spec.text
     return (name, str(standing.images), *cells, chance, f"{price:.1f}" if price else "cached", where)
@@ -46,7 +46,7 @@ def advice_lines(result: "AdviceResult") -> Iterator[str]:
         yield f"Backbone: {name}, the only candidate."
     else:
         open_ = "" if result.chance >= _UNSURE else "; that is open, compare the best ones on all images"
-        yield f"Backbone: {name}. {100 * result.chance:.0f} % sure that no candidate is better by over half a point{open_}."
+        yield f"Backbone: {name}. {_percent_sure(result.chance)} sure that no candidate is better by over half a point{open_}."
     depth, sure = evidence.depth
     yield f"Weights: {_DEPTHS[depth]}. {_sureness(evidence, sure)}"
     yield f"The textbook rule: {_textbook(evidence)}"
@@ -60,12 +60,17 @@ def advice_lines(result: "AdviceResult") -> Iterator[str]:
     yield f"Cost: {spent}. Rows stay in the cache; the test split was not looked at."
 
 
+def _percent_sure(chance: float) -> str:
+    # draws of one sample never make certain, whatever share of them agrees
+    return "over 99 %" if chance > 0.99 else "under 1 %" if chance < 0.01 else f"{100 * chance:.0f} %"
+
+
 def _sureness(evidence: "Evidence", sure: float | None) -> str:
     if sure is None:
         return "How sure that is was not measured: no short training was made."
     does = "does not pay" if evidence.depth[0] == "features" else "pays"
     open_ = "" if sure >= _UNSURE else "; that is open, a fine-tuning will tell"
-    return f"{100 * sure:.0f} % sure, by a short training of the last stage, that it {does} by over half a point{open_}."
+    return f"{_percent_sure(sure)} sure, by a short training of the last stage, that it {does} by over half a point{open_}."
 
 
 def _textbook(evidence: "Evidence") -> str:
