@@ -46,8 +46,8 @@ def advice_lines(result: "AdviceResult") -> Iterator[str]:
         yield f"Backbone: {name}, the only candidate."
     else:
         open_ = "" if result.chance >= _UNSURE else "; that is open, compare the best ones on all images"
-        sure = _percent_sure(result.chance)
-        yield f"Backbone: {name}. {sure} sure that no candidate is better by over half a point{open_}."
+        told = _percent_sure(result.chance)
+        yield f"Backbone: {name}. {told} sure that no candidate is better by over half a point{open_}."
     depth, sure = evidence.depth
     yield f"Weights: {_DEPTHS[depth]}. {_sureness(evidence, sure)}"
     yield f"The textbook rule: {_textbook(evidence)}"
