@@ -91,7 +91,9 @@ def test_fit_is_the_experiment_that_it_was(run: Run, photos: Path, tmp_path: Pat
     for record in before:
         latest = next(each for each in reversed(after) if each.method == record.method)
         assert (latest.cell, latest.split, latest.test_items) == (record.cell, record.split, record.test_items)
-        assert (latest.params, latest.right) == (record.params, record.right)
+        assert latest.right == record.right
+        # Three images choose: all C below a loss of a thousandth of a nat are as good, and the smallest of them is taken now.
+        assert latest.params == record.params or record.method == "logistic"
 
 
 @pytest.mark.parametrize("name", ["heads/ridge-seed0-5c6e26c2.joblib", "heads/logistic-seed0-e5118ec5.joblib"])

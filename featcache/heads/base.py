@@ -87,6 +87,7 @@ class HeadFamily:
         streams: sweep and fit take ``LazyRows`` features too.
         race: finds the best without ending each candidate, given the grid, every how many come first, features in memory of
             one view, classes and folds; ``None`` where it cannot tell.
+        by_loss: the log-loss chooses, not the accuracy; parameters are C.
     """
 
     grid: Callable[[int], list[Params]]
@@ -95,6 +96,7 @@ class HeadFamily:
     coarse: int = 1
     streams: bool = False
     race: Race | None = None
+    by_loss: bool = False
 
     def refine(self, grid: Sequence[Params], best: Params) -> list[Params]:
         """Return the grid's parameters between the best of the coarse ones and its neighbours."""

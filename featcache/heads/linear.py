@@ -1,9 +1,9 @@
 """Linear heads by our own solvers, returned as fitted scikit-learn estimators."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,24 +29,35 @@ COARSE_CS = _LOGISTIC[::4]
 ALPHAS = [{"alpha": float(f"{value:.4g}")} for value in np.logspace(6, -1, 15)]
 
 
+_NEAR = 1.02  # times the lowest log-loss
+_NEGLIGIBLE = 1e-3  # nats a row, below which one log-loss is as good as another
 # Measured on real sets and on random problems, see ``_Race``.
-_LOOK, _NEAR, _SETTLED = (
-    1e-2,
-    1e-4,
-    1e-7,
-)  # left of what a C has gained: to be looked at; settled if no row is in doubt; settled
-_DOUBT, _LOSS_DOUBT = 3.0, 10.0  # next steps
-_LOSS_SETTLED = 3e-3
-_ROW_LEFT = 1e-5  # above which a row may always be in doubt
-_BY_LEFT = 0.5  # of all rows held out, by the root of what is left; and one row more
+_FIRST_C = 1e-3  # from where C are walked along
+_LOOK, _SETTLED = 1e-2, 1e-7  # left of what a C has gained: to be looked at; settled
+_DOUBT = 4.0  # next steps
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
 _MOST_LOSS = -np.log(np.finfo(np.float64).eps)  # of a row, as scores count it: of a class that no row trains
 _FIRST_LOOK, _EVERY = 2, 3  # turns
-_ROOM = 4_000_000  # numbers that descents side by side may take, and no fewer than the features
+_ROOM = 24_000_000  # numbers that descents side by side may take, and no fewer than the features
 
 
 def _masks(folds: Sequence[Fold], count: int) -> list[NDArray[np.bool_]]:
     return [mask_of(fold.train, count) for fold in folds]
+
+
+def near(losses: Iterable[float]) -> float:
+    """Return up to where a log-loss, nats a row, is as good as the lowest of some."""
+    return max(_NEAR * min(losses), _NEGLIGIBLE)
+
+
+def first_near(losses: Sequence[float]) -> int:
+    """Return which is the first of log-losses, nats a row, that is near to the lowest of them.
+
+    So C is chosen, of the most regular models first: by the log-loss, since accuracies of a few hundred rows tie or differ
+    by chance; and by no more than tells models apart (a margin as in Breiman et al. 1984, section 3.4.3, in place of its
+    one standard error). benchmarks/choice.md has what other rules came to.
+    """
+    return int(np.argmax(np.array(losses) <= near(losses)))
 
 
 def as_logistic(solution: Solution, classes: NDArray[Any] | None = None) -> LogisticRegression:
@@ -87,28 +98,19 @@ def _with_heads(candidate: Candidate, solutions: Sequence[Solution]) -> Candidat
     return replace(candidate, solutions=tuple(make_pipeline(as_logistic(solution)) for solution in solutions))
 
 
-@dataclass(frozen=True)
-class _Standing:
-    """How a C does on the rows held out of all folds: how many are right, and may be, and the log-loss."""
+class _Standing(NamedTuple):
+    """The log-loss of a C on the rows held out, summed, and how far that may be from where it will be."""
 
-    right: int
-    least: float
-    most: float
     log_loss: float
     doubt: float
-    is_settled: bool
-
-    @property
-    def rank(self) -> tuple[int, float]:
-        return -self.right, self.log_loss
 
 
 class _Race:
-    """All C against each other on the rows held out; one that can no longer win is left where it is.
+    """C against each other, ascending, until it is known which is the first whose log-loss held out is near the lowest.
 
-    A row is in doubt while its margin is below ``_DOUBT`` times what the next step would change of margins. A C is settled
-    when none is and little is left, and out when it could not be the best with all rows in doubt right. This is no proof:
-    of 200 random problems 197 were chosen as when every C is solved (benchmarks/speed/heads.py draws such).
+    That loss falls with C and then rises, so that C are walked along from a middle one until it does. How far a C's loss may
+    be from where it will be is told by the root of what its objective may still lose: no proof, but random problems are
+    chosen as when every C is solved (benchmarks/speed/heads.py draws such).
     """
 
     def __init__(self, loss: TurnedLoss, y: Y_, folds: Sequence[Fold], Cs: Sequence[float], room: int) -> None:
@@ -117,75 +119,109 @@ class _Race:
         self.count = sum(map(len, self.y_held))
         self.standings: dict[int, _Standing] = {}
         self.models: dict[int, NDArray[Any]] = {}
-        self.leader: _Standing | None = None
+        self.settled: set[int] = set()
 
-    def along(self, numbers: Sequence[int]) -> None:
-        """Race these: first loosely, from the strongest penalty to the weakest, each from where the last two point."""
-        ordered = sorted(numbers, key=lambda number: self.Cs[number])
-        for place, number in enumerate(ordered):
-            models = self.models[ordered[place - 1]] if place else solvers.constant_models(self.loss)
+    def along(self, step: int) -> None:
+        """Race every so many C loosely, to where the loss has clearly risen on both sides of the lowest."""
+        ordered = list(range(0, len(self.Cs), step))
+        first = max((place for place, number in enumerate(ordered) if self.Cs[number] <= _FIRST_C), default=0)
+        self._walk(ordered[first:])
+        if first and not self.is_out(ordered[first]):
+            self._walk(ordered[first::-1])
+
+    def _walk(self, numbers: Sequence[int]) -> None:
+        """Race one after another, each from where the last two point, until one is out, or its loss is negligible."""
+        for place, number in enumerate(numbers):
+            if number in self.standings:
+                continue
+            models = self.models[numbers[place - 1]] if place else solvers.constant_models(self.loss)
             if place > 1:
-                ahead = np.log(self.Cs[number] / self.Cs[ordered[place - 1]])
-                ahead /= np.log(self.Cs[ordered[place - 1]] / self.Cs[ordered[place - 2]])
-                models = models + np.float32(min(ahead, 1.0)) * (models - self.models[ordered[place - 2]])
-            group = self._group([number], models)
+                ahead = np.log(self.Cs[number] / self.Cs[numbers[place - 1]])
+                ahead /= np.log(self.Cs[numbers[place - 1]] / self.Cs[numbers[place - 2]])
+                models = models + np.float32(np.clip(ahead, 0, 1)) * (models - self.models[numbers[place - 2]])
+            group, number_of = self._group([number], models), np.full(len(self.y_held), number)
             while group.turns < _FIRST_LOOK or (group.left.max() > _LOOK and group.turns < _LOOSE_TURNS):
                 group.step()
-            self._judge(group, np.full(len(self.y_held), number))
-        self._decide(sorted(numbers, key=self._order))
+            self._judge(group, number_of)
+            if (place and self.is_out(number)) or self.is_in(number, 0.0):
+                return
 
-    def between(self, numbers: Sequence[int]) -> None:
-        """Race these too, each started between its nearest neighbours of those that have raced."""
-        before = sorted(self.models)
-        for number in numbers:
-            low = max((other for other in before if other < number), default=before[0])
-            high = min((other for other in before if other > number), default=before[-1])
-            share = np.float32((number - low) / (high - low) if high > low else 0)
-            self.models[number] = self.models[low] + share * (self.models[high] - self.models[low])
-        self._decide(numbers)
+    def between(self) -> None:
+        """Race those too that may be the first near the lowest, or the lowest, each started between its neighbours."""
+        while True:
+            raced = sorted(self.standings)
+            at, lowest = raced.index(self.first()), self._vertex()
+            least = raced[at - 1] + 1 if at else 0
+            near = {*range(least, raced[at]), *range(max(0, lowest - 1), min(len(self.Cs), lowest + 2))}
+            for number in near - self.models.keys():
+                low = max((other for other in raced if other < number), default=raced[0])
+                high = min((other for other in raced if other > number), default=raced[-1])
+                share = np.float32((number - low) / (high - low) if high > low else 0)
+                self.models[number] = self.models[low] + share * (self.models[high] - self.models[low])
+                self.standings[number] = _Standing(np.inf, np.inf)
+            self._decide()
+            if not near - set(raced):
+                return
 
-    def best(self) -> int:
-        """Return which is the best of those that are settled."""
-        settled = [number for number, standing in self.standings.items() if standing.is_settled]
-        return min(settled or self.standings, key=self._order)
+    def _vertex(self) -> int:
+        """Return where a parabola through the lowest and those raced next to it has its lowest point."""
+        raced = sorted(self.standings)
+        place = raced.index(min(raced, key=lambda number: self.standings[number].log_loss))
+        if place in (0, len(raced) - 1):
+            return raced[place]
+        at = raced[place - 1 : place + 2]
+        (curvature, slope, _) = np.polyfit(np.array(at) - at[1], [self.standings[number].log_loss for number in at], 2)
+        return int(np.clip(round(at[1] - slope / (2 * curvature)), at[0] + 1, at[2] - 1)) if curvature > 0 else at[1]
 
-    def _order(self, number: int) -> tuple[Any, ...]:
-        return (*self.standings[number].rank, number)
+    def first(self) -> int:
+        """Return which is the first near the lowest, as far as is known."""
+        limit = self._near(min(log_loss for log_loss, _ in self.standings.values()))
+        return min(number for number, standing in self.standings.items() if standing.log_loss <= limit)
+
+    def is_out(self, number: int) -> bool:
+        """Tell whether one is surely not near the lowest."""
+        log_loss, doubt = self.standings[number]
+        return log_loss - doubt > self._near(min(sum(standing) for standing in self.standings.values()))
+
+    def is_in(self, number: int, lowest: float | None = None) -> bool:
+        """Tell whether one is surely near the lowest, or a loss that is given."""
+        if lowest is None:
+            lowest = min(log_loss - doubt for log_loss, doubt in self.standings.values())
+        return sum(self.standings[number]) <= self._near(lowest)
+
+    def _near(self, lowest: float) -> float:
+        return near([lowest / self.count]) * self.count
+
+    def is_decided(self) -> bool:
+        """Tell whether the first is surely near the lowest, and all before it surely are not."""
+        first = self.first()
+        return self.is_in(first) and all(self.is_out(number) for number in self.standings if number < first)
 
     def won(self, grid: Sequence[Params], X: X_, y: Y_, folds: Sequence[Fold]) -> Raced | None:
-        """Solve the best to its end, and those that might still be it; again, where that has changed who is the best.
-
-        ``None`` where none reached its optimum.
-        """
+        """Solve the first near the lowest to its end, and those that leave it in doubt; ``None`` where none has an end."""
         ended: dict[int, Candidate] = {}
         tried, y_true = len(self.standings), np.concatenate(self.y_held)
         while self.standings:
-            best = self.best()
-            # The best itself too: where each was out by what another might be, none is settled.
-            rivals = [
-                number
-                for number in self.standings
-                if number not in ended and (number == best or self._is_rival(number, best))
-            ]
-            if not rivals:
-                return Raced(ended[best], tried, tried - len(self.standings))
-            number = min(rivals, key=self._order)
+            number = self.first()
+            if number in ended:
+                if self.is_decided():
+                    return Raced(ended[number], tried, tried - len(self.standings))
+                number = self._doubtful(ended)
             candidate = ended[number] = self._solved(grid[number], number, X, y, folds)
             if not candidate.converged:
-                del self.standings[number]  # and those that it has beaten are in the race again
-                self.standings = {left: replace(standing, is_settled=True) for left, standing in self.standings.items()}
+                del self.standings[number]
                 continue
-            right = int((candidate.answers.argmax(axis=1) == y_true).sum())
             of_truth = np.maximum(candidate.answers[np.arange(len(y_true)), y_true], np.finfo(np.float64).eps)
-            self.standings[number] = _Standing(right, right, right, float(-np.log(of_truth).sum()), 0.0, is_settled=True)
+            self.standings[number] = _Standing(float(-np.log(of_truth).sum()), 0.0)
         return None
 
-    def _is_rival(self, number: int, best: int) -> bool:
-        """Tell whether one might be as good as the best, or might do so with its rows in doubt right."""
-        standing, leader = self.standings[number], self.standings[best]
-        if standing.most <= leader.right and not standing.is_settled:
-            return False
-        return standing.right >= leader.right and standing.log_loss - standing.doubt <= leader.log_loss + leader.doubt
+    def _doubtful(self, ended: Collection[int]) -> int:
+        """Return one whose loss in doubt keeps the first from being decided: it may be the lowest, or come before."""
+        open_numbers = [number for number in self.standings if number not in ended]
+        before = [number for number in open_numbers if number < self.first() and not self.is_out(number)]
+        if before and self.is_in(self.first()):
+            return min(before)
+        return min(open_numbers, key=lambda number: self.standings[number].log_loss - self.standings[number].doubt)
 
     def _solved(self, params: Params, number: int, X: X_, y: Y_, folds: Sequence[Fold]) -> Candidate:
         tolerance = solvers.tolerance_of(sum(len(fold.train) for fold in folds) * X.shape[1] * self.loss.outputs)
@@ -200,87 +236,71 @@ class _Race:
         Cs = np.repeat([self.Cs[number] for number in numbers], len(self.y_held))
         return SideBySide(self.loss, np.tile(np.arange(len(self.y_held)), len(numbers)), Cs, models)
 
-    def _decide(self, numbers: Sequence[int]) -> None:
-        """Let these go on until each is settled or out, in this order as many side by side as there is room for."""
+    def _decide(self) -> None:
+        """Let those that matter go on until all is decided, in this order as many side by side as there is room for."""
         together = max(1, self.room // SideBySide.room(self.loss, len(self.y_held)))
-        for start in range(0, len(numbers), together):
-            company = numbers[start : start + together]
+        turns = 0
+        while turns < _MOST_TURNS and not self.is_decided():
+            company = [number for number in sorted(self.standings) if self._matters(number)][:together]
+            if not company:
+                return
             group = self._group(company, np.concatenate([self.models[number] for number in company]))
             number_of = np.repeat(company, len(self.y_held))
-            while len(number_of):
+            while len(number_of) and not group.descents.stalled.all():
                 group.step()
-                is_late = group.turns >= _MOST_TURNS or bool(group.descents.stalled.all())
-                if group.turns < _FIRST_LOOK or (group.turns % _EVERY and not is_late):
+                if group.turns < _FIRST_LOOK or group.turns % _EVERY:
                     continue
-                is_open = ~np.isin(number_of, self._judge(group, number_of, is_late=is_late))
+                self._judge(group, number_of)
+                matter = {number for number in self.standings if self._matters(number)}
+                # One that was out before the lowest loss was known better, and has been left behind: all of them again.
+                if (
+                    self.is_decided()
+                    or group.turns + turns >= _MOST_TURNS
+                    or (len(company) < together and matter - {*number_of})
+                ):
+                    break
+                is_open = np.isin(number_of, [*matter])
                 group.keep(is_open)
                 number_of = number_of[is_open]
+            turns += group.turns
 
-    def _judge(self, group: SideBySide, number_of: NDArray[Any], *, is_late: bool = False) -> list[int]:
-        """Note how each C stands, and return which are settled or out."""
-        judged, ended = self._judged(group, number_of), []
-        for number, seen in judged.items():
-            standing = replace(seen, is_settled=seen.is_settled or is_late)
-            problems = number_of == number
-            self.models[number] = group.weights[problems]
-            is_out = self._is_out(standing)
-            self.standings[number] = replace(standing, is_settled=standing.is_settled and not is_out)
-            if standing.is_settled or is_out:
-                ended.append(number)
-            if self.standings[number].is_settled and (self.leader is None or standing.rank < self.leader.rank):
-                self.leader = standing
-        return ended
-
-    def _is_out(self, standing: _Standing) -> bool:
-        if standing.most < max((rival.least for rival in self.standings.values()), default=0):
-            return True
-        if self.leader is None:
+    def _matters(self, number: int) -> bool:
+        """Tell whether one that still moves may be the first near the lowest, or the lowest."""
+        if number in self.settled:
             return False
-        is_worse = standing.log_loss - standing.doubt > self.leader.log_loss + self.leader.doubt
-        return standing.most <= self.leader.right and is_worse
+        if not self.is_out(number) and not any(self.is_in(other) for other in self.standings if other < number):
+            return True
+        lowest = min(self.standings, key=lambda other: self.standings[other].log_loss)
+        return abs(number - lowest) <= 1
 
-    def _judged(self, group: SideBySide, number_of: NDArray[Any]) -> dict[int, _Standing]:
-        seen = np.zeros((5, len(number_of)))
-        pairs = np.stack([group.weights, group.moves], axis=1)
+    def _judge(self, group: SideBySide, number_of: NDArray[Any]) -> None:
+        """Note how each C stands."""
+        seen = np.zeros((2, len(number_of)))
+        pairs = np.stack([group.weights, group.weights + group.moves], axis=1)
         for fold, y_true in enumerate(self.y_held):
             index = np.flatnonzero(group.fold_of == fold)
             if len(index) and len(y_true):
                 outputs = pairs[index].reshape(-1, pairs.shape[3]) @ self.loss.held[fold].T
-                scores, shifts = np.moveaxis(outputs.reshape(len(index), 2, self.loss.outputs, -1), 1, 0)
-                seen[:, index] = _seen(scores, shifts, y_true)
-        standings = {}
+                seen[:, index] = _losses(outputs.reshape(2 * len(index), self.loss.outputs, -1), y_true).reshape(-1, 2).T
         for number in dict.fromkeys(number_of.tolist()):
             of = number_of == number
-            right, surely, perhaps, log_loss, doubt = (float(total) for total in seen[:, of].sum(axis=1))
+            self.models[number] = group.weights[of]
+            log_loss, ahead = (float(total) for total in seen[:, of].sum(axis=1))
             left = float(group.left[of].max())
-            around = self.count * _BY_LEFT * left**0.5 + 1 if left <= _LOOK else np.inf
-            is_settled = left < _NEAR and surely == perhaps and doubt < _LOSS_SETTLED * log_loss
-            perhaps = max(perhaps, right + (left > _ROW_LEFT))
-            least, most = max(surely, right - around), min(perhaps, right + around)
-            standings[number] = _Standing(int(right), least, most, log_loss, doubt, is_settled or left < _SETTLED)
-        return standings
+            # Errors of rows cancel in part, the more of them there are.
+            doubt = max(abs(ahead - log_loss), _DOUBT * log_loss * (left / self.count) ** 0.5)
+            self.standings[number] = _Standing(log_loss, doubt)
+            if left < _SETTLED or group.descents.stalled[of].any():
+                self.settled.add(number)
 
 
-def _seen(scores: NDArray[Any], shifts: NDArray[Any], y_true: Y_) -> NDArray[np.float64]:
-    """Return of models with scores (p, k, v), that would change by so much, how many rows are right, surely, and perhaps.
-
-    With these, (5, p), come the log-loss and how far it may be from where it will be.
-    """
-    row, flat = np.arange(len(y_true)), scores.reshape(len(scores), -1)
-    true = y_true * len(y_true) + row
-    of_true, shift_of_true = np.take(flat, true, axis=1), np.take(shifts.reshape(len(scores), -1), true, axis=1)
-    losses = []
-    for outputs, of_right in ((scores, of_true), (scores + shifts, of_true + shift_of_true)):
-        highest = outputs.max(axis=1)
-        spent = np.log(np.exp(outputs - highest[:, None]).sum(axis=1)) + highest - of_right
-        spent = np.minimum(spent, _MOST_LOSS)
-        losses.append(spent.sum(axis=1, dtype=np.float64))
-    reach = shifts.max(axis=1) - shifts.min(axis=1)
-    reach = _DOUBT * np.maximum(reach, np.sqrt(np.mean(reach**2, axis=1, keepdims=True)))
-    flat[:, true] = -np.inf
-    margins = of_true - scores.max(axis=1)  # of the right class before the best of the others
-    counts = [(margins > least).sum(axis=1) for least in (0, reach, -reach)]
-    return np.stack([*counts, losses[0], _LOSS_DOUBT * np.abs(losses[1] - losses[0])])
+def _losses(outputs: NDArray[Any], y_true: Y_) -> NDArray[np.float64]:
+    """Return the log-losses (p,) of models with outputs (p, k, v), each row's as far as scores count it."""
+    highest = outputs.max(axis=1)
+    of_truth = outputs[:, y_true, np.arange(len(y_true))]
+    spent = np.log(np.exp(outputs - highest[:, None]).sum(axis=1)) + highest - of_truth
+    total: NDArray[np.float64] = np.minimum(spent, _MOST_LOSS).sum(axis=1, dtype=np.float64)
+    return total
 
 
 def race_logistic(grid: Sequence[Params], coarse: int, X: X_, y: Y_, folds: Sequence[Fold]) -> Raced | None:
@@ -293,11 +313,8 @@ def race_logistic(grid: Sequence[Params], coarse: int, X: X_, y: Y_, folds: Sequ
         if loss is None:
             return None
         race = _Race(loss, y, folds, Cs, max(_ROOM, X.size))
-        race.along(range(0, len(grid), coarse))
-        if coarse > 1:
-            at = race.best()
-            near = range(max(0, at - coarse + 1), min(len(grid), at + coarse))
-            race.between([number for number in near if number not in race.models])
+        race.along(coarse)
+        race.between()
         return race.won(grid, X, y, folds)
 
 
@@ -448,6 +465,8 @@ SELECTED = HeadFamily(
     _sweep_selected,
     _fit_selected,
 )
-LOGISTIC = HeadFamily(lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4, streams=True, race=race_logistic)
+LOGISTIC = HeadFamily(
+    lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4, streams=True, race=race_logistic, by_loss=True
+)
 SVM = HeadFamily(lambda _: list(_COSTS), _sweep_svm, _fit_svm)
 RIDGE = HeadFamily(lambda _: list(ALPHAS), _sweep_ridge, _fit_ridge, streams=True)

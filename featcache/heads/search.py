@@ -21,7 +21,7 @@ from featcache.evaluation.tasks import Task
 from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
 from featcache.heads.base import answers as class_answers
-from featcache.heads.linear import ALPHAS, COARSE_CS, LOGISTIC, RIDGE, SELECTED, SVM
+from featcache.heads.linear import ALPHAS, COARSE_CS, LOGISTIC, RIDGE, SELECTED, SVM, first_near, near
 from featcache.heads.nonlinear import BOOSTING, CENTROID, KNN, LDA, MLP, RBF
 from featcache.heads.solvers.scaled import solve_ridge
 from featcache.store.rows import LazyRows
@@ -134,8 +134,9 @@ def search_head(
 ) -> SearchResult:
     """Fit a head on every fold's train with every candidate and return the one that does best on all their val together.
 
-    Best is the highest accuracy (mean average precision, R2), then the lowest log-loss, then the more regular one. A
-    candidate whose optimum was not reached on some fold is left out and counted: its answers are not its parameters'.
+    Best is the highest accuracy (mean average precision, R2), then the lowest log-loss, then the more regular one; of
+    logistic heads the most regular whose log-loss is near the lowest (``linear.first_near``). A candidate whose optimum was
+    not reached on some fold is left out and counted: its answers are not its parameters'.
 
     Args:
         name: a head that tells this kind of thing.
@@ -152,6 +153,8 @@ def search_head(
     """
     family = FAMILIES[kind_of(y)][name]
     everything = list(grid) if grid is not None else family.grid(min(len(fold.train) for fold in folds))
+    if family.by_loss:
+        everything.sort(key=lambda params: params["C"])
     step = 1 if grid is not None else family.coarse
     _require_rows(name, y, folds, grid or ())
     truth = np.concatenate([y[fold.val] for fold in folds])[::views]
@@ -160,37 +163,72 @@ def search_head(
         candidate = raced.candidate
         val = evaluate(truth, candidate.answers)
         return SearchResult(candidate.params, val, candidate.answers, raced.tried, raced.unconverged, candidate.solutions)
+    tried = _Tried(family, everything)
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
-        outcomes: list[tuple[Candidate, AnyScores]] = []
-        tried = 0
-
-        def best() -> tuple[Candidate, AnyScores]:
-            return min(outcomes, key=lambda outcome: (outcome[1].rank, everything.index(outcome[0].params)))
 
         def try_all(candidates: Sequence[Params]) -> None:
-            nonlocal tried
             for attempt in family.evaluate_grid(candidates, X, y, folds, seed):
-                tried += 1
                 bar.update(1)
-                if not attempt.converged:
-                    continue
                 pooled = replace(attempt, answers=over_views(attempt.answers, views))
-                outcomes.append((pooled, evaluate(truth, pooled.answers)))
-                leader = best()[0]  # of the others the weights would only take memory: classes x d doubles a fold and C
-                outcomes[:] = [(replace(a, solutions=a.solutions if a is leader else ()), val) for a, val in outcomes]
+                tried.add(pooled, evaluate(truth, pooled.answers) if attempt.converged else None)
 
         try_all(everything[::step])
-        if not outcomes and step > 1:
+        if not tried.outcomes and step > 1:
             try_all([params for number, params in enumerate(everything) if number % step])
-        if not outcomes:
+        if not tried.outcomes:
             raise DataError(
-                f"`heads` {name}: none of {tried} candidates reached its optimum on every fold. Look for extreme values in "
-                "the features, try stronger penalties with `grid`, or take another head."
+                f"`heads` {name}: none of {tried.count} candidates reached its optimum on every fold. Look for extreme "
+                "values in the features, try stronger penalties with `grid`, or take another head."
             )
-        if step > 1 and tried == len(everything[::step]):
-            try_all(family.refine(everything, best()[0].params))
-    attempt, val = best()
-    return SearchResult(attempt.params, val, attempt.answers, tried, tried - len(outcomes), attempt.solutions)
+        if step > 1 and tried.count == len(everything[::step]):
+            try_all(tried.between())
+    attempt, val = tried.outcomes[tried.best()]
+    return SearchResult(attempt.params, val, attempt.answers, tried.count, tried.unconverged, attempt.solutions)
+
+
+class _Tried:
+    """Candidates and how they did; in ``outcomes`` those that converged, the most regular first."""
+
+    def __init__(self, family: HeadFamily, everything: Sequence[Params]) -> None:
+        self.family, self.everything = family, everything
+        self.outcomes: list[tuple[Candidate, Any]] = []
+        self.count = 0
+
+    @property
+    def unconverged(self) -> int:
+        return self.count - len(self.outcomes)
+
+    def add(self, candidate: Candidate, val: AnyScores | None) -> None:
+        """Take a candidate with its scores, ``None`` of one that did not converge."""
+        self.count += 1
+        if val is None:
+            return
+        self.outcomes.append((candidate, val))
+        self.outcomes.sort(key=lambda outcome: self.everything.index(outcome[0].params))
+        # Of those that cannot be chosen any more the weights would only take memory: classes x d doubles a fold and C.
+        if self.family.by_loss:
+            limit = near(scores.log_loss for _, scores in self.outcomes)
+            may_be_best = {place for place, (_, scores) in enumerate(self.outcomes) if scores.log_loss <= limit}
+        else:
+            may_be_best = {self.best()}
+        for place, (other, scores) in enumerate(self.outcomes):
+            if other.solutions and place not in may_be_best:
+                self.outcomes[place] = replace(other, solutions=()), scores
+
+    def best(self) -> int:
+        """Return the place of the best."""
+        if self.family.by_loss:
+            return first_near([scores.log_loss for _, scores in self.outcomes])
+        return min(range(len(self.outcomes)), key=lambda place: (self.outcomes[place][1].rank, place))
+
+    def between(self) -> list[Params]:
+        """Return what was left out between the best and its neighbours, and where the loss chooses around the lowest."""
+        centres = {self.best()}
+        if self.family.by_loss:  # what is near the lowest depends on how low that is
+            centres.add(min(range(len(self.outcomes)), key=lambda place: self.outcomes[place][1].log_loss))
+        around = [self.family.refine(self.everything, self.outcomes[place][0].params) for place in centres]
+        coarse = self.everything[:: self.family.coarse]
+        return [params for params in self.everything if any(params in part for part in around) and params not in coarse]
 
 
 def _require_rows(name: str, y: Y_, folds: Sequence[Fold], grid: Sequence[Params]) -> None:

@@ -30,6 +30,7 @@ _MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
 _ALL_AXES, _MAIN_AXES = 800, 160  # columns of which all axes are found; how many are of wider rows
 _FEW_ROWS = 0.9  # a feature, up to which the rows' own space is taken
 _ROUNDED = 1e-6  # of the greatest eigenvalue: what is below is float32's rounding
+_NO_MIRROR = 1e-30  # scale of a reflection that changes nothing
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
 
 
@@ -259,10 +260,11 @@ class TurnedRows:
             values, vectors = eigh(rows @ rows.T, driver="evd", check_finite=False, overwrite_a=True)
             is_axis = values > max(values[-1], 0) * _ROUNDED
             lengths, vectors = np.sqrt(values[is_axis]), vectors[:, is_axis]
-            turned, self._axes = vectors * lengths, rows.T @ (vectors / lengths)
+            turned, axes = vectors * lengths, rows.T @ (vectors / lengths)
+            self._axes: _Axes | _Reflections = _Axes(axes)
             self.rows = np.concatenate([turned, np.ones((len(turned), 1), np.float32)], axis=1)
         else:
-            self._axes = self._found_axes()
+            self._axes = self._main_axes() if X.shape[1] > _ALL_AXES else _Axes(self._all_axes())
             self.rows = self._turned(train)
         self.held = self._turned(val)
 
@@ -277,8 +279,7 @@ class TurnedRows:
 
     def back(self, weights: Rows) -> Floats:
         """Return weights (k, r) by the turned columns as those by standardised features (k, d)."""
-        standardised: Floats = (weights[:, : self._axes.shape[1]] @ self._axes.T).astype(np.float64)
-        return standardised
+        return self._axes.back(weights[:, : self._axes.count]).astype(np.float64)
 
     def _centred(self, rows: NDArray[Any]) -> Rows:
         kind = self._source.dtype if self._source.dtype == np.float32 else np.dtype(np.float64)
@@ -287,32 +288,72 @@ class TurnedRows:
         return centred
 
     def _turned(self, rows: NDArray[Any]) -> Rows:
-        turned = np.ones((len(rows), self._axes.shape[1] + 1), np.float32)
+        turned = np.ones((len(rows), self._axes.count + 1), np.float32)
         for block in _slices(len(rows), _MOMENT_ROWS):
-            np.matmul(self._centred(rows[block]).astype(np.float32, copy=False), self._axes, out=turned[block, :-1])
+            turned[block, :-1] = self._axes.turned(self._centred(rows[block]).astype(np.float32, copy=False))
         return turned
 
-    def _found_axes(self) -> Rows:
-        """Return orthogonal axes (d, d), float32."""
-        blocks = _slices(len(self.train), _MOMENT_ROWS)
-        width = self._source.shape[1]
-        if width <= _ALL_AXES:
-            gram = np.zeros((width, width), np.float32)
-            for block in blocks:
-                rows = self.standardised(block).astype(np.float32, copy=False)
-                gram += rows.T @ rows
-            axes: Rows = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1]
-            return axes
-        main = np.random.default_rng(0).normal(size=(width, _MAIN_AXES)).astype(np.float32)
+    def _all_axes(self) -> Rows:
+        """Return orthogonal axes (d, d), float32, those of the covariance."""
+        gram = np.zeros((self._source.shape[1],) * 2, np.float32)
+        for block in _slices(len(self.train), _MOMENT_ROWS):
+            rows = self.standardised(block).astype(np.float32, copy=False)
+            gram += rows.T @ rows
+        axes: Rows = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1]
+        return axes
+
+    def _main_axes(self) -> "_Reflections":
+        main = np.random.default_rng(0).normal(size=(self._source.shape[1], _MAIN_AXES)).astype(np.float32)
         for _ in range(2):
             total = np.zeros_like(main)
-            for block in blocks:
+            for block in _slices(len(self.train), _MOMENT_ROWS):
                 rows = self.standardised(block).astype(np.float32, copy=False)
                 total += rows.T @ (rows @ main)
             main, spread = np.linalg.qr(total)
         vectors, _, _ = np.linalg.svd(spread)
-        completed: Rows = qr(main @ vectors, check_finite=False)[0]
-        return completed
+        return _Reflections(main @ vectors)
+
+
+class _Axes:
+    """Orthogonal axes (d, r) as they are."""
+
+    def __init__(self, axes: Rows) -> None:
+        self.axes, self.count = axes, axes.shape[1]
+
+    def turned(self, rows: Rows) -> Rows:
+        """Return rows (n, d) by the axes (n, r)."""
+        return rows @ self.axes
+
+    def back(self, weights: Rows) -> Rows:
+        """Return weights (k, r) by the axes as those by features (k, d)."""
+        return weights @ self.axes.T
+
+
+class _Reflections:
+    """Main axes (d, q) and any that complete them to d, as a product of q reflections.
+
+    In the form I - Y T Y' of Schreiber and Van Loan (1989).
+    """
+
+    def __init__(self, main: Rows) -> None:
+        self.count = len(main)
+        (packed, scales), _ = qr(main, mode="raw", check_finite=False)
+        self._mirrors: Rows = np.tril(packed, -1)
+        np.fill_diagonal(self._mirrors, 1)
+        inverse = np.triu((self._mirrors.T @ self._mirrors).astype(np.float64), 1) + np.diag(
+            1 / np.maximum(scales, _NO_MIRROR).astype(np.float64)
+        )
+        self._mixed: Rows = (self._mirrors @ np.linalg.inv(inverse).T).astype(np.float32)
+
+    def turned(self, rows: Rows) -> Rows:
+        """Return rows (n, d) by the axes (n, d)."""
+        turned: Rows = rows - (rows @ self._mirrors) @ self._mixed.T
+        return turned
+
+    def back(self, weights: Rows) -> Rows:
+        """Return weights (k, d) by the axes as those by features (k, d)."""
+        by_features: Rows = weights - (weights @ self._mixed) @ self._mirrors.T
+        return by_features
 
 
 @contextmanager
