@@ -92,7 +92,7 @@ def test_fit_is_the_experiment_that_it_was(run: Run, photos: Path, tmp_path: Pat
         latest = next(each for each in reversed(after) if each.method == record.method)
         assert (latest.cell, latest.split, latest.test_items) == (record.cell, record.split, record.test_items)
         assert latest.right == record.right
-        # Three images choose: all C below a loss of a thousandth of a nat are as good, and the smallest of them is taken now.
+        # Three images choose: of all C below a loss of a thousandth of a nat the smallest is taken now.
         assert latest.params == record.params or record.method == "logistic"
 
 
