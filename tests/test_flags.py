@@ -21,11 +21,23 @@ from featcache.experiments.replay import Places
 from featcache.experiments.report import PagePlan
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.heads.bundle import RejectPlan
 from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
 
 ROOT = Path(featcache.__file__).parent
 LIBRARY = [path for path in sorted(ROOT.rglob("*.py")) if "cli" not in path.relative_to(ROOT).parts]
-VALUES = (Settings, FitPlan, FineTunePlan, BackboneSpec, FeatureSpec, TransformOverrides, Views, Places, PagePlan)
+VALUES = (
+    Settings,
+    FitPlan,
+    FineTunePlan,
+    BackboneSpec,
+    FeatureSpec,
+    TransformOverrides,
+    Views,
+    Places,
+    PagePlan,
+    RejectPlan,
+)
 FUNCTIONS = (
     api.extract,
     api.extract_cuts,
@@ -35,6 +47,8 @@ FUNCTIONS = (
     api.finetune,
     api.bench,
     api.replay,
+    api.advise,
+    api.audit,
     open_dataset,
 )
 

@@ -116,12 +116,12 @@ def without(right: Mask, removed: Mask) -> Removal:
     accuracy = float(right.mean())
     if not len(out) or len(rest) < FEWEST_OF_A_CLASS:
         return Removal(len(out), accuracy, None, None, None)
-    share, (low, high) = len(out) / len(right), _difference(rest, out)
+    share, (low, high) = len(out) / len(right), _apart(rest, out)
     change = float(rest.mean()) - accuracy
     return Removal(len(out), accuracy, float(rest.mean()), change, (share * low, share * high))
 
 
-def _difference(one: Mask, other: Mask) -> Interval:
+def _apart(one: Mask, other: Mask) -> Interval:
     """Return Newcombe's interval of the difference of two proportions."""
     first, second = float(one.mean()), float(other.mean())
     (low, high), (low_2, high_2) = (wilson(int(part.sum()), len(part)) for part in (one, other))

@@ -169,16 +169,14 @@ def run_gap(
             left.append(way.name)
             continue
         if not is_there:
-            logger.info("step %s%s", way.name, f" ({way.origin})" if way.origin else "")
+            logger.info("step %s%s", way.name, way.origin and f" ({way.origin})")
         if (step := _step_of(way, steps)) is not None:
             steps.append(step)
     if left:
         logger.warning("`budget` %g s is spent: without %s", budget, ", ".join(left))
         return GapResult(tuple(steps), left=tuple(left))
-    result = GapResult(tuple(steps))
-    record = _recorded(result, gap_experiment(cache, plan, group, seed), plan)
-    finish(record, records, cache)
-    return replace(result, record=record)
+    finish(record := _recorded(GapResult(tuple(steps)), gap_experiment(cache, plan, group, seed), plan), records, cache)
+    return GapResult(tuple(steps), record=record)
 
 
 def gap_experiment(cache: FeatureCache, plan: FineTunePlan, group: str | None, seed: int) -> Experiment:

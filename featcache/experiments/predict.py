@@ -112,7 +112,7 @@ def cache_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str |
     reasons = []
     for name in names:
         cache = FeatureCache(source, replace(spec, name=name), settings)
-        reason = _difference(bundle, cache)
+        reason = _why_unlike(bundle, cache)
         if not reason:
             return cache
         reasons.append(reason)
@@ -121,12 +121,12 @@ def cache_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str |
     )
 
 
-def _difference(bundle: Bundle, cache: FeatureCache) -> str:
+def _why_unlike(bundle: Bundle, cache: FeatureCache) -> str:
     """Return what tells a loaded backbone from the one that a head was trained on, "" where nothing does."""
     card, backbone = bundle.card, cache.backbone
     wanted, transform = card.get("loaded"), card.get("transform")
     if not isinstance(wanted, dict) or not isinstance(transform, dict):
-        return _difference_of_key(bundle, cache)
+        return _key_differs(bundle, cache)
     loaded = json.loads(canonical(backbone.loaded))
     if wanted.get("weights_sha256") != loaded["weights_sha256"]:
         then, now = str(wanted.get("weights_sha256"))[:12], loaded["weights_sha256"][:12]
@@ -139,7 +139,7 @@ def _difference(bundle: Bundle, cache: FeatureCache) -> str:
     return ""
 
 
-def _difference_of_key(bundle: Bundle, cache: FeatureCache) -> str:
+def _key_differs(bundle: Bundle, cache: FeatureCache) -> str:
     """Hold a backbone against the cache key in a card that says no more: of heads of an older version."""
     card, cut = bundle.card, bundle.card.get("cut", "pooled")
     if card["backbone"]["weights"] or card.get("feature_key") is None:
