@@ -21,7 +21,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.replay import Places, run_replay
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.reports.comparison import compare_again, compare_with_published
-from featcache.reports.records import RunRecord, append_record, read_records
+from featcache.reports.records import PROTOCOL, RunRecord, append_record, read_records
 from featcache.specs import BackboneSpec, TransformOverrides
 
 Run = Callable[..., Outcome]
@@ -258,7 +258,7 @@ def test_own_rows_stand_beside_published_ones_of_the_same_key(place: Path, run: 
     assert sorted(row[0] for row in beside.table().rows) == ["own", "own", "published"]
     assert [row["published_cell"] for row in printed.json["against"]["compared"]] == [head.cell] * 2
     assert refused.code == 3
-    assert "other protocol (0, own 1)" in refused.err
+    assert f"other protocol (0, own {PROTOCOL})" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_own_rows_stand_beside_published_ones_of_the_same_key(place: Path, run: 
         (lambda it: replace(it, test_items="0"), "other test images"),
         (lambda it: changed(it, "split.train", 1), "other split"),
         (lambda it: replace(it, test={"r2": 0.5, "r2_ci": None}), "other metric (accuracy, own r2)"),
-        (lambda it: replace(it, protocol=2), "other protocol (1, own 2)"),
+        (lambda it: replace(it, protocol=PROTOCOL + 1), f"other protocol ({PROTOCOL}, own {PROTOCOL + 1})"),
     ],
 )
 def test_unlike_keys_are_refused(

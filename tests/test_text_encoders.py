@@ -183,6 +183,16 @@ def test_what_no_encoder_has_is_refused_by_name(spec: BackboneSpec) -> None:
         open_backbone(spec)
 
 
+def test_attention_to_texts_is_refused(spec: BackboneSpec, table: Path, tmp_path: Path) -> None:
+    """It would attend to what texts are filled up with: no head comes of it, and nothing is extracted."""
+    cache = FeatureCache(open_dataset(table), spec, Settings(tmp_path / "cache", max_bad=0.2))
+
+    with pytest.raises(UsageError, match="`heads` attentive: attention does not leave out"):
+        run_fit(cache, FitPlan(("attentive",)))
+
+    assert not list((tmp_path / "cache").rglob("*.h5"))
+
+
 def test_a_head_labels_texts_of_tables_and_files(spec: BackboneSpec, table: Path, tmp_path: Path) -> None:
     """Texts in a table without labels, in files and in folders get the same labels; what is none gets its reason."""
     cache = FeatureCache(open_dataset(table), spec, Settings(tmp_path / "cache", max_bad=0.2))

@@ -156,9 +156,7 @@ SetScore = Literal["lac", "aps"]
 Numbers = NDArray[np.float64]
 
 COVERAGE = 0.9
-_WIDTH = (
-    1.0  # of the kernel, in lengths of unit rows, and the ridge: of 0.5 to 4 and 0.1 to 1 the best (benchmarks/reject.md)
-)
+_WIDTH = 1.0  # of the kernel, in lengths of unit rows
 _RIDGE = 0.1
 MOST_NEIGHBOURS = 1000  # 2.5 MB at 1280 dims in float16; a fit with so many takes a tenth of a second
 

@@ -37,7 +37,7 @@ from featcache.heads.baselines import SIDE, Baseline
 from featcache.heads.fit import FittedHead
 from featcache.reports.records import RunRecord
 from featcache.resources import free_memory
-from featcache.specs import CLIP, POOLED, TOKENS, BackboneSpec, Views, check_fields, cut_of_layers
+from featcache.specs import CLIP, POOLED, TOKENS, Views, check_fields, cut_of_layers
 from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import beside
@@ -350,7 +350,7 @@ def run_fit(
     """
     names = plan.names()
     manifest = require_task(cache, plan.target, plan.group), require_columns(cache, plan.columns)
-    _require_texts(cache.spec, names)
+    _require_kind(cache, names)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
@@ -659,18 +659,22 @@ class _Fitting:
         return drawn
 
 
-def _require_texts(spec: BackboneSpec, names: Sequence[str]) -> None:
-    """Refuse heads of texts where there is no text tower whose rows lie beside the embeddings.
+def _require_kind(cache: FeatureCache, names: Sequence[str]) -> None:
+    """Refuse attention to texts, and heads of texts where there is no text tower whose rows lie beside the embeddings.
 
     Raises:
         UsageError: so it is.
     """
+    if cache.dataset.kind == "text" and (attentive := [name for name in names if name in ATTENTIVE]):
+        raise UsageError(
+            f"`heads` {attentive[0]}: attention does not leave out yet what texts are filled up with; take another head."
+        )
     if not {*names} & {*ZEROSHOT}:
         return
-    if not spec.name.startswith(CLIP):
+    if not cache.spec.name.startswith(CLIP):
         raise UsageError(f"`heads` {', '.join(ZEROSHOT)} need a model of images and texts, `backbone=clip:MODEL/TAG`.")
-    if spec.pool != "default":
-        raise UsageError(f"`pool` {spec.pool}: texts lie beside the model's own embedding: leave it out.")
+    if cache.spec.pool != "default":
+        raise UsageError(f"`pool` {cache.spec.pool}: texts lie beside the model's own embedding: leave it out.")
 
 
 def _trainable(store: FeatureStore, plan: FitPlan, names: list[str]) -> list[str]:

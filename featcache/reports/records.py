@@ -23,7 +23,7 @@ from featcache.fingerprint import canonical
 SCHEMA_VERSION = 1
 # Of how splits, choices, tests and intervals are made (benchmarks/PROTOCOL.md): raised where the same images and the same
 # request would come to other numbers. Records of before it was numbered have 0.
-PROTOCOL = 1
+PROTOCOL = 2
 RECORDS = Path("records") / "runs.jsonl"  # of commands, below the cache
 _DECIDING = (  # libraries whose versions round otherwise
     *("featcache", "torch", "torchvision", "timm", "scikit-learn", "numpy", "scipy", "pillow", "h5py"),
