@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from featcache.datasets import open_dataset
 from featcache.errors import StorageError, UsageError
 from featcache.experiments import bench
 from featcache.experiments.bench import load_grid, run_bench
-from featcache.extraction.feature_cache import Settings
+from featcache.experiments.fit import FitPlan, run_fit
+from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.reports.records import read_records
 from featcache.reports.tables import COLUMNS, markdown, rows, to_csv
 
@@ -210,6 +212,27 @@ def test_a_grid_takes_what_commands_take(pipeline: Path, settings: Settings, tmp
     assert {record.request["folds"] for record in result.records} == {3}
     assert {record.request["backbone"]["pool"] for record in result.records} == {"avg"}
     assert run_bench(load_grid(pipeline), settings, tmp_path / "out").computed_cells == 0
+
+
+def test_a_grid_trains_on_the_pooling_that_validation_chooses(pipeline: Path, settings: Settings, tmp_path: Path) -> None:
+    """The very experiment that ``fit`` runs; what trains weights or reads layers takes no choice of poolings."""
+    text = GRID.replace("seeds = [0, 1]\n", "").replace("input_size = 32\n", 'input_size = 32\npool = "auto"\n')
+    pipeline.write_text(text.replace('unfreeze = ["last:1"]\n', ""))
+    grid = load_grid(pipeline)
+
+    result = run_bench(grid, settings, tmp_path / "out")
+
+    assert not result.failures
+    assert [record.method for record in result.records] == ["ridge best pool", "logistic best pool"]
+    assert len({record.params["pool"] for record in result.records}) == 1
+    assert run_bench(grid, settings, tmp_path / "out").computed_cells == 0
+    cache = FeatureCache(open_dataset(grid.data[0].data), grid.backbones[0].spec, settings)
+    (alone,) = run_fit(cache, FitPlan(("ridge",), best_pool=True, baselines=False)).heads
+    assert alone.record.cell == result.records[0].cell
+    for more, match in (("", "beside `unfreeze`"), ('layers = ["layer1"]\n', "`best_pool`")):
+        pipeline.write_text(text.replace('pool = "auto"\n', f'pool = "auto"\n{more}'))
+        with pytest.raises(UsageError, match=match):
+            load_grid(pipeline)
 
 
 def test_a_key_that_was_nearly_right_is_told(pipeline: Path) -> None:

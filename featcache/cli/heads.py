@@ -103,7 +103,10 @@ def _print_estimate(estimate: Any, *, as_json: bool) -> None:
     )
 
 
-_HEADS = f"Train this head, or all, the cheapest first; repeat it for more. There are {', '.join(HEAD_NAMES[:-1])}."
+_HEADS = (
+    "Train this head, or all but attentive ones (which train on tokens), the cheapest first; repeat it for more. There are "
+    f"{', '.join(HEAD_NAMES[:-1])}."
+)
 _PLAN = (
     "heads",
     "layers",
@@ -188,7 +191,7 @@ _PLAN = (
         help="Also train methods that need no backbone: what it is worth is what it adds to them.",
     ),
 )
-@options.backbone_options
+@options.fitted_backbone_options
 @options.run_options
 @options.grouped(
     "Output",

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -274,8 +274,7 @@ source_options = grouped(
     click.option("--download", is_flag=True, help="Allow a torchvision: or hf: set to be downloaded."),
     max_bad_option,
 )
-backbone_options = grouped(
-    "Backbone",
+_NETWORK = (
     click.option(
         "-b",
         "--backbone",
@@ -314,22 +313,29 @@ backbone_options = grouped(
         type=click.Choice(["scaled", "exact"]),
         help="Let libjpeg shrink large JPEGs as it decodes (scaled, the default), or decode every pixel.",
     ),
-    click.option(
+)
+_PRECISION = click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    default="float32",
+    show_default=True,
+    help="Compute the backbone in this precision.",
+)
+
+
+def _backbone_options(pools: Sequence[str], auto: str) -> Callable[[Decorated], Decorated]:
+    pool = click.option(
         "--pool",
-        type=click.Choice([*get_args(Pool), "auto"]),
+        type=click.Choice(pools),
         default="default",
         show_default=True,
-        help="Pool the last activations so, without norms or layers that follow; default is the backbone's own way, auto "
-        "(of fit alone) what does best on validation.",
-    ),
-    click.option(
-        "--precision",
-        type=click.Choice(get_args(Precision)),
-        default="float32",
-        show_default=True,
-        help="Compute the backbone in this precision.",
-    ),
-)
+        help=f"Pool the last activations so, without norms or layers that follow; default is the backbone's own way{auto}.",
+    )
+    return grouped("Backbone", *_NETWORK, pool, _PRECISION)
+
+
+backbone_options = _backbone_options(get_args(Pool), "")
+fitted_backbone_options = _backbone_options([*get_args(Pool), "auto"], ", auto what does best on validation")
 
 
 def _set_offline(ctx: click.Context, _: click.Parameter, is_offline: bool) -> None:  # noqa: FBT001 - click calls it so
@@ -425,11 +431,6 @@ def take_inputs(options: dict[str, Any], target: str = "label") -> "tuple[Backbo
     """
     from featcache.display import logger
 
-    if options.get("pool") == "auto":
-        raise click.UsageError(
-            "--pool auto: validation chooses in `featcache fit` alone; `featcache gap` tries every pooling by itself. Name "
-            "one here, or leave it out."
-        )
     # the data set last: to list a million files takes longer than to find a contradiction between flags
     spec, settings = take_spec(options), take_settings(options)
     dataset = take_dataset(options)

@@ -16,7 +16,7 @@ from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment
 from featcache.experiments.finetune import forget_state, run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
-from featcache.experiments.fit import FitPlan, Ledger, in_memory, run_fit
+from featcache.experiments.fit import PROBE, FitPlan, Ledger, in_memory, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
@@ -24,14 +24,12 @@ from featcache.heads import ALL, ENSEMBLE, HEAD_NAMES, MEMBERS, STREAMING, in_or
 from featcache.reports import tables as report
 from featcache.reports.records import RECORDS, RunRecord, append_once, read_records
 from featcache.specs import (
-    POOLED,
     BackboneSpec,
     TransformOverrides,
     Views,
     check_fields,
     check_seed,
     check_value,
-    cut_of_layers,
     freeze_args,
 )
 from featcache.store.atomic import make_folder, replace_file
@@ -61,15 +59,17 @@ class DataEntry:
 
 @dataclass(frozen=True)
 class BackboneEntry:
-    """A backbone of a grid, and what of it heads are trained on: layers side by side, several views of an image."""
+    """A backbone of a grid, and what of it heads are trained on: layers side by side, several views, the best pooling."""
 
     spec: BackboneSpec
+    best_pool: bool = False
     layers: tuple[str, ...] = ()
     views: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values of the wrong kind."""
         check_fields(self)
+        FitPlan(layers=self.layers, best_pool=self.best_pool, views=self.views)  # what it refuses is refused here
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ def _grid(table: dict[str, Any], path: Path) -> Grid:
     if not seeds:
         raise UsageError("seeds: at least one whole number from 0 is needed.")
     name = _file_name(_typed(table, "name", str, path.stem))
+    if plans and any(backbone.best_pool for backbone in backbones):
+        raise UsageError('[[backbone]] pool = "auto" is chosen for heads and by `gap`: name a pooling beside `unfreeze`.')
     seeds = tuple(dict.fromkeys(check_seed(seed, "seeds") for seed in seeds))
     return Grid(name, data, backbones, heads, plans, seeds, base if takes_apart else None)
 
@@ -176,6 +178,8 @@ def _backbone(entry: dict[str, Any]) -> BackboneEntry:
     if "pretrained" in entry:
         raise UsageError("[[backbone]] has no key 'pretrained': `random_init` = 0 draws random weights from that seed.")
     _only(entry, {"name", "weights", "random_init", "model_args", *_SPEC, *_READ, *_OVERRIDES}, "[[backbone]]")
+    best_pool = entry.get("pool") == "auto"
+    entry = entry | ({"pool": "default"} if best_pool else {})
     overrides: dict[str, Any] = {
         key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in _OVERRIDES if key in entry
     }
@@ -188,7 +192,7 @@ def _backbone(entry: dict[str, Any]) -> BackboneEntry:
         overrides=TransformOverrides(**overrides),
         **{key: entry[key] for key in _SPEC if key in entry},
     )
-    return BackboneEntry(spec, **{key: entry[key] for key in _READ if key in entry})
+    return BackboneEntry(spec, best_pool, **{key: entry[key] for key in _READ if key in entry})
 
 
 def _expand(text: str) -> str:
@@ -311,11 +315,18 @@ class _Runner:
             self._run_gap(bench, data, self.grid.gap)
 
     def _run_heads(self, bench: FeatureCache, data: DataEntry, backbone: BackboneEntry, ledger: Ledger) -> None:
-        cut = cut_of_layers(backbone.layers) if backbone.layers else POOLED
+        plan = FitPlan(
+            layers=backbone.layers,
+            best_pool=backbone.best_pool,
+            views=backbone.views,
+            folds=data.folds,
+            group=data.group,
+            baselines=False,
+        )
+        (cut,) = plan.cuts([PROBE])
         entry = bench.extracted(cut, views=Views(backbone.views))
         self.computed_images += entry.report.computed
         task = Task(entry.store.labelled(), group=data.group)
-        plan = FitPlan(layers=backbone.layers, views=backbone.views, folds=data.folds, group=data.group, baselines=False)
         for head in self._fitting(in_memory(entry.store)):
             fitting = replace(plan, heads=_with_members(head, self.grid.heads))
             members = [name for name in fitting.heads if name != head]
