@@ -140,7 +140,7 @@ def _grid(table: dict[str, Any], path: Path) -> Grid:
         raise UsageError("seeds: at least one whole number from 0 is needed.")
     name = _file_name(_typed(table, "name", str, path.stem))
     if plans and any(backbone.best_pool for backbone in backbones):
-        raise UsageError('[[backbone]] pool = "auto" is chosen for heads and by `gap`: name a pooling beside `unfreeze`.')
+        raise UsageError('[[backbone]] pool = "auto" is chosen for heads and by gap: name a pooling beside `unfreeze`.')
     seeds = tuple(dict.fromkeys(check_seed(seed, "seeds") for seed in seeds))
     return Grid(name, data, backbones, heads, plans, seeds, base if takes_apart else None)
 
