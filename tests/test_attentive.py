@@ -112,7 +112,7 @@ def test_training_starts_as_the_probe(form: str, layout: Layout, pool: Pool) -> 
     with torch.inference_mode():
         probabilities = torch.softmax(network.model.eval()(torch.from_numpy(X)), 1).numpy()
 
-    assert probabilities.max() > 0.9
+    assert probabilities.max() > 0.7  # the probe has something to say
     np.testing.assert_allclose(probabilities, linear.predict_proba(pooled), atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from support import TINY, Outcome
 from featcache.backbones.timm_models import load_backbone, trainable_copy
 from featcache.datasets import open_dataset
 from featcache.errors import StorageError
-from featcache.experiments import finetune as tuning
+from featcache.experiments import experiment
 from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
@@ -119,7 +119,7 @@ Run = Callable[..., Outcome]
     [
         "featcache.finetuning.model.save_checkpoint",
         "featcache.heads.linear.linear_estimator",  # of the head's file
-        "featcache.experiments.finetune.append_once",
+        "featcache.experiments.experiment.append_once",
         "featcache.finetuning.model.Checkpoint.clear",
     ],
 )
@@ -157,7 +157,7 @@ def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
     """Killed at the second depth's record, the first two are not trained again, and each depth has one record."""
     records, bench = tmp_path / "runs.jsonl", FeatureCache(open_dataset(folder), tiny, settings)
     plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
-    append = tuning.append_once
+    append = experiment.append_once
 
     def killed(path: Path, record: RunRecord) -> None:
         if read_cells(path):
@@ -166,7 +166,7 @@ def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
 
     trained = epochs_of(monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(tuning, "append_once", killed)
+        patched.setattr(experiment, "append_once", killed)
         with pytest.raises(KilledError):
             run_sweep(FineTuneInputs(bench), plan, records=records)
     assert len(trained) == 2
