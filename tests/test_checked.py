@@ -14,7 +14,7 @@ from featcache.experiments.bench import load_grid
 from featcache.experiments.fit import FitPlan
 from featcache.extraction.feature_cache import Output, Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, HEAD_NAMES
+from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, HEAD_NAMES, ZEROSHOT
 from featcache.heads.search import HEADS
 from featcache.specs import MAX_SEED, BackboneSpec, FeatureSpec, Transform, TransformOverrides, Views, check_seed
 
@@ -213,4 +213,4 @@ def test_a_file_that_is_no_pipeline_is_refused(tmp_path: Path, text: str) -> Non
 
 def test_the_names_of_heads_are_the_heads() -> None:
     """The names that are known without scikit-learn are those of the families."""
-    assert (*HEADS, *ATTENTIVE, ENSEMBLE, ALL) == HEAD_NAMES
+    assert (*HEADS, *ZEROSHOT, *ATTENTIVE, ENSEMBLE, ALL) == HEAD_NAMES

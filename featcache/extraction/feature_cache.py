@@ -84,6 +84,9 @@ class Settings:
             raise UsageError(f"`budget` {self.budget}: a number of bytes from 0 is needed.")
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise UsageError(f"`part` {self.part}: (i, n) with i from 1 to n is needed.")
+        # by what it is asked for: trackers are known higher up alone
+        if self.tracker is not None and not (hasattr(self.tracker, "on_epoch") and hasattr(self.tracker, "on_record")):
+            raise UsageError(f"`tracker` {self.tracker!r}: a Tracker is needed.")
 
 
 @dataclass(frozen=True)
