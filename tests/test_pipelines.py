@@ -23,7 +23,7 @@ def test_every_pipeline_can_be_read(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_run(name: str, folder: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every cell gives a record, tuned ones with a gap; the recipe's rates are those that were used."""
+    """Every cell gives a record, tuned ones with a gap or why there is none; the recipe's rates are those that were used."""
     monkeypatch.setenv("FEATCACHE_DATA", str(folder))
     grid = load_grid(PIPELINES / f"{name}.toml")
 
@@ -32,6 +32,6 @@ def test_recipes_run(name: str, folder: Path, settings: Settings, tmp_path: Path
     assert not result.failures
     assert [record.method for record in result.records] == [*grid.heads, *(plan.unfreeze.text for plan in grid.plans)]
     for record, plan in zip(result.records[len(grid.heads) :], grid.plans, strict=True):
-        assert record.gap is not None
+        assert record.gap is not None or "no gain on validation" in " ".join(record.notes)
         assert record.params["lr"] in plan.lr
         assert record.request["plan"]["optimiser"] == plan.optimiser
