@@ -151,7 +151,7 @@ def mean_auc(values: list[tuple[float, float]]) -> tuple[float, Interval]:
 
 # "I don't know". A set of classes is right for a new image with at least the stated probability, on average over images and
 # calibrations, if the new image and those that calibrate are exchangeable. No class, and no kind of image, is promised that
-# by itself. The head that is used is fitted again on more images than those that calibrated it were answered by: as a rule it
+# by itself. The head that is used is fitted again, on more images than when those that calibrate were answered: as a rule it
 # is a little better, but that is no part of the promise.
 SetScore = Literal["lac", "aps"]
 Numbers = NDArray[np.float64]
