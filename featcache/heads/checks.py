@@ -18,7 +18,7 @@ from featcache.heads.search import predict_with, search_head, train
 _HEAD = "logistic"
 _BINS = 10  # quantiles of a measure: a linear head on them follows any curve
 _GRID: Sequence[Params] = ({"C": 0.01}, {"C": 1.0}, {"C": 100.0})
-_CALMER = (1.0, 0.125)  # of the C that accuracy chose: less of it is less sure
+_CALMER = (1.0, 0.125)  # of the C that was chosen: less of it is less sure
 _NEAR = 0.5  # of the way from the commonest class to the probe, from which a measure is called a shortcut
 _FEWEST = 2  # images of both parts in a fold, of which a variance can be told
 
@@ -63,7 +63,7 @@ def out_of_fold(X: NDArray[Any], y: Index, units: Units, params: Params, seed: i
         return keep[:0], np.empty((0, int(y.max()) + 1))
     folds = list(_folds(keep, drawing))
     held = np.concatenate([fold.val for fold in folds])
-    # Parameters were chosen by accuracy, where a head may be too sure of itself. Here probabilities count: by log-loss.
+    # Other folds than these chose C; here the probabilities themselves are looked at: the better of it and a calmer one.
     tried = [search_head(_HEAD, X, y, folds, seed, [{"C": share * params["C"]}]) for share in _CALMER]
     return held, min(tried, key=lambda search: log_loss(y[held], search.answers)).answers
 

@@ -13,6 +13,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import LabelBinarizer, Normalizer, normalize
 from sklearn.svm import LinearSVC
 
+from featcache.evaluation.metrics import log_loss
 from featcache.evaluation.splits import Fold
 from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, Raced, mask_of, side_by_side
@@ -34,7 +35,7 @@ _NEGLIGIBLE = 1e-3  # nats a row, below which one log-loss is as good as another
 # Measured on real sets and on random problems, see ``_Race``.
 _FIRST_C = 1e-3  # from where C are walked along
 _LOOK, _SETTLED = 1e-2, 1e-7  # left of what a C has gained: to be looked at; settled
-_DOUBT = 4.0  # next steps
+_DOUBT = 4.0  # roots of what is left, divided by that of the rows: how far a loss may be from its end
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
 _MOST_LOSS = -np.log(np.finfo(np.float64).eps)  # of a row, as scores count it: of a class that no row trains
 _FIRST_LOOK, _EVERY = 2, 3  # turns
@@ -152,15 +153,15 @@ class _Race:
             raced = sorted(self.standings)
             at, lowest = raced.index(self.first()), self._vertex()
             least = raced[at - 1] + 1 if at else 0
-            near = {*range(least, raced[at]), *range(max(0, lowest - 1), min(len(self.Cs), lowest + 2))}
-            for number in near - self.models.keys():
+            around = {*range(least, raced[at]), *range(max(0, lowest - 1), min(len(self.Cs), lowest + 2))}
+            for number in around - self.models.keys():
                 low = max((other for other in raced if other < number), default=raced[0])
                 high = min((other for other in raced if other > number), default=raced[-1])
                 share = np.float32((number - low) / (high - low) if high > low else 0)
                 self.models[number] = self.models[low] + share * (self.models[high] - self.models[low])
                 self.standings[number] = _Standing(np.inf, np.inf)
             self._decide()
-            if not near - set(raced):
+            if not around - set(raced):
                 return
 
     def _vertex(self) -> int:
@@ -211,8 +212,7 @@ class _Race:
             if not candidate.converged:
                 del self.standings[number]
                 continue
-            of_truth = np.maximum(candidate.answers[np.arange(len(y_true)), y_true], np.finfo(np.float64).eps)
-            self.standings[number] = _Standing(float(-np.log(of_truth).sum()), 0.0)
+            self.standings[number] = _Standing(self.count * log_loss(y_true, candidate.answers), 0.0)
         return None
 
     def _doubtful(self, ended: Collection[int]) -> int:
@@ -304,9 +304,9 @@ def _losses(outputs: NDArray[Any], y_true: Y_) -> NDArray[np.float64]:
 
 
 def race_logistic(grid: Sequence[Params], coarse: int, X: X_, y: Y_, folds: Sequence[Fold]) -> Raced | None:
-    """Return the best of the coarse C and of those around the best of them, solved to its end; ``None`` of too many rows.
+    """Return the first of ascending C whose log-loss is near the lowest, solved to its end; ``None`` of too many rows.
 
-    Best is as of ``search_head``. Those that were left in the race are no worse candidates for it: they were tried.
+    Every ``coarse``-th is tried first. Those that were left in the race are no worse candidates for it: they were tried.
     """
     Cs = [params["C"] for params in grid]
     with solvers.turned_folds(X, y, [(fold.train, fold.val) for fold in folds]) as loss:
