@@ -386,7 +386,8 @@ def is_fitted(cache: FeatureCache, plan: FitPlan, *, seed: int = 0) -> bool:
     if not cache.holds(outputs, Views(plan.views)):
         return False
     (entry,) = cache.features(outputs, Views(plan.views))
-    return _Fitting.of(cache, entry, plan, seed, manifest).stored(name) is not None
+    fitting = _Fitting.of(cache, entry, plan, seed, manifest)
+    return fitting.stored(name, fitting.experiment(name)) is not None
 
 
 @dataclass(frozen=True)
@@ -451,8 +452,8 @@ class _Fitting:
 
     def result(self, name: str, before: Sequence[HeadResult]) -> HeadResult | None:
         """Return a head: from its file, or trained; of all heads, one that cannot be trained here costs no other."""
-        experiment = self._experiment(name, before)
-        if stored := self.stored(name, before):
+        experiment = self.experiment(name, before)
+        if stored := self.stored(name, experiment):
             for note in stored.record.notes[len(self.split.remarks) :]:
                 logger.warning(note)
             return stored
@@ -469,12 +470,13 @@ class _Fitting:
             forget_state(self.cache.folder, experiment.key)
         return result
 
-    def stored(self, name: str, before: Sequence[HeadResult] = ()) -> HeadResult | None:
+    def stored(self, name: str, experiment: Experiment) -> HeadResult | None:
         """Return a head that an earlier command has fitted, if it has."""
-        stored = self._experiment(name, before).stored(self.entry, self._stem(name), self.split, self.plan.format)
+        stored = experiment.stored(self.entry, self._stem(name), self.split, self.plan.format)
         return None if stored is None else HeadResult(*stored, self.task, self.split)
 
-    def _experiment(self, name: str, before: Sequence[HeadResult]) -> Experiment:
+    def experiment(self, name: str, before: Sequence[HeadResult] = ()) -> Experiment:
+        """Return the experiment that a head is, of an ensemble with those before it that it may be made of."""
         members = [head.fitted.name for head in before if head.fitted.name not in ATTENTIVE] if name == ENSEMBLE else []
         return self.plan.experiment(self.cache, self.task, name, self.seed, members)
 
