@@ -274,6 +274,23 @@ class BackboneSpec:
         if self.random_init is not None and not 0 <= self.random_init <= MAX_SEED:
             raise UsageError(f"`random_init` {self.random_init}: a seed from 0 to {MAX_SEED} is needed.")
 
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any], weights: str | None) -> "BackboneSpec":
+        """Return the backbone that a record, a head's card or a request names, with its weights where they lie now.
+
+        Raises:
+            KeyError, TypeError, UsageError: the facts are none of a backbone's.
+        """
+        return cls(
+            facts["name"],
+            weights,
+            facts["random_init"],
+            freeze_args(dict(facts["model_args"])),
+            TransformOverrides(**facts["overrides"]),
+            facts.get("pool", "default"),
+            facts.get("precision", "float32"),
+        )
+
     @property
     def samples(self) -> SampleKind:
         """What it takes: names say it, so that nothing has to be loaded for it."""

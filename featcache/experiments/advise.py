@@ -22,7 +22,7 @@ from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import entry_folders
 from featcache.heads.baselines import SIDE, standardised, statistics
 from featcache.heads.search import predict_with, train
-from featcache.specs import POOLED, BackboneSpec, TransformOverrides, cut_of_layers, freeze_args
+from featcache.specs import POOLED, BackboneSpec, cut_of_layers
 from featcache.store.entry import FeatureStore
 
 Depth = Literal["features", "last", "all"]
@@ -212,22 +212,8 @@ def _cached(cache: FeatureCache) -> list[BackboneSpec]:
             with suppress(KeyError, TypeError, UsageError):
                 is_plain = request["cut"] == POOLED and request["count"] == 1 and request["weights"] is None
                 if is_plain and not request["name"].startswith("local-dir:"):
-                    specs.append(_spec_of(request))
+                    specs.append(BackboneSpec.of_facts(request, None))
     return specs
-
-
-def _spec_of(request: dict[str, Any]) -> BackboneSpec:
-    overrides: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in request["overrides"].items()
-    }
-    return BackboneSpec(
-        request["name"],
-        random_init=request["random_init"],
-        model_args=freeze_args(dict(request["model_args"])),
-        overrides=TransformOverrides(**overrides),
-        pool=request.get("pool", "default"),
-        precision=request.get("precision", "float32"),
-    )
 
 
 @dataclass

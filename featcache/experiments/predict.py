@@ -25,7 +25,7 @@ from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads.bundle import Bundle, Judgement, Rejection, Verdict
 from featcache.heads.search import over_views, predict_with
-from featcache.specs import TOKENS, BackboneSpec, SampleKind, TransformOverrides, Views, freeze_args
+from featcache.specs import TOKENS, BackboneSpec, SampleKind, Views
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import Quarantined
 from featcache.store.rows import beside
@@ -80,22 +80,10 @@ def backbone_of(card: dict[str, Any], weights: str | None = None) -> BackboneSpe
             raise DataError(f"{path}: not the weights that the head was trained on (another SHA-256).")
     else:
         path = weights or wanted
-    overrides: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in facts["overrides"].items()
-    }
     try:
-        given = TransformOverrides(**overrides)
+        return BackboneSpec.of_facts(facts if path is None else facts | {"random_init": None}, path)
     except TypeError as error:
         raise DataError(f"the head's card names what no transform has ({error}).") from error
-    return BackboneSpec(
-        facts["name"],
-        path,
-        facts["random_init"] if path is None else None,
-        freeze_args(dict(facts["model_args"])),
-        given,
-        facts.get("pool", "default"),
-        facts.get("precision", "float32"),
-    )
 
 
 def cache_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str | None = None) -> FeatureCache:

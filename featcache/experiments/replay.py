@@ -24,7 +24,7 @@ from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.fingerprint import canonical
 from featcache.reports.comparison import Replayed, ReplayResult, compare_again
 from featcache.reports.records import RECORDS, RunRecord, append_record
-from featcache.specs import RUNTIMES, BackboneSpec, TransformOverrides, freeze_args
+from featcache.specs import RUNTIMES, BackboneSpec
 
 if TYPE_CHECKING:
     from featcache.experiments.bench import Grid
@@ -99,14 +99,7 @@ class Places:
             if canonical(backbone_identity(entry.spec)) == canonical(identity):
                 return entry.spec
         weights = identity.get("weights")
-        spec = BackboneSpec(
-            name=identity["name"],
-            weights=weights,
-            random_init=identity["random_init"],
-            model_args=freeze_args(dict(identity["model_args"])),
-            overrides=TransformOverrides(**identity["overrides"]),
-            **{name: identity[name] for name in ("pool", "precision") if name in identity},
-        )
+        spec = BackboneSpec.of_facts(identity, weights)
         if weights is None or not weights.startswith("sha256:"):
             return spec
         if self.checkpoint is None:
