@@ -463,8 +463,8 @@ class Rejection:
             )
         if not facts:
             raise UsageError(
-                f"{bundle.path}: heads without probabilities, and attentive ones, are not calibrated to say that they do "
-                "not know: fit another, such as logistic."
+                f"{bundle.path}: heads that give no class a probability, and attentive ones, are not calibrated to say "
+                "that they do not know: fit another, such as logistic."
             )
         try:
             calibration = Calibration(
