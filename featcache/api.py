@@ -437,11 +437,12 @@ def read_published(path: str | Path) -> "list[RunRecord]":
         DataError: there is none in it.
     """
     from featcache.reports.records import read_records
+    from featcache.reports.tables import latest_of
 
-    latest = {record.cell: record for record in read_records([Path(path)])}
+    latest = list(latest_of(read_records([Path(path)])))
     if not latest:
         raise DataError(f"{path}: there is no run record in it: a JSONL file that `featcache bench` wrote is needed.")
-    return list(latest.values())
+    return latest
 
 
 def report(

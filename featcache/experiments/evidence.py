@@ -1,6 +1,6 @@
 """What lies behind records: the best head's answers image by image, the images, their embeddings, what was left out."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,11 +112,9 @@ def _test_images(record: RunRecord, features: Features, card: dict[str, Any]) ->
     group = record.request.get("group")
     groups = None
     if group is not None:
-        from featcache.datasets.tables import read_column
+        from featcache.experiments.experiment import group_by_path, groups_of
 
-        dataset = open_dataset(card["data"])
-        values = dict(zip((sample.path for sample in dataset.samples), read_column(dataset.location, group), strict=True))
-        groups = [values[path] for path in features.paths]
+        groups = groups_of(features, group_by_path(open_dataset(card["data"]), group))
     split: Split = Task(features, "label", groups, group).split(record.seed, record.request.get("folds"))
     if items_hash(features.sha256, split.test, features.y) != record.test_items:
         raise StorageError("the data set's images, labels or splits have changed since")
@@ -151,27 +149,30 @@ def gather(head: HeadEvidence, way: Way = "pca") -> DatasetEvidence:
 
 def _confusion(head: HeadEvidence) -> Confusion:
     """Return the matrix with images behind its cells; of many classes, those that are confused most."""
-    classes, predicted = head.features.classes, head.tested.predicted
-    matrix = confusion(head.features.y[head.test], predicted, len(classes))
+    classes, truth, predicted = head.features.classes, head.features.y[head.test], head.tested.predicted
+    matrix = confusion(truth, predicted, len(classes))
     wrong = matrix - np.diag(np.diag(matrix))
+    behind: dict[tuple[int, int], list[int]] = defaultdict(list)  # each cell's images, the surest answers first
+    for number in head.order.tolist():
+        behind[int(truth[number]), int(predicted[number])].append(number)
     if len(classes) > _MOST_CLASSES:
         pairs = [divmod(int(place), len(classes)) for place in np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]]
-        rows = [tuple(_cell(head, true, taken, int(matrix[true, taken])) for true, taken in pairs if wrong[true, taken])]
+        rows = [tuple(_cell(head, pair, behind[pair]) for pair in pairs if wrong[pair])]
         return Confusion(tuple(rows), ())
     numbers = range(len(classes))
-    rows = [tuple(_cell(head, true, taken, int(matrix[true, taken])) for taken in numbers) for true in numbers]
+    rows = [tuple(_cell(head, (true, taken), behind[true, taken]) for taken in numbers) for true in numbers]
     return Confusion(tuple(rows), tuple(classes))
 
 
-def _cell(head: HeadEvidence, true: int, taken: int, count: int) -> Cell | None:
-    if not count:
+def _cell(head: HeadEvidence, pair: tuple[int, int], inside: Sequence[int]) -> Cell | None:
+    """Return the cell of a true and a predicted class, given its test images; ``None`` where there is none."""
+    if not inside:
         return None
-    truth, predicted = head.features.y[head.test], head.tested.predicted
-    inside = [number for number in head.order.tolist() if truth[number] == true and predicted[number] == taken]
+    true, taken = pair
     # of right answers the least sure tell most
     shown = inside[::-1][:ON_THE_DIAGONAL] if true == taken else inside[:IN_A_CELL]
     classes = head.features.classes
-    return Cell(classes[true], classes[taken], count, tuple(map(head.shown, shown)))
+    return Cell(classes[true], classes[taken], len(inside), tuple(map(head.shown, shown)))
 
 
 def _per_class(head: HeadEvidence) -> Table:

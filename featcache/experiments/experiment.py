@@ -254,10 +254,16 @@ def require_task(cache: FeatureCache, kind: Kind, group: str | None) -> Mapping[
         DataError: it tells another kind of thing; it is no manifest, has no such column, or an image no value there.
     """
     cache.dataset.require_kind(kind)
-    if group is None:
-        return None
-    values = read_column(cache.dataset.location, group)
-    return dict(zip((sample.path for sample in cache.dataset.samples), values, strict=True))
+    return None if group is None else group_by_path(cache.dataset, group)
+
+
+def group_by_path(dataset: Dataset, column: str) -> Mapping[str, str]:
+    """Return what each path of a data set belongs to, by a column of its manifest.
+
+    Raises:
+        DataError: it is no manifest, has no such column, or an image no value there.
+    """
+    return dict(zip((sample.path for sample in dataset.samples), read_column(dataset.location, column), strict=True))
 
 
 def groups_of(features: Features, group_by_path: Mapping[str, str] | None) -> list[str] | None:

@@ -1,6 +1,5 @@
 """Records, and what lies behind them, into files: a page to send, and tables in Markdown, CSV and LaTeX."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from featcache.fingerprint import sha256_of_bytes
 from featcache.reports import page, tables
 from featcache.reports.records import RunRecord, read_records
 from featcache.reports.shown import DatasetEvidence, Shown
+from featcache.resources import cores
 from featcache.specs import check_fields
 from featcache.store.atomic import make_folder, replace_file
 
@@ -99,11 +99,9 @@ def run_report(
     every = [record for record in read_records(sources) if record.test]
     records = [record for record in tables.latest_of(every) if not datasets or record.dataset in datasets]
     if not records:
-        names = ", ".join(dict.fromkeys(record.dataset for record in every))
+        names, asked = ", ".join(dict.fromkeys(record.dataset for record in every)), ",".join(datasets)
         among = f"; there are {names}" if names and datasets else ""
-        raise DataError(
-            f"{', '.join(map(str, sources))}: no record{f' of {chr(44).join(datasets)}' if datasets else ''}{among}."
-        )
+        raise DataError(f"{', '.join(map(str, sources))}: no record{f' of {asked}' if asked else ''}{among}.")
     makers: dict[Format, Callable[[], str]] = {
         "html": lambda: page_of(records, plan, cache),
         "md": lambda: f"{tables.markdown(_scored(records))}\n",
@@ -176,7 +174,7 @@ class _Look:
         if self.dataset is None:
             return {}
         place = {path: number for number, path in enumerate(self.head.features.paths)}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             seen = pool.map(lambda path: self._glance(path, self.head.features.sha256[place[path]]), paths)
             return {path: glance for path, glance in zip(paths, seen, strict=True) if glance is not None}
 
