@@ -8,7 +8,7 @@ from featcache.evaluation.metrics import Gap
 from featcache.reports.records import RunRecord
 from featcache.reports.shown import steps_of
 from featcache.reports.tables import between_records, groups_of_seeds, has_no_gain
-from featcache.reports.wording import test_text
+from featcache.reports.wording import gap_interval, test_text
 
 Group = tuple[RunRecord, ...]
 
@@ -130,8 +130,7 @@ def steps_sentence(record: RunRecord) -> str:
     tried = ", ".join(dict.fromkeys(step.changes for step in steps if step.changes))
     if gap is None or not steps or not count:
         return f"Taken apart ({tried or 'nothing was tried'}), no step gained on validation over the linear probe."
-    spread = f"95 % interval {gap['ci'][0]:+.1f} to {gap['ci'][1]:+.1f}" if gap["ci"] else "too few groups for an interval"
-    total = f"{gap['points']:+.1f} points over the linear probe ({spread}, p = {gap['p_value']:.2g})"
+    total = f"{gap['points']:+.1f} points over the linear probe ({gap_interval(gap['ci'])}, p = {gap['p_value']:.2g})"
     if gap["points"] <= 0:
         return f"Taken apart ({tried}), the best on validation, {record.params.get('best')}, comes to {total}: no gain."
     added, told, parts = 0, 0.0, []

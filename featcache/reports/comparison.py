@@ -12,7 +12,7 @@ from featcache.errors import DataError
 from featcache.evaluation.intervals import of_accuracy
 from featcache.evaluation.metrics import Gap, decode_correct
 from featcache.reports.records import RunRecord, as_read
-from featcache.reports.tables import between_records
+from featcache.reports.tables import between_records, signed_interval
 
 Verdict = Literal["same", "within tolerance", "differs", "not run"]
 
@@ -308,7 +308,7 @@ class AgainstResult(Displayed):
         )
         between = self.gap(record) if is_own else None
         points = "" if between is None else f"{between.points:+.1f}"
-        interval = "{:+.1f} to {:+.1f}".format(*between.ci) if between is not None and between.ci else ""
+        interval = "" if between is None else signed_interval(between.ci, "")
         return (*names, *scores, points, interval)
 
     @property

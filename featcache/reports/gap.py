@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.display import Table
-from featcache.reports.tables import new_figure, require_picture, save_figure
-from featcache.reports.wording import interval_text
+from featcache.reports.tables import new_figure, require_picture, save_figure, signed_interval
+from featcache.reports.wording import TOO_FEW, gap_interval, interval_text
 
 if TYPE_CHECKING:
     from featcache.experiments.gap import GapResult, GapStep
@@ -32,8 +32,7 @@ def _cells(step: "GapStep", first: "GapStep") -> tuple[str, ...]:
     val = f"{100 * step.record.val['accuracy']:.1f}", f"{100 * step.val[0]:.1f}"
     scores = *val, f"{100 * test['accuracy']:.1f}", interval_text(test["accuracy_ci"], 100, 1)
     if step.between is not None:
-        points, low_high = step.between.points, step.between.ci
-        spread = f"{low_high[0]:+.1f} to {low_high[1]:+.1f}" if low_high else interval_text(None, 1, 1)
+        points, spread = step.between.points, signed_interval(step.between.ci, TOO_FEW)
         gain = f"{points:+.1f}", spread, f"{step.between.p_value:.2g}"
     else:
         gain = ("" if step is first else NOT_KEPT), "", ""
@@ -63,7 +62,7 @@ def gap_sentence(result: "GapResult") -> str:
         if not tried:
             return "Only the linear probe was taken: nothing is known yet of what would add to it."
         return f"No step gained on validation over the linear probe ({tried} tried): its features are enough here."
-    spread = f"95 % interval {total.ci[0]:+.1f} to {total.ci[1]:+.1f}" if total.ci else "too few groups for an interval"
+    spread = gap_interval(total.ci)
     told = f"{total.points:+.1f} points from the linear probe on test ({spread}, p = {total.p_value:.2g})"
     if total.points <= 0:
         return f"{result.kept[-1].name}, the best on validation, is {told}: no gain."

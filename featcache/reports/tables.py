@@ -161,8 +161,7 @@ def _gap_cells(group: _Group, records: Sequence[RunRecord]) -> tuple[str, str, s
         return ("-", "-", "-")
     if len(group.records) == 1:
         only = compared[0]
-        spread = f"{only.ci[0]:+.1f} to {only.ci[1]:+.1f}" if only.ci else "-"
-        return (f"{only.points:+.1f}", spread, f"{only.p_value:.2g}")
+        return (f"{only.points:+.1f}", signed_interval(only.ci, "-"), f"{only.p_value:.2g}")
     points = [between.points for between in compared]
     count = f" ({len(points)} seed{'s' if len(points) > 1 else ''})" if len(points) < len(group.records) else ""
     none = f" (no gain in {len(idle)} of {len(group.records)})" if idle else ""
@@ -196,6 +195,11 @@ def between_records(record: RunRecord, rival: RunRecord) -> Gap | None:
         return None
     known_groups = np.array(groups) if groups is not None and len(groups) == len(right) else None
     return paired_gap(right, decode_correct(rival.right), groups=known_groups)
+
+
+def signed_interval(interval: Sequence[float] | None, otherwise: str) -> str:
+    """Return the interval of a gap in points, each end with its sign; ``otherwise`` where there is none."""
+    return f"{interval[0]:+.1f} to {interval[1]:+.1f}" if interval else otherwise
 
 
 def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:

@@ -10,7 +10,7 @@ import numpy as np
 from featcache.display import Table
 from featcache.evaluation.metrics import per_class
 from featcache.reports.records import RunRecord
-from featcache.reports.tables import NO_GAIN
+from featcache.reports.tables import NO_GAIN, signed_interval
 
 if TYPE_CHECKING:
     from featcache.experiments.fit import FitResult, HeadResult
@@ -79,6 +79,11 @@ def _baseline_row(baseline: "Baseline", score: str) -> tuple[str, ...]:
 def interval_text(interval: Sequence[float] | None, factor: float, digits: int) -> str:
     """Return an interval in words, of numbers times a factor."""
     return f"{factor * interval[0]:.{digits}f} to {factor * interval[1]:.{digits}f}" if interval else TOO_FEW
+
+
+def gap_interval(interval: Sequence[float] | None) -> str:
+    """Return the interval of a gap as sentences have it."""
+    return f"95 % interval {signed_interval(interval, '')}" if interval else "too few groups for an interval"
 
 
 def params_text(params: dict[str, Any]) -> str:
@@ -263,8 +268,7 @@ def _gain(record: RunRecord) -> str:
     cost = f"cost: extract {seconds['extract']:.1f} s, train {seconds['train']:.1f} s{before}"
     if record.gap is None:
         return f"{NO_GAIN}: {START_STAYS}; {cost}."
-    low_high = record.gap["ci"]
-    interval = f"95 % interval {low_high[0]:+.1f} to {low_high[1]:+.1f}" if low_high else "too few groups for an interval"
+    interval = gap_interval(record.gap["ci"])
     return f"gap {record.gap['points']:+.1f} points ({interval}, p = {record.gap['p_value']:.2g}); {cost}{_worth(record)}."
 
 
