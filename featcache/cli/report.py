@@ -127,16 +127,19 @@ def _plan_words(plan: dict[str, Any], command: str, *, is_swept: bool) -> Iterat
 
 def _head_words(record: "RunRecord") -> Iterator[str]:
     """Yield the options of a head, from what tables call it and what was asked for."""
-    head, *more = record.method.partition(" with ")[0].split(" ")
+    from featcache.reports.records import HeadAsked, head_asked
+
+    # a stranger's record may be called anything
+    asked = head_asked(record.method) or HeadAsked(record.method.partition(" ")[0], (), 1, best_pool=False)
     for name in record.request.get("members") or []:
         yield from ("--head", str(name))
-    yield from ("--head", head)
-    if "on" in more[:-1]:
-        yield from ("--layers", more[more.index("on") + 1].replace("+", ","))
-    if more[-2:] == ["best", "pool"]:
+    yield from ("--head", asked.head)
+    if asked.layers:
+        yield from ("--layers", ",".join(asked.layers))
+    if asked.best_pool:
         yield from ("--pool", "auto")
-    if more[-1:] == ["views"]:
-        yield from ("--views", more[-2])
+    if asked.views > 1:
+        yield from ("--views", str(asked.views))
     if record.kind != "fit":
         yield from ("--target", record.kind.removeprefix("fit-"))
     if record.request.get("columns"):

@@ -23,7 +23,7 @@ from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.fingerprint import canonical
 from featcache.reports.comparison import Replayed, ReplayResult, compare_again
-from featcache.reports.records import RECORDS, RunRecord, append_record
+from featcache.reports.records import RECORDS, RunRecord, append_record, head_asked
 from featcache.specs import RUNTIMES, BackboneSpec
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 _TRAINED = ("heads", "tuned")  # folders of an entry that hold what was trained from it
 _SUFFIXES = ("", ".csv", ".parquet", ".npz", ".h5", ".hdf5", ".tar")
 _BUNDLED = {"digits": "sklearn:digits"}  # sets that lie on every machine, for records that do not say how to open theirs
-_METHOD = re.compile(
-    r"(?P<head>[a-z-]+)(?: \((?:labels|number)\))?(?: on (?P<layers>\S+))?(?: best pool)?(?: (?P<views>\d+) views)?"
-    r"(?: with .+)?"  # columns, which the request names too
-)
 
 
 @dataclass(frozen=True)
@@ -199,20 +195,19 @@ class _Replayer:
         return self.caches[name]
 
     def _fit(self, cache: FeatureCache, record: RunRecord) -> RunRecord:
-        asked, method = record.request, _METHOD.fullmatch(record.method)
-        if method is None:
+        asked, told = record.request, head_asked(record.method)
+        if told is None:
             raise DataError(f"its method {record.method!r:.60} is none of a head's.")
-        head = method["head"]
         plan = FitPlan(
-            heads=(*asked.get("members", ()), head),
-            layers=tuple(method["layers"].split("+")) if method["layers"] else (),
-            views=int(method["views"] or 1),
+            heads=(*asked.get("members", ()), told.head),
+            layers=told.layers,
+            views=told.views,
             target={"fit-labels": "labels", "fit-number": "number"}.get(record.kind, "label"),  # type: ignore[arg-type]
             baselines=False,
             **{name: asked[name] for name in ("grid", "folds", "group", "columns", "best_pool") if name in asked},
         )
         results = run_fit(cache, plan, seed=record.seed, ledger=self.ledger).heads
-        return next(result.record for result in results if result.fitted.name == head)
+        return next(result.record for result in results if result.fitted.name == told.head)
 
     def _finetune(self, cache: FeatureCache, record: RunRecord) -> RunRecord:
         plan, inputs = _plan_of(record), self._inputs(cache, record)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError
@@ -25,6 +26,10 @@ SCHEMA_VERSION = 1
 # request would come to other numbers. Records of before it was numbered have 0.
 PROTOCOL = 2
 RECORDS = Path("records") / "runs.jsonl"  # of commands, below the cache
+_METHOD = re.compile(
+    r"(?P<head>[a-z-]+)(?: \((?:labels|number)\))?(?: on (?P<layers>\S+))?(?P<best_pool> best pool)?"
+    r"(?: (?P<views>\d+) views)?(?: with .+)?"  # columns, which the request names too
+)
 _DECIDING = (  # libraries whose versions round otherwise
     *("featcache", "torch", "torchvision", "timm", "scikit-learn", "numpy", "scipy", "pillow", "h5py"),
     *("openvino", "onnxruntime"),
@@ -254,6 +259,24 @@ def record_from(data: dict[str, Any]) -> RunRecord:
     """
     _check_fields(data)
     return RunRecord(**(data | {"notes": tuple(data.get("notes", ()))}))
+
+
+class HeadAsked(NamedTuple):
+    """What the method of a head's record tells: tables call a head by what it is trained on, where that is not the usual."""
+
+    head: str
+    layers: tuple[str, ...]
+    views: int
+    best_pool: bool
+
+
+def head_asked(method: str) -> HeadAsked | None:
+    """Return what a method tells, ``None`` where it is none of a head's."""
+    match = _METHOD.fullmatch(method)
+    if match is None:
+        return None
+    layers = tuple(match["layers"].split("+")) if match["layers"] else ()
+    return HeadAsked(match["head"], layers, int(match["views"] or 1), match["best_pool"] is not None)
 
 
 def as_read(record: RunRecord) -> RunRecord:
