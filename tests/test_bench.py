@@ -7,10 +7,11 @@ import pytest
 
 from featcache.datasets import open_dataset
 from featcache.errors import StorageError, UsageError
-from featcache.experiments import bench
+from featcache.experiments import bench, experiment
 from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.reports import records
 from featcache.reports.records import read_records
 from featcache.reports.tables import COLUMNS, markdown, rows, to_csv
 
@@ -185,6 +186,21 @@ def test_the_shipped_pipelines_parse(name: str, monkeypatch: pytest.MonkeyPatch)
     path = Path(__file__).parent.parent / "pipelines" / name
 
     assert load_grid(path).name == name.removesuffix(".toml")
+
+
+def test_what_another_protocol_gave_is_made_again(
+    pipeline: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads, trainings and records of other rules are not mixed with today's: every cell runs once more, and then rests."""
+    first = run_bench(load_grid(pipeline), settings, tmp_path / "out")
+    number = records.PROTOCOL + 1
+    for module in (records, experiment):
+        monkeypatch.setattr(module, "PROTOCOL", number)
+
+    again, rests = (run_bench(load_grid(pipeline), settings, tmp_path / "out") for _ in range(2))
+
+    assert (again.computed_cells, rests.computed_cells) == (first.computed_cells, 0)
+    assert {record.protocol for record in again.records} == {number}
 
 
 def test_a_torn_last_record_is_left_out(pipeline: Path, settings: Settings, tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ class _Runner:
         self.path = path
         methods = len(_expanded(grid.heads)) + len(grid.plans) + (grid.gap is not None)
         self.total = len(grid.data) * len(grid.backbones) * methods * len(grid.seeds)
-        self.there = {record.cell for record in read_records([path])}
+        self.there = {record.cell for record in read_records([path]) if record.is_current}
         self.files: dict[DataEntry, DatasetFiles] = {}
         self.cells: list[str] = []
         self.failures: list[str] = []

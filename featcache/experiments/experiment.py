@@ -187,7 +187,7 @@ class Experiment:
             return None
         # the key has the name of a group's column, not its values: other values part the images otherwise
         names = (record.cell, record.feature_key, tuple(card["classes"]), card.get("split"))
-        if names != (self.key, entry.store.key, self.task.names, split.fingerprint):
+        if names != (self.key, entry.store.key, self.task.names, split.fingerprint) or not record.is_current:
             return None
         return bundle.fitted_head(path, card, record, self.task.kind), record, path
 

@@ -445,6 +445,7 @@ def find_finished(inputs: FineTuneInputs, plan: FineTunePlan, method: str, recor
         record
         for record in (read_records([records], warn=False) if records else [])
         if (record.kind, record.method, record.seed) == ("finetune", method, inputs.seed)
+        and record.is_current
         and canonical(record.request.get("plan")) == plan_text
     ]
     if not alike:  # told without looking at the data set: embeddings that are missing are extracted in one pass, later

@@ -35,7 +35,7 @@ from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, bundle, heads_for, require_params
 from featcache.heads.baselines import SIDE, Baseline
 from featcache.heads.fit import FittedHead
-from featcache.reports.records import RunRecord
+from featcache.reports.records import PROTOCOL, RunRecord
 from featcache.resources import free_memory
 from featcache.specs import CLIP, POOLED, TOKENS, Views, check_fields, cut_of_layers
 from featcache.store.checksums import keep_note, kept_note
@@ -439,6 +439,7 @@ class _Fitting:
     def note(self, stem: str) -> tuple[Path, tuple[str, str]]:
         """Return the file that keeps what all heads share, whatever they choose from, and the names of what it is of."""
         plan = {name: value for name, value in self.plan.choice().items() if name != "grid"}
+        plan |= {"protocol": PROTOCOL}  # what another one chose is chosen again
         experiment = Experiment(self.cache, self.task, stem, plan, self.seed)
         path = experiment.path(self.entry, stem)
         return path.with_name(f"{path.name}.json"), (experiment.key, self.split.fingerprint)

@@ -80,6 +80,11 @@ class RunRecord(Displayed):
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_current(self) -> bool:
+        """Whether the same request comes to the same numbers today: others are made again, never mixed with new ones."""
+        return self.protocol == PROTOCOL
+
+    @property
     def short_method(self) -> str:
         """What tables of a sweep call it: ``last:3``, of "last:3 after last:2"."""
         return self.method.partition(" after ")[0]
@@ -137,8 +142,9 @@ def append_once(path: Path, record: RunRecord) -> None:
         StorageError: the file cannot be written.
     """
     if record.kind == "finetune":  # one that was killed once its record was written ends again: its epochs' seconds tell
-        trained = canonical([record.cell, record.params, record.right])
-        if any(canonical([it.cell, it.params, it.right]) == trained for it in read_records([path], warn=False)):
+        trained = canonical([record.cell, record.protocol, record.params, record.right])
+        of_file = read_records([path], warn=False)
+        if any(canonical([it.cell, it.protocol, it.params, it.right]) == trained for it in of_file):
             return
     with contextlib.suppress(OSError):  # writing says what is wrong with it
         if path.is_file() and _line(record).strip() in path.read_bytes():
