@@ -23,9 +23,9 @@ from typing import Any
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
 from featcache.evaluation.metrics import Gap
-from featcache.evaluation.resampling import drawn_weights, more_images
+from featcache.evaluation.resampling import drawn_weights, more_samples
 from featcache.experiments.advise import Evidence, Study
-from featcache.experiments.backbone_race import Judged, Pool, Race, Runner, judge_sample
+from featcache.experiments.backbone_race import Judged, Pool, Race, Runner, judge_part
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.reports.records import RunRecord, read_records
@@ -181,10 +181,10 @@ def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tup
 
 def more(pool: Pool, runner: Runner) -> dict[str, Any]:
     """Return what the curve without its last point says of that point, and what it is."""
-    judged = judge_sample(pool, [runner], pool.sample(pool.most))
+    judged = judge_part(pool, [runner], pool.drawn(pool.most))
     sizes, hits = Study(pool, runner, None, []).curve(judged)
     weights, (now, then) = drawn_weights(judged.units.numbers, 0), sizes[-2:].tolist()
-    told = more_images(sizes[:-1], hits[:-1], weights, now, then - now) if len(sizes) > 1 else None
+    told = more_samples(sizes[:-1], hits[:-1], weights, now, then - now) if len(sizes) > 1 else None
     came = 100 * float(hits[-1].mean() - hits[-2].mean())
     return {"told": None if told is None else asdict(told), "came": came}
 
@@ -195,12 +195,12 @@ def race(pool: Pool, field: tuple[str, ...], specs: Any, settings: Settings, tru
     runners = [Runner(specs[name], settings) for name in field]
     contest = Race(pool, runners)
     winner, chance = contest.run()
-    extracted = sum(contest.standings[number].images * truth[name]["a_row"] for number, name in enumerate(field))
+    extracted = sum(contest.standings[number].samples * truth[name]["a_row"] for number, name in enumerate(field))
     return {
         "chosen": field[runners.index(winner)],
         "chance": chance,
         "truth": {name: truth[name]["test"] for name in field},
-        "images": [contest.standings[number].images for number in range(len(field))],
+        "images": [contest.standings[number].samples for number in range(len(field))],
         "seconds": extracted + time.monotonic() - started,
         "everything": sum(truth[name]["seconds"] for name in field),
     }

@@ -155,7 +155,7 @@ def predict(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.experiments.predict import find_images, label_images, label_manifests, needs_tables, samples_of
+    from featcache.experiments.predict import find_samples, label_manifests, label_samples, needs_tables, samples_of
     from featcache.extraction.feature_cache import Settings
     from featcache.heads.bundle import Rejection, RejectPlan, load
 
@@ -164,10 +164,10 @@ def predict(
     if needs_tables(bundle, places := list(map(Path, images))):
         return bundle, label_manifests(bundle, places, settings, weights=weights, rejection=rejection)
     kind = samples_of(bundle)
-    paths = list(find_images(map(str, images), kind))
+    paths = list(find_samples(map(str, images), kind))
     if not paths:
         raise DataError(f"{', '.join(map(str, images)) or 'nothing'}: there is no {kind} to label.")
-    return bundle, label_images(bundle, paths, settings, weights=weights, rejection=rejection)
+    return bundle, label_samples(bundle, paths, settings, weights=weights, rejection=rejection)
 
 
 def export(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,16 @@ from typing import Any
 _BLOCK = 1 << 20  # bytes a read: a file of any size is hashed in this much memory
 _DIGEST = 32  # bytes
 _FREE = bytes(_DIGEST)  # an empty slot; no content is known whose SHA-256 is zero
+# Samples were images alone when the first records were written: files and scripts go on with these names.
+_STORED = {
+    "samples": "images",
+    "samples_": "images_",
+    "test_samples": "test_images",
+    "more_samples": "more_images",
+    "samples_per_second": "images_per_second",
+    "seconds_a_sample": "seconds_an_image",
+}
+_NAMED = {stored: name for name, stored in _STORED.items()}
 
 
 class DigestSet:
@@ -62,6 +72,16 @@ def canonical(value: object) -> str:
 def fingerprint(value: object) -> str:
     """Return the SHA-256 of a value's canonical JSON, 64 hexadecimal digits."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def as_stored(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields by the names that files and JSON call them by, in their order."""
+    return {_STORED.get(name, name): value for name, value in fields.items()}
+
+
+def as_named(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields as the code calls them: the reverse of ``as_stored``."""
+    return {_NAMED.get(name, name): value for name, value in fields.items()}
 
 
 def sha256_of_bytes(content: bytes | memoryview) -> str:

@@ -161,6 +161,7 @@ _MAX_INPUT = 4096  # pixels a side: one float32 image of this size takes 200 MB 
 _MAX_VIEWS = 1000  # each view is a row: more would fill a disk by a slip of the keyboard
 
 SampleKind = Literal["image", "text"]  # what the bytes of a sample are
+DEFAULT_KIND: SampleKind = "image"
 
 POOLED = "pooled"
 TOKENS = "tokens"  # the activations before pooling
@@ -403,7 +404,7 @@ def is_embedding(cut: str) -> bool:
     return cut == POOLED or "+" in cut
 
 
-def stored_dtype(cut: str, dtype: StoredDtype | None = None, kind: SampleKind = "image") -> StoredDtype:
+def stored_dtype(cut: str, dtype: StoredDtype | None = None, kind: SampleKind = DEFAULT_KIND) -> StoredDtype:
     """Return the dtype that a cut is stored in: embeddings float32, activations float16, pixels uint8, token ids int32."""
     if cut == INPUT:
         return "int32" if kind == "text" else "uint8"

@@ -15,7 +15,7 @@ from featcache.datasets import open_dataset
 from featcache.datasets.base import FileReader
 from featcache.errors import UsageError
 from featcache.evaluation.metrics import Gap
-from featcache.evaluation.resampling import chances, drawn_accuracies, drawn_weights, more_images, round_count
+from featcache.evaluation.resampling import chances, drawn_accuracies, drawn_weights, more_samples, round_count
 from featcache.evaluation.splits import Fold
 from featcache.experiments import advise as advising
 from featcache.experiments.advise import Evidence, run_advise
@@ -88,14 +88,14 @@ def test_more_images_follow_the_power_law_they_were_drawn_from() -> None:
     right = rng.random((4, 2, 2000)) > (2 * sizes**-0.4)[:, None, None]
     true = 200 * (1000**-0.4 - 2000**-0.4)
 
-    more = more_images(sizes, right, drawn_weights(np.arange(2000), 0), 1000, 1000)
+    more = more_samples(sizes, right, drawn_weights(np.arange(2000), 0), 1000, 1000)
 
     assert more is not None
     assert more.slope == pytest.approx(-0.4, abs=0.05)
     assert more.points == pytest.approx(true, abs=0.9)
     assert more.interval[0] < true < more.interval[1]
-    assert more_images(sizes, np.ones_like(right), drawn_weights(np.arange(2000), 0), 1000, 1000) is None
-    assert more_images(sizes[:2], right[:2], drawn_weights(np.arange(2000), 0), 1000, 1000) is None
+    assert more_samples(sizes, np.ones_like(right), drawn_weights(np.arange(2000), 0), 1000, 1000) is None
+    assert more_samples(sizes[:2], right[:2], drawn_weights(np.arange(2000), 0), 1000, 1000) is None
     assert [round_count(count) for count in (1, 244, 504, 1443, 8_000)] == [1, 200, 500, 2000, 10_000]
 
 
@@ -111,12 +111,12 @@ def test_a_rate_is_judged_where_it_was_not_chosen() -> None:
 def test_samples_grow_by_class_and_hold_no_test_image(textures: Path) -> None:
     """A larger sample holds the smaller, each class has its share, and whatever is tested is not among them."""
     pool = Pool.of(open_dataset(textures), None, 0)
-    small, large = pool.sample(30), pool.sample(60)
+    small, large = pool.drawn(30), pool.drawn(60)
 
-    assert set(small) < set(large) <= set(pool.images)
+    assert set(small) < set(large) <= set(pool.samples)
     assert np.bincount(pool.y[small]).tolist() == [10, 10, 10]
-    assert {sample.split for sample in pool.part(pool.sample(1000)).samples} == {"train"}
-    assert len(pool.sample(1000)) == 60
+    assert {sample.split for sample in pool.part(pool.drawn(1000)).samples} == {"train"}
+    assert len(pool.drawn(1000)) == 60
 
 
 def test_drawn_test_images_are_those_of_fit(textures: Path, tiny: BackboneSpec, settings: Settings) -> None:
@@ -126,7 +126,7 @@ def test_drawn_test_images_are_those_of_fit(textures: Path, tiny: BackboneSpec, 
     (head,) = run_fit(FeatureCache(dataset, tiny, settings), FitPlan(("ridge",), baselines=False), seed=3).heads
 
     tested = {head.task.features.paths[place] for place in head.split.test}
-    assert {sample.path for sample in pool.part(pool.images).samples} == set(head.task.features.paths) - tested
+    assert {sample.path for sample in pool.part(pool.samples).samples} == set(head.task.features.paths) - tested
 
 
 @pytest.mark.usefixtures("alone")
@@ -173,7 +173,7 @@ def test_the_race_leaves_behind_who_sees_nothing(
     assert winner.spec == tiny
     assert chance > 0.99
     assert race.standings[0].is_left
-    assert race.standings[0].images == 30
+    assert race.standings[0].samples == 30
 
 
 def test_a_backbone_that_cannot_be_had_is_left_out(
@@ -272,7 +272,7 @@ def test_the_command_tells_answers_evidence_and_textbook(
     first = run("advise", textures, "--cache", tmp_path / "cache", "--json").json
     told = run("advise", textures, "--cache", tmp_path / "cache").out
 
-    for word in ("Backbone: test_resnet", "Weights:", "The textbook rule:", "More images:", "Evidence:", "not looked at"):
+    for word in ("Backbone: test_resnet", "Weights:", "The textbook rule:", "More samples:", "Evidence:", "not looked at"):
         assert word in told
     told_accuracies = ", ".join(f"{head} {100 * share:.1f} %" for head, share in first["evidence"]["accuracies"].items())
     assert told_accuracies in told

@@ -19,9 +19,9 @@ from featcache.datasets import open_dataset
 from featcache.errors import UsageError
 from featcache.evaluation import duplicates
 from featcache.evaluation.draws import units_of
-from featcache.evaluation.duplicates import Likeness, components, neighbourhood, pixel_rows, unit_rows
+from featcache.evaluation.duplicates import Likeness, components, neighbourhood, tone_rows, unit_rows
 from featcache.evaluation.splits import Split
-from featcache.evaluation.suspects import auc, label_issues, odd_images, outliers, without
+from featcache.evaluation.suspects import auc, label_issues, oddities, outliers, without
 from featcache.experiments.audit import AuditResult, Suspect, cleaned, run_audit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.checks import out_of_fold, shift
@@ -249,7 +249,7 @@ def test_flat_images_are_like_nothing() -> None:
     thumbnails = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     thumbnails[1] = 77
 
-    np.testing.assert_allclose(np.linalg.norm(pixel_rows(thumbnails), axis=1), [1, 0, 1], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(tone_rows(thumbnails), axis=1), [1, 0, 1], atol=1e-5)
 
 
 def test_what_removal_changes_has_newcombes_interval() -> None:
@@ -297,7 +297,7 @@ def test_where_all_images_are_long_none_is_odd() -> None:
     """Oddity is measured against the median image; unknown sizes are no oddity."""
     thumbnails = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
-    odd = odd_images(thumbnails, np.array([[400, 100], [420, 100], [390, 100], [0, 0]]))
+    odd = oddities(thumbnails, np.array([[400, 100], [420, 100], [390, 100], [0, 0]]))
 
     assert not any(mask.any() for mask in odd.values())
 

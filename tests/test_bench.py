@@ -51,7 +51,7 @@ def test_only_missing_cells_run(
     third = run_bench(load_grid(pipeline), settings, tmp_path / "out")
 
     assert (first.computed_cells, second.computed_cells, third.computed_cells) == (6, 0, 2)
-    assert (first.computed_images, second.computed_images) == (72, 0)
+    assert (first.computed_samples, second.computed_samples) == (72, 0)
     assert first.records == second.records
     assert len(third.records) == 8
     assert [result.failures for result in (first, second, third)] == [(), (), ()]

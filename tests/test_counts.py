@@ -19,10 +19,10 @@ from featcache.backbones import origins
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.datasets.images import decode, decode_both
+from featcache.datasets.thumbnails import SIDE
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction import scan
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.heads.baselines import SIDE
 from featcache.specs import BackboneSpec, Transform, Views
 from featcache.store.entry import FeatureStore
 

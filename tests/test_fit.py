@@ -373,7 +373,7 @@ def test_more_images_help() -> None:
         assert curve.points[-1].mean > curve.points[0].mean
         assert curve.slope is not None
         assert curve.slope < 0
-    assert [point.images for point in shots.points] == [3, 12, 48]
+    assert [point.samples for point in shots.points] == [3, 12, 48]
     assert [len(point.accuracies) for point in shares.points] == [3, 3, 1]
 
 

@@ -65,14 +65,14 @@ def test_steps_add_up_and_a_second_run_computes_nothing(
     assert result.steps[-1].name == "all"
     assert later
     assert len({step.record.test_items for step in result.steps}) == 1
-    assert sum(result.images.values()) == images_right(later[-1].record) - images_right(first.record)
+    assert sum(result.samples.values()) == images_right(later[-1].record) - images_right(first.record)
     assert sum(step.between.points for step in later) == pytest.approx(result.total.points)
     for before, step in zip(result.kept, later, strict=False):
         assert step.is_better(before)
         assert step.between == paired_gap(decode_correct(step.record.right), decode_correct(before.record.right))
     for step in result.steps:
         if not step.is_kept:
-            assert (step.images, step.between) == (0, None)
+            assert (step.samples, step.between) == (0, None)
     require_starts(result)
     # what is told of a fine-tuning by itself is of its own probe: another gap than the table's
     assert not [line for line in caplog.messages if "to logistic" in line or "no gain" in line]
@@ -138,7 +138,7 @@ def step(name: str, origin: Any, right: Any, val: float, before: Any = None) -> 
     if before is None:
         return GapStep(name, origin, record, (val, 1 - val), is_kept=True)
     between = paired_gap(answers, np.arange(40) < before)
-    return GapStep(name, origin, record, (val, 1 - val), is_kept=True, images=right - before, between=between)
+    return GapStep(name, origin, record, (val, 1 - val), is_kept=True, samples=right - before, between=between)
 
 
 def test_rounded_shares_add_up_to_the_rounded_whole() -> None:

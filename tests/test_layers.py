@@ -31,7 +31,7 @@ HOMES = {
     "h5py": {"store", "datasets.arrays"},
     "timm": {"backbones"},
     "PIL": {"datasets.images", "datasets.thumbnails", "estimator"},
-    "open_clip": {"backbones.image_text"},
+    "open_clip": {"backbones.clip"},
     "click": {"cli"},
     "torch": {"backbones", "extraction", "finetuning", "experiments.export", "doctor"},
     "openvino": {"extraction.runtimes"},
@@ -116,6 +116,19 @@ def test_each_third_party_world_has_its_home(name: str, path: Path) -> None:
 def test_only_the_command_line_spells_flags(name: str, path: Path) -> None:
     """Neither code nor comment of the library writes a ``--flag``: whoever called it from Python has fields."""
     assert name.split(".", maxsplit=1)[0] == "cli" or not re.findall(r"--[a-z][a-z-]*", path.read_text())
+
+
+@pytest.mark.parametrize("room", ["experiments", "heads", "reports", "store"])
+def test_what_works_on_samples_names_no_world(room: str) -> None:
+    """Above the backbones and data sets a sample is bytes: neither code nor comment there speaks of images or pixels."""
+    strays = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / room).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if re.search(r"image|pixel", line, re.IGNORECASE)
+    ]
+
+    assert not strays
 
 
 def loaded_after(*arguments: str, cwd: Path) -> set[str]:

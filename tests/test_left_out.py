@@ -11,7 +11,7 @@ from support import TINY, Outcome, draw_image
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, looks_like_split
 from featcache.errors import DataError
-from featcache.experiments.predict import find_images
+from featcache.experiments.predict import find_samples
 
 Run = Callable[..., Outcome]
 
@@ -263,7 +263,7 @@ def test_predict_reads_a_folder_by_the_same_rule(tmp_path: Path, caplog: pytest.
     (tmp_path / "new" / "more").symlink_to(tmp_path / "far")
     (tmp_path / "empty").mkdir()
 
-    found = [Path(path).name for path in find_images([str(tmp_path / "new"), str(tmp_path / "empty")])]
+    found = [Path(path).name for path in find_samples([str(tmp_path / "new"), str(tmp_path / "empty")])]
 
     assert found == ["1.png", "2.png", "3.jfif.png"]
     assert "1 file with other suffixes (.heic 1)" in caplog.text

@@ -155,7 +155,7 @@ def test_reliability_is_the_calibration_error_in_a_picture(fitted: tuple[Path, P
 
 def test_a_page_without_images_has_no_pixel(fitted: tuple[Path, Path, list[RunRecord]], page: str) -> None:
     """Without ``images`` neither sheet nor tile is in it; charts, matrix, paths of mistakes and map are."""
-    plain = featcache.report(files={"html": None}, plan=featcache.PagePlan(images=False), cache=fitted[1]).texts["html"]
+    plain = featcache.report(files={"html": None}, plan=featcache.PagePlan(samples=False), cache=fitted[1]).texts["html"]
 
     assert "data:image" in page
     assert "data:image" not in plain
@@ -184,7 +184,7 @@ def test_images_that_cannot_be_read_any_more_are_not_shown(
 
     assert "1 of 60 images that had a place here cannot be read any more, or have changed since" in changed
     assert "data:image" in changed
-    assert "The images cannot be read any more, so that none is shown" in gone
+    assert "The samples cannot be read any more, so that none is shown" in gone
     assert "data:image" not in gone
     assert "Map of the embeddings" in gone
 
@@ -404,7 +404,7 @@ def test_commands_say_how_a_page_is_made(run: Run, tmp_path: Path) -> None:
     assert run("report", *(str(place) if word == "subtle.html" else word for word in words)).code == 0
     page = place.read_text()
 
-    assert "Accuracy by training images: knn" in page
+    assert "Accuracy by training samples: knn" in page
     assert "Suspects of the audit" in page
     assert "copy of" in Page(page).text()
     assert "--curve" not in page

@@ -20,7 +20,7 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.datasets.images import decode
 from featcache.evaluation.metrics import at_temperature
 from featcache.experiments import predict as predicting
-from featcache.experiments.predict import label_images
+from featcache.experiments.predict import label_samples
 from featcache.extraction.feature_cache import Settings
 from featcache.heads import bundle
 from featcache.specs import BackboneSpec, Transform
@@ -74,7 +74,7 @@ def test_probabilities_are_scaled(name: str, fit: Callable[[str], Path], folder:
     X = features.X[[features.paths.index(str(Path(path).relative_to(folder))) for path in paths]]
     older = replace(loaded, card={key: value for key, value in loaded.card.items() if key != "scaled_by"})
 
-    scaled, plain = (list(label_images(one, paths, settings)) for one in (loaded, older))
+    scaled, plain = (list(label_samples(one, paths, settings)) for one in (loaded, older))
 
     expected = loaded.estimator.predict_proba(X)
     np.testing.assert_allclose([one.probabilities for one in plain], expected, atol=1e-4)
@@ -93,10 +93,10 @@ def test_answers_are_forgotten_once_given(
     paths = [str(path) for path in sorted(folder.rglob("*.png"))]
     (folder / "copy.png").write_bytes(Path(paths[0]).read_bytes())
     paths = [*paths, str(folder / "copy.png"), *paths[:4]]
-    whole = [(one.path, one.label) for one in label_images(loaded, paths, settings)]
+    whole = [(one.path, one.label) for one in label_samples(loaded, paths, settings)]
     monkeypatch.setattr(predicting, "_AT_ONCE", 4)
 
-    answers = label_images(loaded, paths, settings)
+    answers = label_samples(loaded, paths, settings)
     first = weakref.ref(next(answers))
     found = [(one.path, one.label) for one in itertools.islice(answers, 8)]
     gc.collect()

@@ -18,6 +18,7 @@ from test_fit import blobs
 from featcache import heads
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
+from featcache.datasets.thumbnails import statistics
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.splits import make_split
 from featcache.experiments import bench
@@ -28,7 +29,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads import search
-from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised, statistics
+from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised
 from featcache.reports.records import RunRecord, read_records
 from featcache.reports.tables import rows
 from featcache.specs import BackboneSpec

@@ -185,10 +185,10 @@ def test_a_drawn_val_split_calibrates_out_of_fold() -> None:
 
     assert fitted.unseen is not None
     assert fitted_given.unseen is not None
-    assert sorted(fitted.unseen.images.tolist()) == split.train_val.tolist()
-    assert sorted(fitted_given.unseen.images.tolist()) == sorted(split.val.tolist())
-    seen = predict_with(fitted.estimator, X[fitted.unseen.images], "label", 3)
-    truth = y[fitted.unseen.images]
+    assert sorted(fitted.unseen.samples.tolist()) == split.train_val.tolist()
+    assert sorted(fitted_given.unseen.samples.tolist()) == sorted(split.val.tolist())
+    seen = predict_with(fitted.estimator, X[fitted.unseen.samples], "label", 3)
+    truth = y[fitted.unseen.samples]
     assert fitted.unseen.answers[np.arange(len(truth)), truth].mean() < seen[np.arange(len(truth)), truth].mean()
 
 

@@ -167,7 +167,7 @@ def test_export_compares_on_the_images_of_then(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 
-    assert api.export(head, tmp_path / "model.onnx", settings=settings).images == 16
+    assert api.export(head, tmp_path / "model.onnx", settings=settings).samples == 16
 
 
 def test_images_in_memory_cannot_be_opened_again(

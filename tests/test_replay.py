@@ -147,7 +147,7 @@ def test_what_was_changed_is_found(records: dict[str, RunRecord], places: Places
 def test_costs_and_dates_are_told_and_not_compared(records: dict[str, RunRecord]) -> None:
     """Another machine's seconds, memory and date leave a record confirmed."""
     slow = replace(
-        records["fit"], seconds={"extract": 99.0, "fit": 99.0}, images_per_second=1.0, peak_memory_mb=1.0, time=""
+        records["fit"], seconds={"extract": 99.0, "fit": 99.0}, samples_per_second=1.0, peak_memory_mb=1.0, time=""
     )
 
     assert compare_again(slow, records["fit"]).verdict == "same"

@@ -13,7 +13,7 @@ from support import COLOURS, Outcome, draw_folder
 pytest.importorskip("open_clip")
 
 from featcache.backbones import open_backbone
-from featcache.backbones.image_text import embed_classes
+from featcache.backbones.clip import embed_classes
 from featcache.evaluation.splits import Fold
 from featcache.heads.search import search_head
 from featcache.heads.zeroshot import ClassRows, search_zeroshot
@@ -105,7 +105,7 @@ def test_heads_of_texts_need_texts(planted: Path, tmp_path: Path, run: Run) -> N
     """Other backbones, other embeddings and prompts without a place for the class are refused at once."""
     draw_folder(tmp_path / "images", 4)
     for flags, reason in (
-        (("-b", "mini"), "need a model of images and texts, --backbone clip:MODEL/TAG"),
+        (("-b", "mini"), "need a model with a text tower, --backbone clip:MODEL/TAG"),
         (("-b", f"clip:{planted}", "--prompt", "a photo"), "--prompt"),
         (("-b", f"clip:{planted}", "--pool", "avg"), "--pool avg"),
         (("-b", f"clip:{planted}", "--shots", "1"), "without"),

@@ -24,7 +24,7 @@ def open_backbone(spec: BackboneSpec, device: "torch.device | None" = None) -> "
 
         return load_text(spec, device)
     if spec.name.startswith(CLIP):
-        from featcache.backbones.image_text import load_image_tower
+        from featcache.backbones.clip import load_image_tower
 
         return load_image_tower(spec, device)
     from featcache.backbones.timm_models import load_backbone

@@ -178,6 +178,10 @@ class Preprocess(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """What the array is made of."""
 
+    @property
+    def input_name(self) -> str:
+        """What an exported model calls the array."""
+
     def __call__(self, content: bytes, views: Views) -> NDArray[Any]:
         """Return a sample's views (views, ...); raises where its bytes cannot be used, the text says why."""
 

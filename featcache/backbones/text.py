@@ -64,6 +64,7 @@ class Tokeniser:
     spec: Tokenisation
     encode: Callable[[str], Sequence[int]]
     dtype = np.dtype(np.int32)
+    input_name = "ids"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -281,7 +281,7 @@ def show(result: "BenchResult", *, against: "AgainstResult | None" = None, as_js
                 "records": [asdict(record) for record in result.records],
                 "tables": result.paths,
                 "failures": list(map(spelling(click.get_current_context()), result.failures)),
-                "computed_images": result.computed_images,
+                "computed_images": result.computed_samples,
                 "computed_cells": result.computed_cells,
             }
             | ({} if against is None else {"against": against.summary})
@@ -291,7 +291,7 @@ def show(result: "BenchResult", *, against: "AgainstResult | None" = None, as_js
         click.echo("gap: points of test accuracy to the head that is best on validation, on the same images")
         cells = f"{result.computed_cells} cell{'' if result.computed_cells == 1 else 's'} run"
         failed = f", {len(result.failures)} failed" if result.failures else ""
-        counts = f"{result.computed_images} images computed, {cells}{failed}"
+        counts = f"{result.computed_samples} images computed, {cells}{failed}"
         click.echo(f"{counts}; the table is in {result.paths['md']}, the records are in {result.paths['records']}")
         if against is not None:
             click.echo(f"\n{against.table().plain()}")

@@ -390,7 +390,7 @@ def export_command(head: Path, out: Path, as_json: bool, **flags: Any) -> None: 
     settings = options.take_settings(flags)
     model = export(head, out, check=flags["check"], weights=flags["weights"], trust=flags["trust"], settings=settings)
     if as_json:
-        summary = {"model": str(model.path), "difference": model.difference, "images": model.images}
+        summary = {"model": str(model.path), "difference": model.difference, "images": model.samples}
         options.emit(summary | {"notes": list(model.notes)})
         return
-    click.echo(f"{model.path}: scores differ by at most {model.difference:.1g} on {model.images} images")
+    click.echo(f"{model.path}: scores differ by at most {model.difference:.1g} on {model.samples} images")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.errors import DataError
+from featcache.errors import DataError, UsageError
 from featcache.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -265,6 +265,15 @@ class Dataset:
             from featcache.evaluation.tasks import read_labels
 
             read_labels(kind, self.table.labels)
+
+    def require_thumbnails(self, stage: str) -> None:
+        """Refuse samples that nothing can be seen of in small, for what looks at them so.
+
+        Raises:
+            UsageError: they are such.
+        """
+        if self.kind != "image":
+            raise UsageError(f"{self.location}: {stage} looks at images, and these are {self.kind}s.")
 
     def read(self, path: str) -> bytes:
         """Return an image's bytes.

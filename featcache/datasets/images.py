@@ -47,6 +47,7 @@ class ImagePreprocess:
 
     spec: Transform
     dtype = np.dtype(np.uint8)
+    input_name = "pixels"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,11 +100,11 @@ def _decoded(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """Return the views by a transform, and one by the other where the same decoded image serves both."""
     try:
-        with _opened(content) as image:
+        with open_image(content) as image:
             full, beside, scaled = image.size, None, transform.decoder == "pillow-scaled"
             if is_large := image.width * image.height > MAX_MEGAPIXELS * 1e6 or max(full) > _MAX_SIDE:
                 shrinks = scaled and image.format in {"JPEG", "MPO"} and _is_decoded_in_one_scan(content)
-                _require_size(*full, most=_MAX_SHRUNK_MEGAPIXELS if shrinks else MAX_MEGAPIXELS)
+                require_size(*full, most=_MAX_SHRUNK_MEGAPIXELS if shrinks else MAX_MEGAPIXELS)
             boxes = [_evaluation_box(*full, transform)]
             if views.count > 1:
                 boxes += _random_boxes(*full, content, views)
@@ -114,8 +115,8 @@ def _decoded(
             )
             if scaled:
                 _decode_smaller(image, transform.input_size, boxes)
-                _require_size(*image.size)
-            rgb = _to_rgb(image)
+                require_size(*image.size)
+            rgb = to_rgb(image)
             pixels = [_resized(rgb, full, box, transform) for box in boxes]
             if thumbnail is not None and is_shared:
                 beside = _resized(rgb, full, _evaluation_box(*full, thumbnail), thumbnail)[None]
@@ -146,7 +147,7 @@ def encode(pixels: NDArray[np.uint8]) -> bytes:
 
 def encode_image(image: Image.Image) -> bytes:
     """Return an image in memory as the bytes of a file that holds its pixels exactly."""
-    return encode(np.asarray(image if image.mode == "L" else _to_rgb(image)))
+    return encode(np.asarray(image if image.mode == "L" else to_rgb(image)))
 
 
 @cache
@@ -155,11 +156,11 @@ def _known_formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _opened(content: bytes) -> Image.Image:
+def open_image(content: bytes) -> Image.Image:
     """Open an image as ``Image.open`` does, but for its own limit on size, of which it also warns on stderr."""
     if content.startswith(_ICON):
         for width, height in _sizes_in_icon(content):
-            _require_size(width, height)
+            require_size(width, height)
     for name in _known_formats():
         factory, accepts = Image.OPEN[name]
         try:
@@ -170,7 +171,12 @@ def _opened(content: bytes) -> Image.Image:
     raise UnidentifiedImageError
 
 
-def _require_size(width: int, height: int, most: float = MAX_MEGAPIXELS) -> None:
+def require_size(width: int, height: int, most: float = MAX_MEGAPIXELS) -> None:
+    """Refuse an image that is too large to be decoded.
+
+    Raises:
+        UnreadableImage: so it is.
+    """
     megapixels = width * height / 1e6
     if megapixels > most:
         raise UnreadableImage(f"{megapixels:.0f} megapixels, over the limit of {MAX_MEGAPIXELS:.0f}")
@@ -203,7 +209,12 @@ def _is_decoded_in_one_scan(content: bytes) -> bool:
     return False
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image with three channels of 8 bits.
+
+    Raises:
+        UnreadableImage: its levels have no known range.
+    """
     if image.mode == "RGB":
         image.load()
         return image
@@ -284,42 +295,3 @@ def _resized(image: Image.Image, full: tuple[int, int], box: _Box, transform: Tr
         image = image.resize((size, size), _RESAMPLING[transform.interpolation], box=edges)
     pixels = np.asarray(image)
     return pixels[:, ::-1] if box.flip else pixels
-
-
-ALTERATIONS = ("encoded", "resized", "encoded and resized", "mirrored")
-_QUALITY, _SHRUNK = 70, 0.9
-
-
-def altered(content: bytes, how: str) -> bytes:
-    """Return an image as a copy of it has come to look: encoded again, resized by 10 %, both, or mirrored and encoded.
-
-    Raises:
-        UnreadableImage: as of ``decode``.
-    """
-    try:
-        with _opened(content) as opened:
-            _require_size(*opened.size)
-            image = _to_rgb(opened)
-            if how == "mirrored":
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            if "resized" in how:
-                size = (max(1, round(_SHRUNK * image.width)), max(1, round(_SHRUNK * image.height)))
-                image = image.resize(size, Image.Resampling.BICUBIC)
-            if how == "resized":
-                return encode_image(image)
-            out = io.BytesIO()
-            image.save(out, "JPEG", quality=_QUALITY)
-            return out.getvalue()
-    except (UnreadableImage, MemoryError):
-        raise
-    except Exception as error:  # as of ``decode``
-        raise UnreadableImage(f"broken image ({str(error) or type(error).__name__})") from error
-
-
-def size_of(content: bytes) -> tuple[int, int]:
-    """Return an image's width and height from its header, (0, 0) where that cannot be read."""
-    try:
-        with _opened(content) as image:
-            return image.size
-    except Exception:  # noqa: BLE001 - as of ``decode``: what is broken is in quarantine, and has its reason there
-        return 0, 0

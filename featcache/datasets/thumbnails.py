@@ -1,5 +1,6 @@
-"""Small pictures of images for a page: one sheet of square tiles, as one file."""
+"""What an image shows in small, without a backbone: tiles for a page, measures for baselines, altered copies."""
 
+import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featcache.datasets.images import decode
+from featcache.datasets.images import UnreadableImage, decode, encode_image, open_image, require_size, to_rgb
+from featcache.evaluation.suspects import levels
 from featcache.specs import Transform
 
 TILE = 72  # pixels a side
 COLUMNS = 25
+SIDE = 32  # pixels of the thumbnails that baselines look at
+_SMALL_SIDE = 16
+STATISTICS, SMALL = (
+    "image statistics",
+    f"{_SMALL_SIDE} x {_SMALL_SIDE} pixels",
+)  # as tables and records call what is fitted on them
 _QUALITIES = (72, 60, 48, 36, 24, 12)
 
 
@@ -22,6 +30,11 @@ class Sheet:
 
     content: bytes
     count: int
+
+    @property
+    def style(self) -> str:
+        """The declaration of a style that draws it: a page loads nothing, so that the sheet itself is in it."""
+        return f'background-image:url("data:image/webp;base64,{base64.b64encode(self.content).decode()}")'
 
     @property
     def rows(self) -> int:
@@ -59,3 +72,79 @@ def sheet_of(tiles: Sequence[NDArray[np.uint8]], most_bytes: int) -> Sheet:
         if len(content) <= most_bytes:
             break
     return Sheet(content, len(tiles))
+
+
+def statistics(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return each image's mean, spread and quantiles by channel, and how strong its edges are (n, 23)."""
+    pixels = thumbnails.astype(np.float32) / 255
+    flat = pixels.reshape(len(pixels), -1, 3)
+    quantiles = np.quantile(flat, (0.05, 0.25, 0.5, 0.75, 0.95), axis=1)
+    grey = pixels.mean(axis=3)
+    edges = [np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
+    columns = [flat.mean(axis=1), flat.std(axis=1), *quantiles, np.stack(edges, axis=1)]
+    return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def small_rows(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return images averaged to 16 x 16 pixels, as one row each (n, 768)."""
+    step = SIDE // _SMALL_SIDE
+    small = thumbnails.reshape(len(thumbnails), _SMALL_SIDE, step, _SMALL_SIDE, step, 3).mean(axis=(2, 4)).astype(np.float32)
+    rows: NDArray[np.float32] = small.reshape(len(small), -1) / np.float32(255)
+    return rows
+
+
+def measures(thumbnails: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Return what can be measured of images without looking at what they show, columns (n, m) by name.
+
+    Args:
+        thumbnails: uint8 (n, side, side, 3).
+        sizes: width, height and bytes of each one's file (n, 3), 0 where they are not known.
+    """
+    wide, high, weight = np.log(np.maximum(sizes, 1)).T
+    edges = [thumbnails[:, 0], thumbnails[:, -1], thumbnails[:, :, 0], thumbnails[:, :, -1]]
+    return {
+        "image size": np.stack([wide, high], axis=1),
+        "aspect ratio": (wide - high)[:, None],
+        "file size": weight[:, None],
+        "brightness": levels(thumbnails),
+        "border colour": np.concatenate([edge.mean(axis=1) for edge in edges], axis=1),
+    }
+
+
+ALTERATIONS = ("encoded", "resized", "encoded and resized", "mirrored")
+_QUALITY, _SHRUNK = 70, 0.9
+
+
+def altered(content: bytes, how: str) -> bytes:
+    """Return an image as a copy of it has come to look: encoded again, resized by 10 %, both, or mirrored and encoded.
+
+    Raises:
+        UnreadableImage: as of ``decode``.
+    """
+    try:
+        with open_image(content) as opened:
+            require_size(*opened.size)
+            image = to_rgb(opened)
+            if how == "mirrored":
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if "resized" in how:
+                size = (max(1, round(_SHRUNK * image.width)), max(1, round(_SHRUNK * image.height)))
+                image = image.resize(size, Image.Resampling.BICUBIC)
+            if how == "resized":
+                return encode_image(image)
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=_QUALITY)
+            return out.getvalue()
+    except (UnreadableImage, MemoryError):
+        raise
+    except Exception as error:  # as of ``decode``
+        raise UnreadableImage(f"broken image ({str(error) or type(error).__name__})") from error
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Return an image's width and height from its header, (0, 0) where that cannot be read."""
+    try:
+        with open_image(content) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 - as of ``decode``: what is broken is in quarantine, and has its reason there
+        return 0, 0

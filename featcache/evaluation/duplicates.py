@@ -80,7 +80,7 @@ def unit_rows(X: NDArray[Any], mean: NDArray[Any]) -> Rows:
     return rows
 
 
-def pixel_rows(thumbnails: NDArray[np.uint8]) -> Rows:
+def tone_rows(thumbnails: NDArray[np.uint8]) -> Rows:
     """Return thumbnails (n, 32, 32, 3) as rows (n, 768) whose products are correlations; flat images are rows of 0."""
     n, side = len(thumbnails), thumbnails.shape[1] // 2
     halved = np.zeros((n, side, side, 3), np.float32)
@@ -116,7 +116,7 @@ def neighbourhood(embeddings: Rows, thumbnails: NDArray[np.uint8], limits: Mappi
         thumbnails: uint8 (n, 32, 32, 3).
         limits: when two are copies, and when one is the other's mirror image (by ``True``).
     """
-    pixels, flipped = pixel_rows(thumbnails), pixel_rows(mirrored(thumbnails))
+    pixels, flipped = tone_rows(thumbnails), tone_rows(mirrored(thumbnails))
     nearest, least = np.full(len(embeddings), -1, np.float32), min(limit.cosine for limit in limits.values())
     blocks, count = list[tuple[NDArray[Any], ...]](), 0
     for rows, columns in _tiles(len(embeddings)):

@@ -55,27 +55,27 @@ def chances(accuracies: NDArray[np.float64], margin: float) -> NDArray[np.float6
 
 
 @dataclass(frozen=True)
-class MoreImages:
+class MoreSamples:
     """What more training images would bring, by the learning curve so far.
 
     Attributes:
-        images: how many more.
+        samples: how many more.
         now: how many there are.
         points: of accuracy that they add, by the curve.
         interval: in which 95 % of draws lie.
         slope: the error falls as images to this power.
     """
 
-    images: int
+    samples: int
     now: int
     points: float
     interval: Interval
     slope: float
 
 
-def more_images(
+def more_samples(
     sizes: NDArray[np.int64], right: NDArray[np.bool_], weights: NDArray[np.float32], now: int, more: int
-) -> MoreImages | None:
+) -> MoreSamples | None:
     """Return what more images would bring; ``None`` where too few sizes were tried, or too few images are wrong.
 
     error = a x images^b is fitted to logarithms by least squares (Hestness et al. 2017, section 3), in every draw of images
@@ -104,7 +104,7 @@ def more_images(
     # the curve itself may bend: draws of images alone held what came in 46 % of cases instead of 95
     bent = gains + _BENT * points * np.random.default_rng(len(gains)).standard_normal(len(gains))
     low, high = np.quantile(bent, (0.025, 0.975))
-    return MoreImages(more, now, float(points), (float(low), float(high)), float(slope))
+    return MoreSamples(more, now, float(points), (float(low), float(high)), float(slope))
 
 
 def _power_law(

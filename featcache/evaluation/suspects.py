@@ -50,7 +50,7 @@ def label_issues(y: Index, probabilities: NDArray[np.float64]) -> tuple[Index, N
     return np.asarray(issues, np.int64), doubt
 
 
-def odd_images(thumbnails: NDArray[np.uint8], sizes: Index) -> Mapping[str, Mask]:
+def oddities(thumbnails: NDArray[np.uint8], sizes: Index) -> Mapping[str, Mask]:
     """Return which images are of which oddity (n,): blank, dark, bright, tiny, long.
 
     Args:

@@ -1,4 +1,4 @@
-"""Advice from measurements on a sample: which backbone, whether to train its weights, and what more images would bring."""
+"""Advice from measurements on a part: which backbone, whether to train its weights, and what more samples would bring."""
 
 import time
 from collections.abc import Sequence
@@ -10,17 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones.origins import BUNDLED
+from featcache.datasets.thumbnails import SIDE, statistics
 from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, paired_gap
-from featcache.evaluation.resampling import MoreImages, drawn_accuracies, drawn_weights, more_images, round_count
+from featcache.evaluation.resampling import MoreSamples, drawn_accuracies, drawn_weights, more_samples, round_count
 from featcache.evaluation.splits import Fold
-from featcache.experiments.backbone_race import MARGIN, Judged, Pool, Race, Runner, Standing, judge_sample
+from featcache.experiments.backbone_race import MARGIN, Judged, Pool, Race, Runner, Standing, judge_part
 from featcache.experiments.experiment import require_task
 from featcache.experiments.short_tuning import EPOCHS, PROBE_HEAD, TRIED, TuningRows, last_stage, tune_shortly
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.lookup import entry_folders
-from featcache.heads.baselines import SIDE, standardised, statistics
+from featcache.fingerprint import as_stored
+from featcache.heads.baselines import standardised
 from featcache.heads.search import predict_with, train
 from featcache.specs import POOLED, BackboneSpec, cut_of_layers
 from featcache.store.entry import FeatureStore
@@ -29,31 +31,31 @@ Depth = Literal["features", "last", "all"]
 CURVE_HEAD = "ridge"
 _LAYERS = 4  # as of a gap's step
 _SHARES, _REPEATS = (0.125, 0.25, 0.5, 1.0), 2
-_FEWEST_IN_A_CURVE = 2  # images of each class
-_TRAINS = 0.6  # of the sample, in the short training: the rest judges it
-_STEP = 0.5  # of the seconds of extracting an image, that a step of training takes for one, about
-FEW, MANY = 1000, 20_000  # training images, of the textbook rule, which gives no numbers
+_FEWEST_IN_A_CURVE = 2  # samples of each class
+_TRAINS = 0.6  # of the part, in the short training: the rest judges it
+_STEP = 0.5  # of the seconds of extracting a sample, that a step of training takes for one, about
+FEW, MANY = 1000, 20_000  # training samples, of the textbook rule, which gives no numbers
 ERROR_LEFT = 0.1  # after the short training, from which on all weights are worth a try
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured of the best backbone, on images of train and val alone; what was not is ``None``.
+    """What was measured of the best backbone, on samples of train and val alone; what was not is ``None``.
 
     Attributes:
-        images: that train and choose, in the whole data set.
+        samples: that train and choose, in the whole data set.
         classes: that they have.
-        seen: of the last sample.
+        seen: of the last part.
         majority: share of the commonest class.
-        statistics: accuracy of neighbours by image statistics, without a backbone.
-        accuracies: of each head on features, on images that it had not seen.
+        statistics: accuracy of neighbours by statistics of thumbnails, without a backbone.
+        accuracies: of each head on features, on samples that it had not seen.
         layers: points that ridge on several layers adds to ridge on the last.
         tuned: points that a short training of the last stage adds to its probe.
         pays: the chance that these are more than the margin.
-        error_left: the share of images that the short training leaves wrong.
+        error_left: the share of samples that the short training leaves wrong.
     """
 
-    images: int
+    samples: int
     classes: int
     seen: int
     majority: float
@@ -80,12 +82,12 @@ class Evidence:
 
     @property
     def textbook(self) -> Depth | None:
-        """What the usual rule says (Karpathy, CS231n, transfer learning), by images and whether their kind is similar."""
-        if self.images >= MANY:
+        """What the usual rule says (Karpathy, CS231n, transfer learning), by samples and whether their kind is similar."""
+        if self.samples >= MANY:
             return "all"
         if self.is_similar is None:
             return None
-        if self.images < FEW:
+        if self.samples < FEW:
             return "features" if self.is_similar else "last"
         return "last" if self.is_similar else "all"
 
@@ -100,7 +102,7 @@ class AdviceResult(Displayed):
         chance: that no other candidate is better by more than the margin.
         standings: of all candidates, the best first.
         evidence: about the best one.
-        more: what more images would bring; ``None`` where the curve does not tell.
+        more: what more samples would bring; ``None`` where the curve does not tell.
         missing: what the budget left no time for, or could not be measured.
         seconds: by what they were spent on.
     """
@@ -110,7 +112,7 @@ class AdviceResult(Displayed):
     chance: float
     standings: tuple[Standing, ...]
     evidence: Evidence
-    more: MoreImages | None = None
+    more: MoreSamples | None = None
     missing: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -129,7 +131,7 @@ class AdviceResult(Displayed):
     def summary(self) -> dict[str, Any]:
         """The JSON object of ``featcache advise``."""
         depth, sure = self.evidence.depth
-        return {
+        summary = {
             "dataset": self.dataset,
             "backbone": self.backbone.text,
             "backbone_chance": self.chance,
@@ -137,21 +139,24 @@ class AdviceResult(Displayed):
             "train_chance": sure,
             "textbook": self.evidence.textbook,
             "candidates": [
-                {
-                    "backbone": standing.runner.spec.text,
-                    "images": standing.images,
-                    "accuracy": dict(standing.accuracies),
-                    "chance": standing.chance,
-                    "left": standing.is_left,
-                    "seconds_an_image": standing.runner.price(1) or None,
-                }
+                as_stored(
+                    {
+                        "backbone": standing.runner.spec.text,
+                        "samples": standing.samples,
+                        "accuracy": dict(standing.accuracies),
+                        "chance": standing.chance,
+                        "left": standing.is_left,
+                        "seconds_a_sample": standing.runner.price(1) or None,
+                    }
+                )
                 for standing in self.standings
             ],
-            "evidence": asdict(self.evidence),
-            "more_images": None if self.more is None else asdict(self.more),
+            "evidence": as_stored(asdict(self.evidence)),
+            "more_samples": None if self.more is None else as_stored(asdict(self.more)),
             "missing": list(self.missing),
             "seconds": self.seconds,
         }
+        return as_stored(summary)
 
 
 def run_advise(
@@ -162,19 +167,19 @@ def run_advise(
     seed: int = 0,
     budget: float | None = None,
 ) -> AdviceResult:
-    """Find the backbone that does best on samples, and measure on its last sample what speaks for training weights.
+    """Find the backbone that does best on parts, and measure on its last part what speaks for training weights.
 
-    The test split is neither computed nor looked at. Rows of samples stay in the cache.
+    The test split is neither computed nor looked at. Rows of parts stay in the cache.
 
     Args:
         cache: the data set, and where its rows are kept; its backbone says nothing here.
         specs: candidates beside the bundled ones and those that have rows of this data set already.
         group: a manifest's column whose values are never in two parts.
-        seed: of splits, samples and draws.
+        seed: of splits, parts and draws.
         budget: seconds after which no further step is begun.
 
     Raises:
-        DataError: labels are no classes, or too few images can be used.
+        DataError: labels are no classes, or too few samples can be used.
         UsageError: no candidate can be had here.
     """
     started = time.monotonic()
@@ -186,9 +191,9 @@ def run_advise(
     runner, chance = race.run()
     raced = time.monotonic()
     best_first = sorted(
-        race.standings.values(), key=lambda standing: (standing.is_left, -standing.images, -standing.accuracy)
+        race.standings.values(), key=lambda standing: (standing.is_left, -standing.samples, -standing.accuracy)
     )
-    missing = ["larger samples of the last candidates"] if race.stopped else []
+    missing = ["larger parts for the last candidates"] if race.stopped else []
     study = Study(pool, runner, deadline, missing)
     evidence, more = study.evidence()
     seconds = {"backbones": round(raced - started, 3), "evidence": round(time.monotonic() - raced, 3)}
@@ -225,18 +230,18 @@ class Study:
     deadline: float | None
     missing: list[str]
 
-    def evidence(self) -> tuple[Evidence, MoreImages | None]:
+    def evidence(self) -> tuple[Evidence, MoreSamples | None]:
         """Return what was measured, as far as there was time."""
         pool = self.pool
-        places = pool.sample(pool.most)
-        if self._is_late("the largest sample", self.runner.price(pool.most - self.runner.computed)):
-            places = pool.sample(min(pool.most, max(pool.first, self.runner.computed)))
-        judged = judge_sample(pool, [self.runner], places)
+        places = pool.drawn(pool.most)
+        if self._is_late("the largest part", self.runner.price(pool.most - self.runner.computed)):
+            places = pool.drawn(min(pool.most, max(pool.first, self.runner.computed)))
+        judged = judge_part(pool, [self.runner], places)
         (X,), (right,) = judged.X, judged.right
         probe, params = judged.answer(PROBE_HEAD, X, pool.seed)
-        counts = np.bincount(pool.y[pool.images])
+        counts = np.bincount(pool.y[pool.samples])
         measured = Evidence(
-            len(pool.images),
+            len(pool.samples),
             pool.classes,
             len(judged.y),
             float(counts.max() / counts.sum()),
@@ -254,18 +259,18 @@ class Study:
         digests = [bytes.fromhex(content) for content in judged.units.contents]
         if not all(digest in known for digest in digests):
             return float("nan")
-        pixels = thumbnails.rows_of(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
-        rows = standardised(statistics(pixels.reshape(-1, SIDE, SIDE, 3)), np.arange(len(pixels)))
+        small = thumbnails.rows_of(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
+        rows = standardised(statistics(small.reshape(-1, SIDE, SIDE, 3)), np.arange(len(small)))
         return float(judged.answer("knn", rows, self.pool.seed)[0].mean())
 
-    def _more(self, judged: Judged) -> MoreImages | None:
-        """Return what more images would bring to a head on features."""
+    def _more(self, judged: Judged) -> MoreSamples | None:
+        """Return what more samples would bring to a head on features."""
         sizes, hits = self.curve(judged)
-        weights, now = drawn_weights(judged.units.numbers, self.pool.seed), len(self.pool.images)
-        return more_images(sizes, hits, weights, now, round_count(now))
+        weights, now = drawn_weights(judged.units.numbers, self.pool.seed), len(self.pool.samples)
+        return more_samples(sizes, hits, weights, now, round_count(now))
 
     def curve(self, judged: Judged) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return sizes of training sets (s,), and which images are right, unseen by the head, by size and draw (s, r, n)."""
+        """Return sizes of training sets (s,), and samples that are right, unseen by the head, by size and draw (s, r, n)."""
         (X,), (params,), (right,) = judged.X, judged.params, judged.right
         least = min(len(fold.train) for fold in judged.folds)
         shares = [share for share in _SHARES if share * least >= _FEWEST_IN_A_CURVE * self.pool.classes]
@@ -302,7 +307,7 @@ class Study:
                 self.missing.append(f"a short training of the last stage ({error})")
         rows, has_row = runner.rows(pool, judged.places, cuts)
         if len(has_row) < len(judged.y):
-            self.missing.append("other layers, and a short training: some images have no row there")
+            self.missing.append("other layers, and a short training: some samples have no row there")
             return measured
         groups = None if len(judged.units.names) == len(judged.y) else judged.units.numbers
         on_layers, _ = judged.answer(CURVE_HEAD, np.ascontiguousarray(rows[1], np.float32), pool.seed)
@@ -310,7 +315,7 @@ class Study:
         return self._tuned(judged, measured, rows[2], params) if len(cuts) > 2 else measured
 
     def _tuned(self, judged: Judged, measured: Evidence, rows: NDArray[Any], params: dict[str, float]) -> Evidence:
-        """Add what a short training says, on images that it has not seen."""
+        """Add what a short training says, on samples that it has not seen."""
         pool, runner, numbers = self.pool, self.runner, judged.units.numbers
         assert runner.cache is not None
         fold, halves = _parted(judged, pool.seed)
@@ -347,7 +352,7 @@ def _stratified(
 
 
 def _parted(judged: Judged, seed: int) -> tuple[Fold, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return which images train and which judge, by whole folds, and the halves of those that judge, by whole units."""
+    """Return which samples train and which judge, by whole folds, and the halves of those that judge, by whole units."""
     folds = judged.folds
     count = max(1, round((1 - _TRAINS) * len(folds)))
     val = np.sort(np.concatenate([fold.val for fold in folds[:count]]))

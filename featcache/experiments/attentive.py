@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.model import Checkpoint
 
 _PROBE = "logistic"
-_AT_ONCE = 256  # images whose tokens are in memory while they are tested
+_AT_ONCE = 256  # samples whose tokens are in memory while they are tested
 
 
 def fit_attentive(experiment: Experiment, entry: Extracted, split: Split, name: str) -> FittedHead:
@@ -34,9 +34,9 @@ def fit_attentive(experiment: Experiment, entry: Extracted, split: Split, name: 
     folds, what ``split.val`` has chosen is judged on them, and left for the probe where it is no better there.
 
     Args:
-        experiment: of the head, its task of images that the entry has.
+        experiment: of the head, its task of samples that the entry has.
         entry: at the cut ``tokens``.
-        split: of these images.
+        split: of these samples.
         name: of the head.
 
     Raises:
@@ -59,7 +59,7 @@ def fit_attentive(experiment: Experiment, entry: Extracted, split: Split, name: 
         name,
         trained.params,
         evaluate(trained.truth, trained.answers, temperature),
-        evaluate_on_test(lambda images: _tokens_answered(trained.head, take, images), task.y, split, temperature),
+        evaluate_on_test(lambda samples: _tokens_answered(trained.head, take, samples), task.y, split, temperature),
         seconds,
         lambda: trained.head,
         lambda: trained.answers,
@@ -91,17 +91,17 @@ def _probe(backbone: "Backbone", entry: Extracted, task: Task, split: Split, see
     rows = {kind: X[order] for kind, X in pool_rows(entry.store, poolings).items()}
     searches = {kind: search_head(_PROBE, X, y, split.folds, seed) for kind, X in rows.items()}
     pool = min(searches, key=lambda kind: searches[kind].val.rank)
-    # a probe that is sure of every training image leaves nothing to learn from: as sure as validation finds it right
+    # a probe that is sure of every training sample leaves nothing to learn from: as sure as validation finds it right
     truth = np.concatenate([y[fold.val] for fold in split.folds])
     temperature = best_temperature(truth, searches[pool].answers) or 1.0
 
-    def fitted(images: Index) -> LinearHead:
-        estimator = train(_PROBE, searches[pool].params, rows[pool][images], y[images], seed)
+    def fitted(samples: Index) -> LinearHead:
+        estimator = train(_PROBE, searches[pool].params, rows[pool][samples], y[samples], seed)
         return LinearHead(*(values / temperature for values in linear_weights(estimator, len(task.names))))
 
     return Probe(pool, fitted(split.train), fitted(split.train_val), tuple(fitted(fold.train) for fold in split.cross))
 
 
-def _tokens_answered(head: "AttentiveHead", take: Callable[[Index], NDArray[Any]], images: Index) -> NDArray[np.float64]:
-    parts = [images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE)]
+def _tokens_answered(head: "AttentiveHead", take: Callable[[Index], NDArray[Any]], samples: Index) -> NDArray[np.float64]:
+    parts = [samples[start : start + _AT_ONCE] for start in range(0, len(samples), _AT_ONCE)]
     return np.concatenate([head.predict_proba(take(part)) for part in parts])

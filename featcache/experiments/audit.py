@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset, FileReader, MemoryReader, Sample
-from featcache.datasets.images import ALTERATIONS, UnreadableImage, altered, size_of
+from featcache.datasets.thumbnails import ALTERATIONS, SIDE, altered, measures, size_of
 from featcache.display import Displayed, Table, logger, progress
-from featcache.errors import SetupError, StorageError, UsageError
+from featcache.errors import SetupError, StorageError, UnreadableSample, UsageError
 from featcache.evaluation.draws import Units, units_of
 from featcache.evaluation.duplicates import (
     Likeness,
@@ -24,15 +24,15 @@ from featcache.evaluation.duplicates import (
     mirrored,
     nearest_others,
     neighbourhood,
-    pixel_rows,
+    tone_rows,
     unit_rows,
 )
 from featcache.evaluation.metrics import Gap, paired_gap
-from featcache.evaluation.suspects import Removal, label_issues, levels, odd_images, outliers, without
+from featcache.evaluation.suspects import Removal, label_issues, oddities, outliers, without
 from featcache.experiments.experiment import Experiment, aligned
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, in_memory, run_fit
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
-from featcache.heads.baselines import SIDE
+from featcache.fingerprint import as_stored
 from featcache.heads.checks import Shift, Shortcut, out_of_fold, shift, shortcuts
 from featcache.heads.search import Embeddings
 from featcache.specs import POOLED
@@ -42,24 +42,24 @@ from featcache.store.rows import Features
 ACROSS = " across splits"
 COPIES = ("copy", "near copy", "mirrored copy")
 KINDS = (*(f"{kind}{ACROSS}" for kind in COPIES), *COPIES, "label", "blank", "dark", "bright", "tiny", "long", "outlier")
-_SAMPLE = 100  # images whose copies thresholds are fitted on: 400 more to compute, once
-_NEVER = Likeness(2.0, 2.0)  # of no image that shows anything there is nothing to fit
+_DRAWN = 100  # samples whose copies thresholds are fitted on: 400 more to compute, once
+_NEVER = Likeness(2.0, 2.0)  # of no sample that shows anything there is nothing to fit
 _PARTS = ("train", "val", "test")
 _KEPT = 1000  # suspects, for reports: copies across splits come first
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """An image that wants a look.
+    """A sample that wants a look.
 
     Attributes:
         kind: one of ``KINDS``.
-        path: the image, as its data set calls it.
+        path: the sample, as its data set calls it.
         label: its class.
         split: the part that it is in.
-        other: the image that it is a copy of.
+        other: the sample that it is a copy of.
         other_label: that one's class, or the class that a doubtful label should rather be.
-        other_split: the part that the other image is in.
+        other_split: the part that the other sample is in.
         score: what suspects of a kind are sorted by: likeness, doubt, distance.
     """
 
@@ -75,12 +75,12 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Leaks:
-    """What test accuracy owes to copies of test images in train and val, and what doubtful test images cost it.
+    """What test accuracy owes to copies of test samples in train and val, and what doubtful test samples cost it.
 
     Attributes:
-        leaked: without the test images that train or val hold a copy of.
-        retrained: the probe less one that was trained without those copies, on the same test images; ``None`` without any.
-        doubtful: without leaked images, and without those of doubtful labels: an upper end, since those are images that
+        leaked: without the test samples that train or val hold a copy of.
+        retrained: the probe less one that was trained without those copies, on the same test samples; ``None`` without any.
+        doubtful: without leaked samples, and without those of doubtful labels: an upper end, since those are samples that
             heads get wrong, whether their labels are right or not.
     """
 
@@ -93,12 +93,12 @@ class Leaks:
 class AuditResult(Displayed):
     """What was found: suspects, copies across splits first; ``dropped``: what a cleaned list leaves out, with the reason.
 
-    ``shift`` is ``None`` where test was drawn, or has too few images; ``missing`` says what could not be looked for.
+    ``shift`` is ``None`` where test was drawn, or has too few samples; ``missing`` says what could not be looked for.
     """
 
     dataset: str
     backbone: str
-    images: Mapping[str, int]
+    samples: Mapping[str, int]
     suspects: tuple[Suspect, ...]
     leaks: Leaks
     shortcuts: tuple[Shortcut, ...]
@@ -122,10 +122,10 @@ class AuditResult(Displayed):
     @property
     def summary(self) -> dict[str, Any]:
         """The JSON object of ``featcache audit``."""
-        return {
+        summary = {
             "dataset": self.dataset,
             "backbone": self.backbone,
-            "images": dict(self.images),
+            "samples": dict(self.samples),
             "counts": self.counts,
             "test": asdict(self.leaks),
             "shortcuts": [asdict(shortcut) for shortcut in self.shortcuts],
@@ -134,6 +134,7 @@ class AuditResult(Displayed):
             "dropped": dict(self.dropped),
             "missing": list(self.missing),
         }
+        return as_stored(summary)
 
 
 def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -> AuditResult:
@@ -144,15 +145,14 @@ def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -
     Args:
         cache: the data set and the backbone.
         group: a manifest's column whose values are never in two parts.
-        seed: of the drawn splits, folds, and the sample that thresholds are fitted on.
+        seed: of the drawn splits, folds, and the part that thresholds are fitted on.
 
     Raises:
-        DataError: labels are no classes, or there are too few images.
+        DataError: labels are no classes, or there are too few samples.
         UsageError: the features do not fit into memory.
     """
     cache.dataset.require_kind("label")
-    if cache.dataset.kind != "image":
-        raise UsageError(f"{cache.dataset.location}: an audit looks at images, and these are {cache.dataset.kind}s.")
+    cache.dataset.require_thumbnails("an audit")
     entry = cache.features([Output(POOLED)], thumbnails=SIDE)[0]
     if not in_memory(entry.store):
         raise UsageError(f"{cache.dataset.name}: an audit holds all features in memory, and they do not fit.")
@@ -167,7 +167,7 @@ def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -
 
 @dataclass(frozen=True)
 class _Copy:
-    """An image's nearest copy: which, what of, and how alike; exact ones are 1."""
+    """A sample's nearest copy: which, what of, and how alike; exact ones are 1."""
 
     other: int
     kind: str
@@ -196,7 +196,7 @@ class _Audit:
             self.probe.split.sizes(),
             tuple(sorted(suspects, key=lambda suspect: (order[suspect.kind], -suspect.score))),
             self._leaks({suspect.path for suspect in doubtful}),
-            tuple(shortcuts(self._measures(sizes), self.y, self.probe.split, self.right, self.seed)),
+            tuple(shortcuts(measures(self.thumbnails, sizes), self.y, self.probe.split, self.right, self.seed)),
             shift(self.features.X, self.units, self.probe.split, self.probe.fitted.params, self.seed)
             if "test" in self.features.splits
             else None,
@@ -219,7 +219,7 @@ class _Audit:
 
     @cached_property
     def part(self) -> NDArray[np.object_]:
-        """Which part each image is in (n,)."""
+        """Which part each sample is in (n,)."""
         part = np.full(len(self.y), "", dtype=object)
         for name in _PARTS:
             part[getattr(self.probe.split, name)] = name
@@ -227,7 +227,7 @@ class _Audit:
 
     @cached_property
     def thumbnails(self) -> NDArray[np.uint8]:
-        """The images' thumbnails (n, 32, 32, 3); what has none is left black, and so is like no other."""
+        """The samples' thumbnails (n, 32, 32, 3); what has none is left black, and so is like no other."""
         store = self.cache.thumbnails(SIDE).store
         keep, _, take = aligned(self.probe.task, store)
         thumbnails = np.zeros((len(self.y), SIDE, SIDE, 3), np.uint8)
@@ -236,7 +236,7 @@ class _Audit:
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
-        """Width, height and bytes of each image's file (n, 3)."""
+        """Width, height and bytes of each sample's file (n, 3)."""
         sizes = np.zeros((len(self.y), 3), np.int64)
         with progress(len(self.y), "sizes") as bar:
             for place, path in enumerate(self.features.paths):
@@ -247,7 +247,7 @@ class _Audit:
 
     @cached_property
     def first(self) -> NDArray[np.int64]:
-        """Of each image the first of the same bytes (n,)."""
+        """Of each sample the first of the same bytes (n,)."""
         _, first, number = np.unique(np.array(self.features.sha256, dtype=object), return_index=True, return_inverse=True)
         return first[number].astype(np.int64)
 
@@ -258,13 +258,13 @@ class _Audit:
 
     @cached_property
     def near(self) -> Neighbourhood:
-        """Near copies and nearest neighbours of images of different bytes, by their positions."""
+        """Near copies and nearest neighbours of samples of different bytes, by their positions."""
         different = np.unique(self.first)
         limits = self._limits(different)
         rows = unit_rows(self.features.X[different], self.mean)
         around = neighbourhood(rows, self.thumbnails[different], limits)
         if around.is_cut:
-            logger.warning("so many images are alike that copies are told of the first blocks of them only")
+            logger.warning("so many samples are alike that copies are told of the first blocks of them only")
         nearest = np.full(len(self.y), 1, np.float32)
         nearest[different] = around.nearest
         pairs = replace(around.pairs, first=different[around.pairs.first], second=different[around.pairs.second])
@@ -272,7 +272,7 @@ class _Audit:
 
     @cached_property
     def units(self) -> Units:
-        """What must be in one fold: copies of any kind, and images of one group."""
+        """What must be in one fold: copies of any kind, and samples of one group."""
         everyone = np.arange(len(self.y))
         first, second = self.near.pairs.first, self.near.pairs.second
         numbers = components(len(self.y), np.concatenate([everyone, first]), np.concatenate([self.first, second]))
@@ -280,7 +280,7 @@ class _Audit:
         return units_of(len(self.y), contents, self.probe.task.groups)
 
     def _limits(self, different: NDArray[np.int64]) -> Mapping[bool, Likeness]:
-        """Return from when on images are copies: from the note of an earlier audit, or fitted on copies of a sample."""
+        """Return from when on samples are copies: from the note of an earlier audit, or fitted on copies of a part."""
         experiment = Experiment(
             self.cache, self.probe.task, "audit", {"alterations": list(ALTERATIONS), "above": "others"}, self.seed
         )
@@ -294,16 +294,16 @@ class _Audit:
         )
         if kept is not None:
             return kept
-        odd = np.any(list(odd_images(self.thumbnails, self.sizes[:, :2]).values()), axis=0)
-        drawn = np.random.default_rng(self.seed).permutation(different[~odd[different]])[:_SAMPLE]
+        odd = np.any(list(oddities(self.thumbnails, self.sizes[:, :2]).values()), axis=0)
+        drawn = np.random.default_rng(self.seed).permutation(different[~odd[different]])[:_DRAWN]
         limits = self._fitted_limits(np.sort(drawn))
         told = {name: asdict(limits[name == "mirrored"]) for name in ("plain", "mirrored")}
         keep_note(path, [experiment.key], told)
         return limits
 
-    def _fitted_limits(self, sample: NDArray[np.int64]) -> Mapping[bool, Likeness]:
-        """Send altered copies of some images through preprocessing and backbone, and see how alike they have stayed."""
-        content = self._altered(sample)
+    def _fitted_limits(self, drawn: NDArray[np.int64]) -> Mapping[bool, Likeness]:
+        """Send altered copies of some samples through preprocessing and backbone, and see how alike they have stayed."""
+        content = self._altered(drawn)
         if not content:
             return {False: _NEVER, True: _NEVER}
         samples = [Sample(path, "copy") for path in content]
@@ -312,24 +312,25 @@ class _Audit:
             settings = replace(self.cache.settings, cache=Path(folder), part=None, engine="local", rebind=False, max_bad=1.0)
             cache = FeatureCache(Dataset("copies", folder, samples, MemoryReader(content)), self.cache.spec, settings)
             (rows,) = cache.features([Output(POOLED)], thumbnails=SIDE)
-            copies, pixels = rows.store.features(), cache.thumbnails(SIDE).store.features()
-        shown = dict(zip(pixels.paths, np.asarray(pixels.X).reshape(-1, SIDE, SIDE, 3), strict=True))
-        everyone, limits = pixel_rows(self.thumbnails), dict[bool, Likeness]()
+            copies, small = rows.store.features(), cache.thumbnails(SIDE).store.features()
+        shown = dict(zip(small.paths, np.asarray(small.X).reshape(-1, SIDE, SIDE, 3), strict=True))
+        everyone, limits = tone_rows(self.thumbnails), dict[bool, Likeness]()
         for is_mirrored in (False, True):
-            drawn = self.thumbnails[sample]
-            others = nearest_others(pixel_rows(mirrored(drawn) if is_mirrored else drawn), everyone, sample)
+            originals = self.thumbnails[drawn]
+            flipped = mirrored(originals) if is_mirrored else originals
+            others = nearest_others(tone_rows(flipped), everyone, drawn)
             limits[is_mirrored] = self._limit(copies, shown, is_mirrored=is_mirrored).above(others)
         return limits
 
-    def _altered(self, sample: NDArray[np.int64]) -> dict[str, bytes]:
-        """Return copies of some images, by how they were altered and which image they are of."""
+    def _altered(self, drawn: NDArray[np.int64]) -> dict[str, bytes]:
+        """Return copies of some samples, by how they were altered and which sample they are of."""
         content: dict[str, bytes] = {}
-        for place in sample.tolist():
+        for place in drawn.tolist():
             original = self.cache.dataset.read(self.features.paths[place])
             for how in ALTERATIONS:
                 try:
                     content[f"{how}/{place}"] = altered(original, how)
-                except UnreadableImage as error:
+                except UnreadableSample as error:
                     logger.debug("%s: %s", self.features.paths[place], error)
         return content
 
@@ -339,18 +340,18 @@ class _Audit:
             return _NEVER
         places = np.array([int(copies.paths[row].rpartition("/")[2]) for row in rows], np.int64)
         originals = self.thumbnails[places]
-        pixels = pixel_rows(mirrored(originals) if is_mirrored else originals)
+        tones = tone_rows(mirrored(originals) if is_mirrored else originals)
         cosine = (unit_rows(self.features.X[places], self.mean) * unit_rows(copies.X[rows], self.mean)).sum(axis=1)
-        correlation = (pixels * pixel_rows(np.stack([shown[copies.paths[row]] for row in rows]))).sum(axis=1)
+        correlation = (tones * tone_rows(np.stack([shown[copies.paths[row]] for row in rows]))).sum(axis=1)
         return Likeness.fitted(cosine, correlation)
 
     @cached_property
     def copies(self) -> Mapping[int, Sequence[_Copy]]:
-        """The copies of each image that has any, exact ones first; of images of the same bytes the first of each part."""
+        """The copies of each sample that has any, exact ones first; of samples of the same bytes the first of each part."""
         members, firsts = defaultdict[int, list[int]](list), defaultdict[int, dict[str, int]](dict)
         for place, first in enumerate(self.first.tolist()):
             members[first].append(place)
-            # one a part: a thousand times the same image would be a million pairs
+            # one a part: a thousand times the same sample would be a million pairs
             firsts[first].setdefault(self.part[place], place)
         copies = defaultdict[int, list[_Copy]](list)
         for first, same in members.items():
@@ -360,13 +361,13 @@ class _Audit:
         columns = (pairs.first.tolist(), pairs.second.tolist(), pairs.mirrored.tolist(), pairs.cosine.tolist())
         for first, second, is_mirrored, cosine in zip(*columns, strict=True):
             kind = "mirrored copy" if is_mirrored else "near copy"
-            for image, other_image in ((first, second), (second, first)):
-                for place in members[image]:
-                    copies[place] += [_Copy(other, kind, cosine) for other in firsts[other_image].values()]
+            for original, twin in ((first, second), (second, first)):
+                for place in members[original]:
+                    copies[place] += [_Copy(other, kind, cosine) for other in firsts[twin].values()]
         return {place: sorted(several, key=lambda copy: -copy.score) for place, several in copies.items()}
 
     def _copy_suspects(self) -> Iterator[Suspect]:
-        """Yield a suspect an image: of test with its copy in train or val, of val in train, else with an earlier one."""
+        """Yield a suspect a sample: of test with its copy in train or val, of val in train, else with an earlier one."""
         for place, several in self.copies.items():
             own = _PARTS.index(self.part[place])
             across = [copy for copy in several if _PARTS.index(self.part[copy.other]) < own]
@@ -377,7 +378,7 @@ class _Audit:
                 yield self._suspect(within[0].kind, place, within[0].score, within[0].other)
 
     def _label_suspects(self) -> Iterator[Suspect]:
-        """Yield images whose label heads doubt that have seen neither them nor their copies."""
+        """Yield samples whose label heads doubt that have seen neither them nor their copies."""
         params = self.probe.fitted.params
         places, answers = out_of_fold(self.features.X, self.y, self.units, params, self.seed)
         if not len(places):
@@ -388,7 +389,7 @@ class _Audit:
             yield replace(suspect, other_label=self.features.classes[int(answers[issue].argmax())])
 
     def _odd_suspects(self, sizes: NDArray[np.int64]) -> Iterator[Suspect]:
-        for kind, mask in odd_images(self.thumbnails, sizes).items():
+        for kind, mask in oddities(self.thumbnails, sizes).items():
             yield from (self._suspect(kind, place) for place in np.flatnonzero(mask).tolist())
 
     def _outlier_suspects(self) -> Iterator[Suspect]:
@@ -405,7 +406,7 @@ class _Audit:
         return replace(suspect, other=features.paths[other], other_label=label, other_split=part)
 
     def _with_copies_in(self, part: str, *, of: Sequence[str]) -> list[int]:
-        """Return the images of some parts that another part holds a copy of."""
+        """Return the samples of some parts that another part holds a copy of."""
         return [
             place
             for place, several in self.copies.items()
@@ -428,27 +429,14 @@ class _Audit:
             retrained = paired_gap(self.right, tested.right, groups=split.test_groups)
         return Leaks(without(self.right, is_leaked), retrained, without(self.right, is_leaked | is_doubtful))
 
-    def _measures(self, sizes: NDArray[np.int64]) -> Mapping[str, NDArray[np.float64]]:
-        """Return what can be measured of an image without looking at what it shows, columns (n, m) by name."""
-        wide, high, weight = np.log(np.maximum(sizes, 1)).T
-        pixels = self.thumbnails
-        edges = [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]]
-        return {
-            "image size": np.stack([wide, high], axis=1),
-            "aspect ratio": (wide - high)[:, None],
-            "file size": weight[:, None],
-            "brightness": levels(pixels),
-            "border colour": np.concatenate([edge.mean(axis=1) for edge in edges], axis=1),
-        }
-
     def _dropped(self, suspects: Sequence[Suspect]) -> dict[str, str]:
         """Return what a cleaned list leaves out, with the reason: the test part stays whole, train gives way to it.
 
         Near copies within a part, doubtful labels and outliers stay: whether they are wrong only a look can tell.
         """
         twins = (
-            ("copy of a test image", self._with_copies_in("test", of=["train", "val"])),
-            ("copy of a validation image", self._with_copies_in("val", of=["train"])),
+            (f"copy of a test {self.cache.dataset.kind}", self._with_copies_in("test", of=["train", "val"])),
+            (f"copy of a validation {self.cache.dataset.kind}", self._with_copies_in("val", of=["train"])),
         )
         dropped = dict[str, str]()
         for reason, places in twins:
@@ -461,13 +449,15 @@ class _Audit:
 
 
 def cleaned(dataset: Dataset, dropped: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """Return the rows of a manifest of the images that are not dropped, its header first.
+    """Return the rows of a manifest of the samples that are not dropped, its header first.
 
     Raises:
-        UsageError: the images are no files of their own, which a manifest could name.
+        UsageError: the samples are no files of their own, which a manifest could name.
     """
     if not isinstance(dataset.reader, FileReader):
-        raise UsageError(f"{dataset.name}: its images are no files of their own, so that no manifest can list them.")
+        raise UsageError(
+            f"{dataset.name}: its {dataset.kind}s are no files of their own, so that no manifest can list them."
+        )
     root, has_splits = dataset.reader.root.resolve(), any(dataset.table.splits)
     rows = [
         (str(root / sample.path), sample.label, *((sample.split,) if has_splits else ()))

@@ -1,6 +1,6 @@
-"""Which backbone: candidates answer for growing samples of the images, and those that fall behind are left.
+"""Which backbone: candidates answer for growing parts of the samples, and those that fall behind are left.
 
-Successive halving (Jamieson and Talwalkar 2016) by nearest neighbours and ridge: neighbours on a sample rank backbones
+Successive halving (Jamieson and Talwalkar 2016) by nearest neighbours and ridge: neighbours on a part rank backbones
 better than scores made for it (arXiv 2204.01403, 2503.18528). Rows go through the cache, so that whatever is fitted later
 finds them. The test split is not looked at.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
+from featcache.datasets.thumbnails import SIDE
 from featcache.display import logger
 from featcache.errors import CutError, SetupError, UsageError
 from featcache.evaluation.draws import Drawing, Units, fold_of, units_of
@@ -22,26 +23,25 @@ from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.extraction.scan import DatasetFiles
 from featcache.extraction.writer import require_usable
-from featcache.heads.baselines import SIDE
 from featcache.heads.search import search_head
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store.rows import Features
 
 MARGIN = 0.005  # of accuracy: backbones that are nearer to each other than this are as good as each other
 HEADS = ("knn", "ridge")  # that judge backbones
-MOST = 1600  # images of the last sample; more tell little for what they cost
-_FIRST, _OF_A_CLASS = 200, 5  # images of the first sample, and of each class in it
+MOST = 1600  # samples of the last part; more tell little for what they cost
+_FIRST, _OF_A_CLASS = 200, 5  # samples of the first part, and of each class in it
 _IN_THE_RACE = 0.25  # the chance of being the best from which on nobody is left behind by halving
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The images that train and choose, of which samples are drawn; those that are tested are not among them.
+    """The samples that train and choose, of which parts are drawn; those that are tested are not among them.
 
     Attributes:
-        dataset: whose images they are.
-        positions: of the readable images in the data set (u,).
-        task: these images with their classes; features are empty.
+        dataset: whose samples they are.
+        positions: of the readable samples in the data set (u,).
+        task: these samples with their classes; features are empty.
         split: of them, as ``fit`` has it.
         seed: of the draws.
     """
@@ -54,7 +54,7 @@ class Pool:
 
     @classmethod
     def of(cls, dataset: Dataset, groups: Mapping[str, str] | None, seed: int) -> "Pool":
-        """Return the pool of a data set; where no test images are given, all are read, since they are drawn by content."""
+        """Return the pool of a data set; where no test samples are given, all are read, since they are drawn by content."""
         files = DatasetFiles(dataset)
         positions, is_drawn = np.arange(len(files)), "test" not in dataset.table.splits
         if is_drawn:
@@ -76,8 +76,8 @@ class Pool:
         return cls(dataset, positions, task, task.split(seed), seed)
 
     @property
-    def images(self) -> Index:
-        """The places (p,) of the images that may be looked at."""
+    def samples(self) -> Index:
+        """The places (p,) of the samples that may be looked at."""
         return self.split.train_val
 
     @property
@@ -87,39 +87,39 @@ class Pool:
 
     @property
     def classes(self) -> int:
-        """How many classes the images that may be looked at have."""
-        return len(np.unique(self.y[self.images]))
+        """How many classes the samples that may be looked at have."""
+        return len(np.unique(self.y[self.samples]))
 
     @property
     def first(self) -> int:
-        """How many images the first sample has."""
+        """How many samples the first part has."""
         return min(max(_FIRST, _OF_A_CLASS * self.classes), self.most)
 
     @property
     def most(self) -> int:
-        """How many images the last sample has at most."""
-        return min(max(MOST, _OF_A_CLASS * self.classes), len(self.images))
+        """How many samples the last part has at most."""
+        return min(max(MOST, _OF_A_CLASS * self.classes), len(self.samples))
 
-    def sample(self, size: int) -> Index:
-        """Return about so many images (k,), as many of each class as its share; larger samples hold the smaller."""
+    def drawn(self, size: int) -> Index:
+        """Return about so many samples (k,), as many of each class as its share; larger parts hold the smaller."""
         nothing = np.empty(0, np.int64)
-        inside = Split(self.images, nothing, nothing, groups=self.split.groups, same=self.split.same)
-        return part_of(inside, self.y, size / len(self.images), self.seed, self.task.features.sha256).train
+        inside = Split(self.samples, nothing, nothing, groups=self.split.groups, same=self.split.same)
+        return part_of(inside, self.y, size / len(self.samples), self.seed, self.task.features.sha256).train
 
     def part(self, places: Index) -> Dataset:
-        """Return a data set of some images, in the place of the whole: rows are shared with it."""
+        """Return a data set of some samples, in the place of the whole: rows are shared with it."""
         samples = [self.dataset.samples[place] for place in self.positions[places].tolist()]
         return replace(self.dataset, samples=samples, notes=())
 
     def units(self, places: Index, contents: Sequence[str]) -> Units:
-        """Return what must not be parted of some images: copies, and groups."""
+        """Return what must not be parted of some samples: copies, and groups."""
         groups = self.task.groups
         return units_of(len(places), contents, None if groups is None else [groups[place] for place in places.tolist()])
 
 
 @dataclass(eq=False)
 class Runner:
-    """A backbone in the race: its rows of samples, and what they took."""
+    """A backbone in the race: its rows of parts, and what they took."""
 
     spec: BackboneSpec
     settings: Settings
@@ -128,13 +128,13 @@ class Runner:
     computed: int = 0
 
     def rows(self, pool: Pool, places: Index, cuts: Sequence[str] = (POOLED,)) -> tuple[list[NDArray[np.generic]], Index]:
-        """Return the rows of some images at some cuts, and which of the images have them all (k,), by their order.
+        """Return the rows of some samples at some cuts, and which of the samples have them all (k,), by their order.
 
         Raises:
-            FeatcacheError: the backbone cannot be had, or too many images cannot be used.
+            FeatcacheError: the backbone cannot be had, or too many samples cannot be used.
         """
         started, dataset = time.monotonic(), pool.part(places)
-        # the entry goes on listing what it lists: a sample is no data set
+        # the entry goes on listing what it lists: a part is no data set
         cache = FeatureCache(dataset, self.spec, self.settings, lists=False)
         if self.cache is not None and "backbone" in self.cache.__dict__:
             cache.backbone = self.cache.backbone
@@ -151,26 +151,26 @@ class Runner:
         return rows, has_row
 
     def digests(self, has_row: Index) -> list[str]:
-        """Return the SHA-256 of images of the last sample, as hexadecimal digits."""
+        """Return the SHA-256 of samples of the last part, as hexadecimal digits."""
         assert self.cache is not None
         return [row.tobytes().hex() for row in self.cache.files.sha256[has_row]]
 
-    def price(self, images: int) -> float:
-        """Return about how many seconds so many more images take, 0 where none was computed yet."""
-        return images * self.seconds / self.computed if self.computed else 0.0
+    def price(self, samples: int) -> float:
+        """Return about how many seconds so many more samples take, 0 where none was computed yet."""
+        return samples * self.seconds / self.computed if self.computed else 0.0
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A sample with its folds, and which of its images each runner has right.
+    """A part with its folds, and which of its samples each runner has right.
 
     Attributes:
-        places: of the images in the pool (k,).
+        places: of the samples in the pool (k,).
         y: their classes (k,).
         folds: over them.
         units: what is drawn together.
         X: the runners' embeddings, each (k, d).
-        right: of each runner and head, which images it has right when it has not seen them (k,).
+        right: of each runner and head, which samples it has right when it has not seen them (k,).
         params: of each runner and head, what was chosen.
     """
 
@@ -188,7 +188,7 @@ class Judged:
         return np.stack([max(by_head.values(), key=lambda right: right.mean()) for by_head in self.right])
 
     def answer(self, head: str, X: NDArray[np.float32], seed: int) -> tuple[NDArray[np.bool_], dict[str, float]]:
-        """Return which images a head has right that has not seen them (k,), and what was chosen for it."""
+        """Return which samples a head has right that has not seen them (k,), and what was chosen for it."""
         search = search_head(head, X, self.y, self.folds, seed)
         order = np.concatenate([fold.val for fold in self.folds])
         told = search.answers.argmax(axis=1) if search.answers.ndim == 2 else search.answers
@@ -197,8 +197,8 @@ class Judged:
         return right, search.params
 
 
-def judge_sample(pool: Pool, runners: Sequence[Runner], places: Index) -> Judged:
-    """Extract a sample's rows by every runner, and see which images each has right, on the same folds."""
+def judge_part(pool: Pool, runners: Sequence[Runner], places: Index) -> Judged:
+    """Extract a part's rows by every runner, and see which samples each has right, on the same folds."""
     rows = [runner.rows(pool, places) for runner in runners]
     common = rows[0][1]
     for _, has_row in rows[1:]:
@@ -228,14 +228,14 @@ class Standing:
 
     Attributes:
         runner: the backbone.
-        images: of the sample.
-        accuracies: of each head on images that it had not seen.
+        samples: of the part.
+        accuracies: of each head on samples that it had not seen.
         chance: of being the best there, or as good.
         is_left: whether it fell behind before the end.
     """
 
     runner: Runner
-    images: int
+    samples: int
     accuracies: Mapping[str, float]
     chance: float
     is_left: bool = False
@@ -248,7 +248,7 @@ class Standing:
 
 @dataclass
 class Race:
-    """Rounds on samples that double, after each of which the worse half is left, but for whoever may be the best."""
+    """Rounds on parts that double, after each of which the worse half is left, but for whoever may be the best."""
 
     pool: Pool
     runners: list[Runner]
@@ -274,7 +274,7 @@ class Race:
     def _able(self) -> list[int]:
         """Return the runners whose backbone can be had here."""
         able, reason = list[int](), UsageError("`backbones`: at least one is needed.")
-        places = self.pool.sample(self.pool.first)
+        places = self.pool.drawn(self.pool.first)
         for number, runner in enumerate(self.runners):
             try:
                 runner.rows(self.pool, places)
@@ -288,8 +288,8 @@ class Race:
         return able
 
     def _round(self, alive: list[int], size: int) -> list[int]:
-        """Judge those in the race on a sample; return those that stay in it."""
-        judged = judge_sample(self.pool, [self.runners[number] for number in alive], self.pool.sample(size))
+        """Judge those in the race on a part; return those that stay in it."""
+        judged = judge_part(self.pool, [self.runners[number] for number in alive], self.pool.drawn(size))
         weights = drawn_weights(judged.units.numbers, self.pool.seed)
         drawn = drawn_accuracies(judged.best, weights)
         self.rounds.append((alive, drawn))

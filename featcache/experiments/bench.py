@@ -230,7 +230,7 @@ class BenchResult(Displayed):
 
     records: tuple[RunRecord, ...]
     failures: tuple[str, ...]
-    computed_images: int
+    computed_samples: int
     computed_cells: int
     paths: dict[str, str]
 
@@ -274,7 +274,7 @@ def _write_tables(runner: "_Runner", out: Path) -> BenchResult:
         path = out / f"{runner.grid.name}.{suffix}"
         replace_file(path, text.encode())
         paths[suffix] = str(path)
-    return BenchResult(records, tuple(runner.failures), runner.computed_images, runner.computed_cells, paths)
+    return BenchResult(records, tuple(runner.failures), runner.computed_samples, runner.computed_cells, paths)
 
 
 class _Runner:
@@ -288,7 +288,7 @@ class _Runner:
         self.files: dict[DataEntry, DatasetFiles] = {}
         self.cells: list[str] = []
         self.failures: list[str] = []
-        self.computed_images = 0
+        self.computed_samples = 0
         self.computed_cells = 0
 
     def guarded(self, what: str, act: Callable[[], None]) -> None:
@@ -325,7 +325,7 @@ class _Runner:
         )
         (cut,) = plan.cuts([PROBE])
         entry = bench.extracted(cut, views=Views(backbone.views))
-        self.computed_images += entry.report.computed
+        self.computed_samples += entry.report.computed
         task = Task(entry.store.labelled(), group=data.group)
         for head in self._fitting(in_memory(entry.store)):
             fitting = replace(plan, heads=_with_members(head, self.grid.heads))
@@ -337,7 +337,7 @@ class _Runner:
 
     def _run_plans(self, bench: FeatureCache, data: DataEntry, ledger: Ledger) -> None:
         entry = bench.extracted()
-        self.computed_images += entry.report.computed
+        self.computed_samples += entry.report.computed
         task = Task(entry.store.labelled(), group=data.group)
         for plan in self.grid.plans:
             for seed in self.grid.seeds:
@@ -385,7 +385,7 @@ class _Runner:
 
     def _tune(self, bench: FeatureCache, plan: FineTunePlan, group: str | None, seed: int, ledger: Ledger) -> None:
         job = run_finetune(FineTuneInputs(bench, group=group, seed=seed, ledger=ledger), plan, records=self.path)
-        self.computed_images += job.computed_images
+        self.computed_samples += job.computed_samples
 
 
 def _expanded(heads: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What lies behind records: the best head's answers image by image, the images, their embeddings, what was left out."""
+"""What lies behind records: the best head's answers sample by sample, the samples, their embeddings, what was left out."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from featcache.errors import FeatcacheError, SetupError, StorageError
 from featcache.evaluation.metrics import ECE_BINS, TestResult, confusion, per_class
 from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
+from featcache.fingerprint import as_named
 from featcache.heads import bundle
 from featcache.reports.answer import best_probes
 from featcache.reports.audit import ABOUT
@@ -29,16 +30,16 @@ from featcache.store.rows import Features
 Way = Literal["pca", "tsne"]
 WAYS: tuple[Way, ...] = ("pca", "tsne")
 MISTAKES, IN_A_CELL, ON_THE_DIAGONAL, OF_A_KIND, ON_A_MAP = 24, 8, 3, 8, 1200
-_LISTED = 20  # images that were left out, by name
+_LISTED = 20  # samples that were left out, by name
 _MOST_CLASSES = 20  # whose confusions fit a page as a matrix
 _CONFUSIONS = 12  # that are shown of more classes
 
 
 @dataclass(frozen=True)
 class HeadEvidence:
-    """A head that lies in the cache, its answers on the test images, and the entry that it was trained on.
+    """A head that lies in the cache, its answers on the test samples, and the entry that it was trained on.
 
-    ``test`` (t,) are the positions of the test images in ``features``.
+    ``test`` (t,) are the positions of the test samples in ``features``.
     """
 
     record: RunRecord
@@ -50,12 +51,12 @@ class HeadEvidence:
 
     @cached_property
     def order(self) -> NDArray[np.int64]:
-        """The test images (t,) by their number among them, the surest answers first."""
+        """The test samples (t,) by their number among them, the surest answers first."""
         sure = self.tested.confidence
         return np.argsort(-sure, kind="stable") if sure is not None else np.arange(len(self.test))
 
     def shown(self, number: int) -> Shown:
-        """Return a test image by its number among them."""
+        """Return a test sample by its number among them."""
         place = int(self.test[number])
         sure = self.tested.confidence
         return Shown(
@@ -80,10 +81,10 @@ def best_head(records: Sequence[RunRecord], cache: Path) -> tuple[HeadEvidence |
 
 
 def _open_head(record: RunRecord, cache: Path) -> HeadEvidence:
-    """Return what a head's file says of the test images.
+    """Return what a head's file says of the test samples.
 
     Raises:
-        StorageError: it is not in this cache, or not as this user wrote it, or its images have changed since.
+        StorageError: it is not in this cache, or not as this user wrote it, or its samples have changed since.
     """
     path = (cache / record.artefact).resolve()
     # a record may come from a stranger, and its path lead anywhere
@@ -96,18 +97,18 @@ def _open_head(record: RunRecord, cache: Path) -> HeadEvidence:
     features = store.labelled()
     if tuple(card["classes"]) != tuple(features.classes):
         raise StorageError("the classes have changed since")
-    test = _test_images(record, features, card)
+    test = _test_positions(record, features, card)
     tested = bundle.fitted_head(path, card, record, "label").tested
     if len(tested.predicted) != len(test):
-        raise StorageError("its answers are of other images")
+        raise StorageError("its answers are of other samples")
     return HeadEvidence(record, card, store, features, test, tested)
 
 
-def _test_images(record: RunRecord, features: Features, card: dict[str, Any]) -> NDArray[np.int64]:
-    """Return the positions of a record's test images (t,), as their hash proves.
+def _test_positions(record: RunRecord, features: Features, card: dict[str, Any]) -> NDArray[np.int64]:
+    """Return the positions of a record's test samples (t,), as their hash proves.
 
     Raises:
-        StorageError: the listing has other images by now.
+        StorageError: the listing has other samples by now.
     """
     group = record.request.get("group")
     groups = None
@@ -117,12 +118,12 @@ def _test_images(record: RunRecord, features: Features, card: dict[str, Any]) ->
         groups = groups_of(features, group_by_path(open_dataset(card["data"]), group))
     split: Split = Task(features, "label", groups, group).split(record.seed, record.request.get("folds"))
     if items_hash(features.sha256, split.test, features.y) != record.test_items:
-        raise StorageError("the data set's images, labels or splits have changed since")
+        raise StorageError("the data set's samples, labels or splits have changed since")
     return split.test
 
 
 def gather(head: HeadEvidence, way: Way = "pca") -> DatasetEvidence:
-    """Return what a page shows of a data set, images by their paths alone.
+    """Return what a page shows of a data set, samples by their paths alone.
 
     Args:
         head: the best one, and its entry.
@@ -148,11 +149,11 @@ def gather(head: HeadEvidence, way: Way = "pca") -> DatasetEvidence:
 
 
 def _confusion(head: HeadEvidence) -> Confusion:
-    """Return the matrix with images behind its cells; of many classes, those that are confused most."""
+    """Return the matrix with samples behind its cells; of many classes, those that are confused most."""
     classes, truth, predicted = head.features.classes, head.features.y[head.test], head.tested.predicted
     matrix = confusion(truth, predicted, len(classes))
     wrong = matrix - np.diag(np.diag(matrix))
-    behind: dict[tuple[int, int], list[int]] = defaultdict(list)  # each cell's images, the surest answers first
+    behind: dict[tuple[int, int], list[int]] = defaultdict(list)  # each cell's samples, the surest answers first
     for number in head.order.tolist():
         behind[int(truth[number]), int(predicted[number])].append(number)
     if len(classes) > _MOST_CLASSES:
@@ -165,7 +166,7 @@ def _confusion(head: HeadEvidence) -> Confusion:
 
 
 def _cell(head: HeadEvidence, pair: tuple[int, int], inside: Sequence[int]) -> Cell | None:
-    """Return the cell of a true and a predicted class, given its test images; ``None`` where there is none."""
+    """Return the cell of a true and a predicted class, given its test samples; ``None`` where there is none."""
     if not inside:
         return None
     true, taken = pair
@@ -181,11 +182,11 @@ def _per_class(head: HeadEvidence) -> Table:
         (row["class"], str(row["support"]), *(f"{100 * row[name]:.1f}" for name in ("precision", "recall", "f1")))
         for row in per_class(matrix, head.features.classes)
     ]
-    return Table(("class", "test images", "precision %", "recall %", "F1 %"), rows)
+    return Table(("class", "test samples", "precision %", "recall %", "F1 %"), rows)
 
 
 def reliability(tested: TestResult) -> tuple[Bin, ...]:
-    """Return the bins of the expected calibration error that have images; none where a head tells no probabilities."""
+    """Return the bins of the expected calibration error that have samples; none where a head tells no probabilities."""
     if tested.confidence is None:
         return ()
     confidence = np.asarray(tested.confidence, np.float64)
@@ -206,7 +207,8 @@ def _learned(store: FeatureStore) -> Iterator[tuple[str, tuple[Learned, ...]]]:
 
 
 def _curve(note: dict[str, Any]) -> tuple[str, tuple[Learned, ...]]:
-    points = [Learned(int(point["images"]), 100 * point["mean"], 100 * point["std"]) for point in note["points"]]
+    told = [as_named(point) for point in note["points"]]
+    points = [Learned(int(point["samples"]), 100 * point["mean"], 100 * point["std"]) for point in told]
     return str(note["head"]), tuple(points)
 
 
@@ -235,7 +237,7 @@ def _suspect(suspect: dict[str, Any]) -> Shown:
 
 
 def _scatter(head: HeadEvidence, way: Way) -> Scatter | None:
-    """Return the embeddings on a plane, of many images a seeded sample; ``None`` where rows are no embeddings."""
+    """Return the embeddings on a plane, of many samples a seeded draw; ``None`` where rows are no embeddings."""
     features = head.features
     rows = head.store.reader()
     if len(rows.shape) != 1 or min(rows.shape[0], len(rows)) < 3:
@@ -249,7 +251,7 @@ def _scatter(head: HeadEvidence, way: Way) -> Scatter | None:
         else Shown(features.paths[place], features.classes[features.y[place]])
         for place in drawn.tolist()
     )
-    # classes of many images first: they get the colours that can be told apart
+    # classes of many samples first: they get the colours that can be told apart
     counts = Counter(features.y.tolist())
     order = sorted(range(len(features.classes)), key=lambda number: -counts[number]) if len(features.classes) > 10 else None
     classes = features.classes if order is None else tuple(features.classes[number] for number in order)
@@ -258,7 +260,7 @@ def _scatter(head: HeadEvidence, way: Way) -> Scatter | None:
 
 
 def _class_counts(head: HeadEvidence) -> Table:
-    """Return how many images of each class are in each part, as given; those without one are drawn from."""
+    """Return how many samples of each class are in each part, as given; those without one are drawn from."""
     features = head.features
     splits = np.array(list(features.splits), dtype=object)
     names = [name for name in ("train", "val", "test", "") if (splits == name).any()]

@@ -19,7 +19,7 @@ from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
-from featcache.fingerprint import fingerprint
+from featcache.fingerprint import as_stored, fingerprint
 from featcache.reports.records import PROTOCOL, RunRecord, append_once, record_from, stamp
 from featcache.store.entry import FeatureStore
 from featcache.store.rows import Features, RowReader
@@ -33,7 +33,7 @@ IN_NAMES = 8  # digits of a key that files are called by: enough for the experim
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training and testing one model came to, on ``split``; ``right`` (t,): which test images it had right.
+    """What training and testing one model came to, on ``split``; ``right`` (t,): which test samples it had right.
 
     ``notes`` are of the model, ``of_rows`` of the rows that it trained on.
     """
@@ -43,7 +43,7 @@ class Outcome:
     val: Any
     test: Any
     seconds: Mapping[str, float]
-    images_per_second: float | None
+    samples_per_second: float | None
     right: NDArray[np.bool_] | None = None
     probe: dict[str, Any] | None = None
     gap: dict[str, Any] | None = None
@@ -57,7 +57,7 @@ class Experiment:
 
     Attributes:
         cache: the data set and the backbone.
-        task: the images, and what is to be told of them.
+        task: the samples, and what is to be told of them.
         method: what tables call it.
         plan: how a backbone is fine-tuned, or what is asked of a head otherwise than usual.
         seed: of whatever is drawn.
@@ -98,7 +98,7 @@ class Experiment:
         """Return the record of the experiment, and what its head's file says of itself; ``facts`` are of the head alone."""
         record = self.record(entry, artefact, outcome)
         if not isinstance(self.plan, FineTunePlan):  # by these ``stored`` knows it again
-            facts |= {"record": asdict(record), "split": outcome.split.fingerprint}
+            facts |= {"record": record.stored, "split": outcome.split.fingerprint}
         return record, self.card(entry, test=record.test, **facts)
 
     def record(self, entry: Extracted, artefact: Path, outcome: Outcome) -> RunRecord:
@@ -129,7 +129,7 @@ class Experiment:
             test=asdict(outcome.test),
             right="" if outcome.right is None else encode_correct(outcome.right),
             seconds={"extract": entry.cost[0], **outcome.seconds},
-            images_per_second=outcome.images_per_second,
+            samples_per_second=outcome.samples_per_second,
             probe=outcome.probe,
             gap=outcome.gap,
             artefact=artefact.relative_to(self.cache.settings.cache).as_posix(),
@@ -142,7 +142,7 @@ class Experiment:
         )
 
     def card(self, entry: Extracted, **facts: Any) -> dict[str, Any]:
-        """Return what a head's file says of itself: where its backbone is, what that was, how its images are opened again.
+        """Return what a head's file says of itself: where its backbone is, what that was, how its samples are opened again.
 
         Args:
             entry: whose rows trained it.
@@ -185,7 +185,7 @@ class Experiment:
             record = record_from(card["record"])
         except DataError:
             return None
-        # the key has the name of a group's column, not its values: other values part the images otherwise
+        # the key has the name of a group's column, not its values: other values part the samples otherwise
         names = (record.cell, record.feature_key, tuple(card["classes"]), card.get("split"))
         if names != (self.key, entry.store.key, self.task.names, split.fingerprint) or not record.is_current:
             return None
@@ -210,7 +210,7 @@ def source_of(dataset: Dataset, task: Task) -> dict[str, Any]:
     kind, colon, rest = ("", "", text) if Path(text).is_absolute() else text.partition(":")
     rest = rest.partition("@")[0] if kind == "torchvision" else rest  # behind it stands the folder
     data = f"{kind}{colon}{Path(rest).name if Path(rest).is_absolute() else rest}"
-    return {"data": data, "images": len(task.whole.features.y), "items": task.items}
+    return as_stored({"data": data, "samples": len(task.whole.features.y), "items": task.items})
 
 
 def _stamped(entry: Extracted) -> dict[str, Any]:
@@ -233,12 +233,12 @@ def _named(plan: FineTunePlan) -> dict[str, Any]:
 
 
 def numbered(groups: NDArray[np.int64] | None) -> list[int] | None:
-    """Return the groups of some images as plain numbers from 0 on, ``None`` where there are no groups."""
+    """Return the groups of some samples as plain numbers from 0 on, ``None`` where there are no groups."""
     return None if groups is None else np.unique(groups, return_inverse=True)[1].tolist()
 
 
 def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, Callable[[NDArray[np.int64]], NDArray[Any]]]:
-    """Return which of a task's images (k,) an entry has too, the task of those alone, and what reads its rows so."""
+    """Return which of a task's samples (k,) an entry has too, the task of those alone, and what reads its rows so."""
     reader: RowReader = store.reader()
     position = {path: index for index, path in enumerate(store.listing().files.paths)}
     keep = np.array([index for index, path in enumerate(task.features.paths) if path in position], dtype=np.int64)
@@ -251,7 +251,7 @@ def require_task(cache: FeatureCache, kind: Kind, group: str | None) -> Mapping[
     """Refuse what the data set does not tell, before anything is extracted for it; return what each path belongs to.
 
     Raises:
-        DataError: it tells another kind of thing; it is no manifest, has no such column, or an image no value there.
+        DataError: it tells another kind of thing; it is no manifest, has no such column, or a sample no value there.
     """
     cache.dataset.require_kind(kind)
     return None if group is None else group_by_path(cache.dataset, group)
@@ -261,13 +261,13 @@ def group_by_path(dataset: Dataset, column: str) -> Mapping[str, str]:
     """Return what each path of a data set belongs to, by a column of its manifest.
 
     Raises:
-        DataError: it is no manifest, has no such column, or an image no value there.
+        DataError: it is no manifest, has no such column, or a sample no value there.
     """
     return dict(zip((sample.path for sample in dataset.samples), read_column(dataset.location, column), strict=True))
 
 
 def groups_of(features: Features, group_by_path: Mapping[str, str] | None) -> list[str] | None:
-    """Return what each image belongs to, ``None`` where that was not asked for."""
+    """Return what each sample belongs to, ``None`` where that was not asked for."""
     return None if group_by_path is None else [group_by_path[path] for path in features.paths]
 
 
@@ -287,5 +287,5 @@ def require_columns(cache: FeatureCache, asked: tuple[str, ...]) -> Mapping[str,
 def columns_of(
     features: Features, values_by_path: Mapping[str, tuple[str, ...]] | None, asked: tuple[str, ...]
 ) -> Columns | None:
-    """Return the columns beside each image, ``None`` where none was asked for."""
+    """Return the columns beside each sample, ``None`` where none was asked for."""
     return None if values_by_path is None else Columns(asked, [values_by_path[path] for path in features.paths])

@@ -1,4 +1,4 @@
-"""One ONNX model of a backbone and its head: decoded pixels in, scores out."""
+"""One ONNX model of a backbone and its head: decoded samples in, scores out."""
 
 import json
 import tempfile
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from featcache.backbones.attention import AttentiveHead
 from featcache.backbones.base import TorchRuntime
 from featcache.datasets.base import Dataset
-from featcache.datasets.images import ImagePreprocess
 from featcache.display import logger
 from featcache.errors import DataError, SetupError, UnreadableSample, UsageError
 from featcache.evaluation.columns import ColumnCoder
@@ -46,57 +45,57 @@ _EXPORTABLE = "centroid, ridge, knn, logistic, svm, selected, lda, rbf, mlp, att
 
 @dataclass(frozen=True)
 class Exported:
-    """A model that was written: the greatest difference of its scores from the head's own on so many images.
+    """A model that was written: the greatest difference of its scores from the head's own on so many samples.
 
     ``notes`` say where its answers are not those of ``predict``.
     """
 
     path: Path
     difference: float
-    images: int
+    samples: int
     notes: tuple[str, ...] = ()
 
 
 @own_randomness()  # of new layers
 def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, weights: str | None = None) -> Exported:
-    """Write backbone and head as one ONNX model, once it has agreed with them on real images.
+    """Write backbone and head as one ONNX model, once it has agreed with them on real samples.
 
-    Input ``pixels`` is uint8 (batch, size, size, 3), decoded and cropped as the model's metadata say; normalising is
-    inside. Of an encoder of texts it is ``ids``, int32 (batch, length): token ids, special ones too, and -1 behind the text.
+    The input is what the backbone's ``preprocess`` makes of a sample, called by its ``input_name``, with a batch before it:
+    the model's metadata say how it is made, normalising is inside.
     Output ``scores`` is float32 (batch, classes): probabilities where the head knows them, scaled by its temperature
-    as those of ``predict``. It looks at one view of an image; a head that averages several says so in a note.
+    as those of ``predict``. It looks at one view of a sample; a head that averages several says so in a note.
 
     Args:
         bundle: the head.
         path: of the file to write.
-        check: images to compare on.
+        check: samples to compare on.
         settings: of the backbone's device.
         weights: where the backbone's weights file is now.
 
     Raises:
         SetupError: ONNX is not installed.
         UsageError: the head is of a kind that cannot be exported.
-        DataError: no image of ``check`` can be read, the model disagrees, or another network lies behind the backbone's
+        DataError: no sample of ``check`` can be read, the model disagrees, or another network lies behind the backbone's
             name than when the head was trained.
     """
-    _require_pixels_alone(bundle)
+    _require_one_class_alone(bundle)
     try:
         import onnx
         import onnxruntime
     except ImportError:
         raise SetupError("export needs ONNX: `pip install 'featcache[onnx]'`.") from None
     cache = cache_of(bundle, check, settings, weights)
-    preprocess, pixels = cache.backbone.preprocess, []
+    preprocess, arrays = cache.backbone.preprocess, []
     for item in check.samples:
         try:
-            pixels.append(preprocess(check.read(item.path), Views())[0])
+            arrays.append(preprocess(check.read(item.path), Views())[0])
         except (OSError, ValueError, UnreadableSample):
             continue
-        if len(pixels) == _CHECKED:
+        if len(arrays) == _CHECKED:
             break
-    if not pixels:
+    if not arrays:
         raise DataError(f"{check.location}: none of its {check.kind}s can be read to check the model on.")
-    images, name = np.stack(pixels), "pixels" if isinstance(preprocess, ImagePreprocess) else "ids"
+    samples, name = np.stack(arrays), preprocess.input_name
     head = _scaled(_as_module(bundle.estimator, len(bundle.classes)), bundle.card.get("scaled_by"))
     model = _Whole(cache.backbone.program((bundle.card.get("cut", "pooled"),)), head).eval()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -104,7 +103,7 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         draft = Path(folder) / "model.onnx"
         torch.onnx.export(
             model,
-            (torch.from_numpy(images[:2] if len(images) > 1 else np.repeat(images, 2, axis=0)),),
+            (torch.from_numpy(samples[:2] if len(samples) > 1 else np.repeat(samples, 2, axis=0)),),
             str(draft),
             input_names=[name],
             output_names=["scores"],
@@ -120,34 +119,34 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     program = cache.backbone.program((bundle.card.get("cut", "pooled"),))
-    (features,) = TorchRuntime(program, cache.backbone.device, cache.spec.precision)(images)
+    (features,) = TorchRuntime(program, cache.backbone.device, cache.spec.precision)(samples)
     expected = _expected(bundle, features)
-    got = np.concatenate([session.run(None, {name: images[:1]})[0], session.run(None, {name: images})[0][1:]])
+    got = np.concatenate([session.run(None, {name: samples[:1]})[0], session.run(None, {name: samples})[0][1:]])
     difference = _difference(got, expected)
     if difference > AGREEMENT:
         raise DataError(f"{path}: not written, the model's scores differ by {difference:.1g} from the head's own.")
     replace_file(path, content)
-    return Exported(path, difference, len(images), _notes(bundle, path))
+    return Exported(path, difference, len(samples), _notes(bundle, path))
 
 
-def _require_pixels_alone(bundle: Bundle) -> None:
-    """Refuse a head that tells more than one class an image, or needs more than the image.
+def _require_one_class_alone(bundle: Bundle) -> None:
+    """Refuse a head that tells more than one class a sample, or needs more than the sample.
 
     Raises:
         UsageError: so it is.
     """
     if bundle.card.get("target", "label") != "label":
-        raise UsageError(f"{bundle.path}: only heads of one class an image can be exported.")
+        raise UsageError(f"{bundle.path}: only heads of one class a sample can be exported.")
     if columns := bundle.card.get("columns"):
         names = ", ".join(ColumnCoder.of_card(columns).names)
-        raise UsageError(f"{bundle.path}: a model takes pixels alone, and this head needs the columns {names} beside them.")
+        raise UsageError(f"{bundle.path}: a model takes samples alone, and this head needs the columns {names} beside them.")
 
 
 def _notes(bundle: Bundle, path: Path) -> tuple[str, ...]:
     """Return, and log, where the model's answers are not those of ``predict``."""
     if (views := bundle.card.get("views", 1)) == 1:
         return ()
-    note = f"the head averages its answers over {views} views of an image, this model answers on the plain view alone"
+    note = f"the head averages its answers over {views} views of a sample, this model answers on the plain view alone"
     logger.warning("%s: %s", path, note)
     return (note,)
 
@@ -158,8 +157,8 @@ class _Whole(nn.Module):
         self.program = program
         self.head = head
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        (features,) = self.program(pixels)
+    def forward(self, samples: Tensor) -> Tensor:
+        (features,) = self.program(samples)
         scores: Tensor = self.head(features)
         return scores
 

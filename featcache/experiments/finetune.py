@@ -1,4 +1,4 @@
-"""Fine-tune from stored activations, compare with the best probe on the same images, and tell the gap at its price."""
+"""Fine-tune from stored activations, compare with the best probe on the same samples, and tell the gap at its price."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class FineTuneResult(Displayed):
         similarity: linear CKA of the embeddings before and after.
         checkpoint: the file of the tuned network.
         bundle: the file of its head.
-        computed_images: whose activations were extracted for it.
+        computed_samples: whose activations were extracted for it.
         tuned: the network in memory; ``None`` where an earlier command has trained it.
         unfinished: the training's state, until it is cleared.
         remarks: what a reader of the gap should know.
@@ -51,7 +51,7 @@ class FineTuneResult(Displayed):
     similarity: float
     checkpoint: Path
     bundle: Path
-    computed_images: int = 0
+    computed_samples: int = 0
     tuned: "FineTuned | None" = None
     unfinished: "Checkpoint | None" = None
     remarks: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ class SweepResult(Displayed):
 
 
 def run_finetune(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | None = None) -> FineTuneResult:
-    """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same images.
+    """Fit the probe, extract at the freeze boundary if needed, train what follows it, and compare on the same samples.
 
     What an earlier command has trained to its end and recorded is not trained again.
 
@@ -326,7 +326,7 @@ class FineTuneJob:
             test=tuned.tested.scores,
             right=tuned.tested.right,
             seconds={"train": round(tuned.seconds, 3)} | self._seconds_before(),
-            images_per_second=round(tuned.images_per_second, 1),
+            samples_per_second=round(tuned.samples_per_second, 1),
             probe=self._probe(),
             gap=None if between is None else asdict(between),
             notes=self._remarks(tuned, between),
@@ -340,7 +340,7 @@ class FineTuneJob:
             told = "95 % interval {:+.1f} to {:+.1f}".format(*between.ci) if between.ci else "too few groups to tell"
             remarks.append(
                 f"the gap of {between.points:+.1f} points to {self.rows.probe.method} is inside the noise of "
-                f"{len(self.rows.split.test)} test images ({told})"
+                f"{len(self.rows.split.test)} test samples ({told})"
             )
         if self.plan.refit and tuned.best > 0 and not tuned.refitted:
             again = "trained again on train and validation it was worse on the latter"
@@ -413,7 +413,7 @@ class FineTuneJob:
 
 
 def _is_resized(backbone: "Backbone") -> bool:
-    """Tell whether pretrained weights see images of another size than they were trained on."""
+    """Tell whether pretrained weights see samples of another size than they were trained on."""
     size = backbone.spec.overrides.input_size
     published = (getattr(backbone.module, "pretrained_cfg", None) or {}).get("input_size", (size,))
     return backbone.spec.random_init is None and size is not None and size != published[-1]

@@ -38,12 +38,12 @@ class StoredRows:
     Attributes:
         trainable: what trains.
         entry: at the cut.
-        task: the images that have both an embedding and a row there.
-        split: of these images.
+        task: the samples that have both an embedding and a row there.
+        split: of these samples.
         take: gives their rows by positions, view after view.
         start: the linear probe fitted on train alone, and the one refitted on train and val.
         probe: the record of the best probe.
-        correct: which of the test images (t,) the best probe has right.
+        correct: which of the test samples (t,) the best probe has right.
         notes: what is to be said of the rows.
     """
 
@@ -121,13 +121,13 @@ class FineTuneInputs:
         outputs = [self._output(cut, plan) for cut in cuts]
         if plan.views == 1:
             entries = self.cache.features([Output(POOLED), *outputs])[1:]
-        else:  # the probes' embeddings are of the plain image: a pass of its own, of one view
+        else:  # the probes' embeddings are of the plain sample: a pass of its own, of one view
             entries = self.cache.features(outputs, Views(plan.views))
         at = dict(zip(cuts, entries, strict=True))
         return {boundary: (at[cut], notes) for boundary, (cut, notes) in places.items()}
 
     def _rows(self, trainable: "Trainable", entry: Extracted, notes: tuple[str, ...], views: int) -> StoredRows:
-        """Return the rows that an entry has of the images that have embeddings too."""
+        """Return the rows that an entry has of the samples that have embeddings too."""
         from featcache.experiments.experiment import aligned
 
         keep, task, take = aligned(self.task, entry.store)
@@ -135,7 +135,7 @@ class FineTuneInputs:
         if missing := len(self.task.features.y) - len(keep):  # such as one that overflows float16 there
             split = task.counted(restricted(split, keep))
             untested = len(self.split.test) - len(split.test)
-            note = f"{missing} images have no activations at {entry.cut} and are left out, {untested} of them test images"
+            note = f"{missing} samples have no activations at {entry.cut} and are left out, {untested} of them test samples"
             notes = (*notes, note)
             logger.warning(note)
         probe = self.best_probe
@@ -178,12 +178,12 @@ class FineTuneInputs:
 
     @cached_property
     def listed(self) -> Task:
-        """The images that have embeddings, with their classes, before anything is fitted or grouped."""
+        """The samples that have embeddings, with their classes, before anything is fitted or grouped."""
         return Task(self.cache.extracted().store.labelled())
 
     @property
     def task(self) -> Task:
-        """The images that the probes were fitted on, with their classes."""
+        """The samples that the probes were fitted on, with their classes."""
         return self.fitted[0].task
 
     @property
@@ -211,7 +211,7 @@ class FineTuneInputs:
         first, second = (LinearHead(*linear_weights(estimator, count)) for estimator in (alone, fitted.estimator))
         return self._without_dead(first, train), self._without_dead(second, self.split.train_val)
 
-    def _without_dead(self, head: "LinearHead", images: NDArray[np.int64]) -> "LinearHead":
+    def _without_dead(self, head: "LinearHead", samples: NDArray[np.int64]) -> "LinearHead":
         """Return a probe that leaves out features which do not vary but for rounding.
 
         Scaled to a deviation of 1 as the others they have weights of millions, and the first step of training, which moves
@@ -222,7 +222,7 @@ class FineTuneInputs:
         greatest = np.abs(head.weights).max(axis=0)
         if greatest.max() <= _STEEP * np.median(greatest):
             return head
-        X = self.cache.extracted().store.features().X[images].astype(np.float64)
+        X = self.cache.extracted().store.features().X[samples].astype(np.float64)
         deviations, mean = X.std(axis=0), X.mean(axis=0)
         dead = deviations < _DEAD * np.median(deviations)
         weights = np.where(dead, 0.0, head.weights)
@@ -231,7 +231,9 @@ class FineTuneInputs:
     def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
         """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""
         if plan.augment and cut != INPUT:
-            raise UsageError("`augment` changes pixels: it needs `unfreeze='all'`, or `views=N` at a later boundary.")
+            raise UsageError(
+                "`augment` changes what is decoded: it needs `unfreeze='all'`, or `views=N` at a later boundary."
+            )
         try:
             if cut != INPUT:
                 self.cache.backbone.prefix(cut)
@@ -245,7 +247,7 @@ class FineTuneInputs:
         """Return the cuts whose activations may be stored, the latest first; say what each costs.
 
         Raises:
-            StorageError: not even the pixels fit.
+            StorageError: not even the decoded samples fit.
         """
         free = int(shutil.disk_usage(self.cache.folder).free * _USABLE)
         budget = self.cache.settings.budget
@@ -257,11 +259,11 @@ class FineTuneInputs:
             if cut != INPUT and size <= room:
                 allowed.add(cut)
                 room -= size
-        if allowed != set(cuts):  # one entry of pixels stands for all cuts that do not fit
-            (pixels,) = self.cache.sizes([self._output(INPUT, plan)], views)
-            if pixels > room:
+        if allowed != set(cuts):  # one entry of decoded samples stands for all cuts that do not fit
+            (decoded,) = self.cache.sizes([self._output(INPUT, plan)], views)
+            if decoded > room:
                 raise StorageError(
-                    f"{self.cache.folder}: the images' pixels ({pixels / 1e9:.1f} GB) do not fit: use another `cache`, "
+                    f"{self.cache.folder}: the decoded samples ({decoded / 1e9:.1f} GB) do not fit: use another `cache`, "
                     "a larger `budget`, or unfreeze less."
                 )
             allowed.add(INPUT)

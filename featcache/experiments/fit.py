@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
+from featcache.datasets.thumbnails import SIDE
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation.columns import ColumnCoder, column_names
@@ -33,7 +34,7 @@ from featcache.experiments.experiment import (
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, bundle, heads_for, require_params
-from featcache.heads.baselines import SIDE, Baseline
+from featcache.heads.baselines import Baseline
 from featcache.heads.fit import FittedHead
 from featcache.reports.records import PROTOCOL, RunRecord
 from featcache.resources import free_memory
@@ -53,7 +54,7 @@ PROBE = "logistic"
 PROBES = ("ridge", "knn", PROBE)  # what the gap is taken to at least: the cheap ones
 _MOST_SHOTS = 1_000_000
 _MOST_IN_A_MATRIX = 50
-_SAMPLED = 4096  # training images whose embeddings tell how much embeddings vary
+_SAMPLED = 4096  # training samples whose embeddings tell how much embeddings vary
 _COPIES = 2.5  # of the features in float32, that the heads that take the most memory need
 
 
@@ -63,7 +64,7 @@ _ByPath = tuple[Mapping[str, str] | None, Mapping[str, tuple[str, ...]] | None]
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that a head takes for another class, and the probability that it gives that class, if it gives any."""
+    """A test sample that a head takes for another class, and the probability that it gives that class, if it gives any."""
 
     path: str
     label: str
@@ -73,7 +74,7 @@ class Mistake:
 
 @dataclass(frozen=True, repr=False)
 class HeadResult(Displayed):
-    """A fitted head with its record and its file; ``paths`` and ``labels`` are those of the test images, in order."""
+    """A fitted head with its record and its file; ``paths`` and ``labels`` are those of the test samples, in order."""
 
     fitted: FittedHead
     record: RunRecord
@@ -92,23 +93,23 @@ class HeadResult(Displayed):
 
     @property
     def confusion(self) -> NDArray[np.int64]:
-        """How many test images of each class (rows) are taken for each class (columns)."""
+        """How many test samples of each class (rows) are taken for each class (columns)."""
         return confusion(self.task.y[self.split.test], self.fitted.tested.predicted, len(self.classes))
 
     def mistakes(self, count: int) -> list[Mistake]:
-        """Return wrong answers on the test split, the most confident first; without probabilities in the images' order."""
+        """Return wrong answers on the test split, the most confident first; without probabilities in the samples' order."""
         tested, test = self.fitted.tested, self.split.test
         wrong = np.flatnonzero(~tested.right)
         if tested.confidence is not None:
             wrong = wrong[np.argsort(-tested.confidence[wrong], kind="stable")]  # stable: equal ones keep their order
         return [
             Mistake(
-                self.task.features.paths[test[image]],
-                self.classes[self.task.y[test[image]]],
-                self.classes[tested.predicted[image]],
-                None if tested.confidence is None else float(tested.confidence[image]),
+                self.task.features.paths[test[place]],
+                self.classes[self.task.y[test[place]]],
+                self.classes[tested.predicted[place]],
+                None if tested.confidence is None else float(tested.confidence[place]),
             )
-            for image in wrong[:count].tolist()
+            for place in wrong[:count].tolist()
         ]
 
     @property
@@ -141,7 +142,7 @@ class FitPlan:
         heads: names; ``all`` for each, the cheapest first.
         layers: train on the pooled activations of these layers side by side; none: on the backbone's embedding.
         best_pool: train on the pooling of the last activations that does best on validation.
-        views: so many views of each image train, and are averaged over in answers.
+        views: so many views of each sample train, and are averaged over in answers.
         grid: parameters to choose from, for one head, instead of its own.
         folds: of cross-validation; ``None`` leaves it to the size of the data, 0 takes the val split.
         budget: seconds after which no further head is begun.
@@ -150,8 +151,8 @@ class FitPlan:
         columns: of the manifest, that heads are given beside the embedding: numbers, and categories, one number each;
             ``NAME:category`` takes a column's numbers for names.
         prompts: texts with {} for a class, whose rows are averaged: what zero-shot heads begin with.
-        shots: train on so many images a class too, several times.
-        curve: train on shares of the training images too, several times.
+        shots: train on so many samples a class too, several times.
+        curve: train on shares of the training samples too, several times.
         baselines: train trivial methods beside, which need no backbone.
         format: of the bundles.
     """
@@ -218,7 +219,7 @@ class FitPlan:
             )
         if self.shots and self.target != "label":
             raise UsageError(
-                f"`shots` are images a class, and for `target` {self.target} an image has no one class: use `curve`."
+                f"`shots` are samples a class, and for `target` {self.target} a sample has no one class: use `curve`."
             )
         return names
 
@@ -311,7 +312,7 @@ class Ledger:
     said: set[str] = field(default_factory=set)
 
     def tell(self, task: Task, split: Split) -> None:
-        """Say how images are split, and what is wrong with that."""
+        """Say how samples are split, and what is wrong with that."""
         splits = task.features.splits
         sizes = ", ".join(f"{count} {name}" for name, count in split.sizes().items())
         drawn = [name for name in ("val", "test") if name not in splits]
@@ -392,7 +393,7 @@ def is_fitted(cache: FeatureCache, plan: FitPlan, *, seed: int = 0) -> bool:
 
 @dataclass(frozen=True)
 class _Fitting:
-    """One data set's images, split, and an entry's rows of them: what all heads of a command are trained on."""
+    """One data set's samples, split, and an entry's rows of them: what all heads of a command are trained on."""
 
     cache: FeatureCache
     entry: Extracted
@@ -403,7 +404,7 @@ class _Fitting:
 
     @classmethod
     def of(cls, cache: FeatureCache, entry: Extracted, plan: FitPlan, seed: int, manifest: "_ByPath") -> "_Fitting":
-        """Return that of all images of an entry, in groups and with columns where these are given."""
+        """Return that of all samples of an entry, in groups and with columns where these are given."""
         features, (group_by_path, values_by_path) = entry.store.labelled(), manifest
         columns = columns_of(features, values_by_path, plan.columns)
         task = Task(features, plan.target, groups_of(features, group_by_path), plan.group, columns)
@@ -445,7 +446,7 @@ class _Fitting:
         return path.with_name(f"{path.name}.json"), (experiment.key, self.split.fingerprint)
 
     def beside(self, entry: Extracted) -> "_Fitting":
-        """Return the same of another entry, of the images that it has too."""
+        """Return the same of another entry, of the samples that it has too."""
         if entry is self.entry:
             return self
         keep, task, _ = aligned(self.task, entry.store)
@@ -507,7 +508,7 @@ class _Fitting:
     @cached_property
     def class_rows(self) -> "ClassRows":
         """What the text tower says of the classes: of one loading for all heads."""
-        from featcache.backbones.image_text import embed_classes
+        from featcache.backbones.clip import embed_classes
         from featcache.heads.zeroshot import ClassRows
 
         names = [name.replace("_", " ") for name in self.task.names]
@@ -560,24 +561,24 @@ class _Fitting:
 
         if fitted.unseen is None or fitted.temperature is None:
             return {}
-        images, probabilities = fitted.unseen.images, at_temperature(fitted.unseen.answers, fitted.temperature)
-        names = None if self.task.groups is None else [self.task.groups[image] for image in images.tolist()]
-        contents = [self.task.features.sha256[image] for image in images.tolist()]
-        calibration = Calibration.of(self.task.y[images], probabilities, contents, self.split.units[images], names)
+        samples, probabilities = fitted.unseen.samples, at_temperature(fitted.unseen.answers, fitted.temperature)
+        names = None if self.task.groups is None else [self.task.groups[place] for place in samples.tolist()]
+        contents = [self.task.features.sha256[place] for place in samples.tolist()]
+        calibration = Calibration.of(self.task.y[samples], probabilities, contents, self.split.units[samples], names)
         return keep_calibration(calibration, self._neighbours, folder)
 
     @cached_property
     def _neighbours(self) -> "Neighbours | None":
-        """Training images that tell how familiar others are: the first by content, since hashes are as good as drawn."""
+        """Training samples that tell how familiar others are: the first by content, since hashes are as good as drawn."""
         from featcache.evaluation.suspects import MOST_NEIGHBOURS, Neighbours
 
         if self.entry.cut == TOKENS and not self.plan.best_pool:
             return None
         contents, both = self.task.features.sha256, self.split.train_val
-        images = np.array(sorted(both.tolist(), key=lambda image: contents[image])[:MOST_NEIGHBOURS])
-        rows = self.pooled[1][images] if self.plan.best_pool else aligned(self.task, self.entry.store)[2](images)
-        X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the image as it is
-        return Neighbours.fitted(X, self.task.y[images], self.split.units[images])
+        samples = np.array(sorted(both.tolist(), key=lambda place: contents[place])[:MOST_NEIGHBOURS])
+        rows = self.pooled[1][samples] if self.plan.best_pool else aligned(self.task, self.entry.store)[2](samples)
+        X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the sample as it is
+        return Neighbours.fitted(X, self.task.y[samples], self.split.units[samples])
 
     def baselines(self, heads: Sequence[HeadResult]) -> tuple[list[Baseline], list[Baseline]]:
         """Return the baselines on the same split, and each column alone; warn where they do as well as the best head.
@@ -639,11 +640,11 @@ class _Fitting:
 
         keep, common, take = aligned(self.task, self.cache.thumbnails(SIDE).store)
         if left_out := len(self.task.features.y) - len(keep):
-            logger.warning("baselines: %d images have no thumbnail, they are compared on the others", left_out)
+            logger.warning("baselines: %d samples have no thumbnail, they are compared on the others", left_out)
         return keep, common, partial(baselines, take(np.arange(len(keep))))
 
     def curves(self, head: str) -> "list[Curve]":
-        """Train a head on so many images a class, and on shares of the training images, where that is asked for."""
+        """Train a head on so many samples a class, and on shares of the training samples, where that is asked for."""
         if not (self.plan.shots or self.plan.curve):
             return []
         from featcache.heads.fit import learning_curve, shot_curve
@@ -675,7 +676,7 @@ def _require_kind(cache: FeatureCache, names: Sequence[str]) -> None:
     if not {*names} & {*ZEROSHOT}:
         return
     if not cache.spec.name.startswith(CLIP):
-        raise UsageError(f"`heads` {', '.join(ZEROSHOT)} need a model of images and texts, `backbone=clip:MODEL/TAG`.")
+        raise UsageError(f"`heads` {', '.join(ZEROSHOT)} need a model with a text tower, `backbone=clip:MODEL/TAG`.")
     if cache.spec.pool != "default":
         raise UsageError(f"`pool` {cache.spec.pool}: texts lie beside the model's own embedding: leave it out.")
 
@@ -694,7 +695,7 @@ def _trainable(store: FeatureStore, plan: FitPlan, names: list[str]) -> list[str
     able = [name for name in names if name in STREAMING]
     if plan.target != "label" or plan.views > 1 or not able or (ALL not in plan.heads and able != names):
         raise UsageError(
-            f"{room}: only `heads` {' and '.join(STREAMING)}, of one view and one class an image, read them from disk."
+            f"{room}: only `heads` {' and '.join(STREAMING)}, of one view and one class a sample, read them from disk."
         )
     if able != names:
         logger.warning("%s: without %s", room, ", ".join(name for name in names if name not in STREAMING))

@@ -1,4 +1,4 @@
-"""Where accuracy comes from: pooling, other layers, attention, other weights; every step on the same test images."""
+"""Where accuracy comes from: pooling, other layers, attention, other weights; every step on the same test samples."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fitted, run_fit
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning.plan import FineTunePlan
+from featcache.fingerprint import as_stored
 from featcache.reports.records import RunRecord
 from featcache.reports.tables import between_records
 from featcache.specs import POOLED
@@ -37,7 +38,7 @@ class GapStep:
         record: what was trained, chosen on validation and tested.
         val: accuracy and log-loss on the val part, which all steps share.
         is_kept: whether it is better on validation than all before it.
-        images: how many more test images are right than by what was kept before, where it is kept.
+        samples: how many more test samples are right than by what was kept before, where it is kept.
         between: that in points, with its paired interval.
         starts_from: the kept step whose weights it goes on from; nothing where it needs none of them.
         seconds_before: what led to that, where the record does not count it.
@@ -48,7 +49,7 @@ class GapStep:
     record: RunRecord
     val: tuple[float, float]
     is_kept: bool
-    images: int = 0
+    samples: int = 0
     between: Gap | None = None
     starts_from: str = ""
     seconds_before: float = 0.0
@@ -60,11 +61,11 @@ class GapStep:
 
     @property
     def accuracy(self) -> float:
-        """The accuracy on the test images."""
+        """The accuracy on the test samples."""
         return float(self.record.test["accuracy"])
 
     def is_better(self, other: "GapStep") -> bool:
-        """Tell whether it is better on validation: of two heads on all images of their folds, not on the val part alone."""
+        """Tell whether it is better on validation: of two heads on all samples of their folds, not on the val part alone."""
         own, others = self.val, other.val
         if "weights" not in (self.origin, other.origin):
             own, others = _val_of(self.record.val), _val_of(other.record.val)
@@ -91,9 +92,9 @@ class GapResult(Displayed):
         return None if first is None or last is None else between_records(last.record, first.record)
 
     @property
-    def images(self) -> dict[str, int]:
-        """How many test images more are right, by what has changed: they add up to those of the whole."""
-        return {origin: sum(step.images for step in self.kept if step.origin == origin) for origin in self.origins}
+    def samples(self) -> dict[str, int]:
+        """How many test samples more are right, by what has changed: they add up to those of the whole."""
+        return {origin: sum(step.samples for step in self.kept if step.origin == origin) for origin in self.origins}
 
     @property
     def origins(self) -> list[Origin]:
@@ -110,31 +111,34 @@ class GapResult(Displayed):
     def summary(self) -> dict[str, Any]:
         """The JSON object of ``featcache gap``."""
         total = self.total
-        return {
+        summary = {
             "dataset": self.steps[0].record.dataset,
             "backbone": self.steps[0].record.backbone,
             "steps": [
-                {
-                    "step": step.name,
-                    "changes": step.origin,
-                    "kept": step.is_kept,
-                    "validation": step.record.val,
-                    "val_part": {"accuracy": step.val[0], "log_loss": step.val[1]},
-                    "test": step.record.test,
-                    "images": step.images,
-                    "gap": None if step.between is None else asdict(step.between),
-                    "seconds": step.record.seconds,
-                    "starts_from": step.starts_from or None,
-                    "seconds_with_all_before": round(step.seconds, 3),
-                    "notes": list(step.record.notes),
-                }
+                as_stored(
+                    {
+                        "step": step.name,
+                        "changes": step.origin,
+                        "kept": step.is_kept,
+                        "validation": step.record.val,
+                        "val_part": {"accuracy": step.val[0], "log_loss": step.val[1]},
+                        "test": step.record.test,
+                        "samples": step.samples,
+                        "gap": None if step.between is None else asdict(step.between),
+                        "seconds": step.record.seconds,
+                        "starts_from": step.starts_from or None,
+                        "seconds_with_all_before": round(step.seconds, 3),
+                        "notes": list(step.record.notes),
+                    }
+                )
                 for step in self.steps
             ],
-            "images": self.images,
-            "test_images": len(self.steps[0].record.right),
+            "samples": self.samples,
+            "test_samples": len(self.steps[0].record.right),
             "gap": None if total is None else asdict(total),
             "left": list(self.left),
         }
+        return as_stored(summary)
 
 
 def run_gap(
@@ -148,7 +152,7 @@ def run_gap(
 ) -> GapResult:
     """Take the way from a linear probe to the whole network tuned step by step, on one split.
 
-    A step is kept where it is better on validation than all before it; its gain is measured on the test images against
+    A step is kept where it is better on validation than all before it; its gain is measured on the test samples against
     what was kept before, so that gains add up to the whole gap. Weights go on from the last depth that was kept, at first
     from the linear probe under the kept pooling. What an earlier command has fitted or trained is taken, and told where the
     budget is spent too.
@@ -191,12 +195,7 @@ def _recorded(result: GapResult, experiment: Experiment, plan: FineTunePlan) -> 
     first, last = result.kept[0].record, result.kept[-1].record
     probe = {"head": PROBE, "of": [PROBE], "start": PROBE, "val": first.val, "test": first.test, "seconds": first.seconds}
     steps = {
-        step.name: {
-            "changes": step.origin,
-            "test": step.accuracy,
-            "kept": step.is_kept,
-            "images": step.images,
-        }
+        step.name: as_stored({"changes": step.origin, "test": step.accuracy, "kept": step.is_kept, "samples": step.samples})
         for step in result.steps
     }
     group = {"group": experiment.task.group} if experiment.task.group else {}
@@ -222,7 +221,7 @@ def _costs(steps: Sequence[GapStep]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Taken:
-    """What a step came to: its record, and accuracy and log-loss on the validation images that all steps share."""
+    """What a step came to: its record, and accuracy and log-loss on the validation samples that all steps share."""
 
     record: RunRecord
     val: tuple[float, float]
@@ -241,7 +240,7 @@ class _Way:
 
 
 def _step_of(way: _Way, steps: Sequence[GapStep]) -> GapStep | None:
-    """Take a step, unless it cannot be taken here or is tested on other images than the first."""
+    """Take a step, unless it cannot be taken here or is tested on other samples than the first."""
     try:
         taken = way.take()
     except (CutError, UsageError) as error:
@@ -250,7 +249,7 @@ def _step_of(way: _Way, steps: Sequence[GapStep]) -> GapStep | None:
         logger.warning("%s is left out: %s", way.name, error)
         return None
     if steps and taken.record.test_items != steps[0].record.test_items:
-        logger.warning("%s is left out: some images have no row there, it was tested on others", way.name)
+        logger.warning("%s is left out: some samples have no row there, it was tested on others", way.name)
         return None
     return _placed(way, taken, [step for step in steps if step.is_kept])
 
@@ -307,7 +306,7 @@ def _depths(sweep: Sweep, start: GapStep, steps: Sequence[GapStep]) -> Iterator[
 
 
 def _on_validation(head: HeadResult) -> tuple[float, float]:
-    """Return accuracy and log-loss on the images of the val part, each answered by a head that had not seen it."""
+    """Return accuracy and log-loss on the samples of the val part, each answered by a head that had not seen it."""
     answers, split = head.fitted.answers, head.split
     if answers is None:  # too large for the head's file
         return _val_of(head.record.val)
@@ -332,5 +331,5 @@ def _placed(way: _Way, taken: _Taken, kept: Sequence[GapStep]) -> GapStep:
     if not kept or not taken.is_gain or not step.is_better(kept[-1]):
         return step
     last = kept[-1].record
-    images = step.record.right.count("1") - last.right.count("1")
-    return replace(step, is_kept=True, images=images, between=between_records(step.record, last))
+    samples = step.record.right.count("1") - last.right.count("1")
+    return replace(step, is_kept=True, samples=samples, between=between_records(step.record, last))

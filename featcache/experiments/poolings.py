@@ -53,8 +53,8 @@ def choose_pooling(
 
     Args:
         backbone: that has computed the tokens.
-        store: of the entry at the cut ``tokens``, one view or several an image.
-        task: its images; the rows that are returned are theirs, (n, d), of several views (n, views, d).
+        store: of the entry at the cut ``tokens``, one view or several a sample.
+        task: its samples; the rows that are returned are theirs, (n, d), of several views (n, views, d).
         split: which of them train and choose.
         seed: of the probe.
         note: the file that keeps the choice, and the names of what it was made for.

@@ -1,4 +1,4 @@
-"""A trained head on images that were never extracted: from files to labels, nothing kept."""
+"""A trained head on samples that were never extracted: from files to labels, nothing kept."""
 
 import json
 from collections import deque
@@ -25,21 +25,21 @@ from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads.bundle import Bundle, Judgement, Rejection, Verdict
 from featcache.heads.search import over_views, predict_with
-from featcache.specs import TOKENS, BackboneSpec, SampleKind, Views
+from featcache.specs import DEFAULT_KIND, TOKENS, BackboneSpec, SampleKind, Views
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import Quarantined
 from featcache.store.rows import beside
 
 _TABLES = (".csv", ".parquet")
-_AT_ONCE = 4096  # images whose embeddings and answers are held: copies among them are computed once
+_AT_ONCE = 4096  # samples whose embeddings and answers are held: copies among them are computed once
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a head says of one image: ``probabilities`` (classes,) where it knows any; ``reason`` where it says nothing.
+    """What a head says of one sample: ``probabilities`` (classes,) where it knows any; ``reason`` where it says nothing.
 
     Where it was asked when it does not know: ``candidates``, the classes in its set, likeliest first; ``familiar``, the
-    share of training images that are at most as familiar; and whether that is one answer.
+    share of training samples that are at most as familiar; and whether that is one answer.
     """
 
     path: str
@@ -120,7 +120,7 @@ def _why_unlike(bundle: Bundle, cache: FeatureCache) -> str:
         then, now = str(wanted.get("weights_sha256"))[:12], loaded["weights_sha256"][:12]
         return f"the weights of {cache.spec.name} have changed since it was trained (SHA-256 {then}... then, {now}... now)"
     if canonical(transform) != canonical(backbone.preprocess.spec):
-        return f"{cache.spec.name} prepares images otherwise than when it was trained"
+        return f"{cache.spec.name} prepares samples otherwise than when it was trained"
     # the tag says where weights came from: with their hash it decides nothing
     if canonical(wanted | {"tag": ""}) != canonical(loaded | {"tag": ""}):
         return f"{cache.spec.name} is built otherwise than when it was trained"
@@ -151,11 +151,11 @@ def _key_differs(bundle: Bundle, cache: FeatureCache) -> str:
 def samples_of(bundle: Bundle) -> SampleKind:
     """Return what a head labels, as its backbone's name says."""
     facts = bundle.card.get("backbone")
-    return BackboneSpec(facts["name"]).samples if isinstance(facts, dict) and facts.get("name") else "image"
+    return BackboneSpec(facts["name"]).samples if isinstance(facts, dict) and facts.get("name") else DEFAULT_KIND
 
 
-def find_images(places: Iterable[str], kind: SampleKind = "image") -> Iterator[str]:
-    """Yield files as they are, and the images, or texts, in and below folders.
+def find_samples(places: Iterable[str], kind: SampleKind = DEFAULT_KIND) -> Iterator[str]:
+    """Yield files as they are, and the samples, or texts, in and below folders.
 
     Raises:
         DataError: a path is not there.
@@ -173,7 +173,7 @@ def find_images(places: Iterable[str], kind: SampleKind = "image") -> Iterator[s
             raise DataError(f"{place}: there is no such file or folder.")
 
 
-def label_images(
+def label_samples(
     bundle: Bundle,
     paths: Sequence[str],
     settings: Settings,
@@ -181,13 +181,13 @@ def label_images(
     weights: str | None = None,
     rejection: Rejection | None = None,
 ) -> Iterator[Prediction]:
-    """Return what yields a prediction for each image, in the order given; one that cannot be read gives the reason.
+    """Return what yields a prediction for each sample, in the order given; one that cannot be read gives the reason.
 
     Probabilities are scaled by the head's temperature. Heads that were fitted before cards said ``scaled_by`` are not.
 
     Args:
         bundle: the head.
-        paths: image files.
+        paths: sample files.
         settings: device, batch size, runtime, workers.
         weights: where the backbone's weights file is now.
         rejection: when the head does not know.
@@ -204,7 +204,7 @@ def label_images(
 
 
 def needs_tables(bundle: Bundle, places: Sequence[Path]) -> bool:
-    """Tell whether tables are to be read: a head needs columns beside images, or tables hold the texts that it labels."""
+    """Tell whether tables are to be read: a head needs columns beside samples, or tables hold the texts that it labels."""
     has_tables = any(place.suffix.lower() in _TABLES for place in places)
     return bool(bundle.card.get("columns")) or (has_tables and samples_of(bundle) == "text")
 
@@ -221,14 +221,14 @@ def label_manifests(
 
     Args:
         bundle: the head.
-        places: CSV or Parquet files with path, the images' bytes, or text, and these columns; labels are not needed.
-        settings: as of ``label_images``.
-        weights: as of ``label_images``.
-        rejection: as of ``label_images``.
+        places: CSV or Parquet files with path, the samples' bytes, or text, and these columns; labels are not needed.
+        settings: as of ``label_samples``.
+        weights: as of ``label_samples``.
+        rejection: as of ``label_samples``.
 
     Raises:
-        UsageError: as of ``label_images``.
-        DataError: as of ``label_images``; or a file is no manifest, lacks a column, or a number is none.
+        UsageError: as of ``label_samples``.
+        DataError: as of ``label_samples``; or a file is no manifest, lacks a column, or a number is none.
     """
     coder = ColumnCoder.of_card(bundle.card["columns"]) if bundle.card.get("columns") else None
     for place in places:
@@ -236,7 +236,7 @@ def label_manifests(
             if coder is None:
                 raise DataError(f"{place}: no table, and others are: give tables, or files and folders of texts.")
             raise DataError(
-                f"{place}: this head was trained on the columns {', '.join(coder.names)} beside each image: give a CSV or "
+                f"{place}: this head was trained on the columns {', '.join(coder.names)} beside each sample: give a CSV or "
                 "Parquet file with path and these columns."
             )
     opened = [open_unlabelled(place, coder.names if coder else ()) for place in places]
@@ -281,14 +281,14 @@ def _in_order(
 
 
 class _Embedder:
-    """Computes embeddings of images some at a time; the backbone is made ready once, on the first batch."""
+    """Computes embeddings of samples some at a time; the backbone is made ready once, on the first batch."""
 
     def __init__(self, cache: FeatureCache, cut: str, views: Views, columns: NDArray[np.float32] | None) -> None:
         self.cache, self.cut, self.views, self.columns = cache, cut, views, columns
         self._runtime: Runtime | None = None
 
     def batches(self, positions: Sequence[int]) -> Iterator[Batch]:
-        """Yield images with their embeddings; copies of an image come last, with those of the first."""
+        """Yield samples with their embeddings; copies of a sample come last, with those of the first."""
         cache = self.cache
         plan = cache.plan_for(cache.backbone.preprocess, self.views)
         files, reader = cache.files, BatchReader(cache.files, positions, plan.preprocess, plan.views)
@@ -302,7 +302,7 @@ class _Embedder:
                     self._runtime = cache.prepare([self.cut], sample(first, plan.batch_size), len(files))
             with closing(run_batches(reader, self._runtime, plan.batch_size, deque([first]))) as running:
                 for batch in _inside(cache.threads, running):
-                    if batch.fresh:  # the last batch may hold copies and broken images alone
+                    if batch.fresh:  # the last batch may hold copies and broken samples alone
                         rows.update(zip(map(files.digest, batch.fresh), batch.rows[0], strict=True))
                     reasons.update((bad.sha256, bad.reason) for bad in batch.bad)
                     copies += batch.copies
@@ -317,7 +317,7 @@ class _Embedder:
         unanswered = [position for position in copies if files.digest(position) not in rows]
         broken = [(files.path(position), files.digest(position).hex()) for position in unanswered]
         if broken:  # they are answered too, else what comes behind them would wait for ever
-            unread = "a copy of an image that could not be read"
+            unread = "a copy of a sample that could not be read"
             yield Batch(bad=[Quarantined(path, digest, reasons.get(digest, unread)) for path, digest in broken])
 
 
@@ -342,7 +342,7 @@ def _answer(asked: _Answering, batch: Batch, embedder: _Embedder) -> list[Predic
     if bundle.card.get("cut") != TOKENS:  # attention asks where tokens lie
         X = X.reshape(-1, X.shape[-1])
     plain = X[::views]
-    if embedder.columns is not None:  # an image's own, for each of its views
+    if embedder.columns is not None:  # a sample's own, for each of its views
         X = beside(X, np.repeat(embedder.columns[np.array(batch.fresh)], views, axis=0))
     kind = bundle.card.get("target", "label")
     found = over_views(predict_with(bundle.estimator, X, kind, len(bundle.classes)), views)
@@ -362,18 +362,18 @@ def _answer(asked: _Answering, batch: Batch, embedder: _Embedder) -> list[Predic
     if asked.rejection is not None:
         contents = [embedder.cache.files.digest(position).hex() for position in batch.fresh]
         judged = asked.rejection.judge(found, plain, contents)
-        answered = [_judged(one, judged, image, bundle.classes) for image, one in enumerate(answered)]
+        answered = [_judged(one, judged, number, bundle.classes) for number, one in enumerate(answered)]
     return said + answered
 
 
-def _judged(prediction: Prediction, judged: Judgement, image: int, classes: Sequence[str]) -> Prediction:
+def _judged(prediction: Prediction, judged: Judgement, number: int, classes: Sequence[str]) -> Prediction:
     """Return a prediction with what is said of its certainty."""
     assert prediction.probabilities is not None
-    inside = np.flatnonzero(judged.sets[image])
+    inside = np.flatnonzero(judged.sets[number])
     likeliest = inside[np.argsort(-prediction.probabilities[inside], kind="stable")]
     return replace(
         prediction,
         candidates=tuple(classes[number] for number in likeliest.tolist()),
-        familiar=None if judged.familiar is None else float(judged.familiar[image]),
-        verdict=judged.verdict(image),
+        familiar=None if judged.familiar is None else float(judged.familiar[number]),
+        verdict=judged.verdict(number),
     )

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
-from featcache.datasets.images import UnreadableImage, size_of
-from featcache.datasets.thumbnails import Sheet, sheet_of, thumbnail
+from featcache.datasets.thumbnails import Sheet, sheet_of, size_of, thumbnail
 from featcache.display import Displayed, Table, logger
-from featcache.errors import DataError, FeatcacheError, UsageError
+from featcache.errors import DataError, FeatcacheError, UnreadableSample, UsageError
 from featcache.experiments.evidence import WAYS, HeadEvidence, Way, best_head, gather
 from featcache.fingerprint import sha256_of_bytes
 from featcache.reports import page, tables
@@ -26,9 +25,9 @@ from featcache.specs import check_fields
 from featcache.store.atomic import make_folder, replace_file
 
 Format = Literal["html", "md", "csv", "tex"]
-MOST_IMAGES = 600  # of a page, all data sets together
+MOST_SAMPLES = 600  # of a page, all data sets together
 _MOST_BYTES = 1_000_000  # of the sheet: a third more in the page, which stays below 2 MB
-_LETTERS = 300  # of a text that is shown in place of an image
+_LETTERS = 300  # of a text that is shown in place of a sample
 
 
 def _call(record: RunRecord, data: str) -> str:
@@ -43,12 +42,12 @@ class PagePlan:
     """What a page shows beside the records.
 
     Attributes:
-        images: show images; without, no pixel of any is in the page.
+        samples: show test samples; without, nothing of any is in the page.
         projection: how embeddings are mapped, ``pca`` or ``tsne``.
         command: tells how a record is made again; by default the call of this library.
     """
 
-    images: bool = True
+    samples: bool = True
     projection: Way = "pca"
     command: Callable[[RunRecord, str], str] = _call
 
@@ -130,14 +129,14 @@ def page_of(records: Sequence[RunRecord], plan: PagePlan, cache: Path) -> str:
         head, remarks = best_head([record for record in records if record.dataset == name], cache)
         if head is None:
             evidence[name] = DatasetEvidence(
-                remarks=(f"No images and no map: {remarks[0]}." if remarks else "No head was fitted.",)
+                remarks=(f"No samples and no map: {remarks[0]}." if remarks else "No head was fitted.",)
             )
             continue
         heads[name] = head
         evidence[name] = gather(head, plan.projection)
-        if plan.images:
+        if plan.samples:
             looks[name] = _Look.at(head)
-    sheet = _tiled(evidence, looks) if plan.images else None
+    sheet = _tiled(evidence, looks) if plan.samples else None
     places = {name: str(head.card["data"]) for name, head in heads.items()}
     return page.render(
         records, evidence, sheet, lambda record: plan.command(record, places.get(record.dataset, record.dataset))
@@ -146,7 +145,7 @@ def page_of(records: Sequence[RunRecord], plan: PagePlan, cache: Path) -> str:
 
 @dataclass(frozen=True)
 class _Glance:
-    """What one image or text shows: a tile or the beginning of the text, its size in pixels and bytes."""
+    """What a sample shows: a tile or the beginning of a text, its width and height and bytes."""
 
     tile: NDArray[np.uint8] | None = None
     text: str = ""
@@ -170,7 +169,7 @@ class _Look:
             return cls(head, None, str(error))
 
     def glances(self, paths: Sequence[str]) -> dict[str, _Glance]:
-        """Return what some images show, those alone that are still the ones that were seen, by their SHA-256."""
+        """Return what some samples show, those alone that are still the ones that were seen, by their SHA-256."""
         if self.dataset is None:
             return {}
         place = {path: number for number, path in enumerate(self.head.features.paths)}
@@ -187,16 +186,16 @@ class _Look:
             if "input_size" not in self.head.store.spec["transform"]:
                 return _Glance(text=content.decode("utf-8", "replace")[:_LETTERS], bytes=len(content))
             return _Glance(thumbnail(content), size=size_of(content), bytes=len(content))
-        except (OSError, KeyError, UnreadableImage, FeatcacheError) as error:
+        except (OSError, KeyError, UnreadableSample, FeatcacheError) as error:
             logger.debug("%s: not shown (%s)", path, error)
             return None
 
 
 def _tiled(evidence: dict[str, DatasetEvidence], looks: Mapping[str, _Look]) -> Sheet | None:
-    """Put images into evidence, in place, and return the sheet that holds them; each data set gets as many as the others."""
+    """Put samples into evidence, in place, and return the sheet that holds them; data sets get equal numbers."""
     asked = {name: worth_showing(evidence[name]) for name in looks}
     turns = zip_longest(*([(name, path) for path in paths] for name, paths in asked.items()))
-    chosen = list(islice((pair for turn in turns for pair in turn if pair is not None), MOST_IMAGES))
+    chosen = list(islice((pair for turn in turns for pair in turn if pair is not None), MOST_SAMPLES))
     tiles: list[NDArray[np.uint8]] = []
     for name, look in looks.items():
         paths = [path for of, path in chosen if of == name]
@@ -216,30 +215,31 @@ def _tiled(evidence: dict[str, DatasetEvidence], looks: Mapping[str, _Look]) -> 
 
 def _remarks(look: _Look, asked: int, seen: int) -> tuple[str, ...]:
     if look.dataset is None:
-        return (f"The images cannot be read any more, so that none is shown: {look.problem}",)
+        return (f"The samples cannot be read any more, so that none is shown: {look.problem}",)
     if seen < asked:
-        return (f"{asked - seen} of {asked} images that had a place here cannot be read any more, or have changed since.",)
+        noun = f"{look.dataset.kind}s"
+        return (f"{asked - seen} of {asked} {noun} that had a place here cannot be read any more, or have changed since.",)
     return ()
 
 
 def _size_facts(glances: Sequence[_Glance]) -> tuple[tuple[str, str], ...]:
-    """Return sizes in words: of the images that were read for the page alone, since reading all would take too long."""
+    """Return sizes in words: of the samples that were read for the page alone, since reading all would take too long."""
     sizes = np.array([glance.size for glance in glances if all(glance.size)])
     facts = []
     if len(sizes):
         (low_x, low_y), (x, y), (high_x, high_y) = (np.percentile(sizes, percent, axis=0) for percent in (0, 50, 100))
         facts.append(
-            ("sizes in pixels", f"{x:.0f} x {y:.0f} (median; {low_x:.0f} to {high_x:.0f} x {low_y:.0f} to {high_y:.0f})")
+            ("width x height", f"{x:.0f} x {y:.0f} (median; {low_x:.0f} to {high_x:.0f} x {low_y:.0f} to {high_y:.0f})")
         )
     if glances:
         median = float(np.median([glance.bytes for glance in glances]))
         facts.append(("bytes of a file", f"{median / 1000:.1f} kB (median)"))
-        facts.append(("these are of", f"the {len(glances)} images that were read for this page"))
+        facts.append(("these are of", f"the {len(glances)} samples that were read for this page"))
     return tuple(facts)
 
 
 def worth_showing(evidence: DatasetEvidence) -> list[str]:
-    """Return the paths of the images that a page has a place for, what matters most first, each once."""
+    """Return the paths of the samples that a page has a place for, what matters most first, each once."""
     cells = [cell for row in (evidence.confusion.cells if evidence.confusion else ()) for cell in row if cell is not None]
     cells.sort(key=lambda cell: cell.label == cell.predicted)  # confusions before what is right
     shown = [
@@ -252,7 +252,7 @@ def worth_showing(evidence: DatasetEvidence) -> list[str]:
 
 
 def with_tiles(evidence: DatasetEvidence, tiles: Mapping[str, int], texts: Mapping[str, str]) -> DatasetEvidence:
-    """Return evidence whose images know their place in the sheet, or whose texts are there to be read."""
+    """Return evidence whose samples know their place in the sheet, or whose texts are there to be read."""
 
     def placed(shown: tuple[Shown, ...]) -> tuple[Shown, ...]:
         return tuple(replace(each, tile=tiles.get(each.path), text=texts.get(each.path, "")) for each in shown)

@@ -29,7 +29,7 @@ class TuningRows:
         rows: activations at the cut (n, ...).
         X: embeddings (n, d).
         y: classes (n,).
-        fold: which images train, and which judge (j,).
+        fold: which samples train, and which judge (j,).
         halves: of the judged ones, by their places among them.
         params: of the probe that it starts from.
     """
@@ -42,7 +42,7 @@ class TuningRows:
     params: dict[str, Any]
 
     def probe(self, seed: int) -> "LinearHead":
-        """Return the linear probe of the images that train."""
+        """Return the linear probe of the samples that train."""
         from featcache.finetuning.model import LinearHead
         from featcache.heads.linear import linear_weights
         from featcache.heads.search import train as train_head
@@ -54,7 +54,7 @@ class TuningRows:
 
 @dataclass(frozen=True)
 class ShortTuning:
-    """Which judged images (j,) the probe and the trained stage have right; both were fitted on the same images."""
+    """Which judged samples (j,) the probe and the trained stage have right; both were fitted on the same samples."""
 
     probe: NDArray[np.bool_]
     tuned: NDArray[np.bool_]
@@ -74,9 +74,9 @@ def last_stage(backbone: "Backbone") -> "Trainable":
 
 
 def tune_shortly(backbone: "Backbone", given: TuningRows, seed: int) -> ShortTuning:
-    """Train the last stage at two rates for a few epochs, from the linear probe of the same images.
+    """Train the last stage at two rates for a few epochs, from the linear probe of the same samples.
 
-    The rate that answers one half of the judged images was chosen on the other half: none is chosen where it is judged.
+    The rate that answers one half of the judged samples was chosen on the other half: none is chosen where it is judged.
     """
     from featcache.extraction.runtimes import own_randomness
     from featcache.finetuning.loop import TrainContext, Trial
@@ -105,7 +105,7 @@ def tune_shortly(backbone: "Backbone", given: TuningRows, seed: int) -> ShortTun
 
 
 def chosen_crosswise(answers: list[NDArray[np.bool_]], halves: tuple[Index, Index]) -> NDArray[np.bool_]:
-    """Return, for each half of the judged images (j,), the answers that did best on the other half."""
+    """Return, for each half of the judged samples (j,), the answers that did best on the other half."""
     chosen = np.zeros_like(answers[0])
     for judged, choosing in (halves, halves[::-1]):
         best = max(answers, key=lambda right: right[choosing].sum())

@@ -112,7 +112,7 @@ class Collected:
         for file in self.litter:
             alike.setdefault((file.path.parent, file.why), []).append(file)
         joined = [
-            f"{path}: {len(one.parts)} parts in one place, {one.dropped} rows of removed images left out"
+            f"{path}: {len(one.parts)} parts in one place, {one.dropped} rows of removed samples left out"
             for path, one in self.joined.items()
         ]
         counted = [

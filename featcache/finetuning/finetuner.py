@@ -69,7 +69,7 @@ class FineTuned:
         val: scores on validation there.
         tested: scores on the test split.
         seconds: of all training, that of killed processes included up to the last state that they kept.
-        images_per_second: of the kept rate's.
+        samples_per_second: of the kept rate's.
         similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
         precision: what training steps were computed in.
         refitted: whether the model has trained on validation images too; not where that left it worse on them.
@@ -87,7 +87,7 @@ class FineTuned:
     val: Scores
     tested: TestResult
     seconds: float
-    images_per_second: float
+    samples_per_second: float
     similarity: float
     precision: Precision
     refitted: bool
@@ -289,7 +289,7 @@ class Finetuner:
             outcome.val,
             tested,
             seconds,
-            outcome.best.images_per_second,
+            outcome.best.samples_per_second,
             cka(self.before[1], after),
             context.precision,
             refitted,

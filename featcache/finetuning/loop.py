@@ -81,7 +81,7 @@ class Trained:
     history: tuple[Epoch, ...]
     best: Epoch
     state: dict[str, Tensor]
-    images_per_second: float
+    samples_per_second: float
     diverged: bool = False
     live: bool = False
 

@@ -1,6 +1,6 @@
 """Baselines that need no backbone: what they reach, a backbone's features must beat to be worth anything.
 
-On one published remote-sensing set a nearest neighbour on image statistics beats a large frozen transformer's: without
+On one published remote-sensing set a nearest neighbour on statistics beats a large frozen transformer's: without
 baselines nobody would see it.
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.datasets.thumbnails import SMALL, STATISTICS, small_rows, statistics
 from featcache.evaluation.columns import Columns, alone
 from featcache.evaluation.metrics import (
     AnyScores,
@@ -31,9 +32,7 @@ from featcache.evaluation.splits import Fold, Index, Split
 if TYPE_CHECKING:
     from featcache.heads.fit import FittedHead
 
-SIDE = 32  # pixels of the thumbnails that baselines look at
-_MUCH = 0.5  # of what the best head adds to the answer that looks at no image: from there a column alone is told of
-_RAW_SIDE = 16
+_MUCH = 0.5  # of what the best head adds to the answer that looks at no sample: from there a column alone is told of
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Baseline:
         return cls(stored["control"], scores_from(kind, stored["val"]), tested, stored["seconds"])
 
 
-# of each kind of task: what is fitted on image statistics, and on pixels
+# of each kind of task: what is fitted on statistics, and on small rows
 _HEADS: dict[Kind, tuple[str, str]] = {
     "label": ("knn", "logistic"),
     "labels": ("logistic", "logistic"),
@@ -73,20 +72,20 @@ _SHOWN = {"knn": "kNN"}
 
 
 def baselines(thumbnails: NDArray[np.uint8], y: NDArray[Any], split: Split, seed: int = 0) -> list[Baseline]:
-    """Return the answer that looks at no image, a head on image statistics and one on 16 x 16 pixels.
+    """Return the answer that looks at no sample, a head on statistics of thumbnails and one on these made smaller.
 
     Args:
         thumbnails: uint8 (n, 32, 32, 3).
         y: classes (n,), which labels there are (n, k), or numbers (n,).
-        split: which images train, choose and test.
+        split: which samples train, choose and test.
         seed: of the heads' own randomness.
     """
-    on_statistics, on_pixels = _HEADS[kind_of(y)]
+    on_statistics, on_small = _HEADS[kind_of(y)]
     return [
         blind(y, split),
-        on_rows("image statistics", on_statistics, statistics(thumbnails), y, split, seed),
-        # the solver scales pixels by itself
-        _fitted(f"16 x 16 pixels + {on_pixels}", on_pixels, raw_pixels(thumbnails), y, split, seed),
+        on_rows(STATISTICS, on_statistics, statistics(thumbnails), y, split, seed),
+        # the solver scales levels by itself
+        _fitted(f"{SMALL} + {on_small}", on_small, small_rows(thumbnails), y, split, seed),
     ]
 
 
@@ -119,12 +118,12 @@ def _searched(name: str, head: str, rows: _SearchRows, asked: tuple[NDArray[Any]
 
 
 def of_columns(columns: Columns, y: NDArray[Any], split: Split, seed: int = 0) -> list[Baseline]:
-    """Return what a linear head reaches on all columns together, without an image, and then on each alone.
+    """Return what a linear head reaches on all columns together, without a sample, and then on each alone.
 
     Args:
-        columns: of the images.
+        columns: of the samples.
         y: as of ``baselines``.
-        split: which images train, choose and test.
+        split: which samples train, choose and test.
         seed: of the heads' own randomness.
     """
     kind, train = kind_of(y), split.train
@@ -147,7 +146,7 @@ def warning_of_columns(lone: Sequence[Baseline], blind: Baseline, head: "FittedH
     Args:
         lone: each column alone.
         blind: the answer that looks at nothing.
-        head: the best on validation, of image and columns.
+        head: the best on validation, of sample and columns.
         method: what tables call it.
     """
     least, of_head = blind.tested.scores.primary[0], head.tested.scores.primary[0]
@@ -180,8 +179,8 @@ def warning_of(best: Baseline, head: "FittedHead", method: str, shared: Split, k
         best: the baseline that is best on validation.
         head: the head that is.
         method: what tables call it.
-        shared: the split of the images that both have looked at.
-        keep: those images.
+        shared: the split of the samples that both have looked at.
+        keep: those samples.
         split: the head's own split.
     """
     of_best, of_head = best.tested.scores.primary[0], head.tested.scores.primary[0]
@@ -190,7 +189,7 @@ def warning_of(best: Baseline, head: "FittedHead", method: str, shared: Split, k
         of_head = float(right.mean())
         between = paired_gap(right, best.tested.right, groups=shared.test_groups)
         as_good = between.is_noise or between.points < 0
-    else:  # no images that one has right and the other has not: the head's own interval says what is noise
+    else:  # no samples that one has right and the other has not: the head's own interval says what is noise
         interval = head.tested.scores.primary[1]
         as_good = of_best >= (interval[0] if interval else of_head)
     if not as_good:
@@ -201,7 +200,7 @@ def warning_of(best: Baseline, head: "FittedHead", method: str, shared: Split, k
 
 
 def blind(y: NDArray[Any], split: Split) -> Baseline:
-    """Return the commonest class, each label's share of the images, or the mean, whatever an image shows."""
+    """Return the commonest class, each label's share of the samples, or the mean, whatever a sample shows."""
     kind = kind_of(y)
 
     def constant(train: Index, count: int) -> NDArray[Any]:
@@ -217,7 +216,7 @@ def blind(y: NDArray[Any], split: Split) -> Baseline:
 
 
 def _by_fold(X: NDArray[np.float32], y: NDArray[Any], split: Split) -> tuple[NDArray[Any], NDArray[Any], tuple[Fold, ...]]:
-    """Return the rows once a fold, each time scaled by that fold's training images alone, with labels and folds."""
+    """Return the rows once a fold, each time scaled by that fold's training samples alone, with labels and folds."""
     rows = np.concatenate([standardised(X, fold.train) for fold in split.folds])
     shifts = [number * len(X) for number in range(len(split.folds))]
     folds = tuple(Fold(fold.train + shift, fold.val + shift) for fold, shift in zip(split.folds, shifts, strict=True))
@@ -229,22 +228,3 @@ def standardised(X: NDArray[np.float32], train: Index) -> NDArray[np.float32]:
     seen = X[train].astype(np.float64)
     scaled: NDArray[np.float32] = ((X - seen.mean(axis=0)) / np.maximum(seen.std(axis=0), 1e-6)).astype(np.float32)
     return scaled
-
-
-def statistics(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return each image's mean, spread and quantiles by channel, and how strong its edges are (n, 23)."""
-    pixels = thumbnails.astype(np.float32) / 255
-    flat = pixels.reshape(len(pixels), -1, 3)
-    quantiles = np.quantile(flat, (0.05, 0.25, 0.5, 0.75, 0.95), axis=1)
-    grey = pixels.mean(axis=3)
-    edges = [np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
-    columns = [flat.mean(axis=1), flat.std(axis=1), *quantiles, np.stack(edges, axis=1)]
-    return np.concatenate(columns, axis=1).astype(np.float32)
-
-
-def raw_pixels(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return images averaged to 16 x 16 pixels, as one row each (n, 768)."""
-    step = SIDE // _RAW_SIDE
-    small = thumbnails.reshape(len(thumbnails), _RAW_SIDE, step, _RAW_SIDE, step, 3).mean(axis=(2, 4)).astype(np.float32)
-    rows: NDArray[np.float32] = small.reshape(len(small), -1) / np.float32(255)
-    return rows

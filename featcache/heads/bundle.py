@@ -210,7 +210,7 @@ def _settle(path: Path, card: Mapping[str, Any]) -> None:
 
 
 def packed(tested: TestResult) -> dict[str, Any]:
-    """Return what a head said of the test images, image by image, as texts that a card can hold."""
+    """Return what a head said of the test samples, sample by sample, as texts that a card can hold."""
     return {name: None if (values := getattr(tested, name)) is None else pack_array(values) for name in _TOLD}
 
 
@@ -400,7 +400,7 @@ def _skops() -> Any:
     return skops.io
 
 
-UNFAMILIAR = 0.05  # of one's own images so many count as unfamiliar: as everywhere where something is called significant
+UNFAMILIAR = 0.05  # of one's own samples so many count as unfamiliar: as everywhere where something is called significant
 Verdict = Literal["sure", "unsure", "none", "unfamiliar"]
 
 
@@ -410,8 +410,8 @@ class RejectPlan:
 
     Attributes:
         coverage: how often sets of classes shall hold the true one.
-        sets: ``lac``, the smallest sets on average, or ``aps``, whose sizes follow how hard an image is.
-        group: which of the groups that the head was calibrated on the images are of; by default of a new one.
+        sets: ``lac``, the smallest sets on average, or ``aps``, whose sizes follow how hard a sample is.
+        group: which of the groups that the head was calibrated on the samples are of; by default of a new one.
     """
 
     coverage: float = COVERAGE
@@ -427,22 +427,22 @@ class RejectPlan:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What is said of some images: which classes are in whose set (n, classes), and how familiar each is (n,), if known."""
+    """What is said of some samples: which classes are in whose set (n, classes), and how familiar each is (n,), if known."""
 
     sets: NDArray[np.bool_]
     familiar: NDArray[np.float64] | None
 
-    def verdict(self, image: int) -> Verdict:
-        """Return whether an image has one answer: unfamiliar ones have none, whatever the head says of them."""
-        if self.familiar is not None and self.familiar[image] <= UNFAMILIAR:
+    def verdict(self, number: int) -> Verdict:
+        """Return whether a sample has one answer: unfamiliar ones have none, whatever the head says of them."""
+        if self.familiar is not None and self.familiar[number] <= UNFAMILIAR:
             return "unfamiliar"
-        count = int(self.sets[image].sum())
+        count = int(self.sets[number].sum())
         return "none" if count == 0 else "sure" if count == 1 else "unsure"
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A head's threshold for one plan, and the neighbours that tell how familiar an image is, where there are any."""
+    """A head's threshold for one plan, and the neighbours that tell how familiar a sample is, where there are any."""
 
     plan: RejectPlan
     threshold: float
@@ -480,12 +480,12 @@ class Rejection:
         return cls(plan, threshold, _read_neighbours(bundle.path, facts.get("neighbours")))
 
     def judge(self, probabilities: NDArray[np.float64], X: NDArray[np.float32] | None, contents: Sequence[str]) -> Judgement:
-        """Return what is said of images.
+        """Return what is said of samples.
 
         Args:
             probabilities: of classes (n, classes), scaled as the head's are.
             X: embeddings (n, d), where the head has some.
-            contents: the images' SHA-256, of which ``aps`` draws.
+            contents: the samples' SHA-256, of which ``aps`` draws.
         """
         sets = all_scores(probabilities, self.plan.sets, draws_of(contents)) <= self.threshold
         return Judgement(sets, None if self.neighbours is None or X is None else self.neighbours.shares(X))

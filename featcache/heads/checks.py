@@ -20,12 +20,12 @@ _BINS = 10  # quantiles of a measure: a linear head on them follows any curve
 _GRID: Sequence[Params] = ({"C": 0.01}, {"C": 1.0}, {"C": 100.0})
 _CALMER = (1.0, 0.125)  # of the C that was chosen: less of it is less sure
 _NEAR = 0.5  # of the way from the commonest class to the probe, from which a measure is called a shortcut
-_FEWEST = 2  # images of both parts in a fold, of which a variance can be told
+_FEWEST = 2  # samples of both parts in a fold, of which a variance can be told
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What one measure of an image tells of its class: accuracy on test, and the gap to the commonest class.
+    """What one measure of a sample tells of its class: accuracy on test, and the gap to the commonest class.
 
     ``is_near``: it is better than that, and at least half as much better as the probe is.
     """
@@ -38,7 +38,7 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class Shift:
-    """How well a head on embeddings tells test from training images: the area under the ROC curve, 0.5 if not at all."""
+    """How well a head on embeddings tells test from training samples: the area under the ROC curve, 0.5 if not at all."""
 
     auc: float
     auc_ci: Interval
@@ -47,7 +47,7 @@ class Shift:
 def out_of_fold(X: NDArray[Any], y: Index, units: Units, params: Params, seed: int) -> tuple[Index, NDArray[np.float64]]:
     """Return positions (k,), and what a head that has not seen them, nor copies of them, answers of each (k, classes).
 
-    Images of classes that have fewer units than there are folds are left out: a fold would not train on them.
+    Samples of classes that have fewer units than there are folds are left out: a fold would not train on them.
 
     Args:
         X: embeddings (n, d).
@@ -78,20 +78,20 @@ def _folds(positions: Index, drawing: Drawing) -> Iterator[Fold]:
 def shortcuts(
     measures: Mapping[str, NDArray[Any]], y: Index, split: Split, probe: NDArray[np.bool_], seed: int
 ) -> list[Shortcut]:
-    """Return what measures of images tell of their class, each alone, the most telling first.
+    """Return what measures of samples tell of their class, each alone, the most telling first.
 
     Args:
         measures: by their names, columns (n, m).
         y: classes (n,).
-        split: which images train, choose and test.
-        probe: whether the probe has each test image right (t,).
+        split: which samples train, choose and test.
+        probe: whether the probe has each test sample right (t,).
         seed: of the heads' own randomness.
     """
     commonest = y[split.test] == np.bincount(y[split.train_val]).argmax()
     results = []
     for name, columns in measures.items():
         X = binned(columns, split.train_val)
-        if not X.shape[1]:  # all images are alike in it
+        if not X.shape[1]:  # all samples are alike in it
             continue
         search = search_head(_HEAD, X, y, split.folds, seed, _GRID)
         estimator = train(_HEAD, search.params, X[split.train_val], y[split.train_val], seed)
@@ -104,7 +104,7 @@ def shortcuts(
 
 
 def binned(columns: NDArray[Any], train: Index) -> NDArray[np.float32]:
-    """Return which tenth of the training images' values each value (n, m) is in, one column a tenth (n, k)."""
+    """Return which tenth of the training samples' values each value (n, m) is in, one column a tenth (n, k)."""
     parts = []
     for values in columns.T:
         edges = np.unique(np.quantile(values[train], np.linspace(0, 1, _BINS + 1)[1:-1]))
@@ -116,13 +116,13 @@ def binned(columns: NDArray[Any], train: Index) -> NDArray[np.float32]:
 
 
 def shift(X: NDArray[Any], units: Units, split: Split, params: Params, seed: int) -> Shift | None:
-    """Return how well test images can be told from the others, by heads that have not seen them; ``None`` of too few.
+    """Return how well test samples can be told from the others, by heads that have not seen them; ``None`` of too few.
 
     Args:
         X: embeddings (n, d).
         units: what is in one fold together.
-        split: whose test images are told from the others.
-        params: of the head, chosen for another question: none is chosen on the images that it is judged by.
+        split: whose test samples are told from the others.
+        params: of the head, chosen for another question: none is chosen on the samples that it is judged by.
         seed: of the folds.
     """
     is_test = np.zeros(len(X), np.int64)

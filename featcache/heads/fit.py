@@ -13,6 +13,7 @@ from featcache.errors import FeatcacheError, UsageError
 from featcache.evaluation.metrics import AnyScores, TestResult, best_temperature, evaluate
 from featcache.evaluation.splits import SMALL, Fold, Split, crossed_folds, few_shot, part_of
 from featcache.evaluation.tasks import Task
+from featcache.fingerprint import as_stored
 from featcache.heads import ENSEMBLE, MEMBERS, require_head
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ _MOST_MEMBERS = 3
 
 @dataclass(frozen=True)
 class Unseen:
-    """What heads answered (k, classes) of images that they were not trained on, at these positions (k,)."""
+    """What heads answered (k, classes) of samples that they were not trained on, at these positions (k,)."""
 
-    images: NDArray[np.int64]
+    samples: NDArray[np.int64]
     answers: NDArray[Any]
 
 
@@ -69,7 +70,7 @@ def fit(
 
     Args:
         task: embeddings X (n, d) float, of several views (n, views, d), and what is to be told.
-        split: which images train, choose and test.
+        split: which samples train, choose and test.
         name: a head that tells this kind of thing.
         seed: of the head's own randomness.
         grid: parameters to choose from instead of the head's own.
@@ -149,7 +150,7 @@ def _out_of_fold(name: str, search: "SearchResult", embeddings: "Embeddings", sp
     """Return out-of-fold answers of all that trains, where a drawn val split alone would say too little.
 
     The head that answers is refitted on train and val: heads of four fifths of both are nearer to it than one of train, and
-    a threshold by five times the images strays less. A given val split is the user's word on what is to come.
+    a threshold by five times the samples strays less. A given val split is the user's word on what is to come.
     """
     from featcache.heads.search import search_head
 
@@ -163,7 +164,7 @@ def _out_of_fold(name: str, search: "SearchResult", embeddings: "Embeddings", sp
         return None
     try:
         again = search_head(name, embeddings.X, embeddings.y, rows, seed, [search.params], embeddings.views)
-    except FeatcacheError:  # a fold without its optimum, or with too few images for this head: the val split has to do
+    except FeatcacheError:  # a fold without its optimum, or with too few samples for this head: the val split has to do
         return None
     return Unseen(np.concatenate([fold.val for fold in folds]), again.answers)
 
@@ -178,9 +179,9 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """Test scores of one head on several draws of so many training images: accuracies, mean average precisions or R2."""
+    """Test scores of one head on several draws of so many training samples: accuracies, mean average precisions or R2."""
 
-    images: int
+    samples: int
     accuracies: tuple[float, ...]
     shots: int | None = None
     share: float | None = None
@@ -198,12 +199,12 @@ class Point:
     @property
     def summary(self) -> dict[str, Any]:
         """The point as plain data."""
-        return asdict(self) | {"mean": self.mean, "std": self.std}
+        return as_stored(asdict(self)) | {"mean": self.mean, "std": self.std}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points by number of images; the error falls as images to the power of ``slope``, ``None`` where it cannot be told."""
+    """Points by samples; the error falls as samples to the power of ``slope``, ``None`` where it cannot be told."""
 
     head: str
     points: tuple[Point, ...]
@@ -218,12 +219,12 @@ class Curve:
 def shot_curve(
     embeddings: "Embeddings", split: Split, head: str, shots: Sequence[int], seed: int = 0, repeats: int = REPEATS
 ) -> Curve:
-    """Train on so many images a class, drawn from train and validation; parameters by cross-validation among them.
+    """Train on so many samples a class, drawn from train and validation; parameters by cross-validation among them.
 
-    With one image a class there is nothing to validate on: the most regular of the head's parameters is taken.
+    With one sample a class there is nothing to validate on: the most regular of the head's parameters is taken.
 
     Raises:
-        DataError: a class has fewer images.
+        DataError: a class has fewer samples.
     """
     features, points = embeddings.task.features, []
     with progress(len(shots) * repeats, "few-shot", unit="fit") as bar:
@@ -245,7 +246,7 @@ def learning_curve(
     seed: int = 0,
     repeats: int = REPEATS,
 ) -> Curve:
-    """Train on stratified shares of the training images, larger ones holding the smaller; choose on all of validation."""
+    """Train on stratified shares of the training samples, larger ones holding the smaller; choose on all of validation."""
     task, points = embeddings.task, []
     with progress(len(shares) * repeats, "learning curve", unit="fit") as bar:
         for share in shares:
@@ -271,9 +272,9 @@ def _score(embeddings: "Embeddings", split: Split, head: str, seed: int, *, refi
 
 
 def _slope(points: Sequence[Point]) -> float | None:
-    """Return the exponent b of error = a * images^b, by least squares on logarithms (Hestness et al. 2017, section 3)."""
-    errors = [(point.images, 1 - point.mean) for point in points if point.mean < 1]
-    if len({images for images, _ in errors}) < 2:
+    """Return the exponent b of error = a * samples^b, by least squares on logarithms (Hestness et al. 2017, section 3)."""
+    errors = [(point.samples, 1 - point.mean) for point in points if point.mean < 1]
+    if len({count for count, _ in errors}) < 2:
         return None
-    images, error = np.log(np.array(errors, dtype=np.float64)).T
-    return float(np.polyfit(images, error, 1)[0])
+    counts, error = np.log(np.array(errors, dtype=np.float64)).T
+    return float(np.polyfit(counts, error, 1)[0])

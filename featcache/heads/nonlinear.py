@@ -175,8 +175,8 @@ def _shrunk_solutions(
 ) -> list[NDArray[np.float64]]:
     """Solve ((1 - s) S + s t) W = means' for every s; S is the covariance (d, d) within classes, t its mean variance.
 
-    Each s takes one Cholesky factorisation, of as many rows as there are features or images, whichever are fewer: with
-    fewer images it is that of ZZ' instead of S = Z'Z (Woodbury's identity).
+    Each s takes one Cholesky factorisation, of as many rows as there are features or samples, whichever are fewer: with
+    fewer samples it is that of ZZ' instead of S = Z'Z (Woodbury's identity).
     """
     few = len(X) < X.shape[1]
 

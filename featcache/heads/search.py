@@ -31,7 +31,7 @@ Numbers = NDArray[np.float64]
 
 
 def _sweep_labels(grid: Sequence[Params], X: X_, Y: Labels, folds: Sequence[Fold], _: int) -> Iterator[Candidate]:
-    """One C for all labels: one each would be chosen on the few images that have a rare one."""
+    """One C for all labels: one each would be chosen on the few samples that have a rare one."""
     masks = [mask_of(fold.train, len(X)) for fold in folds]
     solved = solvers.solve(X, Y, [params["C"] for params in grid], masks, loss="sigmoid")
     for number, params in enumerate(grid):
@@ -145,11 +145,11 @@ def search_head(
         folds: which rows train and which choose.
         seed: of the head's own randomness.
         grid: parameters to try instead of the family's own.
-        views: how many rows in succession are views of one image: each trains, their answers are averaged.
+        views: how many rows in succession are views of one sample: each trains, their answers are averaged.
 
     Raises:
-        DataError: no candidate reached its optimum, or there are too few images for this head.
-        UsageError: more neighbours are asked for than there are images.
+        DataError: no candidate reached its optimum, or there are too few samples for this head.
+        UsageError: more neighbours are asked for than there are samples.
     """
     family = FAMILIES[kind_of(y)][name]
     everything = list(grid) if grid is not None else family.grid(min(len(fold.train) for fold in folds))
@@ -234,15 +234,15 @@ class _Tried:
 def _require_rows(name: str, y: Y_, folds: Sequence[Fold], grid: Sequence[Params]) -> None:
     least = min(len(fold.train) for fold in folds)
     if too_many := [params["k"] for params in grid if params.get("k", 0) > least]:
-        raise UsageError(f"`grid` k={too_many[0]}: {least} images train, so that there are no more neighbours than that.")
+        raise UsageError(f"`grid` k={too_many[0]}: {least} samples train, so that there are no more neighbours than that.")
     if name == "lda" and any(len(fold.train) <= len(np.unique(y[fold.train])) for fold in folds):
         raise DataError(
-            f"`heads` lda: {least} images of {len(np.unique(y))} classes train: more images than classes are needed."
+            f"`heads` lda: {least} samples of {len(np.unique(y))} classes train: more samples than classes are needed."
         )
 
 
 def over_views(answers: NDArray[Any], views: int) -> NDArray[Any]:
-    """Average the probabilities (n * views, classes), or numbers, of an image's views; classes alone are put to the vote."""
+    """Average the probabilities (n * views, classes), or numbers, of a sample's views; classes alone are put to the vote."""
     if views == 1:
         return answers
     if answers.dtype.kind == "f":
@@ -278,7 +278,7 @@ def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> Pipeline:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The rows (n * views, d) that a task's images have, an image's views one after the other."""
+    """The rows (n * views, d) that a task's samples have, a sample's views one after the other."""
 
     task: Task
     X: Many
@@ -303,9 +303,9 @@ class Embeddings:
         """What is to be told of each row."""
         return np.repeat(self.task.y, self.views, axis=0)
 
-    def rows(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of some images."""
-        return (images[:, None] * self.views + np.arange(self.views)).reshape(-1)
+    def rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of some samples."""
+        return (samples[:, None] * self.views + np.arange(self.views)).reshape(-1)
 
     def search(self, name: str, split: Split, seed: int, grid: Sequence[Params] | None = None) -> SearchResult:
         """Return what ``search_head`` finds on a split's folds."""
@@ -317,9 +317,9 @@ class Embeddings:
         search = self.search(name, split, seed, grid)
         return search, self.train(name, search.params, split.train_val, seed)
 
-    def train(self, name: str, params: Params, images: NDArray[np.int64], seed: int) -> Pipeline:
-        """Return a head that was fitted on some images."""
-        rows = self.rows(images)
+    def train(self, name: str, params: Params, samples: NDArray[np.int64], seed: int) -> Pipeline:
+        """Return a head that was fitted on some samples."""
+        rows = self.rows(samples)
         X = self.X.only(rows) if isinstance(self.X, LazyRows) else self.X[rows]  # streamed ones are not in memory
         return train(name, params, X, self.y[rows], seed)
 
@@ -327,7 +327,7 @@ class Embeddings:
         """Return how a finished head does on the test split."""
         kind, classes = self.task.kind, len(self.task.names)
         return evaluate_on_test(
-            lambda images: over_views(predict_with(estimator, self.X[self.rows(images)], kind, classes), self.views),
+            lambda samples: over_views(predict_with(estimator, self.X[self.rows(samples)], kind, classes), self.views),
             self.task.y,
             split,
             temperature,

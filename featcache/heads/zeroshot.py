@@ -22,6 +22,7 @@ from featcache.errors import DataError
 from featcache.evaluation.metrics import evaluate
 from featcache.evaluation.splits import Fold, Split
 from featcache.evaluation.tasks import Task
+from featcache.fingerprint import as_named, as_stored
 from featcache.heads.base import X_, Y_, Candidate, Params
 from featcache.heads.fit import FittedHead, tested_head
 from featcache.heads.linear import linear_estimator, linear_weights
@@ -37,7 +38,7 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class ClassRows:
-    """Each class as a unit row (k, d), and how cosines with images become logits."""
+    """Each class as a unit row (k, d), and how cosines with samples become logits."""
 
     rows: NDArray[Any]
     scale: float
@@ -56,7 +57,7 @@ class ClassRows:
 
 
 class TipAdapter(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """Zero-shot logits, and beside them a vote of the training images by exp(-beta (1 - cosine)), ``alpha`` times.
+    """Zero-shot logits, and beside them a vote of the training samples by exp(-beta (1 - cosine)), ``alpha`` times.
 
     Args:
         alpha: the weight of the vote.
@@ -67,10 +68,18 @@ class TipAdapter(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.alpha = alpha
         self.beta = beta
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a file holds."""
+        return as_stored(super().__getstate__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a file held."""
+        super().__setstate__(as_named(state))
+
     def remember(self, classes: ClassRows, X: X_, y: Y_) -> "TipAdapter":
-        """Keep the training images (n, d) as they are; nothing is trained."""
+        """Keep the training samples (n, d) as they are; nothing is trained."""
         self.weights_, self.bias_ = (classes.scale * classes.rows).astype(np.float32), classes.bias
-        self.images_, self.votes_ = normalize(X).astype(np.float32), np.eye(len(classes.rows), dtype=np.float32)[y]
+        self.samples_, self.votes_ = normalize(X).astype(np.float32), np.eye(len(classes.rows), dtype=np.float32)[y]
         self.classes_, self.n_features_in_ = np.arange(len(classes.rows)), X.shape[1]
         return self
 
@@ -79,7 +88,7 @@ class TipAdapter(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         unit = normalize(X).astype(np.float32)
         parts = []
         for block in gen_batches(len(unit), _ROWS_AT_ONCE):
-            near = np.exp(-self.beta * (1 - unit[block] @ self.images_.T))
+            near = np.exp(-self.beta * (1 - unit[block] @ self.samples_.T))
             parts.append(unit[block] @ self.weights_.T + self.bias_ + self.alpha * (near @ self.votes_))
         shares: NDArray[np.float64] = softmax(np.concatenate(parts).astype(np.float64), axis=1)
         return shares
@@ -95,11 +104,11 @@ def fit_zeroshot(name: str, task: Task, split: Split, classes: ClassRows, seed: 
 
     Args:
         name: ``zeroshot``, ``zeroshot-probe`` or ``tip``.
-        task: embeddings of the image tower, and the classes.
-        split: which images train, choose and test.
+        task: embeddings of the sample tower, and the classes.
+        split: which samples train, choose and test.
         classes: rows of the text tower, in the order of the task's classes.
         seed: of the probe.
-        views: how many rows an image has.
+        views: how many rows a sample has.
 
     Raises:
         DataError: no candidate reached its optimum.

@@ -71,7 +71,7 @@ def _score_text(group: Group) -> str:
 def _basis(group: Group) -> str:
     """Return a method's score with what it is uncertain by, and its cost."""
     name = f"{group[0].short_method} ({'frozen features' if group[0].kind == 'fit' else 'fine-tuned'})"
-    return f"{name}: {_score_text(group)} of {len(group[0].right)} test images right, after {seconds_text(_cost(group))}."
+    return f"{name}: {_score_text(group)} of {len(group[0].right)} test samples right, after {seconds_text(_cost(group))}."
 
 
 def _cost(group: Group) -> float:
@@ -100,18 +100,18 @@ def _verdict(best: Group, probe: Group) -> tuple[str, str]:
     gaps = [gap for record in best if (gap := _between(record, probe)) is not None]
     name, price = best[0].short_method, f"{seconds_text(_cost(best))} instead of {seconds_text(_cost(probe))}"
     if not gaps:
-        return "noise", f"{name} and {probe[0].method} were not tested on the same images: they cannot be compared."
+        return "noise", f"{name} and {probe[0].method} were not tested on the same samples: they cannot be compared."
     sides = {(gap.ci[0] > 0) - (gap.ci[1] < 0) if gap.ci else 0 for gap in gaps}
     change = f"{_change(gaps)} to {probe[0].method}, for {price}"
     if sides == {1}:
         return "pays", f"Fine-tuning pays: {name} brings {change}."
     if sides == {-1}:
         return "costs", f"Fine-tuning is worse here: {name} comes to {change}."
-    return "noise", f"Fine-tuning is not shown to pay: {name} comes to {change}, inside the noise of so few test images."
+    return "noise", f"Fine-tuning is not shown to pay: {name} comes to {change}, inside the noise of so few test samples."
 
 
 def _between(record: RunRecord, probe: Group) -> Gap | None:
-    """Return how much better a record is than the probe of its seed, ``None`` where they were tested on other images."""
+    """Return how much better a record is than the probe of its seed, ``None`` where they were tested on other samples."""
     rivals = [rival for rival in probe if (rival.seed, rival.test_items) == (record.seed, record.test_items)]
     return between_records(record, rivals[0]) if rivals else None
 
@@ -135,11 +135,11 @@ def steps_sentence(record: RunRecord) -> str:
         return f"Taken apart ({tried}), the best on validation, {record.params.get('best')}, comes to {total}: no gain."
     added, told, parts = 0, 0.0, []
     for name in dict.fromkeys(step.changes for step in steps if step.is_kept and step.changes):
-        added += sum(step.images for step in steps if step.is_kept and step.changes == name)
+        added += sum(step.samples for step in steps if step.is_kept and step.changes == name)
         upto = round(100 * added / count, 1)  # shares add up to the whole as it is rounded
         parts.append(f"{upto - told:+.1f} from {name}")
         told = upto
-    noise = " That is inside the noise of so few test images." if gap["ci"] and gap["ci"][0] <= 0 <= gap["ci"][1] else ""
+    noise = " That is inside the noise of so few test samples." if gap["ci"] and gap["ci"][0] <= 0 <= gap["ci"][1] else ""
     return f"Taken apart, {total}: {', '.join(parts)}.{noise}"
 
 

@@ -22,16 +22,16 @@ ABOUT = {
     "label": "label is doubted",
     "long": "very long or high",
     "tiny": "much smaller than the others",
-    "outlier": "like no other image",
+    "outlier": "like no other sample",
 }
 
 
 def audit_table(result: "AuditResult") -> Table:
     """Return how many suspects of each kind each part has."""
     rows = [(ABOUT.get(kind, kind), *map(str, parts.values())) for kind, parts in result.counts.items()]
-    sizes = ", ".join(f"{count} {name}" for name, count in result.images.items())
+    sizes = ", ".join(f"{count} {name}" for name, count in result.samples.items())
     note = "" if rows else "Nothing suspicious."
-    return Table(("suspects", "train", "val", "test"), rows, f"{result.dataset}, {result.backbone}: {sizes} images", note)
+    return Table(("suspects", "train", "val", "test"), rows, f"{result.dataset}, {result.backbone}: {sizes} samples", note)
 
 
 def audit_lines(result: "AuditResult") -> Iterator[str]:
@@ -42,7 +42,7 @@ def audit_lines(result: "AuditResult") -> Iterator[str]:
         yield ""
         # where heads err often they doubt right labels: a count of doubts alone would read as one of errors
         often = (
-            f" (the probe errs on {100 * (1 - result.leaks.leaked.accuracy):.1f} % of test images)"
+            f" (the probe errs on {100 * (1 - result.leaks.leaked.accuracy):.1f} % of test samples)"
             if kind == "label"
             else ""
         )
@@ -55,24 +55,24 @@ def audit_lines(result: "AuditResult") -> Iterator[str]:
     yield from _shortcut_lines(result)
     if result.shift is not None:
         low, high = result.shift.auc_ci
-        same = "like training images" if low <= 0.5 <= high else "unlike training images" if low > 0.5 else "hard to tell"
+        same = "like training samples" if low <= 0.5 <= high else "unlike training samples" if low > 0.5 else "hard to tell"
         told = f"{result.shift.auc:.3f} ({low:.3f} to {high:.3f}; 0.5 is chance)"
-        yield f"Test images are {same}: told apart with an AUC of {told}."
+        yield f"Test samples are {same}: told apart with an AUC of {told}."
     yield from result.missing
 
 
 def leak_lines(result: "AuditResult") -> Iterator[str]:
-    """Yield test accuracy with and without leaked and doubtful test images."""
+    """Yield test accuracy with and without leaked and doubtful test samples."""
     leaks = result.leaks
     leaked = leaks.leaked
-    yield f"The logistic probe has {100 * leaked.accuracy:.1f} % of {result.images['test']} test images right."
+    yield f"The logistic probe has {100 * leaked.accuracy:.1f} % of {result.samples['test']} test samples right."
     if leaked.removed:
         yield f"Without the {leaked.removed} that train or val hold a copy of: {_removal_text(leaked)}."
     if leaks.retrained is not None:
         gap = leaks.retrained
         spread = f"{gap.ci[0]:+.1f} to {gap.ci[1]:+.1f}" if gap.ci else "too few groups for an interval"
         yield (
-            f"Trained without those copies, on all test images: {100 * leaked.accuracy - gap.points:.1f} %; having seen "
+            f"Trained without those copies, on all test samples: {100 * leaked.accuracy - gap.points:.1f} %; having seen "
             f"them is worth {gap.points:+.1f} points ({spread}, p = {gap.p_value:.2g})."
         )
     if leaks.doubtful.removed > leaked.removed:

@@ -132,7 +132,7 @@ def reliability_chart(bins: Sequence[Bin], name: str, key: str) -> Markup:
         Mark(
             each.confidence,
             each.accuracy,
-            title=f"{each.count} images: {each.confidence:.0f} % sure, {each.accuracy:.0f} % right",
+            title=f"{each.count} samples: {each.confidence:.0f} % sure, {each.accuracy:.0f} % right",
             radius=2 + 7 * math.sqrt(each.count / total),
         )
         for each in bins
@@ -143,20 +143,24 @@ def reliability_chart(bins: Sequence[Bin], name: str, key: str) -> Markup:
 
 
 def learning_chart(points: Sequence[Learned], name: str, key: str) -> Markup:
-    """Return test accuracy by the number of training images, on a log scale."""
+    """Return test accuracy by the number of training samples, on a log scale."""
     drawn = tuple(
         Mark(
-            float(each.images),
+            float(each.samples),
             each.mean,
             each.mean - each.std,
             each.mean + each.std,
-            title=f"{each.images} images: {each.mean:.1f} % ± {each.std:.1f}",
+            title=f"{each.samples} samples: {each.mean:.1f} % ± {each.std:.1f}",
         )
         for each in points
     )
     about = f"{name}: {'; '.join(point.title for point in drawn)}"
     chart = Chart(
-        key, "Accuracy by training images", about, "training images (log scale; bars: ± 1 std of draws)", "test accuracy, %"
+        key,
+        "Accuracy by training samples",
+        about,
+        "training samples (log scale; bars: ± 1 std of draws)",
+        "test accuracy, %",
     )
     return line_chart(chart, [Series("", drawn)], percent=True, is_log=True)
 

@@ -16,15 +16,15 @@ from featcache.reports.tables import between_records, signed_interval
 
 Verdict = Literal["same", "within tolerance", "differs", "not run"]
 
-# What names the experiment and its images: another value is another experiment, whatever computed it.
+# What names the experiment and its samples: another value is another experiment, whatever computed it.
 _NAMES = ("kind", "backbone", "method", "cut", "seed", "cell", "feature_key", "split", "test_items", "artefact")
 # Records of before lack some of these, or name a default otherwise; what their request asks for is in the cell too.
 _SINCE_PROTOCOL = ("protocol", "source", "request", "test_groups", "copies")
 _OUTCOME = ("val", "test", "right", "params", "probe", "gap", "notes")
 _TIMED = frozenset({"seconds", "curve"})  # inside of an outcome: told, not compared; a curve's losses are compared apart
 _DIGITS = 1e-4  # relative: an optimum is found to a stated distance, and threads may add up a sum in another order
-_HEAD_SHARE = 0.01  # of test images that a head may answer otherwise where something rounds otherwise
-_FEWEST = 2  # images: fewer prove nothing
+_HEAD_SHARE = 0.01  # of test samples that a head may answer otherwise where something rounds otherwise
+_FEWEST = 2  # samples: fewer prove nothing
 _PRIMARY = ("accuracy", "mean_average_precision", "r2")
 _TOLD = 3  # differences in a line of a table
 _MOST_TEXT = 60
@@ -127,10 +127,10 @@ class ReplayResult(Displayed):
 def compare_again(record: RunRecord, again: RunRecord) -> Replayed:
     """Hold what a second run gave against the record.
 
-    What names the experiment, its images and counts must be equal in any case. Where libraries, runtime and processor are
+    What names the experiment, its samples and counts must be equal in any case. Where libraries, runtime and processor are
     those of the record, so must every answer and choice, and other numbers to 1e-4 of their size. Where something of these
-    is another, or was not recorded, the accuracies of validation and test must be within one standard error and two images
-    of the recorded ones, and a head (which is an optimum, no training) may answer 1 % of the test images, at least two,
+    is another, or was not recorded, the accuracies of validation and test must be within one standard error and two samples
+    of the recorded ones, and a head (which is an optimum, no training) may answer 1 % of the test samples, at least two,
     otherwise. Seconds, memory and dates are not compared.
     """
     again = as_read(again)
@@ -153,7 +153,7 @@ def _contradictions(record: RunRecord) -> Iterator[str]:
     if record.right.strip("01"):
         yield f"right: {_in_short(record.right)} is not of 0 and 1"
     elif len(right) and len(right) != record.split.get("test"):
-        yield f"right: {len(right)} answers to {record.split.get('test')} test images"
+        yield f"right: {len(right)} answers to {record.split.get('test')} test samples"
     elif len(right) and not _equal(record.test.get("accuracy"), float(right.mean())):
         yield f"test.accuracy: {_in_short(record.test.get('accuracy'))}, but {right.mean():.6g} of the answers are right"
     elif len(right) and record.protocol:  # intervals of before were other ones
@@ -222,15 +222,15 @@ def _flips(recorded: str, again: str) -> int:
 def _is_near(record: RunRecord, again: RunRecord) -> bool:
     """Tell whether another rounding may be all that lies between two records of one experiment."""
     is_head = record.kind.startswith("fit") and not record.method.startswith("attentive")
-    images = again.split["test"]
+    samples = again.split["test"]
     answered = is_head and len(record.right) == len(again.right)
-    if answered and _flips(record.right, again.right) > max(_FEWEST, _HEAD_SHARE * images):
+    if answered and _flips(record.right, again.right) > max(_FEWEST, _HEAD_SHARE * samples):
         return False
-    for part, of in (("val", again.split["val"]), ("test", images)):
+    for part, of in (("val", again.split["val"]), ("test", samples)):
         recorded, replayed = (_primary(getattr(each, part)) for each in (record, again))
         if recorded is None or replayed is None:
             return False
-        # the spread of a share among so many images: what another training, or another machine's rounding, may move it by
+        # the spread of a share among so many samples: what another training, or another machine's rounding, may move it by
         error = math.sqrt(max(replayed * (1 - replayed), 0) / max(of, 1))
         if abs(recorded - replayed) > max(_FEWEST / max(of, 1), _HEAD_SHARE if is_head else error) + _DIGITS:
             return False
@@ -279,7 +279,7 @@ class AgainstResult(Displayed):
     refused: tuple[str, ...] = ()
 
     def gap(self, record: RunRecord) -> Gap | None:
-        """Return what an own record is ahead of the published one that is best on validation, image by image."""
+        """Return what an own record is ahead of the published one that is best on validation, sample by sample."""
         rival = self.rival(record)
         return None if rival is None else between_records(record, rival)
 
@@ -298,7 +298,7 @@ class AgainstResult(Displayed):
             group += [("published", record) for record in self.published if _key(record) == key]
             for whose, record in sorted(group, key=lambda each: -(_primary(each[1].val) or 0.0)):
                 rows.append((whose, *self._cells(record, is_own=whose == "own")))
-        note = "ahead: points of the published row that is best on validation, on the same images"
+        note = "ahead: points of the published row that is best on validation, on the same samples"
         return Table(headers, rows, note="\n".join((note, *(f"not compared: {reason}" for reason in self.refused))))
 
     def _cells(self, record: RunRecord, *, is_own: bool) -> tuple[str, ...]:
@@ -330,7 +330,7 @@ class AgainstResult(Displayed):
 
 
 def compare_with_published(records: Sequence[RunRecord], published: Sequence[RunRecord]) -> AgainstResult:
-    """Put own records beside published ones of the same images, split, metric and protocol; others are refused.
+    """Put own records beside published ones of the same samples, split, metric and protocol; others are refused.
 
     Raises:
         DataError: no own record has a published one that it may stand beside.
@@ -346,7 +346,7 @@ def compare_with_published(records: Sequence[RunRecord], published: Sequence[Run
 
 
 def _key(record: RunRecord) -> tuple[str, tuple[tuple[str, int], ...], str, int]:
-    """Return what two records must share: test images and labels, sizes of the parts, the score, the protocol."""
+    """Return what two records must share: test samples and labels, sizes of the parts, the score, the protocol."""
     metric = next((name for name in _PRIMARY if name in record.test), "")
     return record.test_items, tuple(sorted(record.split.items())), metric, record.protocol
 
@@ -354,7 +354,7 @@ def _key(record: RunRecord) -> tuple[str, tuple[tuple[str, int], ...], str, int]
 def _unlike(record: RunRecord, published: Sequence[RunRecord]) -> str:
     """Return why no published record may stand beside one: how the nearest differs."""
     ours = _key(record)
-    names = ("test images", "split", "metric", "protocol")
+    names = ("test samples", "split", "metric", "protocol")
 
     def unlike(rival: RunRecord) -> list[int]:
         return [place for place, pair in enumerate(zip(ours, _key(rival), strict=True)) if pair[0] != pair[1]]

@@ -17,7 +17,7 @@ _COLOURS = {"": "0.45", "pooling": "C0", "other layers": "C1", "attention": "C2"
 
 
 def gap_table(result: "GapResult", price: float | None = None) -> Table:
-    """Return the steps with their scores, what each adds on the test images to what was kept before, and what it costs.
+    """Return the steps with their scores, what each adds on the test samples to what was kept before, and what it costs.
 
     ``price`` is of an hour.
     """
@@ -47,7 +47,7 @@ def gap_lines(result: "GapResult", price: float | None = None) -> Iterator[str]:
     """Yield the table and what follows from it."""
     yield gap_table(result, price).plain()
     yield "A step is kept where it is more accurate on validation than all kept before, or as accurate and surer: weights"
-    yield "are compared on the val part, heads with heads on all images that choose. Seconds: with all that led to a step."
+    yield "are compared on the val part, heads with heads on all samples that choose. Seconds: with all that led to a step."
     yield ""
     yield gap_sentence(result)
     if result.left:
@@ -67,7 +67,7 @@ def gap_sentence(result: "GapResult") -> str:
     if total.points <= 0:
         return f"{result.kept[-1].name}, the best on validation, is {told}: no gain."
     parts = [f"{points} {origin}" for origin, points in _added(result).items()]
-    noise = " That is inside the noise of so few test images." if total.is_noise else ""
+    noise = " That is inside the noise of so few test samples." if total.is_noise else ""
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return (
         f"Of {total.points:+.1f} points over the linear probe ({spread}, p = {total.p_value:.2g}) are {listed}; "
@@ -79,8 +79,8 @@ def _added(result: "GapResult") -> dict[str, str]:
     """Return the points of what has changed, rounded so that they add up to the whole as it is rounded."""
     added, told, shares = 0, 0.0, {}
     count = len(result.kept[0].record.right)
-    for origin, images in result.images.items():
-        added += images
+    for origin, samples in result.samples.items():
+        added += samples
         upto = round(100 * added / count, 1)
         shares[origin] = f"{upto - told:+.1f}"
         told = upto

@@ -47,7 +47,7 @@ def render(
     Args:
         records: of one or several data sets; of a cell the latest counts.
         evidence: by data set.
-        sheet: the thumbnails that ``Shown.tile`` means, ``None`` for a page without images.
+        sheet: the thumbnails that ``Shown.tile`` means, ``None`` for a page without samples.
         commands: tells how a record is made again.
     """
     assets = resources.files("featcache") / "assets"
@@ -95,8 +95,7 @@ def _tile_rules(sheet: Sheet | None) -> str:
     """Return the sheet and each tile's place as rules of the style: its policy allows no style at an element."""
     if sheet is None:
         return ""
-    data = base64.b64encode(sheet.content).decode()
-    rules = [f'.t,#hover .picture{{background-image:url("data:image/webp;base64,{data}")}}\n']
+    rules = [f".t,#hover .picture{{{sheet.style}}}\n"]
     for tile in range(sheet.count):
         x, y = sheet.place(tile)
         rules.append(f".t{tile}{{background-position:-{x}px -{y}px}}\n")
@@ -118,7 +117,7 @@ def _section(key: str, name: str, every: Sequence[RunRecord], behind: Mapping[st
         ("Accuracy by depth", charts.depths_chart(plain, f"{key}-depth"), _DEPTH),
         ("Accuracy by epoch", charts.epochs_chart(charts.tuned_records(plain), f"{key}-epochs"), _EPOCHS),
         *(
-            (f"Accuracy by training images: {name}", charts.learning_chart(points, name, f"{key}-learn{number}"), "")
+            (f"Accuracy by training samples: {name}", charts.learning_chart(points, name, f"{key}-learn{number}"), "")
             for number, (name, points) in enumerate(evidence.learned)
         ),
     ]
@@ -138,7 +137,7 @@ _COST = "Bars are 95 % intervals, of several seeds their mean; the dotted line i
 _GAP = "Each step from what was kept before it; crosses were not better on validation and are not kept."
 _DEPTH = "From the last stage to the whole backbone, each with its 95 % interval."
 _EPOCHS = "Validation chooses the epoch; where none is better than the start, the start is kept."
-_BINS = "Larger dots are of more test images. Where a head is as often right as it says they lie on the dotted line."
+_BINS = "Larger dots are of more test samples. Where a head is as often right as it says they lie on the dotted line."
 
 
 def _map(key: str, scatter: Scatter | None) -> Markup | None:
@@ -149,7 +148,7 @@ def _map(key: str, scatter: Scatter | None) -> Markup | None:
         Dot(x, y, number[shown.label], shown.caption, shown.tile, is_wrong=shown.predicted not in {"", shown.label})
         for (x, y), shown in zip(scatter.places, scatter.shown, strict=True)
     ]
-    about = f"{len(dots)} of {scatter.total} images by their embeddings, on {scatter.how}; ringed ones are test mistakes."
+    about = f"{len(dots)} of {scatter.total} samples by their embeddings, on {scatter.how}; ringed ones are test mistakes."
     return map_chart(Chart(f"{key}-map", "Map of the embeddings", about, "", ""), dots)
 
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError
-from featcache.fingerprint import canonical
+from featcache.fingerprint import as_named, as_stored, canonical
 
 SCHEMA_VERSION = 1
-# Of how splits, choices, tests and intervals are made (benchmarks/PROTOCOL.md): raised where the same images and the same
+# Of how splits, choices, tests and intervals are made (benchmarks/PROTOCOL.md): raised where the same samples and the same
 # request would come to other numbers. Records of before it was numbered have 0.
 PROTOCOL = 2
 RECORDS = Path("records") / "runs.jsonl"  # of commands, below the cache
@@ -38,14 +38,14 @@ _DECIDING = (  # libraries whose versions round otherwise
 
 @dataclass(frozen=True, repr=False)
 class RunRecord(Displayed):
-    """One trained and tested model: what was asked for, on which images, what came out, at what cost.
+    """One trained and tested model: what was asked for, on which samples, what came out, at what cost.
 
-    ``cell`` names the experiment (everything but the outcome); ``right`` tells for each test image whether the model was
+    ``cell`` names the experiment (everything but the outcome); ``right`` tells for each test sample whether the model was
     right, as a text of 0 and 1 in the order that ``test_items`` hashes; ``artefact`` is a path below the cache.
 
-    ``test_groups`` numbers the group of each test image, in that order, where groups were asked for; ``copies`` counts
-    images that splits or labels take for different although their bytes are equal (see ``draws.copies``). ``source`` is
-    what opens the data set again (a path's last part alone: records are passed on), with the number of its images and the
+    ``test_groups`` numbers the group of each test sample, in that order, where groups were asked for; ``copies`` counts
+    samples that splits or labels take for different although their bytes are equal (see ``draws.copies``). ``source`` is
+    what opens the data set again (a path's last part alone: records are passed on), with the number of its samples and the
     hash of their contents and labels; ``protocol`` is how numbers are made. Records of before have none of these.
     """
 
@@ -65,7 +65,7 @@ class RunRecord(Displayed):
     test: dict[str, Any]
     right: str
     seconds: dict[str, float]
-    images_per_second: float | None = None
+    samples_per_second: float | None = None
     probe: dict[str, Any] | None = None
     gap: dict[str, Any] | None = None
     artefact: str = ""
@@ -78,6 +78,11 @@ class RunRecord(Displayed):
     schema_version: int = SCHEMA_VERSION
     protocol: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """All of it as plain data, as files have it."""
+        return as_stored(asdict(self))
 
     @property
     def is_current(self) -> bool:
@@ -231,7 +236,7 @@ def _record_or_error(line: bytes) -> RunRecord | Exception | None:
 
 
 def _line(record: RunRecord) -> bytes:
-    text = json.dumps(json.loads(json.dumps(asdict(record))), sort_keys=True)  # keys are texts before they are sorted
+    text = json.dumps(json.loads(json.dumps(record.stored)), sort_keys=True)  # keys are texts before they are sorted
     return f'{{"checksum": "{_checksum(text)}", {text[1:]}\n'.encode()
 
 
@@ -263,6 +268,7 @@ def record_from(data: dict[str, Any]) -> RunRecord:
     Raises:
         DataError: a field is missing, unknown, or of another kind.
     """
+    data = as_named(data)
     _check_fields(data)
     return RunRecord(**(data | {"notes": tuple(data.get("notes", ()))}))
 
@@ -287,7 +293,7 @@ def head_asked(method: str) -> HeadAsked | None:
 
 def as_read(record: RunRecord) -> RunRecord:
     """Return a record as a file of records gives it back: keys that are texts, lists for tuples."""
-    return record_from(json.loads(json.dumps(asdict(record))))
+    return record_from(json.loads(json.dumps(record.stored)))
 
 
 def _check_fields(data: dict[str, Any]) -> None:

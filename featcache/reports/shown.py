@@ -1,10 +1,11 @@
-"""What a page shows: a gap's steps, read back from its record; images, confusions, a map, a data set's card."""
+"""What a page shows: a gap's steps, read back from its record; samples, confusions, a map, a data set's card."""
 
 import math
 import re
 from dataclasses import dataclass
 
 from featcache.display import Table
+from featcache.fingerprint import as_named
 from featcache.reports.records import RunRecord
 
 _ORDER = {"linear": 0, "pooling": 1, "layers": 2, "attentive": 3}
@@ -12,7 +13,7 @@ _ORDER = {"linear": 0, "pooling": 1, "layers": 2, "attentive": 3}
 
 @dataclass(frozen=True)
 class Bin:
-    """Test images whose confidence lies in one range: how many, their mean confidence and accuracy, in percent."""
+    """Test samples whose confidence lies in one range: how many, their mean confidence and accuracy, in percent."""
 
     count: int
     confidence: float
@@ -21,16 +22,16 @@ class Bin:
 
 @dataclass(frozen=True)
 class Learned:
-    """A head's test score on so many training images: mean and standard deviation over draws, in percent."""
+    """A head's test score on so many training samples: mean and standard deviation over draws, in percent."""
 
-    images: int
+    samples: int
     mean: float
     std: float
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image as a page shows it; ``tile`` is its place in the sheet of thumbnails, ``text`` what it is, if a text."""
+    """A sample as a page shows it; ``tile`` is its place in the sheet of thumbnails, ``text`` what it is, if a text."""
 
     path: str
     label: str
@@ -50,7 +51,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Cell:
-    """Test images of one class that a head takes for one class: how many, and some of them."""
+    """Test samples of one class that a head takes for one class: how many, and some of them."""
 
     label: str
     predicted: str
@@ -60,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A head on the test images: ``cells`` by true class (rows) and predicted class (columns); ``None``: no image."""
+    """A head on the test samples: ``cells`` by true class (rows) and predicted class (columns); ``None``: no sample."""
 
     cells: tuple[tuple[Cell | None, ...], ...]
     classes: tuple[str, ...]
@@ -68,7 +69,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Images on a plane (n, 2), and how they got there; ``total`` are all that there are."""
+    """Samples on a plane (n, 2), and how they got there; ``total`` are all that there are."""
 
     places: tuple[tuple[float, float], ...]
     shown: tuple[Shown, ...]
@@ -114,7 +115,7 @@ class Step:
     changes: str
     accuracy: float
     is_kept: bool
-    images: int
+    samples: int
 
 
 def steps_of(record: RunRecord) -> list[Step]:
@@ -127,10 +128,10 @@ def steps_of(record: RunRecord) -> list[Step]:
         return []
     try:
         steps = [
-            Step(str(name), str(step["changes"]), 100 * float(step["test"]), bool(step["kept"]), int(step["images"]))
-            for name, step in told.items()
+            Step(str(name), str(step["changes"]), 100 * float(step["test"]), bool(step["kept"]), int(step["samples"]))
+            for name, step in ((name, as_named(step)) for name, step in told.items())
         ]
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return []
     return sorted(steps, key=lambda step: (_ORDER.get(step.name, 4), depth_of(step.name)))
 

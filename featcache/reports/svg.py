@@ -286,7 +286,7 @@ def _bar(place: int, bar: Bar, x: Axis, y: Axis, wide: float) -> Markup:
 
 @dataclass(frozen=True)
 class Dot:
-    """An image of a map: where it lies, its colour, what is said of it, and its number in the sheet of thumbnails."""
+    """A sample of a map: where it lies, its colour, what is said of it, and its number in the sheet of thumbnails."""
 
     x: float
     y: float
@@ -297,7 +297,7 @@ class Dot:
 
 
 def map_chart(chart: Chart, dots: Sequence[Dot]) -> Markup:
-    """Return images as dots; wrong ones are ringed. Those with a thumbnail carry its number, for who points at them."""
+    """Return samples as dots; wrong ones are ringed. Those with a thumbnail carry its number, for who points at them."""
     x = _axis([dot.x for dot in dots], 8, WIDTH - 8)
     y = _axis([dot.y for dot in dots], HEIGHT - 8, 8)
     drawn = [

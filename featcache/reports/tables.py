@@ -33,7 +33,7 @@ COLUMNS = (
     "gap p",
     "extract s",
     "fit or train s",
-    "images/s",
+    "samples/s",
 )
 NAMES = 3  # columns of names, which a stranger may have given; in the others are numbers
 
@@ -131,7 +131,7 @@ def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
     else:
         spread = f"± {statistics.stdev(accuracies):.2f} ({len(accuracies)} seeds)"
     points, gap_spread, p_value = _gap_cells(group, records)
-    speeds = [record.images_per_second for record in group.records if record.images_per_second]
+    speeds = [record.samples_per_second for record in group.records if record.samples_per_second]
     return [
         first.dataset,
         first.backbone,
@@ -189,7 +189,7 @@ def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
 
 
 def between_records(record: RunRecord, rival: RunRecord) -> Gap | None:
-    """Return how much better one is than another, image by image; ``None`` where they were tested on other images."""
+    """Return how much better one is than another, sample by sample; ``None`` where they were tested on other samples."""
     right, groups = decode_correct(record.right), record.test_groups
     if len(right) != len(rival.right) or not len(right):
         return None
@@ -203,7 +203,7 @@ def signed_interval(interval: Sequence[float] | None, otherwise: str) -> str:
 
 
 def _best_probe(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
-    """Return the head that did best on validation among those tested on the same images under the same seed."""
+    """Return the head that did best on validation among those tested on the same samples under the same seed."""
     rivals = [
         rival
         for rival in records
@@ -235,7 +235,7 @@ def draw_records(records: Sequence[RunRecord], path: Path) -> Path:
     """Draw fine-tuning records: loss and accuracy over the epochs, and test accuracy against seconds beside the probe.
 
     Args:
-        records: of fine-tuning runs on the same images.
+        records: of fine-tuning runs on the same samples.
         path: of the picture; its suffix says which format.
 
     Raises:

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -109,7 +108,7 @@ class Tracker:
         run.scalars({f"rate {rate:g}/{key}": value for key, value in facts.items() if key != "number"}, facts["number"])
 
     def _record(self, record: RunRecord) -> None:
-        plain = json.loads(json.dumps(asdict(record)))
+        plain = json.loads(json.dumps(record.stored))
         run = self._opened(run_name(record), record.cell, {key: plain[key] for key in plain if key not in _NOT_ASKED})
         for number, epoch in enumerate(record.params.get("curve", ())):
             values = {f"kept/{key}": value for key, value in zip(_CURVE, epoch, strict=False) if value is not None}

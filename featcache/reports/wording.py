@@ -9,6 +9,7 @@ import numpy as np
 
 from featcache.display import Table
 from featcache.evaluation.metrics import per_class
+from featcache.fingerprint import as_named
 from featcache.reports.records import RunRecord
 from featcache.reports.tables import NO_GAIN, signed_interval
 
@@ -22,7 +23,7 @@ _WIDEST_MATRIX = 20  # classes whose confusion matrix still fits a terminal of 1
 _CONFUSIONS = 10
 NO_BACKBONE = "needs no backbone"
 START_STAYS = "nothing was more accurate there than the start by more than the noise, or as accurate and surer: it stays"
-TOO_FEW = "too few to tell"  # images or groups, for an interval
+TOO_FEW = "too few to tell"  # samples or groups, for an interval
 _SCORES = {  # of each kind of record: the score that chooses, what a table calls it, its factor and digits
     "fit": ("accuracy", "%", 100, 1),
     "fit-labels": ("mean_average_precision", "mAP %", 100, 1),
@@ -32,15 +33,15 @@ _SCORES = {  # of each kind of record: the score that chooses, what a table call
 
 def extract_lines(result: "Extracted") -> Iterator[str]:
     """Yield what an extraction has done, and where its rows are."""
-    summary = result.summary
-    speed = f", {summary['images_per_second']} images/s" if summary["images_per_second"] else ""
+    summary = as_named(result.summary)
+    speed = f", {summary['samples_per_second']} samples/s" if summary["samples_per_second"] else ""
     runtime = f" with {summary['runtime']}" if summary["runtime"] else ""
     yield (
         f"{summary['rows']} rows ({summary['computed']} computed in {summary['seconds']:.1f} s{speed}{runtime}, "
-        f"{summary['reused']} reused, {len(summary['quarantined'])} images left out)"
+        f"{summary['reused']} reused, {len(summary['quarantined'])} samples left out)"
     )
     if summary["left"]:
-        yield f"{summary['left']} images are left to the other parts; the last one to end completes the entry"
+        yield f"{summary['left']} samples are left to the other parts; the last one to end completes the entry"
     table = result.store.path / "features.h5"
     yield str(table if table.exists() else result.store.path)
 
@@ -58,7 +59,7 @@ def fit_table(result: "FitResult") -> Table:
 
 def _rank(val: dict[str, Any], score: str) -> tuple[float, float]:
     """Return what the smaller of is better: by the score, then by log-loss, where a head gives probabilities."""
-    loss = val.get("log_loss")  # accuracy ties often on some hundred images
+    loss = val.get("log_loss")  # accuracy ties often on some hundred samples
     return -val[score], float("inf") if loss is None else loss
 
 
@@ -110,7 +111,7 @@ def fit_lines(result: "FitResult") -> Iterator[str]:
     among = f" is the best of {len(heads)} heads on validation" if len(heads) > 1 else ""
     yield f"{best.record.method}{among}: test {test_text(best.record)}."
     beside = " (the others' files are beside it)" if len(heads) > 1 else ""
-    yield f"It is kept in {best.bundle}{beside}; `featcache predict` labels images with it."
+    yield f"It is kept in {best.bundle}{beside}; `featcache predict` labels samples with it."
     for curve in result.curves:
         yield from _curve_lines(curve)
 
@@ -121,7 +122,7 @@ def test_text(record: RunRecord) -> str:
         return percent(record.test)
     score, unit, factor, digits = _SCORES[record.kind]
     interval = record.test[f"{score}_ci"]
-    told = f"95 % interval {interval_text(interval, factor, digits)}" if interval else "too few images for an interval"
+    told = f"95 % interval {interval_text(interval, factor, digits)}" if interval else "too few samples for an interval"
     error = f", mean absolute error {record.test['mae']:.4g}" if "mae" in record.test else ""
     return f"{unit.removesuffix(' %')} {factor * record.test[score]:.{digits}f} ({told}){error}"
 
@@ -134,14 +135,14 @@ def percent(test: dict[str, Any]) -> str:
 
 
 def _curve_lines(curve: "Curve") -> Iterator[str]:
-    slope = "" if curve.slope is None else f"; the error falls as images to the power of {curve.slope:.2f}"
+    slope = "" if curve.slope is None else f"; the error falls as samples to the power of {curve.slope:.2f}"
     rows = []
     for point in curve.points:
         drawn = f"{point.shots} a class" if point.shots else f"{100 * (point.share or 0):g} %"
-        rows.append((str(point.images), drawn, f"{100 * point.mean:.1f}", f"{100 * point.std:.1f}"))
+        rows.append((str(point.samples), drawn, f"{100 * point.mean:.1f}", f"{100 * point.std:.1f}"))
     yield ""
-    headers = ("training images", "that is", "test %", "std over draws")
-    yield Table(headers, rows, f"{curve.head} by training images{slope}").plain()
+    headers = ("training samples", "that is", "test %", "std over draws")
+    yield Table(headers, rows, f"{curve.head} by training samples{slope}").plain()
 
 
 def per_class_lines(head: "HeadResult") -> Iterator[str]:
@@ -150,7 +151,7 @@ def per_class_lines(head: "HeadResult") -> Iterator[str]:
         (row["class"], str(row["support"]), *(f"{100 * row[name]:.1f}" for name in ("precision", "recall", "f1")))
         for row in per_class(head.confusion, head.classes)
     ]
-    headers = ("class", "test images", "precision %", "recall %", "F1 %")
+    headers = ("class", "test samples", "precision %", "recall %", "F1 %")
     yield ""
     yield Table(headers, rows, f"{head.record.method}, class by class on test").plain()
     yield ""
@@ -163,16 +164,16 @@ def confusion_table(head: "HeadResult") -> Table:
     # rows are true classes, as in scikit-learn
     if len(classes) <= _WIDEST_MATRIX:
         rows = [(name, *map(str, row)) for name, row in zip(classes, matrix.tolist(), strict=True)]
-        return Table(("true class", *classes), rows, "Confusion: how many images of each class (rows) are taken for which")
+        return Table(("true class", *classes), rows, "Confusion: how many samples of each class (rows) are taken for which")
     wrong = matrix - np.diag(np.diag(matrix))
     places = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
     pairs = [divmod(int(place), len(classes)) for place in places]
     rows = [(classes[true], classes[taken], str(wrong[true, taken])) for true, taken in pairs if wrong[true, taken]]
-    return Table(("true class", "taken for", "images"), rows, "The most frequent confusions")
+    return Table(("true class", "taken for", "samples"), rows, "The most frequent confusions")
 
 
 def mistake_lines(head: "HeadResult", count: int, location: str = "") -> Iterator[str]:
-    """Yield the most confident mistakes on the test split, as paths that open where images are files below ``location``."""
+    """Yield the most confident mistakes on the test split, as paths that open where samples are files below ``location``."""
     mistakes = head.mistakes(count)
     rows = [
         (
@@ -189,7 +190,7 @@ def mistake_lines(head: "HeadResult", count: int, location: str = "") -> Iterato
     chosen = f"The {len(rows)} most confident" if is_sure else f"{len(rows)}"  # without probabilities none is before another
     unsure = "" if is_sure or not mistakes else ", which knows no probabilities"
     title = f"{chosen} of {total} mistakes of {head.record.method} on test{unsure}"
-    yield Table(("image", "true class", "taken for", "confidence %"), rows, title).plain()
+    yield Table(("sample", "true class", "taken for", "confidence %"), rows, title).plain()
 
 
 def _path_text(location: str, path: str) -> str:

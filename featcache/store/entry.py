@@ -152,7 +152,7 @@ class FeatureStore:
         seconds: float = 0.0,
         instead_of: Sequence[FileRecord] = (),
     ) -> Manifest:
-        """Make parts, quarantined images and a listing count: all of them, or none when killed.
+        """Make parts, quarantined samples and a listing count: all of them, or none when killed.
 
         Parts come beside those that are there, but for those they are ``instead_of``; ``seconds`` are added to the entry's.
         """
@@ -185,14 +185,14 @@ class FeatureStore:
                 return merged
 
     def digests(self) -> set[bytes]:
-        """Return the SHA-256 of every image that has a row."""
+        """Return the SHA-256 of every sample that has a row."""
         return {digest.tobytes() for files in self.row_files() for digest in files.sha256}
 
     def locate(self, sha256: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Return where images' rows are, by the SHA-256 of their bytes (n, 32): number of the part, row in it (n, 2).
+        """Return where samples' rows are, by the SHA-256 of their bytes (n, 32): number of the part, row in it (n, 2).
 
         Raises:
-            StorageError: an image has no row.
+            StorageError: a sample has no row.
         """
         digests = [files.sha256 for files in self.row_files()]
         sizes = np.array([len(column) for column in digests], dtype=np.int64)
@@ -203,14 +203,14 @@ class FeatureStore:
         places = np.empty(len(asked), np.int64)
         places[ascending] = np.searchsorted(stored, asked[ascending])
         if len(asked) and (not len(stored) or (stored[np.minimum(places, len(stored) - 1)] != asked).any()):
-            raise StorageError(f"{self.path}: an image of its listing has no row. Run the same `featcache extract` again.")
+            raise StorageError(f"{self.path}: a sample of its listing has no row. Run the same `featcache extract` again.")
         rows = order[places] if len(asked) else np.empty(0, np.int64)
         ends = np.cumsum(sizes)
         parts = np.searchsorted(ends, rows, side="right")
         return np.stack([parts, rows - (ends - sizes)[parts] if len(rows) else rows], axis=1)
 
     def rows_of(self, sha256: NDArray[np.uint8]) -> Array:
-        """Return the rows of images by the SHA-256 of their bytes (n, 32), listed or not."""
+        """Return the rows of samples by the SHA-256 of their bytes (n, 32), listed or not."""
         reader = self._reader_of(sha256)
         return reader.take(np.arange(len(reader)))
 
@@ -224,7 +224,7 @@ class FeatureStore:
             yield self.listing().files, False
 
     def listing(self) -> Listing:
-        """Return the images as last seen.
+        """Return the samples as last seen.
 
         Raises:
             StorageError: no extraction has come to its end yet.
@@ -237,7 +237,7 @@ class FeatureStore:
         return listing
 
     def reader(self) -> RowReader:
-        """Return a reader of the listed images' rows, from files whose hashes are right."""
+        """Return a reader of the listed samples' rows, from files whose hashes are right."""
         listing, path = self.listing(), self.path / TABLE
         # The table holds the rows in the listing's order: one map and no search. It may be replaced at any moment.
         if current := self._current_table():
@@ -261,7 +261,7 @@ class FeatureStore:
         return mapped
 
     def part_of(self, record: FileRecord) -> tuple[FileIndex, FileIndex | None, Array]:
-        """Return which images a part has rows of, which copies of them it knows, and the rows, not in memory."""
+        """Return which samples a part has rows of, which copies of them it knows, and the rows, not in memory."""
         path = self._checked(record)
         return hdf5.read_file_index(path), hdf5.read_copies(path), self._map(path, record.rows)
 
@@ -270,7 +270,7 @@ class FeatureStore:
         return f"Delete the entry {self.path} and extract again."
 
     def features(self) -> Features:
-        """Return the listed images' rows in memory.
+        """Return the listed samples' rows in memory.
 
         Raises:
             StorageError: the entry is not complete, or a file in it is damaged.
@@ -290,11 +290,11 @@ class FeatureStore:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape (n, ...) that the listed images' rows have together."""
+        """The shape (n, ...) that the listed samples' rows have together."""
         return self.manifest.listing.rows if self.manifest.listing else 0, *self._row_shape()
 
     def streamed(self) -> Features:
-        """Return the listed images' embeddings (n, d) as rows that are read when they are asked for."""
+        """Return the listed samples' embeddings (n, d) as rows that are read when they are asked for."""
         reader = self.reader()
         return replace(self.labelled(), X=LazyRows(reader.take, reader.shape[0], np.arange(len(reader))))
 
@@ -524,7 +524,7 @@ class FeatureStore:
         return paths
 
     def row_files(self) -> list[FileIndex]:
-        """Return which images' rows each part holds, in order."""
+        """Return which samples' rows each part holds, in order."""
         parts = self.manifest.parts
         seen = [hdf5.read_file_index(path) for path in self._paths(parts)]
         for record, rows in zip(parts, seen, strict=True):

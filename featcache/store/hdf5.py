@@ -105,7 +105,7 @@ class FileIndex:
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a data set as last seen, in its order; ``labels`` index ``classes``, ``splits`` index SPLITS."""
+    """The samples of a data set as last seen, in its order; ``labels`` index ``classes``, ``splits`` index SPLITS."""
 
     files: FileIndex
     labels: NDArray[np.int64]

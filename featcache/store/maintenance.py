@@ -59,7 +59,7 @@ class Inspection:
         return read[max(read)] if read else None
 
     def parts(self, manifest: Manifest) -> None:
-        """Look at listed parts, at the listing, whether its images have rows, and at parts that nothing lists."""
+        """Look at listed parts, at the listing, whether its samples have rows, and at parts that nothing lists."""
         rows, all_whole = set[bytes](), True
         for record in manifest.parts:
             seen = self._try(self._read_part(record), lambda path, record=record: _read_part(path, record))  # type: ignore[misc]
@@ -70,7 +70,7 @@ class Inspection:
             without = sum(digest.tobytes() not in rows for digest in seen.sha256) if all_whole and seen else 0
             if without:
                 self.problems.append(
-                    f"{self._read_part(listed)}: {without} images have no row, `featcache extract` computes it"
+                    f"{self._read_part(listed)}: {without} samples have no row, `featcache extract` computes it"
                 )
         listed_names = {record.name for record in (*manifest.parts, *([listed] if listed else []))}
         for path in sorted((self._folder / "parts").glob(f"*{manifests.PART_SUFFIX}")):
@@ -151,7 +151,7 @@ class Litter:
 
 @dataclass(frozen=True)
 class Joining:
-    """Parts to be written anew, and how many of their rows are of images that are no longer there, or are there twice."""
+    """Parts to be written anew, and how many of their rows are of samples that are no longer there, or are there twice."""
 
     parts: tuple[FileRecord, ...] = ()
     dropped: int = 0
@@ -207,7 +207,7 @@ def join(store: "FeatureStore", joining: Joining) -> None:
     Raises:
         StorageError: a part is damaged, or the disk failed.
     """
-    # An image that lies in two parts keeps the row that stays where it is, so that less is written.
+    # A sample that lies in two parts keeps the row that stays where it is, so that less is written.
     listed, taken = _wanted(store), set[bytes]()
     names = {record.name for record in joining.parts}
     for record, seen in zip(store.manifest.parts, store.row_files(), strict=True):
@@ -244,7 +244,7 @@ def _joined_parts(
 
 
 def _wanted(store: "FeatureStore") -> set[bytes] | None:
-    """Return the content of the images that have a place in the entry, ``None`` where all have."""
+    """Return the content of the samples that have a place in the entry, ``None`` where all have."""
     if store.manifest.listing is None:
         return None
     return {digest.tobytes() for digest in store.listing().files.sha256}

@@ -117,7 +117,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """An image that gave no row, and why; ``sha256`` is empty where it could not even be read."""
+    """A sample that gave no row, and why; ``sha256`` is empty where it could not even be read."""
 
     path: str
     sha256: str
@@ -137,7 +137,7 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Number of stored rows, those of removed images included."""
+        """Number of stored rows, those of removed samples included."""
         return sum(part.rows for part in self.parts)
 
 
@@ -235,10 +235,10 @@ def _file_record(data: object, suffix: str) -> FileRecord:
 
 def _quarantined(data: object) -> Quarantined:
     if not isinstance(data, dict):
-        raise ValueError("an image left out")  # noqa: TRY004 - of the file's content, not of an argument
+        raise ValueError("a sample left out")  # noqa: TRY004 - of the file's content, not of an argument
     sha256 = _string(data, "sha256")
     if sha256 and not _DIGITS.fullmatch(sha256):
-        raise ValueError("the hash of an image left out")
+        raise ValueError("the hash of a sample left out")
     return Quarantined(_string(data, "path"), sha256, _string(data, "reason"))
 
 

@@ -17,7 +17,7 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True, repr=False)
 class Features(Displayed):
-    """The rows of a source's images, in its order: X (n, ...), y (n,) int64 indexing ``classes``.
+    """The rows of a source's samples, in its order: X (n, ...), y (n,) int64 indexing ``classes``.
 
     X is an array, but for ``LazyRows`` where ``streamed`` gave them.
     """
@@ -100,7 +100,7 @@ class LazyRows:
 
 
 def beside(X: Any, columns: NDArray[np.float32]) -> Any:
-    """Return rows (n, d), of several views (n, views, d), each with an image's columns (n, k) behind it."""
+    """Return rows (n, d), of several views (n, views, d), each with a sample's columns (n, k) behind it."""
     width = X.shape[-1] + columns.shape[1]
     if isinstance(X, LazyRows):
         return LazyRows(lambda index: np.concatenate([X[index], columns[index]], axis=1), width, np.arange(len(X)))
