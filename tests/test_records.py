@@ -55,6 +55,17 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert asdict(back) == asdict(RECORD) | {"params": {"alpha": 1.0, "by size": {"10": 1, "9": 2}}}
 
 
+def test_a_records_file_calls_things_as_before(tmp_path: Path) -> None:
+    """Speed is under the name that scripts have read it by since images were all there was; both names are read."""
+    append_record(tmp_path / "runs.jsonl", replace(RECORD, samples_per_second=12.5))
+
+    stored = json.loads((tmp_path / "runs.jsonl").read_text())
+
+    assert stored["images_per_second"] == 12.5
+    assert "samples_per_second" not in stored
+    assert read_records([tmp_path / "runs.jsonl"])[0].samples_per_second == 12.5
+
+
 @pytest.mark.parametrize("kept", [1, 300, -50, -1])
 def test_what_follows_a_half_line_is_whole(tmp_path: Path, kept: int, caplog: pytest.LogCaptureFixture) -> None:
     """A writer was killed after some bytes: the next line starts anew, and only the half one is lost, with a word."""

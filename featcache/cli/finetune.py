@@ -270,15 +270,13 @@ def bench_command(pipeline: Path | None, out: Path | None, against: Path | None,
 
 def show(result: "BenchResult", *, against: "AgainstResult | None" = None, as_json: bool) -> None:
     """Print a grid's table or its JSON, beside published records where these are given; end with 3 where a cell failed."""
-    from dataclasses import asdict
-
     from featcache.cli import spelling
     from featcache.reports.tables import short_table
 
     if as_json:
         options.emit(
             {
-                "records": [asdict(record) for record in result.records],
+                "records": [record.stored for record in result.records],
                 "tables": result.paths,
                 "failures": list(map(spelling(click.get_current_context()), result.failures)),
                 "computed_images": result.computed_samples,

@@ -187,7 +187,7 @@ def label_samples(
 
     Args:
         bundle: the head.
-        paths: sample files.
+        paths: of files.
         settings: device, batch size, runtime, workers.
         weights: where the backbone's weights file is now.
         rejection: when the head does not know.

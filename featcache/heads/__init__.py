@@ -24,7 +24,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "mlp": ("alpha",),
     "boosting": (),
 }
-# these begin with what a text tower says of the classes: of models of samples and texts alone
+# these begin with what a text tower says of the classes: of models of two towers alone
 ZEROSHOT = ("zeroshot", "zeroshot-probe", "tip")
 ATTENTIVE = ("attentive", "attentive-latent")  # these train on tokens, the others on what is pooled of them
 STREAMING = ("ridge", "logistic")  # these read features too large for memory from disk, in every pass

@@ -104,7 +104,7 @@ def fit_zeroshot(name: str, task: Task, split: Split, classes: ClassRows, seed: 
 
     Args:
         name: ``zeroshot``, ``zeroshot-probe`` or ``tip``.
-        task: embeddings of the sample tower, and the classes.
+        task: embeddings of the backbone, and the classes.
         split: which samples train, choose and test.
         classes: rows of the text tower, in the order of the task's classes.
         seed: of the probe.
