@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         finetune,
         fit,
         gap,
+        next_samples,
         predict,
         report,
         sweep,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
     from featcache.experiments.gap import GapResult
+    from featcache.experiments.next_samples import NextResult
     from featcache.experiments.report import PagePlan, Report
     from featcache.extraction.feature_cache import Extracted, Settings
     from featcache.finetuning.plan import FineTunePlan, Unfreeze
@@ -56,6 +58,7 @@ _NAMES = {  # of each module
         "finetune",
         "fit",
         "gap",
+        "next_samples",
         "predict",
         "replay",
         "report",
@@ -84,6 +87,7 @@ _NAMES = {  # of each module
         "FitResult",
     ),
     "featcache.experiments.gap": ("GapResult",),
+    "featcache.experiments.next_samples": ("NextResult",),
     "featcache.experiments.replay": ("Places",),
     "featcache.experiments.report": (
         "PagePlan",
@@ -134,6 +138,7 @@ __all__ = [
     "FitPlan",
     "FitResult",
     "GapResult",
+    "NextResult",
     "PagePlan",
     "Places",
     "RejectPlan",
@@ -159,6 +164,7 @@ __all__ = [
     "finetune",
     "fit",
     "gap",
+    "next_samples",
     "open_dataset",
     "predict",
     "replay",

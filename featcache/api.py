@@ -14,6 +14,7 @@ from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, che
 # for the ten modules behind its types.
 if TYPE_CHECKING:
     from featcache.datasets.base import Dataset
+    from featcache.datasets.unlabelled import PartlyLabelled
     from featcache.experiments.advise import AdviceResult
     from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
     from featcache.experiments.gap import GapResult
+    from featcache.experiments.next_samples import NextResult
     from featcache.experiments.predict import Prediction
     from featcache.experiments.replay import Places
     from featcache.experiments.report import Format, PagePlan, Report
@@ -364,6 +366,44 @@ def advise(
     return run_advise(cache, specs, group=group, seed=seed, budget=budget)
 
 
+def next_samples(
+    data: "str | Path | PartlyLabelled",
+    backbone: str | BackboneSpec = BackboneSpec.name,
+    *,
+    unlabelled: Sequence[str | Path] = (),
+    n: int = 50,
+    seed: int = 0,
+    settings: "Settings | None" = None,
+) -> "NextResult":
+    """Choose which samples to label next: what stands for most of the rest, later what a probe is unsure of, too.
+
+    >>> import featcache
+    >>> chosen = featcache.next_samples("photos", unlabelled=["new_photos"], n=20)  # doctest: +SKIP
+    >>> chosen.samples[0].path, chosen.saving  # doctest: +SKIP
+
+    Args:
+        data: as of ``extract``, labels may be missing: in rows of a table, or in all of a folder without class folders; or
+            what ``featcache.datasets.unlabelled.open_partly`` has opened, which takes a column of groups.
+        backbone: as of ``extract``.
+        unlabelled: files, folders and tables of unlabelled samples beside those.
+        n: how many to choose.
+        seed: of the simulation on the labels that are there.
+        settings: as of ``extract``.
+
+    Raises:
+        FeatcacheError: its subclass says what to change.
+    """
+    from featcache.datasets.unlabelled import PartlyLabelled, open_partly
+    from featcache.experiments.next_samples import run_next
+
+    seed, count = check_seed(seed), check_value(n, int, "n")
+    opened = data if isinstance(data, PartlyLabelled) else open_partly(data)
+    opened = opened.beside(check_value(unlabelled, tuple[str | Path, ...], "unlabelled"))
+    # what its entry lists stays: a part of these samples has no label
+    cache = _feature_cache(opened.dataset, backbone, settings, lists=False)
+    return run_next(cache, opened.groups, count, seed)
+
+
 def bench(
     pipeline: str | Path, *, out: Path | None = None, group: str | None = None, settings: "Settings | None" = None
 ) -> "BenchResult":
@@ -507,7 +547,7 @@ def _tracked(result: "Tabled", settings: "Settings", name: str) -> "Tabled":
 
 
 def _feature_cache(
-    data: "str | Path | Dataset", backbone: str | BackboneSpec, settings: "Settings | None"
+    data: "str | Path | Dataset", backbone: str | BackboneSpec, settings: "Settings | None", *, lists: bool = True
 ) -> "FeatureCache":
     """Return a data set and a backbone with their entries; each argument is checked before anything is opened."""
     from featcache.datasets import open_dataset
@@ -517,4 +557,4 @@ def _feature_cache(
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else check_value(backbone, BackboneSpec, "backbone")
     settings = check_value(settings or Settings(), Settings, "settings")
     dataset = data if isinstance(data, Dataset) else open_dataset(check_value(data, str | Path, "data"))
-    return FeatureCache(dataset, spec, settings)
+    return FeatureCache(dataset, spec, settings, lists=lists)

@@ -49,6 +49,7 @@ FUNCTIONS = (
     api.replay,
     api.advise,
     api.audit,
+    api.next_samples,
     open_dataset,
 )
 

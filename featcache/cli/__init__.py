@@ -24,6 +24,7 @@ COMMANDS = {  # in the order of a user's way through them: the module, and what 
     "gap": ("gap", "Take the gap apart: what is pooling, other layers, attention, weights."),
     "advise": ("advise", "Find which backbone, whether to train its weights, what more images would bring."),
     "audit": ("audit", "Look for leaks, wrong labels and shortcuts, and what they do to test accuracy."),
+    "next": ("next_samples", "Choose what to label next, and say what that was worth so far."),
     "predict": ("heads", "Label images with a trained head."),
     "export": ("heads", "Write backbone and head as one ONNX model."),
     "bench": ("finetune", "Run the missing cells of a grid; write records and tables."),

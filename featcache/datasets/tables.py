@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from featcache.datasets.base import ArrayReader, Dataset, FileReader, Sample, require_whole, safe_name, split_of
+from featcache.datasets.base import (
+    ArrayReader,
+    Dataset,
+    FileReader,
+    Sample,
+    require_file,
+    require_whole,
+    safe_name,
+    split_of,
+)
 from featcache.errors import DataError, SetupError
 from featcache.specs import SampleKind
 
@@ -252,6 +261,43 @@ def open_unlabelled(path: Path, names: Sequence[str]) -> tuple[Dataset, list[tup
     return _opened(path, rows, column, (range(len(samples)), samples)), rows.asked
 
 
+def open_partly_labelled(path: Path, names: Sequence[str]) -> tuple[Dataset, list[tuple[str, ...]]]:
+    """Open a table in which labels may be missing, or their column: "" then; with each sample's values in some columns.
+
+    A sample without a label needs no split: where there are splits it is of train.
+
+    Raises:
+        DataError: it is no table of samples, has no such column, or names a sample twice.
+    """
+    require_file(path)
+    asked, column = _Asked(tuple(names), with_labels="label" in _columns_of(path)), None
+    if path.suffix.lower() == ".csv":
+        rows = _csv_rows(path, asked)
+    else:
+        rows, column = _parquet_rows(path, asked)
+    usual = "train" if any(rows.splits) else ""
+    splits = [split or ("" if label else usual) for split, label in zip(rows.splits, rows.labels, strict=True)]
+    samples = [Sample(*cells) for cells in zip(rows.names, (label or "" for label in rows.labels), splits, strict=True)]
+    return _opened(path, rows, column, (range(len(samples)), samples), rows.notes), rows.asked
+
+
+def _columns_of(path: Path) -> list[str]:
+    """Return a table's columns; none where it cannot be read, which whoever reads its rows says."""
+    if path.suffix.lower() == ".csv":
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            return next(csv.reader([file.readline(_MOST_LINE)]), [])
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        return []
+    try:
+        names: list[str] = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return []
+    return names
+
+
 def _read_asked(path: Path, asked: _Asked) -> tuple[list[int], _Rows]:
     """Return which rows are images of the manifest's source, and all rows with what was asked for."""
     _require_manifest(path, asked)
@@ -305,8 +351,7 @@ def _csv_rows(path: Path, asked: _Asked = _Asked()) -> _Rows:
 
 def _is_of_texts(path: Path) -> bool:
     """Tell whether a CSV file holds texts, by its first line."""
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        return _holds_texts(next(csv.reader([file.readline(_MOST_LINE)]), []))
+    return _holds_texts(_columns_of(path))
 
 
 def _holds_texts(columns: Sequence[str]) -> bool:
