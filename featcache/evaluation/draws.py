@@ -75,7 +75,7 @@ def _joined(one: Index, other: Index) -> Index:
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 
-def image_order(units: Units, index: Index, seed: int, purpose: str) -> Index:
+def drawing_order(units: Units, index: Index, seed: int, purpose: str) -> Index:
     """Return some images (k,) in a drawing order in which the first of every unit come before the second of any.
 
     What is drawn from its beginning is as many different things as there are; copies come last.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.draws import Drawing, copies, draw, fold_of, image_order, remarks, require_enough, units_of
+from featcache.evaluation.draws import Drawing, copies, draw, drawing_order, fold_of, remarks, require_enough, units_of
 from featcache.fingerprint import fingerprint
 
 Index = NDArray[np.int64]
@@ -243,7 +243,7 @@ def few_shot(split: Split, y: NDArray[np.int64], shots: int, seed: int, contents
     if (short := counts[counts > 0].min()) < shots:
         raise DataError(f"`shots` {shots}: a class has only {short} images to train on.")
     units = units_of(len(y), contents, None if split.groups is None else split.groups.tolist())
-    drawn = [image_order(units, both[y[both] == label], seed, f"{shots} shots")[:shots] for label in np.unique(y[both])]
+    drawn = [drawing_order(units, both[y[both] == label], seed, f"{shots} shots")[:shots] for label in np.unique(y[both])]
     grouped = split.groups is not None
     few = Split(np.sort(np.concatenate(drawn)), np.empty(0, np.int64), split.test, groups=split.groups, same=split.same)
     drawing = Drawing(y, (), units, seed, grouped=grouped)

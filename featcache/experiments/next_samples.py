@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from featcache.display import Displayed, Table, progress
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.draws import Drawing, Units, draw, fold_of, image_order, units_of
+from featcache.evaluation.draws import Drawing, Units, draw, drawing_order, fold_of, units_of
 from featcache.evaluation.duplicates import unit_rows
 from featcache.evaluation.herding import Crowd, herd
 from featcache.evaluation.intervals import Interval
@@ -317,7 +317,7 @@ def simulate(samples: Samples, seed: int) -> Saving | None:
         for number in range(DRAWS):
             pool, held = _hidden(samples, labelled, seed + number, max(_MOST_POOL, 4 * count))
             chosen.append(_accuracy(samples, choose(samples, pool, count, seed), held, seed))
-            drawn = [image_order(samples.units, pool, seed + number, f"random {turn}")[:count] for turn in range(_RANDOM)]
+            drawn = [drawing_order(samples.units, pool, seed + number, f"random {turn}")[:count] for turn in range(_RANDOM)]
             random.append([_accuracy(samples, each, held, seed) for each in drawn])
             bar.update(1)
     accuracies, at_random = np.array(chosen), np.array(random)
@@ -330,8 +330,8 @@ def _hidden(samples: Samples, labelled: Index, seed: int, most: int) -> tuple[In
     """Return labelled samples whose labels are hidden, to choose from, and a fifth that is held out; no unit is in both."""
     drawing = Drawing(samples.y, (), samples.units, seed, grouped=True)
     pool, held = draw(labelled, drawing, "held out", leave=1)
-    pool = np.sort(image_order(samples.units, pool, seed, "pool")[:most])
-    return pool, image_order(samples.units, held, seed, "held")[:_MOST_HELD]
+    pool = np.sort(drawing_order(samples.units, pool, seed, "pool")[:most])
+    return pool, drawing_order(samples.units, held, seed, "held")[:_MOST_HELD]
 
 
 def _accuracy(samples: Samples, trained: Index, held: Index, seed: int) -> float:
