@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,14 @@ from typing import Any
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
-from featcache.evaluation.metrics import Gap
+from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
 from featcache.evaluation.resampling import drawn_weights, more_samples
+from featcache.experiments import backbone_race
 from featcache.experiments.advise import Evidence, Study
 from featcache.experiments.backbone_race import Judged, Pool, Race, Runner, judge_part
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.heads.search import ridge_shares
 from featcache.reports.records import RunRecord, read_records
 from featcache.specs import BackboneSpec, TransformOverrides, freeze_args
 
@@ -98,17 +100,37 @@ TUNED = {  # data set and backbone with a record of tuning: backbone as records 
 }
 
 
-def remember_answers() -> None:
-    """Let a head be asked once for the same rows, labels and folds: fields share backbones."""
-    ask, told = Judged.answer, {}
+class Remembered:
+    """Heads asked before for the same rows, labels and folds: fields share backbones, but each pays for its own."""
 
-    def answer(self: Judged, head: str, X: Any, seed: int) -> Any:
-        key = (head, seed, hashlib.sha256(X.tobytes()).digest(), self.y.tobytes(), self.folds[0].val.tobytes())
-        if key not in told:
-            told[key] = ask(self, head, X, seed)
-        return told[key]
+    def __init__(self) -> None:
+        """Put itself between races and heads."""
+        self.told: dict[Any, tuple[Any, float]] = {}
+        self.saved = 0.0
+        answer, shares = Judged.answer, ridge_shares
 
-    Judged.answer = answer  # type: ignore[method-assign]
+        def asked(judged: Judged, head: str, X: Any, seed: int) -> Any:
+            return self.of((head, seed, *self.key(X, judged.y, judged.folds)), lambda: answer(judged, head, X, seed))
+
+        def shared(X: Any, y: Any, folds: Any) -> Any:
+            return self.of(self.key(X, y, folds), lambda: shares(X, y, folds))
+
+        Judged.answer = asked  # type: ignore[method-assign]
+        backbone_race.ridge_shares = shared
+
+    def of(self, key: Any, ask: Callable[[], Any]) -> Any:
+        """Return what is told, and count what it took where it was told before."""
+        if key in self.told:
+            self.saved += self.told[key][1]
+        else:
+            started = time.monotonic()
+            self.told[key] = (ask(), time.monotonic() - started)
+        return self.told[key][0]
+
+    @staticmethod
+    def key(X: Any, y: Any, folds: Any) -> tuple[bytes, ...]:
+        """Return what rows, labels and folds are told apart by."""
+        return hashlib.sha256(X.tobytes()).digest(), y.tobytes(), folds[0].val.tobytes()
 
 
 def probes(dataset: Dataset, spec: BackboneSpec, settings: Settings) -> dict[str, Any]:
@@ -116,8 +138,15 @@ def probes(dataset: Dataset, spec: BackboneSpec, settings: Settings) -> dict[str
     result = run_fit(FeatureCache(dataset, spec, settings), FitPlan(HEADS, baselines=False))
     best = result.best
     assert best is not None
+    (default,) = (head.record for head in result.heads if head.record.method == "logistic")
     seconds = result.extracted.cost[0] + sum(head.record.seconds["fit"] for head in result.heads)
-    return {"test": best.record.test["accuracy"], "seconds": seconds, "a_row": 1 / (result.extracted.cost[1] or 1)}
+    return {
+        "test": best.record.test["accuracy"],
+        "default": default.test["accuracy"],
+        "right": best.record.right,
+        "seconds": seconds,
+        "a_row": 1 / (result.extracted.cost[1] or 1),
+    }
 
 
 def tuning(records: list[RunRecord], data: str, backbone: str, size: int | None) -> dict[str, Any]:
@@ -157,7 +186,7 @@ def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tup
     """Yield what is asked, and what answers it: races first, then curves, then whether to tune, the dearest."""
     settings, specs = Settings(cache), backbones(weights)
     records = read_records(Path(__file__).with_name(f"{name}.jsonl") for name in RECORDS)
-    remember_answers()
+    heads = Remembered()
     sets = list(data_sets(root))
     truths = {data.name: {name: probes(data, spec, settings) for name, spec in specs.items()} for data in sets}
     # one split for all: what is drawn anew are samples
@@ -166,7 +195,7 @@ def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tup
         for seed in range(seeds):
             for field in (fair(field, data) for field in FIELDS):
                 asked = {"what": "race", "data": data, "seed": seed, "field": field}
-                yield asked, partial(race, replace(pool, seed=seed), field, specs, settings, truths[data])
+                yield asked, partial(race, replace(pool, seed=seed), field, specs, settings, truths[data], heads)
     for data, pool in pools.items():
         for name, spec in specs.items():
             asked = {"what": "more", "data": data, "backbone": name}
@@ -189,19 +218,26 @@ def more(pool: Pool, runner: Runner) -> dict[str, Any]:
     return {"told": None if told is None else asdict(told), "came": came}
 
 
-def race(pool: Pool, field: tuple[str, ...], specs: Any, settings: Settings, truth: Any) -> dict[str, Any]:
+def race(
+    pool: Pool, field: tuple[str, ...], specs: Any, settings: Settings, truth: Any, heads: Remembered
+) -> dict[str, Any]:
     """Return what a race comes to, and what it would have cost without rows of before."""
-    started = time.monotonic()
+    started, saved = time.monotonic(), heads.saved
     runners = [Runner(specs[name], settings) for name in field]
     contest = Race(pool, runners)
     winner, chance = contest.run()
     extracted = sum(contest.standings[number].samples * truth[name]["a_row"] for number, name in enumerate(field))
+    chosen = field[runners.index(winner)]
+    best = max(field, key=lambda name: truth[name]["test"])
+    gap = paired_gap(*(decode_correct(truth[name]["right"]) for name in (best, chosen)))
     return {
-        "chosen": field[runners.index(winner)],
+        "chosen": chosen,
         "chance": chance,
         "truth": {name: truth[name]["test"] for name in field},
-        "images": [contest.standings[number].samples for number in range(len(field))],
-        "seconds": extracted + time.monotonic() - started,
+        "default": {name: truth[name]["default"] for name in field},
+        "beyond": best != chosen and gap.ci is not None and gap.ci[0] > 0,
+        "samples": [contest.standings[number].samples for number in range(len(field))],
+        "seconds": extracted + time.monotonic() - started + heads.saved - saved,
         "everything": sum(truth[name]["seconds"] for name in field),
     }
 
@@ -218,9 +254,9 @@ def study(pool: Pool, runner: Runner, a_row: float) -> dict[str, Any]:
     }
 
 
-def regret(line: dict[str, Any]) -> float:
-    """Return how many points of test accuracy a race lost."""
-    return float(100 * (max(line["truth"].values()) - line["truth"][line["chosen"]]))
+def regret(line: dict[str, Any], heads: str = "truth") -> float:
+    """Return how many points of test accuracy a race lost, of the best heads on validation or of the default one."""
+    return float(100 * (max(line[heads].values()) - line[heads][line["chosen"]]))
 
 
 def lost(line: dict[str, Any], depth: str) -> float:
@@ -246,20 +282,41 @@ def tables(path: Path) -> Iterator[str]:
     yield from depth_table(depths)
     yield ""
     yield from sums(depths, curves)
+    yield whole_cost(races, depths)
 
 
 def race_table(races: list[dict[str, Any]]) -> Iterator[str]:
     """Yield what backbones were chosen and how sure that was, by data set."""
-    yield "| set | races | mean regret | worst | sure of 90 % | of those right | seconds, of fitting all |"
-    yield "|---|" + "---|" * 6
+    titles = ("mean regret", "worst", "beyond test noise", "mean, worst of logistic heads", "sure of 90 %", "of those right")
+    yield f"| set | races | {' | '.join(titles)} | none beyond noise | seconds, of fitting all |"
+    yield "|---|" + "---|" * 9
     for data in [*dict.fromkeys(line["data"] for line in races), "all"]:
         of_set = [line for line in races if data in {line["data"], "all"}]
-        sure = [regret(line) <= MISSED for line in of_set if line["chance"] >= SURE]
+        sure = [line for line in of_set if line["chance"] >= SURE]
         share = sum(line["seconds"] for line in of_set) / sum(line["everything"] for line in of_set)
-        regrets = [regret(line) for line in of_set]
-        right = f"{100 * mean(sure):.0f} %" if sure else "-"
-        numbers = f"{mean(regrets):.2f} | {max(regrets):.1f} | {len(sure)} | {right} | {100 * share:.0f} %"
-        yield f"| {data} | {len(of_set)} | {numbers} |"
+        regrets, default = [regret(line) for line in of_set], [regret(line, "default") for line in of_set]
+        right = f"{100 * mean(regret(line) <= MISSED for line in sure):.0f} %" if sure else "-"
+        excused = f"{100 * mean(not line['beyond'] for line in sure):.0f} %" if sure else "-"
+        numbers = f"{mean(regrets):.2f} | {max(regrets):.1f} | {sum(line['beyond'] for line in of_set)}"
+        of_default = f"{mean(default):.2f}, {max(default):.1f}"
+        shares = f"{len(sure)} | {right} | {excused} | {100 * share:.0f} %"
+        yield f"| {data} | {len(of_set)} | {numbers} | {of_default} | {shares} |"
+
+
+def whole_cost(races: list[dict[str, Any]], depths: list[dict[str, Any]]) -> str:
+    """Return what both answers cost, of fitting every candidate and of the trainings of those that have a record."""
+    studies = {(line["data"], line["backbone"], line["seed"]): line for line in depths}
+    paid = spent = 0.0
+    for line in races:
+        study = studies.get((line["data"], line["chosen"], line["seed"]))
+        tuned = [studies.get((line["data"], name, line["seed"])) for name in line["field"]]
+        if study is not None:
+            paid += line["seconds"] + study["seconds"]
+            spent += line["everything"] + sum(
+                scores["seconds"] for own in tuned if own for depth, scores in own["outcome"].items() if depth != "features"
+            )
+    share = 100 * paid / spent
+    return f"- seconds of a race and what is measured of its winner: {share:.0f} % of all fits and recorded trainings"
 
 
 def depth_table(depths: list[dict[str, Any]]) -> Iterator[str]:

@@ -14,15 +14,16 @@ from featcache.api import advise
 from featcache.datasets import open_dataset
 from featcache.datasets.base import FileReader
 from featcache.errors import UsageError
-from featcache.evaluation.metrics import Gap
+from featcache.evaluation.metrics import Gap, log_loss
 from featcache.evaluation.resampling import chances, drawn_accuracies, drawn_weights, more_samples, round_count
 from featcache.evaluation.splits import Fold
 from featcache.experiments import advise as advising
 from featcache.experiments.advise import Evidence, run_advise
-from featcache.experiments.backbone_race import MARGIN, Pool, Race, Runner
+from featcache.experiments.backbone_race import MARGIN, Pool, Race, Round, Runner
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.experiments.short_tuning import TuningRows, chosen_crosswise, last_stage, tune_shortly
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
+from featcache.heads.search import ridge_shares
 from featcache.reports.advise import advice_lines, more_text
 from featcache.specs import BackboneSpec
 
@@ -99,6 +100,34 @@ def test_more_images_follow_the_power_law_they_were_drawn_from() -> None:
     assert [round_count(count) for count in (1, 244, 504, 1443, 8_000)] == [1, 200, 500, 2000, 10_000]
 
 
+def test_ridge_gives_shares_of_samples_that_it_has_not_seen() -> None:
+    """Of two clouds it is right and sure; of labels drawn at random it has hardly less log-loss than the classes' shares."""
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    X = rng.normal(size=(120, 40)).astype(np.float32)
+    folds = [Fold(np.flatnonzero(np.arange(120) % 5 != k), np.flatnonzero(np.arange(120) % 5 == k)) for k in range(5)]
+    held = y[np.concatenate([fold.val for fold in folds])]
+
+    blind, seeing = ridge_shares(X, y, folds), ridge_shares(X + 4 * np.eye(3, 40, dtype=np.float32)[y], y, folds)
+
+    np.testing.assert_allclose(blind.sum(axis=1), 1)
+    assert log_loss(held, blind) > np.log(3) - 0.05
+    assert log_loss(held, seeing) < 0.1
+    assert (seeing.argmax(axis=1) == held).all()
+
+
+def test_where_accuracy_and_log_loss_disagree_nobody_is_sure() -> None:
+    """The greater doubt counts, whichever of the two is ahead; where they agree there is none."""
+    ahead, behind = np.full((100, 1), 0.9), np.full((100, 1), 0.8)
+    accuracies = np.concatenate([ahead, behind], axis=1)
+
+    torn = Round([4, 7], accuracies, losses=accuracies)
+    agreed = Round([4, 7], accuracies, losses=1 - accuracies)
+
+    assert (torn.doubt(4, [7]), torn.doubt(7, [4])) == (1.0, 1.0)
+    assert (agreed.doubt(4, [7]), agreed.doubt(7, [4]), agreed.doubt(4, [])) == (0.0, 1.0, 0.0)
+
+
 def test_a_rate_is_judged_where_it_was_not_chosen() -> None:
     """Each half of the judged images is answered by what did best on the other half."""
     first, second = np.array([True, True, False, False]), np.array([False, False, True, True])
@@ -165,7 +194,7 @@ def test_the_race_leaves_behind_who_sees_nothing(
 ) -> None:
     """Of a backbone and one that sees nothing the second falls behind on the first sample, and that is sure."""
     monkeypatch.setattr("featcache.experiments.backbone_race._FIRST", 30)
-    blind = replace(tiny, overrides=replace(tiny.overrides, input_size=32, mean=(0.5,) * 3, std=(1e30,) * 3))
+    blind = replace(tiny, overrides=replace(tiny.overrides, input_size=32, mean=(0.5,) * 3, std=(1e42,) * 3))
     race = Race(Pool.of(open_dataset(textures), None, 0), [Runner(blind, settings), Runner(tiny, settings)])
 
     winner, chance = race.run()

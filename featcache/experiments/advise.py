@@ -145,6 +145,7 @@ class AdviceResult(Displayed):
                         "samples": standing.samples,
                         "accuracy": dict(standing.accuracies),
                         "chance": standing.chance,
+                        "log_loss": standing.log_loss,
                         "left": standing.is_left,
                         "seconds_a_sample": standing.runner.price(1) or None,
                     }
@@ -191,7 +192,7 @@ def run_advise(
     runner, chance = race.run()
     raced = time.monotonic()
     best_first = sorted(
-        race.standings.values(), key=lambda standing: (standing.is_left, -standing.samples, -standing.accuracy)
+        race.standings.values(), key=lambda standing: (standing.is_left, -standing.samples, standing.log_loss)
     )
     missing = ["larger parts for the last candidates"] if race.stopped else []
     study = Study(pool, runner, deadline, missing)

@@ -1,8 +1,9 @@
 """Which backbone: candidates answer for growing parts of the samples, and those that fall behind are left.
 
-Successive halving (Jamieson and Talwalkar 2016) by nearest neighbours and ridge: neighbours on a part rank backbones
-better than scores made for it (arXiv 2204.01403, 2503.18528). Rows go through the cache, so that whatever is fitted later
-finds them. The test split is not looked at.
+Rounds on parts that double, as in successive halving (Jamieson and Talwalkar 2016), by heads that have not seen what they
+answer. Who goes on is no fixed half, but whoever paired draws of samples still give a chance: by the log-loss of ridge,
+which tells backbones apart on a hundred samples where accuracies are tied, and by its accuracy. Rows go through the cache,
+so that whatever is fitted later finds them. The test split is not looked at.
 """
 
 import time
@@ -23,15 +24,16 @@ from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.extraction.scan import DatasetFiles
 from featcache.extraction.writer import require_usable
-from featcache.heads.search import search_head
+from featcache.heads.search import ridge_shares, search_head
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store.rows import Features
 
 MARGIN = 0.005  # of accuracy: backbones that are nearer to each other than this are as good as each other
 HEADS = ("knn", "ridge")  # that judge backbones
 MOST = 1600  # samples of the last part; more tell little for what they cost
-_FIRST, _OF_A_CLASS = 200, 5  # samples of the first part, and of each class in it
-_IN_THE_RACE = 0.25  # the chance of being the best from which on nobody is left behind by halving
+_FIRST, _OF_A_CLASS = 100, 5  # samples of the first part, and of each class in it
+_IN_THE_RACE = 0.05  # the chance of being better than the leader from which on nobody is left behind
+_MOST_LOSS = 5.0  # nats that one sample counts: a single sure mistake is no reason to drop a backbone
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,17 @@ class Judged:
     right: list[dict[str, NDArray[np.bool_]]] = field(default_factory=list)
     params: list[dict[str, dict[str, float]]] = field(default_factory=list)
 
-    @property
-    def best(self) -> NDArray[np.bool_]:
-        """What each runner's better head has right (r, k)."""
-        return np.stack([max(by_head.values(), key=lambda right: right.mean()) for by_head in self.right])
+    def scored(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Return which samples each runner's ridge has right, and its log-loss of each (r, k), unseen by it."""
+        order = np.concatenate([fold.val for fold in self.folds])
+        right = np.zeros((len(self.X), len(self.y)), np.bool_)
+        losses = np.zeros(right.shape)
+        for number, embeddings in enumerate(self.X):
+            shares = ridge_shares(embeddings, self.y, self.folds)
+            right[number, order] = shares.argmax(axis=1) == self.y[order]
+            own = np.maximum(shares[np.arange(len(order)), self.y[order]], np.exp(-_MOST_LOSS))
+            losses[number, order] = -np.log(own)
+        return right, losses
 
     def answer(self, head: str, X: NDArray[np.float32], seed: int) -> tuple[NDArray[np.bool_], dict[str, float]]:
         """Return which samples a head has right that has not seen them (k,), and what was chosen for it."""
@@ -231,6 +240,7 @@ class Standing:
         samples: of the part.
         accuracies: of each head on samples that it had not seen.
         chance: of being the best there, or as good.
+        log_loss: of ridge there, by which backbones are ranked.
         is_left: whether it fell behind before the end.
     """
 
@@ -238,23 +248,46 @@ class Standing:
     samples: int
     accuracies: Mapping[str, float]
     chance: float
+    log_loss: float
     is_left: bool = False
 
-    @property
-    def accuracy(self) -> float:
-        """Of the better head."""
-        return max(self.accuracies.values())
+
+@dataclass(frozen=True)
+class Round:
+    """What draws of a part's samples say of those that were in the race.
+
+    Attributes:
+        alive: their numbers (r,).
+        accuracies: of each in each draw (draws, r).
+        losses: the log-losses (draws, r).
+    """
+
+    alive: list[int]
+    accuracies: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+    def doubt(self, best: int, rivals: Sequence[int]) -> float:
+        """Return the chance that any of some is better than ``best``: by log-loss, or by accuracy and more than the margin.
+
+        The greater of both: where the two disagree on who is ahead, nobody is sure.
+        """
+        if not rivals:
+            return 0.0
+        place, others = self.alive.index(best), [self.alive.index(number) for number in rivals]
+        accurate = self.accuracies[:, others].max(axis=1) > self.accuracies[:, place] + MARGIN
+        likely = self.losses[:, others].min(axis=1) < self.losses[:, place]
+        return float(max(accurate.mean(), likely.mean()))
 
 
 @dataclass
 class Race:
-    """Rounds on parts that double, after each of which the worse half is left, but for whoever may be the best."""
+    """Rounds on parts that double, after each of which those without a chance against the leader are left."""
 
     pool: Pool
     runners: list[Runner]
     deadline: float | None = None
     standings: dict[int, Standing] = field(default_factory=dict)
-    rounds: list[tuple[list[int], NDArray[np.float64]]] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     stopped: bool = False
 
     def run(self) -> tuple[Runner, float]:
@@ -268,7 +301,7 @@ class Race:
                 self.stopped = True
                 break
             size = min(2 * size, self.pool.most)
-        best = max(alive, key=lambda number: self.standings[number].accuracy)
+        best = min(alive, key=lambda number: self.standings[number].log_loss)
         return self.runners[best], self._chance(best)
 
     def _able(self) -> list[int]:
@@ -291,22 +324,21 @@ class Race:
         """Judge those in the race on a part; return those that stay in it."""
         judged = judge_part(self.pool, [self.runners[number] for number in alive], self.pool.drawn(size))
         weights = drawn_weights(judged.units.numbers, self.pool.seed)
-        drawn = drawn_accuracies(judged.best, weights)
-        self.rounds.append((alive, drawn))
-        for number, chance, by_head in zip(alive, chances(drawn, MARGIN).tolist(), judged.right, strict=True):
-            accuracies = {head: float(right.mean()) for head, right in by_head.items()}
-            self.standings[number] = Standing(self.runners[number], len(judged.y), accuracies, chance)
-        ranked = sorted(alive, key=lambda number: -self.standings[number].accuracy)
+        right, losses = judged.scored()
+        drawn = drawn_accuracies(right, weights)
+        by_draw = (weights @ losses.T.astype(np.float32)) / weights.sum(axis=1, keepdims=True)
+        self.rounds.append(Round(alive, drawn, by_draw.astype(np.float64)))
+        told = zip(alive, chances(drawn, MARGIN).tolist(), judged.right, losses.mean(axis=1).tolist(), strict=True)
+        for number, chance, by_head, loss in told:
+            accuracies = {head: float(hits.mean()) for head, hits in by_head.items()}
+            self.standings[number] = Standing(self.runners[number], len(judged.y), accuracies, chance, loss)
         if size >= self.pool.most:
-            return ranked
-        half = -(-len(ranked) // 2)
-        stay = [number for place, number in enumerate(ranked) if place < half or self._may_win(number)]
-        for number in set(ranked) - set(stay):
+            return alive
+        leader = min(alive, key=lambda number: self.standings[number].log_loss)
+        stay = [number for number in alive if number == leader or self.rounds[-1].doubt(leader, [number]) >= _IN_THE_RACE]
+        for number in set(alive) - set(stay):
             self.standings[number] = replace(self.standings[number], is_left=True)
         return stay
-
-    def _may_win(self, number: int) -> bool:
-        return self.standings[number].chance >= _IN_THE_RACE
 
     def _is_late(self, alive: Sequence[int], size: int) -> bool:
         """Tell whether the next round would end after the deadline."""
@@ -319,11 +351,8 @@ class Race:
 
         By the last round of each of the others: that anybody is is at most as likely as the sum of all (Boole).
         """
-        doubt, seen = 0.0, set[int]()
-        for alive, drawn in reversed(self.rounds):
-            fresh = [place for place, number in enumerate(alive) if number not in seen and number != best]
-            seen.update(alive)
-            if fresh:
-                rivals, winner = drawn[:, fresh], drawn[:, alive.index(best)]
-                doubt += float((rivals.max(axis=1) > winner + MARGIN).mean())
+        doubt, seen = 0.0, {best}
+        for last in reversed(self.rounds):
+            doubt += last.doubt(best, [number for number in last.alive if number not in seen])
+            seen.update(last.alive)
         return max(0.0, 1 - doubt)

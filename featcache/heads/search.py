@@ -15,7 +15,17 @@ from sklearn.preprocessing import LabelBinarizer, Normalizer
 
 from featcache.display import progress
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.metrics import AnyScores, Kind, TestResult, evaluate, evaluate_on_test, kind_of
+from featcache.evaluation.metrics import (
+    AnyScores,
+    Kind,
+    TestResult,
+    at_temperature,
+    best_temperature,
+    evaluate,
+    evaluate_on_test,
+    kind_of,
+    log_loss,
+)
 from featcache.evaluation.splits import Fold, Split
 from featcache.evaluation.tasks import Task
 from featcache.heads import solvers
@@ -25,6 +35,9 @@ from featcache.heads.linear import ALPHAS, COARSE_CS, LOGISTIC, RIDGE, SELECTED,
 from featcache.heads.nonlinear import BOOSTING, CENTROID, KNN, LDA, MLP, RBF
 from featcache.heads.solvers.scaled import solve_ridge
 from featcache.store.rows import LazyRows
+
+_ALPHAS = tuple(np.geomspace(1e-3, 1e3, 13))  # of ridge on embeddings whose mean squared length is 1
+_SHARP = 8.0  # as logits, values between 0 and 1 are flat: from here a temperature finds the rest
 
 Labels = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
@@ -184,6 +197,39 @@ def search_head(
             try_all(tried.between())
     attempt, val = tried.outcomes[tried.best()]
     return SearchResult(attempt.params, val, attempt.answers, tried.count, tried.unconverged, attempt.solutions)
+
+
+def ridge_shares(X: X_, y: Y_, folds: Sequence[Fold]) -> NDArray[np.float64]:
+    """Return probabilities (k, classes) of ridge heads that have not seen the samples, in the order of the folds' ``val``.
+
+    Regression on the classes' indicators, its values scaled as logits are: penalty and temperature by the log-loss over all
+    folds. Features keep their own scales. On few samples this tells backbones apart, and doubts labels, better than a
+    logistic head does, at a tenth of its time (benchmarks/advise.md, benchmarks/audit.md).
+
+    Args:
+        X: embeddings (n, d).
+        y: classes (n,).
+        folds: over some or all of the samples.
+    """
+    rows = np.asarray(X, np.float32) - np.mean(X, axis=0, dtype=np.float64).astype(np.float32)
+    length = float(np.sqrt(np.mean(np.square(rows, dtype=np.float64).sum(axis=1))))
+    rows /= np.float32(max(length, float(np.finfo(np.float32).tiny)))
+    targets = np.eye(int(y.max()) + 1, dtype=np.float64)[y]
+    by_fold = []
+    for fold in folds:
+        solutions = solve_ridge(rows, targets, _ALPHAS, mask_of(fold.train, len(y)), standardise=False)
+        by_fold.append([rows[fold.val] @ weights.T + intercept for weights, intercept in solutions])
+    held = y[np.concatenate([fold.val for fold in folds])]
+    tried = [_softened(np.concatenate(values), held) for values in zip(*by_fold, strict=True)]
+    return min(tried, key=lambda shares: log_loss(held, shares))
+
+
+def _softened(values: NDArray[Any], y: Y_) -> NDArray[np.float64]:
+    exponents = _SHARP * (values - values.max(axis=1, keepdims=True))
+    shares = np.exp(np.maximum(exponents, -_SHARP * 4))
+    shares /= shares.sum(axis=1, keepdims=True)
+    temperature = best_temperature(y, shares)
+    return shares if temperature is None else at_temperature(shares, temperature)
 
 
 class _Tried:
