@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         gap,
         next_samples,
         predict,
+        quickstart,
         report,
         sweep,
     )
@@ -60,6 +61,7 @@ _NAMES = {  # of each module
         "gap",
         "next_samples",
         "predict",
+        "quickstart",
         "replay",
         "report",
         "sweep",
@@ -167,6 +169,7 @@ __all__ = [
     "next_samples",
     "open_dataset",
     "predict",
+    "quickstart",
     "replay",
     "report",
     "sweep",

@@ -424,6 +424,42 @@ def bench(
     return _tracked(run_bench(grid, settings, out or default_out()), settings, f"bench {grid.name}")
 
 
+def quickstart(cache: Path | None = None, *, text: bool = False, plan: "PagePlan | None" = None) -> "BenchResult":
+    """Run the whole road on a small data set that is installed along, and make a page of its records.
+
+    Args:
+        cache: where everything is kept; the default cache by default.
+        text: on texts, by an encoder that is made on the spot, of random weights; else on digits, by the bundled backbone.
+        plan: what the page shows beside the records.
+
+    Raises:
+        SetupError: texts need transformers.
+        StorageError: the disk failed.
+    """
+    from importlib import resources
+
+    from featcache.experiments.bench import BackboneEntry, load_grid, run_bench
+    from featcache.extraction.feature_cache import Settings
+    from featcache.extraction.lookup import default_cache
+
+    where = cache or default_cache()
+    folder = where / RECORDS.parent
+    with resources.as_file(resources.files("featcache") / "assets") as assets:
+        grid = load_grid(assets / f"quickstart{'-text' if text else ''}.toml")
+    if text:
+        from featcache.backbones.tiny_encoder import write_tiny_encoder
+        from featcache.datasets.texts import other_docstrings
+
+        encoder = write_tiny_encoder(folder / "tiny-encoder", other_docstrings())
+        grid = replace(grid, backbones=(BackboneEntry(BackboneSpec(f"text:{encoder}")),))
+    result = run_bench(grid, Settings(where), folder)
+    if not result.records:
+        return result
+    page = Path(result.paths["records"]).with_suffix(".html")
+    report(result.paths["records"], {"html": page}, plan=plan, cache=where)
+    return replace(result, paths=result.paths | {"html": str(page)})
+
+
 def replay(
     records: str | Path, places: "Places | None" = None, *, only: str = "", settings: "Settings | None" = None
 ) -> "ReplayResult":

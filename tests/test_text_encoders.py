@@ -1,6 +1,7 @@
 """Encoders of transformers: every family is cut alike, trains from what is stored, and is told by its files."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import Outcome
 
 import featcache
 from featcache.backbones import open_backbone
 from featcache.backbones.base import Backbone
+from featcache.backbones.tiny_encoder import write_tiny_encoder
 from featcache.datasets import open_dataset
+from featcache.datasets.texts import other_docstrings
 from featcache.errors import DataError, UsageError
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
@@ -23,6 +27,8 @@ from featcache.finetuning.unfreezing import select_trainable
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 
 pytest.importorskip("transformers")
+
+Run = Callable[..., Outcome]
 
 SUBJECTS = {"weather": ["rain", "wind", "cloud", "storm", "sun"], "kitchen": ["pan", "salt", "oven", "spoon", "bread"]}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(word for words in SUBJECTS.values() for word in words)]
@@ -209,6 +215,34 @@ def test_a_head_labels_texts_of_tables_and_files(spec: BackboneSpec, table: Path
         answers = list(predictions)
         assert [answer.label for answer in answers] == ["weather", "kitchen", None]
         assert answers[2].reason == "an empty text"
+
+
+def test_the_quickstart_has_texts_and_an_encoder_of_its_own(tmp_path: Path) -> None:
+    """Paragraphs of eight packages, none of them read by the tokeniser; the encoder is written once and tells them apart."""
+    dataset = open_dataset("sklearn:docstrings")
+    texts = other_docstrings()
+
+    encoder = write_tiny_encoder(tmp_path / "encoder", texts)
+
+    assert (dataset.kind, len(dataset.classes)) == ("text", 8)
+    inside = {dataset.read(sample.path).decode() for sample in dataset.samples}
+    assert len(inside) == len(dataset.samples) > 1000
+    assert not inside & set(texts)
+    before = (encoder / "model.safetensors").stat().st_mtime_ns
+    assert write_tiny_encoder(tmp_path / "encoder", texts) == encoder
+    assert (encoder / "model.safetensors").stat().st_mtime_ns == before
+    cache = FeatureCache(replace(dataset, samples=dataset.samples[::4]), BackboneSpec(f"text:{encoder}"), Settings(tmp_path))
+    (head,) = run_fit(cache, FitPlan(("knn",), baselines=False)).heads
+    assert head.fitted.tested.scores.primary[0] > 0.25
+
+
+def test_the_quickstart_of_texts_names_what_it_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without transformers it ends at once, with the extra that brings them."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+    refused = run("quickstart", "--text")
+
+    assert (refused.code, "featcache[text]" in refused.err) == (5, True), refused.err
 
 
 def test_texts_go_through_a_pipeline(spec: BackboneSpec, tmp_path: Path) -> None:

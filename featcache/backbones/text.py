@@ -344,7 +344,7 @@ def load_text(spec: BackboneSpec, device: torch.device | None = None) -> TextBac
     assert origin is not None
     origin, folder = _fetched(spec, origin)
     content = origin.content(folder)
-    with _quietly():
+    with quietly():
         config, raw = _config(transformers, spec, folder)
         model = _model(transformers, spec, config, folder)
         tokenizer = _tokenizer(transformers, spec, folder)
@@ -379,7 +379,7 @@ def _library(spec: BackboneSpec) -> Any:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep transformers' notes and bars to itself: what is wrong is an error here."""
     from transformers.utils import logging as notes
 

@@ -37,6 +37,7 @@ DATA_KINDS: Glossary = (
         ("hf:ORG/NAME", "A set of the Hugging Face hub, or hf:FOLDER for one on disk."),
         ("wds:NAME-{000..009}.tar", "WebDataset shards, read in place."),
         ("sklearn:digits", "1,797 scanned digits that come with scikit-learn."),
+        ("sklearn:docstrings", "2,000 paragraphs of its docstrings, by package: texts."),
     ),
 )
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])

@@ -8,7 +8,10 @@ from featcache.errors import DataError, FeatcacheError, UsageError
 from featcache.resources import FETCH, may_fetch
 
 _ARRAYS, _TABLES = (".npz", ".h5", ".hdf5"), (".csv", ".parquet")
-_KINDS = "a folder, .csv, .parquet, .npz or .h5 file, torchvision:NAME, hf:ORG/NAME, wds:SHARDS.tar or sklearn:digits"
+_KINDS = (
+    "a folder, .csv, .parquet, .npz or .h5 file, torchvision:NAME, hf:ORG/NAME, wds:SHARDS.tar, sklearn:digits or "
+    "sklearn:docstrings"
+)
 
 
 def open_dataset(
@@ -18,7 +21,8 @@ def open_dataset(
 
     Args:
         data: a folder of images or texts; a ``.csv`` or ``.parquet`` table of paths or of texts; ``.npz`` or ``.h5`` arrays;
-            ``torchvision:NAME``; ``hf:org/name``; ``wds:shards-{000..009}.tar``; ``sklearn:digits``.
+            ``torchvision:NAME``; ``hf:org/name``; ``wds:shards-{000..009}.tar``; ``sklearn:digits``, or texts,
+            ``sklearn:docstrings``.
         name: what to call it, instead of its own name.
         data_root: where torchvision's sets lie.
         download: whether ``torchvision:`` and ``hf:`` may fetch what is not there.
@@ -66,6 +70,10 @@ def _open(text: str, data_root: Path | None, download: bool) -> Dataset:  # noqa
     # Each kind's reader is imported where it is needed: what reads a cache knows only what a data set is.
     kind, _, rest = text.partition(":")
     if kind == "sklearn":
+        if text == "sklearn:docstrings":
+            from featcache.datasets.texts import open_docstrings
+
+            return open_docstrings()
         from featcache.datasets.arrays import open_digits
 
         return open_digits(text)

@@ -133,7 +133,7 @@ def _require_held(path: Path, name: str, dataset: Any) -> None:
 def open_digits(text: str) -> Dataset:
     """Open scikit-learn's 1,797 scanned digits."""
     if text != "sklearn:digits":
-        raise UsageError(f"{text}: of scikit-learn's data sets only sklearn:digits holds images.")
+        raise UsageError(f"{text}: sklearn:digits holds images and sklearn:docstrings texts, others neither.")
     from sklearn.datasets import load_digits
 
     digits = load_digits()
