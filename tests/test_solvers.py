@@ -19,7 +19,7 @@ from featcache.evaluation.metrics import evaluate
 from featcache.evaluation.splits import Fold
 from featcache.heads import solvers
 from featcache.heads.linear import LOGISTIC, _Race, _Standing, first_near, race_logistic
-from featcache.heads.search import HEADS, search_head
+from featcache.heads.search import HEADS, search_head, train
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.passes import SideBySide
 from featcache.heads.solvers.scaled import solve_ridge
@@ -452,6 +452,44 @@ def test_a_problem_that_leaves_changes_no_other() -> None:
 
     np.testing.assert_allclose(group.weights, alone.weights, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(group.descents.values, alone.descents.values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_refit_starts_from_the_search_and_ends_at_the_same_optimum(classes: int) -> None:
+    """Heads of parts of the rows only say where to start: the fit is the one that starts from nothing."""
+    X, y = data(classes, count=300, width=30)
+    X = X.astype(np.float32)
+    folds = [
+        Fold(np.flatnonzero(np.arange(300) % 3 != part), np.flatnonzero(np.arange(300) % 3 == part)) for part in range(3)
+    ]
+    chosen = search_head("logistic", X, y, folds, 0)
+
+    again = train("logistic", chosen.params, X, y, 0, chosen.solutions)
+
+    assert chosen.solutions
+    alone = train("logistic", chosen.params, X, y, 0)
+    np.testing.assert_allclose(again[-1].coef_, alone[-1].coef_, rtol=1e-2, atol=2e-3 * np.abs(alone[-1].coef_).max())
+
+
+def test_the_leading_columns_second_derivatives_are_inverted_exactly() -> None:
+    """What conjugate gradients know of the first axes is their inverse, but for intercepts that all rise together."""
+    X, y = data(3, count=150, width=20)
+    train = np.arange(150)
+    C = 0.3
+
+    with solvers.turned_folds(X, y, [(train, train[:0])]) as loss:
+        assert loss is not None
+        group = SideBySide(loss, np.zeros(1, np.int64), np.array([C]), solvers.constant_models(loss))
+        group.step()
+        block = loss.inverses(0, group._states[0], np.array([C]))[0]
+        rows = loss.rows[0][:, loss.leading].astype(np.float64)
+
+    shares = np.bincount(y) / len(y)
+    by_rows = np.kron(np.diag(shares) - np.outer(shares, shares), C * rows.T @ rows)
+    by_rows += np.diag(np.tile([1.0] * (len(loss.leading) - 1) + [0.0], 3))
+    rising = np.random.default_rng(0).normal(size=(3, len(loss.leading)))
+    rising[:, -1] -= rising[:, -1].mean()  # intercepts that all rise together cost nothing
+    np.testing.assert_allclose(block @ (by_rows @ rising.reshape(-1)), rising.reshape(-1), rtol=1e-3, atol=1e-3)
 
 
 def test_a_class_that_no_row_has_is_left_out() -> None:

@@ -87,6 +87,7 @@ class HeadFamily:
         streams: sweep and fit take ``LazyRows`` features too.
         race: finds the best without ending each candidate, given the grid, every how many come first, features in memory of
             one view, classes and folds; ``None`` where it cannot tell.
+        refit: trains one from heads with its parameters, near to it, given features in memory and classes.
         by_loss: the log-loss chooses, not the accuracy; parameters are C.
     """
 
@@ -96,6 +97,7 @@ class HeadFamily:
     coarse: int = 1
     streams: bool = False
     race: Race | None = None
+    refit: Callable[[Params, Any, Any, Sequence[Pipeline]], tuple[Any, bool]] | None = None
     by_loss: bool = False
 
     def refine(self, grid: Sequence[Params], best: Params) -> list[Params]:

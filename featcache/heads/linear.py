@@ -1,6 +1,6 @@
 """Linear heads by our own solvers, returned as fitted scikit-learn estimators."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -38,7 +38,6 @@ _LOOK, _SETTLED = 1e-2, 1e-7  # left of what a C has gained: to be looked at; se
 _DOUBT = 4.0  # roots of what is left, divided by that of the rows: how far a loss may be from its end
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
 _MOST_LOSS = -np.log(np.finfo(np.float64).eps)  # of a row, as scores count it: of a class that no row trains
-_FIRST_LOOK, _EVERY = 2, 3  # turns
 _ROOM = 24_000_000  # numbers that descents side by side may take, and no fewer than the features
 
 
@@ -105,6 +104,11 @@ class _Standing(NamedTuple):
     log_loss: float
     doubt: float
 
+    @property
+    def least(self) -> float:
+        """The least that the log-loss may come to."""
+        return self.log_loss - self.doubt if np.isfinite(self.doubt) else -np.inf
+
 
 class _Race:
     """C against each other, ascending, until it is known which is the first whose log-loss held out is near the lowest.
@@ -141,28 +145,71 @@ class _Race:
                 ahead /= np.log(self.Cs[numbers[place - 1]] / self.Cs[numbers[place - 2]])
                 models = models + np.float32(np.clip(ahead, 0, 1)) * (models - self.models[numbers[place - 2]])
             group, number_of = self._group([number], models), np.full(len(self.y_held), number)
-            while group.turns < _FIRST_LOOK or (group.left.max() > _LOOK and group.turns < _LOOSE_TURNS):
+            while not group.turns or (group.left.max() > _LOOK and group.turns < _LOOSE_TURNS):
                 group.step()
-            self._judge(group, number_of)
+            self._judge(group, number_of, [number])
             if (place and self.is_out(number)) or self.is_in(number, 0.0):
                 return
 
     def between(self) -> None:
         """Race those too that may be the first near the lowest, or the lowest, each started between its neighbours."""
         while True:
-            raced = sorted(self.standings)
-            at, lowest = raced.index(self.first()), self._vertex()
-            least = raced[at - 1] + 1 if at else 0
-            around = {*range(least, raced[at]), *range(max(0, lowest - 1), min(len(self.Cs), lowest + 2))}
-            for number in around - self.models.keys():
-                low = max((other for other in raced if other < number), default=raced[0])
-                high = min((other for other in raced if other > number), default=raced[-1])
-                share = np.float32((number - low) / (high - low) if high > low else 0)
-                self.models[number] = self.models[low] + share * (self.models[high] - self.models[low])
-                self.standings[number] = _Standing(np.inf, np.inf)
+            added = self._next() - self.standings.keys()
+            models = {number: self._started(number) for number in added}
+            self.models |= models
+            self.standings |= dict.fromkeys(added, _Standing(np.inf, np.inf))
             self._decide()
-            if not around - set(raced):
+            if not added:
                 return
+
+    def _next(self) -> set[int]:
+        """Return which are where the loss is expected to come near the lowest, and where it is expected to be the lowest."""
+        raced, first = sorted(self.standings), self.first()
+        numbers = {self._vertex()}
+        if (at := raced.index(first)) and raced[at - 1] < first - 1:
+            numbers |= self._crossing(raced[at - 1], first)
+        elif numbers <= {*raced} and not self.is_in(first, self._floor()):
+            lowest = self._lowest()
+            numbers = {number for number in (lowest - 1, lowest + 1) if 0 <= number < len(self.Cs)}
+        return numbers
+
+    def _crossing(self, before: int, first: int) -> set[int]:
+        """Return which is expected to be the first near the lowest, and the one before, where a parabola leads there."""
+        expected = self._parabola(first)
+        limit = self._near(self.standings[self._lowest()].log_loss)
+        between = range(before + 1, first)
+        crossing = next((number for number in between if expected(number) <= limit), first)
+        return {number for number in (crossing - 1, crossing) if before < number < first}
+
+    def _lowest(self) -> int:
+        return min(self.standings, key=lambda number: self.standings[number].log_loss)
+
+    def _floor(self) -> float:
+        """Return how low the loss may be of one beside the lowest that is not raced."""
+        lowest = self._lowest()
+        log_loss, doubt = self.standings[lowest]
+        if {lowest - 1, lowest + 1} - self.standings.keys() - {-1, len(self.Cs)}:
+            parabola = self._parabola(lowest)
+            log_loss -= 2 * max(0.0, log_loss - min(parabola(lowest + step) for step in np.linspace(-1, 1, 21)))
+        return log_loss - doubt
+
+    def _parabola(self, number: int) -> Callable[[float], float]:
+        """Return the parabola through the losses of one and of those raced on both sides of it, or the nearest ones."""
+        raced = sorted(self.standings)
+        place = int(np.clip(raced.index(number) - 1, 0, max(0, len(raced) - 3)))
+        at = raced[place : place + 3]
+        losses = [self.standings[number].log_loss for number in at]
+        shape = np.polyfit(np.array(at) - number, losses, len(at) - 1)
+        return lambda where: float(np.polyval(shape, where - number))
+
+    def _started(self, number: int) -> NDArray[Any]:
+        """Return models between those of its neighbours."""
+        raced = sorted(self.models)
+        low = max((other for other in raced if other < number), default=raced[0])
+        high = min((other for other in raced if other > number), default=raced[-1])
+        share = np.float32((number - low) / (high - low) if high > low else 0)
+        models: NDArray[Any] = self.models[low] + share * (self.models[high] - self.models[low])
+        return models
 
     def _vertex(self) -> int:
         """Return where a parabola through the lowest and those raced next to it has its lowest point."""
@@ -181,13 +228,12 @@ class _Race:
 
     def is_out(self, number: int) -> bool:
         """Tell whether one is surely not near the lowest."""
-        log_loss, doubt = self.standings[number]
-        return log_loss - doubt > self._near(min(sum(standing) for standing in self.standings.values()))
+        return self.standings[number].least > self._near(min(sum(standing) for standing in self.standings.values()))
 
     def is_in(self, number: int, lowest: float | None = None) -> bool:
         """Tell whether one is surely near the lowest, or a loss that is given."""
         if lowest is None:
-            lowest = min(log_loss - doubt for log_loss, doubt in self.standings.values())
+            lowest = min(standing.least for standing in self.standings.values())
         return sum(self.standings[number]) <= self._near(lowest)
 
     def _near(self, lowest: float) -> float:
@@ -221,7 +267,7 @@ class _Race:
         before = [number for number in open_numbers if number < self.first() and not self.is_out(number)]
         if before and self.is_in(self.first()):
             return min(before)
-        return min(open_numbers, key=lambda number: self.standings[number].log_loss - self.standings[number].doubt)
+        return min(open_numbers, key=lambda number: self.standings[number].least)
 
     def _solved(self, params: Params, number: int, X: X_, y: Y_, folds: Sequence[Fold]) -> Candidate:
         tolerance = solvers.tolerance_of(sum(len(fold.train) for fold in folds) * X.shape[1] * self.loss.outputs)
@@ -248,9 +294,9 @@ class _Race:
             number_of = np.repeat(company, len(self.y_held))
             while len(number_of) and not group.descents.stalled.all():
                 group.step()
-                if group.turns < _FIRST_LOOK or group.turns % _EVERY:
+                if group.turns == 1 or not group.arrived.any():
                     continue
-                self._judge(group, number_of)
+                self._judge(group, number_of, {*number_of[group.arrived].tolist()})
                 matter = {number for number in self.standings if self._matters(number)}
                 # One that was out before the lowest loss was known better, and has been left behind: all of them again.
                 if (
@@ -265,24 +311,28 @@ class _Race:
             turns += group.turns
 
     def _matters(self, number: int) -> bool:
-        """Tell whether one that still moves may be the first near the lowest, or the lowest."""
+        """Tell whether one that still moves may be the first near the lowest, or keeps that from being known to be near."""
         if number in self.settled:
             return False
-        if not self.is_out(number) and not any(self.is_in(other) for other in self.standings if other < number):
+        first = self.first()
+        if (
+            number <= first
+            and not self.is_out(number)
+            and not any(self.is_in(other) for other in self.standings if other < number)
+        ):
             return True
-        lowest = min(self.standings, key=lambda other: self.standings[other].log_loss)
-        return abs(number - lowest) <= 1
+        return not self.is_in(first, self.standings[number].least)
 
-    def _judge(self, group: SideBySide, number_of: NDArray[Any]) -> None:
-        """Note how each C stands."""
-        seen = np.zeros((2, len(number_of)))
-        pairs = np.stack([group.weights, group.weights + group.moves], axis=1)
+    def _judge(self, group: SideBySide, number_of: NDArray[Any], numbers: Collection[int]) -> None:
+        """Note how some C stand."""
+        seen, is_new = np.zeros((2, len(number_of))), np.isin(number_of, [*numbers])
         for fold, y_true in enumerate(self.y_held):
-            index = np.flatnonzero(group.fold_of == fold)
+            index = np.flatnonzero(is_new & (group.fold_of == fold))
             if len(index) and len(y_true):
-                outputs = pairs[index].reshape(-1, pairs.shape[3]) @ self.loss.held[fold].T
-                seen[:, index] = _losses(outputs.reshape(2 * len(index), self.loss.outputs, -1), y_true).reshape(-1, 2).T
-        for number in dict.fromkeys(number_of.tolist()):
+                pairs = np.concatenate([group.weights[index], group.ahead[index]]).reshape(-1, self.loss.width)
+                outputs = (pairs @ self.loss.held[fold].T).reshape(2 * len(index), self.loss.outputs, -1)
+                seen[:, index] = _losses(outputs, y_true).reshape(2, -1)
+        for number in numbers:
             of = number_of == number
             self.models[number] = group.weights[of]
             log_loss, ahead = (float(total) for total in seen[:, of].sum(axis=1))
@@ -320,6 +370,14 @@ def race_logistic(grid: Sequence[Params], coarse: int, X: X_, y: Y_, folds: Sequ
 
 def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, bool]:
     ((solution,),) = solvers.solve(X, y, [params["C"]])
+    return make_pipeline(as_logistic(solution)), solution.converged
+
+
+def _refit_logistic(params: Params, X: X_, y: Y_, heads: Sequence[Pipeline]) -> tuple[Pipeline, bool]:
+    """Fit from where the search's heads of this C, which trained on parts of the rows, are on average."""
+    models = [linear_weights(head, int(y.max()) + 1) for head in heads]
+    weights, intercept = (np.mean(parts, axis=0) for parts in zip(*models, strict=True))
+    solution = solvers.solve_from(X, y, params["C"], weights, intercept)
     return make_pipeline(as_logistic(solution)), solution.converged
 
 
@@ -466,7 +524,14 @@ SELECTED = HeadFamily(
     _fit_selected,
 )
 LOGISTIC = HeadFamily(
-    lambda _: list(_LOGISTIC), _sweep_logistic, _fit_logistic, coarse=4, streams=True, race=race_logistic, by_loss=True
+    lambda _: list(_LOGISTIC),
+    _sweep_logistic,
+    _fit_logistic,
+    coarse=4,
+    streams=True,
+    race=race_logistic,
+    refit=_refit_logistic,
+    by_loss=True,
 )
 SVM = HeadFamily(lambda _: list(_COSTS), _sweep_svm, _fit_svm)
 RIDGE = HeadFamily(lambda _: list(ALPHAS), _sweep_ridge, _fit_ridge, streams=True)

@@ -306,13 +306,17 @@ def predict_with(estimator: Any, X: Any, kind: Kind, classes: int) -> NDArray[An
     return np.asarray(estimator.predict_proba(X) if kind == "labels" else estimator.predict(X), dtype=np.float64)
 
 
-def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> Pipeline:
-    """Fit a head with some parameters.
+def train(name: str, params: Params, X: Many, y: Y_, seed: int, near: Sequence[Pipeline] = ()) -> Pipeline:
+    """Fit a head with some parameters; ``near`` are the search's heads with these, from which it may start.
 
     Raises:
         DataError: its optimum was not reached: what was fitted is no head of these parameters, and nothing may use it.
     """
-    estimator, converged = FAMILIES[kind_of(y)][name].fit(params, X, y, seed)
+    family = FAMILIES[kind_of(y)][name]
+    if near and family.refit is not None and isinstance(X, np.ndarray):
+        estimator, converged = family.refit(params, X, y, near)
+    else:
+        estimator, converged = family.fit(params, X, y, seed)
     if not converged:
         with_ = ", ".join(f"{key}={value:g}" for key, value in params.items())
         raise DataError(
@@ -361,13 +365,15 @@ class Embeddings:
     def fit(self, name: str, split: Split, seed: int, grid: Sequence[Params] | None = None) -> tuple[SearchResult, Pipeline]:
         """Choose a head's parameters, and return it fitted with them on train and val."""
         search = self.search(name, split, seed, grid)
-        return search, self.train(name, search.params, split.train_val, seed)
+        return search, self.train(name, search.params, split.train_val, seed, search.solutions)
 
-    def train(self, name: str, params: Params, samples: NDArray[np.int64], seed: int) -> Pipeline:
-        """Return a head that was fitted on some samples."""
+    def train(
+        self, name: str, params: Params, samples: NDArray[np.int64], seed: int, near: Sequence[Pipeline] = ()
+    ) -> Pipeline:
+        """Return a head that was fitted on some samples; ``near`` as in ``search.train``."""
         rows = self.rows(samples)
         X = self.X.only(rows) if isinstance(self.X, LazyRows) else self.X[rows]  # streamed ones are not in memory
-        return train(name, params, X, self.y[rows], seed)
+        return train(name, params, X, self.y[rows], seed, near)
 
     def test(self, estimator: Any, split: Split, temperature: float | None = None) -> TestResult:
         """Return how a finished head does on the test split."""

@@ -114,6 +114,31 @@ def solve(
     return _by_passes(X, y, Cs, folds, terms)
 
 
+def solve_from(X: Rows, y: NDArray[np.int64], C: float, weights: Floats, intercept: Floats) -> Solution:
+    """Return the minimiser as ``solve`` does, of one C on all rows, started from a model near it.
+
+    Args:
+        X: features (n, d), finite.
+        y: classes 0..k-1 (n,).
+        C: inverse penalty.
+        weights: by features in their own units (k, d).
+        intercept: (k,).
+
+    Raises:
+        ValueError: there are fewer than two classes.
+    """
+    with turned_folds(X, y, [(np.arange(len(y)), np.zeros(0, np.int64))]) as loss:
+        if loss is not None:
+            start, (fold,) = constant_models(loss), loss.folds
+            is_used = start[0, :, -1] > _NEVER
+            start[0, is_used] = fold.models(weights, intercept)[is_used]
+            (solution,) = finish(loss, C, start, tolerance_of(X.size * loss.outputs))
+            if solution.converged:
+                return solution
+    ((solution,),) = solve(X, y, [C])
+    return solution
+
+
 @dataclass(frozen=True)
 class _Terms:
     """What ``solve`` was asked for besides the problems."""
@@ -201,7 +226,9 @@ def turned_folds(
         yield None
         return
     with products_on(1), ThreadPoolExecutor(cores()) as workers:
-        turned = list(workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise), folds))
+        first = TurnedRows(X, *folds[0], standardise=standardise)
+        following = workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise, like=first), folds[1:])
+        turned = [first, *following]
         evaluated = TurnedLoss(turned, y, loss)
         try:
             yield evaluated
@@ -233,7 +260,7 @@ class Descended(NamedTuple):
 
 def descend(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> Descended:
     """Bring one C on every fold to where the gradient in float32 bounds what is left."""
-    group = SideBySide(loss, np.arange(len(models)), np.full(len(models), C), models)
+    group = SideBySide(loss, np.arange(len(models)), np.full(len(models), C), models, _INSIDE * tolerance)
     models = models.copy()
     most_turns = _MOST_HINGE_TURNS if loss.loss == "squared_hinge" else _MOST_TURNS
     while len(group.fold_of):

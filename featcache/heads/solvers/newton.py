@@ -1,4 +1,4 @@
-"""Descents that are driven from outside, so that many problems share what each evaluation costs: L-BFGS, then Newton."""
+"""Descents that are driven from outside, so that many problems share what each evaluation costs: L-BFGS and Newton."""
 
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +13,6 @@ Floats = NDArray[np.float64]
 Precondition = Callable[[Floats], Floats]
 
 _MEMORY = 12  # pairs of steps that the inverse Hessian is made of (Nocedal and Wright: 3 to 20)
-_PAIRS = 8  # of them where problems go down side by side: more gained nothing in passes on eight real sets
 _SUFFICIENT = 1e-4
 _SMALLEST_STEP = 1e-6
 _NOISE = {False: 3e-7, True: 1e-15}  # of a value, by whether it was computed in float64
@@ -26,6 +25,11 @@ _TINY = 1e-9
 _MOST_BENDS, _MOST_STEPS = 300, 60  # of one step; of one problem
 _FEWEST = 3  # products with the second derivatives, before which their spectrum is not believed
 _MARGIN, _DOUBT = 1.25, 1.5  # of what a second-order model promises; of what is left of it, seen through that spectrum
+_LOOSEST, _TIGHTEST = 0.4, 0.2  # of the gradient, that they may leave where problems go down side by side
+_MOST_BENDS_ASIDE = 40  # of one step there
+_OVER = 0.5  # of the slope at a step's start, that it may rise at its end
+_FAR = 0.03  # of the value, left above which models are believed less
+_MISSED, _MOST_MISSED = 2.0, 20.0
 _HALVINGS = 50  # of a step, to find where it leads lowest
 _IDLE = 3  # steps in succession that gain no more than rounding
 
@@ -104,65 +108,129 @@ class LBFGS:
 
 
 class Descents:
-    """Convex problems on their way down side by side, each by L-BFGS, as arrays (p, size); to be driven as ``LBFGS``.
+    """Convex problems on their way down side by side, each by Newton steps that conjugate gradients look for.
 
-    The second derivatives are to be near to 1 in the coordinates of ``points``. Both loops run over inner products of steps
-    and gradients, so that those are read twice a turn (Chen, Wang and Zhou 2014, section 3: vector-free L-BFGS).
+    (Nocedal and Wright 2006, algorithm 7.1; Eisenstat and Walker 1996, choice 1, of how far they look.) Driven from outside:
+    of a problem that ``bends`` evaluate the second derivative along its vector of ``asked``, of another the value and the
+    gradient there; ``tell`` them, then ``turn`` with an approximate inverse of the second derivatives times ``rests``.
+
+    Args:
+        points: from where they start (p, k, r + 1).
+        tolerance: the share of a value to which half of the squared gradient by the weights is to fall in the end; ``None``
+            where steps need not lead there.
     """
 
-    ROWS = 2 * _PAIRS + 8  # that a problem takes, of its size
-
-    def __init__(self, points: NDArray[Any]) -> None:
-        count, size = points.shape
-        self.points = self.trials = points
+    def __init__(self, points: NDArray[Any], tolerance: float | None = None) -> None:
+        count = len(points)
+        self.points, self._tolerance = points, tolerance
+        self.moves, self.directions, self.gradients, self.rests = (np.zeros_like(points) for _ in range(4))
         self.values, self.decrements = np.full(count, np.inf), np.full(count, np.inf)
-        self.iterations, self.stalled = np.zeros(count, np.int64), np.zeros(count, bool)
-        self.directions = np.zeros_like(points)
-        self._slopes, self._steps = np.zeros(count), np.ones(count)
-        # Steps, changes of gradients, and the gradient last; their inner products; 1 / (step x change), 0 of no pair.
-        self._basis = np.zeros((count, 2 * _PAIRS + 1, size), points.dtype)
-        self._products = np.zeros((count, 2 * _PAIRS + 1, 2 * _PAIRS + 1))
-        self._inverses = np.zeros((count, _PAIRS))
-        self._slot = 0
+        self.bends, self.stalled, self.arrived = (np.zeros(count, bool) for _ in range(3))
+        self._lengths, self._slopes, self._forcing = np.ones(count), np.zeros(count), np.full(count, _LOOSEST)
+        # Squared lengths of what conjugate gradients leave, now and at first, and what they promise to gain.
+        self._measures, self._firsts, self._promised = np.zeros(count), np.zeros(count), np.zeros(count)
+        self._missed = np.full(count, _MISSED)  # by how much the first length tells less than they then find
+        self._counts, self._idle = np.zeros(count, np.int64), np.zeros(count, np.int64)
 
     @property
-    def gradients(self) -> NDArray[Any]:
-        """The gradients (p, size) at ``points``."""
-        return self._basis[:, -1]
+    def asked(self) -> NDArray[Any]:
+        """Directions (p, k, r + 1) of those that bend, trials of the others."""
+        if self.bends.all():
+            return self.directions
+        trials: NDArray[Any] = self.points + _each(self._lengths, self.points) * self.moves
+        return np.where(self.bends[:, None, None], self.directions, trials) if self.bends.any() else trials
 
-    def tell(self, values: Floats, gradients: NDArray[Any]) -> None:
-        """Take values (p,) and gradients (p, size) at ``trials``: each problem moves there, or tries a shorter step."""
+    @property
+    def ahead(self) -> NDArray[Any]:
+        """The steps (p, k, r + 1) as far as they are found: at first where the approximate second derivatives lead."""
+        return np.where((self._counts > 0)[:, None, None], self.moves, self.directions)
+
+    def tell(self, values: Floats, vectors: NDArray[Any]) -> None:
+        """Take values (p,) and gradients, or second derivatives (p, k, r + 1): who looks moves, or shortens the step."""
+        self.arrived = np.zeros(len(values), bool)
+        if self.bends.any():
+            self._bend(vectors if self.bends.all() else np.where(self.bends[:, None, None], vectors, 0))
+        if not self.bends.all():
+            self._look(values, vectors)
+
+    def _bend(self, vectors: NDArray[Any]) -> None:
+        curved = _dots(self.directions, vectors)
+        is_curved = self.bends & (curved > 0)
+        lengths = np.where(is_curved, self._measures / np.where(is_curved, curved, 1), 0)
+        self.moves += _each(lengths, vectors) * self.directions
+        self.rests += _each(lengths, vectors) * vectors
+        self._promised += lengths * self._measures / 2
+        self._counts += self.bends
+        self._counts[self.bends & ~is_curved] = _MOST_BENDS_ASIDE
+
+    def _look(self, values: Floats, gradients: NDArray[Any]) -> None:
         is_first = np.isinf(self.values)
         rounding = _NOISE[self.points.dtype == np.float64] * np.abs(np.where(is_first, 0, self.values))
-        promised = np.where(is_first, np.inf, self.values + _SUFFICIENT * self._steps * self._slopes + rounding)
-        is_lower = np.isfinite(values) & (values <= promised)
-        moves, changes = self.trials - self.points, gradients - self.gradients
-        if not (is_lower & ~is_first).all():
-            moves[~is_lower | is_first], changes[~is_lower | is_first] = 0, 0
-            gradients = np.where(is_lower[:, None], gradients, self.gradients)
-        self.points = self.points + moves
+        promised = np.where(is_first, np.inf, self.values + _SUFFICIENT * self._lengths * self._slopes + rounding)
+        is_lower = ~self.bends & np.isfinite(values) & (values <= promised)
         with np.errstate(over="ignore", invalid="ignore"):
-            lost = values - self.values - self._steps * self._slopes
-            shorter = -self._slopes * self._steps**2 / (2 * np.maximum(lost, 1e-300))
-        shorter = np.clip(np.where(np.isfinite(shorter), shorter, 0), 0.1 * self._steps, 0.5 * self._steps)
-        self.values = np.where(is_lower, values, self.values)
-        self._remember(moves, changes, gradients)
-        self.iterations += is_lower & ~is_first
-        shares, slopes = self._two_loops()
-        directions = -np.matmul(shares[:, None].astype(self.points.dtype), self._basis)[:, 0]
-        self.directions = directions if is_lower.all() else np.where(is_lower[:, None], directions, self.directions)
-        self._slopes = np.where(is_lower, slopes, self._slopes)
-        self._steps = np.where(is_lower, 1.0, shorter)
-        self.stalled |= self._steps < _SMALLEST_STEP
-        self.decrements = -self._slopes / 2
-        self.trials = self.points + self._steps[:, None].astype(self.points.dtype) * self.directions
+            shorter, is_over = self._shorter(values, _dots(self.moves, gradients))
+        # Where the first rows come right the curvature falls, and steps lead across the valley: half of one leads lower.
+        is_over &= is_lower & ~is_first & (self._lengths == 1) & (-self._slopes > _TINY * np.abs(values))
+        arrived = self.arrived = is_lower & ~is_over
+        refused = ~self.bends & ~arrived
+        is_here = arrived[:, None, None]
+        self.points = np.where(is_here, self.points + _each(self._lengths, self.points) * self.moves, self.points)
+        self.gradients = np.where(is_here, gradients, self.gradients)
+        self.rests, self.moves = np.where(is_here, gradients, self.rests), np.where(is_here, 0, self.moves)
+        self._idle = np.where(arrived & ~is_first & (self.values - values <= rounding), self._idle + 1, self._idle)
+        self._lengths = np.where(refused, shorter, self._lengths)
+        self.values = np.where(arrived, values, self.values)
+        self.stalled |= (self._lengths < _SMALLEST_STEP) | (self._idle >= _IDLE)
 
-    def rescale(self, ratios: NDArray[Any]) -> None:
-        """Go on in coordinates (p, size) that are so many times as large."""
-        self._basis[:, :_PAIRS] *= ratios[:, None]
-        self._basis[:, _PAIRS:] /= ratios[:, None]
-        self.points, self.trials, self.directions = self.points * ratios, self.trials * ratios, self.directions * ratios
-        self._products = np.matmul(self._basis, self._basis.transpose(0, 2, 1)).astype(np.float64)
+    def _shorter(self, values: Floats, ends: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+        """Return the lengths to try where steps were too long, and whether the slopes (p,) at their ends say so."""
+        starts, lengths = self._slopes, self._lengths
+        lost = values - self.values - lengths * starts
+        by_values = -starts * lengths**2 / (2 * np.maximum(lost, 1e-300))
+        is_over = ends > _OVER * -starts
+        middle = starts + ends - 3 * (values - self.values)  # the cubic of both values and slopes (Nocedal and Wright, 3.59)
+        root = np.sqrt(np.maximum(middle**2 - starts * ends, 0))
+        by_slopes = 1 - (ends + root - middle) / np.where(is_over, ends - starts + 2 * root, 1)
+        by_values = np.clip(np.where(np.isfinite(by_values), by_values, 0), 0.1 * lengths, 0.5 * lengths)
+        return np.where(is_over & (lengths == 1) & np.isfinite(by_slopes), np.clip(by_slopes, 0.1, 0.9), by_values), is_over
+
+    def turn(self, turned: NDArray[Any]) -> None:
+        """Take an approximate inverse times ``rests``: conjugate gradients start, go on, or have a step to be tried."""
+        measures, arrived, goes_on = _dots(self.rests, turned), self.arrived, self.bends
+        if arrived.any():
+            self._arrive(measures)
+        shares = np.where(goes_on, measures / np.where(self._measures > 0, self._measures, 1), np.where(arrived, 0, 1))
+        self.directions *= _each(shares, turned)
+        self.directions -= turned if (arrived | goes_on).all() else np.where((arrived | goes_on)[:, None, None], turned, 0)
+        self._measures = np.where(arrived | goes_on, measures, self._measures)
+        enough = goes_on & (self._is_enough() | (self._counts >= _MOST_BENDS_ASIDE))
+        self.bends = (goes_on & ~enough) | arrived
+        self._lengths[enough] = 1.0
+        if enough.any():
+            self._slopes = np.where(enough, np.minimum(_dots(self.gradients, self.moves), 0), self._slopes)
+
+    def _arrive(self, measures: Floats) -> None:
+        """Note what is left where problems have moved to, and how far the model was to be believed on the way."""
+        came = self.arrived & (self._firsts > 0)
+        before = np.sqrt(np.where(came, self._firsts, 1))
+        differs = np.abs(np.sqrt(np.maximum(measures, 0)) - np.sqrt(np.maximum(self._measures, 0))) / before
+        missed = 2 * self._promised / np.where(came, self._firsts, 1)
+        self._missed = np.where(came, np.clip(missed, 1.0, _MOST_MISSED), self._missed)
+        self.decrements = np.where(self.arrived, self._missed * measures / 2, self.decrements)
+        differs = np.where(self.decrements > _FAR * self.values, _LOOSEST, np.clip(differs, _TIGHTEST, _LOOSEST))
+        self._forcing = np.where(came, differs, self._forcing)
+        self._firsts = np.where(self.arrived, measures, self._firsts)
+        self._promised[self.arrived], self._counts[self.arrived] = 0, 0
+
+    def _is_enough(self) -> NDArray[np.bool_]:
+        is_far: NDArray[np.bool_] = self._measures <= self._forcing**2 * self._firsts
+        if self._tolerance is None:
+            return is_far
+        goal = self._tolerance * self.values
+        by_weights = _dots(self.rests, self.rests) - np.einsum("pk,pk->p", self.rests[:, :, -1], self.rests[:, :, -1])
+        is_last: NDArray[np.bool_] = by_weights / 2 <= _ENOUGH * goal
+        return is_last | (is_far & (self._promised > _NEAR * goal))
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
         """Leave the other problems where they are."""
@@ -170,37 +238,15 @@ class Descents:
             if isinstance(value, np.ndarray):
                 setattr(self, name, value[is_open])
 
-    def _remember(self, moves: NDArray[Any], changes: NDArray[Any], gradients: NDArray[Any]) -> None:
-        slots = self._slot, _PAIRS + self._slot, 2 * _PAIRS
-        for slot, vectors in zip(slots, (moves, changes, gradients), strict=True):
-            self._basis[:, slot] = vectors
-        products = np.matmul(self._basis, self._basis[:, slots].transpose(0, 2, 1)).astype(np.float64)
-        self._products[:, :, slots] = products
-        self._products[:, slots, :] = products.transpose(0, 2, 1)
-        curved = products[:, slots[1], 0]
-        enough = 1e-10 * np.sqrt(products[:, slots[0], 0] * products[:, slots[1], 1])
-        is_curved = curved > enough
-        self._inverses[:, self._slot] = np.where(is_curved, 1 / np.where(is_curved, curved, 1), 0)
-        self._slot = (self._slot + 1) % _PAIRS
 
-    def _two_loops(self) -> tuple[Floats, Floats]:
-        """Return each direction's shares (p, 2 pairs + 1) of all kept vectors, to be taken off, and its slope (p,)."""
-        shares = np.zeros(self._products.shape[:2])
-        shares[:, -1] = 1
-        by_age = [slot for age in range(_PAIRS) if self._inverses[:, slot := (self._slot - 1 - age) % _PAIRS].any()]
-        removed = {}
-        for slot in by_age:
-            removed[slot] = self._inverses[:, slot] * np.einsum("pl,pl->p", shares, self._products[:, :, slot])
-            shares[:, _PAIRS + slot] -= removed[slot]
-        for slot in reversed(by_age):
-            again = self._inverses[:, slot] * np.einsum("pl,pl->p", shares, self._products[:, :, _PAIRS + slot])
-            shares[:, slot] += removed[slot] - again
-        slopes = -np.einsum("pl,pl->p", shares, self._products[:, :, -1])
-        upward = slopes >= 0
-        if upward.any():
-            self._inverses[upward], shares[upward], shares[upward, -1] = 0, 0, 1
-            slopes = np.where(upward, -self._products[:, -1, -1], slopes)
-        return shares, slopes
+def _dots(vectors: NDArray[Any], by: NDArray[Any]) -> Floats:
+    """Return the inner product (p,) of each problem's vectors (p, k, r)."""
+    return np.array([np.vdot(*pair) for pair in zip(vectors, by, strict=True)], np.float64)
+
+
+def _each(values: Floats, like: NDArray[Any]) -> NDArray[Any]:
+    """Return a number for each problem (p, 1, 1), in the vectors' precision."""
+    return values[:, None, None].astype(like.dtype)
 
 
 def of_squared_hinge(rows: Floats, signs: Floats, weights: Floats, intercept: float, C: float) -> tuple[Floats, float]:

@@ -24,9 +24,11 @@ Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 _NARROW = 128  # rows of weights
 _FEW_COLUMNS = 48  # outputs of all models, up to which a block's products are short
 _AS_THEY_LIE, _ROUND = 1_000_000, 32  # multiplications of a product that OpenBLAS does not rearrange operands for first
-_REFRESH = 6  # evaluations after which the curvature is measured anew
 _NO_VALUE = 1e-300
-_STEADY = 1e-12  # what is taken for the curvature of an intercept that has none
+_FLAT = 1e-6  # of the greatest curvature: what rounding leaves of none
+_COUPLED = 32  # classes, above which turning them takes longer than it saves passes
+_LEADING, _BLOCK = 10, 120  # columns of which the second derivatives are taken exactly; outputs x columns, at most
+_VECTORS = 10  # that a problem which goes down takes, of its size
 _UNLIKELY = 1e-6  # of the likeliest class's probability
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
 
@@ -281,6 +283,13 @@ class TurnedLoss:
         self.held = [_padded(fold.held, self.width) for fold in folds]
         self.targets = [y[fold.train] for fold in folds]
         self.shares = np.stack([self._shares_of(labels) for labels in self.targets])
+        self.is_whole = loss == "softmax" and self.outputs <= _COUPLED
+        self.squares = np.stack([np.einsum("nr,nr->r", rows, rows) / len(rows) for rows in self.rows])
+        count = min(_LEADING, self.width - 1, _BLOCK // self.outputs)
+        self.leading = np.array([*range(count), self.width - 1]) if self.is_whole and count > 1 else np.zeros(0, np.int64)
+        self._pairs = np.triu_indices(len(self.leading))
+        leading = [np.ascontiguousarray(rows[:, self.leading]) for rows in self.rows]
+        self._squares = [rows[:, self._pairs[0]] * rows[:, self._pairs[1]] for rows in leading]
         self.guessing = self.counts * _GUESSING[loss](self.shares).sum(axis=1)
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
         is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
@@ -299,39 +308,88 @@ class TurnedLoss:
         """Let the threads end."""
         self._workers.shutdown()
 
-    def slopes(self, fold_of: NDArray[np.int64], weights: Rows, *, bent: bool) -> tuple[Floats, Rows, Rows]:
-        """Return losses (p,), derivatives and, where asked for, the second derivatives' diagonal (p, k, r + 1) of models."""
-        loss, slopes, diagonal = np.zeros(len(weights)), np.zeros_like(weights), np.zeros_like(weights)
+    def look_or_bend(
+        self, fold_of: NDArray[np.int64], asked: Rows, bends: NDArray[np.bool_], states: Sequence[Rows]
+    ) -> tuple[Floats, Rows, Floats]:
+        """Return losses (p,), derivatives (p, k, r + 1) and mean curvatures (p, k, k) or (p, k) of models, as ``Gradients``.
+
+        Of those that bend it is the second derivative along what is asked, where they were looked at last: ``states``, for
+        each fold (m, k, n) of its m problems in their order, are kept for that.
+        """
+        spent, products = np.zeros(len(asked)), np.zeros_like(asked)
+        curvature = np.zeros((len(asked), *([self.outputs] * (2 if self.is_whole else 1))))
         index = [np.flatnonzero(fold_of == number) for number in range(len(self.folds))]
 
         def part_of(task: tuple[int, slice]) -> Any:
             fold, block = task
-            rows, models = self.rows[fold][block], weights[index[fold]]
-            outputs = (models.reshape(-1, self.width) @ rows.T).reshape(*models.shape[:2], len(rows))
-            with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
-                spent = self._spent(outputs, self.targets[fold][block])
-            products = (outputs.reshape(-1, len(rows)) @ rows).reshape(models.shape)
-            if not bent:
-                return spent, products, 0
-            if self.loss == "squared_hinge":
-                np.multiply(outputs != 0, 2, out=outputs)
-            else:  # q of a class that is wrong, q - 1 of the right one: q (1 - q) of both, no digit cancelled
-                np.subtract(np.abs(outputs), outputs * outputs, out=outputs)
-            return spent, products, (outputs.reshape(-1, len(rows)) @ (rows * rows)).reshape(models.shape)
+            rows, bent, state = self.rows[fold][block], bends[index[fold]], states[fold][:, :, block]
+            outputs = (asked[index[fold]].reshape(-1, self.width) @ rows.T).reshape(len(bent), self.outputs, len(rows))
+            seen = None
+            if bent.any():
+                turned = outputs if bent.all() else outputs[bent]
+                self._bend(turned, state if bent.all() else state[bent], self.targets[fold][block])
+                outputs[bent] = turned
+            if not bent.all():
+                slopes = outputs[~bent] if bent.any() else outputs
+                with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
+                    seen = self._spent(slopes, self.targets[fold][block])
+                outputs[~bent] = slopes
+                state[~bent] = slopes
+            return seen, (outputs.reshape(-1, len(rows)) @ rows).reshape(len(bent), self.outputs, self.width)
 
         tasks = [(fold, block) for fold, block in self._tasks if len(index[fold])]
-        for (fold, _), (spent, products, squares) in zip(tasks, self._workers.map(part_of, tasks), strict=True):
-            loss[index[fold]] += spent
-            slopes[index[fold]] += products
-            diagonal[index[fold]] += squares
-        return loss, slopes, diagonal
+        for (fold, _), (seen, part) in zip(tasks, self._workers.map(part_of, tasks), strict=True):
+            products[index[fold]] += part
+            if seen is not None:
+                looking = index[fold][~bends[index[fold]]]
+                spent[looking] += seen[0]
+                curvature[looking] += seen[1] / self.counts[fold]
+        return spent, products, curvature
 
-    def _spent(self, outputs: Rows, y_true: NDArray[Any]) -> Floats:
-        """Return the losses (p,) of outputs (p, k, r), which become their derivatives."""
+    def inverses(self, fold: int, slopes: Rows, C: Floats) -> Rows:
+        """Return the inverses of the second derivatives (p, k l, k l) by the weights of the l leading columns, exactly."""
+        shares = slopes.copy()
+        shares[:, self.targets[fold], np.arange(slopes.shape[2])] += 1
+        rows, columns = np.triu_indices(self.outputs)
+        weights = -shares[:, rows] * shares[:, columns]
+        weights[:, rows == columns] += shares
+        sums = weights.reshape(-1, slopes.shape[2]) @ self._squares[fold]
+        width, (first, second) = len(self.leading), self._pairs
+        by_pair = np.empty((len(slopes), len(rows), width, width))
+        by_pair[:, :, first, second] = by_pair[:, :, second, first] = sums.reshape(len(slopes), len(rows), -1)
+        by_pair *= C[:, None, None, None]
+        blocks = np.empty((len(slopes), self.outputs, width, self.outputs, width))
+        blocks[:, rows, :, columns] = blocks[:, columns, :, rows] = by_pair.transpose(1, 0, 2, 3)
+        diagonal, inside = np.arange(self.outputs), np.arange(width - 1)
+        blocks[:, diagonal[:, None], inside, diagonal[:, None], inside] += 1
+        # Intercepts that all rise together, or of no row, change nothing: without a cost there would be no inverse.
+        stiff = blocks[:, diagonal, -1, diagonal, -1].sum(axis=1)
+        blocks[:, :, -1, :, -1] += stiff[:, None, None]
+        blocks[:, diagonal, -1, diagonal, -1] += _FLAT * stiff[:, None]
+        inverses: Rows = np.linalg.inv(blocks.reshape(len(slopes), self.outputs * width, -1)).astype(slopes.dtype)
+        return inverses
+
+    def _spent(self, outputs: Rows, y_true: NDArray[Any]) -> tuple[Floats, Floats]:
+        """Return losses (p,) and curvatures of outputs (p, k, r), which become the losses' derivatives."""
         counts = np.ones((1, len(y_true)), outputs.dtype)
         if self.loss == "softmax":
-            return _softmax(outputs, y_true, counts, "none")[0]
-        return _ONE_BY_ONE[self.loss](outputs, np.where(y_true.T, 1, -1).astype(outputs.dtype), counts)[0]
+            return _softmax(outputs, y_true, counts, "whole" if self.is_whole else "diagonal")
+        return _ONE_BY_ONE[self.loss](outputs, np.where(y_true.T, 1, -1).astype(outputs.dtype), counts)
+
+    def _bend(self, moves: Rows, slopes: Rows, y_true: NDArray[Any]) -> None:
+        """Turn moves of outputs (p, k, r) into those of the losses' derivatives, where these were ``slopes``."""
+        if self.loss == "softmax":
+            row = np.arange(len(y_true))
+            shares = slopes.copy()
+            shares[:, y_true, row] += 1
+            moves -= moves[:, None, y_true, row]  # as in _softmax_bend
+            moves -= np.einsum("pkr,pkr->pr", shares, moves)[:, None]
+            moves *= shares
+        elif self.loss == "sigmoid":
+            wrong = np.abs(slopes)
+            moves *= wrong * (1 - wrong)
+        else:
+            moves *= 2 * (slopes != 0)
 
 
 def _padded(rows: Rows, width: int) -> Rows:
@@ -341,36 +399,51 @@ def _padded(rows: Rows, width: int) -> Rows:
 
 
 class SideBySide:
-    """Problems, a fold and a C each, that go down side by side, in coordinates in which their second derivatives are near 1.
+    """Problems, a fold and a C each, that go down side by side.
+
+    Conjugate gradients take the second derivatives for the mean curvature by the outputs times the rows' mean squares, plus
+    the penalty: Böhning's (1992) block structure, with probabilities in place of his bound. Those by the weights of a few
+    leading columns, which are the farthest from that, are taken as they are.
 
     Args:
         loss: evaluates them.
         fold_of: the fold of each (p,).
         C: by which losses are multiplied (p,).
         weights: from where they start (p, k, r + 1).
+        tolerance: see ``newton.Descents``.
     """
 
-    def __init__(self, loss: TurnedLoss, fold_of: NDArray[np.int64], C: Floats, weights: Rows) -> None:
+    def __init__(
+        self, loss: TurnedLoss, fold_of: NDArray[np.int64], C: Floats, weights: Rows, tolerance: float | None = None
+    ) -> None:
         self.loss, self.fold_of = loss, fold_of
         self.C = C * loss.shares_of_C[fold_of]
-        self._diagonal, self._stretch = np.zeros_like(weights), np.ones_like(weights)
-        self.descents = newton.Descents(weights.reshape(len(weights), -1))
+        self.descents = newton.Descents(weights, tolerance)
+        self._states = [
+            np.zeros((int((fold_of == number).sum()), loss.outputs, count), weights.dtype)
+            for number, count in enumerate(loss.counts)
+        ]
+        self._turns_of = np.zeros((len(weights), *([loss.outputs] * 2 if loss.is_whole else [0])), weights.dtype)
+        self._shrinks = np.zeros_like(weights)
+        size = loss.outputs * len(loss.leading) if loss.is_whole else 0
+        self._blocks = np.zeros((len(weights), size, size), weights.dtype)
         self.turns = 0
 
     @staticmethod
     def room(loss: TurnedLoss, problems: int) -> int:
         """Return how many numbers so many problems take."""
-        return int(newton.Descents.ROWS * problems * loss.outputs * loss.width)
+        return int(problems * loss.outputs * (_VECTORS * loss.width + max(loss.counts)))
 
     @property
     def weights(self) -> Rows:
         """The models (p, k, r + 1)."""
-        return self.descents.points.reshape(self._stretch.shape) * self._stretch
+        return self.descents.points
 
     @property
-    def moves(self) -> Rows:
-        """Where each would go next (p, k, r + 1)."""
-        return self.descents.directions.reshape(self._stretch.shape) * self._stretch
+    def ahead(self) -> Rows:
+        """Where the models are about to go (p, k, r + 1), as far as is known."""
+        models: Rows = self.descents.points + self.descents.ahead
+        return models
 
     @property
     def left(self) -> Floats:
@@ -382,42 +455,68 @@ class SideBySide:
     @property
     def slopes(self) -> Rows:
         """The derivatives (p, k, r + 1) by the models."""
-        return self.descents.gradients.reshape(self._stretch.shape) / self._stretch
+        return self.descents.gradients
+
+    @property
+    def arrived(self) -> NDArray[np.bool_]:
+        """Which have moved in the last turn (p,)."""
+        return self.descents.arrived
 
     def step(self) -> None:
-        """Evaluate every problem once."""
-        if self.turns and self.turns % _REFRESH == 0:
-            self._restretch()
-        bent = self.turns == 0 or (self.turns + 1) % _REFRESH == 0
-        trials = self.descents.trials.reshape(self._stretch.shape) * self._stretch
-        spent, slopes, diagonal = self.loss.slopes(self.fold_of, trials, bent=bent)
-        if self.turns == 0:  # before it goes anywhere
-            self._diagonal = diagonal
-            self._restretch()
-        C = self.C[:, None, None].astype(slopes.dtype)
-        inside = trials[:, :, :-1]
-        slopes *= C
-        slopes[:, :, :-1] += inside
-        values = self.C * spent + np.einsum("pkr,pkr->p", inside, inside, dtype=np.float64) / 2
-        slopes *= self._stretch
-        self.descents.tell(values, slopes.reshape(len(slopes), -1))
-        if bent:
-            is_lower = self.descents.values == values
-            self._diagonal[is_lower] = diagonal[is_lower]
+        """Evaluate every problem, or its second derivative along a direction, once."""
+        asked = self.descents.asked
+        spent, vectors, curvature = self.loss.look_or_bend(self.fold_of, asked, self.descents.bends, self._states)
+        C, inside = self.C[:, None, None].astype(asked.dtype), asked[:, :, :-1]
+        vectors *= C
+        vectors[:, :, :-1] += inside
+        values = np.zeros(len(asked))
+        for number in np.flatnonzero(~self.descents.bends):
+            values[number] = (
+                self.C[number] * spent[number] + np.einsum("kr,kr->", *[inside[number]] * 2, dtype=np.float64) / 2
+            )
+        self.descents.tell(values, vectors)
+        self._shape(curvature)
+        self.descents.turn(self._precondition(self.descents.rests))
         self.turns += 1
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
         """Leave the other problems where they are."""
+        self._states = [state[is_open[self.fold_of == number]] for number, state in enumerate(self._states)]
         self.descents.keep(is_open)
         self.fold_of, self.C = self.fold_of[is_open], self.C[is_open]
-        self._diagonal, self._stretch = self._diagonal[is_open], self._stretch[is_open]
+        self._turns_of, self._shrinks = self._turns_of[is_open], self._shrinks[is_open]
+        self._blocks = self._blocks[is_open]
 
-    def _restretch(self) -> None:
-        """Take one over the roots of the second derivatives' diagonal as the coordinates' unit."""
-        squares = self._diagonal * self.C[:, None, None].astype(self._diagonal.dtype)
-        squares[:, :, :-1] += 1
-        before, self._stretch = self._stretch, 1 / np.sqrt(np.maximum(squares, _STEADY))
-        self.descents.rescale((before / self._stretch).reshape(len(before), -1))
+    def _shape(self, curvature: Floats) -> None:
+        """Take the mean curvatures (p, k, k) or (p, k) by the outputs of those that have just arrived."""
+        arrived = self.descents.arrived
+        for number in np.flatnonzero(arrived).tolist():
+            by_output, fold = curvature[number], self.fold_of[number]
+            if self.loss.is_whole:
+                by_output, self._turns_of[number] = np.linalg.eigh(by_output)
+            weight = self.C[number] * self.loss.counts[fold] * np.maximum(by_output, 0)
+            stiff = weight[:, None] * self.loss.squares[fold]
+            stiff[:, :-1] += 1
+            is_flat = stiff[:, -1] <= _FLAT * stiff[:, -1].max()  # intercepts that all rise together, or of no row
+            stiff[:, -1] = np.where(is_flat, np.inf, stiff[:, -1])
+            self._shrinks[number] = 1 / stiff
+        for fold, state in enumerate(self._states):
+            index = np.flatnonzero((self.fold_of == fold) & arrived)
+            if self._blocks.size and len(index):
+                self._blocks[index] = self.loss.inverses(fold, state[arrived[self.fold_of == fold]], self.C[index])
+
+    def _precondition(self, vectors: Rows) -> Rows:
+        if not self.loss.is_whole:
+            scaled: Rows = vectors * self._shrinks
+            return scaled
+        turned = np.matmul(self._turns_of.transpose(0, 2, 1), vectors)
+        turned *= self._shrinks
+        inverse: Rows = np.matmul(self._turns_of, turned)
+        if self._blocks.size:
+            leading = vectors[:, :, self.loss.leading]
+            products = np.matmul(self._blocks, leading.reshape(len(vectors), -1, 1))
+            inverse[:, :, self.loss.leading] = products.reshape(leading.shape)
+        return inverse
 
 
 def _products(weights: Rows, rows: Rows) -> Rows:

@@ -27,8 +27,9 @@ _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a cor
 _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
 _NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
 _MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
-_ALL_AXES, _MAIN_AXES = 800, 160  # columns of which all axes are found; how many are of wider rows
-_FEW_ROWS = 0.9  # a feature, up to which the rows' own space is taken
+_ALL_AXES, _MAIN_AXES = 96, 96  # columns of which all axes are found; how many are of wider rows
+_AXES_ROWS = 2048  # from which they are found
+_FEW_ROWS = 0.25  # a feature, up to which the rows' own space is taken
 _ROUNDED = 1e-6  # of the greatest eigenvalue: what is below is float32's rounding
 _NO_MIRROR = 1e-30  # scale of a reflection that changes nothing
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
@@ -246,25 +247,29 @@ class TurnedRows:
         train: positions of the rows that train (n,).
         val: positions of those that judge (v,).
         standardise: see (x - mean) / standard deviation over the rows that train, else x - mean.
+        like: another fold, whose axes are near enough.
     """
 
-    def __init__(self, X: Rows, train: NDArray[Any], val: NDArray[Any], *, standardise: bool) -> None:
+    def __init__(
+        self, X: Rows, train: NDArray[Any], val: NDArray[Any], *, standardise: bool, like: "TurnedRows | None" = None
+    ) -> None:
         self.train, self._source = train, X
         blocks = [X[train[block]] for block in _slices(len(train), _MOMENT_ROWS)]
         _, self.mean, scale = _spread([_Moments.of(rows) for rows in blocks])
         if X.dtype == np.float32:
             self.mean = self.mean.astype(np.float32).astype(np.float64)  # what can be taken off exactly
         self.scale = scale if standardise else np.ones_like(scale)
-        if len(train) <= _FEW_ROWS * X.shape[1] and len(train) <= _ALL_AXES:
+        if len(train) <= _FEW_ROWS * X.shape[1]:
             rows = self.standardised(slice(None)).astype(np.float32)
             values, vectors = eigh(rows @ rows.T, driver="evd", check_finite=False, overwrite_a=True)
-            is_axis = values > max(values[-1], 0) * _ROUNDED
+            values, vectors = values[::-1], vectors[:, ::-1]
+            is_axis = values > max(values[0], 0) * _ROUNDED
             lengths, vectors = np.sqrt(values[is_axis]), vectors[:, is_axis]
             turned, axes = vectors * lengths, rows.T @ (vectors / lengths)
-            self._axes: _Axes | _Reflections = _Axes(axes)
+            self.axes: _Axes | _Reflections = _Axes(axes)
             self.rows = np.concatenate([turned, np.ones((len(turned), 1), np.float32)], axis=1)
         else:
-            self._axes = self._main_axes() if X.shape[1] > _ALL_AXES else _Axes(self._all_axes())
+            self.axes = like.axes if like is not None and like.is_whole else self._whole_axes()
             self.rows = self._turned(train)
         self.held = self._turned(val)
 
@@ -279,7 +284,13 @@ class TurnedRows:
 
     def back(self, weights: Rows) -> Floats:
         """Return weights (k, r) by the turned columns as those by standardised features (k, d)."""
-        return self._axes.back(weights[:, : self._axes.count]).astype(np.float64)
+        return self.axes.back(weights[:, : self.axes.count]).astype(np.float64)
+
+    def models(self, weights: Floats, intercept: Floats) -> Rows:
+        """Return models of features as they come, weights (k, d) and intercepts (k,), as ones of turned rows (k, r + 1)."""
+        turned = self.axes.turned((weights * self.scale).astype(np.float32))
+        last = (intercept + weights @ self.mean).astype(np.float32)
+        return np.concatenate([turned, last[:, None]], axis=1)
 
     def _centred(self, rows: NDArray[Any]) -> Rows:
         kind = self._source.dtype if self._source.dtype == np.float32 else np.dtype(np.float64)
@@ -288,28 +299,25 @@ class TurnedRows:
         return centred
 
     def _turned(self, rows: NDArray[Any]) -> Rows:
-        turned = np.ones((len(rows), self._axes.count + 1), np.float32)
+        turned = np.ones((len(rows), self.axes.count + 1), np.float32)
         for block in _slices(len(rows), _MOMENT_ROWS):
-            turned[block, :-1] = self._axes.turned(self._centred(rows[block]).astype(np.float32, copy=False))
+            turned[block, :-1] = self.axes.turned(self._centred(rows[block]).astype(np.float32, copy=False))
         return turned
 
-    def _all_axes(self) -> Rows:
-        """Return orthogonal axes (d, d), float32, those of the covariance."""
-        gram = np.zeros((self._source.shape[1],) * 2, np.float32)
-        for block in _slices(len(self.train), _MOMENT_ROWS):
-            rows = self.standardised(block).astype(np.float32, copy=False)
-            gram += rows.T @ rows
-        axes: Rows = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1]
-        return axes
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether there are as many axes as features."""
+        return bool(self.axes.count == self._source.shape[1])
 
-    def _main_axes(self) -> "_Reflections":
-        main = np.random.default_rng(0).normal(size=(self._source.shape[1], _MAIN_AXES)).astype(np.float32)
+    def _whole_axes(self) -> "_Axes | _Reflections":
+        """Return axes by which rows are about uncorrelated, from some of them."""
+        width, step = self._source.shape[1], -(-len(self.train) // _AXES_ROWS)
+        rows = self._centred(self.train[::step]).astype(np.float32, copy=False)
+        if width <= _ALL_AXES:
+            return _Axes(eigh(rows.T @ rows, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
+        main = np.random.default_rng(0).normal(size=(width, _MAIN_AXES)).astype(np.float32)
         for _ in range(2):
-            total = np.zeros_like(main)
-            for block in _slices(len(self.train), _MOMENT_ROWS):
-                rows = self.standardised(block).astype(np.float32, copy=False)
-                total += rows.T @ (rows @ main)
-            main, spread = np.linalg.qr(total)
+            main, spread = np.linalg.qr(rows.T @ (rows @ main))
         vectors, _, _ = np.linalg.svd(spread)
         return _Reflections(main @ vectors)
 
