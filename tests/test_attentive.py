@@ -12,6 +12,7 @@ from finetune_support import KilledError
 from numpy.typing import NDArray
 
 import featcache
+from featcache.backbones.attention import FORMS, scale_of
 from featcache.backbones.pooling import Layout, Pooling
 from featcache.evaluation.metrics import score
 from featcache.evaluation.splits import Fold, Split
@@ -82,6 +83,33 @@ def training_of(
     return AttentiveTraining(
         form, layout, lambda index: X[index], y, split, probe, 0, torch.device("cpu"), checkpoint
     ), heads
+
+
+@pytest.mark.parametrize("form", ATTENTIVE)
+@pytest.mark.parametrize("is_training", [False, True])
+def test_what_is_masked_is_not_attended_to(form: str, is_training: bool) -> None:  # noqa: FBT001
+    """Whatever fills rows up changes neither answers nor gradients, in training too; an unmasked token changes both."""
+    layout, rng = Layout(3, 2, class_token=True, masked=True), np.random.default_rng(0)
+    rows = torch.from_numpy(rng.normal(size=(6, 9, 9)).astype(np.float32))
+    rows[..., -1] = torch.arange(9) < torch.tensor([1, 2, 4, 5, 8, 9])[:, None]
+    filled, changed = rows.clone(), rows.clone()
+    filled[..., :-1] += 1000 * (rows[..., -1:] == 0)
+    changed[:, 0, :-1] += 1
+    pool = FORMS[form](layout, 8, 4, torch.ones(8)).train(is_training)
+    with torch.no_grad():
+        next(iter(pool.parameters())).normal_(generator=torch.Generator().manual_seed(0))
+
+    def answered(these: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        pool.zero_grad()
+        vectors = pool(these)
+        vectors.square().sum().backward()
+        return vectors.detach(), torch.cat([each.grad.flatten() for each in pool.parameters() if each.grad is not None])
+
+    for plain, same in zip(answered(rows), answered(filled), strict=True):
+        torch.testing.assert_close(same, plain)
+    assert not torch.allclose(answered(changed)[0], answered(rows)[0])
+    torch.testing.assert_close(scale_of(layout, filled), scale_of(layout, rows))
 
 
 @pytest.mark.parametrize("form", ATTENTIVE)

@@ -21,6 +21,7 @@ from featcache.errors import DataError, UsageError
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.lengths import by_length
+from featcache.finetuning import attentive
 from featcache.finetuning.model import LinearHead, Network, open_up
 from featcache.finetuning.plan import Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
@@ -189,14 +190,21 @@ def test_what_no_encoder_has_is_refused_by_name(spec: BackboneSpec) -> None:
         open_backbone(spec)
 
 
-def test_attention_to_texts_is_refused(spec: BackboneSpec, table: Path, tmp_path: Path) -> None:
-    """It would attend to what texts are filled up with: no head comes of it, and nothing is extracted."""
+def test_attention_leaves_out_what_fills_a_text_up(
+    spec: BackboneSpec, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attentive head is fitted on texts, is at least the probe on validation, and labels texts that were never seen."""
     cache = FeatureCache(open_dataset(table), spec, Settings(tmp_path / "cache", max_bad=0.2))
+    monkeypatch.setattr(attentive, "_EPOCHS", 3)
 
-    with pytest.raises(UsageError, match="`heads` attentive: attention does not leave out"):
-        run_fit(cache, FitPlan(("attentive",)))
+    probe, head = run_fit(cache, FitPlan(("logistic", "attentive"), baselines=False)).heads
 
-    assert not list((tmp_path / "cache").rglob("*.h5"))
+    assert head.record.cut == "tokens"
+    assert head.fitted.val.accuracy >= probe.fitted.val.accuracy
+    new = tmp_path / "new.txt"
+    new.write_text("rain wind sun cloud")
+    _, (answer,) = featcache.predict(head.bundle, [new])
+    assert answer.label == "weather"
 
 
 def test_a_head_labels_texts_of_tables_and_files(spec: BackboneSpec, table: Path, tmp_path: Path) -> None:

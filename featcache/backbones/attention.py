@@ -48,8 +48,9 @@ class AttentivePooling(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Return the vectors."""
         before, patches = (part * self.scale for part in self.layout.tokens(rows))
-        patches = half_of(patches) if self.training else patches
-        weights = torch.softmax(patches @ self.queries.T / self.scale.numel() ** 0.5, dim=1)
+        patches, mask = _attended(patches, self.layout.mask(rows), is_halved=self.training)
+        scores = patches @ self.queries.T / self.scale.numel() ** 0.5
+        weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf), dim=1)
         pooled = weights.transpose(1, 2) @ patches  # (b, queries, c), projected afterwards: tokens are many, queries few
         count, width = self.queries.shape
         values = self.values / width  # a step of the optimiser then changes a value by no more than its rate
@@ -82,8 +83,8 @@ class LatentPooling(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Return the vectors."""
         before, patches = (part * self.scale for part in self.layout.tokens(rows))
-        patches = half_of(patches) if self.training else patches
-        vectors = self.pool(patches)
+        patches, mask = _attended(patches, self.layout.mask(rows), is_halved=self.training)
+        vectors = self.pool(patches, None if mask is None else mask[:, None, None])
         return torch.cat([vectors, before[:, 0]], 1) if self.layout.class_token else vectors
 
 
@@ -101,9 +102,23 @@ def half_of(tokens: Tensor) -> Tensor:
     return tokens[torch.arange(count, device=tokens.device)[:, None], chosen]
 
 
+def _attended(tokens: Tensor, mask: Tensor | None, *, is_halved: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the tokens (b, n, c) that are attended to, and which of them (b, n), ``None`` for all; halved if asked.
+
+    Samples of unlike lengths keep their tokens in place: half of each one's own is masked out, not taken out.
+    """
+    if not is_halved:
+        return tokens, mask
+    if mask is None:
+        return half_of(tokens), None
+    order = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2).argsort(dim=1).argsort(dim=1)
+    return tokens, order < (mask.sum(dim=1, keepdim=True) + 1) // 2
+
+
 def scale_of(layout: Layout, rows: Tensor) -> Tensor:
     """Return what brings the channels of tokens, rows (n, ...), to a standard deviation of 1: float32 (c,)."""
-    deviations = layout.tokens(rows.float())[1].flatten(0, 1).std(0)
+    tokens, mask = layout.tokens(rows.float())[1], layout.mask(rows)
+    deviations = (tokens.flatten(0, 1) if mask is None else tokens[mask]).std(0)
     return 1 / deviations.clamp(min=_LEAST_SCALE * float(deviations.max()) or 1.0)
 
 

@@ -664,15 +664,11 @@ class _Fitting:
 
 
 def _require_kind(cache: FeatureCache, names: Sequence[str]) -> None:
-    """Refuse attention to texts, and heads of texts where there is no text tower whose rows lie beside the embeddings.
+    """Refuse heads of texts where there is no text tower whose rows lie beside the embeddings.
 
     Raises:
         UsageError: so it is.
     """
-    if cache.dataset.kind == "text" and (attentive := [name for name in names if name in ATTENTIVE]):
-        raise UsageError(
-            f"`heads` {attentive[0]}: attention does not leave out yet what texts are filled up with; take another head."
-        )
     if not {*names} & {*ZEROSHOT}:
         return
     if not cache.spec.name.startswith(CLIP):

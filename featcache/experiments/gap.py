@@ -272,8 +272,7 @@ def _ways(
     yield fitted("linear", "")
     yield fitted("pooling", "pooling", best_pool=True)
     yield fitted("layers", "other layers", layers=(*cache.stage_names[-_LAYERS:], POOLED))
-    if cache.dataset.kind != "text":  # attention does not leave out yet what texts are filled up with
-        yield fitted("attentive", "attention", heads=("attentive",))
+    yield fitted("attentive", "attention", heads=("attentive",))
     # where another pooling is better, weights are trained under it
     pooled = next((step for step in steps if step.is_kept and step.origin == "pooling"), None)
     spec = cache.spec if pooled is None else replace(cache.spec, pool=pooled.record.params["pool"])
