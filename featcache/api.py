@@ -304,6 +304,7 @@ def audit(
     data: "str | Path | Dataset",
     backbone: str | BackboneSpec = BackboneSpec.name,
     *,
+    beside: Sequence[str | BackboneSpec] = ("mini",),
     group: str | None = None,
     seed: int = 0,
     settings: "Settings | None" = None,
@@ -317,6 +318,7 @@ def audit(
     Args:
         data: as of ``extract``; nothing of it is changed.
         backbone: as of ``extract``.
+        beside: other backbones, on whose embeddings heads doubt labels too; two that see differently doubt better.
         group: a manifest's column whose values are never in two parts.
         seed: of the drawn splits, folds and the sample that thresholds are fitted on.
         settings: as of ``extract``.
@@ -327,7 +329,9 @@ def audit(
     from featcache.experiments.audit import run_audit
 
     seed, group = check_seed(seed), check_value(group, str | None, "group")
-    return run_audit(_feature_cache(data, backbone, settings), group=group, seed=seed)
+    names = check_value(beside, tuple[str | BackboneSpec, ...], "beside")
+    specs = [BackboneSpec(name) if isinstance(name, str) else name for name in names]
+    return run_audit(_feature_cache(data, backbone, settings), beside=specs, group=group, seed=seed)
 
 
 def advise(

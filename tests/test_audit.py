@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from support import TINY, Outcome
 
 from featcache.datasets import open_dataset
+from featcache.datasets.thumbnails import Exif, exif_of
 from featcache.errors import UsageError
 from featcache.evaluation import duplicates
 from featcache.evaluation.draws import units_of
@@ -172,6 +173,50 @@ def test_a_border_of_its_class_is_a_shortcut(textures: Path, audit: Callable[[Pa
     assert not [other.measure for other in others if other.measure in {"image size", "aspect ratio"}]  # all are alike
 
 
+def noted(path: Path, *, model: str = "", taken: str = "", orientation: int = 1, place: bool = False) -> None:
+    """Write what a camera would note into an image's file."""
+    notes = Image.Exif()
+    notes[0x010F], notes[0x0110], notes[0x0112] = "Maker", model, orientation
+    if taken:
+        notes.get_ifd(0x8769)[0x9003] = taken
+    if place:
+        notes.get_ifd(0x8825)[1] = "N"
+    opened(path).save(path, exif=notes)
+
+
+def test_what_a_camera_noted_is_a_shortcut_where_it_gives_the_class_away(
+    textures: Path, audit: Callable[[Path], AuditResult]
+) -> None:
+    """One camera a class, and a rare one: it is named; orientations drawn at random are not."""
+    rng = np.random.default_rng(0)
+    hues = np.random.default_rng(1)
+    for number, path in enumerate(sorted(textures.rglob("*.png"))):
+        texture((128, 128, 128), int(hues.integers(1 << 30))).save(path)
+        model = {"blue": "A", "green": "B" if number % 12 else "rare", "red": "C"}[path.parent.name]
+        noted(path, model=model, orientation=int(rng.integers(1, 9)))
+
+    shortcuts = {shortcut.measure: shortcut for shortcut in audit(textures).shortcuts}
+
+    assert shortcuts["EXIF camera"].is_near
+    assert shortcuts["EXIF camera"].accuracy > 0.95
+    assert not shortcuts["EXIF orientation"].is_near
+    assert not {"EXIF date", "EXIF place given"} & shortcuts.keys()  # all are alike
+
+
+def test_notes_of_a_camera_are_read_from_headers(tmp_path: Path) -> None:
+    """Of JPEG, PNG and WebP; of an image without any, or with broken ones, there is nothing, and no error."""
+    for ending in ("jpg", "png", "webp"):
+        path = tmp_path / f"a.{ending}"
+        texture(HUES["red"], 1).save(path)
+        assert exif_of(path.read_bytes()) == Exif()
+        noted(path, model="Model 1", taken="2024:02:03 12:00:00", orientation=6, place=True)
+        assert exif_of(path.read_bytes()) == Exif("Maker Model 1", 6, 738919.5, has_place=True)
+    noted(path, taken="yesterday", orientation=99)
+    assert exif_of(path.read_bytes()) == Exif("Maker", 0, 0.0)
+    texture(HUES["red"], 1).save(tmp_path / "b.jpg", exif=b"Exif\0\0MM\0*\0\0\xff\xff" + bytes(20))
+    assert exif_of((tmp_path / "b.jpg").read_bytes()) == Exif()
+
+
 def test_size_that_says_nothing_is_no_shortcut(textures: Path, audit: Callable[[Path], AuditResult]) -> None:
     """Pictures of random heights: their shape is measured, and is not named."""
     rng = np.random.default_rng(0)
@@ -311,6 +356,28 @@ def test_an_image_like_no_other_is_an_outlier() -> None:
     assert outliers(np.full(50, 0.5, np.float32)).tolist() == []
 
 
+def test_with_groups_heads_are_asked_of_groups_that_they_have_not_met(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Hues and labels go by the patient: told by heads that have met the patients, doubted by heads that have not."""
+    rng, rows = np.random.default_rng(0), ["path,label,patient"]
+    for patient in range(30):
+        hue = tuple(int(level) for level in rng.integers(30, 226, 3))
+        for index in range(4):
+            texture(hue, 100 * patient + index).save(tmp_path / f"{patient}-{index}.png")
+            rows.append(f"{patient}-{index}.png,{'ill' if patient % 2 else 'well'},{patient}")
+    (tmp_path / "all.csv").write_text("\n".join(rows))
+    command = ("audit", tmp_path / "all.csv", *TINY, "--beside", "none", "--cache", tmp_path / "cache", "--json")
+
+    plain, grouped = run(*command), run(*command, "--group", "patient")
+
+    assert (plain.code, grouped.code) == (0, 0), grouped.err
+    met, unmet = (outcome.json["test"]["leaked"]["accuracy"] for outcome in (plain, grouped))
+    assert met > unmet + 0.15
+    doubted = [sum(suspect["kind"] == "label" for suspect in outcome.json["suspects"]) for outcome in (plain, grouped)]
+    assert doubted[1] > doubted[0]
+    assert list(grouped.json["doubting"]) == [f"{head} on {grouped.json['backbone']}" for head in ("logistic", "ridge")]
+    assert run(*command, "--group", "hospital").code == 3
+
+
 def test_images_that_are_no_files_have_no_manifest(run: Callable[..., Outcome], tmp_path: Path) -> None:
     """It is said before anything is computed."""
     with pytest.raises(UsageError, match="no manifest"):
@@ -382,12 +449,30 @@ def test_folds_keep_copies_together_and_leave_small_classes_out() -> None:
     y[:4] = 2  # two contents
     contents = [f"{number // 2:03d}" for number in range(120)]
 
-    places, together = out_of_fold(X, y, units_of(120, contents), {"C": 10.0}, 0)
-    places_apart, apart = out_of_fold(X, y, units_of(120), {"C": 10.0}, 0)
+    together = out_of_fold({"it": X}, y, units_of(120, contents), {"C": 10.0}, 0)
+    apart = out_of_fold({"it": X}, y, units_of(120), {"C": 10.0}, 0)
 
-    assert places.min() == 4
-    assert (together.argmax(axis=1) == y[places]).mean() < 0.7
-    assert (apart.argmax(axis=1) == y[places_apart]).mean() > 0.8
+    assert together.places.min() == 4
+    assert (together.shares.argmax(axis=1) == y[together.places]).mean() < 0.7
+    assert (apart.shares.argmax(axis=1) == y[apart.places]).mean() > 0.8
+
+
+def test_two_backbones_doubt_better_than_one_and_one_that_sees_nothing_does_no_harm() -> None:
+    """Of labels a tenth of which is flipped; what each head says counts by how well it answers what it has not seen."""
+    rng = np.random.default_rng(1)
+    y_true = np.arange(240) % 2
+    one, other, noise = (rng.normal(size=(240, 20)).astype(np.float32) for _ in range(3))
+    one[:, 0] += 2 * y_true
+    other[:, 0] += 2 * y_true
+    y = np.where(np.arange(240) < 24, 1 - y_true, y_true)
+
+    def doubted(**embeddings: np.ndarray) -> float:
+        told = out_of_fold(embeddings, y, units_of(240), {"C": 0.01}, 0)
+        assert told.weights.keys() == {f"{head} on {name}" for name in embeddings for head in ("logistic", "ridge")}
+        return float(roc_auc_score(told.places < 24, -told.shares[np.arange(240), y[told.places]]))
+
+    assert doubted(one=one, other=other) > doubted(one=one) + 0.03
+    assert doubted(one=one, noise=noise) > doubted(one=one) - 0.02
 
 
 def test_where_ordinary_images_are_alike_limits_are_above_them() -> None:

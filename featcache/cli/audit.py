@@ -10,7 +10,19 @@ from featcache.cli import options
 
 @click.command("audit", cls=options.Command)
 @options.source_options
-@options.grouped("Audit", options.group_option, options.seed_option)
+@options.grouped(
+    "Audit",
+    click.option(
+        "--beside",
+        multiple=True,
+        default=("mini",),
+        show_default=True,
+        metavar="BACKBONE|none",
+        help="Heads on embeddings of this backbone doubt labels too; repeat it for more, none for no other.",
+    ),
+    options.group_option,
+    options.seed_option,
+)
 @options.backbone_options
 @options.run_options
 @options.grouped(
@@ -25,7 +37,9 @@ from featcache.cli import options
     ),
 )
 @options.json_option
-def audit_command(as_json: bool, csv_file: Path | None, fixed: Path | None, **flags: Any) -> None:  # noqa: FBT001
+def audit_command(
+    *, as_json: bool, csv_file: Path | None, fixed: Path | None, beside: tuple[str, ...], **flags: Any
+) -> None:
     """Look for copies across splits, likely wrong labels, odd images and shortcuts, and say what they do to test accuracy.
 
     Copies are found though they are encoded again, resized or mirrored. Nothing is changed.
@@ -37,7 +51,8 @@ def audit_command(as_json: bool, csv_file: Path | None, fixed: Path | None, **fl
     spec, settings, dataset = options.take_inputs(flags)
     if fixed is not None:
         cleaned(dataset, {})  # what no manifest can list is refused before anything is computed
-    result = audit(dataset, spec, settings=settings, **flags)
+    backbones = [name for name in beside if name != "none"]
+    result = audit(dataset, spec, beside=backbones, settings=settings, **flags)
     if csv_file is not None:
         write_csv(csv_file, suspects_csv(result.suspects))
     if fixed is not None:

@@ -4,7 +4,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset, FileReader, MemoryReader, Sample
-from featcache.datasets.thumbnails import ALTERATIONS, SIDE, altered, measures, size_of
+from featcache.datasets.thumbnails import ALTERATIONS, SIDE, Exif, altered, exif_measures, exif_of, measures, size_of
 from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import SetupError, StorageError, UnreadableSample, UsageError
 from featcache.evaluation.draws import Units, units_of
@@ -33,9 +33,9 @@ from featcache.experiments.experiment import Experiment, aligned
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, in_memory, run_fit
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.fingerprint import as_stored
-from featcache.heads.checks import Shift, Shortcut, out_of_fold, shift, shortcuts
+from featcache.heads.checks import Doubts, Shift, Shortcut, out_of_fold, shift, shortcuts
 from featcache.heads.search import Embeddings
-from featcache.specs import POOLED
+from featcache.specs import POOLED, BackboneSpec
 from featcache.store.checksums import keep_note, kept_note
 from featcache.store.rows import Features
 
@@ -94,6 +94,7 @@ class AuditResult(Displayed):
     """What was found: suspects, copies across splits first; ``dropped``: what a cleaned list leaves out, with the reason.
 
     ``shift`` is ``None`` where test was drawn, or has too few samples; ``missing`` says what could not be looked for.
+    ``doubting``: the heads that doubt labels, and how much each counts (``heads.checks.Doubts.weights``).
     """
 
     dataset: str
@@ -105,6 +106,7 @@ class AuditResult(Displayed):
     shift: Shift | None
     dropped: Mapping[str, str]
     missing: tuple[str, ...] = ()
+    doubting: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -133,17 +135,21 @@ class AuditResult(Displayed):
             "suspects": [asdict(suspect) for suspect in self.suspects],
             "dropped": dict(self.dropped),
             "missing": list(self.missing),
+            "doubting": dict(self.doubting),
         }
         return as_stored(summary)
 
 
-def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -> AuditResult:
+def run_audit(
+    cache: FeatureCache, *, beside: Sequence[BackboneSpec] = (), group: str | None = None, seed: int = 0
+) -> AuditResult:
     """Look for what makes a data set's scores mean less than they say.
 
     Rows and thumbnails are those of ``fit``; the probe is the logistic one, fitted or taken from the cache.
 
     Args:
         cache: the data set and the backbone.
+        beside: other backbones, on whose embeddings heads doubt labels too.
         group: a manifest's column whose values are never in two parts.
         seed: of the drawn splits, folds, and the part that thresholds are fitted on.
 
@@ -157,7 +163,7 @@ def run_audit(cache: FeatureCache, *, group: str | None = None, seed: int = 0) -
     if not in_memory(entry.store):
         raise UsageError(f"{cache.dataset.name}: an audit holds all features in memory, and they do not fit.")
     (probe,) = run_fit(cache, FitPlan((PROBE,), group=group, baselines=False), seed=seed).heads
-    result = _Audit(cache, entry, probe, seed).result()
+    result = _Audit(cache, entry, probe, seed, tuple(spec for spec in dict.fromkeys(beside) if spec != cache.spec)).result()
     # for reports, which show suspects without looking for them again
     path = entry.store.path / "heads" / f"suspects-seed{seed}.json"
     with suppress(StorageError):  # a cache that cannot be written answers all the same
@@ -180,14 +186,15 @@ class _Audit:
     entry: Extracted
     probe: HeadResult
     seed: int
+    beside: tuple[BackboneSpec, ...] = ()
 
     def result(self) -> AuditResult:
-        copies, missing = list(self._copy_suspects()), []
+        copies, missing, doubts = list(self._copy_suspects()), [], self._doubts()
         try:
-            doubtful = list(self._label_suspects())
+            doubtful = list(self._label_suspects(doubts))
         except SetupError as error:
             doubtful, missing = [], [str(error)]
-        sizes = self.sizes
+        sizes, notes = self.headers
         suspects = [*copies, *doubtful, *self._odd_suspects(sizes[:, :2]), *self._outlier_suspects()]
         order = {kind: place for place, kind in enumerate(KINDS)}
         return AuditResult(
@@ -196,12 +203,17 @@ class _Audit:
             self.probe.split.sizes(),
             tuple(sorted(suspects, key=lambda suspect: (order[suspect.kind], -suspect.score))),
             self._leaks({suspect.path for suspect in doubtful}),
-            tuple(shortcuts(measures(self.thumbnails, sizes), self.y, self.probe.split, self.right, self.seed)),
+            tuple(
+                shortcuts(
+                    measures(self.thumbnails, sizes) | exif_measures(notes), self.y, self.probe.split, self.right, self.seed
+                )
+            ),
             shift(self.features.X, self.units, self.probe.split, self.probe.fitted.params, self.seed)
             if "test" in self.features.splits
             else None,
             self._dropped(suspects),
             tuple(missing),
+            doubts.weights,
         )
 
     @cached_property
@@ -235,15 +247,16 @@ class _Audit:
         return thumbnails
 
     @cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        """Width, height and bytes of each sample's file (n, 3)."""
-        sizes = np.zeros((len(self.y), 3), np.int64)
+    def headers(self) -> tuple[NDArray[np.int64], list[Exif]]:
+        """Width, height and bytes of each sample's file (n, 3), and what its camera noted."""
+        sizes, notes = np.zeros((len(self.y), 3), np.int64), list[Exif]()
         with progress(len(self.y), "sizes") as bar:
             for place, path in enumerate(self.features.paths):
                 content = self.cache.dataset.read(path)
                 sizes[place] = (*size_of(content), len(content))
+                notes.append(exif_of(content))
                 bar.update(1)
-        return sizes
+        return sizes, notes
 
     @cached_property
     def first(self) -> NDArray[np.int64]:
@@ -294,7 +307,7 @@ class _Audit:
         )
         if kept is not None:
             return kept
-        odd = np.any(list(oddities(self.thumbnails, self.sizes[:, :2]).values()), axis=0)
+        odd = np.any(list(oddities(self.thumbnails, self.headers[0][:, :2]).values()), axis=0)
         drawn = np.random.default_rng(self.seed).permutation(different[~odd[different]])[:_DRAWN]
         limits = self._fitted_limits(np.sort(drawn))
         told = {name: asdict(limits[name == "mirrored"]) for name in ("plain", "mirrored")}
@@ -377,16 +390,29 @@ class _Audit:
             elif within:
                 yield self._suspect(within[0].kind, place, within[0].score, within[0].other)
 
-    def _label_suspects(self) -> Iterator[Suspect]:
+    def _doubts(self) -> Doubts:
+        embeddings = {self.cache.spec.label: self.features.X} | {spec.label: self._rows_beside(spec) for spec in self.beside}
+        return out_of_fold(embeddings, self.y, self.units, self.probe.fitted.params, self.seed)
+
+    def _rows_beside(self, spec: BackboneSpec) -> NDArray[np.float32]:
+        """Return the samples' embeddings (n, d) by another backbone; the mean of the others where it has none."""
+        dataset = replace(self.cache.dataset, notes=())  # they were told
+        cache = FeatureCache(dataset, spec, replace(self.cache.settings, part=None), files=self.cache.files)
+        features = cache.features([Output(POOLED)])[0].store.features()
+        place = {digest: row for row, digest in enumerate(features.sha256)}
+        rows = np.tile(np.mean(features.X, axis=0, dtype=np.float64).astype(np.float32), (len(self.y), 1))
+        has_row = [number for number, digest in enumerate(self.features.sha256) if digest in place]
+        rows[has_row] = features.X[[place[self.features.sha256[number]] for number in has_row]]
+        return rows
+
+    def _label_suspects(self, doubts: Doubts) -> Iterator[Suspect]:
         """Yield samples whose label heads doubt that have seen neither them nor their copies."""
-        params = self.probe.fitted.params
-        places, answers = out_of_fold(self.features.X, self.y, self.units, params, self.seed)
-        if not len(places):
+        if not len(doubts.places):
             return
-        issues, doubt = label_issues(self.y[places], answers)
+        issues, doubt = label_issues(self.y[doubts.places], doubts.shares)
         for issue in issues.tolist():
-            suspect = self._suspect("label", int(places[issue]), float(doubt[issue]))
-            yield replace(suspect, other_label=self.features.classes[int(answers[issue].argmax())])
+            suspect = self._suspect("label", int(doubts.places[issue]), float(doubt[issue]))
+            yield replace(suspect, other_label=self.features.classes[int(doubts.shares[issue].argmax())])
 
     def _odd_suspects(self, sizes: NDArray[np.int64]) -> Iterator[Suspect]:
         for kind, mask in oddities(self.thumbnails, sizes).items():

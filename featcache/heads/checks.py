@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import softmax
 
 from featcache.evaluation.draws import Drawing, Units, fold_of
 from featcache.evaluation.intervals import Interval
@@ -13,12 +15,15 @@ from featcache.evaluation.metrics import Gap, evaluate_on_test, log_loss, paired
 from featcache.evaluation.splits import FOLDS, Fold, Index, Split
 from featcache.evaluation.suspects import auc, mean_auc
 from featcache.heads.base import Params
-from featcache.heads.search import predict_with, search_head, train
+from featcache.heads.search import predict_with, ridge_shares, search_head, train
 
 _HEAD = "logistic"
 _BINS = 10  # quantiles of a measure: a linear head on them follows any curve
+_FEW = 32  # values of a measure, each of which is a bin of its own: tenths would join rare cameras
 _GRID: Sequence[Params] = ({"C": 0.01}, {"C": 1.0}, {"C": 100.0})
 _CALMER = (1.0, 0.125)  # of the C that was chosen: less of it is less sure
+_LEAST = 1e-6  # of a probability: a class that one head rules out may still be what the others say
+_LIGHT = 1e-3  # nats for an exponent of 1: else a head that tells all samples alike could have any
 _NEAR = 0.5  # of the way from the commonest class to the probe, from which a measure is called a shortcut
 _FEWEST = 2  # samples of both parts in a fold, of which a variance can be told
 
@@ -44,28 +49,68 @@ class Shift:
     auc_ci: Interval
 
 
-def out_of_fold(X: NDArray[Any], y: Index, units: Units, params: Params, seed: int) -> tuple[Index, NDArray[np.float64]]:
-    """Return positions (k,), and what a head that has not seen them, nor copies of them, answers of each (k, classes).
+@dataclass(frozen=True)
+class Doubts:
+    """What heads answer of samples that they have not seen, nor copies of them.
+
+    Attributes:
+        places: the samples (k,).
+        shares: probabilities (k, classes) of all heads together.
+        weights: the exponent of each head's probabilities in their product.
+    """
+
+    places: Index
+    shares: NDArray[np.float64]
+    weights: Mapping[str, float]
+
+
+def out_of_fold(embeddings: Mapping[str, NDArray[Any]], y: Index, units: Units, params: Params, seed: int) -> Doubts:
+    """Return what a logistic and a ridge head on each backbone's embeddings answer of samples that they have not seen.
+
+    Their probabilities are multiplied, each to an exponent of its own, all of them those of least log-loss (a logarithmic
+    opinion pool; chosen on unseen answers, as Wolpert 1992 stacks). Errors of heads of two kinds and two backbones are
+    less alike than those of one: what all of them doubt is wrong more often (benchmarks/audit.md).
 
     Samples of classes that have fewer units than there are folds are left out: a fold would not train on them.
 
     Args:
-        X: embeddings (n, d).
+        embeddings: by backbone, each (n, d).
         y: classes (n,).
         units: what is in one fold together.
-        params: of the head, chosen by accuracy; its C may be lowered.
+        params: of the logistic head, chosen for one of the backbones; its C may be lowered.
         seed: of the folds.
     """
     drawing = Drawing(y, (), units, seed, grouped=False)
     counts = drawing.counts(np.arange(len(y)))
     keep = np.flatnonzero([counts[label] >= FOLDS for label in y.tolist()])
     if len(np.unique(y[keep])) < 2:
-        return keep[:0], np.empty((0, int(y.max()) + 1))
+        return Doubts(keep[:0], np.empty((0, int(y.max()) + 1)), {})
     folds = list(_folds(keep, drawing))
     held = np.concatenate([fold.val for fold in folds])
-    # Other folds than these chose C; here the probabilities themselves are looked at: the better of it and a calmer one.
-    tried = [search_head(_HEAD, X, y, folds, seed, [{"C": share * params["C"]}]) for share in _CALMER]
-    return held, min(tried, key=lambda search: log_loss(y[held], search.answers)).answers
+    shares = dict[str, NDArray[np.float64]]()
+    for name, X in embeddings.items():
+        # Other folds than these chose C; here the probabilities are looked at: the better of it and a calmer one.
+        tried = [search_head(_HEAD, X, y, folds, seed, [{"C": share * params["C"]}]) for share in _CALMER]
+        shares[f"{_HEAD} on {name}"] = min(tried, key=lambda search: log_loss(y[held], search.answers)).answers
+        shares[f"ridge on {name}"] = ridge_shares(X, y, folds)
+    weights, pooled = _pooled(list(shares.values()), y[held])
+    return Doubts(held, pooled, dict(zip(shares, weights.tolist(), strict=True)))
+
+
+def _pooled(shares: Sequence[NDArray[np.float64]], y: Index) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the exponents (m,), none negative, of least log-loss, and the product of the probabilities (k, classes)."""
+    logs = np.log(np.maximum(np.stack(shares), _LEAST))
+    own = logs[:, np.arange(len(y)), y]
+
+    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        product = softmax(np.tensordot(weights, logs, axes=1), axis=1)
+        slope = (product * logs).sum(axis=2).mean(axis=1) - own.mean(axis=1)
+        return log_loss(y, product) + _LIGHT * float(weights @ weights), slope + 2 * _LIGHT * weights
+
+    # convex in the exponents: it does not matter where it starts
+    start = np.full(len(shares), 1 / len(shares))
+    weights = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(shares)).x
+    return weights, softmax(np.tensordot(weights, logs, axes=1), axis=1)
 
 
 def _folds(positions: Index, drawing: Drawing) -> Iterator[Fold]:
@@ -104,10 +149,15 @@ def shortcuts(
 
 
 def binned(columns: NDArray[Any], train: Index) -> NDArray[np.float32]:
-    """Return which tenth of the training samples' values each value (n, m) is in, one column a tenth (n, k)."""
+    """Return which tenth of the training samples' values each value (n, m) is in, or which value where there are few.
+
+    One column a tenth or value (n, k).
+    """
     parts = []
     for values in columns.T:
-        edges = np.unique(np.quantile(values[train], np.linspace(0, 1, _BINS + 1)[1:-1]))
+        edges = np.unique(values[train])[1:]
+        if len(edges) > _FEW:
+            edges = np.unique(np.quantile(values[train], np.linspace(0, 1, _BINS + 1)[1:-1]))
         place = np.digitize(values, edges)
         seen = np.unique(place[train])
         if len(seen) > 1:

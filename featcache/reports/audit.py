@@ -42,7 +42,7 @@ def audit_lines(result: "AuditResult") -> Iterator[str]:
         yield ""
         # where heads err often they doubt right labels: a count of doubts alone would read as one of errors
         often = (
-            f" (the probe errs on {100 * (1 - result.leaks.leaked.accuracy):.1f} % of test samples)"
+            f" (the probe errs on {100 * (1 - result.leaks.leaked.accuracy):.1f} % of test samples; {_doubting(result)})"
             if kind == "label"
             else ""
         )
@@ -59,6 +59,11 @@ def audit_lines(result: "AuditResult") -> Iterator[str]:
         told = f"{result.shift.auc:.3f} ({low:.3f} to {high:.3f}; 0.5 is chance)"
         yield f"Test samples are {same}: told apart with an AUC of {told}."
     yield from result.missing
+
+
+def _doubting(result: "AuditResult") -> str:
+    told = (f"{weight:.2f} {name}" for name, weight in result.doubting.items() if weight >= 0.005)
+    return f"by {', '.join(map(printable, told))}"
 
 
 def leak_lines(result: "AuditResult") -> Iterator[str]:
