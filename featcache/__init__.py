@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from featcache.experiments.report import PagePlan, Report
     from featcache.extraction.feature_cache import Extracted, Settings
     from featcache.finetuning.plan import FineTunePlan, Unfreeze
-    from featcache.heads.bundle import RejectPlan
+    from featcache.heads.rejection import RejectPlan
     from featcache.reports.records import RunRecord
     from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
     from featcache.store.entry import FeatureStore
@@ -103,7 +103,7 @@ _NAMES = {  # of each module
         "FineTunePlan",
         "Unfreeze",
     ),
-    "featcache.heads.bundle": ("RejectPlan",),
+    "featcache.heads.rejection": ("RejectPlan",),
     "featcache.reports.comparison": (
         "AgainstResult",
         "ReplayResult",

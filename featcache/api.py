@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from featcache.experiments.report import Format, PagePlan, Report
     from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
     from featcache.finetuning.plan import FineTunePlan
-    from featcache.heads.bundle import Bundle, RejectPlan
+    from featcache.heads.bundle import Bundle
+    from featcache.heads.rejection import RejectPlan
     from featcache.reports.comparison import AgainstResult, ReplayResult
     from featcache.reports.records import RunRecord
 
@@ -159,7 +160,8 @@ def predict(
     """
     from featcache.experiments.predict import find_samples, label_manifests, label_samples, needs_tables, samples_of
     from featcache.extraction.feature_cache import Settings
-    from featcache.heads.bundle import Rejection, RejectPlan, load
+    from featcache.heads.bundle import load
+    from featcache.heads.rejection import Rejection, RejectPlan
 
     bundle, settings = load(Path(head), trust=trust), settings or Settings()
     rejection = None if reject is None else Rejection.of(bundle, check_value(reject, RejectPlan, "reject"))

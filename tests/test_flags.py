@@ -21,7 +21,7 @@ from featcache.experiments.replay import Places
 from featcache.experiments.report import PagePlan
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.plan import FineTunePlan, Unfreeze
-from featcache.heads.bundle import RejectPlan
+from featcache.heads.rejection import RejectPlan
 from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
 
 ROOT = Path(featcache.__file__).parent

@@ -11,11 +11,19 @@ from support import TINY, Outcome, draw_folder, draw_image
 
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import at_temperature
-from featcache.evaluation.suspects import Calibration, Neighbours, SetScore, all_scores, draws_of, fewest_units
 from featcache.evaluation.tasks import Task
 from featcache.heads import bundle
-from featcache.heads.bundle import Rejection, RejectPlan
 from featcache.heads.fit import fit
+from featcache.heads.rejection import (
+    Calibration,
+    Neighbours,
+    Rejection,
+    RejectPlan,
+    SetScore,
+    all_scores,
+    draws_of,
+    fewest_units,
+)
 from featcache.heads.search import predict_with
 from featcache.store.rows import Features
 
@@ -160,16 +168,6 @@ def test_leaving_out_needs_no_second_fit() -> None:
     np.testing.assert_allclose(neighbours.usual, np.sort(alone), atol=5e-3)
 
 
-def test_the_limit_is_where_the_share_is_reached() -> None:
-    """An image is as unfamiliar as a share says exactly where its familiarity is below the limit."""
-    rng = np.random.default_rng(0)
-    X, y = blobs(rng, 200)
-    neighbours = Neighbours.fitted(X, y, np.arange(200))
-    new = rng.normal(0, 2, (500, 20)).astype(np.float32)
-
-    np.testing.assert_array_equal(neighbours.shares(new) <= 0.05, neighbours.familiarity(new) < neighbours.limit(0.05))
-
-
 def test_a_drawn_val_split_calibrates_out_of_fold() -> None:
     """Where a small val split was drawn all of train and val calibrate, out of fold; a given one is taken as it is."""
     rng = np.random.default_rng(0)
@@ -228,7 +226,7 @@ def test_options_of_reject_go_with_it(head: Path, tmp_path: Path, run: Run) -> N
     assert "go with --reject" in run("predict", str(head), image, "--coverage", "0.8").err
     assert run("predict", str(head), image, "--reject", "--coverage", "1").code == 2
     assert "--of-group 'x'" in run("predict", str(head), image, "--reject", "--of-group", "x").err
-    assert "--coverage 0.999: 999 images" in run("predict", str(head), image, "--reject", "--coverage", "0.999").err
+    assert "--coverage 0.999: 999 samples" in run("predict", str(head), image, "--reject", "--coverage", "0.999").err
 
 
 def test_a_head_of_before_is_calibrated_by_fitting_again(head: Path, tmp_path: Path, run: Run) -> None:

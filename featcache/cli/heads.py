@@ -14,7 +14,8 @@ from featcache.heads import HEAD_NAMES
 
 if TYPE_CHECKING:
     from featcache.experiments.predict import Prediction
-    from featcache.heads.bundle import Bundle, RejectPlan
+    from featcache.heads.bundle import Bundle
+    from featcache.heads.rejection import RejectPlan
 
 
 @click.command("extract", cls=options.Command)
@@ -278,7 +279,7 @@ reject_options = options.grouped(
 
 def take_reject_plan(flags: dict[str, Any]) -> "RejectPlan | None":
     """Take what was asked about not knowing out of a command's flags."""
-    from featcache.heads.bundle import RejectPlan
+    from featcache.heads.rejection import RejectPlan
 
     asked = flags.pop("reject")
     plan = RejectPlan(**{name: flags.pop(name) for name in ("coverage", "sets", "group")})

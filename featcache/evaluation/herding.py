@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,9 @@ _BLOCK = 2048  # rows of a product: 40 MB of likenesses beside so many points
 _REFRESHED = 64  # candidates measured again at once: one by one each would read all points from memory
 
 
-def likeness(first: Rows, second: Rows) -> Rows:
+def likeness(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
     """Return a Gaussian of the distances of unit rows (n, d) and (m, d), of width 1 as MaxHerding has it (n, m)."""
-    kernel: Rows = np.exp(2 * (first @ second.T - 1))
+    kernel: NDArray[Any] = np.exp(2 * (first @ second.T - 1))
     return kernel
 
 

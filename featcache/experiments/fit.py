@@ -44,8 +44,8 @@ from featcache.store.entry import FeatureStore
 from featcache.store.rows import beside
 
 if TYPE_CHECKING:
-    from featcache.evaluation.suspects import Neighbours
     from featcache.heads.fit import Curve
+    from featcache.heads.rejection import Neighbours
     from featcache.heads.zeroshot import ClassRows
 
 # plain ones: which wording suits a data set is the user's to say
@@ -556,8 +556,7 @@ class _Fitting:
 
     def _calibration(self, fitted: FittedHead, folder: Path) -> dict[str, Any]:
         """Return what tells when a head should not answer; nothing of one that gives no class a probability."""
-        from featcache.evaluation.suspects import Calibration
-        from featcache.heads.bundle import keep_calibration
+        from featcache.heads.rejection import Calibration, keep_calibration
 
         if fitted.unseen is None or fitted.temperature is None:
             return {}
@@ -570,7 +569,7 @@ class _Fitting:
     @cached_property
     def _neighbours(self) -> "Neighbours | None":
         """Training samples that tell how familiar others are: the first by content, since hashes are as good as drawn."""
-        from featcache.evaluation.suspects import MOST_NEIGHBOURS, Neighbours
+        from featcache.heads.rejection import MOST_NEIGHBOURS, Neighbours
 
         if self.entry.cut == TOKENS and not self.plan.best_pool:
             return None

@@ -316,9 +316,9 @@ def simulate(samples: Samples, seed: int) -> Saving | None:
     with progress(DRAWS, "simulate", unit="draw") as bar:
         for number in range(DRAWS):
             pool, held = _hidden(samples, labelled, seed + number, max(_MOST_POOL, 4 * count))
-            chosen.append(_accuracy(samples, choose(samples, pool, count, seed), held, seed))
+            chosen.append(accuracy_with(samples, choose(samples, pool, count, seed), held, seed))
             drawn = [drawing_order(samples.units, pool, seed + number, f"random {turn}")[:count] for turn in range(_RANDOM)]
-            random.append([_accuracy(samples, each, held, seed) for each in drawn])
+            random.append([accuracy_with(samples, each, held, seed) for each in drawn])
             bar.update(1)
     accuracies, at_random = np.array(chosen), np.array(random)
     points = 100 * float(accuracies.mean() - at_random.mean())
@@ -334,7 +334,7 @@ def _hidden(samples: Samples, labelled: Index, seed: int, most: int) -> tuple[In
     return pool, drawing_order(samples.units, held, seed, "held")[:_MOST_HELD]
 
 
-def _accuracy(samples: Samples, trained: Index, held: Index, seed: int) -> float:
+def accuracy_with(samples: Samples, trained: Index, held: Index, seed: int) -> float:
     """Return the accuracy on held-out samples of the probe that some samples train."""
     y = samples.y[trained]
     if len(np.unique(y)) < 2:  # one class is all that it could tell

@@ -23,7 +23,8 @@ from featcache.evaluation.metrics import at_temperature
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches, sample
 from featcache.fingerprint import canonical, sha256_of_file
-from featcache.heads.bundle import Bundle, Judgement, Rejection, Verdict
+from featcache.heads.bundle import Bundle
+from featcache.heads.rejection import Judgement, Rejection, Verdict
 from featcache.heads.search import over_views, predict_with
 from featcache.specs import DEFAULT_KIND, TOKENS, BackboneSpec, SampleKind, Views
 from featcache.store.entry import FeatureStore

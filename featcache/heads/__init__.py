@@ -1,13 +1,17 @@
 """Heads on cached features. Known without loading any library that could train one: their names, and their cards."""
 
+import base64
 import json
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import DataError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from featcache.evaluation.metrics import Kind
 
 
@@ -119,6 +123,20 @@ def parse_card(text: bytes) -> dict[str, Any]:
     if missing := [name for name in ("sha256", "scikit_learn", "classes") if name not in card]:
         raise DataError(f"{missing[0]} is missing")
     return card
+
+
+def pack_array(values: "NDArray[Any]") -> str:
+    """Return an array's bytes as a text that a card can hold."""
+    import numpy as np
+
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes())).decode()
+
+
+def unpack_array(text: str, dtype: type) -> "NDArray[Any]":
+    """Return the array (n,) that ``pack_array`` made a text of."""
+    import numpy as np
+
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
 
 
 def _is_text(value: object) -> bool:

@@ -3,13 +3,11 @@
 Nothing foreign is executed unasked.
 """
 
-import base64
 import io
 import json
 import warnings
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -23,11 +21,9 @@ import featcache
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
 from featcache.evaluation.metrics import Kind, TestResult, decode_correct, scores_from
-from featcache.evaluation.suspects import COVERAGE, Calibration, Neighbours, SetScore, all_scores, draws_of
 from featcache.fingerprint import sha256_of_bytes
-from featcache.heads import parse_card
+from featcache.heads import pack_array, parse_card, unpack_array
 from featcache.heads.fit import FittedHead
-from featcache.specs import check_fields
 from featcache.store.atomic import make_folder, remove_file, replace_file
 from featcache.store.checksums import is_signed, sign
 
@@ -251,16 +247,6 @@ def _load_answers(path: Path, card: Mapping[str, Any]) -> NDArray[Any] | None:
     return values
 
 
-def pack_array(values: NDArray[Any]) -> str:
-    """Return an array's bytes as a text that a card can hold."""
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes())).decode()
-
-
-def unpack_array(text: str, dtype: type) -> NDArray[Any]:
-    """Return the array (n,) that ``pack_array`` made a text of."""
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
-
-
 def problem_of(path: Path) -> str:
     """Return what is wrong with a head's file or its card, "" where both are as this user wrote them; nothing is run."""
     try:
@@ -398,138 +384,3 @@ def _skops() -> Any:
     except ImportError:
         raise SetupError("skops is not installed: `pip install 'featcache[skops]'`.") from None
     return skops.io
-
-
-UNFAMILIAR = 0.05  # of one's own samples so many count as unfamiliar: as everywhere where something is called significant
-Verdict = Literal["sure", "unsure", "none", "unfamiliar"]
-
-
-@dataclass(frozen=True)
-class RejectPlan:
-    """When a head shall say that it does not know.
-
-    Attributes:
-        coverage: how often sets of classes shall hold the true one.
-        sets: ``lac``, the smallest sets on average, or ``aps``, whose sizes follow how hard a sample is.
-        group: which of the groups that the head was calibrated on the samples are of; by default of a new one.
-    """
-
-    coverage: float = COVERAGE
-    sets: SetScore = "lac"
-    group: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values of the wrong kind, and what no set can cover."""
-        check_fields(self)
-        if not 0 < self.coverage < 1:
-            raise UsageError(f"`coverage` {self.coverage:g}: a share between 0 and 1 is needed, such as 0.9.")
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What is said of some samples: which classes are in whose set (n, classes), and how familiar each is (n,), if known."""
-
-    sets: NDArray[np.bool_]
-    familiar: NDArray[np.float64] | None
-
-    def verdict(self, number: int) -> Verdict:
-        """Return whether a sample has one answer: unfamiliar ones have none, whatever the head says of them."""
-        if self.familiar is not None and self.familiar[number] <= UNFAMILIAR:
-            return "unfamiliar"
-        count = int(self.sets[number].sum())
-        return "none" if count == 0 else "sure" if count == 1 else "unsure"
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A head's threshold for one plan, and the neighbours that tell how familiar a sample is, where there are any."""
-
-    plan: RejectPlan
-    threshold: float
-    neighbours: Neighbours | None
-
-    @classmethod
-    def of(cls, bundle: Bundle, plan: RejectPlan) -> "Rejection":
-        """Return what a head's file holds for this.
-
-        Raises:
-            UsageError: the head has no probabilities of classes, or too little to calibrate by.
-            DataError: the file is of before, or what lies beside it is absent or damaged.
-        """
-        facts = bundle.card.get("calibration")
-        if facts is None:
-            raise DataError(
-                f"{bundle.path}: this head was not calibrated: fit again with `featcache fit` (fine-tuning calibrates none)."
-            )
-        if not facts:
-            raise UsageError(
-                f"{bundle.path}: heads that give no class a probability, and attentive ones, are not calibrated to say "
-                "that they do not know: fit another, such as logistic."
-            )
-        try:
-            calibration = Calibration(
-                unpack_array(facts["lac"], np.float64),
-                unpack_array(facts["aps"], np.float64),
-                unpack_array(facts["units"], np.int64),
-                unpack_array(facts["members"], np.int64),
-                tuple(facts["groups"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{bundle.path}: its calibration cannot be read ({error!r:.100}): fit again.") from error
-        threshold = calibration.threshold(plan.sets, plan.coverage, plan.group)
-        return cls(plan, threshold, _read_neighbours(bundle.path, facts.get("neighbours")))
-
-    def judge(self, probabilities: NDArray[np.float64], X: NDArray[np.float32] | None, contents: Sequence[str]) -> Judgement:
-        """Return what is said of samples.
-
-        Args:
-            probabilities: of classes (n, classes), scaled as the head's are.
-            X: embeddings (n, d), where the head has some.
-            contents: the samples' SHA-256, of which ``aps`` draws.
-        """
-        sets = all_scores(probabilities, self.plan.sets, draws_of(contents)) <= self.threshold
-        return Judgement(sets, None if self.neighbours is None or X is None else self.neighbours.shares(X))
-
-
-def keep_calibration(calibration: Calibration, neighbours: Neighbours | None, folder: Path) -> dict[str, Any]:
-    """Return what a card says of a calibration, after writing the neighbours into a folder under their hash."""
-    facts = {
-        "lac": pack_array(calibration.lac),
-        "aps": pack_array(calibration.aps),
-        "units": pack_array(calibration.units),
-        "members": pack_array(calibration.members),
-        "groups": list(calibration.groups),
-    }
-    if neighbours is None:
-        return facts
-    buffer = io.BytesIO()
-    np.savez(buffer, **vars(neighbours))
-    content = buffer.getvalue()
-    sha256 = sha256_of_bytes(content)
-    # called by its content: all heads of an entry and a split share one file
-    path = folder / f"neighbours-{sha256[:16]}.npz"
-    if not path.exists():
-        make_folder(folder)
-        replace_file(path, content)
-    return facts | {"neighbours": {"file": path.name, "sha256": sha256}}
-
-
-def _read_neighbours(head: Path, facts: dict[str, str] | None) -> Neighbours | None:
-    """Return the neighbours that lie beside a head.
-
-    Raises:
-        DataError: they are absent, or not what was written there.
-    """
-    if facts is None:
-        return None
-    path = head.parent / Path(str(facts["file"])).name  # a name, whatever a card says
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}): it belongs to {head.name} and goes where that goes; or fit again."
-        ) from error
-    if sha256_of_bytes(content) != facts["sha256"]:
-        raise DataError(f"{path}: is not what was written there: remove it, and fit again.")
-    arrays = np.load(io.BytesIO(content), allow_pickle=False)
-    return Neighbours(**{name: arrays[name] for name in ("mean", "rows", "votes", "usual")})
