@@ -32,7 +32,7 @@ data, spec, settings, plan, records = pickle.load(sys.stdin.buffer)
 is_better = GapStep.is_better
 GapStep.is_better = lambda step, other: step.name != "last:2" and is_better(step, other)
 run_gap(FeatureCache(open_dataset(data), spec, settings), plan, records=records)
-print("loaded", *({"torch", "timm"} & set(sys.modules)))
+print("loaded", *({"torch", "timm", "sklearn", "pandas", "scipy.stats", "scipy.signal"} & set(sys.modules)))
 """
 
 
@@ -87,7 +87,7 @@ def test_steps_add_up_and_a_second_run_computes_nothing(
     assert len(set(recorded)) == len(recorded)
     arguments = pickle.dumps((subtle, tiny, settings, plan, records))
     loaded = subprocess.run([sys.executable, "-c", REPEATED], input=arguments, capture_output=True, check=True).stdout
-    assert loaded.split() == [b"loaded"]  # the stages' names are noted: no backbone is needed for them
+    assert loaded.split() == [b"loaded"]  # the stages' names are noted; heads and their scores are read
     Path(settings.cache / result.steps[-1].record.artefact).unlink()
     told = run_gap(FeatureCache(dataset, tiny, settings), plan, records=records, budget=0.0)
     assert [step.name for step in told.steps] == [step.name for step in result.steps[:-1]]

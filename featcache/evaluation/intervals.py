@@ -146,19 +146,34 @@ def sign_flip(difference: NDArray[np.integer[Any]], groups: Groups = None) -> fl
     Where every image is its own group this is McNemar's exact test (McNemar 1947). The distribution of the sum is made
     group by group, nothing is drawn.
     """
-    from scipy.signal import fftconvolve
-    from scipy.stats import binom
-
     sums = difference.astype(np.int64)
     if groups is not None:
         sums = np.rint(np.bincount(np.unique(groups, return_inverse=True)[1], weights=difference)).astype(np.int64)
     chance = np.ones(1)  # of the values -most, -most + 2, ..., most
     for size, count in zip(*np.unique(np.abs(sums[sums != 0]), return_counts=True), strict=True):
         added = np.zeros(size * count + 1)
-        added[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
-        chance = np.convolve(chance, added) if min(len(chance), len(added)) < 100 else fftconvolve(chance, added)
+        added[::size] = _coin_tosses(int(count))
+        chance = _convolved(chance, added)
     values = 2 * np.arange(len(chance)) - (len(chance) - 1)
     return min(1.0, max(0.0, float(chance[np.abs(values) >= abs(int(sums.sum()))].sum())))
+
+
+def _coin_tosses(count: int) -> NDArray[np.float64]:
+    """Return the chance of each number of heads, 0 to ``count``, exactly; ``scipy.stats`` takes half a second to load."""
+    ways, shares = 1, []
+    for heads in range(count + 1):
+        shares.append(ways / (1 << count))
+        ways = ways * (count - heads) // (heads + 1)
+    return np.array(shares)
+
+
+def _convolved(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    if min(len(first), len(second)) < 100:
+        return np.convolve(first, second)
+    from scipy.signal import fftconvolve
+
+    product: NDArray[np.float64] = fftconvolve(first, second)
+    return product
 
 
 def _counts(
@@ -212,9 +227,9 @@ def _grouped(groups: NDArray[np.int64]) -> _Grouped | None:
 
 
 def _student(freedom: float) -> float:
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    return float(t.ppf(0.975, freedom))
+    return float(stdtrit(freedom, 0.975))
 
 
 def _as_equal(sizes: NDArray[np.int64]) -> float:
