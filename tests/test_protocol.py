@@ -336,7 +336,7 @@ def test_an_image_without_activations_is_left_out_of_both(
 
     assert sum(record.split.values()) == 59
     assert sum(probe.split.values()) == 60
-    assert any("1 images have no activations at layer3 and are left out" in note for note in record.notes)
+    assert any("1 samples have no activations at layer3 and are left out" in note for note in record.notes)
     path = tmp_path / "grid.toml"
     path.write_text(
         f'unfreeze = ["last:1"]\n[[dataset]]\ndata = "{subtle}"\n[[backbone]]\nname = "test_resnet"\n'
@@ -350,7 +350,7 @@ def test_an_image_without_activations_is_left_out_of_both(
 @pytest.mark.parametrize(
     ("plan", "match"),
     [
-        (FitPlan(target="labels", shots=(1,)), "`shots` are images a class, and for `target` labels"),
+        (FitPlan(target="labels", shots=(1,)), "`shots` are samples a class, and for `target` labels"),
         (FitPlan(target="number", grid=(("k", (1,)),)), "`grid` is of one head, not of ridge, knn"),
         (FitPlan(("mlp",), target="number"), "`heads` mlp: for `target` number choose from ridge, knn"),
         (FitPlan(("knn",), target="labels"), "`heads` knn: for `target` labels choose from logistic"),

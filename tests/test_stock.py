@@ -91,7 +91,7 @@ def test_an_entry_whose_copy_has_no_original_heals(tmp_path: Path) -> None:
     rest = FileIndex(listing.files.paths[2:], listing.files.sha256[2:], listing.files.stat[2:], 1)
     part = broken.add_part(Part([store.features().X[2:]], rest, of_copy))
     broken.commit(parts=[part], listing=Listing(listing.files, listing.labels, listing.splits, listing.classes))
-    assert any("2 images have no row" in problem for problem in broken.verify())
+    assert any("2 samples have no row" in problem for problem in broken.verify())
 
     report = compute(source, FeatureStore.open(broken.path), brightness)
 

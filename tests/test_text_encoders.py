@@ -1,14 +1,19 @@
 """Encoders of transformers: every family is cut alike, trains from what is stored, and is told by its files."""
 
 import json
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from finetune_support import PLAN, KilledError, epochs_of
+from safetensors.torch import load_file
 from support import Outcome
 
 import featcache
@@ -18,13 +23,20 @@ from featcache.backbones.tiny_encoder import write_tiny_encoder
 from featcache.datasets import open_dataset
 from featcache.datasets.texts import other_docstrings
 from featcache.errors import DataError, UsageError
+from featcache.evaluation.metrics import Kind, paired_gap
+from featcache.experiments.finetune import run_finetune
+from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
+from featcache.experiments.gap import run_gap
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.lengths import by_length
 from featcache.finetuning import attentive
+from featcache.finetuning.loop import Trial
 from featcache.finetuning.model import LinearHead, Network, open_up
 from featcache.finetuning.plan import Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
+from featcache.heads.baselines import best_on_validation
+from featcache.reports.wording import fit_lines
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 
 pytest.importorskip("transformers")
@@ -61,6 +73,15 @@ def write_encoder(folder: Path, family: str = "bert") -> BackboneSpec:
         torch.manual_seed(0)
         AutoModel.from_config(AutoConfig.for_model(family, **FAMILIES[family])).save_pretrained(folder)
     return BackboneSpec(f"text:{folder}")
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Let PyTorch use one thread: on so little it would wait for others longer than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def ids_of(backbone: Backbone, texts: tuple[str, ...] = TEXTS) -> torch.Tensor:
@@ -155,6 +176,13 @@ def test_heads_stand_beside_words_and_lengths(spec: BackboneSpec, table: Path, t
         "a text of 1.2 MB, over the limit of 1.0 MB", "an empty text", "no text in UTF-8",
     ]  # fmt: skip
     assert result.baselines[-1].tested.scores.primary[0] > 0.9
+    (head,) = result.heads
+    rival = best_on_validation(result.baselines)
+    gap = paired_gap(head.fitted.tested.right, rival.tested.right)
+    assert result.summary["ahead"] == {"head": "logistic", "baseline": rival.name, **asdict(gap)}
+    again = run_fit(cache, FitPlan())
+    assert json.loads(json.dumps(result.ahead)) == again.ahead
+    assert f" points to {rival.name} (95 % interval " in "\n".join(fit_lines(again))
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
@@ -223,6 +251,110 @@ def test_a_head_labels_texts_of_tables_and_files(spec: BackboneSpec, table: Path
         answers = list(predictions)
         assert [answer.label for answer in answers] == ["weather", "kitchen", None]
         assert answers[2].reason == "an empty text"
+
+
+def test_kill_and_resume_of_texts_equals_one_run(spec: BackboneSpec, tmp_path: Path) -> None:
+    """Kill -9 once a part is committed: the next run computes the rest, and the rows are bit for bit those of one run."""
+    path, rng = tmp_path / "many.csv", np.random.default_rng(0)
+    rows = [f"{' '.join(rng.choice(WORDS[4:], rng.integers(1, 20)))} {number},x" for number in range(300)]
+    path.write_text("\n".join(["text,label", *rows, ""]))
+    code = f"""
+import os, signal
+from featcache.extraction import writer
+from featcache.cli import main
+commit = writer.EntryWriter.commit
+writer.EntryWriter.is_due = lambda entry, started: True
+def killed(entry, runtime):
+    commit(entry, runtime)
+    if entry.store.manifest.rows:
+        os.kill(os.getpid(), signal.SIGKILL)
+writer.EntryWriter.commit = killed
+flags = "--cut tokens --batch-size 16 --cache".split()
+main(["extract", {str(path)!r}, "-b", {spec.name!r}, *flags, {str(tmp_path / "killed")!r}])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+    resumed, undisturbed = (
+        FeatureCache(open_dataset(path), spec, Settings(tmp_path / name, batch_size=16)).extracted("tokens")
+        for name in ("killed", "whole")
+    )
+
+    assert 0 < resumed.report.computed < 300
+    assert resumed.report.rows == undisturbed.report.rows == 300
+    one, other = (each.store.features() for each in (resumed, undisturbed))
+    np.testing.assert_array_equal(one.X, other.X)
+    assert (one.paths, one.sha256) == (other.paths, other.sha256)
+    assert not resumed.store.verify()
+
+
+def test_a_killed_training_on_texts_goes_on(
+    spec: BackboneSpec, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its third epoch, the first two are not trained again, and the weights are bit for bit those of one run."""
+    plan = replace(PLAN, epochs=4, lr=(1e-3,), refit=False)
+    trained = epochs_of(monkeypatch)
+    epoch = Trial._epoch
+
+    def killed(trial: Trial, *arguments: Any) -> None:
+        if len(trained) == 2:
+            raise KilledError
+        epoch(trial, *arguments)
+
+    def tuned(name: str) -> dict[str, torch.Tensor]:
+        cache = FeatureCache(open_dataset(table), spec, Settings(tmp_path / name, max_bad=0.2))
+        return load_file(run_finetune(FineTuneInputs(cache), plan).checkpoint)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trial, "_epoch", killed)
+        with pytest.raises(KilledError):
+            tuned("killed")
+    assert len(trained) == 2
+    resumed = tuned("killed")
+    assert len(trained) == 4
+    undisturbed = tuned("undisturbed")
+    assert {*undisturbed} == {*resumed}
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+
+
+def test_a_gap_is_taken_apart_on_texts(
+    spec: BackboneSpec, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pooling, layers, attention and every depth are steps on the same test texts; again nothing is trained."""
+    monkeypatch.setattr(attentive, "_EPOCHS", 2)
+    cache = FeatureCache(open_dataset(table), spec, Settings(tmp_path / "cache", max_bad=0.2))
+    plan, records = replace(PLAN, epochs=1, lr=(1e-3,), refit=False), tmp_path / "runs.jsonl"
+
+    result = run_gap(cache, plan, records=records)
+
+    names = [step.name for step in result.steps]
+    assert names[:5] == ["linear", "pooling", "layers", "attentive", "last:1"]
+    assert names[-1] == "all"
+    assert len({step.record.test_items for step in result.steps}) == 1
+    trained = epochs_of(monkeypatch)
+    again = run_gap(cache, plan, records=records)
+    assert [step.accuracy for step in again.steps] == [step.accuracy for step in result.steps]
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    ("target", "last", "head"), [("labels", "TF-IDF + logistic", "logistic"), ("number", "TF-IDF + ridge", "ridge")]
+)
+def test_texts_have_several_labels_or_a_number(
+    target: Kind, last: str, head: str, spec: BackboneSpec, table: Path, tmp_path: Path
+) -> None:
+    """Heads and baselines tell them as of images."""
+    path = tmp_path / "other.csv"
+    labels = {"weather": {"labels": "weather;air", "number": "1.5"}, "kitchen": {"labels": "food", "number": "-2"}}
+    lines = [line.rpartition(",") for line in table.read_bytes().decode(errors="replace").splitlines()[1:41]]
+    values = [f"{text},{labels[label][target]}" for text, _, label in lines]
+    path.write_text("\n".join(["text,label", *values, ""]))
+    cache = FeatureCache(open_dataset(path), spec, Settings(tmp_path / "cache"))
+
+    result = run_fit(cache, FitPlan((head,), target=target))
+
+    assert [baseline.name for baseline in result.baselines][-1] == last
+    assert result.heads[0].fitted.tested.scores.primary[0] > 0.5
 
 
 def test_the_quickstart_has_texts_and_an_encoder_of_its_own(tmp_path: Path) -> None:

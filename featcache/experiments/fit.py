@@ -268,7 +268,8 @@ class FitPlan:
 class FitResult(Displayed):
     """What ``fit`` has done: the embeddings' entry, the heads, baselines that need no backbone, and curves.
 
-    ``pooling`` is what was chosen, where that was asked for; ``lone_columns`` are what each column reaches alone.
+    ``pooling`` is what was chosen, where that was asked for; ``lone_columns`` are what each column reaches alone;
+    ``ahead`` is the paired gap from the best baseline to the best head, each of them by validation.
     """
 
     extracted: Extracted
@@ -277,6 +278,7 @@ class FitResult(Displayed):
     curves: "list[Curve]"
     pooling: PoolingChoice | None = None
     lone_columns: list[Baseline] = field(default_factory=list)
+    ahead: dict[str, Any] | None = None
 
     def table(self) -> Table:
         """Return heads and baselines, the best on validation first."""
@@ -302,6 +304,7 @@ class FitResult(Displayed):
             }
             | ({"pooling": asdict(self.pooling)} if self.pooling is not None else {})
             | columns
+            | ({"ahead": self.ahead} if self.ahead is not None else {})
         )
 
 
@@ -374,9 +377,9 @@ def run_fit(
         if only is None or name in only:
             finish(result.record, records, cache)
         results.append(result)
-    found, lone = fitting.baselines(results) if plan.baselines else ([], [])
+    found, lone, ahead = fitting.baselines(results) if plan.baselines else ([], [], None)
     pooling = read_choice(*fitting.note("pooling")) if plan.best_pool else None
-    return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling, lone)
+    return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling, lone, ahead)
 
 
 def is_fitted(cache: FeatureCache, plan: FitPlan, *, seed: int = 0) -> bool:
@@ -579,26 +582,27 @@ class _Fitting:
         X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the sample as it is
         return Neighbours.fitted(X, self.task.y[samples], self.split.units[samples])
 
-    def baselines(self, heads: Sequence[HeadResult]) -> tuple[list[Baseline], list[Baseline]]:
-        """Return the baselines on the same split, and each column alone; warn where they do as well as the best head.
+    def baselines(self, heads: Sequence[HeadResult]) -> tuple[list[Baseline], list[Baseline], dict[str, Any] | None]:
+        """Return the baselines on the same split, each column alone, and what the best head is ahead of the best one by.
 
         They lie in a file as heads do, with the warnings that came of comparing heads with them: paired tests load SciPy.
         """
         path, names = self.note("baselines")
         best = min(heads, key=lambda head: head.fitted.val.rank)
         note = kept_note(path, names, dict, "the baselines are trained again")
-        if note is None or best.record.cell not in note["warnings"]:
+        cell = best.record.cell
+        if note is None or cell not in note.get("ahead", {}):  # those of before say nothing of it
             if not in_memory(self.entry.store):
-                return [], []
-            results, lone = self._read_baselines(note or {})
-            results, lone, warning = self._compare(best, results, lone)
-            warnings = (note["warnings"] if note else {}) | {best.record.cell: warning}
-            note = {"results": [result.stored for result in results], "warnings": warnings}
+                return [], [], None
+            before: dict[str, Any] = note or {}
+            results, lone, told = self._compare(best, *self._read_baselines(before))
+            by_cell = {name: before.get(name, {}) | {cell: said} for name, said in told.items()}
+            note = {"results": [result.stored for result in results]} | by_cell
             note |= {"columns": [result.stored for result in lone]} if lone else {}
             keep_note(path, names, note)
-        for warning in filter(None, note["warnings"][best.record.cell].split("\n")):
+        for warning in filter(None, note["warnings"][cell].split("\n")):
             logger.warning(warning)
-        return self._read_baselines(note)
+        return *self._read_baselines(note), note["ahead"][cell]
 
     def _read_baselines(self, note: Mapping[str, Any]) -> tuple[list[Baseline], list[Baseline]]:
         results, lone = (
@@ -608,9 +612,9 @@ class _Fitting:
 
     def _compare(
         self, best: HeadResult, results: list[Baseline], lone: list[Baseline]
-    ) -> tuple[list[Baseline], list[Baseline], str]:
-        """Train the baselines, unless they were before for another head, and say whether one does as well as this one."""
-        from featcache.heads.baselines import best_on_validation, of_columns, warning_of, warning_of_columns
+    ) -> tuple[list[Baseline], list[Baseline], dict[str, Any]]:
+        """Train the baselines, unless they were before for another head, and say what this one is ahead of the best by."""
+        from featcache.heads.baselines import best_on_validation, gap_to, of_columns, warning_of, warning_of_columns
 
         keep, common, train = self._without_backbone()
         shared = restricted(self.split, keep)
@@ -620,12 +624,12 @@ class _Fitting:
                 together, *lone = of_columns(common.columns, common.y, shared, self.seed)
                 results.append(together)
         method = best.record.method
-        warning = warning_of(best_on_validation(results), best.fitted, method, shared, keep, self.split)
-        return (
-            results,
-            lone,
-            "\n".join([*filter(None, [warning]), *warning_of_columns(lone, results[0], best.fitted, method)]),
-        )
+        rival = best_on_validation(results)
+        between = gap_to(rival, best.fitted, shared, keep, self.split)
+        warning = warning_of(rival, best.fitted, method, between)
+        warnings = "\n".join([*filter(None, [warning]), *warning_of_columns(lone, results[0], best.fitted, method)])
+        ahead = None if between is None else {"head": method, "baseline": rival.name, **asdict(between)}
+        return results, lone, {"warnings": warnings, "ahead": ahead}
 
     def _without_backbone(self) -> "tuple[NDArray[np.int64], Task, Callable[[NDArray[Any], Split, int], list[Baseline]]]":
         """Return which samples baselines see (k,), the task of those alone, and what trains them on these."""

@@ -16,6 +16,7 @@ from featcache.datasets.thumbnails import SMALL, STATISTICS, small_rows, statist
 from featcache.evaluation.columns import Columns, alone
 from featcache.evaluation.metrics import (
     AnyScores,
+    Gap,
     Kind,
     NumberScores,
     TestResult,
@@ -172,22 +173,33 @@ def best_on_validation(results: Sequence[Baseline]) -> Baseline:
     return max(results, key=lambda baseline: baseline.val.primary[0])
 
 
-def warning_of(best: Baseline, head: "FittedHead", method: str, shared: Split, keep: Index, split: Split) -> str:
+def gap_to(best: Baseline, head: "FittedHead", shared: Split, keep: Index, split: Split) -> Gap | None:
+    """Return by how much a head is more accurate than a baseline, paired; ``None`` where a task has no right answers.
+
+    Args:
+        best: the baseline that is best on validation.
+        head: the head that is.
+        shared: the split of the samples that both have looked at.
+        keep: those samples.
+        split: the head's own split.
+    """
+    if not len(head.tested.right):
+        return None
+    return paired_gap(head.tested.right[np.isin(split.test, keep)], best.tested.right, groups=shared.test_groups)
+
+
+def warning_of(best: Baseline, head: "FittedHead", method: str, between: Gap | None) -> str:
     """Return what is to be said where a baseline does as well as a head, "" where it does not.
 
     Args:
         best: the baseline that is best on validation.
         head: the head that is.
         method: what tables call it.
-        shared: the split of the samples that both have looked at.
-        keep: those samples.
-        split: the head's own split.
+        between: what ``gap_to`` says of the two.
     """
     of_best, of_head = best.tested.scores.primary[0], head.tested.scores.primary[0]
-    if len(head.tested.right):
-        right = head.tested.right[np.isin(split.test, keep)]
-        of_head = float(right.mean())
-        between = paired_gap(right, best.tested.right, groups=shared.test_groups)
+    if between is not None:
+        of_head = of_best + between.points / 100  # on the samples that both have looked at
         as_good = between.is_noise or between.points < 0
     else:  # no samples that one has right and the other has not: the head's own interval says what is noise
         interval = head.tested.scores.primary[1]

@@ -110,6 +110,9 @@ def fit_lines(result: "FitResult") -> Iterator[str]:
         yield f"{result.pooling.text}."
     among = f" is the best of {len(heads)} heads on validation" if len(heads) > 1 else ""
     yield f"{best.record.method}{among}: test {test_text(best.record)}."
+    if (ahead := result.ahead) is not None:
+        interval = gap_interval(ahead["ci"])
+        yield f"That is {ahead['points']:+.1f} points to {ahead['baseline']} ({interval}, p = {ahead['p_value']:.2g})."
     beside = " (the others' files are beside it)" if len(heads) > 1 else ""
     yield f"It is kept in {best.bundle}{beside}; `featcache predict` labels samples with it."
     for curve in result.curves:
