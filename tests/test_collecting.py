@@ -142,6 +142,24 @@ def test_parts_of_another_writer_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     assert after.verify() == []
 
 
+def test_many_files_are_told_by_kind_and_listed_if_asked(run: Run, tmp_path: Path) -> None:
+    """A line a kind over all entries, with counts and bytes; with -v one a folder and kind; both end with the same sum."""
+    stores = [littered(tmp_path / "cache" / name) for name in ("one", "two", "three")]
+
+    brief, told = (run("store", "gc", *(store.path for store in stores), *flag).out.splitlines() for flag in ((), ("-v",)))
+
+    summary = run("store", "gc", *(store.path for store in stores), "--json").json
+    kinds = {file["why"] for file in summary["files"]}
+    assert len([line for line in brief if " files, " in line]) == len(kinds) + 1  # and the sum
+    for why in kinds:
+        of_kind = [file for file in summary["files"] if file["why"] == why]
+        folders = len({Path(file["path"]).parent for file in of_kind})
+        counted = f"{len(of_kind)} files, {sum(file['bytes'] for file in of_kind)} bytes, in {folders} folders"
+        assert f"{why}: {counted}" in brief
+    assert brief[-1] == told[-1]
+    assert len(told) > len(brief)
+
+
 def test_a_broken_entry_is_left_alone(run: Run, tmp_path: Path) -> None:
     """The command names it, cleans the others, and ends with 4."""
     broken, whole = entry(tmp_path / "cache"), littered(tmp_path / "cache" / "..")

@@ -126,8 +126,9 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
 @options.grouped(
     "Action", click.option("--yes", is_flag=True, help="Do it: without this it is only said what would be done.")
 )
+@options.grouped("Output", click.option("-v", "--verbose", is_flag=True, help="Name entries and files, not only counts."))
 @options.json_option
-def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) -> None:  # noqa: FBT001
+def gc(entries: tuple[Path, ...], cache: Path | None, *, yes: bool, verbose: bool, as_json: bool) -> None:
     """Remove what ENTRIES (default: all) do not need: files of killed runs, old versions, rows of removed images.
 
     Many small parts are joined. Let nothing else use the cache meanwhile.
@@ -140,7 +141,7 @@ def gc(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_json: bool) 
     if as_json:
         options.emit(collected.summary | {"done": yes})
     else:
-        for line in (*collected.lines, *collected.broken):
+        for line in (*(collected.lines if verbose else collected.totals), *collected.broken):
             click.echo(printable(line))
         size, count = sum(file.bytes for file in collected.litter), len(collected.litter)
         click.echo(f"{count} files, {size / 1e6:.1f} MB" + ("" if yes else ": nothing was changed, --yes does it"))

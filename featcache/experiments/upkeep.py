@@ -123,6 +123,26 @@ class Collected:
         return [*joined, *counted]
 
     @property
+    def totals(self) -> list[str]:
+        """A line for each kind of file over all entries, the largest first, and one for all parts to join."""
+        kinds: dict[str, list[Litter]] = {}
+        for file in self.litter:
+            kinds.setdefault(file.why, []).append(file)
+        sizes = {why: sum(file.bytes for file in files) for why, files in kinds.items()}
+        lines = [
+            f"{why}: {len(kinds[why])} files, {size} bytes, in {len({file.path.parent for file in kinds[why]})} folders"
+            for why, size in sorted(sizes.items(), key=lambda kind: -kind[1])
+        ]
+        if self.joined:
+            parts, dropped = (sum(counts) for counts in zip(*self._joined_counts, strict=True))
+            lines.append(f"{parts} parts joined in {len(self.joined)} entries, {dropped} rows of removed samples left out")
+        return lines
+
+    @property
+    def _joined_counts(self) -> list[tuple[int, int]]:
+        return [(len(joining.parts), joining.dropped) for joining in self.joined.values()]
+
+    @property
     def summary(self) -> dict[str, Any]:
         """The JSON object of ``featcache store gc``."""
         return {
