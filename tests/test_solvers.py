@@ -471,27 +471,6 @@ def test_a_refit_starts_from_the_search_and_ends_at_the_same_optimum(classes: in
     np.testing.assert_allclose(again[-1].coef_, alone[-1].coef_, rtol=1e-2, atol=2e-3 * np.abs(alone[-1].coef_).max())
 
 
-def test_the_leading_columns_second_derivatives_are_inverted_exactly() -> None:
-    """What conjugate gradients know of the first axes is their inverse, but for intercepts that all rise together."""
-    X, y = data(3, count=150, width=20)
-    train = np.arange(150)
-    C = 0.3
-
-    with solvers.turned_folds(X, y, [(train, train[:0])]) as loss:
-        assert loss is not None
-        group = SideBySide(loss, np.zeros(1, np.int64), np.array([C]), solvers.constant_models(loss))
-        group.step()
-        block = loss.inverses(0, group._states[0], np.array([C]))[0]
-        rows = loss.rows[0][:, loss.leading].astype(np.float64)
-
-    shares = np.bincount(y) / len(y)
-    by_rows = np.kron(np.diag(shares) - np.outer(shares, shares), C * rows.T @ rows)
-    by_rows += np.diag(np.tile([1.0] * (len(loss.leading) - 1) + [0.0], 3))
-    rising = np.random.default_rng(0).normal(size=(3, len(loss.leading)))
-    rising[:, -1] -= rising[:, -1].mean()  # intercepts that all rise together cost nothing
-    np.testing.assert_allclose(block @ (by_rows @ rising.reshape(-1)), rising.reshape(-1), rtol=1e-3, atol=1e-3)
-
-
 def test_a_class_that_no_row_has_is_left_out() -> None:
     """The fold's own classes come back, as if the others did not exist."""
     X, y = data(4)

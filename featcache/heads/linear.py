@@ -125,6 +125,7 @@ class _Race:
         self.standings: dict[int, _Standing] = {}
         self.models: dict[int, NDArray[Any]] = {}
         self.settled: set[int] = set()
+        self.doubted = 1.0
 
     def along(self, step: int) -> None:
         """Race every so many C loosely, to where the loss has clearly risen on both sides of the lowest."""
@@ -339,9 +340,19 @@ class _Race:
             left = float(group.left[of].max())
             # Errors of rows cancel in part, the more of them there are.
             doubt = max(abs(ahead - log_loss), _DOUBT * log_loss * (left / self.count) ** 0.5)
-            self.standings[number] = _Standing(log_loss, doubt)
+            self._believe_less(self.standings.get(number), log_loss)
+            self.standings[number] = _Standing(log_loss, self.doubted * doubt)
             if left < _SETTLED or group.descents.stalled[of].any():
                 self.settled.add(number)
+
+    def _believe_less(self, before: _Standing | None, log_loss: float) -> None:
+        """Where a loss has moved by more than was doubted of it, doubt all of them so many times more."""
+        if before is None or not 0 < before.doubt < np.inf:
+            return
+        more = abs(log_loss - before.log_loss) / before.doubt
+        if more > 1:
+            self.doubted *= more
+            self.standings = {key: _Standing(loss, more * doubt) for key, (loss, doubt) in self.standings.items()}
 
 
 def _losses(outputs: NDArray[Any], y_true: Y_) -> NDArray[np.float64]:

@@ -27,7 +27,6 @@ _AS_THEY_LIE, _ROUND = 1_000_000, 32  # multiplications of a product that OpenBL
 _NO_VALUE = 1e-300
 _FLAT = 1e-6  # of the greatest curvature: what rounding leaves of none
 _COUPLED = 32  # classes, above which turning them takes longer than it saves passes
-_LEADING, _BLOCK = 10, 120  # columns of which the second derivatives are taken exactly; outputs x columns, at most
 _VECTORS = 10  # that a problem which goes down takes, of its size
 _UNLIKELY = 1e-6  # of the likeliest class's probability
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
@@ -285,11 +284,6 @@ class TurnedLoss:
         self.shares = np.stack([self._shares_of(labels) for labels in self.targets])
         self.is_whole = loss == "softmax" and self.outputs <= _COUPLED
         self.squares = np.stack([np.einsum("nr,nr->r", rows, rows) / len(rows) for rows in self.rows])
-        count = min(_LEADING, self.width - 1, _BLOCK // self.outputs)
-        self.leading = np.array([*range(count), self.width - 1]) if self.is_whole and count > 1 else np.zeros(0, np.int64)
-        self._pairs = np.triu_indices(len(self.leading))
-        leading = [np.ascontiguousarray(rows[:, self.leading]) for rows in self.rows]
-        self._squares = [rows[:, self._pairs[0]] * rows[:, self._pairs[1]] for rows in leading]
         self.guessing = self.counts * _GUESSING[loss](self.shares).sum(axis=1)
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
         is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
@@ -346,29 +340,6 @@ class TurnedLoss:
                 curvature[looking] += seen[1] / self.counts[fold]
         return spent, products, curvature
 
-    def inverses(self, fold: int, slopes: Rows, C: Floats) -> Rows:
-        """Return the inverses of the second derivatives (p, k l, k l) by the weights of the l leading columns, exactly."""
-        shares = slopes.copy()
-        shares[:, self.targets[fold], np.arange(slopes.shape[2])] += 1
-        rows, columns = np.triu_indices(self.outputs)
-        weights = -shares[:, rows] * shares[:, columns]
-        weights[:, rows == columns] += shares
-        sums = weights.reshape(-1, slopes.shape[2]) @ self._squares[fold]
-        width, (first, second) = len(self.leading), self._pairs
-        by_pair = np.empty((len(slopes), len(rows), width, width))
-        by_pair[:, :, first, second] = by_pair[:, :, second, first] = sums.reshape(len(slopes), len(rows), -1)
-        by_pair *= C[:, None, None, None]
-        blocks = np.empty((len(slopes), self.outputs, width, self.outputs, width))
-        blocks[:, rows, :, columns] = blocks[:, columns, :, rows] = by_pair.transpose(1, 0, 2, 3)
-        diagonal, inside = np.arange(self.outputs), np.arange(width - 1)
-        blocks[:, diagonal[:, None], inside, diagonal[:, None], inside] += 1
-        # Intercepts that all rise together, or of no row, change nothing: without a cost there would be no inverse.
-        stiff = blocks[:, diagonal, -1, diagonal, -1].sum(axis=1)
-        blocks[:, :, -1, :, -1] += stiff[:, None, None]
-        blocks[:, diagonal, -1, diagonal, -1] += _FLAT * stiff[:, None]
-        inverses: Rows = np.linalg.inv(blocks.reshape(len(slopes), self.outputs * width, -1)).astype(slopes.dtype)
-        return inverses
-
     def _spent(self, outputs: Rows, y_true: NDArray[Any]) -> tuple[Floats, Floats]:
         """Return losses (p,) and curvatures of outputs (p, k, r), which become the losses' derivatives."""
         counts = np.ones((1, len(y_true)), outputs.dtype)
@@ -402,8 +373,7 @@ class SideBySide:
     """Problems, a fold and a C each, that go down side by side.
 
     Conjugate gradients take the second derivatives for the mean curvature by the outputs times the rows' mean squares, plus
-    the penalty: Böhning's (1992) block structure, with probabilities in place of his bound. Those by the weights of a few
-    leading columns, which are the farthest from that, are taken as they are.
+    the penalty: Böhning's (1992) block structure, with probabilities in place of his bound.
 
     Args:
         loss: evaluates them.
@@ -425,8 +395,6 @@ class SideBySide:
         ]
         self._turns_of = np.zeros((len(weights), *([loss.outputs] * 2 if loss.is_whole else [0])), weights.dtype)
         self._shrinks = np.zeros_like(weights)
-        size = loss.outputs * len(loss.leading) if loss.is_whole else 0
-        self._blocks = np.zeros((len(weights), size, size), weights.dtype)
         self.turns = 0
 
     @staticmethod
@@ -485,7 +453,6 @@ class SideBySide:
         self.descents.keep(is_open)
         self.fold_of, self.C = self.fold_of[is_open], self.C[is_open]
         self._turns_of, self._shrinks = self._turns_of[is_open], self._shrinks[is_open]
-        self._blocks = self._blocks[is_open]
 
     def _shape(self, curvature: Floats) -> None:
         """Take the mean curvatures (p, k, k) or (p, k) by the outputs of those that have just arrived."""
@@ -500,10 +467,6 @@ class SideBySide:
             is_flat = stiff[:, -1] <= _FLAT * stiff[:, -1].max()  # intercepts that all rise together, or of no row
             stiff[:, -1] = np.where(is_flat, np.inf, stiff[:, -1])
             self._shrinks[number] = 1 / stiff
-        for fold, state in enumerate(self._states):
-            index = np.flatnonzero((self.fold_of == fold) & arrived)
-            if self._blocks.size and len(index):
-                self._blocks[index] = self.loss.inverses(fold, state[arrived[self.fold_of == fold]], self.C[index])
 
     def _precondition(self, vectors: Rows) -> Rows:
         if not self.loss.is_whole:
@@ -512,10 +475,6 @@ class SideBySide:
         turned = np.matmul(self._turns_of.transpose(0, 2, 1), vectors)
         turned *= self._shrinks
         inverse: Rows = np.matmul(self._turns_of, turned)
-        if self._blocks.size:
-            leading = vectors[:, :, self.loss.leading]
-            products = np.matmul(self._blocks, leading.reshape(len(vectors), -1, 1))
-            inverse[:, :, self.loss.leading] = products.reshape(leading.shape)
         return inverse
 
 
