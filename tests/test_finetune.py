@@ -229,6 +229,36 @@ def test_a_grid_clears_what_a_killed_run_left(
     assert not list(settings.cache.rglob("*.unfinished"))
 
 
+def test_a_state_of_an_earlier_protocol_is_begun_again(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was killed goes on under the protocol that it began with; another one starts from another probe, so from none."""
+    plan, saved = replace(PLAN, epochs=2), list[bool]()
+    load = Checkpoint.load
+
+    def noted(checkpoint: Checkpoint) -> dict[str, Any] | None:
+        state = load(checkpoint)
+        saved.append(state is not None)
+        return state
+
+    def killed(_: Checkpoint) -> None:
+        raise KeyboardInterrupt
+
+    def tune(protocol: int) -> None:
+        monkeypatch.setattr("featcache.experiments.finetune.PROTOCOL", protocol)
+        run_finetune(FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings)), plan)
+
+    monkeypatch.setattr(Checkpoint, "load", noted)
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "clear", killed)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                tune(protocol=1)
+    tune(protocol=2)
+
+    assert saved == [False, True, False]
+
+
 def test_stages_with_dots_and_seeds_have_files_of_their_own(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:
     """Every head answers with its own card and weights, however alike what was asked for is spelt."""
     bench, ledger = FeatureCache(open_dataset(folder), tiny, settings), Ledger()

@@ -15,6 +15,7 @@ from featcache.experiments.experiment import Experiment, aligned
 from featcache.experiments.poolings import pool_rows
 from featcache.extraction.feature_cache import Extracted
 from featcache.heads.fit import FittedHead
+from featcache.reports.records import PROTOCOL
 from featcache.specs import Pool
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _state_of(experiment: Experiment, entry: Extracted, name: str, trained: str)
     from featcache.finetuning.model import Checkpoint
 
     stem = f"{name}-{trained}-seed{experiment.seed}-{experiment.short_key}"  # as fine-tuning's end: forgotten as those are
-    return Checkpoint(entry.store.path / "tuned" / f"{stem}.unfinished")
+    return Checkpoint(entry.store.path / "tuned" / f"{stem}.unfinished", protocol=PROTOCOL)
 
 
 def _probe(backbone: "Backbone", entry: Extracted, task: Task, split: Split, seed: int) -> "Probe":

@@ -15,7 +15,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning.plan import FineTunePlan, depths
 from featcache.fingerprint import canonical
-from featcache.reports.records import RunRecord, read_records
+from featcache.reports.records import PROTOCOL, RunRecord, read_records
 from featcache.reports.tables import NO_GAIN
 from featcache.reports.wording import START_STAYS, finetune_table
 from featcache.specs import POOLED, BackboneSpec
@@ -259,7 +259,8 @@ class FineTuneJob:
 
         processes = self.inputs.processes
         with own_randomness(self.inputs.cache.backbone.device):
-            unfinished = Checkpoint(self.stem.with_name(f"{self.stem.name}.unfinished"), writes=processes.rank == 0)
+            path = self.stem.with_name(f"{self.stem.name}.unfinished")
+            unfinished = Checkpoint(path, writes=processes.rank == 0, protocol=PROTOCOL)
             tuned = self._train(unfinished)
             outcome = self._compared(tuned)
             with processes.one_first():

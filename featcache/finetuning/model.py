@@ -261,12 +261,14 @@ _LAYOUT = 4  # of a training's state: one of an older version is begun again
 class Checkpoint:
     """Keeps an unfinished training's state in one file, or nowhere; of several processes only one ``writes``.
 
+    A state is taken up under the ``protocol`` that it was kept under alone: another one starts from another probe.
     ``seconds`` count from where it is made, those of killed processes included up to the last state that they kept.
     """
 
-    def __init__(self, path: Path | None, *, writes: bool = True) -> None:
+    def __init__(self, path: Path | None, *, writes: bool = True, protocol: int = 0) -> None:
         self._path = path
         self._writes = writes
+        self._names = {"layout": _LAYOUT, "protocol": protocol}
         self._started, self._seconds_before = time.monotonic(), 0.0
 
     @property
@@ -294,7 +296,7 @@ class Checkpoint:
         if why:
             logger.warning("%s: %s: training begins again", self._path, why)
             return None
-        if not isinstance(state, dict) or state.get("layout") != _LAYOUT:
+        if not isinstance(state, dict) or any(state.get(name) != value for name, value in self._names.items()):
             return None
         self._seconds_before = float(state["seconds"])
         return state
@@ -308,7 +310,7 @@ class Checkpoint:
         if self._path is None or not self._writes:
             return
         buffer = io.BytesIO()
-        torch.save(state | {"layout": _LAYOUT, "seconds": self.seconds}, buffer)
+        torch.save(state | self._names | {"seconds": self.seconds}, buffer)
         content = buffer.getbuffer()
         # behind the content, where PyTorch looks past it: a state of wrong kinds or shapes would fail anywhere in training
         signature = sign(_STATE, content).encode()
