@@ -27,6 +27,7 @@ _FEWEST = 3  # products with the second derivatives, before which their spectrum
 _MARGIN, _DOUBT = 1.25, 1.5  # of what a second-order model promises; of what is left of it, seen through that spectrum
 _LOOSEST, _TIGHTEST = 0.4, 0.2  # of the gradient, that they may leave where problems go down side by side
 _MOST_BENDS_ASIDE = 40  # of one step there
+_MOST_MEASURE = 1e30
 _OVER = 0.5  # of the slope at a step's start, that it may rise at its end
 _FAR = 0.03  # of the value, left above which models are believed less
 _MISSED, _MOST_MISSED = 2.0, 20.0
@@ -155,7 +156,7 @@ class Descents:
 
     def _bend(self, vectors: NDArray[Any]) -> None:
         curved = _dots(self.directions, vectors)
-        is_curved = self.bends & (curved > 0)
+        is_curved = self.bends & (curved > 0) & np.isfinite(curved)
         lengths = np.where(is_curved, self._measures / np.where(is_curved, curved, 1), 0)
         self.moves += _each(lengths, vectors) * self.directions
         self.rests += _each(lengths, vectors) * vectors
@@ -198,6 +199,11 @@ class Descents:
     def turn(self, turned: NDArray[Any]) -> None:
         """Take an approximate inverse times ``rests``: conjugate gradients start, go on, or have a step to be tried."""
         measures, arrived, goes_on = _dots(self.rests, turned), self.arrived, self.bends
+        is_lost = ~(measures <= _MOST_MEASURE)  # beyond float32: whoever asked goes another way
+        if is_lost.any():
+            self.stalled |= is_lost
+            measures[is_lost], self.rests[is_lost], self.directions[is_lost] = 0, 0, 0
+            turned = np.where(is_lost[:, None, None], 0, turned)
         if arrived.any():
             self._arrive(measures)
         shares = np.where(goes_on, measures / np.where(self._measures > 0, self._measures, 1), np.where(arrived, 0, 1))
