@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from featcache.experiments.advise import AdviceResult
     from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult
+    from featcache.experiments.export import ModelFile
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
     from featcache.experiments.gap import GapResult
@@ -80,6 +81,7 @@ _NAMES = {  # of each module
     "featcache.experiments.audit": ("AuditResult",),
     "featcache.experiments.advise": ("AdviceResult",),
     "featcache.experiments.bench": ("BenchResult",),
+    "featcache.experiments.export": ("ModelFile",),
     "featcache.experiments.finetune": (
         "FineTuneResult",
         "SweepResult",
@@ -140,6 +142,7 @@ __all__ = [
     "FitPlan",
     "FitResult",
     "GapResult",
+    "ModelFile",
     "NextResult",
     "PagePlan",
     "Places",

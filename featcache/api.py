@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featcache.experiments.advise import AdviceResult
     from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult
-    from featcache.experiments.export import Exported
+    from featcache.experiments.export import Exported, ModelFile
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
     from featcache.experiments.gap import GapResult
@@ -176,7 +176,7 @@ def predict(
 
 def export(
     head: str | Path,
-    path: str | Path,
+    path: "str | Path | ModelFile",
     *,
     check: "str | Path | Dataset | None" = None,
     weights: str | None = None,
@@ -187,7 +187,7 @@ def export(
 
     Args:
         head: the head's file.
-        path: where the model goes.
+        path: where the model goes; a ``ModelFile`` says, too, whether it tells when it does not know, as ``predict`` does.
         check: images to compare on; the data set that the head was trained on, if left out.
         weights: where the backbone's weights file is now, if it has moved.
         trust: load a head that somebody else made: it can run any code.
@@ -198,6 +198,7 @@ def export(
     """
     from featcache.datasets import open_dataset
     from featcache.datasets.base import Dataset
+    from featcache.experiments.export import ModelFile
     from featcache.experiments.export import export as write
     from featcache.extraction.feature_cache import Settings
     from featcache.heads.bundle import load
@@ -212,7 +213,8 @@ def export(
         if check is not None:
             raise
         raise DataError(f"{error} The model is compared with the head on images: give some with `check`.") from error
-    return write(bundle, Path(path), images, settings or Settings(), weights=weights)
+    file = path if isinstance(path, ModelFile) else ModelFile(Path(path))
+    return write(bundle, file, images, settings or Settings(), weights=weights)
 
 
 def finetune(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import TINY, Outcome, draw_folder, draw_image
 
+from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import at_temperature
 from featcache.evaluation.tasks import Task
@@ -25,6 +26,7 @@ from featcache.heads.rejection import (
     fewest_units,
 )
 from featcache.heads.search import predict_with
+from featcache.specs import Transform, Views
 from featcache.store.rows import Features
 
 Run = Callable[..., Outcome]
@@ -267,3 +269,42 @@ def test_heads_without_probabilities_cannot_reject(tmp_path: Path, run: Run) -> 
     ended = run("predict", told["heads"][0]["bundle"], str(data), "--reject")
 
     assert "probability" in ended.err
+
+
+def test_a_model_says_what_predict_says(head: Path, tmp_path: Path, run: Run) -> None:
+    """Sets and familiarity of an exported model are those of ``predict`` on files that neither training nor check saw."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    draw_folder(tmp_path / "new", 4, first_seed=7000)
+    draw_image(tmp_path / "new" / "odd.png", (240, 240, 10), 5)
+    model = tmp_path / "model.onnx"
+
+    written = run("export", str(head), str(model), "--reject", "--coverage", "0.8", "--check", str(tmp_path / "new"))
+    lines = run("predict", str(head), str(tmp_path / "new"), "--reject", "--coverage", "0.8", "--json").out.splitlines()
+
+    assert written.code == 0, written.err
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    classes = json.loads(facts["classes"])
+    assert json.loads(facts["reject"])["coverage"] == 0.8
+    transform = ImagePreprocess(Transform(**json.loads(facts["transform"])))
+    told = [json.loads(line) for line in lines]
+    samples = np.stack([transform(Path(told_of["path"]).read_bytes(), Views())[0] for told_of in told])
+    scores, inside, familiar = session.run(["scores", "set", "familiar"], {"pixels": samples})
+    assert inside.dtype == np.bool_
+    for one, score, row, share in zip(told, scores, inside, familiar, strict=True):
+        order = [classes[number] for number in np.argsort(-score) if row[number]]
+        assert order == one["set"]
+        assert share == pytest.approx(one["familiar"], abs=0.03)
+
+
+def test_a_model_does_not_say_what_it_cannot(head: Path, tmp_path: Path, run: Run) -> None:
+    """Sets that go by a hash of a file's bytes are refused; without the question a model has scores alone."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    refused = run("export", str(head), str(tmp_path / "model.onnx"), "--reject", "--sets", "aps")
+    assert refused.code == 2
+    assert "--sets aps" in refused.err
+    assert not (tmp_path / "model.onnx").exists()
+
+    assert run("export", str(head), str(tmp_path / "model.onnx")).code == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["scores"]

@@ -273,7 +273,7 @@ reject_options = options.grouped(
         show_default=True,
         help="Make the smallest sets on average, or ones whose sizes follow how hard an image is, with --reject.",
     ),
-    click.option("--of-group", "group", help="Take IMAGES as of this group that the head was calibrated on, with --reject."),
+    click.option("--of-group", "group", help="Take images as of this group that the head was calibrated on, with --reject."),
 )
 
 
@@ -375,6 +375,7 @@ def _columns(classes: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
 @click.command("export", cls=options.Command)
 @click.argument("head", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@reject_options
 @head_options
 @options.grouped(
     "Head",
@@ -385,11 +386,16 @@ def _columns(classes: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
 @options.compute_options
 @options.json_option
 def export_command(head: Path, out: Path, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
-    """Write a HEAD with its backbone as one ONNX model, OUT, after it has agreed with them on real images."""
-    from featcache.api import export
+    """Write a HEAD with its backbone as one ONNX model, OUT, after it has agreed with them on real images.
 
+    With --reject the model also says which classes may be true (set) and how familiar an image is (familiar).
+    """
+    from featcache.api import export
+    from featcache.experiments.export import ModelFile
+
+    file = ModelFile(out, take_reject_plan(flags))
     settings = options.take_settings(flags)
-    model = export(head, out, check=flags["check"], weights=flags["weights"], trust=flags["trust"], settings=settings)
+    model = export(head, file, check=flags["check"], weights=flags["weights"], trust=flags["trust"], settings=settings)
     if as_json:
         summary = {"model": str(model.path), "difference": model.difference, "images": model.samples}
         options.emit(summary | {"notes": list(model.notes)})

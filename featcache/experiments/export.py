@@ -35,12 +35,21 @@ from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
 from featcache.heads.nonlinear import TEMPERATURE
+from featcache.heads.rejection import UNFAMILIAR, Neighbours, Rejection, RejectPlan
 from featcache.specs import Views
 from featcache.store.atomic import replace_file
 
 AGREEMENT = 1e-4
 _CHECKED = 16
 _EXPORTABLE = "centroid, ridge, knn, logistic, svm, selected, lda, rbf, mlp, attentive, or an ensemble of them"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What is written: where it goes, and when it shall say that it does not know, if it shall."""
+
+    path: Path
+    reject: RejectPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -57,28 +66,31 @@ class Exported:
 
 
 @own_randomness()  # of new layers
-def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, weights: str | None = None) -> Exported:
+def export(bundle: Bundle, file: ModelFile, check: Dataset, settings: Settings, *, weights: str | None = None) -> Exported:
     """Write backbone and head as one ONNX model, once it has agreed with them on real samples.
 
     The input is what the backbone's ``preprocess`` makes of a sample, called by its ``input_name``, with a batch before it:
     the model's metadata say how it is made, normalising is inside.
     Output ``scores`` is float32 (batch, classes): probabilities where the head knows them, scaled by its temperature
     as those of ``predict``. It looks at one view of a sample; a head that averages several says so in a note.
+    Asked when it does not know, it has the outputs ``set``, bool (batch, classes), and ``familiar``, float32 (batch,), as
+    ``heads.rejection`` has them; the metadata ``reject`` say the coverage, and up to which share a sample is unfamiliar.
 
     Args:
         bundle: the head.
-        path: of the file to write.
+        file: what to write.
         check: samples to compare on.
         settings: of the backbone's device.
         weights: where the backbone's weights file is now.
 
     Raises:
         SetupError: ONNX is not installed.
-        UsageError: the head is of a kind that cannot be exported.
+        UsageError: the head is of a kind that cannot be exported, or cannot say so that it does not know.
         DataError: no sample of ``check`` can be read, the model disagrees, or another network lies behind the backbone's
             name than when the head was trained.
     """
     _require_one_class_alone(bundle)
+    path, rejection = file.path, _rejection(bundle, file.reject)
     try:
         import onnx
         import onnxruntime
@@ -97,7 +109,8 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         raise DataError(f"{check.location}: none of its {check.kind}s can be read to check the model on.")
     samples, name = np.stack(arrays), preprocess.input_name
     head = _scaled(_as_module(bundle.estimator, len(bundle.classes)), bundle.card.get("scaled_by"))
-    model = _Whole(cache.backbone.program((bundle.card.get("cut", "pooled"),)), head).eval()
+    model = _Whole(cache.backbone.program((bundle.card.get("cut", "pooled"),)), head, rejection).eval()
+    outputs = _outputs(rejection)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         draft = Path(folder) / "model.onnx"
@@ -106,7 +119,7 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
             (torch.from_numpy(samples[:2] if len(samples) > 1 else np.repeat(samples, 2, axis=0)),),
             str(draft),
             input_names=[name],
-            output_names=["scores"],
+            output_names=outputs,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             external_data=False,
@@ -114,6 +127,8 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
         )
         proto = onnx.load(str(draft))
     facts = {"classes": list(bundle.classes), "transform": asdict(preprocess.spec), "head": bundle.card.get("head", "")}
+    if rejection is not None:
+        facts["reject"] = asdict(rejection.plan) | {"unfamiliar": UNFAMILIAR}
     for fact, value in facts.items():
         proto.metadata_props.add(key=fact, value=json.dumps(value))
     content = proto.SerializeToString()
@@ -121,10 +136,13 @@ def export(bundle: Bundle, path: Path, check: Dataset, settings: Settings, *, we
     program = cache.backbone.program((bundle.card.get("cut", "pooled"),))
     (features,) = TorchRuntime(program, cache.backbone.device, cache.spec.precision)(samples)
     expected = _expected(bundle, features)
-    got = np.concatenate([session.run(None, {name: samples[:1]})[0], session.run(None, {name: samples})[0][1:]])
-    difference = _difference(got, expected)
+    alone, together = session.run(outputs, {name: samples[:1]}), session.run(outputs, {name: samples})
+    got = [np.concatenate([first, rest[1:]]) for first, rest in zip(alone, together, strict=True)]
+    difference = _difference(got[0], expected)
     if difference > AGREEMENT:
         raise DataError(f"{path}: not written, the model's scores differ by {difference:.1g} from the head's own.")
+    if rejection is not None and (unlike := _judged_otherwise(got, rejection, expected, features)):
+        raise DataError(f"{path}: not written, the model's {unlike} is not the head's own.")
     replace_file(path, content)
     return Exported(path, difference, len(samples), _notes(bundle, path))
 
@@ -151,16 +169,84 @@ def _notes(bundle: Bundle, path: Path) -> tuple[str, ...]:
     return (note,)
 
 
+def _rejection(bundle: Bundle, plan: RejectPlan | None) -> Rejection | None:
+    """Return when a model shall say that it does not know, ``None`` where that is not asked.
+
+    Raises:
+        UsageError: a model cannot say it as the head does.
+        DataError: as of ``Rejection.of``.
+    """
+    if plan is None:
+        return None
+    if plan.sets != "lac":
+        raise UsageError(
+            f"`sets` {plan.sets}: goes by a hash of a sample's bytes, of which a model knows nothing: take lac."
+        )
+    if (views := bundle.card.get("views", 1)) > 1:
+        raise UsageError(f"`reject`: the head was calibrated on answers over {views} views, a model gives those of one.")
+    return Rejection.of(bundle, plan)
+
+
+def _outputs(rejection: Rejection | None) -> list[str]:
+    if rejection is None:
+        return ["scores"]
+    return ["scores", "set", *(["familiar"] if rejection.neighbours is not None else [])]
+
+
+def _judged_otherwise(
+    got: Sequence[NDArray[Any]], rejection: Rejection, expected: NDArray[Any], features: NDArray[Any]
+) -> str:
+    """Return which output is not what ``predict`` says of the same samples, "" where none is; rounding is no difference."""
+    # contents decide nothing of these sets
+    judged = rejection.judge(expected, features.astype(np.float32), [""] * len(expected))
+    is_near = np.abs(1 - expected - rejection.threshold) <= AGREEMENT
+    if not np.array_equal(got[1] | is_near, judged.sets | is_near):
+        return "set"
+    if rejection.neighbours is None:
+        return ""
+    familiarity = rejection.neighbours.familiarity(features.astype(np.float32))
+    low, high = (rejection.neighbours.share_of(familiarity + step) for step in (-AGREEMENT, AGREEMENT))
+    return "" if ((low - AGREEMENT <= got[2]) & (got[2] <= high + AGREEMENT)).all() else "familiar"
+
+
+class _Familiarity(nn.Module):
+    """Shares of ``Neighbours.shares``, features (b, d) -> (b,)."""
+
+    mean: Tensor
+    rows: Tensor
+    votes: Tensor
+    usual: Tensor
+
+    def __init__(self, neighbours: Neighbours) -> None:
+        super().__init__()
+        for name, values in vars(neighbours).items():
+            self.register_buffer(name, torch.from_numpy(values.astype(np.float32)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        centred = features - self.mean
+        rows = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        votes = torch.exp(2 * (rows @ self.rows.T - 1)) @ self.votes
+        at_most = (self.usual[None] <= votes.amax(dim=1, keepdim=True)).to(torch.float32).sum(dim=1)
+        shares: Tensor = (1 + at_most) / (1 + len(self.usual))
+        return shares
+
+
 class _Whole(nn.Module):
-    def __init__(self, program: nn.Module, head: nn.Module) -> None:
+    def __init__(self, program: nn.Module, head: nn.Module, rejection: Rejection | None) -> None:
         super().__init__()
         self.program = program
         self.head = head
+        self.threshold = None if rejection is None else rejection.threshold
+        neighbours = None if rejection is None else rejection.neighbours
+        self.familiarity = None if neighbours is None else _Familiarity(neighbours)
 
-    def forward(self, samples: Tensor) -> Tensor:
+    def forward(self, samples: Tensor) -> tuple[Tensor, ...]:
         (features,) = self.program(samples)
         scores: Tensor = self.head(features)
-        return scores
+        if self.threshold is None:
+            return (scores,)
+        inside = 1 - scores <= self.threshold
+        return (scores, inside) if self.familiarity is None else (scores, inside, self.familiarity(features))
 
 
 def _expected(bundle: Bundle, features: NDArray[Any]) -> NDArray[Any]:

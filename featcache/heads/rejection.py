@@ -184,8 +184,11 @@ class Neighbours:
 
         Of samples like them all shares are equally frequent: it is a p-value.
         """
-        at_most = np.searchsorted(self.usual, self.familiarity(X), side="right")
-        shares: Numbers = (1 + at_most) / (1 + len(self.usual))
+        return self.share_of(self.familiarity(X))
+
+    def share_of(self, familiarity: Numbers) -> Numbers:
+        """Return which share is at most as familiar as what is so familiar (n,)."""
+        shares: Numbers = (1 + np.searchsorted(self.usual, familiarity, side="right")) / (1 + len(self.usual))
         return shares
 
 
