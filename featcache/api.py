@@ -198,8 +198,7 @@ def export(
     """
     from featcache.datasets import open_dataset
     from featcache.datasets.base import Dataset
-    from featcache.experiments.export import ModelFile
-    from featcache.experiments.export import export as write
+    from featcache.experiments import export as exporting
     from featcache.extraction.feature_cache import Settings
     from featcache.heads.bundle import load
 
@@ -213,8 +212,8 @@ def export(
         if check is not None:
             raise
         raise DataError(f"{error} The model is compared with the head on images: give some with `check`.") from error
-    file = path if isinstance(path, ModelFile) else ModelFile(Path(path))
-    return write(bundle, file, images, settings or Settings(), weights=weights)
+    file = path if isinstance(path, exporting.ModelFile) else exporting.ModelFile(Path(path))
+    return exporting.export(bundle, file, images, settings or Settings(), weights=weights)
 
 
 def finetune(
