@@ -165,6 +165,12 @@ def embed_classes(
         return ClassTexts(means.cpu().numpy(), float(model.logit_scale.exp()), bias)
 
 
+def towers_content(spec: BackboneSpec) -> str | None:
+    """Return the SHA-256 of the files that both towers are of, ``None`` where it cannot be told without loading them."""
+    origin = _origin(spec) if spec.weights is None and spec.random_init is None else None
+    return None if origin is None else origin.content()
+
+
 def _load(spec: BackboneSpec) -> tuple[Any, dict[str, Any]]:
     """Return the whole model on the CPU, and its configuration; ``has_texts``: its text tower has weights of its own."""
     library, name = _open_clip(), _open_clip_name(spec)

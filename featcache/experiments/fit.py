@@ -33,6 +33,7 @@ from featcache.experiments.experiment import (
 )
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
+from featcache.fingerprint import fingerprint
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, bundle, heads_for, require_params
 from featcache.heads.baselines import Baseline
 from featcache.heads.fit import FittedHead
@@ -212,10 +213,9 @@ class FitPlan:
             raise UsageError(
                 f"`heads` {names[-1]} trains on tokens: without `views`, `layers`, `columns`, `shots` and `curve`."
             )
-        if {*names} & {*ZEROSHOT} and (self.layers or self.best_pool or self.shots or self.curve or self.columns):
+        if {*names} & {*ZEROSHOT} and (self.layers or self.best_pool or self.columns):
             raise UsageError(
-                f"`heads` {', '.join(ZEROSHOT)} compare texts with the embedding: without `layers`, `best_pool`, `columns`, "
-                "`shots` and `curve`."
+                f"`heads` {', '.join(ZEROSHOT)} compare texts with the embedding: without `layers`, `best_pool`, `columns`."
             )
         if self.shots and self.target != "label":
             raise UsageError(
@@ -510,13 +510,22 @@ class _Fitting:
 
     @cached_property
     def class_rows(self) -> "ClassRows":
-        """What the text tower says of the classes: of one loading for all heads."""
-        from featcache.backbones.clip import embed_classes
+        """What the text tower says of the classes: both towers are loaded once, for all heads and all commands after it."""
+        from featcache.backbones.clip import embed_classes, towers_content
         from featcache.heads.zeroshot import ClassRows
 
         names = [name.replace("_", " ") for name in self.task.names]
-        texts = embed_classes(self.cache.spec, names, self.plan.prompts, self.cache.backbone.device)
-        return ClassRows(texts.rows, texts.scale, texts.bias)
+        content = towers_content(self.cache.spec)
+        seal = fingerprint([content, names, list(self.plan.prompts)])
+        path = self.entry.store.path / "heads" / f"texts-{seal[:16]}.json"
+        # towers whose files cannot be told without loading them may be others today
+        rows = kept_note(path, [seal], ClassRows.read, "the texts are embedded again") if content else None
+        if rows is None:
+            texts = embed_classes(self.cache.spec, names, self.plan.prompts, self.cache.backbone.device)
+            rows = ClassRows(texts.rows, texts.scale, texts.bias)
+            with suppress(StorageError):  # a cache that cannot be written answers all the same
+                keep_note(path, [seal], rows.stored)
+        return rows
 
     def _with_answers(self, head: HeadResult) -> HeadResult:
         """Return a head with what it answered on validation: one whose file holds none, being too large, is fitted again."""
@@ -653,7 +662,13 @@ class _Fitting:
         from featcache.heads.fit import learning_curve, shot_curve
         from featcache.heads.search import Embeddings
 
-        embeddings, drawn = Embeddings.of(self.loaded, self.plan.views), []
+        drawn: list[Curve] = []
+        if head in ZEROSHOT:
+            from featcache.heads.zeroshot import ClassEmbeddings
+
+            embeddings: Embeddings = ClassEmbeddings.beside(self.class_rows, self.loaded, self.plan.views)
+        else:
+            embeddings = Embeddings.of(self.loaded, self.plan.views)
         if self.plan.shots:
             drawn.append(shot_curve(embeddings, self.split, head, self.plan.shots, seed=self.seed))
         if self.plan.curve:

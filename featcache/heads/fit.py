@@ -260,12 +260,10 @@ def learning_curve(
 
 
 def _score(embeddings: "Embeddings", split: Split, head: str, seed: int, *, refit: bool = True) -> float:
-    from featcache.heads.search import FAMILIES
-
     if any(len(fold.val) for fold in split.folds):
         params = embeddings.search(head, split, seed).params
     else:
-        params = FAMILIES[embeddings.task.kind][head].grid(len(split.train))[0]
+        params = embeddings.most_regular(head, len(split.train))
     estimator = embeddings.train(head, params, split.train_val if refit else split.train, seed)
     score: float = embeddings.test(estimator, split).scores.primary[0]
     return score

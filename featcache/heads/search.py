@@ -367,6 +367,10 @@ class Embeddings:
         search = self.search(name, split, seed, grid)
         return search, self.train(name, search.params, split.train_val, seed, search.solutions)
 
+    def most_regular(self, name: str, count: int) -> Params:
+        """Return the parameters that are taken of so many samples where there is nothing to validate on."""
+        return FAMILIES[self.task.kind][name].grid(count)[0]
+
     def train(
         self, name: str, params: Params, samples: NDArray[np.int64], seed: int, near: Sequence[Pipeline] = ()
     ) -> Pipeline:

@@ -6,7 +6,7 @@ neighbours beside it are Zhang et al. 2022 (Tip-Adapter, section 3.1).
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from featcache.heads.search import Embeddings, SearchResult, over_views, search_
 _PULLS = (0.01, 0.1, 1.0, 10.0, 100.0)  # C of the loss beside the distance from zero-shot weights
 _MIXES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # share of the probe
 _ALPHAS, _BETAS = (0.1, 0.3, 1.0, 3.0, 10.0), (1.0, 2.5, 5.5, 10.0)  # around the paper's 1 and 5.5
+_NOTHING_LEARNT: dict[str, Params] = {"zeroshot": {}, "zeroshot-probe": {"pull": 0.0}, "tip": {"alpha": 0.0, "beta": 1.0}}
 _LEAST = -30.0  # the logit of a class that a probe never saw, as ``linear_weights`` has it
 _TOLERANCE = 1e-4  # of the objective: what half of the squared gradient may be, which bounds what is left
 _ROWS_AT_ONCE = 512
@@ -43,6 +44,18 @@ class ClassRows:
     rows: NDArray[Any]
     scale: float
     bias: float
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """All of it as plain data, each float32 as it is."""
+        rows = np.asarray(self.rows, np.float32)
+        return {"rows": rows.tobytes().hex(), "classes": len(rows), "scale": self.scale, "bias": self.bias}
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> "ClassRows":
+        """Return rows from plain data."""
+        rows = np.frombuffer(bytes.fromhex(stored["rows"]), np.float32).reshape(int(stored["classes"]), -1)
+        return cls(rows, float(stored["scale"]), float(stored["bias"]))
 
     def logits(self, X: X_) -> NDArray[np.float64]:
         """Return logits (n, k) of embeddings (n, d)."""
@@ -99,6 +112,41 @@ class TipAdapter(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return answers
 
 
+@dataclass(frozen=True)
+class ClassEmbeddings(Embeddings):
+    """Embeddings with the rows of their classes: what begins with these is searched and trained as other heads are."""
+
+    classes: ClassRows = field(kw_only=True)
+
+    @classmethod
+    def beside(cls, classes: ClassRows, task: Task, views: int) -> "ClassEmbeddings":
+        """Return a task's rows beside those of its classes.
+
+        Raises:
+            DataError: as of ``Embeddings.of``.
+        """
+        rows = Embeddings.of(task, views)
+        return cls(rows.task, rows.X, rows.views, classes=classes)
+
+    def search(self, name: str, split: Split, seed: int, grid: Sequence[Params] | None = None) -> SearchResult:
+        """Choose a head's parameters on validation."""
+        del seed, grid  # nothing is drawn; what may be chosen is the papers'
+        folds = [Fold(self.rows(fold.train), self.rows(fold.val)) for fold in split.folds]
+        X: Any = self.X  # in memory: these heads are refused where it would not fit
+        return search_zeroshot(name, self.classes, X, self.y, folds, self.views)
+
+    def train(self, name: str, params: Params, samples: NDArray[np.int64], seed: int, near: Sequence[Any] = ()) -> Any:
+        """Return a head that was fitted on some samples."""
+        del near
+        rows = self.rows(samples)
+        return _refitted(name, params, self.classes, self.X[rows], self.y[rows], seed)
+
+    def most_regular(self, name: str, count: int) -> Params:
+        """Return the parameters with which a head is zero-shot itself."""
+        del count
+        return dict(_NOTHING_LEARNT[name])
+
+
 def fit_zeroshot(name: str, task: Task, split: Split, classes: ClassRows, seed: int, views: int = 1) -> FittedHead:
     """Choose a head's parameters on validation, refit it on train and validation, test it once.
 
@@ -113,12 +161,9 @@ def fit_zeroshot(name: str, task: Task, split: Split, classes: ClassRows, seed: 
     Raises:
         DataError: no candidate reached its optimum.
     """
-    embeddings, started = Embeddings.of(task, views), time.monotonic()
-    X: Any = embeddings.X  # in memory: these heads are refused where it would not fit
-    folds = [Fold(embeddings.rows(fold.train), embeddings.rows(fold.val)) for fold in split.folds]
-    search = search_zeroshot(name, classes, X, embeddings.y, folds, views)
-    rows = embeddings.rows(split.train_val)
-    estimator = _refitted(name, search.params, classes, X[rows], embeddings.y[rows], seed)
+    embeddings, started = ClassEmbeddings.beside(classes, task, views), time.monotonic()
+    search = embeddings.search(name, split, seed)
+    estimator = embeddings.train(name, search.params, split.train_val, seed)
     return tested_head(name, estimator, search, embeddings, split, time.monotonic() - started)
 
 
