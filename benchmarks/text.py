@@ -51,11 +51,10 @@ def main(folder: str, tables: list[str]) -> None:
         ahead = result.ahead
         assert ahead is not None
         low, high = ahead["ci"]
-        print(
-            f"\n{ahead['head']} less {ahead['baseline']}: {ahead['points']:+.1f} points, 95 % interval {low:+.1f} to "
-            f"{high:+.1f}, p = {ahead['p_value']:.2g}. Greatest difference of {COMPARED} embeddings to a loop of transformers: "
-            f"{difference(folder, dataset, result):.1g}."
-        )
+        gap = f"{ahead['points']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, p = {ahead['p_value']:.2g}"
+        print(f"\n{ahead['head']} less {ahead['baseline']}: {gap}.")
+        apart = difference(folder, dataset, result)
+        print(f"Greatest difference of {COMPARED} embeddings to a loop of transformers: {apart:.1g}.")
 
 
 if __name__ == "__main__":
