@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from featcache.backbones.timm_models import load_backbone
@@ -61,7 +63,13 @@ class Prepared:
         context = TrainContext(network.model, network.stages, take, self.features.y, plan, processes, seed, precision)
         before = context.before(self.split.val)
         saved = checkpoint.load()
-        return Finetuner(network, context, self.split, Network({}, self.probe), before, checkpoint, saved, tries_live).run()
+        refitted = Network({}, self.probe)
+        return Finetuner(network, context, self.split, refitted, before, checkpoint, saved, tries_live, self.probe_on).run()
+
+    @staticmethod
+    def probe_on(X: NDArray[np.float64], y: NDArray[np.int64]) -> LinearHead:
+        """Fit the probe on other embeddings."""
+        return LinearHead(*linear_heads.linear_weights(search.train("logistic", {"C": 1e-3}, X, y, 0), 3))
 
 
 def tuned(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from finetune_support import GAINS, PLAN, Prepared, tuned
+from numpy.typing import NDArray
 from test_loop import epochs
 from torch.nn import Parameter
 
@@ -150,6 +151,22 @@ def test_batchnorm_is_tried_live_at_the_best_rate(prepared: Prepared) -> None:
         if "running" in name and not torch.equal(value, result.network.backbone.module.state_dict()[name])
     ]
     assert bool(moved) is result.live
+
+
+def test_live_batchnorm_starts_from_settled_statistics(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of another scale than the old statistics know are told apart after one epoch as well as before."""
+    stored = prepared.bench.extracted("layer3", "float32").store.reader()
+    plan = replace(GAINS, epochs=1, lr=(1e-6,), head_lr=1e-6, train_batchnorm=True)
+
+    def take(index: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.asarray(stored.take(index) * 8 + 1, np.float32)
+
+    settled = prepared.tune("layer3", take, plan).history[1]
+    monkeypatch.setattr("featcache.finetuning.finetuner.settle_batchnorm", lambda *_: False)
+    unsettled = prepared.tune("layer3", take, plan).history[1]
+
+    assert settled.val.accuracy > unsettled.val.accuracy
+    assert settled.scaled_loss < 0.5 * unsettled.scaled_loss
 
 
 @pytest.mark.parametrize("lr", [1e-2, 0.3])

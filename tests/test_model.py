@@ -10,7 +10,7 @@ from finetune_support import Prepared
 
 from featcache.backbones.timm_models import load_backbone
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.model import SuffixAndHead, flipped_and_shifted, mixed, predict, set_training
+from featcache.finetuning.model import SuffixAndHead, flipped_and_shifted, mixed, predict, set_training, settle_batchnorm
 from featcache.specs import BackboneSpec
 
 VIT = BackboneSpec("test_vit", random_init=0)
@@ -46,6 +46,27 @@ def test_batchnorm_statistics_move_only_when_asked(prepared: Prepared, asked: bo
 
     moved = {name for name, value in own.module.state_dict().items() if not torch.equal(value, before[name])}
     assert any("running_mean" in name for name in moved) == asked
+    assert all(name.startswith("layer4") for name in moved)
+
+
+def test_settled_statistics_are_those_of_the_rows(prepared: Prepared) -> None:
+    """Whatever the size of batches: the mean over them, in the first norm behind the cut; frozen norms stay as they were."""
+    own = prepared.backbone.separate()
+    model = SuffixAndHead(own.suffix("layer3"), prepared.probe)
+    stored, rows = prepared.bench.extracted("layer3", "float32").store.reader(), np.arange(24)
+    before = {name: value.clone() for name, value in own.module.state_dict().items()}
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    seen: list[torch.Tensor] = []
+    norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
+
+    assert not settle_batchnorm(model.requires_grad_(False), stored.take, rows, 8)
+    assert settle_batchnorm(model.requires_grad_(True), stored.take, rows, 8)
+
+    torch.testing.assert_close(norm.running_mean, torch.cat(seen[-3:]).mean(dim=(0, 2, 3)))
+    assert norm.momentum == 0.1
+    moved = {name for name, value in own.module.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("running" in name or "num_batches" in name for name in moved)
     assert all(name.startswith("layer4") for name in moved)
 
 

@@ -298,7 +298,9 @@ class FineTuneJob:
         context = TrainContext(network.model, network.stages, rows.take, y, *how)
         before = context.before(rows.split.val)
         tries_live = plan.train_batchnorm is None and _is_resized(backbone) and has_batchnorm(network)
-        return Finetuner(network, context, rows.split, refitted, before, unfinished, saved, tries_live).run()
+        return Finetuner(
+            network, context, rows.split, refitted, before, unfinished, saved, tries_live, inputs.probe_on
+        ).run()
 
     @property
     def _told(self) -> "Callable[[float, Epoch], None] | None":

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.model import LinearHead, Take
     from featcache.finetuning.optim import ProcessGroup
     from featcache.finetuning.unfreezing import Trainable
+    from featcache.heads.fit import FittedHead
     from featcache.reports.records import RunRecord
 
 _STEEP, _DEAD = 1e4, 1e-5  # a weight, and a feature's deviation, beside the median one
@@ -199,8 +200,7 @@ class FineTuneInputs:
         from featcache.heads.linear import linear_weights
         from featcache.heads.search import train as train_head
 
-        fitted = next(job.fitted for job in self.fitted if job.record.method == PROBE)
-        train = self.split.train
+        fitted, train = self._probe, self.split.train
         if fitted.solutions and not self.split.cross:  # the search's one fold was `train`: its head is the one wanted here
             (alone,) = fitted.solutions
         else:  # no fold of a cross-validation trains on all of `train`
@@ -209,24 +209,28 @@ class FineTuneInputs:
             alone = train_head(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
         count = len(self.task.names)
         first, second = (LinearHead(*linear_weights(estimator, count)) for estimator in (alone, fitted.estimator))
-        return self._without_dead(first, train), self._without_dead(second, self.split.train_val)
+        return _without_dead(first, self._embeddings_of(train)), _without_dead(
+            second, self._embeddings_of(self.split.train_val)
+        )
 
-    def _without_dead(self, head: "LinearHead", samples: NDArray[np.int64]) -> "LinearHead":
-        """Return a probe that leaves out features which do not vary but for rounding.
+    def _embeddings_of(self, samples: NDArray[np.int64]) -> Callable[[], NDArray[Any]]:
+        return lambda: self.cache.extracted().store.features().X[samples]
 
-        Scaled to a deviation of 1 as the others they have weights of millions, and the first step of training, which moves
-        them by a thousandth, would drown all else.
-        """
+    @property
+    def _probe(self) -> "FittedHead":
+        from featcache.experiments.fit import PROBE
+
+        return next(job.fitted for job in self.fitted if job.record.method == PROBE)
+
+    def probe_on(self, X: NDArray[np.float64], y: NDArray[np.int64]) -> "LinearHead":
+        """Return the linear probe, its parameters as chosen, fitted on other embeddings (k, d), classes y (k,)."""
+        from featcache.experiments.fit import PROBE
         from featcache.finetuning.model import LinearHead
+        from featcache.heads.linear import linear_weights
+        from featcache.heads.search import train as train_head
 
-        greatest = np.abs(head.weights).max(axis=0)
-        if greatest.max() <= _STEEP * np.median(greatest):
-            return head
-        X = self.cache.extracted().store.features().X[samples].astype(np.float64)
-        deviations, mean = X.std(axis=0), X.mean(axis=0)
-        dead = deviations < _DEAD * np.median(deviations)
-        weights = np.where(dead, 0.0, head.weights)
-        return LinearHead(weights, head.bias + (head.weights - weights) @ mean)
+        estimator = train_head(PROBE, self._probe.params, np.ascontiguousarray(X, dtype=np.float32), y, self.seed)
+        return _without_dead(LinearHead(*linear_weights(estimator, len(self.task.names))), lambda: X)
 
     def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
         """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""
@@ -286,3 +290,21 @@ class FineTuneInputs:
                 plan.epochs * (len(plan.lr) + plan.refit),
                 f"{plan.epochs} a rate{' and in the refit' if plan.refit else ''}",
             )
+
+
+def _without_dead(head: "LinearHead", embeddings: Callable[[], NDArray[Any]]) -> "LinearHead":
+    """Return a probe that leaves out features which do not vary but for rounding.
+
+    Scaled to a deviation of 1 as the others they have weights of millions, and the first step of training, which moves
+    them by a thousandth, would drown all else.
+    """
+    from featcache.finetuning.model import LinearHead
+
+    greatest = np.abs(head.weights).max(axis=0)
+    if greatest.max() <= _STEEP * np.median(greatest):
+        return head
+    X = embeddings().astype(np.float64)
+    deviations, mean = X.std(axis=0), X.mean(axis=0)
+    dead = deviations < _DEAD * np.median(deviations)
+    weights = np.where(dead, 0.0, head.weights)
+    return LinearHead(weights, head.bias + (head.weights - weights) @ mean)

@@ -1,7 +1,8 @@
 """Train what follows a cut, from the activations that are stored there, starting from the linear probe.
 
 The head starts as the probe (LP-FT: Kumar et al. 2022, arXiv 2202.10054); BatchNorm of the trained part stays in
-inference mode unless asked, or unless validation says otherwise of images of another size than those of pretraining; rate
+inference mode unless asked, or unless validation says otherwise of images of another size than those of pretraining, and
+then starts from the training images' statistics (AdaBN: Li et al. 2016), with the probe fitted under them; rate
 and epoch are chosen on validation, where what cannot be told apart by accuracy is not told apart by it, and the start
 itself is epoch 0. How far weights go from the start towards that epoch's is chosen there too (WiSE-FT: Wortsman et al.
 2022, section 3). Then the same training runs once more on train and validation together, as long as the kept epoch and
@@ -11,7 +12,7 @@ fine-tuning).
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from featcache.display import progress
 from featcache.evaluation.metrics import Scores, TestResult, cka, scores_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, is_gain, noise
-from featcache.finetuning.model import Checkpoint, Network, OpenNetwork, embed, predict
+from featcache.finetuning.model import Checkpoint, LinearHead, Network, OpenNetwork, embed, predict, settle_batchnorm
 from featcache.finetuning.unfreezing import merge_lora
 from featcache.resources import keep_freed_memory
 from featcache.specs import Precision
@@ -176,6 +177,8 @@ class Finetuner:
         checkpoint: where the state is kept.
         saved: what it has of an earlier process.
         tries_live: whether the best rate is tried with BatchNorm statistics that move, too.
+        probe: fits the linear probe on embeddings (k, d) and classes (k,): where BatchNorm statistics are to move, features
+            are others from the first batch on than those that the start was fitted on.
 
     Raises:
         StorageError: the state cannot be kept.
@@ -189,12 +192,14 @@ class Finetuner:
     checkpoint: Checkpoint
     saved: Plain | None = None
     tries_live: bool = False
+    probe: Callable[[NDArray[np.float64], NDArray[np.int64]], LinearHead] | None = None
 
     def __post_init__(self) -> None:
         """Go back to where the checkpoint is."""
         keep_freed_memory()  # activations of the same sizes come and go at every step
         self._state = TrainingState() if self.saved is None else TrainingState.of(self.saved)
         self._untouched = copy.deepcopy(self.network.model.state_dict())
+        self._settled: dict[str, Tensor] | None = None
 
     def run(self) -> FineTuned:
         """Search, refit and test."""
@@ -210,7 +215,7 @@ class Finetuner:
             bar.update(plan.epochs * len(split.train) * finished)
             for number in range(finished, trials):
                 context, lr = (self.context, plan.lr[number]) if number < len(plan.lr) else (self._live, self._best.lr)
-                model.load_state_dict(self._untouched)
+                model.load_state_dict(self._start(live=bool(context.plan.train_batchnorm)))
                 trained = self._train(Trial(context, lr, split.train, split.val, self.before[0]), bar)
                 self._state = self._state.ended(trained, len(split.val))
                 self._save(self._state)
@@ -233,9 +238,10 @@ class Finetuner:
             The best trial, its best epoch 0 where none gains; the share of the way; and the scores there.
         """
         best, images, model, start = self._best, self.split.val, self.network.model, self.before[0]
+        origin = self._start(live=best.live) if best.best.number else self._untouched
         tried = {1.0: (best.best.val, best.best.scaled_loss)}
         for share in _SHARES[:-1] if best.best.number else ():
-            model.load_state_dict(between(self._untouched, best.state, share))
+            model.load_state_dict(between(origin, best.state, share))
             with contextlib.suppress(DivergedError):
                 tried[share] = self.context.validate(images)
         highest = max(val.accuracy for val, _ in tried.values())
@@ -244,7 +250,7 @@ class Finetuner:
         val, scaled_loss = tried[share]
         if best.best.number and not is_gain(val.accuracy, scaled_loss, start, len(images)):
             best, share, val = replace(best, best=start, state=self._untouched), 1.0, start.val
-        model.load_state_dict(between(self._untouched, best.state, share))
+        model.load_state_dict(between(origin, best.state, share))
         return best, share, val
 
     def refit(self, outcome: RateSearch) -> bool:
@@ -257,7 +263,11 @@ class Finetuner:
             self._restarted()
         if best.best.number == 0 or not plan.refit:
             return False
-        chosen, start = copy.deepcopy(model.state_dict()), copy.deepcopy(self._restarted())
+        chosen = copy.deepcopy(model.state_dict())
+        self._restarted()
+        if best.live:
+            self._settle(split.train_val)
+        start = copy.deepcopy(model.state_dict())
         context = self._live if best.live else self.context
         trial = Trial(context, best.lr, split.train_val, None, self.before[0], epochs=best.best.number)
         with progress(best.best.number * len(split.train_val), f"refit {plan.unfreeze.text}") as bar:
@@ -296,6 +306,24 @@ class Finetuner:
             outcome.network,
             Network(self.network.backbone.module.state_dict(), model.linear_head()),
         )
+
+    def _start(self, *, live: bool) -> dict[str, Tensor]:
+        """Return where a trial starts; where statistics are to move, they are settled on ``train`` before."""
+        if not live:
+            return self._untouched
+        if self._settled is None:
+            self.network.model.load_state_dict(self._untouched)
+            self._settle(self.split.train)
+            self._settled = copy.deepcopy(self.network.model.state_dict())
+        return self._settled
+
+    def _settle(self, images: NDArray[np.int64]) -> None:
+        """Take BatchNorm statistics from some images, and the probe from what the network makes of them then."""
+        model, context, plan = self.network.model, self.context, self.context.plan
+        # drawn: images lie by class, and a batch of one class has other statistics than all
+        rows = np.random.default_rng(context.seed).permutation(images) * plan.views
+        if settle_batchnorm(model, context.take, rows, plan.batch_size) and self.probe is not None:
+            model.set_head(self.probe(embed(model, context.take, images * plan.views, plan.batch_size), context.y[images]))
 
     def _save(self, state: TrainingState) -> None:
         self.checkpoint.save(state.plain() | {"precision": self.context.precision})

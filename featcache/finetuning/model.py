@@ -147,11 +147,37 @@ def open_up(
 
 def has_batchnorm(network: OpenNetwork) -> bool:
     """Tell whether statistics of batches could move in what trains."""
-    return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - no public name
+    return bool(_moving_norms(network.model))
+
+
+def _moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - no public name
         and any(parameter.requires_grad for parameter in module.parameters())
-        for module in network.model.modules()
-    )
+    ]
+
+
+def settle_batchnorm(model: SuffixAndHead, take: Take, index: Index, batch_size: int) -> bool:
+    """Let BatchNorm statistics of what trains be those of some rows (k,) alone; tell whether there are any such.
+
+    AdaBN (Li et al. 2016, arXiv 1603.04779, section 3.2): where statistics are to move anyway, the first batches would throw
+    out a head that was fitted on features under the old ones.
+    """
+    norms = _moving_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True  # without a momentum: the mean over all batches
+    with torch.no_grad():
+        for rows in chunks(index, batch_size) if norms else ():
+            if len(rows) > 1:  # one row has no statistics
+                model.embed(torch.from_numpy(take(rows)).to(model.head.weight.device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum, norm.training = momentum, False
+    return bool(norms)
 
 
 def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
