@@ -166,6 +166,7 @@ def test_no_test_image_is_read_and_fit_takes_the_rows(textures: Path, tiny: Back
     fitted = run_fit(FeatureCache(dataset, tiny, settings), FitPlan(("ridge",), baselines=False))
 
     assert result.evidence.seen == 60
+    assert "<table>" in result._repr_html_()
     assert result.evidence.tuned is not None
     assert result.evidence.layers is not None
     assert fitted.extracted.report.computed == 27

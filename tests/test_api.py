@@ -9,6 +9,7 @@ import pytest
 
 import featcache
 from featcache import api
+from featcache.display import Displayed
 
 
 def test_every_exported_name_is_there() -> None:
@@ -49,6 +50,28 @@ def test_functions_take_six_arguments_at_most(function: object) -> None:
     """What is more belongs into a value: a spec, a plan, settings."""
     assert callable(function)
     assert len(inspect.signature(function).parameters) <= 6
+
+
+INPUTS = {  # values that a caller makes: their own text says what they hold
+    "BackboneSpec", "Dataset", "FeatureExtractor", "FeatureSpec", "FeatureStore", "FineTunePlan", "FitPlan", "PagePlan",
+    "Places", "RejectPlan", "Settings", "TransformOverrides", "Unfreeze", "Views",
+}  # fmt: skip
+
+
+def test_every_result_shows_itself_in_a_notebook() -> None:
+    """Whatever the package exports is a function, an error, what a caller makes, or has a table of its own."""
+    exported = {name: getattr(featcache, name) for name in featcache.__all__}
+    results = {
+        name: value
+        for name, value in exported.items()
+        if inspect.isclass(value) and not issubclass(value, Exception) and name not in INPUTS
+    }
+
+    assert {"FitResult", "GapResult", "AuditResult", "AdviceResult", "RunRecord", "Features"} <= results.keys()
+    assert exported.keys() >= INPUTS
+    for name, value in results.items():
+        assert issubclass(value, Displayed), name
+        assert value.table is not Displayed.table, name
 
 
 def test_values_show_themselves_in_a_few_lines(

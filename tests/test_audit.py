@@ -109,6 +109,7 @@ def test_planted_copies_are_found_and_nothing_else(planted: Planted) -> None:
     assert result.leaks.leaked.removed == len(copies)
     assert result.leaks.retrained is not None
     assert result.suspects[: len(copies)] == tuple(suspects)  # they come first
+    assert "<table>" in result._repr_html_()
 
 
 def test_without_copies_none_is_told(textures: Path, audit: Callable[[Path], AuditResult]) -> None:

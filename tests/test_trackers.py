@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 from support import TINY, Outcome
 
+from featcache.display import Table
 from featcache.errors import SetupError, UsageError
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import Settings
 from featcache.reports import trackers
+from featcache.reports.inert import markdown_cell
 from featcache.reports.records import RunRecord, read_records
 from featcache.reports.trackers import Tracker, run_name
 
@@ -92,6 +95,19 @@ def test_mlflow_reads_back_what_it_was_told(tune: Callable[[str], RunRecord], tm
     }
     assert run.info.status == "FINISHED"
     assert "finetune" in {run.info.run_name for run in runs}
+
+
+def test_a_table_in_markdown_holds_strangers_names_as_text() -> None:
+    """No cell becomes two, no line ends early, and neither markup nor link is left: as in the tables of reports."""
+    table = Table(("set|x", "told"), [("<script>a</script>|b", "[c](javascript:d)\ne")], "*t*")
+
+    title, _, headers, rule, row = trackers._markdown(table).splitlines()
+
+    assert title == markdown_cell("*t*")
+    assert rule == "| --- | --- |"
+    assert headers == f"| {markdown_cell('set|x')} | told |"
+    assert row == f"| {' | '.join(map(markdown_cell, table.rows[0]))} |"
+    assert not re.search(r"(?<!\\)[<\[\]]", row)  # each is escaped
 
 
 def wandb_messages(content: bytes) -> Iterator[bytes]:

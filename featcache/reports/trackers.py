@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from featcache.display import Table, logger
 from featcache.errors import SetupError, UsageError
+from featcache.reports.inert import markdown_cell
 from featcache.reports.records import RunRecord
 from featcache.resources import may_fetch
 
@@ -287,13 +288,10 @@ def _mlflow(where: str) -> _Opened:
 
 def _markdown(table: Table) -> str:
     """Return a table in Markdown in which a cell stays a cell, and markup is text."""
-    from html import escape
-
-    lines = [table.headers, ["---"] * len(table.headers), *table.rows]
-    body = "\n".join(
-        f"| {' | '.join(escape(cell).replace('|', '&#124;').replace(chr(10), ' ') for cell in line)} |" for line in lines
-    )
-    return f"{escape(table.title)}\n\n{body}\n" if table.title else f"{body}\n"
+    lines = [list(map(markdown_cell, table.headers)), ["---"] * len(table.headers)]
+    lines += [list(map(markdown_cell, row)) for row in table.rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{markdown_cell(table.title)}\n\n{body}\n" if table.title else f"{body}\n"
 
 
 def _with_safe_name(make: Callable[[str], _Opened]) -> Callable[[str], _Opened]:
