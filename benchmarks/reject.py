@@ -6,7 +6,7 @@ Coverage: all samples of a set are split anew 20 times, a logistic head is fitte
 90 % are made of the test samples. Familiarity: each class (of more than ten, a drawn quarter of the classes, five times) is
 left out of training, and the area under the ROC curve says how well test samples of the others are told from it. Beside the
 score that ``predict`` gives stand others, each on the same at most 1,000 training samples. Rows are appended to OUT, a CSV;
-without BACKBONE and DATA the tables of OUT are printed.
+without BACKBONE and DATA the tables of OUT are printed. Means and medians are of sets of more than two classes.
 """
 
 import csv
@@ -137,12 +137,13 @@ def tables(out: Path) -> str:
         hits, sizes = np.array(values).T
         lines.append(f"| {' | '.join(key)} | {hits.mean():.1f} % | {hits.std(ddof=1):.1f} | {sizes.mean():.2f} |")
     keys = list(areas["predict --reject"])
-    head = ["score", *(f"{data}, {backbone}" for data, backbone in keys), "mean", "median of all"]
+    common = [key for key in keys if all(key in by_set for by_set in areas.values())]
+    head = ["score", *(f"{data}, {backbone}" for data, backbone in keys), "mean of medians", "median of all"]
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, by_set in sorted(areas.items(), key=lambda item: -np.mean([np.median(v) for v in item[1].values()])):
-        cells = [f"{np.median(by_set[key]):.2f}" if by_set[key] else "" for key in keys]
-        medians = [np.median(values) for values in by_set.values() if values]
-        median = np.median([area for values in by_set.values() for area in values])
+    for name, by_set in sorted(areas.items(), key=lambda item: -np.mean([np.median(item[1][key]) for key in common])):
+        cells = [f"{np.median(by_set[key]):.2f}" if key in by_set else "" for key in keys]
+        medians = [np.median(by_set[key]) for key in common]
+        median = np.median([area for key in common for area in by_set[key]])
         lines.append(f"| {name} | {' | '.join(cells)} | {np.mean(medians):.3f} | {median:.3f} |")
     return "\n".join(lines)
 

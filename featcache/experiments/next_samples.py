@@ -26,7 +26,7 @@ Index = NDArray[np.int64]
 Rule = Literal["coverage", "unsure"]
 
 # From so many labels a class on, on average, what the probe is unsure of counts more. With fewer its doubts are noise, and
-# following them cost up to 15 points against coverage alone (benchmarks/next.md).
+# following them cost up to 9 points against coverage alone (benchmarks/next.md).
 USABLE = 20
 # Of few labels C is not chosen: folds of five a class choose at random, and samples that are chosen to be unlike each other
 # make every fold look hard, so that too strong a penalty wins. scikit-learn's own value was near the best everywhere.
