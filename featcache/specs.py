@@ -163,6 +163,7 @@ _MAX_VIEWS = 1000  # each view is a row: more would fill a disk by a slip of the
 SampleKind = Literal["image", "text"]  # what the bytes of a sample are
 DEFAULT_KIND: SampleKind = "image"
 
+LIVE_BATCHNORM = "with live BatchNorm"  # of a rate at which statistics moved, in records
 POOLED = "pooled"
 TOKENS = "tokens"  # the activations before pooling
 INPUT = "input"

@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from featcache.errors import StorageError
-from featcache.reports.records import RunRecord, append_record, read_records
+from featcache.reports.records import PROTOCOL, RunRecord, append_record, read_records
 
 RECORD = RunRecord(
     kind="fit",
@@ -202,3 +203,18 @@ def test_several_writers_do_not_tear_lines(tmp_path: Path) -> None:
         writer.join()
 
     assert sorted(map(int, cells(path))) == list(range(80))
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"val_by_lr": {"0.001": 0.9}}, True),
+        ({"val_by_lr": {"0.001": 0.9, "0.001 with live BatchNorm": 0.8}}, False),
+        ({"val_by_lr": {"0.001 with live BatchNorm": 0.8}, "batchnorm_settled": True}, True),
+        ({"val_by_lr": None}, True),
+    ],
+)
+def test_trainings_of_unsettled_statistics_are_made_again(params: dict[str, Any], *, expected: bool) -> None:
+    """Statistics that moved from where pretraining had left them led elsewhere: such a training is none of today's."""
+    assert replace(RECORD, protocol=PROTOCOL, params=params).is_current is expected
+    assert not replace(RECORD, protocol=PROTOCOL - 1, params=params).is_current

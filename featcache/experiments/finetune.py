@@ -18,7 +18,7 @@ from featcache.fingerprint import canonical
 from featcache.reports.records import PROTOCOL, RunRecord, read_records
 from featcache.reports.tables import NO_GAIN
 from featcache.reports.wording import START_STAYS, finetune_table
-from featcache.specs import POOLED, BackboneSpec
+from featcache.specs import LIVE_BATCHNORM, POOLED, BackboneSpec
 from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
@@ -429,6 +429,7 @@ def _params(tuned: "FineTuned") -> dict[str, Any]:
         "val_by_lr": tuned.rates,
         "share": tuned.share,
         "live_batchnorm": tuned.live,
+        **({"batchnorm_settled": True} if any(name.endswith(LIVE_BATCHNORM) for name in tuned.rates) else {}),
         "stages": [stage.name for stage in tuned.network.trainable.stages],
         "curve_smoothing": 0.0,  # records of before have training's loss with its label smoothing
         "cka": round(tuned.similarity, 4),

@@ -28,7 +28,7 @@ from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext,
 from featcache.finetuning.model import Checkpoint, LinearHead, Network, OpenNetwork, embed, predict, settle_batchnorm
 from featcache.finetuning.unfreezing import merge_lora
 from featcache.resources import keep_freed_memory
-from featcache.specs import Precision
+from featcache.specs import LIVE_BATCHNORM, Precision
 
 # what is called overfitting: the validation loss rose by this share and this much, and training is so far ahead in accuracy
 _RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
@@ -149,7 +149,7 @@ class TrainingState:
 
     def ended(self, trained: Trained, images: int) -> "TrainingState":
         """Return it after one more rate, judged by so many images."""
-        name = f"{trained.lr:g}{' with live BatchNorm' if trained.live else ''}"
+        name = f"{trained.lr:g}{f' {LIVE_BATCHNORM}' if trained.live else ''}"
         finished = (*self.finished, (name, trained.best.val.accuracy))
         return TrainingState(finished, tuple(not_worse([*self.contenders, trained], images)))
 

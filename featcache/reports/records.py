@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError
 from featcache.fingerprint import as_named, as_stored, canonical
+from featcache.specs import LIVE_BATCHNORM
 
 SCHEMA_VERSION = 1
 # Of how splits, choices, tests and intervals are made (benchmarks/PROTOCOL.md): raised where the same samples and the same
@@ -87,7 +88,9 @@ class RunRecord(Displayed):
     @property
     def is_current(self) -> bool:
         """Whether the same request comes to the same numbers today: others are made again, never mixed with new ones."""
-        return self.protocol == PROTOCOL
+        # statistics that moved without having been settled first led to worse weights, and to other choices
+        was_live = LIVE_BATCHNORM in str(self.params.get("val_by_lr"))
+        return self.protocol == PROTOCOL and (not was_live or "batchnorm_settled" in self.params)
 
     @property
     def short_method(self) -> str:

@@ -12,6 +12,7 @@ from featcache.evaluation.metrics import per_class
 from featcache.fingerprint import as_named
 from featcache.reports.records import RunRecord
 from featcache.reports.tables import NO_GAIN, signed_interval
+from featcache.specs import LIVE_BATCHNORM
 
 if TYPE_CHECKING:
     from featcache.experiments.fit import FitResult, HeadResult
@@ -250,7 +251,7 @@ def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
 def _kept_at(params: dict[str, Any]) -> str:
     share = params.get("share", 1.0)  # records of before have none
     way = f", {100 * share:g} % of the way from the start to its weights" if share < 1 else ""
-    return f"{params['lr']:g}{' with live BatchNorm' if params.get('live_batchnorm') else ''}{way}"
+    return f"{params['lr']:g}{f' {LIVE_BATCHNORM}' if params.get('live_batchnorm') else ''}{way}"
 
 
 def _sweep_sentence(records: Sequence[RunRecord]) -> str:
