@@ -53,8 +53,8 @@ def test_functions_take_six_arguments_at_most(function: object) -> None:
 
 
 INPUTS = {  # values that a caller makes: their own text says what they hold
-    "BackboneSpec", "Dataset", "FeatureExtractor", "FeatureSpec", "FeatureStore", "FineTunePlan", "FitPlan", "PagePlan",
-    "Places", "RejectPlan", "Settings", "TransformOverrides", "Unfreeze", "Views",
+    "BackboneSpec", "Dataset", "FeatureExtractor", "FeatureSpec", "FeatureStore", "FineTunePlan", "FitPlan", "ModelFile",
+    "PagePlan", "Places", "RejectPlan", "Settings", "TransformOverrides", "Unfreeze", "Views",
 }  # fmt: skip
 
 
