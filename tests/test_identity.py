@@ -414,7 +414,7 @@ def test_a_head_works_in_every_working_folder(
     ("config", "words"),
     [
         ({"model_args": {"global_pool": "max"}}, "built otherwise"),
-        ({"pretrained_cfg": {"std": [0.1, 0.1, 0.1]}}, "prepares images"),
+        ({"pretrained_cfg": {"std": [0.1, 0.1, 0.1]}}, "prepares samples"),
     ],
 )
 def test_a_head_refuses_another_config(

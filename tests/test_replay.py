@@ -264,7 +264,7 @@ def test_own_rows_stand_beside_published_ones_of_the_same_key(place: Path, run: 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda it: replace(it, test_items="0"), "other test images"),
+        (lambda it: replace(it, test_items="0"), "other test samples"),
         (lambda it: changed(it, "split.train", 1), "other split"),
         (lambda it: replace(it, test={"r2": 0.5, "r2_ci": None}), "other metric (accuracy, own r2)"),
         (lambda it: replace(it, protocol=PROTOCOL + 1), f"other protocol ({PROTOCOL}, own {PROTOCOL + 1})"),
