@@ -172,4 +172,5 @@ def check_room(
         purpose = f"{plan.purpose}: " if plan.purpose else ""
         size = (total / 1e6, total / images / 1e3)
         also = ", thumbnails for the baselines with them" if thumbnails is not None else ""
-        logger.info("%s%d images to compute, %.1f MB to write (%.1f kB an image)%s", purpose, images, *size, also)
+        kind = writers[0].scanned.files.dataset.kind
+        logger.info("%s%d %ss to compute, %.1f MB to write (%.1f kB each)%s", purpose, images, kind, *size, also)
