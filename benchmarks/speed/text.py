@@ -21,7 +21,7 @@ from featcache.datasets.base import Dataset, MemoryReader, Sample
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec
 
-TEXTS, BATCH, TURNS, LENGTH = 160, 32, 1, 256
+TEXTS, BATCH, TURNS, LENGTH = 320, 32, 2, 256
 
 
 def mixed(path: Path) -> list[str]:
