@@ -1,6 +1,6 @@
 """Attention trained on stored tokens: it finds what averages hide, starts as the probe, and goes on where it was killed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,7 @@ VIT = BackboneSpec(
 )
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Let PyTorch use one thread: on so little it would wait for others longer than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def planted(count: int, side: int = 24, channels: int = 8) -> tuple[NDArray[np.float16], NDArray[np.int64]]:

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,7 @@ def write_encoder(folder: Path, family: str = "bert") -> BackboneSpec:
     return BackboneSpec(f"text:{folder}")
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Let PyTorch use one thread: on so little it would wait for others longer than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ids_of(backbone: Backbone, texts: tuple[str, ...] = TEXTS) -> torch.Tensor:

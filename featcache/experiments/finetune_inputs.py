@@ -195,26 +195,14 @@ class FineTuneInputs:
     @cached_property
     def linear_probes(self) -> "tuple[LinearHead, LinearHead]":
         """The linear probe fitted on train alone, and the one refitted on train and val."""
-        from featcache.experiments.fit import PROBE
-        from featcache.finetuning.model import LinearHead
-        from featcache.heads.linear import linear_weights
-        from featcache.heads.search import train as train_head
-
-        fitted, train = self._probe, self.split.train
+        fitted, train, train_val = self._probe, self.split.train, self.split.train_val
+        features = self.cache.extracted().store.features
         if fitted.solutions and not self.split.cross:  # the search's one fold was `train`: its head is the one wanted here
             (alone,) = fitted.solutions
+            first = self._start(alone, lambda: features().X[train])
         else:  # no fold of a cross-validation trains on all of `train`
-            features = self.cache.extracted().store.features()
-            X = np.ascontiguousarray(features.X[train], dtype=np.float32)
-            alone = train_head(PROBE, fitted.params, X, features.y[train], self.seed)  # an optimum, or an error
-        count = len(self.task.names)
-        first, second = (LinearHead(*linear_weights(estimator, count)) for estimator in (alone, fitted.estimator))
-        return _without_dead(first, self._embeddings_of(train)), _without_dead(
-            second, self._embeddings_of(self.split.train_val)
-        )
-
-    def _embeddings_of(self, samples: NDArray[np.int64]) -> Callable[[], NDArray[Any]]:
-        return lambda: self.cache.extracted().store.features().X[samples]
+            first = self.probe_on(features().X[train], features().y[train])
+        return first, self._start(fitted.estimator, lambda: features().X[train_val])
 
     @property
     def _probe(self) -> "FittedHead":
@@ -222,15 +210,20 @@ class FineTuneInputs:
 
         return next(job.fitted for job in self.fitted if job.record.method == PROBE)
 
-    def probe_on(self, X: NDArray[np.float64], y: NDArray[np.int64]) -> "LinearHead":
+    def probe_on(self, X: NDArray[Any], y: NDArray[np.int64]) -> "LinearHead":
         """Return the linear probe, its parameters as chosen, fitted on other embeddings (k, d), classes y (k,)."""
         from featcache.experiments.fit import PROBE
-        from featcache.finetuning.model import LinearHead
-        from featcache.heads.linear import linear_weights
         from featcache.heads.search import train as train_head
 
-        estimator = train_head(PROBE, self._probe.params, np.ascontiguousarray(X, dtype=np.float32), y, self.seed)
-        return _without_dead(LinearHead(*linear_weights(estimator, len(self.task.names))), lambda: X)
+        rows = np.ascontiguousarray(X, dtype=np.float32)
+        return self._start(train_head(PROBE, self._probe.params, rows, y, self.seed), lambda: X)  # an optimum, or an error
+
+    def _start(self, estimator: Any, embeddings: Callable[[], NDArray[Any]]) -> "LinearHead":
+        """Return a fitted probe as training starts from it; the ``embeddings`` (k, d) it was fitted on are rarely read."""
+        from featcache.finetuning.model import LinearHead
+        from featcache.heads.linear import linear_weights
+
+        return _without_dead(LinearHead(*linear_weights(estimator, len(self.task.names))), embeddings)
 
     def _where(self, cut: str, plan: FineTunePlan) -> tuple[str, tuple[str, ...]]:
         """Return the cut to store at: the boundary itself, or the input where the backbone cannot be cut."""
