@@ -9,11 +9,11 @@ appended to OUT, a CSV; without BACKBONE and DATA the table of OUT is printed.
 """
 
 import csv
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from over_sets import run
 
 import featcache
 from featcache.evaluation.draws import units_of
@@ -74,17 +74,5 @@ def table(out: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure the sets that are named, or print the table."""
-    out, *rest = sys.argv[1:]
-    if rest:
-        name, _, weights = rest[0].partition("=")
-        extra = {"weights": weights, "model_args": (("pad_type", "same"),)} if weights else {}
-        backbone = featcache.BackboneSpec(name, **extra)
-        for data in rest[1:]:
-            measure(data, backbone, Path(out))
-    print(table(Path(out)))
-
-
 if __name__ == "__main__":
-    main()
+    run(measure, table)

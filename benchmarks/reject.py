@@ -10,13 +10,13 @@ without BACKBONE and DATA the tables of OUT are printed. Means and medians are o
 """
 
 import csv
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from over_sets import run
 from scipy.special import logsumexp
 
 import featcache
@@ -148,17 +148,5 @@ def tables(out: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure the sets that are named, or print the tables."""
-    out, *rest = sys.argv[1:]
-    if rest:
-        name, _, weights = rest[0].partition("=")
-        extra = {"weights": weights, "model_args": (("pad_type", "same"),)} if weights else {}
-        backbone = featcache.BackboneSpec(name, **extra)
-        for data in rest[1:]:
-            measure(data, backbone, Path(out))
-    print(tables(Path(out)))
-
-
 if __name__ == "__main__":
-    main()
+    run(measure, tables)
