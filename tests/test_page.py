@@ -19,7 +19,7 @@ import pytest
 from support import TINY, Outcome, draw_subtle
 
 import featcache
-from featcache.cli.report import command_of
+from featcache.cli.bench import command_of
 from featcache.datasets.thumbnails import TILE, sheet_of
 from featcache.experiments.evidence import best_head, projected, reliability
 from featcache.reports.inert import csv_cell, latex_cell, markdown_cell

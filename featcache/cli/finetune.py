@@ -1,22 +1,18 @@
-"""``featcache finetune``, ``bench`` and ``quickstart``."""
+"""``featcache finetune`` and ``featcache gap``."""
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from featcache.cli import options
-from featcache.cli.replay import replay_options, show_replay, take_replay
-from featcache.finetuning.plan import OPTIMISERS, RATES, FineTunePlan
+from featcache.finetuning.plan import OPTIMISERS, RATES, FineTunePlan, Unfreeze
 from featcache.specs import Precision
 
 if TYPE_CHECKING:
-    from featcache.experiments.bench import BenchResult
-    from featcache.reports.comparison import AgainstResult
     from featcache.reports.records import RunRecord
-
 
 _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in {"unfreeze", "batch_size", "precision"})
 
@@ -160,10 +156,7 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
 @options.json_option
 def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, plot: Path | None, **flags: Any) -> None:  # noqa: FBT001
     """Train the last part of a backbone from cached activations and print the gap to the best probe."""
-    from dataclasses import replace
-
     from featcache.api import finetune, sweep
-    from featcache.finetuning.plan import Unfreeze
     from featcache.reports.tables import draw_records, require_picture
     from featcache.reports.wording import finetune_lines
 
@@ -208,113 +201,51 @@ def _money(record: "RunRecord", price: float | None) -> dict[str, float]:
     }
 
 
-FAILED = 3
-_GRID: options.Glossary = (
-    "PIPELINE's keys",
-    (
-        ("heads, unfreeze", 'Lists of what runs, such as heads = ["logistic", "knn"] and unfreeze = ["last:1"].'),
-        ("seeds", "A list of whole numbers, [0] by default: every cell runs once with each."),
-        ("name, group", "What records and tables are called; a column that groups every data set that names none."),
-        (
-            "[[dataset]]",
-            "A table for each data set: data, which is any DATA of `featcache fit --help`, and options such as name.",
-        ),
-        ("[[backbone]]", "A table for each backbone: name, and options such as weights; without any, lite0."),
-        ("[finetune]", "How everything in unfreeze trains: epochs, lr, batch_size and so on."),
-    ),
-)
-
-
-@click.command("bench", cls=options.Command, glossary=_GRID)
-@click.argument("pipeline", type=options.FILE, required=False)
+@click.command("gap", cls=options.Command)
+@options.source_options
 @options.grouped(
-    "Grid",
-    click.option("--out", type=options.FOLDER, help="Write records and tables to this folder."),
-    options.group_option,
-    options.max_bad_option,
+    "Steps",
     click.option(
-        "--against",
-        type=options.FILE,
-        help="Print the rows beside the published ones in this JSONL file of records; rows of other test images, splits, "
-        "scores or protocols are refused.",
+        "--budget", type=options.SECONDS, help="Begin no further step after this time, such as 10m; a second run goes on."
     ),
+    click.option("--epochs", type=options.POSITIVE, default=10, show_default=True, help="Train so many epochs at most."),
+    options.cache_budget_option,
+    options.group_option,
+    options.seed_option,
 )
-@replay_options
+@options.backbone_options
 @options.run_options
-@options.grouped("Output", options.track_option)
+@options.grouped(
+    "Output",
+    options.price_option,
+    options.track_option,
+    click.option("--plot", type=options.FILE, help="Draw the steps as a waterfall into this file: .png, .svg or .pdf."),
+)
 @options.json_option
-def bench_command(pipeline: Path | None, out: Path | None, against: Path | None, as_json: bool, **flags: Any) -> None:  # noqa: FBT001
-    """Run the missing cells of PIPELINE, a TOML file, and write its records and tables.
+def gap_command(as_json: bool, price: float | None, plot: Path | None, epochs: int, **flags: Any) -> None:  # noqa: FBT001
+    """Take the gap between a linear probe and the whole network tuned apart: pooling, other layers, attention, weights.
 
-    A cell is a data set, a backbone, a head or fine-tuning, and a seed. Without --out records and tables go to benchmarks/
-    where there is one, else to the current folder. docs/grids.md describes every key. With --from-record recorded cells
-    run again instead.
+    Every step is tested on the same images, and kept where it is better on validation than all before it: what the kept ones
+    add adds up to the whole gap. What was fitted or trained before is taken from the cache.
     """
-    from featcache.api import bench, compare
+    from featcache.api import gap
+    from featcache.reports.gap import draw_gap, gap_lines
+    from featcache.reports.tables import require_picture
 
-    asked, group = take_replay(flags), flags.pop("group")
-    if asked.recorded is not None:
-        if against is not None or group is not None:
-            raise click.UsageError("--from-record goes without --against and --group: records name their groups.")
-        if not show_replay(pipeline, out, asked, flags, as_json=as_json):
-            click.get_current_context().exit(FAILED)
-        return
-    if pipeline is None:
-        raise click.UsageError("Missing argument 'PIPELINE': a TOML file, or --from-record FILE.")
-    settings = options.take_settings(flags)
-    result = bench(pipeline, out=out, group=group, settings=settings)
-    if result.records and not as_json:
-        options.tell_page(Path(result.paths["md"]).stem, settings.cache, Path(result.paths["records"]))
-    show(result, against=None if against is None else compare(result.records, against), as_json=as_json)
-
-
-def show(result: "BenchResult", *, against: "AgainstResult | None" = None, as_json: bool) -> None:
-    """Print a grid's table or its JSON, beside published records where these are given; end with 3 where a cell failed."""
-    from featcache.cli import spelling
-    from featcache.reports.tables import short_table
-
+    if plot is not None:
+        require_picture(plot)
+    spec, settings, dataset = options.take_inputs(flags)
+    settings = replace(settings, budget=flags.pop("cache_budget"))
+    plan = FineTunePlan(Unfreeze.parse("all"), epochs=epochs)
+    result = gap(dataset, spec, plan=plan, settings=settings, **flags)
+    if plot is not None:
+        draw_gap(result, plot)
     if as_json:
-        options.emit(
-            {
-                "records": [record.stored for record in result.records],
-                "tables": result.paths,
-                "failures": list(map(spelling(click.get_current_context()), result.failures)),
-                "computed_images": result.computed_samples,
-                "computed_cells": result.computed_cells,
-            }
-            | ({} if against is None else {"against": against.summary})
-        )
-    else:
-        click.echo(short_table(result.records).plain())
-        click.echo("gap: points of test accuracy to the head that is best on validation, on the same images")
-        cells = f"{result.computed_cells} cell{'' if result.computed_cells == 1 else 's'} run"
-        failed = f", {len(result.failures)} failed" if result.failures else ""
-        counts = f"{result.computed_samples} images computed, {cells}{failed}"
-        click.echo(f"{counts}; the table is in {result.paths['md']}, the records are in {result.paths['records']}")
-        if against is not None:
-            click.echo(f"\n{against.table().plain()}")
-    if result.failures:
-        click.get_current_context().exit(FAILED)
-
-
-@click.command("quickstart", cls=options.Command)
-@options.grouped("Data", click.option("--text", is_flag=True, help="On texts, by a tiny encoder that is made on the spot."))
-@options.cache_option
-@options.notes_options
-@options.json_option
-def quickstart_command(cache: Path | None, text: bool, as_json: bool) -> None:  # noqa: FBT001
-    """Run probes and fine-tuning on scikit-learn's 1,797 scanned digits with the bundled backbone, and print the table.
-
-    With --text on 2,000 paragraphs of scikit-learn's docstrings, by package, with an encoder of random weights: it shows the
-    road, not what an encoder that knows a language reaches. Needs no network. Run again, everything comes from the cache.
-    """
-    from featcache.api import quickstart
-    from featcache.cli.report import command_of
-    from featcache.experiments.report import PagePlan
-
-    result = quickstart(cache, text=text, plan=PagePlan(command=command_of))
-    show(result, as_json=as_json)
-    if not as_json:
-        click.echo(f"One page to send of this is {result.paths.get('html', 'not written: there is no record')}.")
-        hint = "texts: featcache fit TABLE.csv -b text:NAME" if text else "images: featcache fit FOLDER"
-        click.echo(f"Now your own {hint} --head logistic --head knn")
+        money = [round(step.seconds / 3600 * price, 6) for step in result.steps] if price else []
+        options.emit(result.summary | ({"money": money} if price else {}))
+        return
+    for line in gap_lines(result, price):
+        click.echo(line)
+    if plot is not None:
+        click.echo(str(plot))
+    options.tell_page(result.steps[0].record.dataset, settings.cache)
