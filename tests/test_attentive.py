@@ -12,7 +12,7 @@ from finetune_support import KilledError
 from numpy.typing import NDArray
 
 import featcache
-from featcache.backbones.attention import FORMS, scale_of
+from featcache.backbones.attention import FORMS, LatentPooling, scale_of
 from featcache.backbones.pooling import Layout, Pooling
 from featcache.evaluation.metrics import score
 from featcache.evaluation.splits import Fold, Split
@@ -104,6 +104,32 @@ def test_what_is_masked_is_not_attended_to(form: str, is_training: bool) -> None
         torch.testing.assert_close(same, plain)
     assert not torch.allclose(answered(changed)[0], answered(rows)[0])
     torch.testing.assert_close(scale_of(layout, filled), scale_of(layout, rows))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_latent_query_pools_as_timm_does(masked: bool) -> None:  # noqa: FBT001
+    """The order of products changes neither vectors nor gradients, with a mask or without."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, 9, 12 + masked, generator=generator, dtype=torch.float64)
+    if masked:
+        rows[..., -1] = torch.arange(9) < torch.tensor([1, 2, 4, 5, 8, 9])[:, None]
+    layout = Layout(3, 2, masked=masked)
+    pooling = FORMS["attentive-latent"](layout, 12, 4, torch.ones(12)).double().eval()
+    with torch.no_grad():
+        for parameter in pooling.parameters():
+            parameter.normal_(generator=generator)
+    mask = layout.mask(rows)
+    assert isinstance(pooling, LatentPooling)
+
+    def answered(vectors: torch.Tensor) -> list[torch.Tensor]:
+        pooling.zero_grad()
+        vectors.square().sum().backward()
+        return [vectors, *(parameter.grad for parameter in pooling.parameters() if parameter.grad is not None)]
+
+    own = answered(pooling(rows))
+    timm = answered(pooling.pool(layout.tokens(rows)[1], None if mask is None else mask[:, None, None]))
+    for ours, theirs in zip(own, timm, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.detach().abs().max()))
 
 
 @pytest.mark.parametrize("form", ATTENTIVE)

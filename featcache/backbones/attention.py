@@ -84,8 +84,22 @@ class LatentPooling(nn.Module):
         """Return the vectors."""
         before, patches = (part * self.scale for part in self.layout.tokens(rows))
         patches, mask = _attended(patches, self.layout.mask(rows), is_halved=self.training)
-        vectors = self.pool(patches, None if mask is None else mask[:, None, None])
+        vectors = self._pooled(patches, mask)
         return torch.cat([vectors, before[:, 0]], 1) if self.layout.class_token else vectors
+
+    def _pooled(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what timm's pool makes of tokens (b, n, c), by another order of its products: vectors (b, c)."""
+        pool, count = self.pool, self.pool.num_heads
+        keys, values = self.pool.kv.weight.unflatten(0, (2, count, -1)).unbind()  # (queries, c / queries, c) each
+        queries = pool.q(pool.latent).view(count, -1) * pool.scale
+        # one query asks all tokens and is asked of no other: it goes through the projection of keys, and averages through
+        # that of values, instead of every token through both. The keys' bias is the same for all tokens: softmax drops it
+        scores = tokens @ torch.einsum("qd,qdc->cq", queries, keys)
+        weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf), dim=1)
+        vectors = torch.einsum("bqc,qdc->bqd", weights.transpose(1, 2) @ tokens, values).flatten(1)
+        projected = pool.proj(vectors + pool.kv.bias.chunk(2)[1])
+        answer: Tensor = projected + pool.mlp(pool.norm(projected))
+        return answer
 
 
 Attention = AttentivePooling | LatentPooling
