@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from featcache.datasets import open_dataset
 from featcache.errors import StorageError
 from featcache.experiments import experiment
 from featcache.experiments.bench import load_grid, run_bench
-from featcache.experiments.finetune import run_finetune, run_sweep
+from featcache.experiments.finetune import FineTuneResult, run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, Ledger
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.finetuning import loop
 from featcache.finetuning.finetuner import Finetuner
 from featcache.finetuning.loop import TrainContext
 from featcache.finetuning.model import Checkpoint, Network, OpenNetwork
@@ -27,7 +29,7 @@ from featcache.finetuning.plan import Unfreeze
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.heads.bundle import load as load_bundle
-from featcache.reports.records import RunRecord, read_records
+from featcache.reports.records import RunRecord, as_read, read_records
 from featcache.reports.wording import finetune_lines
 from featcache.specs import BackboneSpec
 
@@ -203,6 +205,25 @@ def test_what_has_been_trained_is_not_trained_again(
     assert 2 * len(first.jobs) < len(trained) <= 3 * len(first.jobs)
     trained.clear()
     again(probes=("centroid",))
+    assert trained == []
+
+
+def test_trainings_as_long_to_the_millisecond_have_each_its_record(
+    folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training compared with other heads is another one, though its epochs took just as long: the next command finds it."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    records, plan = tmp_path / "runs.jsonl", replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
+
+    def again(*probes: str) -> FineTuneResult:
+        inputs = FineTuneInputs(FeatureCache(open_dataset(folder), tiny, settings), probes=probes)
+        return run_finetune(inputs, plan, records=records)
+
+    first, other = again().record, again("centroid").record
+    trained = epochs_of(monkeypatch)
+
+    assert (other.cell, other.params, other.right) == (first.cell, first.params, first.right)
+    assert (again("centroid").record, again().record) == (as_read(other), as_read(first))
     assert trained == []
 
 

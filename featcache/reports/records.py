@@ -150,14 +150,20 @@ def append_once(path: Path, record: RunRecord) -> None:
         StorageError: the file cannot be written.
     """
     if record.kind == "finetune":  # one that was killed once its record was written ends again: its epochs' seconds tell
-        trained = canonical([record.cell, record.protocol, record.params, record.right])
-        of_file = read_records([path], warn=False)
-        if any(canonical([it.cell, it.protocol, it.params, it.right]) == trained for it in of_file):
+        training = _training(record)
+        if any(_training(other) == training for other in read_records([path], warn=False)):
             return
     with contextlib.suppress(OSError):  # writing says what is wrong with it
         if path.is_file() and _line(record).strip() in path.read_bytes():
             return
     append_record(path, record)
+
+
+def _training(record: RunRecord) -> str:
+    """Return what tells a training from others of the same experiment."""
+    # epochs of small data take as long to the millisecond: compared with other heads it is another one, and is looked for so
+    compared = sorted((record.probe or {}).get("of", ()))
+    return canonical([record.cell, record.protocol, record.params, record.right, compared])
 
 
 def append_record(path: Path, record: RunRecord) -> None:
