@@ -211,7 +211,7 @@ def test_what_has_been_trained_is_not_trained_again(
 def test_trainings_as_long_to_the_millisecond_have_each_its_record(
     folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training compared with other heads is another one, though its epochs took just as long: the next command finds it."""
+    """A training compared with other heads is another, though its epochs took just as long: the next command finds it."""
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 0.0))
     records, plan = tmp_path / "runs.jsonl", replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
 
