@@ -24,7 +24,7 @@ from featcache.experiments.fit import FitPlan, run_fit
 from featcache.experiments.short_tuning import TuningRows, chosen_crosswise, last_stage, tune_shortly
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.heads.search import ridge_shares
-from featcache.reports.advise import advice_lines, more_text
+from featcache.reports.advice import advice_lines, more_text
 from featcache.specs import BackboneSpec
 
 LIKE = Gap(0.0, (-1.0, 1.0), 1.0)

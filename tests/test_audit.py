@@ -26,7 +26,7 @@ from featcache.evaluation.suspects import auc, label_issues, oddities, outliers,
 from featcache.experiments.audit import AuditResult, Suspect, cleaned, run_audit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.checks import out_of_fold, shift
-from featcache.reports.audit import audit_lines, suspects_csv
+from featcache.reports.advice import audit_lines, suspects_csv
 from featcache.specs import BackboneSpec, TransformOverrides
 
 HUES = {"blue": (60, 90, 190), "green": (70, 160, 80), "red": (180, 80, 70)}

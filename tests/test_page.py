@@ -21,8 +21,8 @@ from support import TINY, Outcome, draw_subtle
 import featcache
 from featcache.cli.bench import command_of
 from featcache.datasets.thumbnails import TILE, sheet_of
+from featcache.display import csv_cell, latex_cell, markdown_cell
 from featcache.experiments.evidence import best_head, projected, reliability
-from featcache.reports.inert import csv_cell, latex_cell, markdown_cell
 from featcache.reports.page import render
 from featcache.reports.records import RunRecord, read_records
 from featcache.reports.shown import Cell, Confusion, DatasetEvidence, Scatter, Shown, Suspicion

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from featcache.display import csv_cell
 from featcache.evaluation.metrics import paired_gap
-from featcache.reports.inert import csv_cell
 from featcache.reports.records import RunRecord, append_record, read_records
 from featcache.reports.tables import COLUMNS, NO_GAIN, markdown, rows, short_table, to_csv
 

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from support import TINY, Outcome
 
-from featcache.display import Table
+from featcache.display import Table, markdown_cell
 from featcache.errors import SetupError, UsageError
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import Settings
 from featcache.reports import trackers
-from featcache.reports.inert import markdown_cell
 from featcache.reports.records import RunRecord, read_records
 from featcache.reports.trackers import Tracker, run_name
 

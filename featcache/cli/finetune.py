@@ -229,8 +229,8 @@ def gap_command(as_json: bool, price: float | None, plot: Path | None, epochs: i
     add adds up to the whole gap. What was fitted or trained before is taken from the cache.
     """
     from featcache.api import gap
-    from featcache.reports.gap import draw_gap, gap_lines
     from featcache.reports.tables import require_picture
+    from featcache.reports.wording import draw_gap, gap_lines
 
     if plot is not None:
         require_picture(plot)

@@ -341,8 +341,7 @@ def _write(file: Any, bundle: "Bundle", predictions: "Iterator[Prediction]", *, 
             facts |= {"set": image.candidates, "familiar": image.familiar, "verdict": image.verdict} if judged else {}
             file.write(json.dumps({"schema_version": SCHEMA_VERSION, **facts}) + "\n")
         return
-    from featcache.display import printable
-    from featcache.reports.inert import csv_cell
+    from featcache.display import csv_cell, printable
 
     writer = csv.writer(file, lineterminator="\n")
     shown = printable if file.isatty() else str  # a terminal obeys what stands in a file's name; a file keeps it
@@ -360,7 +359,7 @@ _JUDGED = ("set", "familiar", "verdict")
 
 def _judgement(image: "Prediction") -> tuple[str, str, str]:
     """Return the cells of what is said of an image's certainty; classes stand with ; between."""
-    from featcache.reports.inert import csv_cell
+    from featcache.display import csv_cell
 
     classes = "" if image.candidates is None else csv_cell(";".join(image.candidates))
     return classes, "" if image.familiar is None else f"{image.familiar:.3f}", image.verdict or ""

@@ -123,7 +123,7 @@ class AdviceResult(Displayed):
 
     def table(self) -> Table:
         """Return the candidates."""
-        from featcache.reports.advise import advice_table
+        from featcache.reports.advice import advice_table
 
         return advice_table(self)
 

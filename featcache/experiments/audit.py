@@ -117,7 +117,7 @@ class AuditResult(Displayed):
 
     def table(self) -> Table:
         """Return the counts."""
-        from featcache.reports.audit import audit_table
+        from featcache.reports.advice import audit_table
 
         return audit_table(self)
 

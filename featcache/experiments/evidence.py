@@ -18,10 +18,9 @@ from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.fingerprint import as_named
 from featcache.heads import bundle
-from featcache.reports.answer import best_probes
-from featcache.reports.audit import ABOUT
+from featcache.reports.advice import ABOUT
 from featcache.reports.records import RunRecord
-from featcache.reports.shown import Bin, Cell, Confusion, DatasetEvidence, Learned, Scatter, Shown, Suspicion
+from featcache.reports.shown import Bin, Cell, Confusion, DatasetEvidence, Learned, Scatter, Shown, Suspicion, best_probes
 from featcache.reports.tables import groups_of_seeds
 from featcache.store.checksums import kept_note
 from featcache.store.entry import FeatureStore

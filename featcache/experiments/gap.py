@@ -103,7 +103,7 @@ class GapResult(Displayed):
 
     def table(self) -> Table:
         """Return the steps with their scores, gains and costs."""
-        from featcache.reports.gap import gap_table
+        from featcache.reports.wording import gap_table
 
         return gap_table(self)
 

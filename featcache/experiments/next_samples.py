@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.display import Displayed, Table, progress
+from featcache.display import Displayed, Table, csv_cell, progress
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.draws import Drawing, Units, draw, drawing_order, fold_of, units_of
 from featcache.evaluation.duplicates import unit_rows
@@ -18,8 +18,7 @@ from featcache.evaluation.splits import FOLDS, Fold
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.extraction.writer import require_usable
 from featcache.heads.search import predict_with, search_head, train
-from featcache.reports.audit import manifest_csv
-from featcache.reports.inert import csv_cell
+from featcache.reports.advice import manifest_csv
 
 Rows = NDArray[np.float32]
 Index = NDArray[np.int64]

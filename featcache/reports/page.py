@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -11,14 +13,14 @@ from markupsafe import Markup
 
 from featcache.datasets.thumbnails import TILE, Sheet
 from featcache.display import printable
-from featcache.reports import charts
-from featcache.reports.answer import Answer, answer_of
 from featcache.reports.records import RunRecord
-from featcache.reports.shown import DatasetEvidence, Scatter
-from featcache.reports.svg import COLOURS, Chart, Dot, map_chart
-from featcache.reports.tables import NAMES, groups_of_seeds, short_table
+from featcache.reports.shown import Answer, Bin, DatasetEvidence, Learned, Scatter, answer_of, depth_of, steps_of
+from featcache.reports.svg import COLOURS, Bar, Chart, Dot, Mark, Series, cost_chart, line_chart, map_chart, waterfall
+from featcache.reports.tables import NAMES, groups_of_seeds, has_no_gain, short_table
 
 Command = Callable[[RunRecord], str]
+_COLOUR_OF = {"": 9, "pooling": 0, "other layers": 1, "attention": 2, "weights": 3}
+_MOST_LINES, _MOST_TRAINED = 6, 3  # of one chart: more cannot be told apart
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,21 @@ def _section(key: str, name: str, every: Sequence[RunRecord], behind: Mapping[st
     groups = [group for group in groups_of_seeds(records) if "accuracy" in group[0].test]
     plain = [group for group in groups if group[0].kind in {"fit", "finetune"}]
     drawings = [
-        ("Accuracy against cost", charts.costs(plain, f"{key}-cost"), _COST),
+        ("Accuracy against cost", costs(plain, f"{key}-cost"), _COST),
         *(
-            ("Where the gap comes from", charts.gap_chart(group[-1], f"{key}-gap{number}"), _GAP)
+            ("Where the gap comes from", gap_chart(group[-1], f"{key}-gap{number}"), _GAP)
             for number, group in enumerate(groups)
             if group[0].kind == "gap"
         ),
-        ("Accuracy by depth", charts.depths_chart(plain, f"{key}-depth"), _DEPTH),
-        ("Accuracy by epoch", charts.epochs_chart(charts.tuned_records(plain), f"{key}-epochs"), _EPOCHS),
+        ("Accuracy by depth", depths_chart(plain, f"{key}-depth"), _DEPTH),
+        ("Accuracy by epoch", epochs_chart(tuned_records(plain), f"{key}-epochs"), _EPOCHS),
         *(
-            (f"Accuracy by training samples: {name}", charts.learning_chart(points, name, f"{key}-learn{number}"), "")
+            (f"Accuracy by training samples: {name}", learning_chart(points, name, f"{key}-learn{number}"), "")
             for number, (name, points) in enumerate(evidence.learned)
         ),
     ]
     if evidence.bins:
-        drawings.append(("Reliability", charts.reliability_chart(evidence.bins, evidence.head, f"{key}-bins"), _BINS))
+        drawings.append(("Reliability", reliability_chart(evidence.bins, evidence.head, f"{key}-bins"), _BINS))
     return Section(
         key,
         answer_of(records),
@@ -184,3 +186,158 @@ def _runs(records: Sequence[RunRecord], commands: Command) -> list[tuple[str, st
     for record in records:
         runs.setdefault(commands(record), []).append(f"{record.dataset}, {record.method}, seed {record.seed}")
     return [(command, "; ".join(dict.fromkeys(made))) for command, made in runs.items()]
+
+
+def gap_chart(record: RunRecord, key: str) -> Markup | None:
+    """Return the waterfall of a gap."""
+    steps = steps_of(record)
+    if len(steps) < 2:
+        return None
+    level, bars = 0.0, list[Bar]()
+    for step in steps:
+        text = f"{step.accuracy:.1f}" if not bars else f"{step.accuracy - level:+.1f}"
+        colour = _COLOUR_OF.get(step.changes, 9)
+        bars.append(Bar(step.name, level, step.accuracy, text, colour, is_kept=step.is_kept))
+        level = step.accuracy if step.is_kept else level
+    about = "; ".join(f"{bar.name} {bar.text}{'' if bar.is_kept else ' (not kept)'}" for bar in bars)
+    names = tuple(step.name for step in steps)
+    return waterfall(Chart(key, "Where the gap comes from", about, "", "test accuracy, %", names), bars)
+
+
+def costs(groups: Sequence[Sequence[RunRecord]], key: str) -> Markup | None:
+    """Return accuracy against cost, a point for each row of the table."""
+    points = [_cost_point(group) for group in groups]
+    if not points:
+        return None
+    about = "; ".join(point.title for point in points)
+    chart = Chart(key, "Accuracy against cost", about, "seconds, extraction included (log scale)", "test accuracy, %")
+    return cost_chart(chart, points)
+
+
+def _cost_point(group: Sequence[RunRecord]) -> Mark:
+    seconds = statistics.mean(sum(record.seconds.values()) for record in group)
+    accuracy = statistics.mean(100 * record.test["accuracy"] for record in group)
+    low, high = _mean_interval(group)
+    first = group[0]
+    title = f"{first.short_method} on {first.backbone}: {accuracy:.1f} % in {seconds:.0f} s"
+    return Mark(max(seconds, 1e-2), accuracy, low, high, first.short_method, title, 3 if first.kind == "finetune" else 0)
+
+
+def _mean_interval(group: Sequence[RunRecord]) -> tuple[float | None, float | None]:
+    """Return the mean of seeds' intervals: what one run is uncertain by, which seeds make no smaller."""
+    intervals = [record.test["accuracy_ci"] for record in group if record.test.get("accuracy_ci")]
+    if not intervals:
+        return None, None
+    low, high = (100 * statistics.mean(interval[side] for interval in intervals) for side in (0, 1))
+    return low, high
+
+
+def depths_chart(groups: Sequence[Sequence[RunRecord]], key: str) -> Markup | None:
+    """Return test accuracy by how many stages were trained, beside the probe's."""
+    by_backbone: dict[str, list[Sequence[RunRecord]]] = {}
+    for group in groups:
+        if group[0].kind == "finetune" and not math.isnan(depth_of(group[0].short_method)):
+            by_backbone.setdefault(group[0].backbone, []).append(group)
+    lines = {backbone: swept for backbone, swept in by_backbone.items() if len({each[0].short_method for each in swept}) > 1}
+    names = sorted({each[0].short_method for swept in lines.values() for each in swept}, key=depth_of)
+    if not names:
+        return None
+    place = {name: 1.0 + number for number, name in enumerate(names)}
+    series = [
+        Series(backbone, _depth_points(swept, place, colour), colour)
+        for colour, (backbone, swept) in enumerate(list(lines.items())[:_MOST_LINES])
+    ]
+    about = "; ".join(point.title for each in series for point in each.points)
+    chart = Chart(key, "Accuracy by depth", about, "what was trained", "test accuracy, %", ("probe", *names))
+    return line_chart(chart, series, percent=True)
+
+
+def _depth_points(swept: Sequence[Sequence[RunRecord]], place: dict[str, float], colour: int) -> tuple[Mark, ...]:
+    points = []
+    for group in sorted(swept, key=lambda each: depth_of(each[0].short_method)):
+        accuracy = statistics.mean(100 * record.test["accuracy"] for record in group)
+        name = group[0].short_method
+        points.append(Mark(place[name], accuracy, *_mean_interval(group), title=f"{name} {accuracy:.1f} %", colour=colour))
+    probe = swept[0][0].probe
+    if probe is not None and isinstance(probe.get("test"), dict) and isinstance(probe["test"].get("accuracy"), float):
+        accuracy = 100 * probe["test"]["accuracy"]
+        points.insert(0, Mark(0.0, accuracy, title=f"probe ({probe.get('head')}) {accuracy:.1f} %", colour=colour))
+    return tuple(points)
+
+
+def epochs_chart(records: Sequence[RunRecord], key: str) -> Markup | None:
+    """Return accuracy over the epochs of fine-tuning: training dashed, validation with the epoch that was kept ringed."""
+    series: list[Series] = []
+    for colour, record in enumerate(records[:_MOST_TRAINED]):
+        validation, training = _epochs(record, 3), _epochs(record, 1)
+        if len(validation) < 2:
+            continue
+        best = record.params.get("best_epoch")
+        name = record.short_method if record.seed == 0 else f"{record.short_method}, seed {record.seed}"
+        series += [
+            Series(name, _at_epochs(validation, colour, name), colour, ringed=best if isinstance(best, int) else None),
+            Series("", _at_epochs(training, colour, f"{name}, training"), colour, is_dashed=True),
+        ]
+    if not series:
+        return None
+    about = "; ".join(f"{each.name}: {each.points[-1].y:.1f} % at the end" for each in series if each.name)
+    chart = Chart(key, "Accuracy by epoch", about, "epoch (dashed: training; ringed: kept)", "validation accuracy, %")
+    return line_chart(chart, series, percent=True)
+
+
+def _epochs(record: RunRecord, column: int) -> list[tuple[int, float]]:
+    """Return a column of a fine-tuning's curve in percent; what is no number is left out, as training's before it began."""
+    curve: Any = record.params.get("curve")
+    rows = curve if isinstance(curve, list) else []
+    cells = [(epoch, row[column]) for epoch, row in enumerate(rows) if isinstance(row, list) and len(row) > column]
+    return [(epoch, 100.0 * cell) for epoch, cell in cells if isinstance(cell, int | float) and math.isfinite(cell)]
+
+
+def _at_epochs(values: Sequence[tuple[int, float]], colour: int, name: str) -> tuple[Mark, ...]:
+    return tuple(Mark(float(epoch), y, title=f"{name}, epoch {epoch}: {y:.1f} %", colour=colour) for epoch, y in values)
+
+
+def reliability_chart(bins: Sequence[Bin], name: str, key: str) -> Markup:
+    """Return accuracy by confidence; on the diagonal a head is as often right as it says."""
+    total = sum(each.count for each in bins)
+    points = tuple(
+        Mark(
+            each.confidence,
+            each.accuracy,
+            title=f"{each.count} samples: {each.confidence:.0f} % sure, {each.accuracy:.0f} % right",
+            radius=2 + 7 * math.sqrt(each.count / total),
+        )
+        for each in bins
+    )
+    about = f"{name}: {'; '.join(point.title for point in points)}"
+    chart = Chart(key, "Reliability", about, "how sure, %", "right, %")
+    return line_chart(chart, [Series("", points)], percent=True, diagonal=True)
+
+
+def learning_chart(points: Sequence[Learned], name: str, key: str) -> Markup:
+    """Return test accuracy by the number of training samples, on a log scale."""
+    drawn = tuple(
+        Mark(
+            float(each.samples),
+            each.mean,
+            each.mean - each.std,
+            each.mean + each.std,
+            title=f"{each.samples} samples: {each.mean:.1f} % ± {each.std:.1f}",
+        )
+        for each in points
+    )
+    about = f"{name}: {'; '.join(point.title for point in drawn)}"
+    chart = Chart(
+        key,
+        "Accuracy by training samples",
+        about,
+        "training samples (log scale; bars: ± 1 std of draws)",
+        "test accuracy, %",
+    )
+    return line_chart(chart, [Series("", drawn)], percent=True, is_log=True)
+
+
+def tuned_records(groups: Sequence[Sequence[RunRecord]]) -> list[RunRecord]:
+    """Return the fine-tunings whose epochs are worth a look: the first seed of each, those that gained first."""
+    firsts = [group[0] for group in groups if group[0].kind == "finetune"]
+    return sorted(firsts, key=lambda record: (has_no_gain(record), -record.val["accuracy"]))

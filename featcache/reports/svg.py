@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from featcache.reports.inert import tag
+from featcache.display import tag
 
 WIDTH, HEIGHT = 420, 290  # in units of the drawing, about a phone's width: letters stay legible where it is not scaled up
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 26, 46

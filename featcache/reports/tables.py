@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tabulate import tabulate
 
-from featcache.display import Table, printable
+from featcache.display import Table, booktabs, csv_cell, markdown_cell, printable
 from featcache.errors import SetupError, UsageError
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
-from featcache.reports.inert import booktabs, csv_cell, markdown_cell
 from featcache.reports.records import RunRecord
 from featcache.store.atomic import make_folder, replace_file
 

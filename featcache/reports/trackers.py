@@ -17,9 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from featcache.display import Table, logger
+from featcache.display import Table, logger, markdown_cell
 from featcache.errors import SetupError, UsageError
-from featcache.reports.inert import markdown_cell
 from featcache.reports.records import RunRecord
 from featcache.resources import may_fetch
 
