@@ -118,7 +118,9 @@ def test_an_entry_without_listing_keeps_all_rows(tmp_path: Path) -> None:
     after = FeatureStore.open(store.path)
     assert len(after.manifest.parts) == 1
     assert after.rows_of(seen(range(5)).sha256)[:, 0].tolist() == [0, 1, 2, 3, 4]
-    assert [(len(one.paths), rows) for one, rows in after.files()] == [(5, True), (5, False)]
+    remembered = after.remembered()
+    assert [len(files.paths) for files in remembered.files] == [5, 5]
+    assert remembered.with_row == {row.tobytes() for row in seen(range(5)).sha256}
     assert after.verify() == []
 
 

@@ -51,8 +51,7 @@ def seen(numbers: range) -> FileIndex:
 def everything(store: FeatureStore) -> None:
     """Use an entry in every way that a command does."""
     again = FeatureStore.open(store.path)
-    list(again.files())
-    again.digests()
+    again.remembered()
     list(again.requests())
     features = again.features()
     assert features.X[:, 0].tolist() == list(range(8))
@@ -358,7 +357,7 @@ def test_what_is_too_long_is_not_even_read(tmp_path: Path, monkeypatch: pytest.M
         os.truncate(store.path / "parts" / record.name, 10**12)
 
     with pytest.raises(StorageError, match="not what featcache wrote"):
-        FeatureStore.open(store.path).digests()
+        FeatureStore.open(store.path).remembered()
 
 
 def test_pipes_keep_nobody_waiting(tmp_path: Path) -> None:

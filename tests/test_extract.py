@@ -221,7 +221,7 @@ def test_not_finite_rows_are_refused(folder: Path, tmp_path: Path) -> None:
     loaded = LoadedBackbone("none", "none", "none")
     store = FeatureStore.create(tmp_path / "entry", FeatureSpec(Transform(16), loaded, "stage", dtype="float16"))
     files = DatasetFiles(open_dataset(folder))
-    entry = EntryWriter(store, scan(files, store), (1,), 4)
+    entry = EntryWriter(store, scan(files, store.remembered()), (1,), 4)
     rows = np.ones((4, 1), np.float32)
     rows[1] = 1e6
 

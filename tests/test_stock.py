@@ -52,7 +52,7 @@ def compute(source: Dataset, store: FeatureStore, run: Callable[[Any], Any], wor
 
 def scan(source: Dataset, store: FeatureStore) -> scanning.Scan:
     """Hold an entry against files that nothing is known of yet."""
-    return scanning.scan(DatasetFiles(source), store)
+    return scanning.scan(DatasetFiles(source), store.remembered())
 
 
 def brightness(pixels: np.ndarray) -> np.ndarray:

@@ -256,7 +256,7 @@ class Study:
         cache = self.runner.cache
         assert cache is not None
         thumbnails = cache.thumbnails(SIDE).store
-        known = thumbnails.digests()
+        known = thumbnails.remembered().with_row
         digests = [bytes.fromhex(content) for content in judged.units.contents]
         if not all(digest in known for digest in digests):
             return float("nan")

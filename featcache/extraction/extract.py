@@ -63,7 +63,7 @@ def extract(
     """
     started = time.monotonic()
     lacking = sum(len(writer.scanned.pending) for writer in writers)
-    cached = set.intersection(*(writer.start(len(writer.scanned.pending) / max(1, lacking)) for writer in writers))
+    cached = frozenset.intersection(*(writer.start(len(writer.scanned.pending) / max(1, lacking)) for writer in writers))
     pending = np.flatnonzero(np.logical_or.reduce([writer.lacks for writer in writers]))
     check_room(writers, len(pending), plan, beside[0] if beside else None)
     runtime = NO_RUNTIME
@@ -122,7 +122,7 @@ class _Pass:
 
 
 def _compute_remotely(
-    files: DatasetFiles, pending: Positions, cached: set[bytes], writers: Sequence[EntryWriter], config: "WorkerConfig"
+    files: DatasetFiles, pending: Positions, cached: frozenset[bytes], writers: Sequence[EntryWriter], config: "WorkerConfig"
 ) -> Runtime:
     from featcache.extraction import ray_engine
 

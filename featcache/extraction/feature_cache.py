@@ -18,7 +18,7 @@ from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction import lookup as entries
 from featcache.extraction.extract import extract, measure, positions_of
 from featcache.extraction.loader import NO_RUNTIME, Pixels, Rows, Runtime, Workers, beside_pixels, workers_here
-from featcache.extraction.scan import DatasetFiles, Hit, Positions, Scan, lookup, renew, scan
+from featcache.extraction.scan import DatasetFiles, Positions, Scan, renew, scan
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.fingerprint import fingerprint
 from featcache.specs import (
@@ -309,8 +309,7 @@ class FeatureCache:
             request = self._request(output, views or Views())
             if (request.cut, request.dtype, request.views) in self._complete:
                 continue
-            store = entries.find_entry(self.folder, request)
-            if not isinstance(lookup(store, self._scan(store)), Hit):
+            if not self._scan(entries.find_entry(self.folder, request)).is_hit:
                 return False
         return True
 
@@ -405,9 +404,10 @@ class FeatureCache:
 
     def _scan(self, store: FeatureStore | None) -> Scan:
         """Return what an entry lacks, of this run's share of the images."""
+        entry = store.remembered() if store is not None else None
         if self._share is None:
-            return scan(self.files, store)
-        return scan(self.files, store, among=self._share, hashes_new=False)
+            return scan(self.files, entry)
+        return scan(self.files, entry, among=self._share, hashes_new=False)
 
     @cached_property
     def _share(self) -> Positions | None:
@@ -428,7 +428,7 @@ class FeatureCache:
             store.remember_request(facts)
 
     def _hit(self, store: FeatureStore, scanned: Scan) -> ExtractReport | None:
-        if self.settings.part is not None or not isinstance(lookup(store, scanned), Hit):
+        if self.settings.part is not None or not scanned.is_hit:
             return None
         store.tidy()
         renew(store, scanned)

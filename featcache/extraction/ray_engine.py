@@ -88,7 +88,7 @@ class DecodedUnit:
 
 
 def run(
-    dataset: Dataset, positions: Sequence[int], cached: set[bytes], config: WorkerConfig
+    dataset: Dataset, positions: Sequence[int], cached: frozenset[bytes], config: WorkerConfig
 ) -> Generator[WrittenPart, None, None]:
     """Yield units of work as actors finish them; the caller commits them.
 
@@ -119,7 +119,7 @@ def run(
 
 
 def _run(
-    ray: Any, dataset: Dataset, positions: Sequence[int], cached: set[bytes], config: WorkerConfig
+    ray: Any, dataset: Dataset, positions: Sequence[int], cached: frozenset[bytes], config: WorkerConfig
 ) -> Generator[WrittenPart, None, None]:
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
@@ -151,7 +151,7 @@ def _run(
 
 
 def decode_unit(
-    dataset: Dataset, positions: Sequence[int], preprocess: "Preprocess", views: Views, cached: set[bytes]
+    dataset: Dataset, positions: Sequence[int], preprocess: "Preprocess", views: Views, cached: frozenset[bytes]
 ) -> DecodedUnit:
     """Return a unit's images, decoded."""
     files = DatasetFiles(replace(dataset, samples=[dataset.samples[position] for position in positions]))

@@ -19,7 +19,7 @@ from featcache.store.hdf5 import SPLITS, FileIndex, Listing
 from featcache.store.manifests import Quarantined
 
 if TYPE_CHECKING:
-    from featcache.store.entry import FeatureStore
+    from featcache.store.entry import FeatureStore, Remembered
 
 Positions = NDArray[np.int64]
 
@@ -167,9 +167,10 @@ def is_settled(stat: FileStat | None) -> bool:
 class Scan:
     """An entry held against a data set's files, by their positions.
 
-    ``cached`` (k,) have a row or a place in quarantine; ``pending`` (m,), ascending, are new, changed, or not looked at;
-    ``unreadable`` could not even be opened. ``renewed`` are known by their bytes alone, and have signs now that a listing
-    can remember them by.
+    ``cached`` (k,), ascending, have a row or a place in quarantine; ``pending`` (m,), ascending, are new, changed, or not
+    looked at; ``unreadable`` could not even be opened. ``renewed`` are known by their bytes alone, and have signs now that a
+    listing can remember them by. ``with_row`` are the contents whose rows the entry has. On a hit (``is_hit``) it answers as
+    it is; else ``pending`` are to be computed, and with none of them only the listing is out of date.
     """
 
     files: DatasetFiles
@@ -177,52 +178,33 @@ class Scan:
     pending: Positions
     unreadable: tuple[Quarantined, ...] = ()
     renewed: int = 0
-
-
-@dataclass(frozen=True)
-class Hit:
-    """The entry answers as it is."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Some rows are there; ``pending`` are to be computed. With none only the listing is out of date."""
-
-    pending: Positions
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Nothing is there yet."""
+    with_row: frozenset[bytes] = frozenset()
+    is_hit: bool = False
 
 
 def scan(
-    files: DatasetFiles, store: "FeatureStore | None", *, among: Positions | None = None, hashes_new: bool = True
+    files: DatasetFiles, entry: "Remembered | None", *, among: Positions | None = None, hashes_new: bool = True
 ) -> Scan:
     """Find out which files an entry knows: by path, size, times and inode, else by their content.
 
-    Only positions ``among`` are looked at. Without ``hashes_new`` a path that was never seen is to be read, whatever its
-    content: who computes one share of many must not read the others'.
+    Only positions ``among``, ascending, are looked at. Without ``hashes_new`` a path that was never seen is to be read,
+    whatever its content: who computes one share of many must not read the others'.
     """
     among = np.arange(len(files)) if among is None else among
-    where: dict[str, tuple[int, int]] = {}
-    remembered: list[FileIndex] = []
-    quarantined = store.manifest.quarantined if store else ()
-    contents = {bytes.fromhex(image.sha256) for image in quarantined if image.sha256}
-    for number, (index, have_rows) in enumerate(store.files() if store else ()):
-        remembered.append(index)
-        where.update((path, (number, row)) for row, path in enumerate(index.paths))
-        if have_rows:  # a copy's or a listing's word is none: the row may have been lost before it was written
-            contents.update(row.tobytes() for row in index.sha256)
-    if not remembered and not contents:
+    bad = {(image.path, bytes.fromhex(image.sha256)) for image in entry.quarantined if image.sha256} if entry else set()
+    if entry is None or not (entry.files or bad):
         return Scan(files, _NO_POSITIONS, among)
+    contents = entry.with_row | {digest for _, digest in bad}
+    where: dict[str, tuple[int, int]] = {}
+    for number, index in enumerate(entry.files):
+        where.update((path, (number, row)) for row, path in enumerate(index.paths))
 
     files.look(among)
-    recognised = _recognised(files, among, remembered, where)
+    recognised = _recognised(files, among, entry.files, where)
     if contents:  # else no content is worth reading a file for
         unsure = among[~files.hashed[among]]
         if not hashes_new:
-            paths = set(where) | {image.path for image in quarantined}
+            paths = set(where) | {image.path for image in entry.quarantined}
             unsure = np.array([position for position in unsure.tolist() if files.path(position) in paths], np.int64)
         files.hash(np.array([position for position in unsure.tolist() if position not in files.unreadable], np.int64))
     reached = np.array([position not in files.unreadable for position in among.tolist()], dtype=bool)
@@ -231,7 +213,8 @@ def scan(
     cached, pending = among[has_place], among[reached & ~has_place]
     unreadable = tuple(files.unreadable[position] for position in among[~reached].tolist())
     renewed = int((files.are_settled(cached) & ~recognised[has_place]).sum())
-    return Scan(files, cached, pending, unreadable, renewed)
+    is_hit = entry.has_parts and not len(pending) and _is_listed(files, cached, bad, entry.listing)
+    return Scan(files, cached, pending, unreadable, renewed, entry.with_row, is_hit)
 
 
 def _recognised(
@@ -250,22 +233,12 @@ def _recognised(
     return recognised
 
 
-def lookup(store: "FeatureStore | None", scanned: Scan) -> Hit | Resume | Miss:
-    """Decide what an extraction has to do; touches nothing."""
-    if store is None or not store.manifest.parts:
-        return Miss()
-    if len(scanned.pending) or store.manifest.listing is None:
-        return Resume(scanned.pending)
-    files, cached = scanned.files, np.sort(scanned.cached)
-    quarantined = {(image.path, bytes.fromhex(image.sha256)) for image in store.manifest.quarantined if image.sha256}
-    is_bad = files.are_among(cached, {digest for _, digest in quarantined})
-    bad = {(files.path(position), files.digest(position)) for position in cached[is_bad].tolist()}
-    same = bad == quarantined and _is_listed(files, cached[~is_bad], store.listing())
-    return Hit() if same else Resume(scanned.pending)
-
-
-def _is_listed(files: DatasetFiles, positions: Positions, listing: Listing) -> bool:
-    """Tell whether a listing names these files with their present labels and splits."""
+def _is_listed(files: DatasetFiles, cached: Positions, bad: set[tuple[str, bytes]], listing: Listing | None) -> bool:
+    """Tell whether a listing names these files with their present labels and splits, but for those in quarantine."""
+    is_bad = files.are_among(cached, {digest for _, digest in bad})
+    if listing is None or {(files.path(at), files.digest(at)) for at in cached[is_bad].tolist()} != bad:
+        return False
+    positions = cached[~is_bad]
     if len(positions) != len(listing.labels) or not np.array_equal(files.sha256[positions], listing.files.sha256):
         return False
     listed = zip(listing.files.paths, listing.labels.tolist(), listing.splits.tolist(), strict=True)

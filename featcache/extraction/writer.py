@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from featcache.datasets.base import Dataset
 from featcache.display import logger, printable
 from featcache.errors import DataError
-from featcache.extraction.scan import Hit, Positions, Scan, lookup, scan
+from featcache.extraction.scan import Positions, Scan, scan
 from featcache.fingerprint import DigestSet
 from featcache.specs import StoredDtype, Views
 from featcache.store.hdf5 import Part
@@ -132,10 +132,10 @@ class EntryWriter:
         self._waiting: RowBuffer | None = None
         self._part_started = self._booked = time.monotonic()
 
-    def start(self, share: float) -> set[bytes]:
+    def start(self, share: float) -> frozenset[bytes]:
         """Begin a run that books a share of its seconds here; return the contents that have a row already."""
         self.share = share
-        before = self.store.digests()
+        before = self.scanned.with_row
         self._with_row = DigestSet(len(before) + len(self.scanned.pending), before)
         self._is_empty = not before
         self._part_started = self._booked = time.monotonic()
@@ -240,7 +240,7 @@ class EntryWriter:
         scanned = self.scanned
         if plan.part is not None:
             self.store.refresh()
-            scanned = scan(self.files, self.store, hashes_new=False)
+            scanned = scan(self.files, self.store.remembered(), hashes_new=False)
             cached, quarantined, pending, early = np.sort(scanned.cached), [], len(scanned.pending), []
         bad = (*self.store.manifest.quarantined, *self.quarantined)
         reasons = {bytes.fromhex(image.sha256): image.reason for image in bad if image.sha256}
@@ -255,7 +255,7 @@ class EntryWriter:
         cached, all_bad = cached[~is_bad & ~is_early], (*quarantined, *scanned.unreadable)
         if not plan.lists:
             self.store.commit(quarantined=[image for image in all_bad if image.sha256], seconds=unbooked)
-        elif not pending and not isinstance(lookup(self.store, scanned), Hit):
+        elif not pending and not scanned.is_hit:
             require_usable(self.files.dataset, len(cached), all_bad, plan.max_bad)
             self.store.commit(quarantined=all_bad, listing=self.files.listing(cached, time_ns()), seconds=unbooked)
             self.store.write_table()

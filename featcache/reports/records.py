@@ -151,7 +151,7 @@ def append_once(path: Path, record: RunRecord) -> None:
     """
     if record.kind == "finetune":  # one that was killed once its record was written ends again: its epochs' seconds tell
         training = _training(record)
-        if any(_training(other) == training for other in read_records([path], warn=False)):
+        if any(_training(earlier) == training for earlier in read_records([path], warn=False)):
             return
     with contextlib.suppress(OSError):  # writing says what is wrong with it
         if path.is_file() and _line(record).strip() in path.read_bytes():

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +42,26 @@ _BLOCK_BYTES = 2 << 20  # hashed by one thread while another writes it: small en
 _KEPT_MANIFESTS = 20  # a reader that listed the folder just before a commit still finds the version that it chose
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """What one version of an entry says of files.
+
+    Attributes:
+        files: what was seen of them, oldest first.
+        with_row: the SHA-256 of those whose rows are there; a copy's or a listing's word is none: the row may have been
+            lost before it was written.
+        quarantined: those that cannot be used.
+        listing: the samples as last seen, ``None`` before the first extraction has come to its end.
+        has_parts: whether anything was ever computed.
+    """
+
+    files: tuple[FileIndex, ...]
+    with_row: frozenset[bytes]
+    quarantined: tuple[Quarantined, ...]
+    listing: Listing | None
+    has_parts: bool
+
+
 class FeatureStore:
     """One entry of the cache: the rows of one data set under one FeatureSpec.
 
@@ -53,6 +73,7 @@ class FeatureStore:
         self._spec_text = spec_text
         self._manifest: Manifest | None = None
         self._just_written: set[FileRecord] = set()
+        self._listing: tuple[FileRecord, Listing] | None = None
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r})"
@@ -184,10 +205,6 @@ class FeatureStore:
                 self._prune(merged.number)
                 return merged
 
-    def digests(self) -> set[bytes]:
-        """Return the SHA-256 of every sample that has a row."""
-        return {digest.tobytes() for files in self.row_files() for digest in files.sha256}
-
     def locate(self, sha256: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Return where samples' rows are, by the SHA-256 of their bytes (n, 32): number of the part, row in it (n, 2).
 
@@ -214,14 +231,20 @@ class FeatureStore:
         reader = self._reader_of(sha256)
         return reader.take(np.arange(len(reader)))
 
-    def files(self) -> Iterator[tuple[FileIndex, bool]]:
-        """Yield what is remembered of files, oldest first, and whether it is by their rows."""
-        for record, rows in zip(self.manifest.parts, self.row_files(), strict=True):
-            yield rows, True
-            if (copies := hdf5.read_copies(self._part_path(record))) is not None:
-                yield copies, False
-        if self.manifest.listing is not None:
-            yield self.listing().files, False
+    def remembered(self) -> Remembered:
+        """Return what the entry says of files, all of it read once.
+
+        Raises:
+            StorageError: a file in it is missing or damaged.
+        """
+        manifest, rows, files = self.manifest, self.row_files(), list[FileIndex]()
+        for record, index in zip(manifest.parts, rows, strict=True):
+            copies = hdf5.read_copies(self._part_path(record))
+            files += [index] if copies is None else [index, copies]
+        listing = None if manifest.listing is None else self.listing()
+        files += [] if listing is None else [listing.files]
+        with_row = frozenset(digest.tobytes() for index in rows for digest in index.sha256)
+        return Remembered(tuple(files), with_row, manifest.quarantined, listing, bool(manifest.parts))
 
     def listing(self) -> Listing:
         """Return the samples as last seen.
@@ -229,12 +252,15 @@ class FeatureStore:
         Raises:
             StorageError: no extraction has come to its end yet.
         """
-        if self.manifest.listing is None:
+        record = self.manifest.listing
+        if record is None:
             raise StorageError(f"{self.path}: not complete. Run the same `featcache extract` again to resume.")
-        listing = hdf5.read_listing(self._checked(self.manifest.listing))
-        if len(listing.labels) != self.manifest.listing.rows:
-            raise StorageError(f"{self._part_path(self.manifest.listing)}: not what its manifest says. {self._remedy}")
-        return listing
+        if self._listing is None or self._listing[0] != record:  # of a version: what is listed since is in another file
+            listing = hdf5.read_listing(self._checked(record))
+            if len(listing.labels) != record.rows:
+                raise StorageError(f"{self._part_path(record)}: not what its manifest says. {self._remedy}")
+            self._listing = record, listing
+        return self._listing[1]
 
     def reader(self) -> RowReader:
         """Return a reader of the listed samples' rows, from files whose hashes are right."""
