@@ -17,7 +17,7 @@ from over_sets import run
 
 import featcache
 from featcache.evaluation.draws import units_of
-from featcache.evaluation.duplicates import unit_rows
+from featcache.evaluation.likeness import unit_rows
 from featcache.experiments.next_samples import USABLE, Samples, accuracy_with, choose
 
 SHOTS = (5, 2 * USABLE)

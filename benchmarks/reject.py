@@ -20,7 +20,7 @@ from over_sets import run
 from scipy.special import logsumexp
 
 import featcache
-from featcache.evaluation.duplicates import unit_rows
+from featcache.evaluation.likeness import unit_rows
 from featcache.evaluation.metrics import at_temperature
 from featcache.evaluation.suspects import auc
 from featcache.evaluation.tasks import Task

@@ -18,9 +18,9 @@ from support import TINY, Outcome
 from featcache.datasets import open_dataset
 from featcache.datasets.thumbnails import Exif, exif_of
 from featcache.errors import UsageError
-from featcache.evaluation import duplicates
+from featcache.evaluation import likeness
 from featcache.evaluation.draws import units_of
-from featcache.evaluation.duplicates import Likeness, components, neighbourhood, tone_rows, unit_rows
+from featcache.evaluation.likeness import Likeness, components, neighbourhood, tone_rows, unit_rows
 from featcache.evaluation.splits import Split
 from featcache.evaluation.suspects import auc, label_issues, oddities, outliers, without
 from featcache.experiments.audit import AuditResult, Suspect, cleaned, run_audit
@@ -270,9 +270,9 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {False: Likeness(0.99, 0.99), True: Likeness(0.99, 0.99)}
 
     at_once = neighbourhood(rows, thumbnails, limits)
-    monkeypatch.setattr(duplicates, "_TILE", 5)
+    monkeypatch.setattr(likeness, "_BLOCK", 5)
     by_blocks = neighbourhood(rows, thumbnails, limits)
-    monkeypatch.setattr(duplicates, "_FEW", 0)
+    monkeypatch.setattr(likeness, "_FEW", 0)
     by_tables = neighbourhood(rows, thumbnails, limits)
 
     cosine = rows @ rows.T - 2 * np.eye(23)

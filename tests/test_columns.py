@@ -13,7 +13,7 @@ from support import Outcome, draw_image
 
 from featcache.datasets.tables import open_unlabelled
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.columns import CodedColumn, ColumnCoder, Columns, alone
+from featcache.evaluation.tasks import CodedColumn, ColumnCoder, Columns, alone
 from featcache.store.rows import LazyRows, beside
 
 Run = Callable[..., Outcome]

@@ -11,8 +11,7 @@ from support import TINY, Outcome, draw_folder, draw_image
 from featcache.datasets.unlabelled import open_partly
 from featcache.errors import DataError
 from featcache.evaluation.draws import units_of
-from featcache.evaluation.duplicates import unit_rows
-from featcache.evaluation.herding import Crowd, herd, likeness
+from featcache.evaluation.likeness import Crowd, herd, likeness, unit_rows
 from featcache.experiments.next_samples import USABLE, Samples, choose, doubts, simulate
 
 Run = Callable[..., Outcome]

@@ -17,7 +17,7 @@ from featcache.datasets.thumbnails import ALTERATIONS, SIDE, Exif, altered, exif
 from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import SetupError, StorageError, UnreadableSample, UsageError
 from featcache.evaluation.draws import Units, units_of
-from featcache.evaluation.duplicates import (
+from featcache.evaluation.likeness import (
     Likeness,
     Neighbourhood,
     components,

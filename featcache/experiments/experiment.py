@@ -13,10 +13,9 @@ from featcache.backbones import origins
 from featcache.datasets.base import Dataset
 from featcache.datasets.tables import read_column, read_columns
 from featcache.errors import DataError
-from featcache.evaluation.columns import Columns, column_names
 from featcache.evaluation.metrics import Kind, encode_correct
 from featcache.evaluation.splits import Split, items_hash
-from featcache.evaluation.tasks import Task
+from featcache.evaluation.tasks import Columns, Task, column_names
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning.plan import FineTunePlan
 from featcache.fingerprint import as_stored, fingerprint

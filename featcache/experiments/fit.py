@@ -17,10 +17,9 @@ from featcache.backbones import origins
 from featcache.datasets.thumbnails import SIDE
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, StorageError, UsageError
-from featcache.evaluation.columns import ColumnCoder, column_names
 from featcache.evaluation.metrics import Kind, at_temperature, confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
-from featcache.evaluation.tasks import Task
+from featcache.evaluation.tasks import ColumnCoder, Task, column_names
 from featcache.experiments.experiment import (
     Experiment,
     Outcome,
@@ -644,7 +643,7 @@ class _Fitting:
         """Return which samples baselines see (k,), the task of those alone, and what trains them on these."""
         if self.cache.dataset.kind == "text":
             from featcache.datasets.texts import decode_text
-            from featcache.heads.text_baselines import text_baselines
+            from featcache.heads.baselines import text_baselines
 
             texts = [decode_text(self.cache.dataset.read(path)) for path in self.task.features.paths]
             return np.arange(len(texts)), self.task, partial(text_baselines, texts)

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from featcache.display import Displayed, Table, csv_cell, progress
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.draws import Drawing, Units, draw, drawing_order, fold_of, units_of
-from featcache.evaluation.duplicates import unit_rows
-from featcache.evaluation.herding import Crowd, herd
 from featcache.evaluation.intervals import Interval
+from featcache.evaluation.likeness import Crowd, herd, unit_rows
 from featcache.evaluation.metrics import at_temperature, best_temperature
 from featcache.evaluation.splits import FOLDS, Fold
 from featcache.extraction.feature_cache import FeatureCache

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.duplicates import unit_rows
-from featcache.evaluation.herding import likeness
+from featcache.evaluation.likeness import likeness, unit_rows
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import pack_array, unpack_array
 from featcache.specs import check_fields
