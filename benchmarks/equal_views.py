@@ -16,7 +16,7 @@ from featcache.datasets import open_dataset
 from featcache.display import set_up_notes
 from featcache.experiments import finetune as tuning
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.specs import INPUT, BackboneSpec
 
 HERE = Path(__file__).parent

@@ -27,7 +27,7 @@ from featcache.evaluation.tasks import Task
 from featcache.heads.fit import fit
 from featcache.heads.rejection import MOST_NEIGHBOURS, Calibration, Neighbours, all_scores, draws_of
 from featcache.heads.search import Embeddings, predict_with, train
-from featcache.store.rows import Features
+from featcache.store import Features
 
 SPLITS, COVERAGE, MOST = 20, 0.9, 600
 

@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from featcache.experiments.next_samples import NextResult
     from featcache.experiments.report import PagePlan, Report
     from featcache.extraction.feature_cache import Extracted, Settings
-    from featcache.finetuning.plan import FineTunePlan, Unfreeze
+    from featcache.finetuning import FineTunePlan, Unfreeze
     from featcache.heads.rejection import RejectPlan
     from featcache.reports.records import RunRecord
     from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
+    from featcache.store import Features
     from featcache.store.entry import FeatureStore
-    from featcache.store.rows import Features
 
 _NAMES = {  # of each module
     "featcache.api": (
@@ -101,7 +101,7 @@ _NAMES = {  # of each module
         "Extracted",
         "Settings",
     ),
-    "featcache.finetuning.plan": (
+    "featcache.finetuning": (
         "FineTunePlan",
         "Unfreeze",
     ),
@@ -118,7 +118,7 @@ _NAMES = {  # of each module
         "Views",
     ),
     "featcache.store.entry": ("FeatureStore",),
-    "featcache.store.rows": ("Features",),
+    "featcache.store": ("Features",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

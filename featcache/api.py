@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from featcache.experiments.replay import Places
     from featcache.experiments.report import Format, PagePlan, Report
     from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
-    from featcache.finetuning.plan import FineTunePlan
+    from featcache.finetuning import FineTunePlan
     from featcache.heads.bundle import Bundle
     from featcache.heads.rejection import RejectPlan
     from featcache.reports.comparison import AgainstResult, ReplayResult
@@ -237,7 +237,7 @@ def finetune(
     """
     from featcache.experiments.finetune import run_finetune
     from featcache.experiments.finetune_inputs import FineTuneInputs
-    from featcache.finetuning.plan import FineTunePlan, Unfreeze
+    from featcache.finetuning import FineTunePlan, Unfreeze
 
     plan = check_value(plan or FineTunePlan(Unfreeze.parse(unfreeze)), FineTunePlan, "plan")
     seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
@@ -264,7 +264,7 @@ def sweep(
     """
     from featcache.experiments.finetune import run_sweep
     from featcache.experiments.finetune_inputs import FineTuneInputs
-    from featcache.finetuning.plan import FineTunePlan, Unfreeze
+    from featcache.finetuning import FineTunePlan, Unfreeze
 
     plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")
     seed, probes = check_seed(seed), check_value(probes, tuple[str, ...], "probes")
@@ -293,7 +293,7 @@ def gap(
         FeatcacheError: its subclass says what to change.
     """
     from featcache.experiments.gap import run_gap
-    from featcache.finetuning.plan import FineTunePlan, Unfreeze
+    from featcache.finetuning import FineTunePlan, Unfreeze
 
     plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")
     seed, group = check_seed(seed), check_value(group, str | None, "group")

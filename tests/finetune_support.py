@@ -14,16 +14,16 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.evaluation.splits import make_split
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.finetuning.finetuner import FineTuned, Finetuner
 from featcache.finetuning.loop import TrainContext, Trial
 from featcache.finetuning.model import Checkpoint, LinearHead, Network, Take, open_up
 from featcache.finetuning.optim import ProcessGroup
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.specs import BackboneSpec
-from featcache.store.rows import Features
+from featcache.store import Features
 
 PLAN = FineTunePlan(
     Unfreeze.parse("last:1"), epochs=3, batch_size=8, dtype="float32", lr=(1e-2,), head_lr=1e-2, precision="float32"

@@ -18,7 +18,7 @@ import featcache
 from featcache import FeatureExtractor, FineTunePlan
 from featcache import resources as machine
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.plan import Unfreeze
+from featcache.finetuning import Unfreeze
 from featcache.specs import BackboneSpec
 
 DROPPING = replace(FineTunePlan(Unfreeze.parse("last:1"), epochs=1, lr=(1e-3,)), drop_path=0.2)

@@ -13,7 +13,7 @@ from featcache.errors import UsageError
 from featcache.experiments.bench import load_grid
 from featcache.experiments.fit import FitPlan
 from featcache.extraction.feature_cache import Output, Settings
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, HEAD_NAMES, ZEROSHOT
 from featcache.heads.search import HEADS
 from featcache.specs import MAX_SEED, BackboneSpec, FeatureSpec, Transform, TransformOverrides, Views, check_seed

@@ -14,7 +14,7 @@ from support import Outcome, draw_image
 from featcache.datasets.tables import open_unlabelled
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.tasks import CodedColumn, ColumnCoder, Columns, alone
-from featcache.store.rows import LazyRows, beside
+from featcache.store import LazyRows, beside
 
 Run = Callable[..., Outcome]
 MINI = ("-b", "mini", "--batch-size", "16")

@@ -11,8 +11,8 @@ from featcache.datasets import open_dataset
 from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.finetuning.model import Checkpoint
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec
 
 ROUNDING = 0.01  # of some thousandths in every manifest

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support import Outcome
 
-from featcache import doctor
-from featcache.doctor import Finding, examine
+from featcache.experiments import upkeep
+from featcache.experiments.upkeep import Finding, examine
 
 Run = Callable[..., Outcome]
 
@@ -56,7 +56,7 @@ def test_any_failure_of_a_part_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.syspath_prepend(tmp_path)
 
-    broken, absent = (doctor._loads(name, "pip install it") for name in ("brokenpart", "absentpart"))
+    broken, absent = (upkeep._loads(name, "pip install it") for name in ("brokenpart", "absentpart"))
 
     assert broken == Finding(
         "brokenpart", ok=False, found="1.5 does not load (operator nms does not exist)", repair="pip install it"

@@ -16,7 +16,7 @@ from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import baselines as heads_baselines
 from featcache.heads import bundle
 from featcache.reports.records import read_records

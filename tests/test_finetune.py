@@ -21,11 +21,10 @@ from featcache.experiments.finetune import FineTuneResult, run_finetune, run_swe
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, Ledger
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.finetuning import loop
+from featcache.finetuning import Unfreeze, loop
 from featcache.finetuning.finetuner import Finetuner
 from featcache.finetuning.loop import TrainContext
 from featcache.finetuning.model import Checkpoint, Network, OpenNetwork
-from featcache.finetuning.plan import Unfreeze
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.heads.bundle import load as load_bundle

@@ -29,7 +29,7 @@ from featcache.heads.baselines import baselines
 from featcache.heads.fit import ensemble, fit, learning_curve, shot_curve
 from featcache.heads.search import Embeddings
 from featcache.specs import BackboneSpec
-from featcache.store.rows import Features
+from featcache.store import Features
 
 
 def blobs(classes: int, count: int = 40, width: int = 6, spread: float = 1.5, seed: int = 0) -> Features:

@@ -20,7 +20,7 @@ from featcache.experiments.fit import FitPlan
 from featcache.experiments.replay import Places
 from featcache.experiments.report import PagePlan
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads.rejection import RejectPlan
 from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
 

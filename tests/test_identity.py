@@ -31,7 +31,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
 from featcache.extraction.lookup import backbone_identity
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import bundle
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 

@@ -16,7 +16,7 @@ from featcache.errors import UsageError
 from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides
 from featcache.store.entry import FeatureStore
 

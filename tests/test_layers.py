@@ -16,7 +16,7 @@ ROOT = Path(featcache.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("api", "doctor", "estimator"),
+    ("api", "estimator"),
     ("experiments",),
     ("extraction", "finetuning", "heads", "reports"),
     ("backbones", "store"),
@@ -33,7 +33,7 @@ HOMES = {
     "PIL": {"datasets.images", "datasets.thumbnails", "estimator"},
     "open_clip": {"backbones.clip"},
     "click": {"cli"},
-    "torch": {"backbones", "extraction", "finetuning", "experiments.export", "doctor"},
+    "torch": {"backbones", "extraction", "finetuning", "experiments.export", "experiments.upkeep"},
     "openvino": {"extraction.runtimes"},
     "onnxruntime": {"extraction.runtimes", "experiments.export"},
     "sklearn": {"estimator", "heads", "evaluation", "experiments.export", "datasets.arrays"},

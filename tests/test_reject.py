@@ -27,7 +27,7 @@ from featcache.heads.rejection import (
 )
 from featcache.heads.search import predict_with
 from featcache.specs import Transform, Views
-from featcache.store.rows import Features
+from featcache.store import Features
 
 Run = Callable[..., Outcome]
 

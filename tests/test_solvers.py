@@ -23,7 +23,7 @@ from featcache.heads.search import HEADS, search_head, train
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.passes import SideBySide
 from featcache.heads.solvers.scaled import solve_ridge
-from featcache.store.rows import LazyRows
+from featcache.store import LazyRows
 
 
 def data(classes: int, count: int = 200, width: int = 12, noise: float = 1.5, seed: int = 0) -> tuple[Any, Any]:

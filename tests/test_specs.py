@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from featcache.errors import UsageError
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, parse_model_args, stored_dtype
 
 BACKBONE = LoadedBackbone("resnet18", "a1_in1k", "ab" * 32)

@@ -19,7 +19,7 @@ from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import bundle
 from featcache.heads.base import answers
 from featcache.specs import POOLED, BackboneSpec, LoadedBackbone, Tokenisation, Views

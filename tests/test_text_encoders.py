@@ -30,10 +30,9 @@ from featcache.experiments.fit import FitPlan, run_fit
 from featcache.experiments.gap import run_gap
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.lengths import by_length
-from featcache.finetuning import attentive
+from featcache.finetuning import Unfreeze, attentive
 from featcache.finetuning.loop import Trial
 from featcache.finetuning.model import LinearHead, Network, open_up
-from featcache.finetuning.plan import Unfreeze
 from featcache.finetuning.unfreezing import select_trainable
 from featcache.heads.baselines import best_on_validation
 from featcache.reports.wording import fit_lines

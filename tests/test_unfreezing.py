@@ -11,7 +11,7 @@ from featcache.backbones.base import Stage
 from featcache.backbones.timm_models import load_backbone
 from featcache.errors import UsageError
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.plan import Unfreeze, depths
+from featcache.finetuning import Unfreeze, depths
 from featcache.finetuning.unfreezing import select_trainable
 from featcache.specs import BackboneSpec
 

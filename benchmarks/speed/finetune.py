@@ -38,10 +38,10 @@ from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import workers_here
+from featcache.finetuning import FineTunePlan, Unfreeze, depths
 from featcache.finetuning.loop import Epoch, TrainContext, Trial
 from featcache.finetuning.model import LinearHead, Network, Take, open_up
 from featcache.finetuning.optim import ProcessGroup
-from featcache.finetuning.plan import FineTunePlan, Unfreeze, depths
 from featcache.finetuning.unfreezing import select_trainable
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 

@@ -275,7 +275,7 @@ def _backbone_words(backbone: Any) -> Iterator[str]:
 
 def _plan_words(plan: dict[str, Any], command: str, *, is_swept: bool) -> Iterator[str]:
     """Yield the options of a fine-tuning that are not as usual."""
-    from featcache.finetuning.plan import FineTunePlan, Unfreeze
+    from featcache.finetuning import FineTunePlan, Unfreeze
 
     usual = FineTunePlan(Unfreeze.parse("last:1"))
     # a depth that goes on from another is made by a sweep alone, which takes its rate over from that one too

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from featcache.cli import options
-from featcache.finetuning.plan import OPTIMISERS, RATES, FineTunePlan, Unfreeze
+from featcache.finetuning import OPTIMISERS, RATES, FineTunePlan, Unfreeze
 from featcache.specs import Precision
 
 if TYPE_CHECKING:

@@ -249,7 +249,7 @@ def doctor_command(as_json: bool) -> None:  # noqa: FBT001
     """
     from dataclasses import asdict
 
-    from featcache.doctor import examine
+    from featcache.experiments.upkeep import examine
 
     findings = examine()
     if as_json:

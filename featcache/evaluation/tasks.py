@@ -21,7 +21,7 @@ from featcache.fingerprint import fingerprint
 from featcache.specs import check_fields
 
 if TYPE_CHECKING:
-    from featcache.store.rows import Features
+    from featcache.store import Features
 
 CATEGORY = ":category"  # behind a name: its numbers are names, such as those of hospitals
 _MISSING = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})

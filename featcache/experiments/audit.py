@@ -36,8 +36,8 @@ from featcache.fingerprint import as_stored
 from featcache.heads.checks import Doubts, Shift, Shortcut, out_of_fold, shift, shortcuts
 from featcache.heads.search import Embeddings
 from featcache.specs import POOLED, BackboneSpec
+from featcache.store import Features
 from featcache.store.checksums import keep_note, kept_note
-from featcache.store.rows import Features
 
 ACROSS = " across splits"
 COPIES = ("copy", "near copy", "mirrored copy")

@@ -26,7 +26,7 @@ from featcache.extraction.scan import DatasetFiles
 from featcache.extraction.writer import require_usable
 from featcache.heads.search import ridge_shares, search_head
 from featcache.specs import POOLED, BackboneSpec
-from featcache.store.rows import Features
+from featcache.store import Features
 
 MARGIN = 0.005  # of accuracy: backbones that are nearer to each other than this are as good as each other
 HEADS = ("knn", "ridge")  # that judge backbones

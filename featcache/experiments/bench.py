@@ -19,7 +19,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, Ledger, in_memory, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.scan import DatasetFiles
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import ALL, ENSEMBLE, HEAD_NAMES, MEMBERS, STREAMING, in_order, members_of
 from featcache.reports import tables as report
 from featcache.reports.records import RECORDS, RunRecord, append_once, read_records

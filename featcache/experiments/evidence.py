@@ -22,9 +22,9 @@ from featcache.reports.advice import ABOUT
 from featcache.reports.records import RunRecord
 from featcache.reports.shown import Bin, Cell, Confusion, DatasetEvidence, Learned, Scatter, Shown, Suspicion, best_probes
 from featcache.reports.tables import groups_of_seeds
+from featcache.store import Features
 from featcache.store.checksums import kept_note
 from featcache.store.entry import FeatureStore
-from featcache.store.rows import Features
 
 Way = Literal["pca", "tsne"]
 WAYS: tuple[Way, ...] = ("pca", "tsne")

@@ -17,11 +17,11 @@ from featcache.evaluation.metrics import Kind, encode_correct
 from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Columns, Task, column_names
 from featcache.extraction.feature_cache import Extracted, FeatureCache
-from featcache.finetuning.plan import FineTunePlan
+from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored, fingerprint
 from featcache.reports.records import PROTOCOL, RunRecord, append_once, record_from, stamp
+from featcache.store import Features, RowReader
 from featcache.store.entry import FeatureStore
-from featcache.store.rows import Features, RowReader
 
 if TYPE_CHECKING:
     from featcache.heads.bundle import Format

@@ -13,7 +13,7 @@ from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome, finish
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.lookup import backbone_identity
-from featcache.finetuning.plan import FineTunePlan, depths
+from featcache.finetuning import FineTunePlan, depths
 from featcache.fingerprint import canonical
 from featcache.reports.records import PROTOCOL, RunRecord, read_records
 from featcache.reports.tables import NO_GAIN

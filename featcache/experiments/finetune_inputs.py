@@ -16,7 +16,7 @@ from featcache.evaluation.metrics import decode_correct
 from featcache.evaluation.splits import Split, restricted
 from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
-from featcache.finetuning.plan import FineTunePlan
+from featcache.finetuning import FineTunePlan
 from featcache.heads import STREAMING, require_head
 from featcache.specs import INPUT, POOLED, Views
 

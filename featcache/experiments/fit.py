@@ -39,9 +39,9 @@ from featcache.heads.fit import FittedHead
 from featcache.reports.records import PROTOCOL, RunRecord
 from featcache.resources import free_memory
 from featcache.specs import CLIP, POOLED, TOKENS, Views, check_fields, cut_of_layers
+from featcache.store import beside
 from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
-from featcache.store.rows import beside
 
 if TYPE_CHECKING:
     from featcache.heads.fit import Curve

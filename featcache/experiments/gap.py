@@ -18,7 +18,7 @@ from featcache.experiments.finetune import Sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fitted, run_fit
 from featcache.extraction.feature_cache import FeatureCache
-from featcache.finetuning.plan import FineTunePlan
+from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored
 from featcache.reports.records import RunRecord
 from featcache.reports.tables import between_records

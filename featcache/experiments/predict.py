@@ -27,9 +27,9 @@ from featcache.heads.bundle import Bundle
 from featcache.heads.rejection import Judgement, Rejection, Verdict
 from featcache.heads.search import over_views, predict_with
 from featcache.specs import DEFAULT_KIND, TOKENS, BackboneSpec, SampleKind, Views
+from featcache.store import beside
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import Quarantined
-from featcache.store.rows import beside
 
 _TABLES = (".csv", ".parquet")
 _AT_ONCE = 4096  # samples whose embeddings and answers are held: copies among them are computed once

@@ -20,7 +20,7 @@ from featcache.experiments.fit import PROBES, FitPlan, Ledger, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.lookup import backbone_identity
 from featcache.extraction.scan import DatasetFiles
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.fingerprint import canonical
 from featcache.reports.comparison import Replayed, ReplayResult, compare_again
 from featcache.reports.records import RECORDS, RunRecord, append_record, head_asked

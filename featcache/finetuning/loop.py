@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from featcache.display import logger
 from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
 from featcache.evaluation.splits import Index
+from featcache.finetuning import FineTunePlan
 from featcache.finetuning.model import (
     SuffixAndHead,
     Take,
@@ -30,7 +31,6 @@ from featcache.finetuning.model import (
     to_device,
 )
 from featcache.finetuning.optim import ProcessGroup, make_optimiser, parameter_groups, rate
-from featcache.finetuning.plan import FineTunePlan
 from featcache.specs import Precision
 
 _SAVE_SECONDS = 60.0  # what a kill costs at most; writing a large model's state takes some seconds

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featcache.evaluation.splits import Index
-from featcache.finetuning.plan import FineTunePlan
+from featcache.finetuning import FineTunePlan
 
 _PATIENCE = timedelta(days=7)  # the first process may extract for long while the others wait; the default is 30 minutes
 

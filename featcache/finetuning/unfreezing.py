@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from featcache.backbones.base import Stage
 from featcache.display import logger
 from featcache.errors import SetupError, UsageError
-from featcache.finetuning.plan import Unfreeze
+from featcache.finetuning import Unfreeze
 from featcache.specs import INPUT
 
 

@@ -18,7 +18,7 @@ from sklearn.pipeline import Pipeline
 
 from featcache.heads.solvers.scaled import libraries, products_on
 from featcache.resources import cores
-from featcache.store.rows import LazyRows
+from featcache.store import LazyRows
 
 if TYPE_CHECKING:
     from featcache.evaluation.splits import Fold

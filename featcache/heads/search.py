@@ -34,7 +34,7 @@ from featcache.heads.base import answers as class_answers
 from featcache.heads.linear import ALPHAS, COARSE_CS, LOGISTIC, RIDGE, SELECTED, SVM, first_near, near
 from featcache.heads.nonlinear import BOOSTING, CENTROID, KNN, LDA, MLP, RBF
 from featcache.heads.solvers.scaled import solve_ridge
-from featcache.store.rows import LazyRows
+from featcache.store import LazyRows
 
 _ALPHAS = tuple(np.geomspace(1e-3, 1e3, 13))  # of ridge on embeddings whose mean squared length is 1
 _SHARP = 8.0  # as logits, values between 0 and 1 are flat: from here a temperature finds the rest

@@ -18,7 +18,7 @@ from featcache.display import logger
 from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
 from featcache.specs import FeatureSpec, Tokenisation, Transform
-from featcache.store import hdf5, maintenance, manifests
+from featcache.store import Features, LazyRows, RowReader, hdf5, maintenance, manifests
 from featcache.store.atomic import (
     create_file,
     is_temporary,
@@ -32,7 +32,6 @@ from featcache.store.checksums import Signs, Stamps, signs
 from featcache.store.hdf5 import Array, FileIndex, Listing, Part
 from featcache.store.maintenance import OTHER_BYTES, Inspection
 from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, Manifest, Quarantined, parse, read_plain
-from featcache.store.rows import Features, LazyRows, RowReader
 
 TABLE = "features.h5"
 TABLE_LIMIT = 2 << 30  # the table is a copy for people: above this the disk is worth more than rows kept twice

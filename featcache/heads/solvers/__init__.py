@@ -24,7 +24,7 @@ from featcache.heads.solvers.scaled import Floats, Rows, TurnedRows, products_on
 from featcache.resources import cores
 
 if TYPE_CHECKING:
-    from featcache.store.rows import LazyRows
+    from featcache.store import LazyRows
 
 
 TOLERANCE = 1e-4

@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 from featcache.resources import cores
 
 if TYPE_CHECKING:
-    from featcache.store.rows import LazyRows
+    from featcache.store import LazyRows
 
 Rows = NDArray[Any]
 Floats = NDArray[np.float64]
