@@ -13,8 +13,8 @@ from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, che
 # What runs is imported by the function that runs it: `featcache.fit` on a hit must not pay for PyTorch, nor a signature
 # for the ten modules behind its types.
 if TYPE_CHECKING:
+    from featcache.datasets import PartlyLabelled
     from featcache.datasets.base import Dataset
-    from featcache.datasets.unlabelled import PartlyLabelled
     from featcache.experiments.advise import AdviceResult
     from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult
@@ -390,7 +390,7 @@ def next_samples(
 
     Args:
         data: as of ``extract``, labels may be missing: in rows of a table, or in all of a folder without class folders; or
-            what ``featcache.datasets.unlabelled.open_partly`` has opened, which takes a column of groups.
+            what ``featcache.datasets.open_partly`` has opened, which takes a column of groups.
         backbone: as of ``extract``.
         unlabelled: files, folders and tables of unlabelled samples beside those.
         n: how many to choose.
@@ -400,7 +400,7 @@ def next_samples(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.datasets.unlabelled import PartlyLabelled, open_partly
+    from featcache.datasets import PartlyLabelled, open_partly
     from featcache.experiments.next_samples import run_next
 
     seed, count = check_seed(seed), check_value(n, int, "n")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import TINY, Outcome, draw_folder, draw_image
 
-from featcache.datasets.unlabelled import open_partly
+from featcache.datasets import open_partly
 from featcache.errors import DataError
 from featcache.evaluation.draws import units_of
 from featcache.evaluation.likeness import Crowd, herd, likeness, unit_rows

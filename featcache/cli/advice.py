@@ -147,7 +147,7 @@ def next_command(as_json: bool, csv_file: Path | None, **flags: Any) -> None:  #
     --unlabelled names. What the choice is worth is simulated on the labels that are there.
     """
     from featcache.api import next_samples
-    from featcache.datasets.unlabelled import open_partly
+    from featcache.datasets import open_partly
     from featcache.reports.advice import write_csv
 
     spec, settings = options.take_spec(flags), options.take_settings(flags)

@@ -305,7 +305,7 @@ def examine() -> list[Finding]:
         lambda: _loads("timm", "pip uninstall -y torch torchvision timm && pip install torch torchvision timm"),
         lambda: _loads("sklearn", "pip install -U scikit-learn", package="scikit-learn"),
         lambda: _loads("h5py", "pip install -U h5py"),
-        lambda: _loads("PIL.Image", "pip install -U pillow", package="pillow"),
+        lambda: _loads("PIL._imaging", "pip install -U pillow", package="pillow"),
         lambda: _looked_at("device", _TORCH, _device),
         lambda: _looked_at("runtimes", _TORCH, _runtimes),
         lambda: _looked_at(
