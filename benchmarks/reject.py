@@ -22,8 +22,8 @@ from scipy.special import logsumexp
 import featcache
 from featcache.evaluation.likeness import unit_rows
 from featcache.evaluation.metrics import at_temperature
-from featcache.evaluation.suspects import auc
 from featcache.evaluation.tasks import Task
+from featcache.heads.checks import auc
 from featcache.heads.fit import fit
 from featcache.heads.rejection import MOST_NEIGHBOURS, Calibration, Neighbours, all_scores, draws_of
 from featcache.heads.search import Embeddings, predict_with, train

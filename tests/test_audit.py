@@ -16,16 +16,15 @@ from sklearn.metrics import roc_auc_score
 from support import TINY, Outcome
 
 from featcache.datasets import open_dataset
-from featcache.datasets.thumbnails import Exif, exif_of
+from featcache.datasets.thumbnails import Exif, exif_of, oddities
 from featcache.errors import UsageError
 from featcache.evaluation import likeness
 from featcache.evaluation.draws import units_of
 from featcache.evaluation.likeness import Likeness, components, neighbourhood, tone_rows, unit_rows
 from featcache.evaluation.splits import Split
-from featcache.evaluation.suspects import auc, label_issues, oddities, outliers, without
 from featcache.experiments.audit import AuditResult, Suspect, cleaned, run_audit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.heads.checks import out_of_fold, shift
+from featcache.heads.checks import auc, label_issues, out_of_fold, outliers, shift, without
 from featcache.reports.advice import audit_lines, suspects_csv
 from featcache.specs import BackboneSpec, TransformOverrides
 

@@ -43,7 +43,7 @@ HOMES = {
     "datasets": {"datasets.hubs"},
     "peft": {"finetuning.unfreezing"},
     "matplotlib": {"reports.tables"},
-    "cleanlab": {"evaluation.suspects"},
+    "cleanlab": {"heads.checks"},
     "wandb": {"reports.trackers"},
     "trackio": {"reports.trackers"},
     "tensorboard": {"reports.trackers"},

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featcache.datasets.images import UnreadableImage, decode, encode_image, open_image, require_size, to_rgb
-from featcache.evaluation.suspects import levels
 from featcache.specs import Transform
 
 TILE = 72  # pixels a side
@@ -25,6 +24,11 @@ STATISTICS, SMALL = (
     f"{_SMALL_SIDE} x {_SMALL_SIDE} pixels",
 )  # as tables and records call what is fitted on them
 _QUALITIES = (72, 60, 48, 36, 24, 12)
+
+_BLANK, _DARK, _BRIGHT = 3.0, 16.0, 239.0  # levels of 255: the spread of a blank image; means of dark and bright ones
+_AT_ONCE = 4096  # images: 100 MB
+_TINY = 0.25  # of the median image's shorter side
+_LONG = 3.0  # times as long as it is high, or the reverse, where the median image is not
 
 
 @dataclass(frozen=True)
@@ -210,3 +214,36 @@ def size_of(content: bytes) -> tuple[int, int]:
             return image.size
     except Exception:  # noqa: BLE001 - as of ``decode``: what is broken is in quarantine, and has its reason there
         return 0, 0
+
+
+def oddities(thumbnails: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
+    """Return which images are of which oddity (n,): blank, dark, bright, tiny, long.
+
+    Args:
+        thumbnails: uint8 (n, 32, 32, 3).
+        sizes: width and height (n, 2), 0 where they are not known.
+    """
+    level, spread = levels(thumbnails).T
+    is_blank = spread < _BLANK
+    wide, high = np.maximum(sizes.T.astype(np.float64), 1e-9)
+    shorter, stretch = np.minimum(wide, high), np.abs(np.log(wide / high))
+    is_sized = (sizes > 0).all(axis=1)
+    usual_side, usual_stretch = (
+        float(np.median(values[is_sized])) if is_sized.any() else 0.0 for values in (shorter, stretch)
+    )
+    return {
+        "blank": is_blank,
+        "dark": ~is_blank & (level < _DARK),
+        "bright": ~is_blank & (level > _BRIGHT),
+        "tiny": is_sized & (shorter < _TINY * usual_side),
+        "long": is_sized & (stretch > np.log(_LONG)) & (usual_stretch < np.log(_LONG)),
+    }
+
+
+def levels(thumbnails: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the mean and the spread of each image's levels (n, 2)."""
+    flat = thumbnails.reshape(len(thumbnails), -1)
+    # some at a time: numbers of floating point take eight times the memory of pixels
+    blocks = [flat[start : start + _AT_ONCE] for start in range(0, len(flat), _AT_ONCE)]
+    parts = [np.stack([block.mean(axis=1), block.std(axis=1)], axis=1) for block in blocks]
+    return np.concatenate(parts) if parts else np.empty((0, 2))

@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset, FileReader, MemoryReader, Sample
-from featcache.datasets.thumbnails import ALTERATIONS, SIDE, Exif, altered, exif_measures, exif_of, measures, size_of
+from featcache.datasets.thumbnails import (
+    ALTERATIONS,
+    SIDE,
+    Exif,
+    altered,
+    exif_measures,
+    exif_of,
+    measures,
+    oddities,
+    size_of,
+)
 from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import SetupError, StorageError, UnreadableSample, UsageError
 from featcache.evaluation.draws import Units, units_of
@@ -28,12 +38,22 @@ from featcache.evaluation.likeness import (
     unit_rows,
 )
 from featcache.evaluation.metrics import Gap, paired_gap
-from featcache.evaluation.suspects import Removal, label_issues, oddities, outliers, without
 from featcache.experiments.experiment import Experiment, aligned
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, in_memory, run_fit
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.fingerprint import as_stored
-from featcache.heads.checks import Doubts, Shift, Shortcut, out_of_fold, shift, shortcuts
+from featcache.heads.checks import (
+    Doubts,
+    Removal,
+    Shift,
+    Shortcut,
+    label_issues,
+    out_of_fold,
+    outliers,
+    shift,
+    shortcuts,
+    without,
+)
 from featcache.heads.search import Embeddings
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store import Features

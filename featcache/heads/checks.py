@@ -1,4 +1,7 @@
-"""What small heads tell about a data set instead of its classes: wrong labels, shortcuts, and whether test is like train."""
+"""What is to be doubted of a data set: wrong labels, shortcuts, samples like no other, a test split unlike train.
+
+Small heads tell it, and what removing samples does to a score.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +12,11 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import softmax
 
+from featcache.errors import SetupError
 from featcache.evaluation.draws import Drawing, Units, fold_of
-from featcache.evaluation.intervals import Interval
+from featcache.evaluation.intervals import FEWEST_OF_A_CLASS, Z95, Interval, wilson
 from featcache.evaluation.metrics import Gap, evaluate_on_test, log_loss, paired_gap
 from featcache.evaluation.splits import FOLDS, Fold, Index, Split
-from featcache.evaluation.suspects import auc, mean_auc
 from featcache.heads.base import Params
 from featcache.heads.search import predict_with, ridge_shares, search_head, train
 
@@ -26,6 +29,7 @@ _LEAST = 1e-6  # of a probability: a class that one head rules out may still be 
 _LIGHT = 1e-3  # nats for an exponent of 1: else a head that tells all samples alike could have any
 _NEAR = 0.5  # of the way from the commonest class to the probe, from which a measure is called a shortcut
 _FEWEST = 2  # samples of both parts in a fold, of which a variance can be told
+_FAR = 5.0  # deviations (1.4826 x the median one, as of a normal distribution) from the median distance
 
 
 @dataclass(frozen=True)
@@ -184,3 +188,95 @@ def shift(X: NDArray[Any], units: Units, split: Split, params: Params, seed: int
     ends = np.cumsum([len(fold.val) for fold in folds])[:-1]
     parts = zip(folds, np.split(answers, ends), strict=True)
     return Shift(*mean_auc([auc(is_test[fold.val] == 1, told) for fold, told in parts]))
+
+
+def label_issues(y: Index, probabilities: NDArray[np.float64]) -> tuple[Index, NDArray[np.float64]]:
+    """Return which labels are likely wrong, the likeliest first (k,), and how little each is believed (n,), from 0 to 1.
+
+    Confident learning (Northcutt, Jiang and Chuang 2021, section 3), by cleanlab, estimates how many labels are wrong: so
+    many are told, those of least probability. Of its rules this one is right most often (benchmarks/audit.md).
+
+    Args:
+        y: classes (n,).
+        probabilities: (n, classes), each row answered by a head that was not trained on its sample.
+
+    Raises:
+        SetupError: cleanlab is not installed.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+    except ImportError:
+        raise SetupError("likely label errors are told by cleanlab: `pip install 'featcache[audit]'`.") from None
+    present, renumbered = np.unique(y, return_inverse=True)  # cleanlab wants classes from 0 on without a gap
+    shares = probabilities[:, present]
+    shares /= np.maximum(shares.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    how = {"return_indices_ranked_by": "self_confidence", "filter_by": "low_self_confidence"}
+    issues = find_label_issues(renumbered, shares, n_jobs=1, **how)  # processes would cost more than they save
+    doubt: NDArray[np.float64] = 1 - shares[np.arange(len(y)), renumbered]
+    return np.asarray(issues, np.int64), doubt
+
+
+def outliers(nearest: NDArray[np.float32]) -> Index:
+    """Return the samples whose nearest other is unusually far, by its cosine (n,), the farthest first."""
+    distance = 1 - nearest.astype(np.float64)
+    middle = float(np.median(distance))
+    spread = 1.4826 * float(np.median(np.abs(distance - middle)))
+    order = np.argsort(-distance, kind="stable")
+    return order[distance[order] > middle + _FAR * spread] if spread > 0 else order[:0]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A score on all samples and without some of them: ``change`` and its interval are of the second less the first.
+
+    ``None``: nothing was removed, or too little is left to tell.
+    """
+
+    removed: int
+    accuracy: float
+    accuracy_without: float | None
+    change: float | None
+    change_ci: Interval | None
+
+
+def without(right: NDArray[np.bool_], removed: NDArray[np.bool_]) -> Removal:
+    """Return what the accuracy of answers (n,) is without the samples ``removed`` (n,).
+
+    The score on all is a mean of the two parts' scores. So the change is the removed share times the difference of two
+    independent proportions, whose interval is Newcombe's (1998, method 10).
+    """
+    out, rest = right[removed], right[~removed]
+    accuracy = float(right.mean())
+    if not len(out) or len(rest) < FEWEST_OF_A_CLASS:
+        return Removal(len(out), accuracy, None, None, None)
+    share, (low, high) = len(out) / len(right), _apart(rest, out)
+    change = float(rest.mean()) - accuracy
+    return Removal(len(out), accuracy, float(rest.mean()), change, (share * low, share * high))
+
+
+def _apart(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> Interval:
+    """Return Newcombe's interval of the difference of two proportions."""
+    first, second = float(one.mean()), float(other.mean())
+    (low, high), (low_2, high_2) = (wilson(int(part.sum()), len(part)) for part in (one, other))
+    difference = first - second
+    below = float(np.hypot(first - low, high_2 - second))
+    return difference - below, difference + float(np.hypot(high - first, second - low_2))
+
+
+def auc(is_second: NDArray[np.bool_], score: NDArray[Any]) -> tuple[float, float]:
+    """Return the area under the ROC curve of scores (n,), and its variance (DeLong, DeLong and Clarke-Pearson 1988)."""
+    from scipy.stats import rankdata
+
+    above, below = score[is_second], score[~is_second]
+    ranks = rankdata(np.concatenate([above, below]))
+    of_above = (ranks[: len(above)] - rankdata(above)) / len(below)
+    of_below = 1 - (ranks[len(above) :] - rankdata(below)) / len(above)
+    variance = float(of_above.var(ddof=1)) / len(above) + float(of_below.var(ddof=1)) / len(below)
+    return float(of_above.mean()), variance
+
+
+def mean_auc(values: list[tuple[float, float]]) -> tuple[float, Interval]:
+    """Return the mean of folds' areas, each with its variance, and its interval."""
+    mean = float(np.mean([value for value, _ in values]))
+    spread = Z95 * float(np.sqrt(sum(variance for _, variance in values))) / len(values)
+    return mean, (max(0.0, mean - spread), min(1.0, mean + spread))

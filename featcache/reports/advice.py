@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from featcache.evaluation.intervals import Interval
     from featcache.evaluation.metrics import Gap
     from featcache.evaluation.resampling import MoreSamples
-    from featcache.evaluation.suspects import Removal
     from featcache.experiments.advise import AdviceResult, Evidence
     from featcache.experiments.audit import AuditResult, Suspect
     from featcache.experiments.backbone_race import Standing
+    from featcache.heads.checks import Removal
 
 _DEPTHS = {
     "features": "train a head on its features only",
