@@ -18,8 +18,7 @@ from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.finetuning.finetuner import FineTuned, Finetuner
 from featcache.finetuning.loop import TrainContext, Trial
 from featcache.finetuning.model import Checkpoint, LinearHead, Network, Take, open_up
-from featcache.finetuning.optim import ProcessGroup
-from featcache.finetuning.unfreezing import select_trainable
+from featcache.finetuning.unfreezing import ProcessGroup, select_trainable
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.specs import BackboneSpec

@@ -14,7 +14,7 @@ from featcache.evaluation.metrics import Scores
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.loop import Epoch, TrainContext, Trial, kept, noise
 from featcache.finetuning.model import Checkpoint, SuffixAndHead
-from featcache.finetuning.optim import ProcessGroup
+from featcache.finetuning.unfreezing import ProcessGroup
 from featcache.specs import BackboneSpec
 
 UNBROKEN: dict[bool, dict[str, Tensor]] = {}  # weights, by whether there is a refit

@@ -10,7 +10,7 @@ from finetune_support import PLAN, Prepared, moved, tuned
 
 from featcache.finetuning import loop as choosing
 from featcache.finetuning.model import LinearHead, SuffixAndHead
-from featcache.finetuning.optim import ProcessGroup, rate
+from featcache.finetuning.unfreezing import ProcessGroup, rate
 
 
 def test_the_rate_rises_then_falls_to_nothing() -> None:

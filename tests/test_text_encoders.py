@@ -29,7 +29,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.experiments.gap import run_gap
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.lengths import by_length
+from featcache.extraction.runtimes import by_length
 from featcache.finetuning import Unfreeze, attentive
 from featcache.finetuning.loop import Trial
 from featcache.finetuning.model import LinearHead, Network, open_up

@@ -41,8 +41,7 @@ from featcache.extraction.loader import workers_here
 from featcache.finetuning import FineTunePlan, Unfreeze, depths
 from featcache.finetuning.loop import Epoch, TrainContext, Trial
 from featcache.finetuning.model import LinearHead, Network, Take, open_up
-from featcache.finetuning.optim import ProcessGroup
-from featcache.finetuning.unfreezing import select_trainable
+from featcache.finetuning.unfreezing import ProcessGroup, select_trainable
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 
 HERE = Path(__file__).parent

@@ -23,8 +23,7 @@ from featcache.specs import INPUT, POOLED, Views
 if TYPE_CHECKING:
     from featcache.experiments.fit import HeadResult, Ledger
     from featcache.finetuning.model import LinearHead, Take
-    from featcache.finetuning.optim import ProcessGroup
-    from featcache.finetuning.unfreezing import Trainable
+    from featcache.finetuning.unfreezing import ProcessGroup, Trainable
     from featcache.heads.fit import FittedHead
     from featcache.reports.records import RunRecord
 
@@ -88,7 +87,7 @@ class FineTuneInputs:
     @cached_property
     def processes(self) -> "ProcessGroup":
         """Those that train together."""
-        from featcache.finetuning.optim import ProcessGroup
+        from featcache.finetuning.unfreezing import ProcessGroup
 
         return ProcessGroup()
 

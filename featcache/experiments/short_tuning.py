@@ -81,7 +81,7 @@ def tune_shortly(backbone: "Backbone", given: TuningRows, seed: int) -> ShortTun
     from featcache.extraction.runtimes import own_randomness
     from featcache.finetuning.loop import TrainContext, Trial
     from featcache.finetuning.model import Network, open_up, predict
-    from featcache.finetuning.optim import ProcessGroup
+    from featcache.finetuning.unfreezing import ProcessGroup
 
     trainable, plan = last_stage(backbone), FineTunePlan(Unfreeze.parse(DEPTH), epochs=EPOCHS)
     fold, y = given.fold, given.y

@@ -21,8 +21,7 @@ from featcache.evaluation.splits import Split
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.finetuning.loop import TrainContext, Trial
 from featcache.finetuning.model import Checkpoint, LinearHead, Network, OpenNetwork, SuffixAndHead, Take, predict
-from featcache.finetuning.optim import ProcessGroup
-from featcache.finetuning.unfreezing import Trainable
+from featcache.finetuning.unfreezing import ProcessGroup, Trainable
 from featcache.specs import TOKENS, Pool
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from featcache.finetuning.model import (
     set_training,
     to_device,
 )
-from featcache.finetuning.optim import ProcessGroup, make_optimiser, parameter_groups, rate
+from featcache.finetuning.unfreezing import ProcessGroup, make_optimiser, parameter_groups, rate
 from featcache.specs import Precision
 
 _SAVE_SECONDS = 60.0  # what a kill costs at most; writing a large model's state takes some seconds
