@@ -454,7 +454,7 @@ def quickstart(cache: Path | None = None, *, text: bool = False, plan: "PagePlan
     with resources.as_file(resources.files("featcache") / "assets") as assets:
         grid = load_grid(assets / f"quickstart{'-text' if text else ''}.toml")
     if text:
-        from featcache.backbones.tiny_encoder import write_tiny_encoder
+        from featcache.backbones.encoders import write_tiny_encoder
         from featcache.datasets.texts import other_docstrings
 
         encoder = write_tiny_encoder(folder / "tiny-encoder", other_docstrings())

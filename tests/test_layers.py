@@ -51,7 +51,7 @@ HOMES = {
     "openTSNE": {"experiments.evidence"},
     "jinja2": {"reports.page"},
     "torchvision": {"datasets.hubs"},
-    "transformers": {"backbones.text", "backbones.tiny_encoder"},
+    "transformers": {"backbones.text", "backbones.encoders"},
 }
 
 

@@ -19,7 +19,7 @@ from support import Outcome
 import featcache
 from featcache.backbones import open_backbone
 from featcache.backbones.base import Backbone
-from featcache.backbones.tiny_encoder import write_tiny_encoder
+from featcache.backbones.encoders import write_tiny_encoder
 from featcache.datasets import open_dataset
 from featcache.datasets.texts import other_docstrings
 from featcache.errors import DataError, UsageError

@@ -2,10 +2,8 @@
 
 import copy
 import json
-import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from featcache.backbones import origins
 from featcache.backbones.base import Stage, default_device
-from featcache.backbones.blocks import Blocks, TextPooling, TokenStates, WholeEncoder
+from featcache.backbones.encoders import Blocks, TextPooling, TokenStates, WholeEncoder, quietly
 from featcache.backbones.origins import Origin
 from featcache.backbones.pooling import Layout, Poolings, same_vectors
 from featcache.backbones.timm_models import first_line, hash_weights, load_weights
@@ -376,22 +374,6 @@ def _library(spec: BackboneSpec) -> Any:
     except ImportError:
         raise SetupError(f"`backbone` {spec.name} needs transformers: `pip install 'featcache[text]'`.") from None
     return transformers
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Keep transformers' notes and bars to itself: what is wrong is an error here."""
-    from transformers.utils import logging as notes
-
-    before, had_bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
-    notes.set_verbosity(logging.CRITICAL)
-    notes.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        notes.set_verbosity(before)
-        if had_bars:
-            notes.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _refuse_what_images_have(spec: BackboneSpec) -> None:

@@ -1,4 +1,4 @@
-"""A transformer of texts, cut between its blocks: what enters a block is kept, and is put in its place again.
+"""Transformers of texts, cut between their blocks: what enters one is kept, and put in its place again. And a tiny one.
 
 Neither the embeddings nor the attention masks of a family are written again here: every part runs the model's own
 ``forward``, in which the blocks that are not meant hand on what they are given. So each family is cut alike, and what a cut
@@ -6,21 +6,36 @@ gives is checked against the whole model.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from featcache.backbones.pooling import Layout, Pooling
-from featcache.errors import CutError
+from featcache.errors import CutError, SetupError, StorageError
 from featcache.specs import Pool
 
 # Workers run one module at once, each in its thread: what enters a block is told by the context, not by the module.
 _noted: ContextVar[dict[int, Tensor]] = ContextVar("noted")
 _stored: ContextVar[Tensor] = ContextVar("stored")
 _AGREES = 1e-4  # of the greatest number: what rounding leaves of a model in two pieces
+_SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+_LENGTH = 64  # tokens: a paragraph is shorter as a rule, and attention costs the square
+_WORD_PIECES = 2000
+_SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": _LENGTH,
+}
 
 
 class _Reached(Exception):  # noqa: N818 - nothing is wrong: what lies behind the last cut need not be computed
@@ -289,3 +304,60 @@ class WholeEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embeddings."""
         return cast("Tensor", self.pooling(self.states(ids[:, : int((ids >= 0).sum(1).max())])))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep transformers' notes and bars to itself: what is wrong is an error here."""
+    from transformers.utils import logging as notes
+
+    before, had_bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
+    notes.set_verbosity(logging.CRITICAL)
+    notes.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        notes.set_verbosity(before)
+        if had_bars:
+            notes.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def write_tiny_encoder(folder: Path, texts: Iterable[str]) -> Path:
+    """Write a BERT of 0.7 million random weights as transformers keeps one, unless it is there, and return its folder.
+
+    It knows no language: it is for trying the road without a download. Its word pieces are those of ``texts``.
+
+    Raises:
+        SetupError: transformers is not installed.
+        StorageError: the folder cannot be written.
+    """
+    try:
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+        from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    except ImportError:
+        raise SetupError("encoders of texts need transformers: `pip install 'featcache[text]'`.") from None
+    if folder.exists():
+        return folder
+    tokenizer = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = list(_SPECIAL.values())
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=_WORD_PIECES, special_tokens=special, show_progress=False)
+    )
+    marks = [(name, special.index(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, marks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same weights on every machine: rows are found again
+        model = BertModel(BertConfig(vocab_size=tokenizer.get_vocab_size(), **_SIZES), add_pooling_layer=False)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # elsewhere first, so that a killed command leaves no half encoder behind that the next one would take
+        with tempfile.TemporaryDirectory(dir=folder.parent) as draft, quietly():
+            tokens: Any = PreTrainedTokenizerFast
+            tokens(tokenizer_object=tokenizer, model_max_length=_LENGTH, **_SPECIAL).save_pretrained(draft)
+            model.save_pretrained(draft)
+            shutil.copytree(draft, partial := folder.with_name(f"{folder.name}.partial"), dirs_exist_ok=True)
+            partial.rename(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: the encoder cannot be written ({error.strerror}).") from error
+    return folder
