@@ -455,7 +455,7 @@ def quickstart(cache: Path | None = None, *, text: bool = False, plan: "PagePlan
         grid = load_grid(assets / f"quickstart{'-text' if text else ''}.toml")
     if text:
         from featcache.backbones.encoders import write_tiny_encoder
-        from featcache.datasets.texts import other_docstrings
+        from featcache.datasets.arrays import other_docstrings
 
         encoder = write_tiny_encoder(folder / "tiny-encoder", other_docstrings())
         grid = replace(grid, backbones=(BackboneEntry(BackboneSpec(f"text:{encoder}")),))

@@ -21,7 +21,7 @@ from featcache.backbones import open_backbone
 from featcache.backbones.base import Backbone
 from featcache.backbones.encoders import write_tiny_encoder
 from featcache.datasets import open_dataset
-from featcache.datasets.texts import other_docstrings
+from featcache.datasets.arrays import other_docstrings
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Kind, paired_gap
 from featcache.experiments.finetune import run_finetune

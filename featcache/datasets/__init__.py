@@ -69,13 +69,9 @@ def _open(text: str, data_root: Path | None, download: bool) -> Dataset:  # noqa
     # Each kind's reader is imported where it is needed: what reads a cache knows only what a data set is.
     kind, _, rest = text.partition(":")
     if kind == "sklearn":
-        if text == "sklearn:docstrings":
-            from featcache.datasets.texts import open_docstrings
+        from featcache.datasets.arrays import DOCSTRINGS, open_digits, open_docstrings
 
-            return open_docstrings()
-        from featcache.datasets.arrays import open_digits
-
-        return open_digits(text)
+        return open_docstrings() if text == DOCSTRINGS else open_digits(text)
     if kind == "wds":
         from featcache.datasets.webdataset import open_shards
 

@@ -1,10 +1,13 @@
-"""Images that are rows of an array: NumPy's .npz, HDF5, scikit-learn's digits."""
+"""Images that are rows of an array, NumPy's .npz or HDF5; and what comes with scikit-learn: digits, and texts."""
 
+import ast
 import math
+import re
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,13 @@ _DENSE_BYTES, _DENSE_RATIO = 256 << 20, 100  # photographs never shrink so far
 _MOST_CHUNK = 1 << 30  # bytes; HDF5 unpacks a chunk whole to read one row of it
 _MOST_SHOWN = 10  # names in a message
 _TEXTS_AT_ONCE = 64  # texts of variable length may all be one and the same very long one
+DOCSTRINGS = "sklearn:docstrings"
+# packages of scikit-learn that say enough of themselves to be told apart; what the others say is nobody's test
+_TOLD_APART = (
+    *("cluster", "datasets", "decomposition", "ensemble", "linear_model", "metrics", "model_selection", "preprocessing"),
+)
+_OTHERS = ("feature_extraction", "feature_selection", "gaussian_process", "neighbors", "svm", "tree", "utils")
+_FEWEST_WORDS = 6
 
 
 def open_npz(path: Path) -> Dataset:
@@ -319,3 +329,55 @@ def _values(path: Path, name: str, column: Any) -> Iterator[Any]:
 
 def _decoded_text(value: Any) -> str:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+def open_docstrings() -> Dataset:
+    """Open the paragraphs of scikit-learn's docstrings, by package, as the installed version has them.
+
+    Raises:
+        DataError: its source is not installed.
+    """
+    paragraphs = _paragraphs(_TOLD_APART)
+    count, content, samples = dict.fromkeys(_TOLD_APART, 0), {}, []
+    for text, package in paragraphs.items():
+        path = f"{package}/{count[package]:04d}.txt"
+        count[package] += 1
+        content[path] = text.encode()
+        samples.append(Sample(path, package))
+    return Dataset("docstrings", DOCSTRINGS, samples, MemoryReader(content), kind="text")
+
+
+def other_docstrings() -> list[str]:
+    """Return paragraphs of the packages that ``open_docstrings`` leaves out.
+
+    Raises:
+        DataError: as of ``open_docstrings``.
+    """
+    inside = _paragraphs(_TOLD_APART)
+    return [text for text in _paragraphs(_OTHERS) if text not in inside]
+
+
+def _paragraphs(packages: tuple[str, ...]) -> dict[str, str]:
+    """Return each paragraph once, with the package that says it first."""
+    spec = find_spec("sklearn")
+    root = Path(spec.origin).parent if spec is not None and spec.origin else Path()
+    paragraphs: dict[str, str] = {}
+    for package in packages:
+        for path in sorted((root / package).rglob("*.py")):
+            if "tests" not in path.relative_to(root).parts:
+                for text in _said_in(path):
+                    paragraphs.setdefault(text, package)
+    if not paragraphs:
+        raise DataError(f"{DOCSTRINGS}: this installation of scikit-learn has no source to read them from.")
+    return paragraphs
+
+
+def _said_in(path: Path) -> Iterator[str]:
+    """Yield the paragraphs of a module's docstrings, on one line each, without lists of parameters."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        text = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else None
+        prose = re.split(r"\n[A-Z][A-Za-z ]+\n-{3,}", text or "")[0]
+        for paragraph in re.split(r"\n\s*\n", prose):
+            line = " ".join(paragraph.split())
+            if len(line.split()) >= _FEWEST_WORDS and not line.startswith(".."):
+                yield line

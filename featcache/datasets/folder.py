@@ -8,6 +8,7 @@ from pathlib import Path
 
 from featcache.datasets.base import (
     SPLIT_FOLDERS,
+    TEXT_SUFFIXES,
     Dataset,
     FileReader,
     Sample,
@@ -17,7 +18,6 @@ from featcache.datasets.base import (
     safe_name,
     split_within,
 )
-from featcache.datasets.texts import TEXT_SUFFIXES
 from featcache.errors import DataError
 from featcache.specs import SampleKind
 
