@@ -1,5 +1,6 @@
 """``python -m featcache`` and the installed command: signals are caught before anything that takes time is imported."""
 
+import gc
 import signal
 import sys
 
@@ -16,6 +17,8 @@ def main() -> None:
     except KeyboardInterrupt:  # while modules were imported: the command line itself answers later ones
         sys.stderr.write("interrupted: nothing had begun.\n")
         sys.exit(INTERRUPTED)
+    finally:
+        gc.freeze()  # else Python, as it ends, looks twice for cycles among all objects: a second where PyTorch is in
 
 
 if __name__ == "__main__":

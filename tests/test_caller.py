@@ -1,5 +1,6 @@
 """A program that calls featcache finds its own state as it left it: random numbers, environment, threads, warnings, logs."""
 
+import gc
 import logging
 import os
 import random
@@ -54,6 +55,7 @@ def state() -> dict[str, Any]:
         "warnings": list(warnings.filters),
         "logs": [(one.level, list(one.handlers), one.propagate, one.disabled) for one in (root, own)],
         "errors": np.geterr(),
+        "collector": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
     }
 
 

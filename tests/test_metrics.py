@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.stats import binomtest
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, f1_score, recall_score
 
 from featcache.errors import DataError
 from featcache.evaluation import intervals
@@ -45,6 +45,18 @@ def test_scores_of_probabilities_and_of_labels() -> None:
     assert soft.log_loss == pytest.approx(-np.log([0.8, 0.2, 0.8, 0.8]).mean())
     assert hard.log_loss is None
     assert hard.ece is None
+
+
+def test_recalls_and_f1_equal_scikit_learns() -> None:
+    """Counted from classes, both are scikit-learn's to the last bit, with classes that no answer names or no truth has."""
+    rng = np.random.default_rng(0)
+
+    for classes in (2, 3, 17, 200):
+        truth, predicted = rng.integers(0, classes, 90), rng.integers(0, classes + 2, 90)
+        found, present = score(truth, predicted), np.unique(truth)
+
+        assert found.balanced_accuracy == recall_score(truth, predicted, labels=present, average="macro", zero_division=0)
+        assert found.macro_f1 == f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
 
 
 def test_calibration_error_of_a_confident_liar() -> None:

@@ -27,7 +27,7 @@ from featcache.datasets.folder import many
 from featcache.datasets.images import MAX_MEGAPIXELS, UnreadableImage, encode
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError, UsageError
-from featcache.resources import free_memory
+from featcache.resources import free_memory, libraries_load
 
 # Names under which such files keep images (MedMNIST: train_images), the likeliest first.
 _IMAGES = ("images", "image", "x", "X", "data", "arr_0")
@@ -144,7 +144,8 @@ def open_digits(text: str) -> Dataset:
     """Open scikit-learn's 1,797 scanned digits."""
     if text != "sklearn:digits":
         raise UsageError(f"{text}: sklearn:digits holds images and sklearn:docstrings texts, others neither.")
-    from sklearn.datasets import load_digits
+    with libraries_load():
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     items, blobs = [], {}

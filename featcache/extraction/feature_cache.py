@@ -21,6 +21,7 @@ from featcache.extraction.loader import NO_RUNTIME, Pixels, Rows, Runtime, Worke
 from featcache.extraction.scan import DatasetFiles, Positions, Scan, renew, scan
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.fingerprint import fingerprint
+from featcache.resources import libraries_load
 from featcache.specs import (
     INPUT,
     POOLED,
@@ -225,8 +226,9 @@ class FeatureCache:
     @cached_property
     def backbone(self) -> "Backbone":
         """The loaded backbone; the first use imports torch."""
-        from featcache.backbones import open_backbone
-        from featcache.backbones.base import device_of
+        with libraries_load():
+            from featcache.backbones import open_backbone
+            from featcache.backbones.base import device_of
 
         device = self.settings.device
         backbone = open_backbone(self.spec, device_of(device) if device is not None else None)

@@ -15,6 +15,7 @@ from featcache.evaluation.splits import SMALL, Fold, Split, crossed_folds, few_s
 from featcache.evaluation.tasks import Task
 from featcache.fingerprint import as_stored
 from featcache.heads import ENSEMBLE, MEMBERS, require_head
+from featcache.resources import libraries_load
 
 if TYPE_CHECKING:
     from featcache.heads.search import Embeddings, SearchResult
@@ -80,7 +81,8 @@ def fit(
         UsageError: there is no such head.
         DataError: the features are no embeddings; or no candidate, or not the final fit, reached its optimum.
     """
-    from featcache.heads.search import Embeddings
+    with libraries_load():
+        from featcache.heads.search import Embeddings
 
     require_head(name)
     embeddings = Embeddings.of(task, views)
