@@ -103,7 +103,8 @@ def test_validation_alone_chooses_the_pooling(folder: Path, settings: Settings) 
     for X in rows.values():
         X[split.test] = np.nan
 
-    kind, val = judge(rows, task, split, 0)
+    kind, searches = judge(rows, task, split, 0)
+    val = {pool: search.val for pool, search in searches.items()}
 
     assert kind == "max"
     assert list(val) == ["default", "max", "gem"]

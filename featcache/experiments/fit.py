@@ -492,7 +492,7 @@ class _Fitting:
 
         plan = self.plan
         if name in ATTENTIVE:
-            from featcache.experiments.attentive import fit_attentive
+            from featcache.experiments.poolings import fit_attentive
 
             experiment = plan.experiment(self.cache, self.task, name, self.seed)
             return fit_attentive(experiment, self.entry, self.split, name)

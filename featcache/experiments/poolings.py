@@ -1,9 +1,10 @@
-"""Which pooling heads train on: every one is made from the stored tokens, and validation chooses."""
+"""Heads on stored tokens: on that pooling of them which validation chooses, or on attention, trained from the best probe."""
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +13,30 @@ from numpy.typing import NDArray
 
 from featcache.display import logger, progress
 from featcache.errors import UsageError
-from featcache.evaluation.metrics import Kind
-from featcache.evaluation.splits import Split
+from featcache.evaluation.metrics import Kind, best_temperature, evaluate, evaluate_on_test
+from featcache.evaluation.splits import Index, Split
 from featcache.evaluation.tasks import Task
+from featcache.experiments.experiment import Experiment, aligned
+from featcache.extraction.feature_cache import Extracted
+from featcache.heads.fit import FittedHead
+from featcache.reports.records import PROTOCOL
 from featcache.resources import free_memory
 from featcache.specs import POOLED, POOLS, TOKENS, Pool
 from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
+    from featcache.backbones.attention import AttentiveHead
     from featcache.backbones.base import Backbone
     from featcache.backbones.pooling import Poolings
+    from featcache.finetuning.attentive import Probe
+    from featcache.finetuning.model import Checkpoint
+    from featcache.heads.search import SearchResult
 
 JUDGES: Mapping[Kind, str] = {"label": "logistic", "labels": "logistic", "number": "ridge"}
 _AT_ONCE = 32 << 20  # bytes of tokens, as they are stored, that are pooled in one step
 _COPIES = 2.5  # as of heads: they train on one of the poolings, beside which the others lie
+_TESTED_AT_ONCE = 256  # samples whose tokens are in memory while they are tested
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,8 @@ def choose_pooling(
         return choice, pool_rows(store, poolings.only(choice.kind))[choice.kind]
     started = time.monotonic()
     rows = pool_rows(store, poolings)
-    kind, val = judge(rows, task, split, seed)
+    kind, searches = judge(rows, task, split, seed)
+    val = {pool: asdict(search.val) for pool, search in searches.items()}
     choice = PoolingChoice(kind, val, round(time.monotonic() - started, 3))
     logger.info("%s", choice.text)
     keep_note(path, names, asdict(choice))
@@ -78,18 +89,18 @@ def choose_pooling(
 
 def judge(
     rows: Mapping[Pool, NDArray[np.float32]], task: Task, split: Split, seed: int
-) -> tuple[Pool, dict[str, dict[str, Any]]]:
-    """Return which of several poolings' rows (n, d) does best on validation, and all scores; of views (n, views, d)."""
+) -> tuple[Pool, dict[Pool, "SearchResult"]]:
+    """Return which of several poolings' rows (n, d) does best on validation, and all searches; of views (n, views, d)."""
     from featcache.heads.search import Embeddings
 
-    vals = {}
+    searches = {}
     with progress(len(rows), "choose the pooling", unit="pooling") as bar:
         for kind, X in rows.items():
             embeddings = Embeddings(task, X.reshape(-1, X.shape[-1]), X.shape[1] if X.ndim == 3 else 1)
-            vals[kind] = embeddings.search(JUDGES[task.kind], split, seed).val
+            searches[kind] = embeddings.search(JUDGES[task.kind], split, seed)
             bar.update(1)
-    best = min(vals, key=lambda kind: vals[kind].rank)  # of equals the first: the backbone's own way stays where it can
-    return best, {kind: asdict(val) for kind, val in vals.items()}
+    # of equals the first: the backbone's own way stays where it can
+    return min(searches, key=lambda kind: searches[kind].val.rank), searches
 
 
 def pool_rows(store: FeatureStore, poolings: "Poolings") -> dict[Pool, NDArray[np.float32]]:
@@ -135,3 +146,82 @@ def read_choice(path: Path, names: Sequence[str]) -> PoolingChoice | None:
     """Return what an earlier command chose, ``None`` where that is not there, or not whole."""
     choice = kept_note(path, names, lambda told: PoolingChoice(**told), "the pooling is chosen again")
     return choice if choice is not None and choice.kind in POOLS else None
+
+
+def fit_attentive(experiment: Experiment, entry: Extracted, split: Split, name: str) -> FittedHead:
+    """Train one attentive head on an entry's tokens; a training that was killed goes on.
+
+    It starts from the best on validation of the probes on average, class token, and both. Where other heads are chosen on
+    folds, what ``split.val`` has chosen is judged on them, and left for the probe where it is no better there.
+
+    Args:
+        experiment: of the head, its task of samples that the entry has.
+        entry: at the cut ``tokens``.
+        split: of these samples.
+        name: of the head.
+
+    Raises:
+        DataError: a probe did not reach its optimum.
+        StorageError: the state cannot be kept.
+    """
+    from featcache.extraction.runtimes import own_randomness
+    from featcache.finetuning.attentive import AttentiveTraining
+
+    started, seed, task, backbone = time.monotonic(), experiment.seed, experiment.task, experiment.cache.backbone
+    layout, device, take = backbone.token_layout, backbone.device, aligned(task, entry.store)[2]
+    probe = _probe(backbone, entry, task, split, seed)
+    state = partial(_state_of, experiment, entry, name)
+    with own_randomness(device):
+        training = AttentiveTraining(name, layout, take, task.y, split, probe, seed, device, state)
+        trained = training.run()
+    temperature = best_temperature(trained.truth, trained.answers)
+    seconds = time.monotonic() - started  # the test is no training
+    return FittedHead(
+        name,
+        trained.params,
+        evaluate(trained.truth, trained.answers, temperature),
+        evaluate_on_test(lambda samples: _tokens_answered(trained.head, take, samples), task.y, split, temperature),
+        seconds,
+        lambda: trained.head,
+        lambda: trained.answers,
+        temperature=temperature,
+    )
+
+
+def _state_of(experiment: Experiment, entry: Extracted, name: str, trained: str) -> "Checkpoint":
+    """Return where the state of an unfinished training lies, of one of those that a head is chosen among."""
+    from featcache.finetuning.model import Checkpoint
+
+    stem = f"{name}-{trained}-seed{experiment.seed}-{experiment.short_key}"  # as fine-tuning's end: forgotten as those are
+    return Checkpoint(entry.store.path / "tuned" / f"{stem}.unfinished", protocol=PROTOCOL)
+
+
+def _probe(backbone: "Backbone", entry: Extracted, task: Task, split: Split, seed: int) -> "Probe":
+    """Return the best on validation of the logistic probes that attention can start as."""
+    from featcache.backbones.pooling import Pooling, Poolings
+    from featcache.finetuning.attentive import Probe
+    from featcache.finetuning.model import LinearHead
+    from featcache.heads.linear import linear_weights
+    from featcache.heads.search import train
+
+    layout, y = backbone.token_layout, task.y
+    kinds: tuple[Pool, ...] = ("avg", "cls", "avg+cls") if layout.class_token else ("avg",)
+    position = {path: index for index, path in enumerate(entry.store.listing().files.paths)}
+    order = np.array([position[path] for path in task.features.paths])
+    poolings = Poolings({kind: Pooling(kind, layout) for kind in kinds}, backbone.device)
+    rows = {kind: X[order] for kind, X in pool_rows(entry.store, poolings).items()}
+    pool, searches = judge(rows, task, split, seed)
+    # a probe that is sure of every training sample leaves nothing to learn from: as sure as validation finds it right
+    truth = np.concatenate([y[fold.val] for fold in split.folds])
+    temperature = best_temperature(truth, searches[pool].answers) or 1.0
+
+    def fitted(samples: Index) -> LinearHead:
+        estimator = train(JUDGES[task.kind], searches[pool].params, rows[pool][samples], y[samples], seed)
+        return LinearHead(*(values / temperature for values in linear_weights(estimator, len(task.names))))
+
+    return Probe(pool, fitted(split.train), fitted(split.train_val), tuple(fitted(fold.train) for fold in split.cross))
+
+
+def _tokens_answered(head: "AttentiveHead", take: Callable[[Index], NDArray[Any]], samples: Index) -> NDArray[np.float64]:
+    parts = [samples[start : start + _TESTED_AT_ONCE] for start in range(0, len(samples), _TESTED_AT_ONCE)]
+    return np.concatenate([head.predict_proba(take(part)) for part in parts])
