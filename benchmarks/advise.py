@@ -30,7 +30,7 @@ from featcache.experiments.backbone_race import Judged, Pool, Race, Runner, judg
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.search import ridge_shares
-from featcache.reports.records import RunRecord, read_records
+from featcache.reports import RunRecord, read_records
 from featcache.specs import BackboneSpec, TransformOverrides, freeze_args
 
 SURE, MISSED = 0.9, 0.5 + 1e-9  # points: what counts as wrong

@@ -22,7 +22,7 @@ from featcache.evaluation.tasks import Task
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.fit import fit
-from featcache.reports.records import environment
+from featcache.reports import environment
 from featcache.specs import INPUT, BackboneSpec, TransformOverrides
 
 DATA = ("cifar10-5k", "signdigits", "flowers5")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from featcache.extraction.feature_cache import Extracted, Settings
     from featcache.finetuning import FineTunePlan, Unfreeze
     from featcache.heads.rejection import RejectPlan
-    from featcache.reports.records import RunRecord
+    from featcache.reports import RunRecord
     from featcache.specs import BackboneSpec, FeatureSpec, TransformOverrides, Views
     from featcache.store import Features
     from featcache.store.entry import FeatureStore
@@ -110,7 +110,7 @@ _NAMES = {  # of each module
         "AgainstResult",
         "ReplayResult",
     ),
-    "featcache.reports.records": ("RunRecord",),
+    "featcache.reports": ("RunRecord",),
     "featcache.specs": (
         "BackboneSpec",
         "FeatureSpec",

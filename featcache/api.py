@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from featcache.display import Displayed
 from featcache.errors import DataError, FeatcacheError, UsageError
-from featcache.reports.records import RECORDS
+from featcache.reports import RECORDS
 from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, check_seed, check_value
 
 # What runs is imported by the function that runs it: `featcache.fit` on a hit must not pay for PyTorch, nor a signature
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from featcache.finetuning import FineTunePlan
     from featcache.heads.bundle import Bundle
     from featcache.heads.rejection import RejectPlan
+    from featcache.reports import RunRecord
     from featcache.reports.comparison import AgainstResult, ReplayResult
-    from featcache.reports.records import RunRecord
 
 Tabled = TypeVar("Tabled", bound=Displayed)
 
@@ -519,7 +519,7 @@ def read_published(path: str | Path) -> "list[RunRecord]":
     Raises:
         DataError: there is none in it.
     """
-    from featcache.reports.records import read_records
+    from featcache.reports import read_records
     from featcache.reports.tables import latest_of
 
     latest = list(latest_of(read_records([Path(path)])))

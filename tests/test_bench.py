@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from featcache import reports
 from featcache.datasets import open_dataset
 from featcache.errors import StorageError, UsageError
 from featcache.experiments import bench, experiment
 from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.reports import records
-from featcache.reports.records import read_records
+from featcache.reports import read_records
 from featcache.reports.tables import COLUMNS, markdown, rows, to_csv
 
 GRID = """
@@ -193,8 +193,8 @@ def test_what_another_protocol_gave_is_made_again(
 ) -> None:
     """Heads, trainings and records of other rules are not mixed with today's: every cell runs once more, and then rests."""
     first = run_bench(load_grid(pipeline), settings, tmp_path / "out")
-    number = records.PROTOCOL + 1
-    for module in (records, experiment):
+    number = reports.PROTOCOL + 1
+    for module in (reports, experiment):
         monkeypatch.setattr(module, "PROTOCOL", number)
 
     again, rests = (run_bench(load_grid(pipeline), settings, tmp_path / "out") for _ in range(2))

@@ -19,7 +19,7 @@ from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import baselines as heads_baselines
 from featcache.heads import bundle
-from featcache.reports.records import read_records
+from featcache.reports import read_records
 from featcache.specs import BackboneSpec
 
 

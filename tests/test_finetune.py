@@ -28,7 +28,7 @@ from featcache.finetuning.model import Checkpoint, Network, OpenNetwork
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.heads.bundle import load as load_bundle
-from featcache.reports.records import RunRecord, as_read, read_records
+from featcache.reports import RunRecord, as_read, read_records
 from featcache.reports.wording import finetune_lines
 from featcache.specs import BackboneSpec
 

@@ -19,7 +19,7 @@ from featcache.experiments import finetune, fit
 from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.gap import GapResult, GapStep, run_gap
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.reports.records import RunRecord, read_records
+from featcache.reports import RunRecord, read_records
 from featcache.reports.wording import draw_gap, gap_lines, gap_sentence
 from featcache.specs import BackboneSpec
 

@@ -14,8 +14,7 @@ import pytest
 import sklearn
 from support import TINY, Outcome
 
-from featcache.reports import tables
-from featcache.reports.records import read_records
+from featcache.reports import read_records, tables
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
 from featcache.store.entry import FeatureStore
 

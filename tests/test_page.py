@@ -23,8 +23,8 @@ from featcache.cli.bench import command_of
 from featcache.datasets.thumbnails import TILE, sheet_of
 from featcache.display import csv_cell, latex_cell, markdown_cell
 from featcache.experiments.evidence import best_head, projected, reliability
+from featcache.reports import RunRecord, read_records
 from featcache.reports.page import render
-from featcache.reports.records import RunRecord, read_records
 from featcache.reports.shown import Cell, Confusion, DatasetEvidence, Scatter, Shown, Suspicion
 from featcache.reports.svg import Mark, pareto
 from featcache.reports.tables import rows, short_table, to_csv

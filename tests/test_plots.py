@@ -11,7 +11,7 @@ import pytest
 from support import TINY, Outcome
 
 from featcache.errors import SetupError, StorageError, UsageError
-from featcache.reports.records import RunRecord
+from featcache.reports import RunRecord
 from featcache.reports.tables import draw_records, require_picture
 
 pytest.importorskip("matplotlib")

@@ -30,7 +30,7 @@ from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads import search
 from featcache.heads.baselines import Baseline, baselines, best_on_validation, standardised
-from featcache.reports.records import RunRecord, read_records
+from featcache.reports import RunRecord, read_records
 from featcache.reports.tables import rows
 from featcache.specs import BackboneSpec
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from featcache.errors import StorageError
-from featcache.reports.records import PROTOCOL, RunRecord, append_record, read_records
+from featcache.reports import PROTOCOL, RunRecord, append_record, read_records
 
 RECORD = RunRecord(
     kind="fit",

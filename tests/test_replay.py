@@ -20,8 +20,8 @@ from featcache.experiments.finetune import Sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.replay import Places, run_replay
 from featcache.extraction.feature_cache import FeatureCache, Settings
+from featcache.reports import PROTOCOL, RunRecord, append_record, read_records
 from featcache.reports.comparison import compare_again, compare_with_published
-from featcache.reports.records import PROTOCOL, RunRecord, append_record, read_records
 from featcache.specs import BackboneSpec, TransformOverrides
 
 Run = Callable[..., Outcome]

@@ -13,7 +13,7 @@ import pytest
 
 from featcache.display import csv_cell
 from featcache.evaluation.metrics import paired_gap
-from featcache.reports.records import RunRecord, append_record, read_records
+from featcache.reports import RunRecord, append_record, read_records
 from featcache.reports.tables import COLUMNS, NO_GAIN, markdown, rows, short_table, to_csv
 
 

@@ -16,8 +16,7 @@ from featcache.display import Table, markdown_cell
 from featcache.errors import SetupError, UsageError
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import Settings
-from featcache.reports import trackers
-from featcache.reports.records import RunRecord, read_records
+from featcache.reports import RunRecord, read_records, trackers
 from featcache.reports.trackers import Tracker, run_name
 
 Run = Callable[..., Outcome]

@@ -13,8 +13,8 @@ from featcache.display import printable
 
 if TYPE_CHECKING:
     from featcache.experiments.bench import BenchResult
+    from featcache.reports import RunRecord
     from featcache.reports.comparison import AgainstResult
-    from featcache.reports.records import RunRecord
 
 _TARGET = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 _FAILED = 3
@@ -298,7 +298,7 @@ def _plan_words(plan: dict[str, Any], command: str, *, is_swept: bool) -> Iterat
 
 def _head_words(record: "RunRecord") -> Iterator[str]:
     """Yield the options of a head, from what tables call it and what was asked for."""
-    from featcache.reports.records import HeadAsked, head_asked
+    from featcache.reports import HeadAsked, head_asked
 
     # a stranger's record may be called anything
     asked = head_asked(record.method) or HeadAsked(record.method.partition(" ")[0], (), 1, best_pool=False)

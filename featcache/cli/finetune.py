@@ -12,7 +12,7 @@ from featcache.finetuning import OPTIMISERS, RATES, FineTunePlan, Unfreeze
 from featcache.specs import Precision
 
 if TYPE_CHECKING:
-    from featcache.reports.records import RunRecord
+    from featcache.reports import RunRecord
 
 _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in {"unfreeze", "batch_size", "precision"})
 

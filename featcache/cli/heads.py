@@ -327,7 +327,7 @@ def predict_command(head: Path, images: tuple[str, ...], target: Path | None, as
 
 def _write(file: Any, bundle: "Bundle", predictions: "Iterator[Prediction]", *, as_json: bool, judged: bool) -> None:
     if as_json:
-        from featcache.reports.records import SCHEMA_VERSION
+        from featcache.reports import SCHEMA_VERSION
 
         for image in predictions:
             numbers = image.probabilities

@@ -463,6 +463,6 @@ def emit(value: dict[str, Any]) -> None:
     """Print one JSON object with its schema version."""
     import json
 
-    from featcache.reports.records import SCHEMA_VERSION
+    from featcache.reports import SCHEMA_VERSION
 
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **value}))

@@ -21,8 +21,8 @@ from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import ALL, ENSEMBLE, HEAD_NAMES, MEMBERS, STREAMING, in_order, members_of
+from featcache.reports import RECORDS, RunRecord, append_once, read_records
 from featcache.reports import tables as report
-from featcache.reports.records import RECORDS, RunRecord, append_once, read_records
 from featcache.specs import (
     BackboneSpec,
     TransformOverrides,

@@ -18,8 +18,8 @@ from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.fingerprint import as_named
 from featcache.heads import bundle
+from featcache.reports import RunRecord
 from featcache.reports.advice import ABOUT
-from featcache.reports.records import RunRecord
 from featcache.reports.shown import Bin, Cell, Confusion, DatasetEvidence, Learned, Scatter, Shown, Suspicion, best_probes
 from featcache.reports.tables import groups_of_seeds
 from featcache.store import Features

@@ -19,7 +19,7 @@ from featcache.evaluation.tasks import Columns, Task, column_names
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored, fingerprint
-from featcache.reports.records import PROTOCOL, RunRecord, append_once, record_from, stamp
+from featcache.reports import PROTOCOL, RunRecord, append_once, record_from, stamp
 from featcache.store import Features, RowReader
 from featcache.store.entry import FeatureStore
 

@@ -15,7 +15,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
 from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning import FineTunePlan, depths
 from featcache.fingerprint import canonical
-from featcache.reports.records import PROTOCOL, RunRecord, read_records
+from featcache.reports import PROTOCOL, RunRecord, read_records
 from featcache.reports.tables import NO_GAIN
 from featcache.reports.wording import START_STAYS, finetune_table
 from featcache.specs import LIVE_BATCHNORM, POOLED, BackboneSpec

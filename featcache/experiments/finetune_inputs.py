@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.model import LinearHead, Take
     from featcache.finetuning.unfreezing import ProcessGroup, Trainable
     from featcache.heads.fit import FittedHead
-    from featcache.reports.records import RunRecord
+    from featcache.reports import RunRecord
 
 _STEEP, _DEAD = 1e4, 1e-5  # a weight, and a feature's deviation, beside the median one
 _USABLE = 0.9  # of a disk's free room: parts are written beside what they replace, and others write too

@@ -36,7 +36,7 @@ from featcache.fingerprint import fingerprint
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, bundle, heads_for, require_params
 from featcache.heads.baselines import Baseline
 from featcache.heads.fit import FittedHead
-from featcache.reports.records import PROTOCOL, RunRecord
+from featcache.reports import PROTOCOL, RunRecord
 from featcache.resources import free_memory
 from featcache.specs import CLIP, POOLED, TOKENS, Views, check_fields, cut_of_layers
 from featcache.store import beside

@@ -20,7 +20,7 @@ from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fit
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored
-from featcache.reports.records import RunRecord
+from featcache.reports import RunRecord
 from featcache.reports.tables import between_records
 from featcache.specs import POOLED
 

@@ -19,7 +19,7 @@ from featcache.evaluation.tasks import Task
 from featcache.experiments.experiment import Experiment, aligned
 from featcache.extraction.feature_cache import Extracted
 from featcache.heads.fit import FittedHead
-from featcache.reports.records import PROTOCOL
+from featcache.reports import PROTOCOL
 from featcache.resources import free_memory
 from featcache.specs import POOLED, POOLS, TOKENS, Pool
 from featcache.store.checksums import keep_note, kept_note

@@ -22,8 +22,8 @@ from featcache.extraction.lookup import backbone_identity
 from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.fingerprint import canonical
+from featcache.reports import RECORDS, RunRecord, append_record, head_asked
 from featcache.reports.comparison import Replayed, ReplayResult, compare_again
-from featcache.reports.records import RECORDS, RunRecord, append_record, head_asked
 from featcache.specs import RUNTIMES, BackboneSpec
 
 if TYPE_CHECKING:

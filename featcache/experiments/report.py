@@ -17,8 +17,7 @@ from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, FeatcacheError, UnreadableSample, UsageError
 from featcache.experiments.evidence import WAYS, HeadEvidence, Way, best_head, gather
 from featcache.fingerprint import sha256_of_bytes
-from featcache.reports import page, tables
-from featcache.reports.records import RunRecord, read_records
+from featcache.reports import RunRecord, page, read_records, tables
 from featcache.reports.shown import DatasetEvidence, Shown
 from featcache.resources import cores
 from featcache.specs import check_fields

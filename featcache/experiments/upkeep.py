@@ -18,7 +18,7 @@ from featcache.errors import DataError, FeatcacheError, StorageError, UsageError
 from featcache.extraction.lookup import bound_location, default_cache, entry_folders
 from featcache.fingerprint import sha256_of_file
 from featcache.heads import bundle
-from featcache.reports.records import broken_lines
+from featcache.reports import broken_lines
 from featcache.store.atomic import make_folder, remove_file
 from featcache.store.entry import FeatureStore
 from featcache.store.maintenance import Joining, Litter, join, joining_of, litter_in, litter_of

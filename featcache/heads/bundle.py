@@ -28,7 +28,7 @@ from featcache.store.atomic import make_folder, remove_file, replace_file
 from featcache.store.checksums import is_signed, sign
 
 if TYPE_CHECKING:
-    from featcache.reports.records import RunRecord
+    from featcache.reports import RunRecord
 
 Format = Literal["joblib", "skops"]
 _SUFFIX: dict[Format, str] = {"joblib": ".joblib", "skops": ".skops"}

@@ -11,7 +11,7 @@ from featcache.display import Displayed, Table
 from featcache.errors import DataError
 from featcache.evaluation.intervals import of_accuracy
 from featcache.evaluation.metrics import Gap, decode_correct
-from featcache.reports.records import RunRecord, as_read
+from featcache.reports import RunRecord, as_read
 from featcache.reports.tables import between_records, signed_interval
 
 Verdict = Literal["same", "within tolerance", "differs", "not run"]

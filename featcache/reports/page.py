@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from featcache.datasets.thumbnails import TILE, Sheet
 from featcache.display import printable
-from featcache.reports.records import RunRecord
+from featcache.reports import RunRecord
 from featcache.reports.shown import Answer, Bin, DatasetEvidence, Learned, Scatter, answer_of, depth_of, steps_of
 from featcache.reports.svg import COLOURS, Bar, Chart, Dot, Mark, Series, cost_chart, line_chart, map_chart, waterfall
 from featcache.reports.tables import NAMES, groups_of_seeds, has_no_gain, short_table

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from featcache.display import Table
 from featcache.evaluation.metrics import Gap
 from featcache.fingerprint import as_named
-from featcache.reports.records import RunRecord
+from featcache.reports import RunRecord
 from featcache.reports.tables import between_records, groups_of_seeds, has_no_gain
 from featcache.reports.wording import gap_interval, test_text
 

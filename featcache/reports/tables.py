@@ -14,7 +14,7 @@ from tabulate import tabulate
 from featcache.display import Table, booktabs, csv_cell, markdown_cell, printable
 from featcache.errors import SetupError, UsageError
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
-from featcache.reports.records import RunRecord
+from featcache.reports import RunRecord
 from featcache.store.atomic import make_folder, replace_file
 
 if TYPE_CHECKING:

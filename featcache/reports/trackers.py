@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from featcache.display import Table, logger, markdown_cell
 from featcache.errors import SetupError, UsageError
-from featcache.reports.records import RunRecord
+from featcache.reports import RunRecord
 from featcache.resources import may_fetch
 
 _PROJECT = "featcache"

@@ -10,7 +10,7 @@ import numpy as np
 from featcache.display import Table
 from featcache.evaluation.metrics import per_class
 from featcache.fingerprint import as_named
-from featcache.reports.records import RunRecord
+from featcache.reports import RunRecord
 from featcache.reports.tables import NO_GAIN, new_figure, require_picture, save_figure, signed_interval
 from featcache.specs import LIVE_BATCHNORM
 

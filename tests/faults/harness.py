@@ -338,7 +338,7 @@ def _main(command: list[str]) -> None:
 def look(root: Path, *, closely: bool = False) -> State:
     """Return what lies below a folder; ``closely``: verify all entries and load all heads."""
     from featcache.errors import FeatcacheError
-    from featcache.reports.records import read_records
+    from featcache.reports import read_records
     from featcache.store.entry import FeatureStore
 
     names, tables, rows, problems, unlisted = [], {}, 0, [], 0
@@ -364,7 +364,7 @@ def look(root: Path, *, closely: bool = False) -> State:
 
 
 def _whole(root: Path) -> list[str]:
-    from featcache.reports.records import read_records
+    from featcache.reports import read_records
 
     return [record.cell for record in read_records(sorted(root.glob("out/*.jsonl")), warn=False)]
 
