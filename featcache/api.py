@@ -446,8 +446,8 @@ def quickstart(cache: Path | None = None, *, text: bool = False, plan: "PagePlan
     from importlib import resources
 
     from featcache.experiments.bench import BackboneEntry, load_grid, run_bench
+    from featcache.extraction import default_cache
     from featcache.extraction.feature_cache import Settings
-    from featcache.extraction.lookup import default_cache
 
     where = cache or default_cache()
     folder = where / RECORDS.parent
@@ -553,7 +553,7 @@ def report(
         StorageError: a file cannot be read or written.
     """
     from featcache.experiments.report import PagePlan, run_report
-    from featcache.extraction.lookup import default_cache
+    from featcache.extraction import default_cache
 
     where = cache or default_cache()
     sources = [Path(records)] if isinstance(records, str | Path) else list(map(Path, records))

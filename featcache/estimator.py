@@ -15,8 +15,8 @@ from sklearn.utils.validation import check_is_fitted
 from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
 from featcache.datasets.images import UnreadableImage, encode, encode_image
 from featcache.errors import DataError, UsageError
+from featcache.extraction import default_cache
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.lookup import default_cache
 from featcache.specs import POOLED, BackboneSpec, TransformOverrides, cut_of_layers, freeze_args
 
 

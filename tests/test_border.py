@@ -119,7 +119,7 @@ def test_main_leaves_unforeseen_errors_in_one_line(
     def broken(*_: object, **__: object) -> None:
         raise LookupError("nobody thought of it")
 
-    monkeypatch.setattr("featcache.extraction.lookup.entry_folders", broken)
+    monkeypatch.setattr("featcache.extraction.entry_folders", broken)
     with pytest.raises(SystemExit) as ended:
         main(["store", "ls"])
     assert ended.value.code == 1

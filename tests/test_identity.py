@@ -29,8 +29,8 @@ from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import FitPlan, run_fit
+from featcache.extraction import backbone_identity
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
-from featcache.extraction.lookup import backbone_identity
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import bundle
 from featcache.specs import BackboneSpec, TransformOverrides, Views

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, Outcome, draw_folder, draw_image
 
+from featcache import extraction as caching
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, FileStat, MemoryReader, Sample
 from featcache.datasets.images import ImagePreprocess, encode
 from featcache.errors import StorageError
 from featcache.extraction import extract as stage
-from featcache.extraction import lookup as caching
 from featcache.extraction import scan as scanning
 from featcache.extraction import writer
 from featcache.extraction.feature_cache import FeatureCache, Settings

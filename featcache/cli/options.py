@@ -400,8 +400,8 @@ def take_spec(options: dict[str, Any]) -> "BackboneSpec":
 
 def take_settings(options: dict[str, Any]) -> "Settings":
     """Take the options that change no number out of a command's and return them as one value; ``name`` stays."""
+    from featcache.extraction import default_cache
     from featcache.extraction.feature_cache import Settings
-    from featcache.extraction.lookup import default_cache
 
     return Settings(
         cache=options.pop("cache", None) or default_cache(),
@@ -452,7 +452,7 @@ def tell_page(name: str, cache: Path, records: Path | None = None) -> None:
     import shlex
 
     from featcache.display import logger
-    from featcache.extraction.lookup import default_cache
+    from featcache.extraction import default_cache
 
     of = [str(records)] if records is not None else ["--dataset", name]
     where = [] if cache.resolve() == default_cache().resolve() else ["--cache", str(cache)]

@@ -24,7 +24,7 @@ def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """List the entries with their rows and sizes, and what they come to."""
     from featcache.display import printable
     from featcache.errors import StorageError
-    from featcache.extraction.lookup import default_cache, entry_folders
+    from featcache.extraction import default_cache, entry_folders
     from featcache.store.entry import FeatureStore
 
     where = cache or default_cache()
@@ -59,7 +59,7 @@ def list_heads(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
 
     from featcache.display import Table
     from featcache.experiments.upkeep import kept_heads
-    from featcache.extraction.lookup import default_cache
+    from featcache.extraction import default_cache
 
     where = cache or default_cache()
     heads = kept_heads(where)
@@ -83,7 +83,7 @@ def info(entry: Path, cache: Path | None, as_json: bool) -> None:  # noqa: FBT00
     from dataclasses import asdict
 
     from featcache.experiments.upkeep import find_entries
-    from featcache.extraction.lookup import default_cache
+    from featcache.extraction import default_cache
     from featcache.store.entry import FeatureStore
 
     folder = entry if (entry / "spec.json").is_file() else find_entries(cache or default_cache(), [entry])[0]
@@ -107,7 +107,7 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
     """Check every byte of ENTRIES (default: the whole cache) against its hash; ends with 4 where one is damaged."""
     from featcache.display import printable
     from featcache.experiments.upkeep import verify as look
-    from featcache.extraction.lookup import default_cache
+    from featcache.extraction import default_cache
 
     checked, problems = look(cache or default_cache(), entries)
     if as_json:
@@ -135,7 +135,7 @@ def gc(entries: tuple[Path, ...], cache: Path | None, *, yes: bool, verbose: boo
     """
     from featcache.display import printable
     from featcache.experiments.upkeep import collect
-    from featcache.extraction.lookup import default_cache
+    from featcache.extraction import default_cache
 
     collected = collect(cache or default_cache(), entries, act=yes)
     if as_json:
@@ -164,7 +164,7 @@ def remove_entries(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_
 
     from featcache.display import printable
     from featcache.experiments.upkeep import contents_of, find_entries, remove_entry
-    from featcache.extraction.lookup import default_cache
+    from featcache.extraction import default_cache
 
     contents = [contents_of(folder) for folder in find_entries(cache or default_cache(), entries)]
     size = sum(content.bytes for content in contents)
@@ -210,7 +210,7 @@ def backbones_command(pattern: str, sizes: bool, cache: Path | None, as_json: bo
     from dataclasses import asdict
 
     from featcache.backbones.timm_models import list_backbones, model_size
-    from featcache.extraction.lookup import default_cache, entry_folders
+    from featcache.extraction import default_cache, entry_folders
 
     cached = {folder.name.split(".")[0] for folder in entry_folders(cache or default_cache())}
     names = list(list_backbones(pattern))

@@ -19,8 +19,8 @@ from featcache.evaluation.splits import Fold
 from featcache.experiments.backbone_race import MARGIN, Judged, Pool, Race, Runner, Standing, judge_part
 from featcache.experiments.experiment import require_task
 from featcache.experiments.short_tuning import EPOCHS, PROBE_HEAD, TRIED, TuningRows, last_stage, tune_shortly
+from featcache.extraction import entry_folders
 from featcache.extraction.feature_cache import FeatureCache
-from featcache.extraction.lookup import entry_folders
 from featcache.fingerprint import as_stored
 from featcache.heads.baselines import standardised
 from featcache.heads.search import predict_with, train

@@ -12,7 +12,7 @@ from featcache.display import Displayed, Table, logger
 from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome, finish
 from featcache.experiments.finetune_inputs import FineTuneInputs, StoredRows
-from featcache.extraction.lookup import backbone_identity
+from featcache.extraction import backbone_identity
 from featcache.finetuning import FineTunePlan, depths
 from featcache.fingerprint import canonical
 from featcache.reports import PROTOCOL, RunRecord, read_records

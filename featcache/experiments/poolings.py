@@ -16,8 +16,6 @@ from featcache.errors import UsageError
 from featcache.evaluation.metrics import Kind, best_temperature, evaluate, evaluate_on_test
 from featcache.evaluation.splits import Index, Split
 from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, aligned
-from featcache.extraction.feature_cache import Extracted
 from featcache.heads.fit import FittedHead
 from featcache.reports import PROTOCOL
 from featcache.resources import free_memory
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from featcache.backbones.attention import AttentiveHead
     from featcache.backbones.base import Backbone
     from featcache.backbones.pooling import Poolings
+    from featcache.experiments.experiment import Experiment
+    from featcache.extraction.feature_cache import Extracted
     from featcache.finetuning.attentive import Probe
     from featcache.finetuning.model import Checkpoint
     from featcache.heads.search import SearchResult
@@ -80,7 +80,7 @@ def choose_pooling(
     started = time.monotonic()
     rows = pool_rows(store, poolings)
     kind, searches = judge(rows, task, split, seed)
-    val = {pool: asdict(search.val) for pool, search in searches.items()}
+    val: dict[str, dict[str, Any]] = {pool: asdict(search.val) for pool, search in searches.items()}
     choice = PoolingChoice(kind, val, round(time.monotonic() - started, 3))
     logger.info("%s", choice.text)
     keep_note(path, names, asdict(choice))
@@ -148,7 +148,7 @@ def read_choice(path: Path, names: Sequence[str]) -> PoolingChoice | None:
     return choice if choice is not None and choice.kind in POOLS else None
 
 
-def fit_attentive(experiment: Experiment, entry: Extracted, split: Split, name: str) -> FittedHead:
+def fit_attentive(experiment: "Experiment", entry: "Extracted", split: Split, name: str) -> FittedHead:
     """Train one attentive head on an entry's tokens; a training that was killed goes on.
 
     It starts from the best on validation of the probes on average, class token, and both. Where other heads are chosen on
@@ -164,6 +164,7 @@ def fit_attentive(experiment: Experiment, entry: Extracted, split: Split, name: 
         DataError: a probe did not reach its optimum.
         StorageError: the state cannot be kept.
     """
+    from featcache.experiments.experiment import aligned
     from featcache.extraction.runtimes import own_randomness
     from featcache.finetuning.attentive import AttentiveTraining
 
@@ -188,7 +189,7 @@ def fit_attentive(experiment: Experiment, entry: Extracted, split: Split, name: 
     )
 
 
-def _state_of(experiment: Experiment, entry: Extracted, name: str, trained: str) -> "Checkpoint":
+def _state_of(experiment: "Experiment", entry: "Extracted", name: str, trained: str) -> "Checkpoint":
     """Return where the state of an unfinished training lies, of one of those that a head is chosen among."""
     from featcache.finetuning.model import Checkpoint
 
@@ -196,7 +197,7 @@ def _state_of(experiment: Experiment, entry: Extracted, name: str, trained: str)
     return Checkpoint(entry.store.path / "tuned" / f"{stem}.unfinished", protocol=PROTOCOL)
 
 
-def _probe(backbone: "Backbone", entry: Extracted, task: Task, split: Split, seed: int) -> "Probe":
+def _probe(backbone: "Backbone", entry: "Extracted", task: Task, split: Split, seed: int) -> "Probe":
     """Return the best on validation of the logistic probes that attention can start as."""
     from featcache.backbones.pooling import Pooling, Poolings
     from featcache.finetuning.attentive import Probe

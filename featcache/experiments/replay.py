@@ -17,8 +17,8 @@ from featcache.errors import DataError, FeatcacheError, StorageError
 from featcache.experiments.finetune import Sweep, run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBES, FitPlan, Ledger, run_fit
+from featcache.extraction import backbone_identity
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.lookup import backbone_identity
 from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.fingerprint import canonical

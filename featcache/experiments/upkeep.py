@@ -15,7 +15,7 @@ from typing import Any
 
 from featcache.display import logger
 from featcache.errors import DataError, FeatcacheError, StorageError, UsageError
-from featcache.extraction.lookup import bound_location, default_cache, entry_folders
+from featcache.extraction import bound_location, default_cache, entry_folders
 from featcache.fingerprint import sha256_of_file
 from featcache.heads import bundle
 from featcache.reports import broken_lines

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache import extraction as entries
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
 from featcache.datasets.images import ImagePreprocess
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError
-from featcache.extraction import lookup as entries
 from featcache.extraction.extract import extract, measure, positions_of
 from featcache.extraction.loader import NO_RUNTIME, Pixels, Rows, Runtime, Workers, beside_pixels, workers_here
 from featcache.extraction.scan import DatasetFiles, Positions, Scan, renew, scan

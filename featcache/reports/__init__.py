@@ -1,4 +1,4 @@
-"""Records of what was run, and what is made from them: tables and plots."""
+"""Records of what was run, and what is made from them: tables and plots. No number leaves a stage outside a record."""
 
 import contextlib
 import fcntl
