@@ -207,6 +207,28 @@ def test_what_has_been_trained_is_not_trained_again(
     assert trained == []
 
 
+def test_a_training_of_groups_is_found_again_while_the_groups_are_the_same(
+    folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command on a manifest with a column of groups trains nothing; other groups in that column do."""
+    records, plan = tmp_path / "runs.jsonl", replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
+
+    def again(groups: int) -> None:
+        paths = sorted(folder.glob("*/*.png"))
+        rows = [f"{path.relative_to(folder)},{path.parent.name},{place % groups}" for place, path in enumerate(paths)]
+        (folder / "data.csv").write_text("\n".join(["path,label,patient", *rows]))
+        inputs = FineTuneInputs(FeatureCache(open_dataset(folder / "data.csv"), tiny, settings), group="patient")
+        run_finetune(inputs, plan, records=records)
+
+    again(9)
+    trained = epochs_of(monkeypatch)
+
+    again(9)
+    assert trained == []
+    again(12)
+    assert len(trained) == 1
+
+
 def test_trainings_as_long_to_the_millisecond_have_each_its_record(
     folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

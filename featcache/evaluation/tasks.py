@@ -243,6 +243,24 @@ def _finite(name: str, value: str) -> float:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What experiments name all samples of a data set by.
+
+    Attributes:
+        items: the hash of their contents and labels.
+        splits: as they are given, "" where there is none.
+        columns: the hash of their values in the columns that heads are given, ``None`` without these.
+    """
+
+    items: str
+    splits: tuple[str, ...]
+    columns: str | None
+
+
+_NOT_TAKEN = Identity("", (), None)
+
+
+@dataclass(frozen=True)
 class Task:
     """The images of an experiment with what is to be told of them.
 
@@ -252,6 +270,7 @@ class Task:
         groups: what each image belongs to, such as a patient, where images of one must stay together.
         group: the column that says so.
         columns: of the manifest, that heads are given beside the features.
+        identity: of all images, where only some of them are looked at here.
     """
 
     features: "Features"
@@ -259,7 +278,14 @@ class Task:
     groups: Sequence[str] | None = None
     group: str | None = None
     columns: Columns | None = None
-    parent: "Task | None" = field(default=None, repr=False)
+    identity: Identity = field(default=_NOT_TAKEN, repr=False)
+
+    def __post_init__(self) -> None:
+        """Take the identity, before anything is left out."""
+        if self.identity is _NOT_TAKEN:
+            y, columns = self.features.y, None if self.columns is None else self.columns.sha256
+            items = items_hash(self.features.sha256, np.arange(len(y)), y)
+            object.__setattr__(self, "identity", Identity(items, tuple(self.features.splits), columns))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -291,17 +317,6 @@ class Task:
         features = self.features
         return counted(split, features.y, features.sha256, features.classes if self.kind == "label" else None)
 
-    @property
-    def whole(self) -> "Task":
-        """The task of all images, where only some of them are looked at here."""
-        return self.parent or self
-
-    @cached_property
-    def items(self) -> str:
-        """The hash of all images and their labels."""
-        features = self.whole.features
-        return items_hash(features.sha256, np.arange(len(features.y)), features.y)
-
     def restricted(self, keep: NDArray[np.int64]) -> "Task":
         """Return the task of some of its images (k,); it goes by the same name, so that an experiment's key stays."""
         features = self.features
@@ -313,7 +328,7 @@ class Task:
         groups = None if self.groups is None else [self.groups[index] for index in keep.tolist()]
         columns = None if self.columns is None else self.columns.restricted(keep)
         kept = replace(features, X=features.X[keep], y=features.y[keep], **some)
-        return replace(self, features=kept, groups=groups, columns=columns, parent=self.whole)
+        return replace(self, features=kept, groups=groups, columns=columns)
 
 
 def read_labels(kind: Kind, texts: Sequence[str]) -> tuple[NDArray[Any], tuple[str, ...]]:

@@ -75,8 +75,8 @@ class Experiment:
         return fingerprint(
             {
                 "backbone": self.cache.identity,
-                "items": self.task.items,
-                "splits": list(self.task.whole.features.splits),
+                "items": self.task.identity.items,
+                "splits": list(self.task.identity.splits),
                 "method": self.method,
                 "plan": plan or None,  # records of before name nothing where nothing was asked for
                 "seed": self.seed,
@@ -209,7 +209,7 @@ def source_of(dataset: Dataset, task: Task) -> dict[str, Any]:
     kind, colon, rest = ("", "", text) if Path(text).is_absolute() else text.partition(":")
     rest = rest.partition("@")[0] if kind == "torchvision" else rest  # behind it stands the folder
     data = f"{kind}{colon}{Path(rest).name if Path(rest).is_absolute() else rest}"
-    return as_stored({"data": data, "samples": len(task.whole.features.y), "items": task.items})
+    return as_stored({"data": data, "samples": len(task.identity.splits), "items": task.identity.items})
 
 
 def _stamped(entry: Extracted) -> dict[str, Any]:

@@ -454,7 +454,7 @@ def find_finished(inputs: FineTuneInputs, plan: FineTunePlan, method: str, recor
     ]
     if not alike:  # told without looking at the data set: embeddings that are missing are extracted in one pass, later
         return None
-    key = Experiment(inputs.cache, inputs.listed, method, plan, inputs.seed).key
+    key = Experiment(inputs.cache, inputs.task, method, plan, inputs.seed).key
     for record in reversed(alike):
         # the heads that it was compared with are no part of the experiment's name
         if record.cell == key and set((record.probe or {})["of"]) == set(inputs.head_names):

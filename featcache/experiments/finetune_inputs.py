@@ -82,7 +82,7 @@ class FineTuneInputs:
 
         for name in self.probes:
             require_head(name)
-        require_task(self.cache, "label", self.group)
+        self._group_by_path = require_task(self.cache, "label", self.group)
 
     @cached_property
     def processes(self) -> "ProcessGroup":
@@ -177,14 +177,12 @@ class FineTuneInputs:
         return max(records, key=lambda record: (record.val["accuracy"], record.method == PROBE))
 
     @cached_property
-    def listed(self) -> Task:
-        """The samples that have embeddings, with their classes, before anything is fitted or grouped."""
-        return Task(self.cache.extracted().store.labelled())
-
-    @property
     def task(self) -> Task:
-        """The samples that the probes were fitted on, with their classes."""
-        return self.fitted[0].task
+        """The samples that have embeddings, with their classes: those that the probes are fitted on."""
+        from featcache.experiments.experiment import groups_of
+
+        features = self.cache.extracted().store.labelled()
+        return Task(features, "label", groups_of(features, self._group_by_path), self.group)
 
     @property
     def split(self) -> Split:

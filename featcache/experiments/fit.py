@@ -258,8 +258,8 @@ class FitPlan:
         if head in ZEROSHOT:
             texts = origins.named(cache.spec)
             plan |= {"prompts": list(self.prompts), "texts": texts.content() if texts is not None else None}
-        if (columns := task.whole.columns) is not None:
-            plan |= {"column_values": columns.sha256}
+        if (columns := task.identity.columns) is not None:
+            plan |= {"column_values": columns}
         return Experiment(cache, task, " ".join(words), plan, seed)
 
 
