@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.draws import copies, remarks
-from featcache.evaluation.splits import few_shot, items_hash, make_free_split, make_split, part_of, restricted
+from featcache.evaluation.splits import few_shot, make_free_split, make_split, part_of, restricted
+from featcache.evaluation.tasks import Identity, Task
+from featcache.store import Features
 
 CLASSES = ("a", "b", "c")
 
@@ -68,13 +71,17 @@ def test_impossible_splits_are_refused(y: list[int], names: list[str], match: st
 
 def test_items_hash_depends_on_images_and_labels() -> None:
     """Records are comparable only on the same images with the same labels."""
-    y, index = np.array([0, 1]), np.array([0, 1])
+    y = np.array([0, 1])
 
-    base = items_hash(["aa", "bb"], index, y)
+    def identity(contents: list[str], y: NDArray[np.int64]) -> Identity:
+        return Task(Features(np.empty((2, 0)), y, ("a", "b"), ["1.png", "2.png"], ["", ""], contents)).identity
 
-    assert base != items_hash(["aa", "cc"], index, y)
-    assert base != items_hash(["aa", "bb"], index, 1 - y)
-    assert base == items_hash(["aa", "bb"], index, y.copy())
+    base = identity(["aa", "bb"], y)
+
+    assert base != identity(["aa", "cc"], y)
+    assert base != identity(["aa", "bb"], 1 - y)
+    assert base == identity(["aa", "bb"], y.copy())
+    assert base.items == Task(Features(np.empty((2, 0)), y, ("a", "b"), ["x", "y"], ["", ""], ["aa", "bb"])).items(y)
 
 
 def test_groups_are_never_parted() -> None:

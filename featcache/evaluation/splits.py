@@ -309,11 +309,6 @@ def _untested(split: Split, y: NDArray[np.int64], classes: Sequence[str]) -> tup
     )
 
 
-def items_hash(sha256: Sequence[str], index: Index, y: NDArray[np.int64]) -> str:
-    """Return a hash of some images and their labels: tables compare only records with the same test items."""
-    return fingerprint([[sha256[position], int(y[position])] for position in index.tolist()])
-
-
 def _require_trained(y: NDArray[np.int64], classes: Sequence[str], train: Index, test: Index) -> None:
     absent = sorted({classes[label] for label in set(y[test].tolist()) - set(y[train].tolist())})
     if absent:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Kind
-from featcache.evaluation.splits import Split, counted, items_hash, make_free_split, make_split
+from featcache.evaluation.splits import Split, counted, make_free_split, make_split
 from featcache.fingerprint import fingerprint
 from featcache.specs import check_fields
 
@@ -283,9 +283,9 @@ class Task:
     def __post_init__(self) -> None:
         """Take the identity, before anything is left out."""
         if self.identity is _NOT_TAKEN:
-            y, columns = self.features.y, None if self.columns is None else self.columns.sha256
-            items = items_hash(self.features.sha256, np.arange(len(y)), y)
-            object.__setattr__(self, "identity", Identity(items, tuple(self.features.splits), columns))
+            items, columns = self.items(np.arange(len(self.features.y))), self.columns
+            identity = Identity(items, tuple(self.features.splits), None if columns is None else columns.sha256)
+            object.__setattr__(self, "identity", identity)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -297,6 +297,11 @@ class Task:
         """What is to be told: classes (n,) int64, which labels there are (n, k) bool, or numbers (n,) float64."""
         y, classes = self.features.y, self.features.classes
         return y if self.kind == "label" else read_labels(self.kind, classes)[0][y]
+
+    def items(self, index: NDArray[np.int64]) -> str:
+        """Return a hash of some samples (k,) and their labels: tables compare only records with the same test items."""
+        contents, y = self.features.sha256, self.features.y
+        return fingerprint([[contents[position], int(y[position])] for position in index.tolist()])
 
     @property
     def strata(self) -> NDArray[np.int64]:

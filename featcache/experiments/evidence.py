@@ -14,7 +14,6 @@ from featcache.datasets import open_dataset
 from featcache.display import Table
 from featcache.errors import FeatcacheError, SetupError, StorageError
 from featcache.evaluation.metrics import ECE_BINS, TestResult, confusion, per_class
-from featcache.evaluation.splits import Split, items_hash
 from featcache.evaluation.tasks import Task
 from featcache.fingerprint import as_named
 from featcache.heads import bundle
@@ -115,8 +114,9 @@ def _test_positions(record: RunRecord, features: Features, card: dict[str, Any])
         from featcache.experiments.experiment import group_by_path, groups_of
 
         groups = groups_of(features, group_by_path(open_dataset(card["data"]), group))
-    split: Split = Task(features, "label", groups, group).split(record.seed, record.request.get("folds"))
-    if items_hash(features.sha256, split.test, features.y) != record.test_items:
+    task = Task(features, "label", groups, group)
+    split = task.split(record.seed, record.request.get("folds"))
+    if task.items(split.test) != record.test_items:
         raise StorageError("the data set's samples, labels or splits have changed since")
     return split.test
 

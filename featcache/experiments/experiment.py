@@ -14,7 +14,7 @@ from featcache.datasets.base import Dataset
 from featcache.datasets.tables import read_column, read_columns
 from featcache.errors import DataError
 from featcache.evaluation.metrics import Kind, encode_correct
-from featcache.evaluation.splits import Split, items_hash
+from featcache.evaluation.splits import Split
 from featcache.evaluation.tasks import Columns, Task, column_names
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.finetuning import FineTunePlan
@@ -108,7 +108,7 @@ class Experiment:
             artefact: the file that holds it, somewhere below the cache.
             outcome: what it came to.
         """
-        features, split = self.task.features, outcome.split
+        split = outcome.split
         plan = {"plan": asdict(self.plan)} | self._group if isinstance(self.plan, FineTunePlan) else dict(self.plan)
         kind = "finetune" if isinstance(self.plan, FineTunePlan) else "fit"
         return RunRecord(
@@ -123,7 +123,7 @@ class Experiment:
             request={"backbone": self.cache.identity} | plan,
             params=dict(outcome.params),
             split=split.sizes(),
-            test_items=items_hash(features.sha256, split.test, features.y),
+            test_items=self.task.items(split.test),
             val=asdict(outcome.val),
             test=asdict(outcome.test),
             right="" if outcome.right is None else encode_correct(outcome.right),
