@@ -44,8 +44,7 @@ def advise_command(as_json: bool, backbones: tuple[str, ...], **flags: Any) -> N
     if as_json:
         options.emit(result.summary)
         return
-    for line in advice_lines(result):
-        click.echo(line)
+    options.show(advice_lines(result))
 
 
 def _backbone_of(text: str) -> Any:
@@ -66,7 +65,6 @@ def _backbone_of(text: str) -> Any:
         "--beside",
         multiple=True,
         default=("mini",),
-        show_default=True,
         metavar="BACKBONE|none",
         help="Heads on embeddings of this backbone doubt labels too; repeat it for more, none for no other.",
     ),
@@ -110,10 +108,7 @@ def audit_command(
     if as_json:
         options.emit(result.summary)
         return
-    for line in audit_lines(result):
-        click.echo(line)
-    if csv_file is not None:
-        click.echo(str(csv_file))
+    options.show(audit_lines(result), csv_file)
     if fixed is not None:
         click.echo(f"{fixed}: without {len(result.dropped)} images")
 
@@ -122,7 +117,7 @@ def audit_command(
 @options.source_options
 @options.grouped(
     "Choice",
-    click.option("--n", "n", type=options.POSITIVE, default="50", show_default=True, help="Choose so many."),
+    click.option("--n", "n", type=options.POSITIVE, default="50", help="Choose so many."),
     click.option(
         "--unlabelled",
         multiple=True,
@@ -159,6 +154,4 @@ def next_command(as_json: bool, csv_file: Path | None, **flags: Any) -> None:  #
     if as_json:
         options.emit(result.summary)
         return
-    click.echo(result.table().plain())
-    if csv_file is not None:
-        click.echo(str(csv_file))
+    options.show([result.table().plain()], csv_file)

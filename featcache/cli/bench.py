@@ -131,8 +131,7 @@ def _show_replay(
         return result.agrees
     click.echo(result.table().plain())
     worded = spelling(click.get_current_context())
-    for line in result.lines:
-        click.echo(printable(worded(line)))
+    options.show(printable(worded(line)) for line in result.lines)
     return result.agrees
 
 
@@ -201,13 +200,12 @@ def quickstart_command(cache: Path | None, text: bool, as_json: bool) -> None:  
     click.option(
         "--dataset", "datasets", metavar="NAME", multiple=True, help="Report this data set alone; repeat it for more."
     ),
-    click.option("--images/--no-images", default=True, show_default=True, help="Show images on the page."),
+    click.option("--images/--no-images", default=True, help="Show images on the page."),
     click.option(
         "--map",
         "projection",
         type=click.Choice(["pca", "tsne"]),
         default="pca",
-        show_default=True,
         help="Map embeddings by their principal components, or by t-SNE, which takes longer.",
     ),
 )

@@ -25,7 +25,6 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
         "--unfreeze",
         metavar="PART",
         default="last:1",
-        show_default=True,
         help="Train this part: last:K stages, P% of the parameters, a stage and all behind it, or all; norm, bias or lora:R "
         "train those alone, with :last:K behind of the last K stages.",
     ),
@@ -45,29 +44,21 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
     click.option(
         "--refit/--no-refit",
         default=True,
-        show_default=True,
         help="Train once more on train and validation together, as long as the best epoch on validation.",
     ),
 )
 @options.grouped(
     "Optimisation",
-    click.option("--epochs", type=options.POSITIVE, default=10, show_default=True, help="Train so many epochs at most."),
+    click.option("--epochs", type=options.POSITIVE, default=10, help="Train so many epochs at most."),
     click.option(
         "--patience",
         type=options.POSITIVE,
         default=3,
-        show_default=True,
         help="End a training after so many epochs without gain on validation.",
     ),
+    click.option("--train-batch", type=options.POSITIVE, default=32, help="Train on so many images at a time."),
     click.option(
-        "--train-batch", type=options.POSITIVE, default=32, show_default=True, help="Train on so many images at a time."
-    ),
-    click.option(
-        "--accumulate",
-        type=options.POSITIVE,
-        default=1,
-        show_default=True,
-        help="Add up the gradients of so many batches before each step.",
+        "--accumulate", type=options.POSITIVE, default=1, help="Add up the gradients of so many batches before each step."
     ),
     click.option(
         "--lr",
@@ -75,34 +66,22 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
         multiple=True,
         type=options.NUMBER,
         default=RATES,
-        show_default=True,
         help="Try this rate for the last stage; repeat it: the best on validation is kept.",
     ),
-    click.option("--head-lr", type=options.NUMBER, default=1e-3, show_default=True, help="Train the head at this rate."),
+    click.option("--head-lr", type=options.NUMBER, default=1e-3, help="Train the head at this rate."),
     click.option(
         "--layer-decay",
         type=options.NUMBER,
         default=0.75,
-        show_default=True,
         help="Multiply the rate by this from each stage to the one before it.",
     ),
-    click.option("--optimiser", type=click.Choice(OPTIMISERS), default="adamw", show_default=True, help="Step with this."),
+    click.option("--optimiser", type=click.Choice(OPTIMISERS), default="adamw", help="Step with this."),
+    click.option("--weight-decay", type=options.NUMBER, default=0.05, help="Decay weight matrices by this."),
     click.option(
-        "--weight-decay", type=options.NUMBER, default=0.05, show_default=True, help="Decay weight matrices by this."
+        "--warmup", type=options.NUMBER, default=0.1, help="Let rates rise over this share, from 0 to 1, of all steps."
     ),
-    click.option(
-        "--warmup",
-        type=options.NUMBER,
-        default=0.1,
-        show_default=True,
-        help="Let rates rise over this share, from 0 to 1, of all steps.",
-    ),
-    click.option(
-        "--clip", type=options.NUMBER, default=0.0, show_default=True, help="Clip gradients to this norm; 0 does not."
-    ),
-    click.option(
-        "--ema", type=options.NUMBER, default=0.0, show_default=True, help="Average weights with this decay; 0 does not."
-    ),
+    click.option("--clip", type=options.NUMBER, default=0.0, help="Clip gradients to this norm; 0 does not."),
+    click.option("--ema", type=options.NUMBER, default=0.0, help="Average weights with this decay; 0 does not."),
     click.option(
         "--train-precision",
         type=click.Choice([*get_args(Precision), "auto"]),
@@ -111,24 +90,15 @@ _PLAN = tuple(field.name for field in fields(FineTunePlan) if field.name not in 
 )
 @options.grouped(
     "Regularisation",
+    click.option("--label-smoothing", type=options.NUMBER, default=0.1, help="Smooth labels by this in training."),
+    click.option("--mixup", type=options.NUMBER, default=0.0, help="Mix pairs with this alpha; 0 does not."),
     click.option(
-        "--label-smoothing", type=options.NUMBER, default=0.1, show_default=True, help="Smooth labels by this in training."
-    ),
-    click.option(
-        "--mixup", type=options.NUMBER, default=0.0, show_default=True, help="Mix pairs with this alpha; 0 does not."
-    ),
-    click.option(
-        "--drop-path",
-        type=options.NUMBER,
-        default=0.0,
-        show_default=True,
-        help="Leave out the last residual branch this often; 0 never does.",
+        "--drop-path", type=options.NUMBER, default=0.0, help="Leave out the last residual branch this often; 0 never does."
     ),
     click.option(
         "--views",
         type=options.POSITIVE,
         default=1,
-        show_default=True,
         help="Store so many views of each image, the plain one and augmentations; every epoch draws one of them.",
     ),
     click.option("--augment", is_flag=True, help="Flip and shift stored pixels as they are read (with --unfreeze all)."),
@@ -180,14 +150,12 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
     if as_json:
         options.emit(result.summary | ({"money": money} if price else {}))
         return
-    for line in finetune_lines(records):
-        click.echo(line)
+    options.show(finetune_lines(records))
     for name, cost in zip((record.short_method for record in records), money, strict=False):
         click.echo(f"{name}: price {cost['tuned']:.4f}, of the probe {cost['probe']:.4f}")
-    for job in result.jobs:
-        click.echo(f"{job.record.short_method} is kept in {job.checkpoint}, its head in {job.bundle}.")
-    if plot is not None:
-        click.echo(str(plot))
+    options.show(
+        (f"{job.record.short_method} is kept in {job.checkpoint}, its head in {job.bundle}." for job in result.jobs), plot
+    )
     options.tell_page(records[0].dataset, settings.cache)
 
 
@@ -208,7 +176,7 @@ def _money(record: "RunRecord", price: float | None) -> dict[str, float]:
     click.option(
         "--budget", type=options.SECONDS, help="Begin no further step after this time, such as 10m; a second run goes on."
     ),
-    click.option("--epochs", type=options.POSITIVE, default=10, show_default=True, help="Train so many epochs at most."),
+    click.option("--epochs", type=options.POSITIVE, default=10, help="Train so many epochs at most."),
     options.cache_budget_option,
     options.group_option,
     options.seed_option,
@@ -244,8 +212,5 @@ def gap_command(as_json: bool, price: float | None, plot: Path | None, epochs: i
         money = [round(step.seconds / 3600 * price, 6) for step in result.steps] if price else []
         options.emit(result.summary | ({"money": money} if price else {}))
         return
-    for line in gap_lines(result, price):
-        click.echo(line)
-    if plot is not None:
-        click.echo(str(plot))
+    options.show(gap_lines(result, price), plot)
     options.tell_page(result.steps[0].record.dataset, settings.cache)

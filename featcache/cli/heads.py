@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         metavar="CUT",
         multiple=True,
         default=["pooled"],
-        show_default=True,
         help="Store the activations at this cut: pooled, tokens (what is pooled), a stage's name, or input; repeat it: all "
         "come from one pass.",
     ),
@@ -44,10 +43,9 @@ if TYPE_CHECKING:
         "--views",
         type=options.POSITIVE,
         default=1,
-        show_default=True,
         help="Store so many views of each image: the usual one first, then seeded augmentations.",
     ),
-    click.option("--views-seed", type=options.SEED, default=0, show_default=True, help="Draw augmentations from this seed."),
+    click.option("--views-seed", type=options.SEED, default=0, help="Draw augmentations from this seed."),
 )
 @options.backbone_options
 @options.run_options
@@ -60,7 +58,6 @@ if TYPE_CHECKING:
         "--engine",
         type=click.Choice(["local", "ray"]),
         default="local",
-        show_default=True,
         help="Compute on this machine, or on the Ray cluster that it belongs to.",
     ),
     click.option("--dry-run", is_flag=True, help="Say what would be computed and written and how long it takes, and stop."),
@@ -87,9 +84,7 @@ def extract_command(as_json: bool, dry_run: bool, **flags: Any) -> None:  # noqa
         summaries = [result.summary for result in results]
         options.emit(summaries[0] if len(summaries) == 1 else {"extracts": summaries})
         return
-    for result in results:
-        for line in extract_lines(result):
-            click.echo(line)
+    options.show(line for result in results for line in extract_lines(result))
 
 
 def _print_estimate(estimate: Any, *, as_json: bool) -> None:
@@ -130,9 +125,7 @@ _PLAN = (
 @options.source_options
 @options.grouped(
     "Heads",
-    click.option(
-        "--head", "heads", multiple=True, type=options.Head(), default=["logistic"], show_default=True, help=_HEADS
-    ),
+    click.option("--head", "heads", multiple=True, type=options.Head(), default=["logistic"], help=_HEADS),
     click.option("--layers", type=options.NAMES, help="Train on these layers side by side, such as layer3,layer4."),
     click.option(
         "--prompt",
@@ -152,21 +145,18 @@ _PLAN = (
         "--views",
         type=options.POSITIVE,
         default=1,
-        show_default=True,
         help="Train on so many augmented views of each image, and average the answers over them.",
     ),
     click.option(
         "--target",
         type=click.Choice(["label", "labels", "number"]),
         default="label",
-        show_default=True,
         help="Take labels for this: a class, several labels with ; between, or a number.",
     ),
     click.option(
         "--format",
         type=click.Choice(["joblib", "skops"]),
         default="joblib",
-        show_default=True,
         help="Write heads in this format; skops files run no code when they are loaded.",
     ),
     click.option("--budget", type=options.SECONDS, help="Begin no further head after this time, such as 60s or 5m."),
@@ -188,7 +178,6 @@ _PLAN = (
     click.option(
         "--baselines/--no-baselines",
         default=True,
-        show_default=True,
         help="Also train methods that need no backbone: what it is worth is what it adds to them.",
     ),
 )
@@ -240,8 +229,7 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
     if result.best is not None:
         lines += per_class_lines(result.best) if show_classes else ()
         lines += mistake_lines(result.best, mistakes, dataset.location) if mistakes else ()
-    for line in lines:
-        click.echo(line)
+    options.show(lines)
     options.tell_page(result.heads[0].record.dataset, settings.cache)
 
 
@@ -263,14 +251,12 @@ reject_options = options.grouped(
         "--coverage",
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
         default=0.9,
-        show_default=True,
         help="Make sets of classes that hold the true one this often, with --reject.",
     ),
     click.option(
         "--sets",
         type=click.Choice(["lac", "aps"]),
         default="lac",
-        show_default=True,
         help="Make the smallest sets on average, or ones whose sizes follow how hard an image is, with --reject.",
     ),
     click.option("--of-group", "group", help="Take images as of this group that the head was calibrated on, with --reject."),

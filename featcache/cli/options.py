@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -51,6 +51,9 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, glossary: Glossary | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for param in self.params:
+            if isinstance(param, click.Option):
+                param.show_default = _tells_default(param)
         takes_data = any(isinstance(param, click.Argument) and param.name == "data" for param in self.params)
         self.glossary = DATA_KINDS if takes_data else glossary
 
@@ -68,6 +71,14 @@ class Command(click.Command):
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def _tells_default(option: click.Option) -> bool:
+    """Tell whether help says what is taken where an option is left out: not of flags that are off, and not of nothing."""
+    default = option.default
+    if isinstance(default, str | Sequence):
+        return bool(default)
+    return isinstance(default, int | float) and (not isinstance(default, bool) or bool(option.secondary_opts))
 
 
 def grouped(heading: str, *options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
@@ -238,7 +249,7 @@ notes_options = grouped(
 json_option = grouped(
     "Output", click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
 )
-seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Draw splits, and train, from this seed.")
+seed_option = click.option("--seed", type=SEED, default=0, help="Draw splits, and train, from this seed.")
 price_option = click.option(
     "--price", type=PRICE, help="Tell costs in money too, given the price of an hour on this machine."
 )
@@ -259,11 +270,7 @@ group_option = click.option(
     help="Keep images of one value of this column of a CSV or Parquet, such as patient, in one part.",
 )
 max_bad_option = click.option(
-    "--max-bad",
-    type=PERCENT,
-    default="1%",
-    show_default=True,
-    help="End the run where a greater share of images is unusable.",
+    "--max-bad", type=PERCENT, default="1%", help="End the run where a greater share of images is unusable."
 )
 source_options = grouped(
     "Data",
@@ -280,7 +287,6 @@ _NETWORK = (
         "-b",
         "--backbone",
         default="lite0",
-        show_default=True,
         metavar="NAME",
         help="Take this backbone: lite0 (comes along), mini (a toy), a timm name, hf-hub:ORG/REPO or local-dir:PATH; of "
         "texts text:ORG/NAME or text:FOLDER.",
@@ -316,11 +322,7 @@ _NETWORK = (
     ),
 )
 _PRECISION = click.option(
-    "--precision",
-    type=click.Choice(get_args(Precision)),
-    default="float32",
-    show_default=True,
-    help="Compute the backbone in this precision.",
+    "--precision", type=click.Choice(get_args(Precision)), default="float32", help="Compute the backbone in this precision."
 )
 
 
@@ -329,7 +331,6 @@ def _backbone_options(pools: Sequence[str], auto: str) -> Callable[[Decorated], 
         "--pool",
         type=click.Choice(pools),
         default="default",
-        show_default=True,
         help=f"Pool the last activations so, without norms or layers that follow; default is the backbone's own way{auto}.",
     )
     return grouped("Backbone", *_NETWORK, pool, _PRECISION)
@@ -370,7 +371,6 @@ compute_options = grouped(
         "--runtime",
         type=click.Choice(RUNTIMES),
         default="auto",
-        show_default=True,
         help="Run the backbone on a CPU with this; auto takes the fastest installed one that agrees with torch and pays.",
     ),
     click.option("--workers", type=POSITIVE, help="Decode and compute in so many threads; by default one a core."),
@@ -466,3 +466,12 @@ def emit(value: dict[str, Any]) -> None:
     from featcache.reports import SCHEMA_VERSION
 
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **value}))
+
+
+def show(lines: Iterable[str], *written: Path | None) -> None:
+    """Print lines, then which files were written besides."""
+    for line in lines:
+        click.echo(line)
+    for path in written:
+        if path is not None:
+            click.echo(str(path))

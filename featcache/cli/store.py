@@ -113,8 +113,7 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
     if as_json:
         options.emit({"checked": checked, "problems": problems})
     else:
-        for problem in problems:
-            click.echo(printable(problem))
+        options.show(map(printable, problems))
         click.echo(f"{checked} entries checked, {len(problems)} problems")
     if problems:
         click.get_current_context().exit(DAMAGED)
@@ -141,8 +140,7 @@ def gc(entries: tuple[Path, ...], cache: Path | None, *, yes: bool, verbose: boo
     if as_json:
         options.emit(collected.summary | {"done": yes})
     else:
-        for line in (*(collected.lines if verbose else collected.totals), *collected.broken):
-            click.echo(printable(line))
+        options.show(map(printable, (*(collected.lines if verbose else collected.totals), *collected.broken)))
         size, count = sum(file.bytes for file in collected.litter), len(collected.litter)
         click.echo(f"{count} files, {size / 1e6:.1f} MB" + ("" if yes else ": nothing was changed, --yes does it"))
     if collected.broken:

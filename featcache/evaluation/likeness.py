@@ -24,7 +24,6 @@ _LEAST = (0.2, 0.9)
 _WITHOUT_COPIES, _ABOVE = 0.25, 0.75
 _FEW = 1 / 200  # of a block's pairs: more of them, each by itself, take longer and 130 MB
 _MOST_PAIRS = 2_000_000  # 100 MB: images that are all alike have as many pairs as squares
-Mask = NDArray[np.bool_]
 
 MOST_POINTS = 5000  # samples that coverage is measured on: a mean over more says the same, at the cost of a product each
 _REFRESHED = 64  # candidates measured again at once: one by one each would read all points from memory
