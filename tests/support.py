@@ -1,6 +1,7 @@
 """What tests draw and read."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,6 @@ class Outcome:
         """Its standard output as one JSON object."""
         loaded: dict[str, Any] = json.loads(self.out)
         return loaded
+
+
+Run = Callable[..., Outcome]  # what the fixture ``run`` is: a command's words to how it ended

@@ -1,18 +1,16 @@
 """The command line: every command runs, every mistake has one plain line and its exit code."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import h5py
 import numpy as np
 import pytest
-from support import TINY, Outcome, draw_image
+from support import TINY, Outcome, Run, draw_image
 
 from featcache.cli import COMMANDS, cli
-
-Run = Callable[..., Outcome]
 
 
 def test_extract_json_has_the_documented_keys(run: Run, folder: Path) -> None:

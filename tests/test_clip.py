@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from clip_support import CONFIG, TEMPLATE, write_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import Outcome, draw_subtle
+from support import Run, draw_subtle
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -21,8 +20,6 @@ from featcache.backbones.clip import embed_classes  # noqa: E402
 from featcache.datasets.images import ImagePreprocess  # noqa: E402
 from featcache.errors import DataError, SetupError, UsageError  # noqa: E402
 from featcache.specs import BackboneSpec, TransformOverrides, Views  # noqa: E402
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")

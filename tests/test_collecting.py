@@ -4,20 +4,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import Outcome
+from support import Run
 from test_damage import OTHER, entry, seen
 
 from featcache.experiments.upkeep import collect
 from featcache.store.atomic import _host
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import Listing, Part
-
-Run = Callable[..., Outcome]
 
 
 def tree(root: Path) -> dict[str, bytes]:

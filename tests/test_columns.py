@@ -3,20 +3,19 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import Outcome, draw_image
+from support import Outcome, Run, draw_image
 
 from featcache.datasets.tables import open_unlabelled
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.tasks import CodedColumn, ColumnCoder, Columns, alone
 from featcache.store import LazyRows, beside
 
-Run = Callable[..., Outcome]
 MINI = ("-b", "mini", "--batch-size", "16")
 SHADES = ((200, 50, 40), (30, 40, 200))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from support import TINY, Outcome, draw_folder, draw_subtle
+from support import TINY, Run, draw_folder, draw_subtle
 
 from featcache.backbones import origins
 from featcache.backbones.timm_models import load_backbone
@@ -26,7 +26,6 @@ from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec, Transform, Views
 from featcache.store.entry import FeatureStore
 
-Run = Callable[..., Outcome]
 QUICK = ("--epochs", "1", "--train-batch", "8", "--lr", "0.01", "--no-refit")
 GRID = """
 heads = ["ridge", "logistic"]

@@ -1,16 +1,13 @@
 """What the doctor finds: a whole installation is well, each broken part comes with the command that repairs it."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import Outcome
+from support import Run
 
 from featcache.experiments import upkeep
 from featcache.experiments.upkeep import Finding, examine
-
-Run = Callable[..., Outcome]
 
 
 def finding(what: str) -> Finding:

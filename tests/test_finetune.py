@@ -1,7 +1,6 @@
 """A fine-tuning from a data set to its record: started once, killed anywhere, at every depth, with what it has cost."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from finetune_support import GAINS, PLAN, KilledError, epochs_of
-from support import TINY, Outcome
+from support import TINY, Run
 
 from featcache.backbones.timm_models import load_backbone, trainable_copy
 from featcache.datasets import open_dataset
@@ -110,9 +109,6 @@ def test_no_stochastic_depth_means_none(folder: Path, settings: Settings) -> Non
     assert max(rates) == 0.5
     assert not any(module.drop_prob for module in backbone.module.modules() if type(module).__name__ == "DropPath")
     assert max(module.drop_prob for module in bench.backbone.module.modules() if type(module).__name__ == "DropPath") == 0.5
-
-
-Run = Callable[..., Outcome]
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,17 @@
 """Hostile data sets end in an answer or in a plain error; ``faults/hostile_sources.py`` watches memory and time as well."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults.hostile_cases import CANARY, CASES
 from faults.hostile_sources import look_at
-from support import TINY, Outcome
+from support import TINY, Run
 
 from featcache.errors import DataError, SetupError, UsageError
 
-Run = Callable[..., Outcome]
 # What takes long to write or to decode, or loads a library for itself, is left to the script.
 HEAVY = ("49 megapixels", "60 ", "400 megapixels", "200 MB", "gigabytes of zeros", "one long text", "a terabyte of zeros",
          "three million", "one image a hundred", "ten thousand", "a bomb")  # fmt: skip

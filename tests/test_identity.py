@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from support import TINY, Outcome, draw_folder, draw_image
+from support import TINY, Run, draw_folder, draw_image
 from timm.models import save_for_hf
 
 from featcache import FeatureExtractor, api
@@ -35,7 +34,6 @@ from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import bundle
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 
-Run = Callable[..., Outcome]
 SMALL = TransformOverrides(input_size=32)
 PUBLISHED = "test_resnet.r160_in1k"
 COMMITS = ("a" * 40, "b" * 40)

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from support import TINY, Outcome
+from support import TINY, Run
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, odd_names
@@ -19,7 +19,6 @@ from featcache.datasets.images import encode
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError
 
-Run = Callable[..., Outcome]
 MISSING = (None, "", "  ", math.nan, np.float32("nan"), Decimal("nan"), b"")
 
 

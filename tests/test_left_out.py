@@ -2,18 +2,15 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import TINY, Outcome, draw_image
+from support import TINY, Run, draw_image
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, looks_like_split
 from featcache.errors import DataError
 from featcache.experiments.predict import find_samples
-
-Run = Callable[..., Outcome]
 
 
 def draw(root: Path, *places: str) -> Path:

@@ -1,20 +1,17 @@
 """What to label next: the typical before the odd, nothing twice, the same in any order; its worth is simulated."""
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import TINY, Outcome, draw_folder, draw_image
+from support import TINY, Run, draw_folder, draw_image
 
 from featcache.datasets import open_partly
 from featcache.errors import DataError
 from featcache.evaluation.draws import units_of
 from featcache.evaluation.likeness import Crowd, herd, likeness, unit_rows
 from featcache.experiments.next_samples import USABLE, Samples, choose, doubts, simulate
-
-Run = Callable[..., Outcome]
 
 
 def unit(rng: np.random.Generator, centre: np.ndarray, count: int, spread: float = 0.1) -> np.ndarray:

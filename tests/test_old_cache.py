@@ -6,13 +6,12 @@ whose checkpoint of 1.5 MB is left out.
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sklearn
-from support import TINY, Outcome
+from support import TINY, Run
 
 from featcache.reports import read_records, tables
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
@@ -29,8 +28,6 @@ ENTRIES = {
     "layer3": "test_resnet.random0.layer3-8d85c457",
     "input": "pixels.input-1b6aded2",
 }
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import io
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import TINY, Outcome, draw_subtle
+from support import TINY, Run, draw_subtle
 
 import featcache
 from featcache.cli.bench import command_of
@@ -29,7 +28,6 @@ from featcache.reports.shown import Cell, Confusion, DatasetEvidence, Scatter, S
 from featcache.reports.svg import Mark, pareto
 from featcache.reports.tables import rows, short_table, to_csv
 
-Run = Callable[..., Outcome]
 LAB = Path(__file__).parent.parent / "benchmarks"
 VOID = {"meta", "link", "br", "img", "input"}
 HOSTILE = (

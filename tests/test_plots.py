@@ -2,13 +2,12 @@
 
 import struct
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TINY, Outcome
+from support import TINY, Run
 
 from featcache.errors import SetupError, StorageError, UsageError
 from featcache.reports import RunRecord
@@ -16,7 +15,6 @@ from featcache.reports.tables import draw_records, require_picture
 
 pytest.importorskip("matplotlib")
 
-Run = Callable[..., Outcome]
 PROBE = {"head": "knn", "seconds": {"extract": 1.0, "fit": 0.2}, "test": {"accuracy": 0.75, "accuracy_ci": [0.6, 0.9]}}
 RECORD = RunRecord(
     kind="finetune",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import TINY, Outcome, draw_image
+from support import TINY, Run, draw_image
 
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets.images import decode
@@ -25,8 +25,6 @@ from featcache.extraction.feature_cache import Settings
 from featcache.heads import bundle
 from featcache.specs import BackboneSpec, Transform
 from featcache.store.entry import FeatureStore
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture

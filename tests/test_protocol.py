@@ -3,7 +3,6 @@
 import csv
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from finetune_support import GAINS, PLAN
 from safetensors.torch import save_file
-from support import TINY, Outcome, draw_image
+from support import TINY, Run, draw_image
 from test_fit import blobs
 
 from featcache import heads
@@ -34,7 +33,6 @@ from featcache.reports import RunRecord, read_records
 from featcache.reports.tables import rows
 from featcache.specs import BackboneSpec
 
-Run = Callable[..., Outcome]
 TOML_BACKBONE = """[[backbone]]
 name = "test_resnet"
 random_init = 0

@@ -1,13 +1,12 @@
 """When a head says that it does not know: sets keep their promise, far images are unfamiliar, errors say what to do."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import TINY, Outcome, draw_folder, draw_image
+from support import TINY, Run, draw_folder, draw_image
 
 from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, UsageError
@@ -28,8 +27,6 @@ from featcache.heads.rejection import (
 from featcache.heads.search import predict_with
 from featcache.specs import Transform, Views
 from featcache.store import Features
-
-Run = Callable[..., Outcome]
 
 
 def drawn_answers(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:

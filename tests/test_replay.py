@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from finetune_support import GAINS
-from support import Outcome, draw_subtle
+from support import Run, draw_subtle
 
 from featcache.datasets import open_dataset
 from featcache.errors import DataError
@@ -24,7 +24,6 @@ from featcache.reports import PROTOCOL, RunRecord, append_record, read_records
 from featcache.reports.comparison import compare_again, compare_with_published
 from featcache.specs import BackboneSpec, TransformOverrides
 
-Run = Callable[..., Outcome]
 GRID = """
 heads = ["logistic"]
 unfreeze = ["last:1"]

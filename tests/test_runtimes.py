@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import TINY, Outcome
+from support import TINY, Run
 from torch import Tensor, nn
 
 from featcache.backbones.timm_models import load_backbone
@@ -24,7 +24,6 @@ from featcache.extraction.loader import Runtime, Workers
 from featcache.extraction.runtimes import Machine, TorchRuntime, select_runtime
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
-Run = Callable[..., Outcome]
 CPU = torch.device("cpu")
 VIT = BackboneSpec("test_vit", random_init=0)
 

@@ -7,14 +7,13 @@ import socket
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-from support import TINY, Outcome, draw_image
+from support import TINY, Run, draw_image
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
@@ -22,7 +21,6 @@ from featcache.datasets.images import decode, encode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.specs import Transform
 
-Run = Callable[..., Outcome]
 LABELS = ["cat", "dog", "cat", "dog", "cat", "dog"]
 GREY = np.zeros((2, 4, 4), np.uint8)
 SPLITS = ["train", "train", "train", "train", "test", "test"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import COLOURS, TINY, Outcome, draw_folder, draw_image
+from support import COLOURS, TINY, Run, draw_folder, draw_image
 
 from featcache import extraction as caching
 from featcache.datasets import open_dataset
@@ -28,7 +28,6 @@ from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import FileIndex, Listing, Part
 
-Run = Callable[..., Outcome]
 SPEC = FeatureSpec(Transform(8), LoadedBackbone("x", "x", "00"))
 
 

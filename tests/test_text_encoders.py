@@ -14,7 +14,7 @@ import pytest
 import torch
 from finetune_support import PLAN, KilledError, epochs_of
 from safetensors.torch import load_file
-from support import Outcome
+from support import Run
 
 import featcache
 from featcache.backbones import open_backbone
@@ -40,7 +40,6 @@ from featcache.specs import BackboneSpec, TransformOverrides, Views
 
 pytest.importorskip("transformers")
 
-Run = Callable[..., Outcome]
 
 SUBJECTS = {"weather": ["rain", "wind", "cloud", "storm", "sun"], "kitchen": ["pan", "salt", "oven", "spoon", "bread"]}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(word for words in SUBJECTS.values() for word in words)]

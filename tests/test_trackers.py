@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TINY, Outcome
+from support import TINY, Run
 
 from featcache.display import Table, markdown_cell
 from featcache.errors import SetupError, UsageError
@@ -19,7 +19,6 @@ from featcache.extraction.feature_cache import Settings
 from featcache.reports import RunRecord, read_records, trackers
 from featcache.reports.trackers import Tracker, run_name
 
-Run = Callable[..., Outcome]
 TUNING = (*TINY, "--epochs", "2", "--lr", "1e-3", "--train-batch", "8", "--no-refit", "--offline")
 ACCURACY, LIVE, KEPT = "test/accuracy", "rate 0.001/validation accuracy", "kept/validation accuracy"
 

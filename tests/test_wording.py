@@ -1,13 +1,10 @@
 """What is said of results: tables that neither a name nor a file can forge, the winner by validation alone."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from support import TINY, Outcome, draw_image
+from support import TINY, Run, draw_image
 
 from featcache.display import Table
-
-Run = Callable[..., Outcome]
 
 
 def draw_grey(root: Path) -> Path:

@@ -2,13 +2,12 @@
 
 import csv
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clip_support import TEMPLATE, write_clip
-from support import COLOURS, Outcome, draw_folder
+from support import COLOURS, Outcome, Run, draw_folder
 
 pytest.importorskip("open_clip")
 
@@ -19,7 +18,6 @@ from featcache.heads.search import search_head
 from featcache.heads.zeroshot import ClassRows, search_zeroshot
 from featcache.specs import BackboneSpec
 
-Run = Callable[..., Outcome]
 CLASSES = sorted(COLOURS)
 HEADS = ("zeroshot", "zeroshot-probe", "tip")
 
