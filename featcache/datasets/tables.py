@@ -251,12 +251,9 @@ def open_unlabelled(path: Path, names: Sequence[str]) -> tuple[Dataset, list[tup
     Raises:
         DataError: it is no manifest, has no such column, or names an image twice.
     """
-    asked, column = _Asked(tuple(names), "columns", with_labels=False), None
+    asked = _Asked(tuple(names), "columns", with_labels=False)
     _require_manifest(path, asked)
-    if path.suffix.lower() == ".csv":
-        rows = _csv_rows(path, asked)
-    else:
-        rows, column = _parquet_rows(path, asked)
+    rows, column = _rows_of(path, asked)
     samples = [Sample(name, "") for name in rows.names]
     return _opened(path, rows, column, (range(len(samples)), samples)), rows.asked
 
@@ -270,11 +267,8 @@ def open_partly_labelled(path: Path, names: Sequence[str]) -> tuple[Dataset, lis
         DataError: it is no table of samples, has no such column, or names a sample twice.
     """
     require_file(path)
-    asked, column = _Asked(tuple(names), with_labels="label" in _columns_of(path)), None
-    if path.suffix.lower() == ".csv":
-        rows = _csv_rows(path, asked)
-    else:
-        rows, column = _parquet_rows(path, asked)
+    asked = _Asked(tuple(names), with_labels="label" in _columns_of(path))
+    rows, column = _rows_of(path, asked)
     usual = "train" if any(rows.splits) else ""
     splits = [split or ("" if label else usual) for split, label in zip(rows.splits, rows.labels, strict=True)]
     samples = [Sample(*cells) for cells in zip(rows.names, (label or "" for label in rows.labels), splits, strict=True)]
@@ -301,7 +295,7 @@ def _columns_of(path: Path) -> list[str]:
 def _read_asked(path: Path, asked: _Asked) -> tuple[list[int], _Rows]:
     """Return which rows are images of the manifest's source, and all rows with what was asked for."""
     _require_manifest(path, asked)
-    rows = _csv_rows(path, asked) if path.suffix.lower() == ".csv" else _parquet_rows(path, asked)[0]
+    rows, _ = _rows_of(path, asked)
     return rows.labelled(path, *_counting(path))[0], rows
 
 
@@ -315,6 +309,10 @@ def _require_manifest(path: Path, asked: _Asked) -> None:
 def _counting(path: Path) -> tuple[str, int]:
     """Return what a manifest's rows are called in errors, and the number of the first."""
     return ("line", 2) if path.suffix.lower() == ".csv" else ("row", 0)
+
+
+def _rows_of(path: Path, asked: _Asked) -> tuple[_Rows, str | None]:
+    return (_csv_rows(path, asked), None) if path.suffix.lower() == ".csv" else _parquet_rows(path, asked)
 
 
 def _csv_rows(path: Path, asked: _Asked = _Asked()) -> _Rows:
