@@ -345,17 +345,19 @@ class FeatureCache:
             run = self._eager(computed) if computed else NO_RUNTIME.run
             runtime = Runtime(run, workers=self._workers.count, any_size=self.dataset.kind == "text")
             seconds = measure(self.files, pending, plan, runtime, self.backbone.example_inputs(plan.batch_size))
-        return Estimate(len(self.files), len(pending), sum(self.sizes(outputs, views)), seconds)
+        return Estimate(len(self.files), len(pending), sum(self._bytes(requests, scans)), seconds)
 
     def sizes(self, outputs: Sequence[Output], views: Views | None = None) -> list[int]:
         """Return how many bytes an extraction would write of each cut."""
         views = views or Views()
         requests = [self._request(output, views) for output in outputs]
-        pending = [len(scanned.pending) for _, scanned in self._find(requests)]
-        lacking = [request for request, count in zip(requests, pending, strict=True) if count]
-        shapes = iter(self._shapes([request.cut for request in lacking]))
+        return self._bytes(requests, [scanned for _, scanned in self._find(requests)])
+
+    def _bytes(self, requests: Sequence[entries.CacheRequest], scans: Sequence[Scan]) -> list[int]:
+        pending = [len(scanned.pending) for scanned in scans]
+        shapes = iter(self._shapes([request.cut for request, count in zip(requests, pending, strict=True) if count]))
         return [
-            count * views.count * int(np.prod(next(shapes))) * np.dtype(request.dtype).itemsize if count else 0
+            count * request.views.count * int(np.prod(next(shapes))) * np.dtype(request.dtype).itemsize if count else 0
             for request, count in zip(requests, pending, strict=True)
         ]
 
