@@ -65,11 +65,15 @@ class FeatureStore:
     """One entry of the cache: the rows of one data set under one FeatureSpec.
 
     Many processes may read and commit at once: a reader sees the highest manifest, which lists only whole files.
+
+    Attributes:
+        path: its folder.
+        spec: the FeatureSpec as plain data, with its key.
+        key: the cache key, 64 hexadecimal digits.
     """
 
-    def __init__(self, path: Path, spec_text: str) -> None:
-        self.path = path
-        self._spec_text = spec_text
+    def __init__(self, path: Path, spec: dict[str, Any]) -> None:
+        self.path, self.spec, self.key = path, spec, str(spec["key"])
         self._manifest: Manifest | None = None
         self._just_written: set[FileRecord] = set()
         self._listing: tuple[FileRecord, Listing] | None = None
@@ -114,8 +118,7 @@ class FeatureStore:
         path = Path(path)
         try:
             # A plain file of sane size only: a pipe in its place would be waited for, a device would never end.
-            text = read_plain(path / "spec.json")
-            spec = parse(text)
+            spec = parse(read_plain(path / "spec.json"))
             key = spec.pop("key")
         except OSError as error:
             raise StorageError(f"{path}: not an entry of featcache ({error}).") from error
@@ -130,23 +133,12 @@ class FeatureStore:
             )
         if not _is_spec(spec):
             raise StorageError(f"{path / 'spec.json'}: not of this version of featcache. Move {path} away.")
-        return cls(path, text.decode())
+        return cls(path, spec | {"key": key})
 
     def tidy(self) -> None:
         """Remove what killed writers left; a cache that cannot be written stays as it is."""
         for folder in maintenance.FOLDERS:
             remove_abandoned(self.path / folder)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The FeatureSpec as plain data, with its key."""
-        loaded: dict[str, Any] = json.loads(self._spec_text)
-        return loaded
-
-    @property
-    def key(self) -> str:
-        """The cache key, 64 hexadecimal digits."""
-        return str(self.spec["key"])
 
     @property
     def manifest(self) -> Manifest:
