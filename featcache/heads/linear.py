@@ -145,7 +145,7 @@ class _Race:
                 ahead = np.log(self.Cs[number] / self.Cs[numbers[place - 1]])
                 ahead /= np.log(self.Cs[numbers[place - 1]] / self.Cs[numbers[place - 2]])
                 models = models + np.float32(np.clip(ahead, 0, 1)) * (models - self.models[numbers[place - 2]])
-            group, number_of = self._group([number], models), np.full(len(self.y_held), number)
+            group, number_of = self._group([number], models[None]), np.full(len(self.y_held), number)
             while not group.turns or (group.left.max() > _LOOK and group.turns < _LOOSE_TURNS):
                 group.step()
             self._judge(group, number_of, [number])
@@ -280,8 +280,10 @@ class _Race:
         return _with_heads(_candidate(params, solutions, held, self.loss.outputs), solutions)
 
     def _group(self, numbers: Sequence[int], models: NDArray[Any]) -> SideBySide:
-        Cs = np.repeat([self.Cs[number] for number in numbers], len(self.y_held))
-        return SideBySide(self.loss, np.tile(np.arange(len(self.y_held)), len(numbers)), Cs, models)
+        """Return some C on every fold side by side, from models (c, f, k, r + 1); fold by fold."""
+        Cs = np.tile([self.Cs[number] for number in numbers], len(self.y_held))
+        by_fold = np.swapaxes(models, 0, 1).reshape(-1, *models.shape[2:])
+        return SideBySide(self.loss, np.repeat(np.arange(len(self.y_held)), len(numbers)), Cs, by_fold)
 
     def _decide(self) -> None:
         """Let those that matter go on until all is decided, in this order as many side by side as there is room for."""
@@ -291,8 +293,8 @@ class _Race:
             company = [number for number in sorted(self.standings) if self._matters(number)][:together]
             if not company:
                 return
-            group = self._group(company, np.concatenate([self.models[number] for number in company]))
-            number_of = np.repeat(company, len(self.y_held))
+            group = self._group(company, np.stack([self.models[number] for number in company]))
+            number_of = np.tile(company, len(self.y_held))
             while len(number_of) and not group.descents.stalled.all():
                 group.step()
                 if group.turns == 1 or not group.arrived.any():

@@ -112,8 +112,9 @@ class Descents:
     """Convex problems on their way down side by side, each by Newton steps that conjugate gradients look for.
 
     (Nocedal and Wright 2006, algorithm 7.1; Eisenstat and Walker 1996, choice 1, of how far they look.) Driven from outside:
-    of a problem that ``bends`` evaluate the second derivative along its vector of ``asked``, of another the value and the
-    gradient there; ``tell`` them, then ``turn`` with an approximate inverse of the second derivatives times ``rests``.
+    ``begin``; while some ``waits`` tell them what they ``look`` at, ``lengths`` of their moves from where they stand; then
+    ``tell`` of those that bend the second derivative along their vector of ``asked``, of the others the gradient there, and
+    ``turn`` with an approximate inverse of the second derivatives times ``rests``.
 
     Args:
         points: from where they start (p, k, r + 1).
@@ -127,7 +128,8 @@ class Descents:
         self.moves, self.directions, self.gradients, self.rests = (np.zeros_like(points) for _ in range(4))
         self.values, self.decrements = np.full(count, np.inf), np.full(count, np.inf)
         self.bends, self.stalled, self.arrived = (np.zeros(count, bool) for _ in range(3))
-        self._lengths, self._slopes, self._forcing = np.ones(count), np.zeros(count), np.full(count, _LOOSEST)
+        self.lengths, self.strides = np.ones(count), np.zeros(count)  # of moves, and of the last directions in them
+        self._slopes, self._forcing = np.zeros(count), np.full(count, _LOOSEST)
         # Squared lengths of what conjugate gradients leave, now and at first, and what they promise to gain.
         self._measures, self._firsts, self._promised = np.zeros(count), np.zeros(count), np.zeros(count)
         self._missed = np.full(count, _MISSED)  # by how much the first length tells less than they then find
@@ -135,10 +137,10 @@ class Descents:
 
     @property
     def asked(self) -> NDArray[Any]:
-        """Directions (p, k, r + 1) of those that bend, trials of the others."""
+        """Directions (p, k, r + 1) of those that bend, of the others where they look."""
         if self.bends.all():
             return self.directions
-        trials: NDArray[Any] = self.points + _each(self._lengths, self.points) * self.moves
+        trials: NDArray[Any] = self.points + _each(self.lengths, self.points) * self.moves
         return np.where(self.bends[:, None, None], self.directions, trials) if self.bends.any() else trials
 
     @property
@@ -146,47 +148,61 @@ class Descents:
         """The steps (p, k, r + 1) as far as they are found: at first where the approximate second derivatives lead."""
         return np.where((self._counts > 0)[:, None, None], self.moves, self.directions)
 
-    def tell(self, values: Floats, vectors: NDArray[Any]) -> None:
-        """Take values (p,) and gradients, or second derivatives (p, k, r + 1): who looks moves, or shortens the step."""
-        self.arrived = np.zeros(len(values), bool)
+    @property
+    def waits(self) -> NDArray[np.bool_]:
+        """Which have still to look (p,)."""
+        waits: NDArray[np.bool_] = ~(self.bends | self.arrived | self.stalled)
+        return waits
+
+    def begin(self) -> None:
+        """Begin a turn."""
+        self.arrived = np.zeros(len(self.values), bool)
+
+    def look(self, values: Floats, ends: Floats) -> None:
+        """Take values and slopes along the moves (p,): who looks has arrived there, or is to look nearer."""
+        waits, is_first = self.waits, np.isinf(self.values)
+        rounding = _NOISE[self.points.dtype == np.float64] * np.abs(np.where(is_first, 0, self.values))
+        promised = np.where(is_first, np.inf, self.values + _SUFFICIENT * self.lengths * self._slopes + rounding)
+        is_lower = waits & np.isfinite(values) & (values <= promised)
+        with np.errstate(over="ignore", invalid="ignore"):
+            shorter, is_over = self._shorter(values, ends)
+        # Where the first rows come right the curvature falls, and steps lead across the valley: half of one leads lower.
+        is_over &= is_lower & ~is_first & (self.lengths == 1) & (-self._slopes > _TINY * np.abs(values))
+        arrived = is_lower & ~is_over
+        refused = waits & ~arrived
+        self.arrived = self.arrived | arrived
+        self._idle = np.where(arrived & ~is_first & (self.values - values <= rounding), self._idle + 1, self._idle)
+        self.lengths = np.where(refused, shorter, self.lengths)
+        self.values = np.where(arrived, values, self.values)
+        # Who cannot go on has arrived too: there is nowhere else to stand.
+        self.stalled = self.stalled | (refused & (self.lengths < _SMALLEST_STEP)) | (self._idle >= _IDLE)
+
+    def tell(self, vectors: NDArray[Any]) -> None:
+        """Take gradients, or second derivatives (p, k, r + 1), and let those that have arrived move."""
         if self.bends.any():
             self._bend(vectors if self.bends.all() else np.where(self.bends[:, None, None], vectors, 0))
-        if not self.bends.all():
-            self._look(values, vectors)
+        if self.arrived.all():
+            self.points = self.points + _each(self.lengths, self.points) * self.moves
+            self.gradients, self.rests, self.moves = vectors, vectors.copy(), np.zeros_like(self.moves)
+        elif self.arrived.any():
+            here = np.flatnonzero(self.arrived)
+            self.points[here] += _each(self.lengths[here], self.points) * self.moves[here]
+            self.gradients[here] = self.rests[here] = vectors[here]
+            self.moves[here] = 0
 
     def _bend(self, vectors: NDArray[Any]) -> None:
         curved = _dots(self.directions, vectors)
         is_curved = self.bends & (curved > 0) & np.isfinite(curved)
-        lengths = np.where(is_curved, self._measures / np.where(is_curved, curved, 1), 0)
+        lengths = self.strides = np.where(is_curved, self._measures / np.where(is_curved, curved, 1), 0)
         self.moves += _each(lengths, vectors) * self.directions
         self.rests += _each(lengths, vectors) * vectors
         self._promised += lengths * self._measures / 2
         self._counts += self.bends
         self._counts[self.bends & ~is_curved] = _MOST_BENDS_ASIDE
 
-    def _look(self, values: Floats, gradients: NDArray[Any]) -> None:
-        is_first = np.isinf(self.values)
-        rounding = _NOISE[self.points.dtype == np.float64] * np.abs(np.where(is_first, 0, self.values))
-        promised = np.where(is_first, np.inf, self.values + _SUFFICIENT * self._lengths * self._slopes + rounding)
-        is_lower = ~self.bends & np.isfinite(values) & (values <= promised)
-        with np.errstate(over="ignore", invalid="ignore"):
-            shorter, is_over = self._shorter(values, _dots(self.moves, gradients))
-        # Where the first rows come right the curvature falls, and steps lead across the valley: half of one leads lower.
-        is_over &= is_lower & ~is_first & (self._lengths == 1) & (-self._slopes > _TINY * np.abs(values))
-        arrived = self.arrived = is_lower & ~is_over
-        refused = ~self.bends & ~arrived
-        is_here = arrived[:, None, None]
-        self.points = np.where(is_here, self.points + _each(self._lengths, self.points) * self.moves, self.points)
-        self.gradients = np.where(is_here, gradients, self.gradients)
-        self.rests, self.moves = np.where(is_here, gradients, self.rests), np.where(is_here, 0, self.moves)
-        self._idle = np.where(arrived & ~is_first & (self.values - values <= rounding), self._idle + 1, self._idle)
-        self._lengths = np.where(refused, shorter, self._lengths)
-        self.values = np.where(arrived, values, self.values)
-        self.stalled |= (self._lengths < _SMALLEST_STEP) | (self._idle >= _IDLE)
-
     def _shorter(self, values: Floats, ends: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         """Return the lengths to try where steps were too long, and whether the slopes (p,) at their ends say so."""
-        starts, lengths = self._slopes, self._lengths
+        starts, lengths = self._slopes, self.lengths
         lost = values - self.values - lengths * starts
         by_values = -starts * lengths**2 / (2 * np.maximum(lost, 1e-300))
         is_over = ends > _OVER * -starts
@@ -212,7 +228,7 @@ class Descents:
         self._measures = np.where(arrived | goes_on, measures, self._measures)
         enough = goes_on & (self._is_enough() | (self._counts >= _MOST_BENDS_ASIDE))
         self.bends = (goes_on & ~enough) | arrived
-        self._lengths[enough] = 1.0
+        self.lengths[enough] = 1.0
         if enough.any():
             self._slopes = np.where(enough, np.minimum(_dots(self.gradients, self.moves), 0), self._slopes)
 

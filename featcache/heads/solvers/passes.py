@@ -27,7 +27,9 @@ _AS_THEY_LIE, _ROUND = 1_000_000, 32  # multiplications of a product that OpenBL
 _NO_VALUE = 1e-300
 _FLAT = 1e-6  # of the greatest curvature: what rounding leaves of none
 _COUPLED = 32  # classes, above which turning them takes longer than it saves passes
-_VECTORS = 10  # that a problem which goes down takes, of its size
+_VECTORS, _STATES = 10, 6  # that a problem which goes down takes, of its size and of its scores'
+_SHARED = 3_000_000  # multiplications of a product, from which on a second thread pays
+_THIN = 48  # rows of vectors, up to which rows times vectors is faster than vectors times rows
 _UNLIKELY = 1e-6  # of the likeliest class's probability
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
 
@@ -154,7 +156,8 @@ class BatchedLoss:
             with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
                 if self._signs is None:
                     wanted_part = ("whole" if is_whole else "diagonal") if curvature else "none"
-                    loss, curved = _softmax(values, self.y[block], counts, wanted_part)
+                    place = np.arange(len(values))[:, None] * (outputs * len(rows)) + self.y[block] * len(rows)
+                    loss, curved = _softmax(values, place + np.arange(len(rows)), counts, wanted_part)
                 else:
                     loss, curved = _ONE_BY_ONE[self.loss](values, self._signs[:, block], counts[:, None])
             sums.loss[index] += loss
@@ -265,7 +268,7 @@ class BatchedLoss:
 
 
 class TurnedLoss:
-    """Evaluates models on turned folds, one product a fold.
+    """What models on turned folds are evaluated on.
 
     Args:
         folds: rows of each fold, the last column ones.
@@ -288,10 +291,7 @@ class TurnedLoss:
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
         is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
         self.shares_of_C = np.where(is_pair, 0.5, 1.0)
-        parts = max(1, cores() // len(folds))
-        cuts = [np.linspace(0, count, parts + 1).astype(int) for count in self.counts]
-        self._tasks = [(number, slice(*pair)) for number, cut in enumerate(cuts) for pair in pairwise(cut)]
-        self._workers = ThreadPoolExecutor(cores())
+        self.workers = ThreadPoolExecutor(cores())
 
     def _shares_of(self, y: NDArray[Any]) -> Floats:
         """Return which share of a fold's rows has each class or label (k,)."""
@@ -300,67 +300,136 @@ class TurnedLoss:
 
     def close(self) -> None:
         """Let the threads end."""
-        self._workers.shutdown()
+        self.workers.shutdown()
 
-    def look_or_bend(
-        self, fold_of: NDArray[np.int64], asked: Rows, bends: NDArray[np.bool_], states: Sequence[Rows]
-    ) -> tuple[Floats, Rows, Floats]:
-        """Return losses (p,), derivatives (p, k, r + 1) and mean curvatures (p, k, k) or (p, k) of models, as ``Gradients``.
 
-        Of those that bend it is the second derivative along what is asked, where they were looked at last: ``states``, for
-        each fold (m, k, n) of its m problems in their order, are kept for that.
-        """
-        spent, products = np.zeros(len(asked)), np.zeros_like(asked)
-        curvature = np.zeros((len(asked), *([self.outputs] * (2 if self.is_whole else 1))))
-        index = [np.flatnonzero(fold_of == number) for number in range(len(self.folds))]
+class _Part:
+    """Some rows of every fold, on one core, and where problems side by side stand there: scores (p, k, n), and their moves.
 
-        def part_of(task: tuple[int, slice]) -> Any:
-            fold, block = task
-            rows, bent, state = self.rows[fold][block], bends[index[fold]], states[fold][:, :, block]
-            outputs = (asked[index[fold]].reshape(-1, self.width) @ rows.T).reshape(len(bent), self.outputs, len(rows))
-            seen = None
-            if bent.any():
-                turned = outputs if bent.all() else outputs[bent]
-                self._bend(turned, state if bent.all() else state[bent], self.targets[fold][block])
-                outputs[bent] = turned
-            if not bent.all():
-                slopes = outputs[~bent] if bent.any() else outputs
-                with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
-                    seen = self._spent(slopes, self.targets[fold][block])
-                outputs[~bent] = slopes
-                state[~bent] = slopes
-            return seen, (outputs.reshape(-1, len(rows)) @ rows).reshape(len(bent), self.outputs, self.width)
+    Folds with fewer rows are filled up with rows that count nothing, so that what is not a product is done for all at once.
 
-        tasks = [(fold, block) for fold, block in self._tasks if len(index[fold])]
-        for (fold, _), (seen, part) in zip(tasks, self._workers.map(part_of, tasks), strict=True):
-            products[index[fold]] += part
-            if seen is not None:
-                looking = index[fold][~bends[index[fold]]]
-                spent[looking] += seen[0]
-                curvature[looking] += seen[1] / self.counts[fold]
-        return spent, products, curvature
+    Args:
+        loss: has the rows.
+        block: which of each fold's.
+        fold_of: the fold of each problem (p,), ascending.
+        models: from where they start (p, k, r + 1).
+    """
 
-    def _spent(self, outputs: Rows, y_true: NDArray[Any]) -> tuple[Floats, Floats]:
-        """Return losses (p,) and curvatures of outputs (p, k, r), which become the losses' derivatives."""
-        counts = np.ones((1, len(y_true)), outputs.dtype)
-        if self.loss == "softmax":
-            return _softmax(outputs, y_true, counts, "whole" if self.is_whole else "diagonal")
-        return _ONE_BY_ONE[self.loss](outputs, np.where(y_true.T, 1, -1).astype(outputs.dtype), counts)
-
-    def _bend(self, moves: Rows, slopes: Rows, y_true: NDArray[Any]) -> None:
-        """Turn moves of outputs (p, k, r) into those of the losses' derivatives, where these were ``slopes``."""
-        if self.loss == "softmax":
-            row = np.arange(len(y_true))
-            shares = slopes.copy()
-            shares[:, y_true, row] += 1
-            moves -= moves[:, None, y_true, row]  # as in _softmax_bend
-            moves -= np.einsum("pkr,pkr->pr", shares, moves)[:, None]
-            moves *= shares
-        elif self.loss == "sigmoid":
-            wrong = np.abs(slopes)
-            moves *= wrong * (1 - wrong)
+    def __init__(self, loss: TurnedLoss, block: slice, fold_of: NDArray[np.int64], models: Rows) -> None:
+        self.kind, self.rows = loss.loss, [rows[block] for rows in loss.rows]
+        self.count = max(map(len, self.rows))
+        self.is_whole = loss.is_whole
+        targets = [y[block] for y in loss.targets]
+        self._uses = np.stack([np.arange(self.count) < len(y) for y in targets]).astype(models.dtype)
+        filled = np.stack([np.concatenate([y, np.zeros((self.count - len(y), *y.shape[1:]), y.dtype)]) for y in targets])
+        if loss.loss == "softmax":
+            self._y = filled * self.count + np.arange(self.count)
         else:
-            moves *= 2 * (slopes != 0)
+            self._y = np.where(filled.transpose(0, 2, 1), 1, -1).astype(models.dtype)
+        self._fold(fold_of)
+        self._scores = self._products(models, fold_of)
+        self._moved, self._slopes, self._state = (np.zeros_like(self._scores) for _ in range(3))
+        self._ahead, self._strides = self._moved[:0], np.zeros(0)
+        self._bending: Any = slice(0)
+
+    def _fold(self, fold_of: NDArray[np.int64]) -> None:
+        self._fold_of = fold_of
+        self._uses_of, self._y_of = self._uses[fold_of], self._y[fold_of]
+
+    def look(self, index: Any, lengths: Rows) -> tuple[Floats, Floats, Floats]:
+        """Return losses, slopes along the moves (q,) and curvature of some problems, so many moves from where they stand."""
+        self._catch_up()
+        moved = self._moved[index]
+        outputs = lengths[:, None, None] * moved
+        outputs += self._scores[index]
+        uses, y_true = self._uses_of[index], self._y_of[index]
+        with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
+            if self.kind == "softmax":
+                place = y_true + np.arange(len(outputs))[:, None] * (outputs.size // max(1, len(outputs)))
+                seen = _softmax(outputs, place, uses, "whole" if self.is_whole else "diagonal")
+                state = outputs.copy()
+                state.reshape(-1)[place] += uses  # the right class's probability, less one that its slope is
+            else:
+                seen, state = _ONE_BY_ONE[self.kind](outputs, y_true, uses[:, None]), outputs
+        if isinstance(index, slice):
+            self._slopes, self._state = outputs, state
+        else:
+            self._slopes[index], self._state[index] = outputs, state
+        ends = np.einsum("pkn,pkn->pk", outputs, moved).sum(axis=1, dtype=np.float64)
+        return seen[0], ends, seen[1]
+
+    def products(self, directions: Rows, bends: NDArray[np.bool_], arrived: NDArray[np.bool_], lengths: Rows) -> Rows:
+        """Return derivatives (p, k, r + 1), of those that bend the second along their directions; move who has arrived."""
+        self._catch_up()
+        if arrived.any():
+            index = slice(None) if arrived.all() else arrived
+            self._scores[index] += lengths[index, None, None] * self._moved[index]
+            self._moved[index] = 0
+        outputs = self._slopes
+        if bends.any():
+            self._bending = slice(None) if bends.all() else np.flatnonzero(bends)
+            self._ahead = self._products(directions[self._bending], self._fold_of[self._bending])
+            bent = self._bent(self._ahead, self._state[self._bending], self._bending)
+            if bends.all():
+                outputs = bent
+            else:
+                outputs = outputs.copy()
+                outputs[self._bending] = bent
+        total = np.empty((len(outputs), *directions.shape[1:]), directions.dtype)
+        for rows, of in zip(self.rows, self._slices(self._fold_of), strict=True):
+            part = outputs[of].reshape(-1, self.count)[:, : len(rows)]
+            np.matmul(part, rows, out=total[of].reshape(-1, rows.shape[1]))
+        return total
+
+    def advance(self, strides: Rows) -> None:
+        """Let the moves of those that have bent (q,) grow by so many of their directions."""
+        self._strides = strides
+
+    def keep(self, is_open: NDArray[np.bool_], fold_of: NDArray[np.int64]) -> None:
+        """Leave the other problems."""
+        self._catch_up()
+        self._scores, self._moved, self._slopes, self._state = (
+            state[is_open] for state in (self._scores, self._moved, self._slopes, self._state)
+        )
+        self._fold(fold_of)
+
+    def _catch_up(self) -> None:
+        if len(self._strides):
+            self._ahead *= self._strides[:, None, None]
+            self._moved[self._bending] += self._ahead
+            self._strides = self._strides[:0]
+
+    def _slices(self, fold_of: NDArray[np.int64]) -> Iterator[slice]:
+        """Return which of problems, sorted by fold, are each fold's."""
+        bounds = np.searchsorted(fold_of, np.arange(len(self.rows) + 1)).tolist()
+        return (slice(*pair) for pair in pairwise(bounds))
+
+    def _products(self, vectors: Rows, fold_of: NDArray[np.int64]) -> Rows:
+        """Return vectors (q, k, r + 1) times their folds' rows, (q, k, n)."""
+        scores = np.zeros((*vectors.shape[:2], self.count), vectors.dtype)
+        for rows, of in zip(self.rows, self._slices(fold_of), strict=True):
+            flat = vectors[of].reshape(-1, vectors.shape[2])
+            out = scores[of].reshape(-1, self.count)[:, : len(rows)]
+            if len(flat) > _THIN:
+                np.matmul(flat, rows.T, out=out)
+            else:
+                out[:] = (rows @ flat.T).T  # in the order in which BLAS is the faster one
+        return scores
+
+    def _bent(self, moves: Rows, state: Rows, index: Any) -> Rows:
+        """Return by how much the losses' derivatives change when outputs move (q, k, n)."""
+        if self.kind == "softmax":
+            place = self._y_of[index] + np.arange(len(moves))[:, None] * (moves.size // max(1, len(moves)))
+            # Nothing is cancelled where the right class is nearly certain.
+            bent: Rows = moves - moves.reshape(-1)[place][:, None]
+            bent -= np.einsum("pkn,pkn->pn", state, bent)[:, None]
+            bent *= state
+        elif self.kind == "sigmoid":
+            wrong = np.abs(state)
+            bent = moves * (wrong * (1 - wrong))
+        else:
+            bent = moves * (2 * (state != 0))
+        return bent
 
 
 def _padded(rows: Rows, width: int) -> Rows:
@@ -373,11 +442,12 @@ class SideBySide:
     """Problems, a fold and a C each, that go down side by side.
 
     Conjugate gradients take the second derivatives for the mean curvature by the outputs times the rows' mean squares, plus
-    the penalty: Böhning's (1992) block structure, with probabilities in place of his bound.
+    the penalty: Böhning's (1992) block structure, with probabilities in place of his bound. Scores are kept beside the
+    models, so that looking along a step takes no product.
 
     Args:
         loss: evaluates them.
-        fold_of: the fold of each (p,).
+        fold_of: the fold of each (p,), ascending.
         C: by which losses are multiplied (p,).
         weights: from where they start (p, k, r + 1).
         tolerance: see ``newton.Descents``.
@@ -389,10 +459,11 @@ class SideBySide:
         self.loss, self.fold_of = loss, fold_of
         self.C = C * loss.shares_of_C[fold_of]
         self.descents = newton.Descents(weights, tolerance)
-        self._states = [
-            np.zeros((int((fold_of == number).sum()), loss.outputs, count), weights.dtype)
-            for number, count in enumerate(loss.counts)
-        ]
+        # Threads take time to be woken: what is little is done by one.
+        count = cores() if weights.size * max(loss.counts) > _SHARED else 1
+        step = -(-max(loss.counts) // count)
+        blocks = [slice(start, start + step) for start in range(0, max(loss.counts), step)]
+        self._parts = list(loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks))
         self._turns_of = np.zeros((len(weights), *([loss.outputs] * 2 if loss.is_whole else [0])), weights.dtype)
         self._shrinks = np.zeros_like(weights)
         self.turns = 0
@@ -400,7 +471,7 @@ class SideBySide:
     @staticmethod
     def room(loss: TurnedLoss, problems: int) -> int:
         """Return how many numbers so many problems take."""
-        return int(problems * loss.outputs * (_VECTORS * loss.width + max(loss.counts)))
+        return int(problems * loss.outputs * (_VECTORS * loss.width + _STATES * max(loss.counts)))
 
     @property
     def weights(self) -> Rows:
@@ -432,41 +503,68 @@ class SideBySide:
 
     def step(self) -> None:
         """Evaluate every problem, or its second derivative along a direction, once."""
-        asked = self.descents.asked
-        spent, vectors, curvature = self.loss.look_or_bend(self.fold_of, asked, self.descents.bends, self._states)
-        C, inside = self.C[:, None, None].astype(asked.dtype), asked[:, :, :-1]
-        vectors *= C
-        vectors[:, :, :-1] += inside
-        values = np.zeros(len(asked))
-        for number in np.flatnonzero(~self.descents.bends):
-            values[number] = (
-                self.C[number] * spent[number] + np.einsum("kr,kr->", *[inside[number]] * 2, dtype=np.float64) / 2
-            )
-        self.descents.tell(values, vectors)
-        self._shape(curvature)
-        self.descents.turn(self._precondition(self.descents.rests))
+        descents = self.descents
+        descents.begin()
+        if not descents.bends.all():
+            self._look()
+        bends, arrived, lengths = descents.bends, descents.arrived, descents.lengths.astype(descents.points.dtype)
+        asked = descents.asked
+        vectors, *others = self._each(lambda part: part.products(asked, bends, arrived, lengths))
+        for addend in others:
+            vectors += addend
+        vectors *= self.C[:, None, None].astype(asked.dtype)
+        vectors[:, :, :-1] += asked[:, :, :-1]
+        descents.tell(vectors)
+        for part in self._parts:
+            part.advance(descents.strides[bends].astype(asked.dtype))
+        descents.turn(self._precondition(descents.rests))
         self.turns += 1
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
         """Leave the other problems where they are."""
-        self._states = [state[is_open[self.fold_of == number]] for number, state in enumerate(self._states)]
         self.descents.keep(is_open)
         self.fold_of, self.C = self.fold_of[is_open], self.C[is_open]
+        for part in self._parts:
+            part.keep(is_open, self.fold_of)
         self._turns_of, self._shrinks = self._turns_of[is_open], self._shrinks[is_open]
 
+    def _each(self, act: "Callable[[_Part], Any]") -> list[Any]:
+        waiting = [self.loss.workers.submit(act, part) for part in self._parts[1:]]
+        return [act(self._parts[0]), *(share.result() for share in waiting)]
+
+    def _look(self) -> None:
+        """Look along the steps of those that do not bend, nearer and nearer, until each is where it is to go on from."""
+        descents = self.descents
+        points, moves = descents.points[:, :, :-1], descents.moves[:, :, :-1]
+        lengths_now, across, squares = (_inner(*pair) for pair in ((points, points), (points, moves), (moves, moves)))
+        values, ends = np.full((2, len(points)), np.inf)
+        curvature = np.zeros((len(points), *([self.loss.outputs] * (2 if self.loss.is_whole else 1))))
+        while (waits := descents.waits).any():
+            index: Any = slice(None) if waits.all() else np.flatnonzero(waits)
+            lengths, C = descents.lengths[index], self.C[index]
+            trials = lengths.astype(points.dtype)
+            seen = [sum(each) for each in zip(*self._each(lambda part: part.look(index, trials)), strict=True)]  # noqa: B023
+            values[index] = C * seen[0] + (lengths_now[index] + lengths * (2 * across[index] + lengths * squares[index])) / 2
+            ends[index] = C * seen[1] + across[index] + lengths * squares[index]
+            curvature[index] = seen[2]
+            descents.look(values, ends)
+        self._shape(curvature)
+
     def _shape(self, curvature: Floats) -> None:
-        """Take the mean curvatures (p, k, k) or (p, k) by the outputs of those that have just arrived."""
-        arrived = self.descents.arrived
-        for number in np.flatnonzero(arrived).tolist():
-            by_output, fold = curvature[number], self.fold_of[number]
-            if self.loss.is_whole:
-                by_output, self._turns_of[number] = np.linalg.eigh(by_output)
-            weight = self.C[number] * self.loss.counts[fold] * np.maximum(by_output, 0)
-            stiff = weight[:, None] * self.loss.squares[fold]
-            stiff[:, :-1] += 1
-            is_flat = stiff[:, -1] <= _FLAT * stiff[:, -1].max()  # intercepts that all rise together, or of no row
-            stiff[:, -1] = np.where(is_flat, np.inf, stiff[:, -1])
-            self._shrinks[number] = 1 / stiff
+        """Take the curvatures (p, k, k) or (p, k) by the outputs, summed over rows, of those that have just arrived."""
+        arrived = np.flatnonzero(self.descents.arrived)
+        by_output = curvature[arrived]
+        if self.loss.is_whole:
+            # Exactly nothing along all outputs together: of what float32 leaves there conjugate gradients would go astray.
+            np.einsum("pkk->pk", by_output)[:] -= by_output.sum(axis=2)
+            by_output, self._turns_of[arrived] = np.linalg.eigh(by_output)
+        weight = self.C[arrived, None] * np.maximum(by_output, 0)
+        stiff = weight[:, :, None].astype(self._shrinks.dtype) * self.loss.squares[self.fold_of[arrived], None]
+        stiff[:, :, :-1] += 1
+        last = stiff[:, :, -1]
+        is_flat = last <= _FLAT * last.max(axis=1, keepdims=True)  # intercepts that all rise together, or of no row
+        stiff[:, :, -1] = np.where(is_flat, np.inf, last)
+        self._shrinks[arrived] = 1 / stiff
 
     def _precondition(self, vectors: Rows) -> Rows:
         if not self.loss.is_whole:
@@ -476,6 +574,11 @@ class SideBySide:
         turned *= self._shrinks
         inverse: Rows = np.matmul(self._turns_of, turned)
         return inverse
+
+
+def _inner(vectors: Rows, by: Rows) -> Floats:
+    """Return the inner product (p,) of each problem's vectors (p, k, r): summed in float64 over k."""
+    return np.einsum("pkr,pkr->pk", vectors, by).sum(axis=1, dtype=np.float64)  # type: ignore[no-any-return]
 
 
 def _products(weights: Rows, rows: Rows) -> Rows:
@@ -512,22 +615,22 @@ def _pieces(rows: int, cost: int) -> tuple[int, int]:
     return (rows // step, step) if 0 < step < rows else (1, rows)
 
 
-def _softmax(outputs: Rows, y_true: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:
+def _softmax(outputs: Rows, true: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:
     """Return the losses (p,) of outputs (p, k, r), C-contiguous, and the "whole" curvature, its "diagonal" or "none" (0,).
 
-    The outputs become the losses' derivatives.
+    ``true`` (p, r) says where in all outputs those of the right classes lie. The outputs become the losses' derivatives.
     """
-    flat, true = outputs.reshape(len(outputs), -1), y_true * len(y_true) + np.arange(len(y_true))
+    flat = outputs.reshape(-1)
     outputs -= outputs.max(axis=1, keepdims=True)
-    score_of_true = np.take(flat, true, axis=1)
+    score_of_true = flat[true]
     np.exp(outputs, out=outputs)
-    of_true = np.take(flat, true, axis=1)
-    flat[:, true] = 0
+    of_true = flat[true]
+    flat[true] = 0
     of_others = outputs.sum(axis=1)  # without the right class: 1 - p and log(p) of a p near 1 keep their digits
     total = of_others + of_true
     near = np.log1p(of_others / np.maximum(of_true, _UNLIKELY))
     spent = (np.where(of_true > _UNLIKELY, near, np.log(total) - score_of_true) * counts).sum(axis=1, dtype=np.float64)
-    flat[:, true] = of_true
+    flat[true] = of_true
     outputs *= (counts / total)[:, None]
     bent = np.zeros(0)
     if curvature == "whole":
@@ -536,7 +639,7 @@ def _softmax(outputs: Rows, y_true: NDArray[np.int64], counts: Rows, curvature: 
         bent[:, diagonal, diagonal] += outputs.sum(axis=2, dtype=np.float64)
     elif curvature == "diagonal":
         bent = (outputs * (1 - outputs)).sum(axis=2, dtype=np.float64)
-    flat[:, true] = -of_others / total * counts
+    flat[true] = -of_others / total * counts
     return spent, bent
 
 
