@@ -30,6 +30,7 @@ _MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
 _ALL_AXES, _MAIN_AXES = 96, 96  # columns of which all axes are found; how many are of wider rows
 _AXES_ROWS = 2048  # from which they are found
 _FEW_ROWS = 0.45  # a feature, up to which the rows' own space is taken
+_SMALL, _FEWER = 256, 0.7  # rows that are taken for few anyway, where they are fewer than so many a feature
 _ROUNDED = 1e-6  # of the greatest eigenvalue: what is below is float32's rounding
 _NO_MIRROR = 1e-30  # scale of a reflection that changes nothing
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
@@ -259,15 +260,14 @@ class TurnedRows:
         if X.dtype == np.float32:
             self.mean = self.mean.astype(np.float32).astype(np.float64)  # what can be taken off exactly
         self.scale = scale if standardise else np.ones_like(scale)
-        if len(train) <= _FEW_ROWS * X.shape[1]:
-            rows = self.standardised(slice(None)).astype(np.float32)
+        if len(train) <= max(_FEW_ROWS * X.shape[1], min(_SMALL, _FEWER * X.shape[1])):
+            rows = self.standardised(slice(None)).astype(np.float32, copy=False)
             values, vectors = eigh(rows @ rows.T, driver="evd", check_finite=False, overwrite_a=True)
-            values, vectors = values[::-1], vectors[:, ::-1]
-            is_axis = values > max(values[0], 0) * _ROUNDED
+            is_axis = values > max(values[-1], 0) * _ROUNDED
             lengths, vectors = np.sqrt(values[is_axis]), vectors[:, is_axis]
-            turned, axes = vectors * lengths, rows.T @ (vectors / lengths)
-            self.axes: _Axes | _Reflections = _Axes(axes)
-            self.rows = np.concatenate([turned, np.ones((len(turned), 1), np.float32)], axis=1)
+            self.axes: _Axes | _RowAxes | _Reflections = _RowAxes(rows, vectors / lengths)
+            self.rows = np.ones((len(rows), len(lengths) + 1), np.float32)
+            np.multiply(vectors, lengths, out=self.rows[:, :-1])
         else:
             self.axes = like.axes if like is not None and like.is_whole else self._whole_axes()
             self.rows = self._turned(train)
@@ -335,6 +335,23 @@ class _Axes:
     def back(self, weights: Rows) -> Rows:
         """Return weights (k, r) by the axes as those by features (k, d)."""
         return weights @ self.axes.T
+
+
+class _RowAxes:
+    """Orthogonal axes as sums of rows (n, d), so many (n, r) of each: products with them take less than they would."""
+
+    def __init__(self, rows: Rows, shares: Rows) -> None:
+        self._rows, self._shares, self.count = rows, shares, shares.shape[1]
+
+    def turned(self, rows: Rows) -> Rows:
+        """Return rows (m, d) by the axes (m, r)."""
+        by_rows: Rows = rows @ self._rows.T
+        return by_rows @ self._shares
+
+    def back(self, weights: Rows) -> Rows:
+        """Return weights (k, r) by the axes as those by features (k, d)."""
+        of_rows: Rows = weights @ self._shares.T
+        return of_rows @ self._rows
 
 
 class _Reflections:
