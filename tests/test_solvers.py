@@ -464,7 +464,7 @@ def test_a_refit_starts_from_the_search_and_ends_at_the_same_optimum(classes: in
     ]
     chosen = search_head("logistic", X, y, folds, 0)
 
-    again = train("logistic", chosen.params, X, y, 0, chosen.solutions)
+    again = train("logistic", chosen.params, X, y, 0, chosen)
 
     assert chosen.solutions
     alone = train("logistic", chosen.params, X, y, 0)

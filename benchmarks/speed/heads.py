@@ -162,7 +162,7 @@ def measure_search(path: Path) -> dict[str, Any]:
 
     def ours() -> tuple[Any, Any]:
         chosen = search.search_head("logistic", X, y, split.folds, 0)
-        return chosen, search.train("logistic", chosen.params, X[split.train_val], y[split.train_val], 0, chosen.solutions)
+        return chosen, search.train("logistic", chosen.params, X[split.train_val], y[split.train_val], 0, chosen)
 
     ours()  # the first call pays for threads and libraries
     settings = [(threads, jobs) for threads in (1, 2) for jobs in ((1, 2) if len(split.folds) > 1 else (1,))]

@@ -61,11 +61,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Raced:
-    """The candidate that won, and of how many; how many were left out since their optimum was not reached."""
+    """The candidate that won, and of how many; how many were left out since their optimum was not reached.
+
+    ``axes`` are those that rows were turned to, where they serve other rows of these features too.
+    """
 
     candidate: Candidate
     tried: int
     unconverged: int
+    axes: Any = None
 
 
 _MANY_ROWS = 5000  # of fewer, threads wait for one another longer than a tree takes
@@ -87,7 +91,7 @@ class HeadFamily:
         streams: sweep and fit take ``LazyRows`` features too.
         race: finds the best without ending each candidate, given the grid, every how many come first, features in memory of
             one view, classes and folds; ``None`` where it cannot tell.
-        refit: trains one from heads with its parameters, near to it, given features in memory and classes.
+        refit: trains one from heads with its parameters, near to it, given features in memory, classes and ``Raced.axes``.
         by_loss: the log-loss chooses, not the accuracy; parameters are C.
     """
 
@@ -97,7 +101,7 @@ class HeadFamily:
     coarse: int = 1
     streams: bool = False
     race: Race | None = None
-    refit: Callable[[Params, Any, Any, Sequence[Pipeline]], tuple[Any, bool]] | None = None
+    refit: Callable[[Params, Any, Any, Sequence[Pipeline], Any], tuple[Any, bool]] | None = None
     by_loss: bool = False
 
     def refine(self, grid: Sequence[Params], best: Params) -> list[Params]:

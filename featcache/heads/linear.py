@@ -253,7 +253,7 @@ class _Race:
             number = self.first()
             if number in ended:
                 if self.is_decided():
-                    return Raced(ended[number], tried, tried - len(self.standings))
+                    return Raced(ended[number], tried, tried - len(self.standings), self.loss.folds[0].whole_axes)
                 number = self._doubtful(ended)
             candidate = ended[number] = self._solved(grid[number], number, X, y, folds)
             if not candidate.converged:
@@ -386,11 +386,11 @@ def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, boo
     return make_pipeline(as_logistic(solution)), solution.converged
 
 
-def _refit_logistic(params: Params, X: X_, y: Y_, heads: Sequence[Pipeline]) -> tuple[Pipeline, bool]:
+def _refit_logistic(params: Params, X: X_, y: Y_, heads: Sequence[Pipeline], axes: Any) -> tuple[Pipeline, bool]:
     """Fit from where the search's heads of this C, which trained on parts of the rows, are on average."""
     models = [linear_weights(head, int(y.max()) + 1) for head in heads]
     weights, intercept = (np.mean(parts, axis=0) for parts in zip(*models, strict=True))
-    solution = solvers.solve_from(X, y, params["C"], weights, intercept)
+    solution = solvers.solve_from(X, y, params["C"], weights, intercept, axes)
     return make_pipeline(as_logistic(solution)), solution.converged
 
 

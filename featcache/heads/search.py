@@ -140,6 +140,7 @@ class SearchResult:
     tried: int
     unconverged: int
     solutions: tuple[Pipeline, ...] = ()
+    axes: Any = None  # that the solver found for these features
 
 
 def search_head(
@@ -175,7 +176,7 @@ def search_head(
     if can_race and family.race is not None and (raced := family.race(everything, step, X, y, folds)):
         candidate = raced.candidate
         val = evaluate(truth, candidate.answers)
-        return SearchResult(candidate.params, val, candidate.answers, raced.tried, raced.unconverged, candidate.solutions)
+        return SearchResult(candidate.params, val, candidate.answers, raced.tried, raced.unconverged, candidate.solutions, raced.axes)
     tried = _Tried(family, everything)
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
 
@@ -306,15 +307,15 @@ def predict_with(estimator: Any, X: Any, kind: Kind, classes: int) -> NDArray[An
     return np.asarray(estimator.predict_proba(X) if kind == "labels" else estimator.predict(X), dtype=np.float64)
 
 
-def train(name: str, params: Params, X: Many, y: Y_, seed: int, near: Sequence[Pipeline] = ()) -> Pipeline:
-    """Fit a head with some parameters; ``near`` are the search's heads with these, from which it may start.
+def train(name: str, params: Params, X: Many, y: Y_, seed: int, near: SearchResult | None = None) -> Pipeline:
+    """Fit a head with some parameters; ``near`` is the search with heads of these, from which it may start.
 
     Raises:
         DataError: its optimum was not reached: what was fitted is no head of these parameters, and nothing may use it.
     """
     family = FAMILIES[kind_of(y)][name]
-    if near and family.refit is not None and isinstance(X, np.ndarray):
-        estimator, converged = family.refit(params, X, y, near)
+    if near is not None and near.solutions and family.refit is not None and isinstance(X, np.ndarray):
+        estimator, converged = family.refit(params, X, y, near.solutions, near.axes)
     else:
         estimator, converged = family.fit(params, X, y, seed)
     if not converged:
@@ -365,14 +366,14 @@ class Embeddings:
     def fit(self, name: str, split: Split, seed: int, grid: Sequence[Params] | None = None) -> tuple[SearchResult, Pipeline]:
         """Choose a head's parameters, and return it fitted with them on train and val."""
         search = self.search(name, split, seed, grid)
-        return search, self.train(name, search.params, split.train_val, seed, search.solutions)
+        return search, self.train(name, search.params, split.train_val, seed, search)
 
     def most_regular(self, name: str, count: int) -> Params:
         """Return the parameters that are taken of so many samples where there is nothing to validate on."""
         return FAMILIES[self.task.kind][name].grid(count)[0]
 
     def train(
-        self, name: str, params: Params, samples: NDArray[np.int64], seed: int, near: Sequence[Pipeline] = ()
+        self, name: str, params: Params, samples: NDArray[np.int64], seed: int, near: SearchResult | None = None
     ) -> Pipeline:
         """Return a head that was fitted on some samples; ``near`` as in ``search.train``."""
         rows = self.rows(samples)

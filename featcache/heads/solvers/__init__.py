@@ -20,7 +20,7 @@ from scipy.special import expit, logit, logsumexp, softmax
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.newton import LBFGS, Precondition
 from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss, SideBySide, TurnedLoss
-from featcache.heads.solvers.scaled import Floats, Rows, TurnedRows, products_on, scaled
+from featcache.heads.solvers.scaled import Axes, Floats, Rows, TurnedRows, products_on, scaled
 from featcache.resources import cores
 
 if TYPE_CHECKING:
@@ -114,7 +114,9 @@ def solve(
     return _by_passes(X, y, Cs, folds, terms)
 
 
-def solve_from(X: Rows, y: NDArray[np.int64], C: float, weights: Floats, intercept: Floats) -> Solution:
+def solve_from(
+    X: Rows, y: NDArray[np.int64], C: float, weights: Floats, intercept: Floats, axes: Axes | None = None
+) -> Solution:
     """Return the minimiser as ``solve`` does, of one C on all rows, started from a model near it.
 
     Args:
@@ -123,11 +125,12 @@ def solve_from(X: Rows, y: NDArray[np.int64], C: float, weights: Floats, interce
         C: inverse penalty.
         weights: by features in their own units (k, d).
         intercept: (k,).
+        axes: of other rows, where they serve these too.
 
     Raises:
         ValueError: there are fewer than two classes.
     """
-    with turned_folds(X, y, [(np.arange(len(y)), np.zeros(0, np.int64))]) as loss:
+    with turned_folds(X, y, [(np.arange(len(y)), np.zeros(0, np.int64))], axes=axes) as loss:
         if loss is not None:
             start, (fold,) = constant_models(loss), loss.folds
             is_used = start[0, :, -1] > _NEVER
@@ -210,6 +213,7 @@ def turned_folds(
     *,
     loss: Loss = "softmax",
     standardise: bool = True,
+    axes: Axes | None = None,
 ) -> Iterator[TurnedLoss | None]:
     """Yield what evaluates models on folds, positions of rows that train and that judge, turned to their axes.
 
@@ -226,8 +230,9 @@ def turned_folds(
         yield None
         return
     with products_on(1), ThreadPoolExecutor(cores()) as workers:
-        first = TurnedRows(X, *folds[0], standardise=standardise)
-        following = workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise, like=first), folds[1:])
+        first = TurnedRows(X, *folds[0], standardise=standardise, axes=axes, each=workers.map)
+        axes = first.whole_axes
+        following = workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise, axes=axes), folds[1:])
         turned = [first, *following]
         evaluated = TurnedLoss(turned, y, loss)
         try:

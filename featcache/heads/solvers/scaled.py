@@ -1,7 +1,7 @@
 """Features by blocks of rows on all cores: centred, scaled, rows of one fold beside each other; and ridge regression."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a core's share of the caches
 _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
 _NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
+_TURNED_ROWS = 256  # at a time
 _MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
 _ALL_AXES, _MAIN_AXES = 96, 96  # columns of which all axes are found; how many are of wider rows
 _AXES_ROWS = 2048  # from which they are found
@@ -248,15 +249,23 @@ class TurnedRows:
         train: positions of the rows that train (n,).
         val: positions of those that judge (v,).
         standardise: see (x - mean) / standard deviation over the rows that train, else x - mean.
-        like: another fold, whose axes are near enough.
+        axes: of other rows of these features, near enough.
+        each: calls a function with parts of the rows, side by side where nothing else is.
     """
 
     def __init__(
-        self, X: Rows, train: NDArray[Any], val: NDArray[Any], *, standardise: bool, like: "TurnedRows | None" = None
+        self,
+        X: Rows,
+        train: NDArray[Any],
+        val: NDArray[Any],
+        *,
+        standardise: bool,
+        axes: "Axes | None" = None,
+        each: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map,
     ) -> None:
-        self.train, self._source = train, X
-        blocks = [X[train[block]] for block in _slices(len(train), _MOMENT_ROWS)]
-        _, self.mean, scale = _spread([_Moments.of(rows) for rows in blocks])
+        self.train, self._source, self._each = train, X, each
+        blocks = _slices(len(train), _MOMENT_ROWS)
+        _, self.mean, scale = _spread(list(each(lambda block: _Moments.of(X[train[block]]), blocks)))
         if X.dtype == np.float32:
             self.mean = self.mean.astype(np.float32).astype(np.float64)  # what can be taken off exactly
         self.scale = scale if standardise else np.ones_like(scale)
@@ -265,11 +274,11 @@ class TurnedRows:
             values, vectors = eigh(rows @ rows.T, driver="evd", check_finite=False, overwrite_a=True)
             is_axis = values > max(values[-1], 0) * _ROUNDED
             lengths, vectors = np.sqrt(values[is_axis]), vectors[:, is_axis]
-            self.axes: _Axes | _RowAxes | _Reflections = _RowAxes(rows, vectors / lengths)
+            self.axes: Axes = _RowAxes(rows, vectors / lengths)
             self.rows = np.ones((len(rows), len(lengths) + 1), np.float32)
             np.multiply(vectors, lengths, out=self.rows[:, :-1])
         else:
-            self.axes = like.axes if like is not None and like.is_whole else self._whole_axes()
+            self.axes = self._whole_axes() if axes is None else axes
             self.rows = self._turned(train)
         self.held = self._turned(val)
 
@@ -279,7 +288,9 @@ class TurnedRows:
 
     def exactly(self, block: slice) -> Floats:
         """Return them in float64."""
-        rows: Floats = (self._source[self.train[block]].astype(np.float64) - self.mean) / self.scale
+        rows: Floats = self._source[self.train[block]].astype(np.float64)
+        rows -= self.mean
+        rows *= 1 / self.scale
         return rows
 
     def back(self, weights: Rows) -> Floats:
@@ -298,26 +309,34 @@ class TurnedRows:
         centred *= (1 / self.scale).astype(kind)
         return centred
 
+    def _single(self, rows: NDArray[Any]) -> Rows:
+        return self._centred(rows).astype(np.float32, copy=False)
+
     def _turned(self, rows: NDArray[Any]) -> Rows:
         turned = np.ones((len(rows), self.axes.count + 1), np.float32)
-        for block in _slices(len(rows), _MOMENT_ROWS):
-            turned[block, :-1] = self.axes.turned(self._centred(rows[block]).astype(np.float32, copy=False))
+
+        def turn(block: slice) -> None:
+            turned[block, :-1] = self.axes.turned(self._single(rows[block]))
+
+        list(self._each(turn, _slices(len(rows), _TURNED_ROWS)))
         return turned
 
     @property
-    def is_whole(self) -> bool:
-        """Tell whether there are as many axes as features."""
-        return bool(self.axes.count == self._source.shape[1])
+    def whole_axes(self) -> "Axes | None":
+        """Its axes where there are as many as features: those serve other rows too."""
+        return self.axes if self.axes.count == self._source.shape[1] else None
 
-    def _whole_axes(self) -> "_Axes | _Reflections":
+    def _whole_axes(self) -> "Axes":
         """Return axes by which rows are about uncorrelated, from some of them."""
         width, step = self._source.shape[1], -(-len(self.train) // _AXES_ROWS)
-        rows = self._centred(self.train[::step]).astype(np.float32, copy=False)
+        sampled = self.train[::step]
+        parts = list(self._each(self._single, np.array_split(sampled, cores() if len(sampled) >= _MOMENT_ROWS else 1)))
         if width <= _ALL_AXES:
-            return _Axes(eigh(rows.T @ rows, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
+            gram = sum(rows.T @ rows for rows in parts)
+            return _Axes(eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
         main = np.random.default_rng(0).normal(size=(width, _MAIN_AXES)).astype(np.float32)
         for _ in range(2):
-            main, spread = np.linalg.qr(rows.T @ (rows @ main))
+            main, spread = np.linalg.qr(sum(self._each(lambda rows: rows.T @ (rows @ main), parts)))  # noqa: B023
         vectors, _, _ = np.linalg.svd(spread)
         return _Reflections(main @ vectors)
 
@@ -379,6 +398,9 @@ class _Reflections:
         """Return weights (k, d) by the axes as those by features (k, d)."""
         by_features: Rows = weights - (weights @ self._mixed) @ self._mirrors.T
         return by_features
+
+
+Axes = _Axes | _RowAxes | _Reflections
 
 
 @contextmanager
