@@ -149,7 +149,9 @@ class _Race:
             while not group.turns or (group.left.max() > _LOOK and group.turns < _LOOSE_TURNS):
                 group.step()
             self._judge(group, number_of, [number])
-            if (place and self.is_out(number)) or self.is_in(number, 0.0):
+            # Beyond the lowest none comes first; before it only those that are out.
+            ends = self.has_risen(number) if numbers[0] < numbers[-1] else self.is_out(number)
+            if (place and ends) or self.is_in(number, 0.0):
                 return
 
     def between(self) -> None:
@@ -230,6 +232,10 @@ class _Race:
     def is_out(self, number: int) -> bool:
         """Tell whether one is surely not near the lowest."""
         return self.standings[number].least > self._near(min(sum(standing) for standing in self.standings.values()))
+
+    def has_risen(self, number: int) -> bool:
+        """Tell whether one's loss is surely above the lowest."""
+        return self.standings[number].least > min(sum(standing) for standing in self.standings.values())
 
     def is_in(self, number: int, lowest: float | None = None) -> bool:
         """Tell whether one is surely near the lowest, or a loss that is given."""

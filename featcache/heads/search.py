@@ -176,7 +176,8 @@ def search_head(
     if can_race and family.race is not None and (raced := family.race(everything, step, X, y, folds)):
         candidate = raced.candidate
         val = evaluate(truth, candidate.answers)
-        return SearchResult(candidate.params, val, candidate.answers, raced.tried, raced.unconverged, candidate.solutions, raced.axes)
+        counts = raced.tried, raced.unconverged
+        return SearchResult(candidate.params, val, candidate.answers, *counts, candidate.solutions, raced.axes)
     tried = _Tried(family, everything)
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
 

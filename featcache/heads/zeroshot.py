@@ -135,7 +135,9 @@ class ClassEmbeddings(Embeddings):
         X: Any = self.X  # in memory: these heads are refused where it would not fit
         return search_zeroshot(name, self.classes, X, self.y, folds, self.views)
 
-    def train(self, name: str, params: Params, samples: NDArray[np.int64], seed: int, near: Sequence[Any] = ()) -> Any:
+    def train(
+        self, name: str, params: Params, samples: NDArray[np.int64], seed: int, near: SearchResult | None = None
+    ) -> Any:
         """Return a head that was fitted on some samples."""
         del near
         rows = self.rows(samples)

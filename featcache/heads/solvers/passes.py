@@ -509,8 +509,8 @@ class SideBySide:
             self._look()
         bends, arrived, lengths = descents.bends, descents.arrived, descents.lengths.astype(descents.points.dtype)
         asked = descents.asked
-        vectors, *others = self._each(lambda part: part.products(asked, bends, arrived, lengths))
-        for addend in others:
+        vectors, *addends = self._each(lambda part: part.products(asked, bends, arrived, lengths))
+        for addend in addends:
             vectors += addend
         vectors *= self.C[:, None, None].astype(asked.dtype)
         vectors[:, :, :-1] += asked[:, :, :-1]
@@ -536,7 +536,9 @@ class SideBySide:
         """Look along the steps of those that do not bend, nearer and nearer, until each is where it is to go on from."""
         descents = self.descents
         points, moves = descents.points[:, :, :-1], descents.moves[:, :, :-1]
-        lengths_now, across, squares = (_inner(*pair) for pair in ((points, points), (points, moves), (moves, moves)))
+        lengths_now, across, squares = (
+            _inner_products(*pair) for pair in ((points, points), (points, moves), (moves, moves))
+        )
         values, ends = np.full((2, len(points)), np.inf)
         curvature = np.zeros((len(points), *([self.loss.outputs] * (2 if self.loss.is_whole else 1))))
         while (waits := descents.waits).any():
@@ -576,7 +578,7 @@ class SideBySide:
         return inverse
 
 
-def _inner(vectors: Rows, by: Rows) -> Floats:
+def _inner_products(vectors: Rows, by: Rows) -> Floats:
     """Return the inner product (p,) of each problem's vectors (p, k, r): summed in float64 over k."""
     return np.einsum("pkr,pkr->pk", vectors, by).sum(axis=1, dtype=np.float64)  # type: ignore[no-any-return]
 
