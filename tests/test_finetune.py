@@ -12,7 +12,7 @@ from finetune_support import GAINS, PLAN, KilledError, epochs_of
 from support import TINY, Run
 
 from featcache.backbones.timm_models import load_backbone, trainable_copy
-from featcache.datasets import open_dataset
+from featcache.datasets import open_dataset, tables
 from featcache.errors import StorageError
 from featcache.experiments import experiment
 from featcache.experiments.bench import load_grid, run_bench
@@ -206,7 +206,9 @@ def test_what_has_been_trained_is_not_trained_again(
 def test_a_training_of_groups_is_found_again_while_the_groups_are_the_same(
     folder: Path, tiny: BackboneSpec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command on a manifest with a column of groups trains nothing; other groups in that column do."""
+    """The same command on a manifest with a column of groups, read once a command, trains nothing; other groups in it do."""
+    read, asked = tables.read_column, list[str]()
+    monkeypatch.setattr(tables, "read_column", lambda *names: asked.append(names[1]) or read(*names))
     records, plan = tmp_path / "runs.jsonl", replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
 
     def again(groups: int) -> None:
@@ -223,6 +225,7 @@ def test_a_training_of_groups_is_found_again_while_the_groups_are_the_same(
     assert trained == []
     again(12)
     assert len(trained) == 1
+    assert asked == ["patient"] * 3
 
 
 def test_trainings_as_long_to_the_millisecond_have_each_its_record(

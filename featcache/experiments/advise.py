@@ -17,7 +17,6 @@ from featcache.evaluation.draws import MoreSamples, drawn_accuracies, drawn_weig
 from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.evaluation.splits import Fold
 from featcache.experiments.backbone_race import MARGIN, Judged, Pool, Race, Runner, Standing, judge_part
-from featcache.experiments.experiment import require_task
 from featcache.experiments.short_tuning import EPOCHS, PROBE_HEAD, TRIED, TuningRows, last_stage, tune_shortly
 from featcache.extraction import entry_folders
 from featcache.extraction.feature_cache import FeatureCache
@@ -184,7 +183,7 @@ def run_advise(
         UsageError: no candidate can be had here.
     """
     started = time.monotonic()
-    pool = Pool.of(cache.dataset, require_task(cache, "label", group), seed)
+    pool = Pool.of(cache.dataset, None if group is None else cache.files.groups(group), seed)
     settings = replace(cache.settings, part=None, engine="local")
     runners = [Runner(spec, settings) for spec in candidates(cache, specs)]
     deadline = None if budget is None else started + budget

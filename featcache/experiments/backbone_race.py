@@ -56,6 +56,7 @@ class Pool:
     @classmethod
     def of(cls, dataset: Dataset, groups: Mapping[str, str] | None, seed: int) -> "Pool":
         """Return the pool of a data set; where no test samples are given, all are read, since they are drawn by content."""
+        dataset.require_kind("label")
         files = DatasetFiles(dataset)
         positions, is_drawn = np.arange(len(files)), "test" not in dataset.table.splits
         if is_drawn:

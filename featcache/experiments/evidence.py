@@ -109,12 +109,13 @@ def _test_positions(record: RunRecord, features: Features, card: dict[str, Any])
         StorageError: the listing has other samples by now.
     """
     group = record.request.get("group")
-    groups = None
-    if group is not None:
-        from featcache.experiments.experiment import group_by_path, groups_of
+    if group is None:
+        task = Task(features)
+    else:
+        from featcache.experiments.experiment import task_of
+        from featcache.extraction.scan import DatasetFiles
 
-        groups = groups_of(features, group_by_path(open_dataset(card["data"]), group))
-    task = Task(features, "label", groups, group)
+        task = task_of(DatasetFiles(open_dataset(card["data"])), features, group=group)
     split = task.split(record.seed, record.request.get("folds"))
     if task.items(split.test) != record.test_items:
         raise StorageError("the data set's samples, labels or splits have changed since")

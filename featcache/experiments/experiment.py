@@ -1,6 +1,6 @@
 """An experiment: one model to be trained and tested. Its key, its record and its head's card are made here alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
-from featcache.datasets.tables import read_column, read_columns
 from featcache.errors import DataError
 from featcache.evaluation.metrics import Kind, encode_correct
 from featcache.evaluation.splits import Split
 from featcache.evaluation.tasks import Columns, Task, column_names
 from featcache.extraction.feature_cache import Extracted, FeatureCache
+from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored, fingerprint
 from featcache.reports import PROTOCOL, RunRecord, append_once, record_from, stamp
@@ -246,45 +246,29 @@ def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, C
     return keep, task, lambda index: reader.take(where[index])
 
 
-def require_task(cache: FeatureCache, kind: Kind, group: str | None) -> Mapping[str, str] | None:
-    """Refuse what the data set does not tell, before anything is extracted for it; return what each path belongs to.
+def require_task(cache: FeatureCache, kind: Kind, group: str | None, columns: Sequence[str] = ()) -> None:
+    """Refuse what the data set does not tell, before anything is extracted for it.
 
     Raises:
-        DataError: it tells another kind of thing; it is no manifest, has no such column, or a sample no value there.
-    """
-    cache.dataset.require_kind(kind)
-    return None if group is None else group_by_path(cache.dataset, group)
-
-
-def group_by_path(dataset: Dataset, column: str) -> Mapping[str, str]:
-    """Return what each path of a data set belongs to, by a column of its manifest.
-
-    Raises:
-        DataError: it is no manifest, has no such column, or a sample no value there.
-    """
-    return dict(zip((sample.path for sample in dataset.samples), read_column(dataset.location, column), strict=True))
-
-
-def groups_of(features: Features, group_by_path: Mapping[str, str] | None) -> list[str] | None:
-    """Return what each sample belongs to, ``None`` where that was not asked for."""
-    return None if group_by_path is None else [group_by_path[path] for path in features.paths]
-
-
-def require_columns(cache: FeatureCache, asked: tuple[str, ...]) -> Mapping[str, tuple[str, ...]] | None:
-    """Return the manifest's values in some columns for each path, ``None`` where no column was asked for.
-
-    Raises:
-        DataError: the data set is no manifest, or has no such column.
+        DataError: it tells another kind of thing; it is no manifest, has no such column, or a sample no group.
         UsageError: a column is no such as could be trained on.
     """
-    if not asked:
-        return None
-    values = read_columns(cache.dataset.location, column_names(asked))
-    return dict(zip((sample.path for sample in cache.dataset.samples), values, strict=True))
+    cache.dataset.require_kind(kind)
+    if group is not None:
+        cache.files.groups(group)
+    if columns:
+        cache.files.columns(column_names(columns))
 
 
-def columns_of(
-    features: Features, values_by_path: Mapping[str, tuple[str, ...]] | None, asked: tuple[str, ...]
-) -> Columns | None:
-    """Return the columns beside each sample, ``None`` where none was asked for."""
-    return None if values_by_path is None else Columns(asked, [values_by_path[path] for path in features.paths])
+def task_of(
+    files: DatasetFiles, features: Features, kind: Kind = "label", group: str | None = None, columns: Sequence[str] = ()
+) -> Task:
+    """Return the task of listed samples, in groups and with columns beside them where these are asked for.
+
+    Raises:
+        DataError: as of ``require_task``.
+    """
+    groups = None if group is None else [files.groups(group)[path] for path in features.paths]
+    by_path = files.columns(column_names(columns)) if columns else {}
+    beside = Columns(tuple(columns), [by_path[path] for path in features.paths]) if columns else None
+    return Task(features, kind, groups, group, beside)

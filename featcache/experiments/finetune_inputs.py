@@ -82,7 +82,7 @@ class FineTuneInputs:
 
         for name in self.probes:
             require_head(name)
-        self._group_by_path = require_task(self.cache, "label", self.group)
+        require_task(self.cache, "label", self.group)
 
     @cached_property
     def processes(self) -> "ProcessGroup":
@@ -179,10 +179,9 @@ class FineTuneInputs:
     @cached_property
     def task(self) -> Task:
         """The samples that have embeddings, with their classes: those that the probes are fitted on."""
-        from featcache.experiments.experiment import groups_of
+        from featcache.experiments.experiment import task_of
 
-        features = self.cache.extracted().store.labelled()
-        return Task(features, "label", groups_of(features, self._group_by_path), self.group)
+        return task_of(self.cache.files, self.cache.extracted().store.labelled(), group=self.group)
 
     @property
     def split(self) -> Split:

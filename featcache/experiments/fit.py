@@ -24,11 +24,9 @@ from featcache.experiments.experiment import (
     Experiment,
     Outcome,
     aligned,
-    columns_of,
     finish,
-    groups_of,
-    require_columns,
     require_task,
+    task_of,
 )
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
@@ -56,10 +54,6 @@ _MOST_SHOTS = 1_000_000
 _MOST_IN_A_MATRIX = 50
 _SAMPLED = 4096  # training samples whose embeddings tell how much embeddings vary
 _COPIES = 2.5  # of the features in float32, that the heads that take the most memory need
-
-
-# of each path: its group, and its values in the columns that are trained on; None where none was asked for
-_ByPath = tuple[Mapping[str, str] | None, Mapping[str, tuple[str, ...]] | None]
 
 
 @dataclass(frozen=True)
@@ -352,12 +346,12 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     names = plan.names()
-    manifest = require_task(cache, plan.target, plan.group), require_columns(cache, plan.columns)
+    require_task(cache, plan.target, plan.group, plan.columns)
     _require_kind(cache, names)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
-    fitting = _Fitting.of(cache, entry, plan, seed, manifest)
+    fitting = _Fitting.of(cache, entry, plan, seed)
     task, split = fitting.task, fitting.split
     for shots in plan.shots:  # what cannot be drawn is said before anything is trained
         few_shot(split, task.features.y, shots, seed, task.features.sha256)
@@ -384,12 +378,12 @@ def run_fit(
 def is_fitted(cache: FeatureCache, plan: FitPlan, *, seed: int = 0) -> bool:
     """Tell whether one head is there already, so that ``run_fit`` extracts and trains nothing for it."""
     (name,) = names = plan.names()
-    manifest = require_task(cache, plan.target, plan.group), require_columns(cache, plan.columns)
+    require_task(cache, plan.target, plan.group, plan.columns)
     outputs = [Output(cut) for cut in plan.cuts(names)]
     if not cache.holds(outputs, Views(plan.views)):
         return False
     (entry,) = cache.features(outputs, Views(plan.views))
-    fitting = _Fitting.of(cache, entry, plan, seed, manifest)
+    fitting = _Fitting.of(cache, entry, plan, seed)
     return fitting.stored(name, fitting.experiment(name)) is not None
 
 
@@ -405,11 +399,9 @@ class _Fitting:
     seed: int
 
     @classmethod
-    def of(cls, cache: FeatureCache, entry: Extracted, plan: FitPlan, seed: int, manifest: "_ByPath") -> "_Fitting":
+    def of(cls, cache: FeatureCache, entry: Extracted, plan: FitPlan, seed: int) -> "_Fitting":
         """Return that of all samples of an entry, in groups and with columns where these are given."""
-        features, (group_by_path, values_by_path) = entry.store.labelled(), manifest
-        columns = columns_of(features, values_by_path, plan.columns)
-        task = Task(features, plan.target, groups_of(features, group_by_path), plan.group, columns)
+        task = task_of(cache.files, entry.store.labelled(), plan.target, plan.group, plan.columns)
         return cls(cache, entry, task, task.split(seed, plan.folds), plan, seed)
 
     @property

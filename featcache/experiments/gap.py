@@ -12,8 +12,7 @@ import numpy as np
 from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, log_loss
-from featcache.evaluation.tasks import Task
-from featcache.experiments.experiment import Experiment, finish, groups_of, require_task
+from featcache.experiments.experiment import Experiment, finish, require_task, task_of
 from featcache.experiments.finetune import Sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fitted, run_fit
@@ -185,8 +184,7 @@ def run_gap(
 
 def gap_experiment(cache: FeatureCache, plan: FineTunePlan, group: str | None, seed: int) -> Experiment:
     """Return the experiment that all steps are together."""
-    features = cache.extracted().store.labelled()
-    task = Task(features, "label", groups_of(features, require_task(cache, "label", group)), group)
+    task = task_of(cache.files, cache.extracted().store.labelled(), group=group)
     return Experiment(cache, task, "gap", {"steps": asdict(plan)} | ({"group": group} if group else {}), seed)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import struct
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,6 +36,8 @@ _NO_POSITIONS: Positions = np.empty(0, np.int64)
 class DatasetFiles:
     """A data set's files as one command finds them: each is looked at once, however many entries ask about it.
 
+    So is each column of its manifest that groups or columns beside the rows are taken from.
+
     Columns have their final size from the start, by position in the data set's samples: small things that last, put down
     between the large arrays that come and go with every batch, would keep those from finding their place again. Threads
     may read different files at once.
@@ -51,6 +53,7 @@ class DatasetFiles:
         self.dataset = dataset
         self.hashed = np.zeros(count, bool)
         self.unreadable: dict[int, Quarantined] = {}
+        self._columns: dict[tuple[str, ...], Mapping[str, tuple[str, ...]]] = {}
         self._looked = np.zeros(count, bool)
         self._settled = np.zeros(count, bool)  # looked at, and old enough to be recognised by what was found
         # Written through bytes: assigning a row of an array takes several times longer, and small images are many.
@@ -65,6 +68,32 @@ class DatasetFiles:
     def path(self, position: int) -> str:
         """Return a file's path, as the data set calls it."""
         return self.dataset.table.path(position)
+
+    def groups(self, column: str) -> Mapping[str, str]:
+        """Return what each path belongs to, by a column of the data set's manifest.
+
+        Raises:
+            DataError: it is no manifest, has no such column, or a sample no value there.
+        """
+        from featcache.datasets.tables import read_column
+
+        by_path = self._by_path((column,), lambda: [(value,) for value in read_column(self.dataset.location, column)])
+        return {path: value for path, (value,) in by_path.items()}
+
+    def columns(self, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        """Return the manifest's values in some columns for each path, "" where one is missing.
+
+        Raises:
+            DataError: the data set is no manifest, or has no such column.
+        """
+        from featcache.datasets.tables import read_columns
+
+        return self._by_path(("columns", *names), lambda: read_columns(self.dataset.location, names))
+
+    def _by_path(self, key: tuple[str, ...], read: Callable[[], Sequence[tuple[str, ...]]]) -> Mapping[str, tuple[str, ...]]:
+        if key not in self._columns:
+            self._columns[key] = dict(zip((sample.path for sample in self.dataset.samples), read(), strict=True))
+        return self._columns[key]
 
     def look(self, positions: Positions) -> None:
         """Look at files that were not looked at yet; those that cannot be reached become ``unreadable``."""
