@@ -18,10 +18,9 @@ from featcache.evaluation.draws import chances, drawn_accuracies, drawn_weights,
 from featcache.evaluation.metrics import Gap, log_loss
 from featcache.evaluation.splits import Fold
 from featcache.experiments import advise as advising
-from featcache.experiments.advise import Evidence, run_advise
+from featcache.experiments.advise import Evidence, TuningRows, chosen_crosswise, last_stage, run_advise, tune_shortly
 from featcache.experiments.backbone_race import MARGIN, Pool, Race, Round, Runner
 from featcache.experiments.fit import FitPlan, run_fit
-from featcache.experiments.short_tuning import TuningRows, chosen_crosswise, last_stage, tune_shortly
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.heads.search import ridge_shares
 from featcache.reports.advice import advice_lines, more_text
@@ -286,10 +285,10 @@ def test_a_short_training_learns_what_the_probe_cannot(subtle: Path, tiny: Backb
     )
     before = {name: value.clone() for name, value in backbone.module.state_dict().items()}
 
-    short, again = tune_shortly(backbone, given, 0), tune_shortly(backbone, given, 0)
+    (probe, tuned), (_, again) = (tune_shortly(backbone, given, 0) for _ in range(2))
 
-    assert (short.tuned == again.tuned).all()
-    assert len(short.probe) == len(short.tuned) == len(fold.val)
+    assert (tuned == again).all()
+    assert len(probe) == len(tuned) == len(fold.val)
     assert all((value == before[name]).all() for name, value in backbone.module.state_dict().items())
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +15,21 @@ from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.draws import MoreSamples, drawn_accuracies, drawn_weights, more_samples, round_count
 from featcache.evaluation.metrics import Gap, paired_gap
-from featcache.evaluation.splits import Fold
+from featcache.evaluation.splits import Fold, Index
 from featcache.experiments.backbone_race import MARGIN, Judged, Pool, Race, Runner, Standing, judge_part
-from featcache.experiments.short_tuning import EPOCHS, PROBE_HEAD, TRIED, TuningRows, last_stage, tune_shortly
 from featcache.extraction import entry_folders
 from featcache.extraction.feature_cache import FeatureCache
+from featcache.finetuning import RATES, FineTunePlan, Unfreeze
 from featcache.fingerprint import as_stored
 from featcache.heads.baselines import standardised
 from featcache.heads.search import predict_with, train
 from featcache.specs import POOLED, BackboneSpec, cut_of_layers
 from featcache.store.entry import FeatureStore
+
+if TYPE_CHECKING:
+    from featcache.backbones.base import Backbone
+    from featcache.finetuning.model import LinearHead
+    from featcache.finetuning.unfreezing import Trainable
 
 Depth = Literal["features", "last", "all"]
 CURVE_HEAD = "ridge"
@@ -35,6 +40,10 @@ _TRAINS = 0.6  # of the part, in the short training: the rest judges it
 _STEP = 0.5  # of the seconds of extracting a sample, that a step of training takes for one, about
 FEW, MANY = 1000, 20_000  # training samples, of the textbook rule, which gives no numbers
 ERROR_LEFT = 0.1  # after the short training, from which on all weights are worth a try
+DEPTH = "last:1"
+PROBE_HEAD = "logistic"  # where fine-tuning starts
+EPOCHS = 5
+TRIED = RATES[1:]  # the lowest needs more epochs than these to get anywhere
 
 
 @dataclass(frozen=True)
@@ -320,15 +329,15 @@ class Study:
         assert runner.cache is not None
         fold, halves = _parted(judged, pool.seed)
         given = TuningRows(rows, judged.X[0], judged.y, fold, halves, params)
-        short = tune_shortly(runner.cache.backbone, given, pool.seed)
+        probe, tuned = tune_shortly(runner.cache.backbone, given, pool.seed)
         groups = numbers[fold.val]
         is_grouped = len(np.unique(groups)) < len(groups)
-        drawn = drawn_accuracies(np.stack([short.tuned, short.probe]), drawn_weights(groups, pool.seed))
+        drawn = drawn_accuracies(np.stack([tuned, probe]), drawn_weights(groups, pool.seed))
         return replace(
             measured,
-            tuned=paired_gap(short.tuned, short.probe, groups=groups if is_grouped else None),
+            tuned=paired_gap(tuned, probe, groups=groups if is_grouped else None),
             pays=float((drawn[:, 0] > drawn[:, 1] + MARGIN).mean()),
-            error_left=float(1 - short.tuned.mean()),
+            error_left=float(1 - tuned.mean()),
         )
 
     def _is_late(self, what: str, price: float) -> bool:
@@ -360,3 +369,88 @@ def _parted(judged: Judged, seed: int) -> tuple[Fold, tuple[NDArray[np.int64], N
     numbers = np.unique(judged.units.numbers[val], return_inverse=True)[1]
     side = np.random.default_rng(seed).permutation(np.arange(int(numbers.max()) + 1) % 2)[numbers]
     return Fold(train_rows, val), (np.flatnonzero(side == 0), np.flatnonzero(side == 1))
+
+
+@dataclass(frozen=True)
+class TuningRows:
+    """What a short training stands on.
+
+    Attributes:
+        rows: activations at the cut (n, ...).
+        X: embeddings (n, d).
+        y: classes (n,).
+        fold: which samples train, and which judge (j,).
+        halves: of the judged ones, by their places among them.
+        params: of the probe that it starts from.
+    """
+
+    rows: NDArray[Any]
+    X: NDArray[np.float32]
+    y: Index
+    fold: Fold
+    halves: tuple[Index, Index]
+    params: dict[str, Any]
+
+    def probe(self, seed: int) -> "LinearHead":
+        """Return the linear probe of the samples that train."""
+        from featcache.finetuning.model import LinearHead
+        from featcache.heads.linear import linear_weights
+        from featcache.heads.search import train as train_head
+
+        train = self.fold.train
+        estimator = train_head(PROBE_HEAD, self.params, self.X[train], self.y[train], seed)
+        return LinearHead(*linear_weights(estimator, int(self.y.max()) + 1))
+
+
+def last_stage(backbone: "Backbone") -> "Trainable":
+    """Return what trains, and the cut before it.
+
+    Raises:
+        CutError: the backbone cannot be cut there.
+    """
+    from featcache.finetuning.unfreezing import select_trainable
+
+    trainable = select_trainable(backbone.stages, Unfreeze.parse(DEPTH))
+    backbone.prefix(trainable.cut)
+    return trainable
+
+
+def tune_shortly(backbone: "Backbone", given: TuningRows, seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which judged samples (j,) the linear probe and the last stage have right, shortly trained from that probe.
+
+    Two rates are tried for a few epochs. The one that answers a half of the judged samples was chosen on the other half:
+    none is chosen where it is judged. Nothing is kept.
+    """
+    from featcache.extraction.runtimes import own_randomness
+    from featcache.finetuning.loop import TrainContext, Trial
+    from featcache.finetuning.model import Network, open_up, predict
+    from featcache.finetuning.unfreezing import ProcessGroup
+
+    trainable, plan = last_stage(backbone), FineTunePlan(Unfreeze.parse(DEPTH), epochs=EPOCHS)
+    fold, y = given.fold, given.y
+    with own_randomness(backbone.device):
+        network = open_up(backbone, trainable, trainable.cut, Network({}, given.probe(seed)), seed=seed)
+        model = network.model
+        context = TrainContext(model, network.stages, given.rows.__getitem__, y, plan, ProcessGroup(), seed, "float32")
+        untouched = {name: value.clone() for name, value in model.state_dict().items()}
+
+        def right() -> NDArray[np.bool_]:
+            told = predict(model, context.take, fold.val, plan.batch_size).argmax(axis=1)
+            return np.asarray(told == y[fold.val], np.bool_)
+
+        start, probe, tuned = context.before(fold.val)[0], right(), list[NDArray[np.bool_]]()
+        with progress(len(TRIED) * EPOCHS * len(fold.train), f"short {DEPTH}") as bar:
+            for rate in TRIED:
+                model.load_state_dict(untouched)
+                Trial(context, rate, fold.train, None, start, epochs=EPOCHS).run(bar, lambda _: None)
+                tuned.append(right())
+    return probe, chosen_crosswise(tuned, given.halves)
+
+
+def chosen_crosswise(answers: list[NDArray[np.bool_]], halves: tuple[Index, Index]) -> NDArray[np.bool_]:
+    """Return, for each half of the judged samples (j,), the answers that did best on the other half."""
+    chosen = np.zeros_like(answers[0])
+    for judged, choosing in (halves, halves[::-1]):
+        best = max(answers, key=lambda right: right[choosing].sum())
+        chosen[judged] = best[judged]
+    return chosen
