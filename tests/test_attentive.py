@@ -39,9 +39,9 @@ VIT = BackboneSpec(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def planted(count: int, side: int = 24, channels: int = 8) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+def planted(count: int, side: int = 24, channels: int = 8, seed: int = 0) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
     """Return maps of noise (n, c, side, side), each with one patch somewhere that stands out and tells the class."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     y, where = rng.integers(0, 2, count), rng.integers(0, side * side, count)
     X = rng.normal(size=(count, channels, side * side))
     X[np.arange(count), 0, where] += 6
@@ -132,17 +132,21 @@ def test_the_latent_query_pools_as_timm_does(masked: bool) -> None:  # noqa: FBT
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.detach().abs().max()))
 
 
-@pytest.mark.parametrize("form", ATTENTIVE)
-def test_attention_finds_the_patch_that_an_average_hides(form: str) -> None:
-    """One token of 576 decides the class: a linear probe hardly knows more than chance, attention nearly everything."""
-    X, y = planted(600)
+@pytest.mark.parametrize(("form", "seed"), [(ATTENTIVE[0], 0), (ATTENTIVE[1], 1), (ATTENTIVE[0], 2)])
+def test_attention_finds_the_patch_that_an_average_hides(form: str, seed: int) -> None:
+    """One token of 576 decides the class: a linear probe hardly knows more than chance, attention nearly everything.
+
+    In their average its mark of 6 is a quarter of the noise's deviation, so that no linear probe is right more often than in
+    60 of 100.
+    """
+    X, y = planted(600, seed=seed)
     training, (_, linear) = training_of(form, X, y)
-    test = training.split.test
+    unseen, truth = planted(1000, seed=seed + 100)
 
     attended = training.run()
 
-    assert np.mean(linear.predict(X[test].astype(np.float32).mean((2, 3))) == y[test]) <= 0.6
-    assert np.mean(attended.head.predict(X[test]) == y[test]) >= 0.95
+    assert np.mean(linear.predict(unseen.astype(np.float32).mean((2, 3))) == truth) <= 0.6
+    assert np.mean(attended.head.predict(unseen) == truth) >= 0.95
 
 
 @pytest.mark.parametrize("form", ATTENTIVE)
