@@ -5,7 +5,7 @@ python benchmarks/reject.py OUT BACKBONE[=WEIGHTS] DATA...
 Coverage: all samples of a set are split anew 20 times, a logistic head is fitted and calibrated as ``fit`` does, and sets of
 90 % are made of the test samples. Familiarity: each class (of more than ten, a drawn quarter of the classes, five times) is
 left out of training, and the area under the ROC curve says how well test samples of the others are told from it. Beside the
-score that ``predict`` gives stand others, each on the same at most 1,000 training samples. Rows are appended to OUT, a CSV;
+score that ``predict`` gives stand others, each on the same at most 1,500 training samples. Rows are appended to OUT, a CSV;
 without BACKBONE and DATA the tables of OUT are printed. Means and medians are of sets of more than two classes.
 """
 
@@ -24,8 +24,9 @@ from featcache.evaluation.likeness import unit_rows
 from featcache.evaluation.metrics import at_temperature
 from featcache.evaluation.tasks import Task
 from featcache.heads.checks import auc
+from featcache.heads.familiarity import MOST_ROWS, Neighbours, TrainingRows
 from featcache.heads.fit import fit
-from featcache.heads.rejection import MOST_NEIGHBOURS, Calibration, Neighbours, all_scores, draws_of
+from featcache.heads.rejection import Calibration, all_scores, draws_of
 from featcache.heads.search import Embeddings, predict_with, train
 from featcache.store import Features
 
@@ -52,7 +53,8 @@ def covered(features: Features, seed: int) -> Iterator[tuple[str, float, float]]
 def scores(X: np.ndarray, y: np.ndarray, new: np.ndarray) -> dict[str, np.ndarray]:
     """Return how strange new embeddings (n, d) look beside training ones with their classes, by each score (n,)."""
     mean, y = X.mean(axis=0), np.unique(y, return_inverse=True)[1]
-    strange = {"predict --reject": -Neighbours.fitted(X, y, np.arange(len(X))).familiarity(new)}
+    kept = TrainingRows.of(X, y, np.arange(len(X)))
+    strange = {"predict --reject": -kept.familiar.familiarity(new), "votes": -Neighbours.fitted(kept).familiarity(new)}
     cosines = unit_rows(new, mean) @ unit_rows(X, mean).T
     for k in (1, 10):
         strange[f"distance to neighbour {k}"] = -np.partition(cosines, -k, axis=1)[:, -k]
@@ -82,8 +84,8 @@ def scores(X: np.ndarray, y: np.ndarray, new: np.ndarray) -> dict[str, np.ndarra
     of_train = np.asarray(probe.decision_function(X))
     scale = (of_train.max(axis=1) if of_train.ndim == 2 else np.abs(of_train) / 2).mean() / within.mean()
     strange["ViM"] = scale * outside + strange["energy"]
-    ranks = [np.argsort(np.argsort(strange[name])) for name in ("predict --reject", "Mahalanobis, by ratio")]
-    strange["mean rank of the first and that"] = np.sum(ranks, axis=0)
+    ranks = [np.argsort(np.argsort(strange[name])) for name in ("votes", "Mahalanobis, by ratio")]
+    strange["mean rank of votes and that"] = np.sum(ranks, axis=0)
     return strange
 
 
@@ -98,7 +100,7 @@ def left_out(features: Features) -> Iterator[tuple[str, float]]:
         split = task.split(number)
         is_new = np.isin(y, unknown)
         ordered = sorted(split.train_val[~is_new[split.train_val]].tolist(), key=features.sha256.__getitem__)
-        bank = np.array(ordered[:MOST_NEIGHBOURS])
+        bank = np.array(ordered[:MOST_ROWS])
         usual, new = split.test[~is_new[split.test]][:MOST], np.flatnonzero(is_new)[:MOST]
         asked = np.concatenate([usual, new])
         for name, values in scores(X[bank], y[bank], X[asked]).items():

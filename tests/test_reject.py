@@ -12,11 +12,13 @@ from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import at_temperature
 from featcache.evaluation.tasks import Task
+from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import bundle
+from featcache.heads.checks import auc
+from featcache.heads.familiarity import ClassCentres, Neighbours, TrainingRows, read_familiar
 from featcache.heads.fit import fit
 from featcache.heads.rejection import (
     Calibration,
-    Neighbours,
     Rejection,
     RejectPlan,
     SetScore,
@@ -133,11 +135,12 @@ def blobs(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     return (3 * np.eye(20)[y] + rng.normal(0, 0.7, (n, 20))).astype(np.float32), y
 
 
-def test_familiarity_is_a_p_value_for_images_like_those_of_training() -> None:
+@pytest.mark.parametrize("kind", [Neighbours, ClassCentres])
+def test_familiarity_is_a_p_value_for_images_like_those_of_training(kind: type[Neighbours] | type[ClassCentres]) -> None:
     """New images of the same classes are called unfamiliar as often as 5 %, far ones always."""
     rng = np.random.default_rng(0)
     X, y = blobs(rng, 300)
-    neighbours = Neighbours.fitted(X, y, np.arange(300))
+    neighbours = kind.fitted(TrainingRows.of(X, y, np.arange(300)))
 
     alike = neighbours.shares(blobs(rng, 3000)[0])
     far = neighbours.shares((-12 * np.eye(20)[5] + rng.normal(0, 1, (50, 20))).astype(np.float32))
@@ -151,11 +154,11 @@ def test_leaving_out_needs_no_second_fit() -> None:
     """What each neighbour gets without its unit is what a fit without that unit gives it."""
     X, y = blobs(np.random.default_rng(0), 60)
     units = np.arange(60) // 2
-    neighbours = Neighbours.fitted(X, y, units)
+    neighbours = Neighbours.fitted(TrainingRows.of(X, y, units))
 
     alone = []
     for unit in range(30):
-        others = Neighbours.fitted(X[units != unit], y[units != unit], np.arange(58))
+        others = Neighbours.fitted(TrainingRows.of(X[units != unit], y[units != unit], np.arange(58)))
         others = replace(others, mean=neighbours.mean)  # the mean is of all
         rest = replace(neighbours, rows=neighbours.rows[units != unit])
         votes = np.linalg.solve(
@@ -165,6 +168,48 @@ def test_leaving_out_needs_no_second_fit() -> None:
         alone += replace(rest, votes=votes.astype(np.float32)).familiarity(X[units == unit]).tolist()
 
     np.testing.assert_allclose(neighbours.usual, np.sort(alone), atol=5e-3)
+
+
+def test_centres_tell_a_class_that_was_left_out() -> None:
+    """Among directions in which all classes scatter widely, an unknown class that lies apart in others is told."""
+    rng = np.random.default_rng(0)
+    y = np.arange(600) % 6
+    scatter = np.r_[np.full(10, 0.4), np.full(30, 2.0)]
+    X = (2 * np.eye(40)[y] + rng.normal(0, 1, (600, 40)) * scatter).astype(np.float32)
+    is_new = y == 5
+    training = TrainingRows.of(X[~is_new][:300], y[~is_new][:300], np.arange(300))
+
+    asked, unknown = X[300:], is_new[300:]
+    areas = [auc(unknown, -kind.fitted(training).familiarity(asked))[0] for kind in (ClassCentres, Neighbours)]
+
+    assert isinstance(training.familiar, ClassCentres)
+    assert areas[0] > 0.9
+    assert areas[0] > areas[1]
+
+
+def test_few_classes_or_rows_are_told_by_votes() -> None:
+    """Two classes, and rows too few for the scatter within classes, have votes instead of centres."""
+    X, y = blobs(np.random.default_rng(0), 60)
+
+    two = TrainingRows.of(X[y < 2], y[y < 2], np.arange(40))
+    few = TrainingRows.of(X[:9], y[:9], np.arange(9))
+
+    assert isinstance(two.familiar, Neighbours)
+    assert isinstance(few.familiar, Neighbours)
+
+
+def test_votes_that_were_kept_say_what_they_said(tmp_path: Path) -> None:
+    """A file of before, with votes worked out, is read as it is."""
+    X, y = blobs(np.random.default_rng(0), 90)
+    votes = Neighbours.fitted(TrainingRows.of(X, y, np.arange(90)))
+    np.savez(tmp_path / "neighbours-of-before.npz", **vars(votes))
+    content = (tmp_path / "neighbours-of-before.npz").read_bytes()
+    facts = {"file": "neighbours-of-before.npz", "sha256": sha256_of_bytes(content)}
+
+    familiar = read_familiar(tmp_path / "logistic.skops", facts)
+
+    assert isinstance(familiar, Neighbours)
+    np.testing.assert_array_equal(familiar.shares(X), votes.shares(X))
 
 
 def test_a_drawn_val_split_calibrates_out_of_fold() -> None:

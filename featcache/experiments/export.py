@@ -34,8 +34,9 @@ from featcache.experiments.predict import cache_of
 from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
+from featcache.heads.familiarity import ClassCentres, Neighbours
 from featcache.heads.nonlinear import TEMPERATURE
-from featcache.heads.rejection import UNFAMILIAR, Neighbours, Rejection, RejectPlan
+from featcache.heads.rejection import UNFAMILIAR, Rejection, RejectPlan
 from featcache.specs import Views
 from featcache.store.atomic import replace_file
 
@@ -210,25 +211,43 @@ def _judged_otherwise(
 
 
 class _Familiarity(nn.Module):
-    """Shares of ``Neighbours.shares``, features (b, d) -> (b,)."""
+    """Shares of ``Neighbours`` or ``ClassCentres``, features (b, d) -> (b,)."""
 
     mean: Tensor
-    rows: Tensor
-    votes: Tensor
     usual: Tensor
 
-    def __init__(self, neighbours: Neighbours) -> None:
+    def __init__(self, familiar: Neighbours | ClassCentres) -> None:
         super().__init__()
-        for name, values in vars(neighbours).items():
+        self.nearness = _votes if isinstance(familiar, Neighbours) else _nearness
+        for name, values in vars(familiar).items():
             self.register_buffer(name, torch.from_numpy(values.astype(np.float32)))
 
     def forward(self, features: Tensor) -> Tensor:
         centred = features - self.mean
         rows = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        votes = torch.exp(2 * (rows @ self.rows.T - 1)) @ self.votes
-        at_most = (self.usual[None] <= votes.amax(dim=1, keepdim=True)).to(torch.float32).sum(dim=1)
+        at_most = (self.usual[None] <= self.nearness(self, rows)[:, None]).to(torch.float32).sum(dim=1)
         shares: Tensor = (1 + at_most) / (1 + len(self.usual))
         return shares
+
+
+def _votes(arrays: Any, rows: Tensor) -> Tensor:
+    """``Neighbours.familiarity`` of unit rows (b, d) -> (b,)."""
+    votes = torch.exp(2 * (rows @ arrays.rows.T - 1)) @ arrays.votes
+    greatest: Tensor = votes.amax(dim=1)
+    return greatest
+
+
+def _nearness(arrays: Any, rows: Tensor) -> Tensor:
+    """``ClassCentres.familiarity`` of unit rows (b, d) -> (b,)."""
+    rows = rows - arrays.middle
+    products = rows @ arrays.weights.T
+    within = products @ arrays.turns
+    length = (rows**2).sum(dim=1, keepdim=True) - ((rows @ arrays.axes) ** 2).sum(dim=1, keepdim=True)
+    whole = (length - 2 * products + arrays.squares).clamp(min=1e-9)
+    spanned = (within**2).sum(dim=1, keepdim=True) - 2 * within @ arrays.places.T + (arrays.places**2).sum(dim=1)
+    spanned = spanned.clamp(min=1e-9)
+    nearness: Tensor = 2 - whole.amin(dim=1) / whole.mean(dim=1) - spanned.amin(dim=1) / spanned.mean(dim=1)
+    return nearness
 
 
 class _Whole(nn.Module):

@@ -42,8 +42,8 @@ from featcache.store.checksums import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
+    from featcache.heads.familiarity import TrainingRows
     from featcache.heads.fit import Curve
-    from featcache.heads.rejection import Neighbours
     from featcache.heads.zeroshot import ClassRows
 
 # plain ones: which wording suits a data set is the user's to say
@@ -570,17 +570,17 @@ class _Fitting:
         return keep_calibration(calibration, self._neighbours, folder)
 
     @cached_property
-    def _neighbours(self) -> "Neighbours | None":
+    def _neighbours(self) -> "TrainingRows | None":
         """Training samples that tell how familiar others are: the first by content, since hashes are as good as drawn."""
-        from featcache.heads.rejection import MOST_NEIGHBOURS, Neighbours
+        from featcache.heads.familiarity import MOST_ROWS, TrainingRows
 
         if self.entry.cut == TOKENS and not self.plan.best_pool:
             return None
         contents, both = self.task.features.sha256, self.split.train_val
-        samples = np.array(sorted(both.tolist(), key=lambda place: contents[place])[:MOST_NEIGHBOURS])
+        samples = np.array(sorted(both.tolist(), key=lambda place: contents[place])[:MOST_ROWS])
         rows = self.pooled[1][samples] if self.plan.best_pool else aligned(self.task, self.entry.store)[2](samples)
         X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the sample as it is
-        return Neighbours.fitted(X, self.task.y[samples], self.split.units[samples])
+        return TrainingRows.of(X, self.task.y[samples], self.split.units[samples])
 
     def baselines(self, heads: Sequence[HeadResult]) -> tuple[list[Baseline], list[Baseline], dict[str, Any] | None]:
         """Return the baselines on the same split, each column alone, and what the best head is ahead of the best one by.

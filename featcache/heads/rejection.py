@@ -6,7 +6,6 @@ head that is used is fitted again, on more samples than when those that calibrat
 better, but that is no part of the promise.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.likeness import likeness, unit_rows
-from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import pack_array, unpack_array
+from featcache.heads.familiarity import ClassCentres, Index, Neighbours, Numbers, TrainingRows, read_familiar
 from featcache.specs import check_fields
-from featcache.store.atomic import make_folder, replace_file
 
 if TYPE_CHECKING:
     from featcache.heads.bundle import Bundle
 
-Index = NDArray[np.int64]
 SetScore = Literal["lac", "aps"]
-Numbers = NDArray[np.float64]
 
 COVERAGE = 0.9
-_RIDGE = 0.1
-MOST_NEIGHBOURS = 1000  # 2.5 MB at 1280 dims in float16; a fit with so many takes a tenth of a second
 
 
 def all_scores(probabilities: Numbers, kind: SetScore, draws: Numbers) -> Numbers:
@@ -131,66 +124,6 @@ class Calibration:
         return float(scores[order[place]]) if place < len(order) else np.inf
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """Samples that a head was trained on, and how they vote for what lies near them.
-
-    Attributes:
-        mean: of the embeddings (d,).
-        rows: unit embeddings (m, d) float16, less the mean.
-        votes: each one's vote for each class (m, classes).
-        usual: how familiar each of them is without its own vote, nor that of its unit, ascending (m,).
-    """
-
-    mean: NDArray[np.float32]
-    rows: NDArray[np.float16]
-    votes: NDArray[np.float32]
-    usual: Numbers
-
-    @classmethod
-    def fitted(cls, X: NDArray[np.float32], y: Index, units: Index) -> "Neighbours":
-        """Return neighbours that vote as kernel ridge regression of the classes' indicators does.
-
-        Far from all of them, and between the classes, no class gets a large vote. Each one's own familiarity is that of a
-        fit without its unit, by the closed form of leaving rows out (Rasmussen and Williams 2006, equation 5.12).
-
-        Args:
-            X: embeddings (m, d).
-            y: classes (m,).
-            units: samples of one are left out together (m,).
-        """
-        mean = X.mean(axis=0)
-        rows = unit_rows(X, mean).astype(np.float16)
-        wide = rows.astype(np.float64)
-        inverse = np.linalg.inv(likeness(wide, wide) + _RIDGE * np.eye(len(wide)))
-        indicators = np.eye(int(y.max()) + 1)[y]
-        votes = inverse @ indicators
-        usual = np.empty(len(y))
-        for unit in np.unique(units):
-            inside = np.flatnonzero(units == unit)
-            without = indicators[inside] - np.linalg.solve(inverse[np.ix_(inside, inside)], votes[inside])
-            usual[inside] = without.max(axis=1)
-        return cls(mean.astype(np.float32), rows, votes.astype(np.float32), np.sort(usual))
-
-    def familiarity(self, X: NDArray[np.float32]) -> Numbers:
-        """Return the greatest vote for any class that embeddings (n, d) get (n,): near 1 amid a class, 0 far from all."""
-        votes = likeness(unit_rows(X, self.mean), self.rows.astype(np.float32)) @ self.votes
-        greatest: Numbers = votes.max(axis=1).astype(np.float64)
-        return greatest
-
-    def shares(self, X: NDArray[np.float32]) -> Numbers:
-        """Return which share of training samples, and the sample itself, is at most as familiar as embeddings (n, d) are.
-
-        Of samples like them all shares are equally frequent: it is a p-value.
-        """
-        return self.share_of(self.familiarity(X))
-
-    def share_of(self, familiarity: Numbers) -> Numbers:
-        """Return which share is at most as familiar as what is so familiar (n,)."""
-        shares: Numbers = (1 + np.searchsorted(self.usual, familiarity, side="right")) / (1 + len(self.usual))
-        return shares
-
-
 UNFAMILIAR = 0.05  # of one's own samples so many count as unfamiliar: as everywhere where something is called significant
 Verdict = Literal["sure", "unsure", "none", "unfamiliar"]
 
@@ -233,11 +166,11 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A head's threshold for one plan, and the neighbours that tell how familiar a sample is, where there are any."""
+    """A head's threshold for one plan, and what tells how familiar a sample is, where anything does."""
 
     plan: RejectPlan
     threshold: float
-    neighbours: Neighbours | None
+    neighbours: Neighbours | ClassCentres | None
 
     @classmethod
     def of(cls, bundle: "Bundle", plan: RejectPlan) -> "Rejection":
@@ -268,7 +201,7 @@ class Rejection:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{bundle.path}: its calibration cannot be read ({error!r:.100}): fit again.") from error
         threshold = calibration.threshold(plan.sets, plan.coverage, plan.group)
-        return cls(plan, threshold, _read_neighbours(bundle.path, facts.get("neighbours")))
+        return cls(plan, threshold, read_familiar(bundle.path, facts.get("neighbours")))
 
     def judge(self, probabilities: NDArray[np.float64], X: NDArray[np.float32] | None, contents: Sequence[str]) -> Judgement:
         """Return what is said of samples.
@@ -282,8 +215,8 @@ class Rejection:
         return Judgement(sets, None if self.neighbours is None or X is None else self.neighbours.shares(X))
 
 
-def keep_calibration(calibration: Calibration, neighbours: Neighbours | None, folder: Path) -> dict[str, Any]:
-    """Return what a card says of a calibration, after writing the neighbours into a folder under their hash."""
+def keep_calibration(calibration: Calibration, training: TrainingRows | None, folder: Path) -> dict[str, Any]:
+    """Return what a card says of a calibration, after writing training samples into a folder under their hash."""
     facts = {
         "lac": pack_array(calibration.lac),
         "aps": pack_array(calibration.aps),
@@ -291,36 +224,4 @@ def keep_calibration(calibration: Calibration, neighbours: Neighbours | None, fo
         "members": pack_array(calibration.members),
         "groups": list(calibration.groups),
     }
-    if neighbours is None:
-        return facts
-    buffer = io.BytesIO()
-    np.savez(buffer, **vars(neighbours))
-    content = buffer.getvalue()
-    sha256 = sha256_of_bytes(content)
-    # called by its content: all heads of an entry and a split share one file
-    path = folder / f"neighbours-{sha256[:16]}.npz"
-    if not path.exists():
-        make_folder(folder)
-        replace_file(path, content)
-    return facts | {"neighbours": {"file": path.name, "sha256": sha256}}
-
-
-def _read_neighbours(head: Path, facts: dict[str, str] | None) -> Neighbours | None:
-    """Return the neighbours that lie beside a head.
-
-    Raises:
-        DataError: they are absent, or not what was written there.
-    """
-    if facts is None:
-        return None
-    path = head.parent / Path(str(facts["file"])).name  # a name, whatever a card says
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}): it belongs to {head.name} and goes where that goes; or fit again."
-        ) from error
-    if sha256_of_bytes(content) != facts["sha256"]:
-        raise DataError(f"{path}: is not what was written there: remove it, and fit again.")
-    arrays = np.load(io.BytesIO(content), allow_pickle=False)
-    return Neighbours(**{name: arrays[name] for name in ("mean", "rows", "votes", "usual")})
+    return facts if training is None else facts | {"neighbours": training.keep(folder)}

@@ -1,0 +1,261 @@
+"""How familiar a sample is beside training samples, and which share of those is no more familiar than it is.
+
+Training samples lie beside a head; what they tell is worked out by whoever asks.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+
+from featcache.errors import DataError
+from featcache.evaluation.likeness import likeness, unit_rows
+from featcache.fingerprint import sha256_of_bytes
+from featcache.store.atomic import make_folder, replace_file
+
+Index = NDArray[np.int64]
+Numbers = NDArray[np.float64]
+
+MOST_ROWS = 1500  # 3.8 MB at 1280 dims in float16; more told little better, and cost whoever copies the head
+_RIDGE = 0.1
+_AXES = 256  # of the scatter within classes: the rest is told by its mean variance
+_FOLDS = 5
+_ROWS_OF_A_CLASS = 5  # on average: of fewer the scatter within classes says nothing
+
+
+class _Ranked:
+    """Something that tells how familiar samples are, with what it ``usually`` tells of its own, ascending (m,)."""
+
+    usual: Numbers
+
+    def familiarity(self, X: NDArray[np.float32]) -> Numbers:
+        """Return how familiar embeddings (n, d) are (n,): the more, the greater."""
+        raise NotImplementedError
+
+    def shares(self, X: NDArray[np.float32]) -> Numbers:
+        """Return which share of training samples, and the sample itself, is at most as familiar as embeddings (n, d) are.
+
+        Of samples like them all shares are equally frequent: it is a p-value.
+        """
+        return self.share_of(self.familiarity(X))
+
+    def share_of(self, familiarity: Numbers) -> Numbers:
+        """Return which share is at most as familiar as what is so familiar (n,)."""
+        shares: Numbers = (1 + np.searchsorted(self.usual, familiarity, side="right")) / (1 + len(self.usual))
+        return shares
+
+
+@dataclass(frozen=True)
+class Neighbours(_Ranked):
+    """Samples that a head was trained on, and how they vote for what lies near them.
+
+    Attributes:
+        mean: of the embeddings (d,).
+        rows: unit embeddings (m, d) float16, less the mean.
+        votes: each one's vote for each class (m, classes).
+        usual: how familiar each of them is without its own vote, nor that of its unit, ascending (m,).
+    """
+
+    mean: NDArray[np.float32]
+    rows: NDArray[np.float16]
+    votes: NDArray[np.float32]
+    usual: Numbers
+
+    @classmethod
+    def fitted(cls, training: "TrainingRows") -> "Neighbours":
+        """Return neighbours that vote as kernel ridge regression of the classes' indicators does.
+
+        Far from all of them, and between the classes, no class gets a large vote. Each one's own familiarity is that of a
+        fit without its unit, by the closed form of leaving rows out (Rasmussen and Williams 2006, equation 5.12).
+        """
+        wide = training.rows.astype(np.float64)
+        inverse = np.linalg.inv(likeness(wide, wide) + _RIDGE * np.eye(len(wide)))
+        indicators = np.eye(int(training.y.max()) + 1)[training.y]
+        votes = inverse @ indicators
+        usual = np.empty(len(wide))
+        for unit in np.unique(training.units):
+            inside = np.flatnonzero(training.units == unit)
+            without = indicators[inside] - np.linalg.solve(inverse[np.ix_(inside, inside)], votes[inside])
+            usual[inside] = without.max(axis=1)
+        return cls(training.mean, training.rows, votes.astype(np.float32), np.sort(usual))
+
+    def familiarity(self, X: NDArray[np.float32]) -> Numbers:
+        """Return the greatest vote for any class that embeddings (n, d) get (n,): near 1 amid a class, 0 far from all."""
+        votes = likeness(unit_rows(X, self.mean), self.rows.astype(np.float32)) @ self.votes
+        greatest: Numbers = votes.max(axis=1).astype(np.float64)
+        return greatest
+
+
+@dataclass(frozen=True)
+class ClassCentres(_Ranked):
+    """Where classes lie, and how samples scatter about their centres.
+
+    A sample of a class is much nearer to its centre than to the others'; an unknown one is about as far from all. Distances
+    are Mahalanobis' (Lee, Lee, Lee and Shin 2018, section 2.1; the comparison with what lies behind is that of Ren et al.
+    2021, "A simple fix to Mahalanobis distance"), in the space of unit embeddings and in the one that the centres span.
+
+    Attributes:
+        mean: of the embeddings (d,).
+        middle: of their unit embeddings (d,), from which centres are counted, so that they span one dimension less.
+        axes: of the scatter within classes, each as long as the share of its variance that is beyond the rest's (d, q).
+        weights: centres in the metric of that scatter (classes, d).
+        squares: of the centres' lengths in it (classes,).
+        turns: products with the weights -> coordinates in the space that the centres span (classes, k).
+        places: the centres there (classes, k).
+        usual: how familiar training samples are to centres that they had no part in, ascending (m,).
+    """
+
+    mean: NDArray[np.float32]
+    middle: NDArray[np.float32]
+    axes: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    squares: NDArray[np.float32]
+    turns: NDArray[np.float32]
+    places: NDArray[np.float32]
+    usual: Numbers
+
+    @classmethod
+    def fitted(cls, training: "TrainingRows") -> "ClassCentres":
+        """Return the centres of training rows; what is usual is told out of fold, units together."""
+        rows = training.rows.astype(np.float32)
+        numbers = np.unique(training.units, return_inverse=True)[1]
+        fold = np.random.default_rng(0).permutation(int(numbers.max()) + 1)[numbers] % _FOLDS
+        usual = [
+            cls._of(training.mean, rows[fold != number], training.y[fold != number]).nearness(rows[fold == number])
+            for number in np.unique(fold)
+        ]
+        return cls._of(training.mean, rows, training.y, np.sort(np.concatenate(usual)))
+
+    @classmethod
+    def _of(
+        cls, mean: NDArray[np.float32], rows: NDArray[np.float32], y: Index, usual: Numbers | None = None
+    ) -> "ClassCentres":
+        classes = np.unique(y)
+        middle = rows.mean(axis=0)
+        centres = np.stack([rows[y == label].mean(axis=0) for label in classes]) - middle
+        residuals = rows - middle - centres[np.searchsorted(classes, y)]
+        n, d = residuals.shape
+        scatter = residuals.T @ residuals / n
+        shrinkage = _towards_sphere(residuals, scatter)
+        variance = float(np.trace(scatter)) / d
+        q = min(_AXES, d - 1)
+        main, vectors = eigh(scatter, subset_by_index=(d - q, d - 1))  # a third of the time that all of them take
+        outside = max(variance * d - float(main.sum()), 0) / (d - q)
+        rest = (1 - shrinkage) * outside + shrinkage * variance
+        # distances are compared with each other alone: in units of the rest's variance its own axes need no vectors
+        beyond = 1 - rest / np.maximum((1 - shrinkage) * main + shrinkage * variance, rest)
+        axes = vectors * np.sqrt(beyond).astype(np.float32)
+        weights = centres - (centres @ axes) @ axes.T
+        products = (centres @ weights.T).astype(np.float64)
+        lengths, turns = eigh((products + products.T) / 2)
+        spanned = lengths > 1e-6 * lengths[-1]
+        turns = turns[:, spanned] / np.sqrt(lengths[spanned])
+        single = np.float32
+        return cls(
+            mean=mean,
+            middle=middle.astype(single),
+            axes=axes.astype(single),
+            weights=weights.astype(single),
+            squares=np.diag(products).astype(single),
+            turns=turns.astype(single),
+            places=(products @ turns).astype(single),
+            usual=np.empty(0) if usual is None else usual,
+        )
+
+    def familiarity(self, X: NDArray[np.float32]) -> Numbers:
+        """Return how much nearer the nearest centre is than centres are on average, of embeddings (n, d) (n,): 2 at most."""
+        return self.nearness(unit_rows(X, self.mean))
+
+    def nearness(self, rows: NDArray[np.float32]) -> Numbers:
+        """Return the familiarity of unit rows (n, d), less the mean (n,)."""
+        rows = rows - self.middle
+        length = (rows**2).sum(axis=1) - ((rows @ self.axes) ** 2).sum(axis=1)
+        products = rows @ self.weights.T
+        within = products @ self.turns
+        near = np.zeros(len(rows))
+        for length_of, product, square in (
+            (length, products, self.squares),
+            ((within**2).sum(axis=1), within @ self.places.T, (self.places**2).sum(axis=1)),
+        ):
+            distances = np.maximum(length_of[:, None] - 2 * product + square, np.float32(1e-9))
+            near += 1 - distances.min(axis=1) / distances.mean(axis=1)
+        return near
+
+
+def _towards_sphere(residuals: NDArray[np.float32], scatter: NDArray[np.float32]) -> float:
+    """Return how far to draw a scatter (d, d) of residuals (n, d) towards a sphere (Ledoit and Wolf 2004, section 3.3)."""
+    n, d = residuals.shape
+    squares = float((scatter.astype(np.float64) ** 2).sum())
+    off = squares - float(np.trace(scatter)) ** 2 / d
+    noise = (float(((residuals.astype(np.float64) ** 2).sum(axis=1) ** 2).sum()) / n - squares) / n
+    return min(noise / off, 1.0) if off > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Samples that a head was trained on.
+
+    Attributes:
+        mean: of the embeddings (d,).
+        rows: unit embeddings (m, d) float16, less the mean.
+        y: classes (m,).
+        units: samples of one are left out together (m,).
+    """
+
+    mean: NDArray[np.float32]
+    rows: NDArray[np.float16]
+    y: Index
+    units: Index
+
+    @classmethod
+    def of(cls, X: NDArray[np.float32], y: Index, units: Index) -> "TrainingRows":
+        """Return what is kept of embeddings (m, d)."""
+        mean = X.mean(axis=0).astype(np.float32)
+        return cls(mean, unit_rows(X, mean).astype(np.float16), y, units)
+
+    @property
+    def familiar(self) -> "Neighbours | ClassCentres":
+        """What tells how familiar samples are: centres, of two classes or of few rows a class their votes."""
+        classes = len(np.unique(self.y))
+        # out of fold too each class must be there: with a row in one unit alone it would be unknown to itself
+        enough = len(np.unique(self.units)) >= _ROWS_OF_A_CLASS * classes
+        return ClassCentres.fitted(self) if classes > 2 and enough else Neighbours.fitted(self)
+
+    def keep(self, folder: Path) -> dict[str, str]:
+        """Return the name and hash of the file that it is written to."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(self))
+        content = buffer.getvalue()
+        sha256 = sha256_of_bytes(content)
+        # called by its content: all heads of an entry and a split share one file
+        path = folder / f"neighbours-{sha256[:16]}.npz"
+        if not path.exists():
+            make_folder(folder)
+            replace_file(path, content)
+        return {"file": path.name, "sha256": sha256}
+
+
+def read_familiar(head: Path, facts: dict[str, str] | None) -> Neighbours | ClassCentres | None:
+    """Return what the samples beside a head tell; ``None`` where a card names none.
+
+    Raises:
+        DataError: they are absent, or not what was written there.
+    """
+    if facts is None:
+        return None
+    path = head.parent / Path(str(facts["file"])).name  # a name, whatever a card says
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}): it belongs to {head.name} and goes where that goes; or fit again."
+        ) from error
+    if sha256_of_bytes(content) != facts["sha256"]:
+        raise DataError(f"{path}: is not what was written there: remove it, and fit again.")
+    arrays: dict[str, Any] = dict(np.load(io.BytesIO(content), allow_pickle=False))
+    # heads of before kept votes, worked out when they were fitted: those say what they said then
+    return Neighbours(**arrays) if "votes" in arrays else TrainingRows(**arrays).familiar
