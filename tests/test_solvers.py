@@ -471,6 +471,25 @@ def test_a_refit_starts_from_the_search_and_ends_at_the_same_optimum(classes: in
     np.testing.assert_allclose(again[-1].coef_, alone[-1].coef_, rtol=1e-2, atol=2e-3 * np.abs(alone[-1].coef_).max())
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("width", [30, 400])
+def test_folds_that_start_from_the_head_of_all_rows_end_at_their_own_optimum(classes: int, width: int) -> None:
+    """What calibrates is answered as when each fold is fitted from nothing; a fold may lack a class."""
+    X, y = data(classes, count=300, width=width)
+    X, rows = X.astype(np.float32), np.arange(300)
+    folds = [Fold(rows[rows % 3 != part], rows[rows % 3 == part]) for part in range(3)]
+    if classes > 2:
+        folds.append(Fold(rows[y != 1], rows[y == 1]))
+    head = train("logistic", {"C": 0.03}, X, y, 0)
+
+    candidate = LOGISTIC.cross({"C": 0.03}, X, y, folds, head, None) if LOGISTIC.cross else None
+
+    (alone,) = LOGISTIC.evaluate_grid([{"C": 0.03}], X, y, folds, 0)
+    assert candidate is not None
+    assert candidate.converged
+    np.testing.assert_allclose(candidate.answers, alone.answers, atol=2e-3)
+
+
 def test_a_class_that_no_row_has_is_left_out() -> None:
     """The fold's own classes come back, as if the others did not exist."""
     X, y = data(4)

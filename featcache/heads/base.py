@@ -92,6 +92,8 @@ class HeadFamily:
         race: finds the best without ending each candidate, given the grid, every how many come first, features in memory of
             one view, classes and folds; ``None`` where it cannot tell.
         refit: trains one from heads with its parameters, near to it, given features in memory, classes and ``Raced.axes``.
+        cross: tries parameters on folds as ``evaluate_grid`` does, from a head with them that was trained on all rows of
+            these, given features in memory, classes, folds, the head and ``Raced.axes``.
         by_loss: the log-loss chooses, not the accuracy; parameters are C.
     """
 
@@ -102,6 +104,7 @@ class HeadFamily:
     streams: bool = False
     race: Race | None = None
     refit: Callable[[Params, Any, Any, Sequence[Pipeline], Any], tuple[Any, bool]] | None = None
+    cross: Callable[[Params, Any, Any, "Sequence[Fold]", Pipeline, Any], Candidate] | None = None
     by_loss: bool = False
 
     def refine(self, grid: Sequence[Params], best: Params) -> list[Params]:

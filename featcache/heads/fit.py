@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from featcache.display import progress
 from featcache.errors import FeatcacheError, UsageError
 from featcache.evaluation.metrics import AnyScores, TestResult, best_temperature, evaluate
-from featcache.evaluation.splits import SMALL, Fold, Split, crossed_folds, few_shot, part_of
+from featcache.evaluation.splits import SMALL, Split, crossed_folds, few_shot, part_of
 from featcache.evaluation.tasks import Task
 from featcache.fingerprint import as_stored
 from featcache.heads import ENSEMBLE, MEMBERS, require_head
@@ -88,8 +88,9 @@ def fit(
     embeddings = Embeddings.of(task, views)
     started = time.monotonic()
     search, estimator = embeddings.fit(name, split, seed, grid)
+    unseen = _out_of_fold(name, (search, estimator), embeddings, split, seed)
     fitted = tested_head(name, estimator, search, embeddings, split, time.monotonic() - started)
-    return replace(fitted, unseen=_out_of_fold(name, search, embeddings, split, seed) or fitted.unseen)
+    return replace(fitted, unseen=unseen or fitted.unseen)
 
 
 def ensemble(task: Task, split: Split, fitted: Sequence[FittedHead], views: int = 1) -> FittedHead:
@@ -148,27 +149,26 @@ def tested_head(
     )
 
 
-def _out_of_fold(name: str, search: "SearchResult", embeddings: "Embeddings", split: Split, seed: int) -> Unseen | None:
+def _out_of_fold(
+    name: str, chosen: "tuple[SearchResult, Any]", embeddings: "Embeddings", split: Split, seed: int
+) -> Unseen | None:
     """Return out-of-fold answers of all that trains, where a drawn val split alone would say too little.
 
     The head that answers is refitted on train and val: heads of four fifths of both are nearer to it than one of train, and
     a threshold by five times the samples strays less. A given val split is the user's word on what is to come.
     """
-    from featcache.heads.search import search_head
-
-    task = embeddings.task
+    (search, estimator), task = chosen, embeddings.task
     is_given = bool(split.cross) or "val" in task.features.splits
     if is_given or len(split.val) >= SMALL or search.answers.ndim != 2 or task.kind != "label":
         return None
     folds = crossed_folds(split, task.y, task.features.sha256, seed)
-    rows = [Fold(embeddings.rows(fold.train), embeddings.rows(fold.val)) for fold in folds]
-    if not rows:
+    if not folds:
         return None
     try:
-        again = search_head(name, embeddings.X, embeddings.y, rows, seed, [search.params], embeddings.views)
+        answers = embeddings.crossed(name, folds, seed, search, estimator)
     except FeatcacheError:  # a fold without its optimum, or with too few samples for this head: the val split has to do
         return None
-    return Unseen(np.concatenate([fold.val for fold in folds]), again.answers)
+    return Unseen(np.concatenate([fold.val for fold in folds]), answers)
 
 
 def _val_truth(task: Task, split: Split) -> NDArray[Any]:

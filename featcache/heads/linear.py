@@ -396,8 +396,16 @@ def _refit_logistic(params: Params, X: X_, y: Y_, heads: Sequence[Pipeline], axe
     """Fit from where the search's heads of this C, which trained on parts of the rows, are on average."""
     models = [linear_weights(head, int(y.max()) + 1) for head in heads]
     weights, intercept = (np.mean(parts, axis=0) for parts in zip(*models, strict=True))
-    solution = solvers.solve_from(X, y, params["C"], weights, intercept, axes)
+    (solution,) = solvers.solve_from(X, y, params["C"], (weights, intercept), axes=axes)
     return make_pipeline(as_logistic(solution)), solution.converged
+
+
+def _cross_logistic(params: Params, X: X_, y: Y_, folds: Sequence[Fold], head: Pipeline, axes: Any) -> Candidate:
+    """Fit on each fold's train from where the head of all rows is, which has seen but a few more."""
+    classes = int(y.max()) + 1
+    model = linear_weights(head, classes)
+    solutions = solvers.solve_from(X, y, params["C"], model, [fold.train for fold in folds], axes)
+    return _candidate(params, solutions, (X[fold.val] for fold in folds), classes)
 
 
 def _signs(y: Y_, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -550,6 +558,7 @@ LOGISTIC = HeadFamily(
     streams=True,
     race=race_logistic,
     refit=_refit_logistic,
+    cross=_cross_logistic,
     by_loss=True,
 )
 SVM = HeadFamily(lambda _: list(_COSTS), _sweep_svm, _fit_svm)

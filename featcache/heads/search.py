@@ -369,6 +369,23 @@ class Embeddings:
         search = self.search(name, split, seed, grid)
         return search, self.train(name, search.params, split.train_val, seed, search)
 
+    def crossed(self, name: str, folds: Sequence[Fold], seed: int, near: SearchResult, head: Pipeline) -> NDArray[Any]:
+        """Return what heads with a search's parameters answer of the folds' val, trained on their train.
+
+        ``head`` was trained on all of them: where the family can, each starts from it.
+
+        Raises:
+            DataError: the optimum was not reached on some fold, or there are too few samples for this head.
+        """
+        rows = [Fold(self.rows(fold.train), self.rows(fold.val)) for fold in folds]
+        family = FAMILIES[self.task.kind][name]
+        if family.cross is not None and self.views == 1 and isinstance(self.X, np.ndarray):
+            candidate = family.cross(near.params, self.X, self.y, rows, head, near.axes)
+            if candidate.converged:
+                return candidate.answers
+        answers: NDArray[Any] = search_head(name, self.X, self.y, rows, seed, [near.params], self.views).answers
+        return answers
+
     def most_regular(self, name: str, count: int) -> Params:
         """Return the parameters that are taken of so many samples where there is nothing to validate on."""
         return FAMILIES[self.task.kind][name].grid(count)[0]

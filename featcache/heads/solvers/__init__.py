@@ -115,31 +115,39 @@ def solve(
 
 
 def solve_from(
-    X: Rows, y: NDArray[np.int64], C: float, weights: Floats, intercept: Floats, axes: Axes | None = None
-) -> Solution:
-    """Return the minimiser as ``solve`` does, of one C on all rows, started from a model near it.
+    X: Rows,
+    y: NDArray[np.int64],
+    C: float,
+    model: tuple[Floats, Floats],
+    folds: Sequence[NDArray[np.int64]] | None = None,
+    axes: Axes | None = None,
+) -> list[Solution]:
+    """Return the minimisers as ``solve`` does, of one C, one a fold, started from a model near them.
 
     Args:
         X: features (n, d), finite.
         y: classes 0..k-1 (n,).
         C: inverse penalty.
-        weights: by features in their own units (k, d).
-        intercept: (k,).
+        model: weights by features in their own units (k, d), and intercepts (k,).
+        folds: positions of each fold's rows (n,); all rows as one fold if left out.
         axes: of other rows, where they serve these too.
 
     Raises:
-        ValueError: there are fewer than two classes.
+        ValueError: a fold has fewer than two classes.
     """
-    with turned_folds(X, y, [(np.arange(len(y)), np.zeros(0, np.int64))], axes=axes) as loss:
+    folds = [np.arange(len(y))] if folds is None else folds
+    solutions: list[Solution] = []
+    with turned_folds(X, y, [(rows, np.zeros(0, np.int64)) for rows in folds], axes=axes) as loss:
         if loss is not None:
-            start, (fold,) = constant_models(loss), loss.folds
-            is_used = start[0, :, -1] > _NEVER
-            start[0, is_used] = fold.models(weights, intercept)[is_used]
-            (solution,) = finish(loss, C, start, tolerance_of(X.size * loss.outputs))
-            if solution.converged:
-                return solution
-    ((solution,),) = solve(X, y, [C])
-    return solution
+            starts = constant_models(loss)
+            for start, fold in zip(starts, loss.folds, strict=True):
+                is_used = start[:, -1] > _NEVER
+                turned = fold.models(*model)[is_used]
+                start[is_used, : turned.shape[1] - 1], start[is_used, -1] = turned[:, :-1], turned[:, -1]
+            solutions = finish(loss, C, starts, tolerance_of(X.size * loss.outputs))
+    if solutions and all(solution.converged for solution in solutions):
+        return solutions
+    return [solution for (solution,) in solve(X, y, [C], [np.isin(np.arange(len(y)), rows) for rows in folds])]
 
 
 @dataclass(frozen=True)
