@@ -17,8 +17,8 @@ from tabulate import tabulate
 
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
+from featcache.evaluation import Task
 from featcache.evaluation.splits import make_split
-from featcache.evaluation.tasks import Task
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.fit import fit

@@ -20,9 +20,9 @@ from over_sets import run
 from scipy.special import logsumexp
 
 import featcache
+from featcache.evaluation import Task
 from featcache.evaluation.likeness import unit_rows
 from featcache.evaluation.metrics import at_temperature
-from featcache.evaluation.tasks import Task
 from featcache.heads.checks import auc
 from featcache.heads.familiarity import MOST_ROWS, Neighbours, TrainingRows
 from featcache.heads.fit import fit

@@ -13,7 +13,7 @@ from support import Outcome, Run, draw_image
 
 from featcache.datasets.tables import open_unlabelled
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.tasks import CodedColumn, ColumnCoder, Columns, alone
+from featcache.evaluation import CodedColumn, ColumnCoder, Columns, alone
 from featcache.store import LazyRows, beside
 
 MINI = ("-b", "mini", "--batch-size", "16")

@@ -12,7 +12,7 @@ from support import TINY, draw_image
 
 import featcache
 from featcache.datasets import open_dataset
-from featcache.evaluation.tasks import Task
+from featcache.evaluation import Task
 from featcache.experiments.experiment import Experiment
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings

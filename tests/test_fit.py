@@ -17,9 +17,9 @@ from support import TINY, Outcome, draw_folder, draw_image
 
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, UsageError
+from featcache.evaluation import Task
 from featcache.evaluation.metrics import at_temperature, best_temperature
 from featcache.evaluation.splits import Fold, Split, make_split
-from featcache.evaluation.tasks import Task
 from featcache.experiments import fit as jobs
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings

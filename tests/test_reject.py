@@ -10,8 +10,8 @@ from support import TINY, Run, draw_folder, draw_image
 
 from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, UsageError
+from featcache.evaluation import Task
 from featcache.evaluation.metrics import at_temperature
-from featcache.evaluation.tasks import Task
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import bundle
 from featcache.heads.checks import auc

@@ -18,7 +18,7 @@ from featcache import api
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, Sample
 from featcache.errors import DataError
-from featcache.evaluation.tasks import Task
+from featcache.evaluation import Task
 from featcache.experiments.experiment import Experiment
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings

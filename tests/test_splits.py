@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
+from featcache.evaluation import Identity, Task
 from featcache.evaluation.draws import copies, remarks
 from featcache.evaluation.splits import few_shot, make_free_split, make_split, part_of, restricted
-from featcache.evaluation.tasks import Identity, Task
 from featcache.store import Features
 
 CLASSES = ("a", "b", "c")

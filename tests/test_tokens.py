@@ -13,7 +13,7 @@ from featcache.backbones.pooling import Layout
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import UsageError
-from featcache.evaluation.tasks import Task
+from featcache.evaluation import Task
 from featcache.experiments.fit import FitPlan
 from featcache.experiments.poolings import judge
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings

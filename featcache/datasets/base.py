@@ -265,7 +265,7 @@ class Dataset:
                 f"{self.location}: its labels are lists; only fit with `target='labels'` trains on several an image."
             )
         if kind != "label":
-            from featcache.evaluation.tasks import read_labels
+            from featcache.evaluation import read_labels
 
             read_labels(kind, self.table.labels)
 

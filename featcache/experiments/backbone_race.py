@@ -17,9 +17,9 @@ from featcache.datasets.base import Dataset
 from featcache.datasets.thumbnails import SIDE
 from featcache.display import logger
 from featcache.errors import CutError, SetupError, UsageError
+from featcache.evaluation import Task
 from featcache.evaluation.draws import Drawing, Units, chances, drawn_accuracies, drawn_weights, fold_of, units_of
 from featcache.evaluation.splits import FOLDS, Fold, Index, Split, part_of
-from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.extraction.scan import DatasetFiles
 from featcache.extraction.writer import require_usable

@@ -12,7 +12,7 @@ from typing import Any
 from featcache.datasets import open_dataset
 from featcache.display import Displayed, Table, logger
 from featcache.errors import FeatcacheError, StorageError, UsageError, did_you_mean
-from featcache.evaluation.tasks import Task
+from featcache.evaluation import Task
 from featcache.experiments.experiment import Experiment
 from featcache.experiments.finetune import forget_state, run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs

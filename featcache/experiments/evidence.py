@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from featcache.datasets import open_dataset
 from featcache.display import Table
 from featcache.errors import FeatcacheError, SetupError, StorageError
+from featcache.evaluation import Task
 from featcache.evaluation.metrics import ECE_BINS, TestResult, confusion, per_class
-from featcache.evaluation.tasks import Task
 from featcache.fingerprint import as_named
 from featcache.heads import bundle
 from featcache.reports import RunRecord

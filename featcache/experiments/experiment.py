@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
 from featcache.errors import DataError
+from featcache.evaluation import Columns, Task, column_names
 from featcache.evaluation.metrics import Kind, encode_correct
 from featcache.evaluation.splits import Split
-from featcache.evaluation.tasks import Columns, Task, column_names
 from featcache.extraction.feature_cache import Extracted, FeatureCache
 from featcache.extraction.scan import DatasetFiles
 from featcache.finetuning import FineTunePlan

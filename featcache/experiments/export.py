@@ -28,8 +28,8 @@ from featcache.backbones.base import TorchRuntime
 from featcache.datasets.base import Dataset
 from featcache.display import logger
 from featcache.errors import DataError, SetupError, UnreadableSample, UsageError
+from featcache.evaluation import ColumnCoder
 from featcache.evaluation.metrics import LEAST_SCALED, at_temperature
-from featcache.evaluation.tasks import ColumnCoder
 from featcache.experiments.predict import cache_of
 from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness

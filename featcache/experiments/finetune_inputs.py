@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from featcache.display import logger
 from featcache.errors import CutError, StorageError, UsageError
+from featcache.evaluation import Task
 from featcache.evaluation.metrics import decode_correct
 from featcache.evaluation.splits import Split, restricted
-from featcache.evaluation.tasks import Task
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.finetuning import FineTunePlan
 from featcache.heads import STREAMING, require_head

@@ -17,9 +17,9 @@ from featcache.backbones import origins
 from featcache.datasets.thumbnails import SIDE
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, StorageError, UsageError
+from featcache.evaluation import ColumnCoder, Task, column_names
 from featcache.evaluation.metrics import Kind, at_temperature, confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
-from featcache.evaluation.tasks import ColumnCoder, Task, column_names
 from featcache.experiments.experiment import (
     Experiment,
     Outcome,

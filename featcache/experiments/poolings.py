@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from featcache.display import logger, progress
 from featcache.errors import UsageError
+from featcache.evaluation import Task
 from featcache.evaluation.metrics import Kind, best_temperature, evaluate, evaluate_on_test
 from featcache.evaluation.splits import Index, Split
-from featcache.evaluation.tasks import Task
 from featcache.heads.fit import FittedHead
 from featcache.reports import PROTOCOL
 from featcache.resources import free_memory

@@ -18,8 +18,8 @@ from featcache.datasets.folder import sample_files
 from featcache.datasets.tables import open_unlabelled
 from featcache.display import logger, progress
 from featcache.errors import DataError, StorageError, UsageError
+from featcache.evaluation import ColumnCoder
 from featcache.evaluation.metrics import at_temperature
-from featcache.evaluation.tasks import ColumnCoder
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches, sample
 from featcache.fingerprint import canonical, sha256_of_file

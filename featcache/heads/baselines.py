@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.thumbnails import SMALL, STATISTICS, small_rows, statistics
+from featcache.evaluation import Columns, alone
 from featcache.evaluation.metrics import (
     AnyScores,
     Gap,
@@ -28,7 +29,6 @@ from featcache.evaluation.metrics import (
     scores_from,
 )
 from featcache.evaluation.splits import Fold, Index, Split
-from featcache.evaluation.tasks import Columns, alone
 
 if TYPE_CHECKING:
     from featcache.heads.fit import FittedHead

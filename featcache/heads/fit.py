@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from featcache.display import progress
 from featcache.errors import FeatcacheError, UsageError
+from featcache.evaluation import Task
 from featcache.evaluation.metrics import AnyScores, TestResult, best_temperature, evaluate
 from featcache.evaluation.splits import SMALL, Split, crossed_folds, few_shot, part_of
-from featcache.evaluation.tasks import Task
 from featcache.fingerprint import as_stored
 from featcache.heads import ENSEMBLE, MEMBERS, require_head
 from featcache.resources import libraries_load

@@ -15,6 +15,7 @@ from sklearn.preprocessing import LabelBinarizer, Normalizer
 
 from featcache.display import progress
 from featcache.errors import DataError, UsageError
+from featcache.evaluation import Task
 from featcache.evaluation.metrics import (
     AnyScores,
     Kind,
@@ -27,7 +28,6 @@ from featcache.evaluation.metrics import (
     log_loss,
 )
 from featcache.evaluation.splits import Fold, Split
-from featcache.evaluation.tasks import Task
 from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
 from featcache.heads.base import answers as class_answers

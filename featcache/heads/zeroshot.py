@@ -19,9 +19,9 @@ from sklearn.preprocessing import Normalizer, normalize
 from sklearn.utils import gen_batches
 
 from featcache.errors import DataError
+from featcache.evaluation import Task
 from featcache.evaluation.metrics import evaluate
 from featcache.evaluation.splits import Fold, Split
-from featcache.evaluation.tasks import Task
 from featcache.fingerprint import as_named, as_stored
 from featcache.heads.base import X_, Y_, Candidate, Params
 from featcache.heads.fit import FittedHead, tested_head
