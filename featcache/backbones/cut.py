@@ -77,6 +77,7 @@ class Cutter:
         self._dependent = _descendants(node for node in self._traced.graph.nodes if node.op == "placeholder")
         self._held = {node: _parameter_ids(self._traced, node) for node in self._traced.graph.nodes}
         self._read = _with_handed_over(self._traced, self._held, self._dependent)
+        self._borders: dict[tuple[frozenset[fx.Node], bool], _Border] = {}
         self._checked: set[_Border] = set()
         self._reproduces = False
 
@@ -97,7 +98,7 @@ class Cutter:
         """
         trained = self._trained(is_trained)
         hot = self._hot(trained)
-        border = _minimum_cut(self._traced, self._values, self._dependent, hot, self._read)
+        border = self._cheapest(hot)
         prefix = _prefix(self._traced, (border,))
         suffix = _suffix(self._traced, border, self._values, self._dependent)
         frozen = self._frozen(suffix, trained, hot)
@@ -116,10 +117,7 @@ class Cutter:
         weights, and could cut before layers that are frozen.
         """
         hot = self._hot(self._trained(is_trained))
-        now, then = (
-            _minimum_cut(self._traced, self._values, self._dependent, hot, read) for read in (self._read, self._held)
-        )
-        return now != then
+        return self._cheapest(hot) != self._cheapest(hot, held=True)
 
     def names_by_use(self) -> list[str]:
         """Return the names of the parameters, in the order in which what depends on the images first reads them."""
@@ -183,7 +181,7 @@ class Cutter:
     def border_of_version_1(self, is_trained: Callable[[str], bool]) -> Layer | None:
         """Return the tensor that version 1 of the format took for what leaves a stage, ``None`` where it took several."""
         hot = self._hot(self._trained(is_trained))
-        border = _minimum_cut(self._traced, self._values, self._dependent, hot, self._held)
+        border = self._cheapest(hot, held=True)
         return Layer(border[0]) if len(border) == 1 else None
 
     def parameters_before(self, layer: Layer) -> Iterator[nn.Parameter]:
@@ -191,8 +189,15 @@ class Cutter:
         return _latest_first(self._backbone, self._traced, layer.node, self._read)
 
     def _border(self, is_trained: Callable[[str], bool]) -> _Border:
-        hot = self._hot(self._trained(is_trained))
-        return _minimum_cut(self._traced, self._values, self._dependent, hot, self._read)
+        return self._cheapest(self._hot(self._trained(is_trained)))
+
+    def _cheapest(self, hot: set[fx.Node], *, held: bool = False) -> _Border:
+        """Return the minimum cut before some nodes; ``held``: by parameters that nodes hold themselves, as in version 1."""
+        key = frozenset(hot), held
+        if key not in self._borders:  # a command asks for the same few cuts twenty times, of which each takes 50 ms
+            reads = self._held if held else self._read
+            self._borders[key] = _minimum_cut(self._traced, self._values, self._dependent, hot, reads)
+        return self._borders[key]
 
     def _trained(self, is_trained: Callable[[str], bool]) -> set[int]:
         # By identity, not by name: one parameter can be reached under several names.
