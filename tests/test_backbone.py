@@ -340,3 +340,12 @@ def test_a_toy_is_called_one_once(run: Callable[..., Outcome], folder: Path) -> 
     told = [run("extract", folder, "-b", "mini", *cuts).err.count("mini is a toy") for _ in range(2)]
 
     assert told == [1, 0]
+
+
+def test_a_toy_that_nobody_chose_is_not_remarked_on(run: Callable[..., Outcome], folder: Path) -> None:
+    """An audit by another backbone, which asks `mini` about labels too, says nothing of toys; one by `mini` does."""
+    beside = run("audit", folder, "-b", "test_resnet", "--random-init", "0", "--beside", "mini")
+    chosen = run("audit", folder, "-b", "mini", "--beside", "none", "--cache", folder.parent / "other")
+
+    assert "beside it" in beside.err
+    assert [told.err.count("mini is a toy") for told in (beside, chosen)] == [0, 1]

@@ -18,7 +18,7 @@ from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.evaluation.splits import Fold, Index
 from featcache.experiments.backbone_race import MARGIN, Judged, Pool, Race, Runner, Standing, judge_part
 from featcache.extraction import entry_folders
-from featcache.extraction.feature_cache import FeatureCache
+from featcache.extraction.feature_cache import FeatureCache, remark_on_toy
 from featcache.finetuning import RATES, FineTunePlan, Unfreeze
 from featcache.fingerprint import as_stored
 from featcache.heads.baselines import standardised
@@ -198,6 +198,7 @@ def run_advise(
     deadline = None if budget is None else started + budget
     race = Race(pool, runners, deadline)
     runner, chance = race.run()
+    remark_on_toy(runner.spec, cache.dataset)
     raced = time.monotonic()
     best_first = sorted(
         race.standings.values(), key=lambda standing: (standing.is_left, -standing.samples, standing.log_loss)

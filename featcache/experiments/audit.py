@@ -344,6 +344,7 @@ class _Audit:
         with tempfile.TemporaryDirectory(prefix="featcache-audit-") as folder:
             settings = replace(self.cache.settings, cache=Path(folder), part=None, engine="local", rebind=False, max_bad=1.0)
             cache = FeatureCache(Dataset("copies", folder, samples, MemoryReader(content)), self.cache.spec, settings)
+            cache.purpose = "altered copies"
             (rows,) = cache.features([Output(POOLED)], thumbnails=SIDE)
             copies, small = rows.store.features(), cache.thumbnails(SIDE).store.features()
         shown = dict(zip(small.paths, np.asarray(small.X).reshape(-1, SIDE, SIDE, 3), strict=True))
@@ -418,6 +419,7 @@ class _Audit:
         """Return the samples' embeddings (n, d) by another backbone; the mean of the others where it has none."""
         dataset = replace(self.cache.dataset, notes=())  # they were told
         cache = FeatureCache(dataset, spec, replace(self.cache.settings, part=None), files=self.cache.files)
+        cache.purpose = f"{spec.label} beside it"
         features = cache.features([Output(POOLED)])[0].store.features()
         place = {digest: row for row, digest in enumerate(features.sha256)}
         rows = np.tile(np.mean(features.X, axis=0, dtype=np.float64).astype(np.float32), (len(self.y), 1))

@@ -138,6 +138,7 @@ class Runner:
         started, dataset = time.monotonic(), pool.part(places)
         # the entry goes on listing what it lists: a part is no data set
         cache = FeatureCache(dataset, self.spec, self.settings, lists=False)
+        cache.purpose = f"{self.spec.label} as a candidate"
         if self.cache is not None and "backbone" in self.cache.__dict__:
             cache.backbone = self.cache.backbone
         self.cache = cache

@@ -163,6 +163,12 @@ class Estimate:
     seconds: float
 
 
+def remark_on_toy(spec: BackboneSpec, dataset: Dataset) -> None:
+    """Tell whoever takes the toy for samples of their own of what is for results."""
+    if spec.name == "mini" and not dataset.location.startswith("sklearn:"):
+        logger.info("mini is a toy that is quick to try things with: lite0, the default, or a timm name is for results")
+
+
 class FeatureCache:
     """A data set and a backbone, which is loaded only when something has to be computed.
 
@@ -194,7 +200,8 @@ class FeatureCache:
         self.lists = lists
         self.files = files or DatasetFiles(dataset)
         self._preprocess = preprocess
-        self._purpose = "thumbnails for the baselines" if preprocess is not None else ""  # a pass that nobody asked for
+        # what passes are for that nobody asked for: whoever has a backbone tried, or asked beside the chosen one, says so
+        self.purpose = "thumbnails for the baselines" if preprocess is not None else ""
         self._content: str | None = None
         self._complete: dict[tuple[str, StoredDtype, Views], Extracted] = {}
         self._thumbnails: dict[int, FeatureCache] = {}
@@ -398,10 +405,8 @@ class FeatureCache:
             spec = self._feature_spec(request)
             if self._preprocess is None and request.cut != INPUT and (reason := entries.why_miss(self.folder, spec)):
                 logger.info("not in the cache; the nearest entry differs in %s", reason)
-            if self.spec.name == "mini" and request.cut == POOLED and not self.dataset.location.startswith("sklearn:"):
-                logger.info(
-                    "mini is a toy that is quick to try things with: lite0, the default, or a timm name is for results"
-                )
+            if request.cut == POOLED and not self.purpose:
+                remark_on_toy(self.spec, self.dataset)
             made = FeatureStore.create(entries.entry_path(self.folder, self.spec.label, spec), spec)
             opened.append((made, self._scan(made)))
         return opened
@@ -543,7 +548,7 @@ class FeatureCache:
             else:
                 size = _GPU_BATCH if on_gpu else _cpu_batch(preprocess.shape[0])
         return ExtractPlan(
-            preprocess, views, size, self.settings.max_bad, self.settings.part, lists=self.lists, purpose=self._purpose
+            preprocess, views, size, self.settings.max_bad, self.settings.part, lists=self.lists, purpose=self.purpose
         )
 
     def _feature_spec(self, request: entries.CacheRequest) -> FeatureSpec:
