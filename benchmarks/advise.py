@@ -5,7 +5,7 @@ python benchmarks/advise.py DATA WEIGHTS CACHE OUT.jsonl [SEEDS]
 DATA holds hymenoptera/, flowers5/, signdigits/, cifar10-5k/ and tinyimagenet-40k/ (train|test/CLASS/IMAGE); WEIGHTS is a
 checkpoint of timm's mobilenetv2_100. CACHE keeps rows: run again, only what is missing is computed. What every backbone
 comes to is measured by `featcache fit` (ridge, neighbours, logistic; the best on validation counts), what tuning comes to
-is read from the committed records. A line of OUT.jsonl is one piece of advice.
+is read from the committed records. A line of OUT.jsonl is one piece of advice; with OUT.jsonl alone its tables are printed.
 """
 
 import hashlib
@@ -149,6 +149,11 @@ def probes(dataset: Dataset, spec: BackboneSpec, settings: Settings) -> dict[str
     }
 
 
+def committed() -> list[RunRecord]:
+    """Return the records that say what tuning came to."""
+    return read_records(Path(__file__).with_name(f"{name}.jsonl") for name in RECORDS)
+
+
 def tuning(records: list[RunRecord], data: str, backbone: str, size: int | None) -> dict[str, Any]:
     """Return mean test accuracy and seconds of features alone and of each depth that was trained."""
     mine = [
@@ -185,7 +190,7 @@ def fair(field: tuple[str, ...], data: str) -> tuple[str, ...]:
 def questions(root: Path, weights: str, cache: Path, seeds: int) -> Iterator[tuple[dict[str, Any], Any]]:
     """Yield what is asked, and what answers it: races first, then curves, then whether to tune, the dearest."""
     settings, specs = Settings(cache), backbones(weights)
-    records = read_records(Path(__file__).with_name(f"{name}.jsonl") for name in RECORDS)
+    records = committed()
     heads = Remembered()
     sets = list(data_sets(root))
     truths = {data.name: {name: probes(data, spec, settings) for name, spec in specs.items()} for data in sets}
@@ -277,6 +282,10 @@ def tables(path: Path) -> Iterator[str]:
     """Yield what the lines of a file come to, in Markdown."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     races, depths, curves = ([line for line in lines if line["what"] == what] for what in ("race", "depth", "more"))
+    records, specs = committed(), backbones("")
+    for line in depths:  # what was trained anew since is what counts, whenever advice was asked for
+        data, name = line["data"], line["backbone"]
+        line["outcome"] = tuning(records, data, TUNED[data, name], specs[name].overrides.input_size)
     yield from race_table(races)
     yield ""
     yield from depth_table(depths)
@@ -371,4 +380,7 @@ def main(root: str, weights: str, cache: str, out: str, seeds: str = "3") -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) == 2:
+        print("\n".join(tables(Path(sys.argv[1]))))
+    else:
+        main(*sys.argv[1:])
