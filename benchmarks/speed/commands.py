@@ -2,8 +2,8 @@
 
     python benchmarks/speed/commands.py DATA [--rounds 3] [--against CHECKOUT] [options of ``fit``, such as -b NAME]
 
-DATA is a folder of images. Processor's seconds (user and system) and wall seconds of each command, the least of the rounds;
-of another checkout too, by turns. One BLAS and OpenMP thread, so that processor's seconds count no waiting.
+DATA is a folder of images. Processor's seconds (user and system) of each command, the least of the rounds; of another
+checkout too, by turns. One BLAS and OpenMP thread, so that they count no waiting; wall seconds on a quiet machine are fewer.
 Writes commands.md beside this file.
 """
 
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -37,14 +36,13 @@ print((make_pipeline(StandardScaler(), search).fit(X[~test], y[~test]).predict(X
 """
 
 
-def seconds_of(command: list[str], checkout: Path, cache: Path) -> tuple[float, float]:
-    """Return the processor's and the wall seconds of a command, which has to end well."""
+def seconds_of(command: list[str], checkout: Path, cache: Path) -> float:
+    """Return the processor's seconds of a command, which has to end well."""
     environment = os.environ | ONE_THREAD | {"PYTHONPATH": str(checkout), "FEATCACHE_CACHE": str(cache)}
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=cache)  # noqa: S603 - our own
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return used, time.monotonic() - started
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def forget(cache: Path, *patterns: str) -> None:
@@ -54,7 +52,7 @@ def forget(cache: Path, *patterns: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def measure(data: str, backbone: list[str], checkout: Path, cache: Path) -> dict[str, tuple[float, float]]:
+def measure(data: str, backbone: list[str], checkout: Path, cache: Path) -> dict[str, float]:
     """Return the seconds of each command on one checkout, from an empty cache to a full one."""
     featcache = [sys.executable, "-m", "featcache"]
     fit = [*featcache, "fit", data, *backbone]
@@ -86,23 +84,20 @@ def main() -> None:
     parser.add_argument("--against", type=Path, action="append", default=[])
     asked, backbone = parser.parse_known_args()
     checkouts = [HERE.parents[1], *(path.resolve() for path in asked.against)]
-    least: dict[tuple[str, Path], tuple[float, float]] = {}
+    least: dict[tuple[str, Path], float] = {}
     for _ in range(asked.rounds):
         for checkout in checkouts:
             with tempfile.TemporaryDirectory() as folder:
-                for command, times in measure(asked.data, backbone, checkout, Path(folder)).items():
-                    before = least.get((command, checkout), times)
-                    least[command, checkout] = min(before[0], times[0]), min(before[1], times[1])
+                for command, seconds in measure(asked.data, backbone, checkout, Path(folder)).items():
+                    least[command, checkout] = min(seconds, least.get((command, checkout), seconds))
     commands = list(dict.fromkeys(command for command, _ in least))
     titles = ["", *("this checkout" if checkout == checkouts[0] else checkout.name for checkout in checkouts)]
     rows = [titles, ["---"] * len(titles)]
-    for command in commands:
-        cells = (least[command, checkout] for checkout in checkouts)
-        rows.append([command, *(f"{used:.1f} s ({wall:.1f})" for used, wall in cells)])
+    rows += [[command, *(f"{least[command, checkout]:.1f} s" for checkout in checkouts)] for command in commands]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     (HERE / "commands.md").write_text(
-        f"# Whole commands\n\nBy `benchmarks/speed/commands.py`, {Path(asked.data).name}: processor's seconds, in brackets "
-        f"wall seconds, the least of {asked.rounds}.\n\n{table}\n"
+        f"# Whole commands\n\nBy `benchmarks/speed/commands.py`, {Path(asked.data).name} {' '.join(backbone[:2])}: "
+        f"processor's seconds, the least of {asked.rounds}.\n\n{table}\n"
     )
     print(table)
 
