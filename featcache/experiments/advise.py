@@ -204,11 +204,9 @@ def run_advise(
         race.standings.values(), key=lambda standing: (standing.is_left, -standing.samples, standing.log_loss)
     )
     missing = ["larger parts for the last candidates"] if race.stopped else []
-    study = Study(pool, runner, deadline, missing)
-    evidence, more = study.evidence()
+    evidence, more = Study(pool, runner, deadline, missing).evidence()
     seconds = {"backbones": round(raced - started, 3), "evidence": round(time.monotonic() - raced, 3)}
-    name = cache.folder.name
-    return AdviceResult(name, runner.spec, chance, tuple(best_first), evidence, more, tuple(missing), seconds)
+    return AdviceResult(cache.folder.name, runner.spec, chance, tuple(best_first), evidence, more, tuple(missing), seconds)
 
 
 def candidates(cache: FeatureCache, specs: Sequence[BackboneSpec]) -> list[BackboneSpec]:
