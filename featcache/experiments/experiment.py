@@ -268,7 +268,8 @@ def task_of(
     Raises:
         DataError: as of ``require_task``.
     """
-    groups = None if group is None else [files.groups(group)[path] for path in features.paths]
-    by_path = files.columns(column_names(columns)) if columns else {}
-    beside = Columns(tuple(columns), [by_path[path] for path in features.paths]) if columns else None
+    group_of = {} if group is None else files.groups(group)
+    values_of = files.columns(column_names(columns)) if columns else {}
+    groups = None if group is None else [group_of[path] for path in features.paths]
+    beside = Columns(tuple(columns), [values_of[path] for path in features.paths]) if columns else None
     return Task(features, kind, groups, group, beside)

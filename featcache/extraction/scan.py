@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class DatasetFiles:
         self.dataset = dataset
         self.hashed = np.zeros(count, bool)
         self.unreadable: dict[int, Quarantined] = {}
-        self._columns: dict[tuple[str, ...], Mapping[str, tuple[str, ...]]] = {}
+        self._columns: dict[tuple[str, ...], Mapping[str, Any]] = {}
         self._looked = np.zeros(count, bool)
         self._settled = np.zeros(count, bool)  # looked at, and old enough to be recognised by what was found
         # Written through bytes: assigning a row of an array takes several times longer, and small images are many.
@@ -77,8 +77,7 @@ class DatasetFiles:
         """
         from featcache.datasets.tables import read_column
 
-        by_path = self._by_path((column,), lambda: [(value,) for value in read_column(self.dataset.location, column)])
-        return {path: value for path, (value,) in by_path.items()}
+        return self._by_path(("group", column), lambda: read_column(self.dataset.location, column))
 
     def columns(self, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
         """Return the manifest's values in some columns for each path, "" where one is missing.
@@ -90,7 +89,7 @@ class DatasetFiles:
 
         return self._by_path(("columns", *names), lambda: read_columns(self.dataset.location, names))
 
-    def _by_path(self, key: tuple[str, ...], read: Callable[[], Sequence[tuple[str, ...]]]) -> Mapping[str, tuple[str, ...]]:
+    def _by_path(self, key: tuple[str, ...], read: Callable[[], Sequence[Any]]) -> Mapping[str, Any]:
         if key not in self._columns:
             self._columns[key] = dict(zip((sample.path for sample in self.dataset.samples), read(), strict=True))
         return self._columns[key]
