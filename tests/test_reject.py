@@ -283,7 +283,7 @@ def test_a_head_of_before_is_calibrated_by_fitting_again(head: Path, tmp_path: P
         Rejection.of(bundle.load(head), RejectPlan())
 
     run("fit", str(tmp_path / "photos"), *TINY, "--no-baselines")
-    assert Rejection.of(bundle.load(head), RejectPlan()).neighbours is not None
+    assert Rejection.of(bundle.load(head), RejectPlan()).familiar is not None
 
 
 def test_what_lies_beside_a_head_is_checked(head: Path, tmp_path: Path, run: Run) -> None:

@@ -191,7 +191,7 @@ def _rejection(bundle: Bundle, plan: RejectPlan | None) -> Rejection | None:
 def _outputs(rejection: Rejection | None) -> list[str]:
     if rejection is None:
         return ["scores"]
-    return ["scores", "set", *(["familiar"] if rejection.neighbours is not None else [])]
+    return ["scores", "set", *(["familiar"] if rejection.familiar is not None else [])]
 
 
 def _judged_otherwise(
@@ -203,10 +203,10 @@ def _judged_otherwise(
     is_near = np.abs(1 - expected - rejection.threshold) <= AGREEMENT
     if not np.array_equal(got[1] | is_near, judged.sets | is_near):
         return "set"
-    if rejection.neighbours is None:
+    if rejection.familiar is None:
         return ""
-    familiarity = rejection.neighbours.familiarity(features.astype(np.float32))
-    low, high = (rejection.neighbours.share_of(familiarity + step) for step in (-AGREEMENT, AGREEMENT))
+    familiarity = rejection.familiar.familiarity(features.astype(np.float32))
+    low, high = (rejection.familiar.share_of(familiarity + step) for step in (-AGREEMENT, AGREEMENT))
     return "" if ((low - AGREEMENT <= got[2]) & (got[2] <= high + AGREEMENT)).all() else "familiar"
 
 
@@ -256,8 +256,8 @@ class _Whole(nn.Module):
         self.program = program
         self.head = head
         self.threshold = None if rejection is None else rejection.threshold
-        neighbours = None if rejection is None else rejection.neighbours
-        self.familiarity = None if neighbours is None else _Familiarity(neighbours)
+        familiar = None if rejection is None else rejection.familiar
+        self.familiarity = None if familiar is None else _Familiarity(familiar)
 
     def forward(self, samples: Tensor) -> tuple[Tensor, ...]:
         (features,) = self.program(samples)

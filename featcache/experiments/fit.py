@@ -567,10 +567,10 @@ class _Fitting:
         names = None if self.task.groups is None else [self.task.groups[place] for place in samples.tolist()]
         contents = [self.task.features.sha256[place] for place in samples.tolist()]
         calibration = Calibration.of(self.task.y[samples], probabilities, contents, self.split.units[samples], names)
-        return keep_calibration(calibration, self._neighbours, folder)
+        return keep_calibration(calibration, self._training_rows, folder)
 
     @cached_property
-    def _neighbours(self) -> "TrainingRows | None":
+    def _training_rows(self) -> "TrainingRows | None":
         """Training samples that tell how familiar others are: the first by content, since hashes are as good as drawn."""
         from featcache.heads.familiarity import MOST_ROWS, TrainingRows
 

@@ -170,7 +170,7 @@ class Rejection:
 
     plan: RejectPlan
     threshold: float
-    neighbours: Neighbours | ClassCentres | None
+    familiar: Neighbours | ClassCentres | None
 
     @classmethod
     def of(cls, bundle: "Bundle", plan: RejectPlan) -> "Rejection":
@@ -212,7 +212,7 @@ class Rejection:
             contents: the samples' SHA-256, of which ``aps`` draws.
         """
         sets = all_scores(probabilities, self.plan.sets, draws_of(contents)) <= self.threshold
-        return Judgement(sets, None if self.neighbours is None or X is None else self.neighbours.shares(X))
+        return Judgement(sets, None if self.familiar is None or X is None else self.familiar.shares(X))
 
 
 def keep_calibration(calibration: Calibration, training: TrainingRows | None, folder: Path) -> dict[str, Any]:
