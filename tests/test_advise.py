@@ -18,8 +18,16 @@ from featcache.evaluation.draws import chances, drawn_accuracies, drawn_weights,
 from featcache.evaluation.metrics import Gap, log_loss
 from featcache.evaluation.splits import Fold
 from featcache.experiments import advise as advising
-from featcache.experiments.advise import Evidence, TuningRows, chosen_crosswise, last_stage, run_advise, tune_shortly
-from featcache.experiments.backbone_race import MARGIN, Pool, Race, Round, Runner
+from featcache.experiments.advise import (
+    AdviceResult,
+    Evidence,
+    TuningRows,
+    chosen_crosswise,
+    last_stage,
+    run_advise,
+    tune_shortly,
+)
+from featcache.experiments.backbone_race import MARGIN, Pool, Race, Round, Runner, Standing
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.heads.search import ridge_shares
@@ -243,6 +251,7 @@ def test_a_spent_budget_leaves_steps_out_and_says_so(textures: Path, tiny: Backb
     ("measured", "depth", "sure"),
     [
         (evidence(500, pays=0.1), "features", 0.9),
+        (evidence(500, pays=0.2, wrong=0.3), "last", 0.2),
         (evidence(500, pays=0.97, wrong=0.02), "last", 0.97),
         (evidence(500, pays=0.97, wrong=0.3), "all", 0.97),
         (evidence(500, layers=UNLIKE), "last", None),
@@ -250,8 +259,32 @@ def test_a_spent_budget_leaves_steps_out_and_says_so(textures: Path, tiny: Backb
     ],
 )
 def test_what_was_measured_decides(measured: Evidence, depth: str, sure: float | None) -> None:
-    """The short training decides where there was one; else other layers do, without a claim to be sure."""
+    """The short training decides where there was one; else other layers do, without a claim to be sure.
+
+    Where it is open whether training pays, the last stages are tried: that answers with the probe where it gains nothing.
+    """
     assert measured.depth == (depth, pytest.approx(sure) if sure is not None else None)
+
+
+@pytest.mark.parametrize(
+    ("pays", "depth", "said"),
+    [
+        (0.02, "a head on its features only. 98 %", "that it does not pay by over half a point."),
+        (0.3, "its last stages too. 70 %", "that it does not pay by over half a point; that is open"),
+        (0.8, "its last stages too. 80 %", "that it pays by over half a point; that is open"),
+        (0.97, "its last stages too. 97 %", "that it pays by over half a point."),
+    ],
+)
+def test_what_is_open_is_called_so_in_words(pays: float, depth: str, said: str, settings: Settings) -> None:
+    """The sentence says which way the short training points, and below nine in ten that a fine-tuning has to tell."""
+    spec = BackboneSpec("mini")
+    standing = Standing(Runner(spec, settings), 100, {"ridge": 0.9}, 1.0, 0.3)
+    lines = advice_lines(AdviceResult("photos", spec, 1.0, (standing,), evidence(500, pays=pays)))
+
+    weights = next(line for line in lines if line.startswith("Weights:"))
+
+    assert f"{depth} sure" in weights
+    assert said in weights
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ _FEWEST_IN_A_CURVE = 2  # samples of each class
 _TRAINS = 0.6  # of the part, in the short training: the rest judges it
 _STEP = 0.5  # of the seconds of extracting a sample, that a step of training takes for one, about
 FEW, MANY = 1000, 20_000  # training samples, of the textbook rule, which gives no numbers
+SURE = 0.9  # below that a choice is called open
 ERROR_LEFT = 0.1  # after the short training, from which on all weights are worth a try
 DEPTH = "last:1"
 PROBE_HEAD = "logistic"  # where fine-tuning starts
@@ -81,12 +82,22 @@ class Evidence:
 
     @property
     def depth(self) -> tuple[Depth, float | None]:
-        """What to train, and how sure it is that training weights pays, or does not; ``None`` where it was not tried."""
+        """What to train, and the chance that training weights pays, or that it does not where features alone are advised.
+
+        ``None`` where it was not tried.
+        """
         if self.pays is None:
             return ("features" if self.is_similar in {True, None} else "last"), None
-        if self.pays < 0.5:
+        # a training that gains nothing answers with its probe: to try costs time, not to try may cost accuracy
+        if 1 - self.pays >= SURE:
             return "features", 1 - self.pays
-        return ("all" if (self.error_left or 0.0) >= ERROR_LEFT else "last"), self.pays
+        many_wrong = (self.error_left or 0.0) >= ERROR_LEFT
+        return ("all" if self.pays >= 0.5 and many_wrong else "last"), self.pays
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the short training is not sure that training weights pays, nor that it does not."""
+        return self.pays is not None and max(self.pays, 1 - self.pays) < SURE
 
     @property
     def textbook(self) -> Depth | None:
@@ -128,6 +139,11 @@ class AdviceResult(Displayed):
     def depth(self) -> Depth:
         """What to train: a head on features only, the last stages, or all."""
         return self.evidence.depth[0]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not sure that no other candidate is better."""
+        return self.chance < SURE
 
     def table(self) -> Table:
         """Return the candidates."""

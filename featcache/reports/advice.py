@@ -26,7 +26,6 @@ _DEPTHS = {
     "last": "train its last stages too",
     "all": "train all of its weights",
 }
-_UNSURE = 0.9  # below that a choice is called open
 COLUMNS = ("kind", "path", "label", "split", "other", "other_label", "other_split", "score")
 _SHOWN = 5  # suspects of a kind in a terminal; a file has all of them
 ABOUT = {
@@ -62,11 +61,10 @@ def advice_lines(result: "AdviceResult") -> Iterator[str]:
     if len(result.standings) == 1:
         yield f"Backbone: {name}, the only candidate."
     else:
-        open_ = "" if result.chance >= _UNSURE else "; that is open, compare the best ones on all samples"
+        open_ = "; that is open, compare the best ones on all samples" if result.is_open else ""
         told = _percent_sure(result.chance)
         yield f"Backbone: {name}. {told} sure that no candidate is better by over half a point{open_}."
-    depth, sure = evidence.depth
-    yield f"Weights: {_DEPTHS[depth]}. {_sureness(evidence, sure)}"
+    yield f"Weights: {_DEPTHS[evidence.depth[0]]}. {_sureness(evidence)}"
     yield f"The textbook rule: {_textbook(evidence)}"
     yield f"More samples: {more_text(result.more)}"
     yield ""
@@ -83,11 +81,15 @@ def _percent_sure(chance: float) -> str:
     return "over 99 %" if chance > 0.99 else "under 1 %" if chance < 0.01 else f"{100 * chance:.0f} %"
 
 
-def _sureness(evidence: "Evidence", sure: float | None) -> str:
-    if sure is None:
+def _sureness(evidence: "Evidence") -> str:
+    if evidence.pays is None:
         return "How sure that is was not measured: no short training was made."
-    does = "does not pay" if evidence.depth[0] == "features" else "pays"
-    open_ = "" if sure >= _UNSURE else "; that is open, a fine-tuning will tell"
+    does, sure = ("pays", evidence.pays) if evidence.pays >= 0.5 else ("does not pay", 1 - evidence.pays)
+    open_ = (
+        "; that is open, a fine-tuning will tell, and answer with its probe where it gains nothing"
+        if evidence.is_open
+        else ""
+    )
     return f"{_percent_sure(sure)} sure, by a short training of the last stage, that it {does} by over half a point{open_}."
 
 
