@@ -12,6 +12,7 @@ from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, UsageError
 from featcache.evaluation import Task
 from featcache.evaluation.metrics import at_temperature
+from featcache.extraction.feature_cache import FeatureCache
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import bundle
 from featcache.heads.checks import auc
@@ -187,6 +188,22 @@ def test_centres_tell_a_class_that_was_left_out() -> None:
     assert areas[0] > areas[1]
 
 
+@pytest.mark.parametrize("kind", [Neighbours, ClassCentres])
+def test_every_layer_counts_however_large_its_activations_are(kind: type[Neighbours] | type[ClassCentres]) -> None:
+    """A layer that says nothing, a thousand times as large, hides no class that another one tells."""
+    rng = np.random.default_rng(0)
+    y = np.arange(600) % 6
+    telling = 2 * np.eye(20)[y] + rng.normal(0, 0.4, (600, 20))
+    X = np.concatenate([1000 * rng.normal(0, 1, (600, 30)), telling], axis=1).astype(np.float32)
+    train, asked, is_new = np.flatnonzero(y[:300] < 5), X[300:], y[300:] == 5
+
+    def area(widths: tuple[int, ...]) -> float:
+        return auc(is_new, -kind.fitted(TrainingRows.of(X[train], y[train], train, widths)).familiarity(asked))[0]
+
+    assert area((30, 20)) > 0.9
+    assert area(()) < 0.7
+
+
 def test_few_classes_or_rows_are_told_by_votes() -> None:
     """Two classes, and rows too few for the scatter within classes, have votes instead of centres."""
     X, y = blobs(np.random.default_rng(0), 60)
@@ -313,9 +330,29 @@ def test_heads_without_probabilities_cannot_reject(tmp_path: Path, run: Run) -> 
     assert "probability" in ended.err
 
 
-def test_a_model_says_what_predict_says(head: Path, tmp_path: Path, run: Run) -> None:
+def test_widths_of_layers_are_asked_of_a_backbone_once(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They add up to a row, lie beside the head's samples, and are noted: another command loads no backbone for them."""
+    data = draw_folder(tmp_path / "photos", 20)
+    fit_layers = ["fit", str(data), *TINY, "--layers", "layer1,layer3,pooled", "--no-baselines", "--json"]
+    head = Path(run(*fit_layers).json["heads"][0]["bundle"])
+
+    familiar = Rejection.of(bundle.load(head), RejectPlan()).familiar
+    assert familiar is not None
+    assert len(familiar.widths) == 3
+    assert familiar.widths.sum() == len(familiar.mean)
+
+    monkeypatch.setattr(FeatureCache, "backbone", property(lambda _: pytest.fail("the backbone was loaded")))
+    again = run(*fit_layers[:-1], "--head", "lda", "--json").json
+
+    assert Path(again["heads"][0]["bundle"]).exists()
+
+
+@pytest.mark.parametrize("layers", [(), ("--layers", "layer2,pooled")])
+def test_a_model_says_what_predict_says(layers: tuple[str, ...], tmp_path: Path, run: Run) -> None:
     """Sets and familiarity of an exported model are those of ``predict`` on files that neither training nor check saw."""
     onnxruntime = pytest.importorskip("onnxruntime")
+    data = draw_folder(tmp_path / "photos", 20)
+    head = Path(run("fit", str(data), *TINY, *layers, "--no-baselines", "--json").json["heads"][0]["bundle"])
     draw_folder(tmp_path / "new", 4, first_seed=7000)
     draw_image(tmp_path / "new" / "odd.png", (240, 240, 10), 5)
     model = tmp_path / "model.onnx"

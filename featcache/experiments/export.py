@@ -1,6 +1,7 @@
 """One ONNX model of a backbone and its head: decoded samples in, scores out."""
 
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from featcache.experiments.predict import cache_of
 from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
-from featcache.heads.familiarity import ClassCentres, Neighbours
+from featcache.heads.familiarity import ClassCentres, Neighbours, centre_nearness
 from featcache.heads.nonlinear import TEMPERATURE
 from featcache.heads.rejection import UNFAMILIAR, Rejection, RejectPlan
 from featcache.specs import Views
@@ -218,14 +219,17 @@ class _Familiarity(nn.Module):
 
     def __init__(self, familiar: Neighbours | ClassCentres) -> None:
         super().__init__()
-        self.nearness = _votes if isinstance(familiar, Neighbours) else _nearness
+        self.familiarity = _votes if isinstance(familiar, Neighbours) else _nearness
+        self.widths = familiar.widths.tolist() or [len(familiar.mean)]
         for name, values in vars(familiar).items():
-            self.register_buffer(name, torch.from_numpy(values.astype(np.float32)))
+            if name != "widths":
+                self.register_buffer(name, torch.from_numpy(values.astype(np.float32)))
 
     def forward(self, features: Tensor) -> Tensor:
-        centred = features - self.mean
-        rows = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        at_most = (self.usual[None] <= self.nearness(self, rows)[:, None]).to(torch.float32).sum(dim=1)
+        layers = (features - self.mean).split(self.widths, dim=1)
+        units = [layer / layer.norm(dim=1, keepdim=True).clamp(min=1e-12) for layer in layers]
+        rows = torch.cat(units, dim=1) / math.sqrt(len(units))
+        at_most = (self.usual[None] <= self.familiarity(self, rows)[:, None]).to(torch.float32).sum(dim=1)
         shares: Tensor = (1 + at_most) / (1 + len(self.usual))
         return shares
 
@@ -239,14 +243,7 @@ def _votes(arrays: Any, rows: Tensor) -> Tensor:
 
 def _nearness(arrays: Any, rows: Tensor) -> Tensor:
     """``ClassCentres.familiarity`` of unit rows (b, d) -> (b,)."""
-    rows = rows - arrays.middle
-    products = rows @ arrays.weights.T
-    within = products @ arrays.turns
-    length = (rows**2).sum(dim=1, keepdim=True) - ((rows @ arrays.axes) ** 2).sum(dim=1, keepdim=True)
-    whole = (length - 2 * products + arrays.squares).clamp(min=1e-9)
-    spanned = (within**2).sum(dim=1, keepdim=True) - 2 * within @ arrays.places.T + (arrays.places**2).sum(dim=1)
-    spanned = spanned.clamp(min=1e-9)
-    nearness: Tensor = 2 - whole.amin(dim=1) / whole.mean(dim=1) - spanned.amin(dim=1) / spanned.mean(dim=1)
+    nearness: Tensor = centre_nearness(arrays, rows, lambda distances: distances.amin(dim=1))
     return nearness
 
 

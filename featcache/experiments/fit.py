@@ -580,7 +580,8 @@ class _Fitting:
         samples = np.array(sorted(both.tolist(), key=lambda place: contents[place])[:MOST_ROWS])
         rows = self.pooled[1][samples] if self.plan.best_pool else aligned(self.task, self.entry.store)[2](samples)
         X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the sample as it is
-        return TrainingRows.of(X, self.task.y[samples], self.split.units[samples])
+        widths = () if self.plan.best_pool else self.cache.layer_widths(self.entry)
+        return TrainingRows.of(X, self.task.y[samples], self.split.units[samples], widths)
 
     def baselines(self, heads: Sequence[HeadResult]) -> tuple[list[Baseline], list[Baseline], dict[str, Any] | None]:
         """Return the baselines on the same split, each column alone, and what the best head is ahead of the best one by.

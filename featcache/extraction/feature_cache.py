@@ -35,6 +35,8 @@ from featcache.specs import (
     TransformOverrides,
     Views,
     check_fields,
+    cut_of_layers,
+    layers_of,
     stored_dtype,
 )
 from featcache.store.checksums import keep_note, kept_note
@@ -329,14 +331,25 @@ class FeatureCache:
         They are noted beside the embeddings: to load a backbone for its stages' names would take ten times what everything
         else of a command takes whose results are all there.
         """
-        store, request = self.extracted().store, self._request(Output(), Views()).to_json()
-        path, where = store.path / "heads" / "stages.json", (store.key,)
-        note = kept_note(path, where, dict, "the backbone is loaded for its stages") or {}
-        if note.get("request") != request:  # other versions may tell other stages
-            note = {"request": request, "stages": [stage.name for stage in self.backbone.stages]}
-            with suppress(StorageError):  # a cache that cannot be written answers all the same
-                keep_note(path, where, note)
-        return tuple(note["stages"])
+        request = self._request(Output(), Views()).to_json()  # other versions may tell other stages
+        return tuple(
+            _noted(self.extracted().store, "stages", request, lambda: [stage.name for stage in self.backbone.stages])
+        )
+
+    def layer_widths(self, entry: "Extracted") -> tuple[int, ...]:
+        """How many dims of an entry's rows each of several layers has, none where they are of one; noted as stages are."""
+        names = layers_of(entry.cut)
+        if len(names) < 2:
+            return ()
+
+        def ask() -> list[int]:
+            from featcache.backbones.base import TorchRuntime
+
+            program = self.backbone.program([name if name == POOLED else cut_of_layers([name]) for name in names])
+            run = TorchRuntime(program, self.backbone.device, "float32")
+            return [rows.shape[1] for rows in run(self.backbone.example_inputs(1))]
+
+        return tuple(_noted(entry.store, "widths", entry.store.key, ask))
 
     def estimate(self, outputs: Sequence[Output], views: Views | None = None) -> Estimate:
         """Say what an extraction would compute, write and take; measures a first batch, and keeps nothing of it."""
@@ -569,6 +582,18 @@ _OTHER_SAMPLES = {
     "text": "`backbone` {backbone}: takes images, and {data} holds texts: name an encoder, text:NAME or text:FOLDER.",
     "image": "`backbone` {backbone}: takes texts, and {data} holds images: name a backbone of images, such as lite0.",
 }
+
+
+def _noted(store: FeatureStore, stem: str, request: Any, ask: Callable[[], list[Any]]) -> list[Any]:
+    """Return what is noted beside an entry's heads of one request, or what a backbone that has to be loaded says."""
+    path, where = store.path / "heads" / f"{stem}.json", (store.key,)
+    note = kept_note(path, where, dict, f"the backbone is loaded for its {stem}") or {}
+    if note.get("request") != request:
+        note = {"request": request, stem: ask()}
+        with suppress(StorageError):  # a cache that cannot be written answers all the same
+            keep_note(path, where, note)
+    told: list[Any] = note[stem]
+    return told
 
 
 def _cpu_batch(pixels: int) -> int:

@@ -4,7 +4,8 @@ Training samples lie beside a head; what they tell is worked out by whoever asks
 """
 
 import io
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,44 @@ _RIDGE = 0.1
 _AXES = 256  # of the scatter within classes: the rest is told by its mean variance
 _FOLDS = 5
 _ROWS_OF_A_CLASS = 5  # on average: of fewer the scatter within classes says nothing
+
+
+def _of_one_layer() -> Index:
+    return np.empty(0, np.int64)
+
+
+def layer_rows(X: NDArray[np.float32], mean: NDArray[np.float32], widths: Index) -> NDArray[np.float32]:
+    """Return embeddings (n, d) less a mean (d,), of length 1.
+
+    Of several layers, so ``widths`` (l,) long, each has the same length: else the one with the largest activations would
+    decide alone.
+    """
+    if not len(widths):
+        return unit_rows(X, mean)
+    ends = np.cumsum(widths)[:-1]
+    layers = zip(np.split(np.asarray(X, np.float32), ends, axis=1), np.split(mean, ends), strict=True)
+    rows: NDArray[np.float32] = np.concatenate([unit_rows(layer, of_layer) for layer, of_layer in layers], axis=1)
+    return rows / np.float32(np.sqrt(len(widths)))
+
+
+def centre_nearness(centres: Any, rows: Any, smallest: Callable[[Any], Any]) -> Any:
+    """Return ``ClassCentres.nearness`` of rows (n, d) -> (n,), of NumPy's arrays as of PyTorch's.
+
+    Args:
+        centres: its arrays, as attributes.
+        rows: embeddings of length 1, less the mean.
+        smallest: distances (n, classes) -> the least of each sample (n,), which the two spell differently.
+    """
+    rows = rows - centres.middle
+    products = rows @ centres.weights.T
+    within = products @ centres.turns
+    length = (rows**2).sum(axis=1) - ((rows @ centres.axes) ** 2).sum(axis=1)
+    whole = length[:, None] - 2 * products + centres.squares
+    spanned = (within**2).sum(axis=1)[:, None] - 2 * within @ centres.places.T + (centres.places**2).sum(axis=1)
+    near: Any = 2
+    for distances in (whole.clip(min=1e-9), spanned.clip(min=1e-9)):
+        near = near - smallest(distances) / distances.mean(axis=1)
+    return near
 
 
 class _Ranked:
@@ -58,12 +97,14 @@ class Neighbours(_Ranked):
         rows: unit embeddings (m, d) float16, less the mean.
         votes: each one's vote for each class (m, classes).
         usual: how familiar each of them is without its own vote, nor that of its unit, ascending (m,).
+        widths: of the layers (l,), none of one layer.
     """
 
     mean: NDArray[np.float32]
     rows: NDArray[np.float16]
     votes: NDArray[np.float32]
     usual: Numbers
+    widths: Index = field(default_factory=_of_one_layer)
 
     @classmethod
     def fitted(cls, training: "TrainingRows") -> "Neighbours":
@@ -81,11 +122,11 @@ class Neighbours(_Ranked):
             inside = np.flatnonzero(training.units == unit)
             without = indicators[inside] - np.linalg.solve(inverse[np.ix_(inside, inside)], votes[inside])
             usual[inside] = without.max(axis=1)
-        return cls(training.mean, training.rows, votes.astype(np.float32), np.sort(usual))
+        return cls(training.mean, training.rows, votes.astype(np.float32), np.sort(usual), training.widths)
 
     def familiarity(self, X: NDArray[np.float32]) -> Numbers:
         """Return the greatest vote for any class that embeddings (n, d) get (n,): near 1 amid a class, 0 far from all."""
-        votes = likeness(unit_rows(X, self.mean), self.rows.astype(np.float32)) @ self.votes
+        votes = likeness(layer_rows(X, self.mean, self.widths), self.rows.astype(np.float32)) @ self.votes
         greatest: Numbers = votes.max(axis=1).astype(np.float64)
         return greatest
 
@@ -107,6 +148,7 @@ class ClassCentres(_Ranked):
         turns: products with the weights -> coordinates in the space that the centres span (classes, k).
         places: the centres there (classes, k).
         usual: how familiar training samples are to centres that they had no part in, ascending (m,).
+        widths: of the layers (l,), none of one layer.
     """
 
     mean: NDArray[np.float32]
@@ -117,6 +159,7 @@ class ClassCentres(_Ranked):
     turns: NDArray[np.float32]
     places: NDArray[np.float32]
     usual: Numbers
+    widths: Index = field(default_factory=_of_one_layer)
 
     @classmethod
     def fitted(cls, training: "TrainingRows") -> "ClassCentres":
@@ -128,12 +171,11 @@ class ClassCentres(_Ranked):
             cls._of(training.mean, rows[fold != number], training.y[fold != number]).nearness(rows[fold == number])
             for number in np.unique(fold)
         ]
-        return cls._of(training.mean, rows, training.y, np.sort(np.concatenate(usual)))
+        centres = cls._of(training.mean, rows, training.y)
+        return replace(centres, usual=np.sort(np.concatenate(usual)), widths=training.widths)
 
     @classmethod
-    def _of(
-        cls, mean: NDArray[np.float32], rows: NDArray[np.float32], y: Index, usual: Numbers | None = None
-    ) -> "ClassCentres":
+    def _of(cls, mean: NDArray[np.float32], rows: NDArray[np.float32], y: Index) -> "ClassCentres":
         classes = np.unique(y)
         middle = rows.mean(axis=0)
         centres = np.stack([rows[y == label].mean(axis=0) for label in classes]) - middle
@@ -163,26 +205,16 @@ class ClassCentres(_Ranked):
             squares=np.diag(products).astype(single),
             turns=turns.astype(single),
             places=(products @ turns).astype(single),
-            usual=np.empty(0) if usual is None else usual,
+            usual=np.empty(0),
         )
 
     def familiarity(self, X: NDArray[np.float32]) -> Numbers:
         """Return how much nearer the nearest centre is than centres are on average, of embeddings (n, d) (n,): 2 at most."""
-        return self.nearness(unit_rows(X, self.mean))
+        return self.nearness(layer_rows(X, self.mean, self.widths))
 
     def nearness(self, rows: NDArray[np.float32]) -> Numbers:
-        """Return the familiarity of unit rows (n, d), less the mean (n,)."""
-        rows = rows - self.middle
-        length = (rows**2).sum(axis=1) - ((rows @ self.axes) ** 2).sum(axis=1)
-        products = rows @ self.weights.T
-        within = products @ self.turns
-        near = np.zeros(len(rows))
-        for length_of, product, square in (
-            (length, products, self.squares),
-            ((within**2).sum(axis=1), within @ self.places.T, (self.places**2).sum(axis=1)),
-        ):
-            distances = np.maximum(length_of[:, None] - 2 * product + square, np.float32(1e-9))
-            near += 1 - distances.min(axis=1) / distances.mean(axis=1)
+        """Return the familiarity of rows of length 1 (n, d), less the mean (n,)."""
+        near: Numbers = centre_nearness(self, rows, lambda distances: distances.min(axis=1)).astype(np.float64)
         return near
 
 
@@ -204,18 +236,20 @@ class TrainingRows:
         rows: unit embeddings (m, d) float16, less the mean.
         y: classes (m,).
         units: samples of one are left out together (m,).
+        widths: of the layers (l,), none of one layer.
     """
 
     mean: NDArray[np.float32]
     rows: NDArray[np.float16]
     y: Index
     units: Index
+    widths: Index = field(default_factory=_of_one_layer)
 
     @classmethod
-    def of(cls, X: NDArray[np.float32], y: Index, units: Index) -> "TrainingRows":
-        """Return what is kept of embeddings (m, d)."""
-        mean = X.mean(axis=0).astype(np.float32)
-        return cls(mean, unit_rows(X, mean).astype(np.float16), y, units)
+    def of(cls, X: NDArray[np.float32], y: Index, units: Index, widths: Sequence[int] = ()) -> "TrainingRows":
+        """Return what is kept of embeddings (m, d), of several layers with their widths."""
+        mean, of_layers = X.mean(axis=0).astype(np.float32), np.array(widths, np.int64)
+        return cls(mean, layer_rows(X, mean, of_layers).astype(np.float16), y, units, of_layers)
 
     @property
     def familiar(self) -> "Neighbours | ClassCentres":
@@ -228,7 +262,7 @@ class TrainingRows:
     def keep(self, folder: Path) -> dict[str, str]:
         """Return the name and hash of the file that it is written to."""
         buffer = io.BytesIO()
-        np.savez(buffer, **vars(self))
+        np.savez(buffer, **{name: array for name, array in vars(self).items() if len(array)})  # as before layers, of one
         content = buffer.getvalue()
         sha256 = sha256_of_bytes(content)
         # called by its content: all heads of an entry and a split share one file
