@@ -226,7 +226,7 @@ class _Familiarity(nn.Module):
                 self.register_buffer(name, torch.from_numpy(values.astype(np.float32)))
 
     def forward(self, features: Tensor) -> Tensor:
-        layers = (features - self.mean).split(self.widths, dim=1)
+        layers = (features - self.mean).split_with_sizes(self.widths, dim=1)
         units = [layer / layer.norm(dim=1, keepdim=True).clamp(min=1e-12) for layer in layers]
         rows = torch.cat(units, dim=1) / math.sqrt(len(units))
         at_most = (self.usual[None] <= self.familiarity(self, rows)[:, None]).to(torch.float32).sum(dim=1)
