@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, eigh
-from scipy.special import expit, logit, logsumexp, softmax
+from scipy.special import logit, softmax
 
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.newton import LBFGS, Precondition
-from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss, SideBySide, TurnedLoss
+from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss, SideBySide, TurnedLoss, seen_by
 from featcache.heads.solvers.scaled import Axes, Floats, Rows, TurnedRows, products_on, scaled
 from featcache.resources import cores
 
@@ -41,8 +41,8 @@ _MOST_TURNS = 200
 _MOST_HINGE_TURNS = 60  # then few rows are inside the margin, and Newton's method on those takes over
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
 _INSIDE = 0.5  # of the tolerance, to which the gradient in float32 is brought
-_PROOF_ROWS = 1024  # in float64 at a time
 _LEVELLINGS = 3  # Newton steps that put the intercepts to their best
+_LEVEL = 1e-3  # of the tolerance, that may be left of that
 _NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
 _NO_CURVATURE = 1e-100
 _FLAT = 0.7  # rows a feature up to which the rows' own space is the smaller one to work in
@@ -295,8 +295,7 @@ def proven(loss: TurnedLoss, Cs: Sequence[float], descended: Sequence[Descended]
         proof = _Proof(loss.loss, loss.folds[number], loss.targets[number], tolerance)
         return proof.of([proof.model(C, state.models[number], state.turns) for C, state in zip(Cs, descended, strict=True)])
 
-    with ThreadPoolExecutor(cores()) as workers:
-        return list(workers.map(of_fold, range(len(loss.folds))))
+    return list((loss.workers.map if len(loss.folds) > 1 else map)(of_fold, range(len(loss.folds))))
 
 
 def finish(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> list[Solution]:
@@ -318,9 +317,8 @@ class _Proof:
     def __init__(self, loss: Loss, fold: TurnedRows, y: NDArray[Any], tolerance: float) -> None:
         self.loss, self.fold, self.tolerance = loss, fold, tolerance
         self.classes = np.unique(y) if loss == "softmax" else np.arange(y.shape[1])
-        self.right: NDArray[np.bool_] = y[:, None] == self.classes if loss == "softmax" else y
+        self.right: NDArray[np.bool_] = self.classes[:, None] == y if loss == "softmax" else y.T
         self.is_pair = loss == "softmax" and len(self.classes) == 2
-        self.blocks = [slice(start, start + _PROOF_ROWS) for start in range(0, len(y), _PROOF_ROWS)]
 
     def model(self, C: float, turned: Rows, turns: int) -> "_Model":
         """Return a model (k, r + 1) of turned rows as one of standardised features."""
@@ -337,40 +335,42 @@ class _Proof:
         return solutions
 
     def _finished(self, models: "Iterable[_Model]") -> "Iterator[_Model]":
-        rows, signs = self.fold.exactly(slice(None)), np.where(self.right, 1.0, -1.0)
+        rows, signs = self.fold.exactly(slice(None)) / self.fold.scale, np.where(self.right, 1.0, -1.0)
         for C, weights, intercept, turns in models:
-            by_label = [newton.of_squared_hinge(rows, *each, C) for each in zip(signs.T, weights, intercept, strict=True)]
+            by_label = [newton.of_squared_hinge(rows, *each, C) for each in zip(signs, weights, intercept, strict=True)]
             ended_weights, ended_intercept = (np.array(parts) for parts in zip(*by_label, strict=True))
             yield _Model(C, ended_weights, ended_intercept, turns)
 
     def _judged(self, models: "Sequence[_Model]") -> list[Solution]:
         """Return models as solutions; the rows are read twice for all of them."""
         weights = np.concatenate([model.weights for model in models])
-        outputs = np.concatenate([self.fold.exactly(block) @ weights.T for block in self.blocks])
-        levelled = []
-        for without, model in zip(np.split(outputs, len(models), axis=1), models, strict=True):
-            intercept, scores = model.intercept, without + model.intercept
-            for _ in range(_LEVELLINGS):
-                _, slopes, stiffness = _seen_by(self.loss, scores, self.right)
-                lift = -np.linalg.pinv(stiffness, rcond=1e-12, hermitian=True) @ slopes.sum(axis=0)
-                intercept, scores = intercept + lift, scores + lift
-            levelled.append((model._replace(intercept=intercept), *_seen_by(self.loss, scores, self.right)[:2]))
-        slopes = np.concatenate([slopes for _, _, slopes in levelled], axis=1)
-        by_weights = sum(slopes[block].T @ self.fold.exactly(block) for block in self.blocks)
-        gradients = np.split(by_weights, len(models))
-        return [self._solution(*seen, gradient) for seen, gradient in zip(levelled, gradients, strict=True)]
+        without = self.fold.exact_products(weights).reshape(len(models), len(self.classes), -1)
+        intercepts = np.stack([model.intercept for model in models])
+        scales = np.array([self._scale_of(model.C) for model in models])
+        for further in reversed(range(_LEVELLINGS + 1)):
+            spent, slopes, stiffness = seen_by(self.loss, without + intercepts[:, :, None], self.right)
+            rests = slopes.sum(axis=2)
+            if not further or (_far(intercepts, rests) <= _LEVEL * self.tolerance * spent).all():
+                break
+            lifts = np.matmul(np.linalg.pinv(stiffness, rcond=1e-12, hermitian=True), rests[:, :, None])
+            intercepts = intercepts - lifts[:, :, 0]
+        by_weights = self.fold.exact_sums(slopes.reshape(len(weights), -1)).reshape(len(models), len(self.classes), -1)
+        gradients = np.stack([model.weights for model in models]) + scales[:, None, None] * by_weights
+        bounds = np.einsum("mkd,mkd->m", gradients, gradients) / 2 + scales * _far(intercepts, rests)
+        levelled = [model._replace(intercept=intercept) for model, intercept in zip(models, intercepts, strict=True)]
+        return list(map(self._solution, levelled, scales * spent, np.abs(gradients).max(axis=(1, 2)), bounds))
 
-    def _solution(self, model: "_Model", spent: float, by_row: Floats, slopes: Floats) -> Solution:
+    def _scale_of(self, C: float) -> float:
+        return C / 2 if self.is_pair else C
+
+    def _solution(self, model: "_Model", spent: float, gradient: float, bound: float) -> Solution:
         C, weights, intercept, turns = model
-        scale = C / 2 if self.is_pair else C
-        gradient = weights + scale * slopes
-        value = scale * spent + float(np.vdot(weights, weights)) / 2
-        by_intercept = scale * np.abs(by_row.sum(axis=0)).sum()
-        bound = float(np.vdot(gradient, gradient)) / 2 + (1 + float(np.abs(intercept).max())) * float(by_intercept)
+        value = float(spent + np.vdot(weights, weights) / 2)
         weights = weights / self.fold.scale
         intercept = intercept - weights @ self.fold.mean
+        objective, excess = value, float(bound) / value
         if self.is_pair:
-            weights, intercept, value, bound = weights[1:] - weights[:1], intercept[1:] - intercept[:1], 2 * value, 2 * bound
+            weights, intercept, objective = weights[1:] - weights[:1], intercept[1:] - intercept[:1], 2 * value
         elif self.loss == "softmax":
             intercept = intercept - intercept.mean()
         return Solution(
@@ -378,13 +378,19 @@ class _Proof:
             self.classes,
             weights,
             intercept,
-            value,
-            excess=bound / value,
-            gradient=float(np.abs(gradient).max()) / value,
+            objective,
+            excess=excess,
+            gradient=float(gradient) / objective,
             iterations=turns,
-            converged=bound <= self.tolerance * value,
+            converged=excess <= self.tolerance,
             float64=False,
         )
+
+
+def _far(intercepts: Floats, rests: Floats) -> Floats:
+    """Bound, by losses' derivatives by intercepts (m, k), what is to be gained along these, a multiple of C."""
+    gains: Floats = (1 + np.abs(intercepts).max(axis=1)) * np.abs(rests).sum(axis=1)
+    return gains
 
 
 class _Model(NamedTuple):
@@ -394,22 +400,6 @@ class _Model(NamedTuple):
     weights: Floats
     intercept: Floats
     turns: int
-
-
-def _seen_by(loss: Loss, scores: Floats, right: NDArray[np.bool_]) -> tuple[float, Floats, Floats]:
-    """Return the sum of the losses of scores (n, k), their derivatives (n, k), and the second ones by intercepts (k, k)."""
-    if loss == "softmax":
-        shares = softmax(scores, axis=1)
-        of_wrong = np.where(right, -np.inf, scores - scores[right][:, None])
-        spent = float(np.logaddexp(0, logsumexp(of_wrong, axis=1)).sum())  # digits of a loss near 0 are kept
-        return spent, shares - right, np.diag(shares.sum(axis=0)) - shares.T @ shares
-    signs = np.where(right, 1, -1)
-    margins = signs * scores
-    if loss == "sigmoid":
-        wrong = expit(-margins)
-        return float(np.logaddexp(0, -margins).sum()), -signs * wrong, np.diag((wrong * (1 - wrong)).sum(axis=0))
-    slack = np.maximum(0, 1 - margins)
-    return float((slack**2).sum()), -2 * signs * slack, np.diag(2.0 * (slack > 0).sum(axis=0))
 
 
 def _in_row_space(X: Rows, y: NDArray[Any], Cs: Sequence[float], terms: _Terms) -> list[Solution]:

@@ -665,6 +665,24 @@ def _squared_hinge(outputs: Rows, signs: Rows, counts: Rows) -> tuple[Floats, Fl
     return spent, curvature
 
 
+def seen_by(loss: Loss, scores: Rows, right: NDArray[np.bool_]) -> tuple[Floats, Rows, Floats]:
+    """Return losses (p,), derivatives (p, k, n) by scores, and second ones by intercepts (p, k, k).
+
+    Args:
+        loss: of one class among k, or of each label by itself.
+        scores: of p models (p, k, n), C-contiguous; they become the derivatives.
+        right: which class, or which labels, each row has (k, n).
+    """
+    count, outputs, rows = scores.shape
+    counts = np.ones((1, rows), scores.dtype)
+    if loss == "softmax":
+        place = right.argmax(axis=0) * rows + np.arange(rows) + np.arange(count)[:, None] * (outputs * rows)
+        spent, curvature = _softmax(scores, place, counts, "whole")
+        return spent, scores, curvature
+    spent, curvature = _ONE_BY_ONE[loss](scores, np.where(right, 1.0, -1.0), counts)
+    return spent, scores, curvature[:, :, None] * np.eye(outputs)
+
+
 def _shares(outputs: Rows) -> Rows:
     """Return the softmax (p, k, r) of outputs."""
     shares: Rows = np.exp(outputs - outputs.max(axis=1, keepdims=True))

@@ -27,6 +27,8 @@ _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a cor
 _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
 _NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
 _TURNED_ROWS = 256  # at a time
+_EXACT_ROWS = 1024  # in float64 at a time
+_SHARED = 400_000  # numbers, from which on a second thread pays
 _MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
 _ALL_AXES, _MAIN_AXES = 96, 96  # columns of which all axes are found; how many are of wider rows
 _AXES_ROWS = 2048  # from which they are found
@@ -287,11 +289,26 @@ class TurnedRows:
         return self._centred(self.train[block])
 
     def exactly(self, block: slice) -> Floats:
-        """Return them in float64."""
+        """Return them less their mean in float64, not yet divided by the scale."""
         rows: Floats = self._source[self.train[block]].astype(np.float64)
         rows -= self.mean
-        rows *= 1 / self.scale
         return rows
+
+    def exact_products(self, weights: Floats) -> Floats:
+        """Return weights (k, d) by standardised features times the rows that train, (k, n), all in float64."""
+        by_features = weights / self.scale
+        return np.concatenate(list(self._each(lambda block: by_features @ self.exactly(block).T, self._blocks())), axis=1)
+
+    def exact_sums(self, values: Floats) -> Floats:
+        """Return values (k, n) times the rows that train, standardised (k, d), all in float64."""
+        parts = self._each(lambda block: values[:, block] @ self.exactly(block), self._blocks())
+        total: Floats = sum(parts) / self.scale
+        return total
+
+    def _blocks(self) -> list[slice]:
+        """Return blocks of rows, one a core at least where they are many."""
+        share = -(-len(self.train) // cores()) if self.train.size * self._source.shape[1] > _SHARED else _EXACT_ROWS
+        return _slices(len(self.train), min(share, _EXACT_ROWS))
 
     def back(self, weights: Rows) -> Floats:
         """Return weights (k, r) by the turned columns as those by standardised features (k, d)."""
