@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.stats import binomtest
-from sklearn.metrics import average_precision_score, f1_score, recall_score
+from sklearn.metrics import average_precision_score, f1_score, recall_score, roc_auc_score
 
 from featcache.errors import DataError
 from featcache.evaluation import intervals
@@ -201,6 +201,18 @@ def test_average_precision_is_scikit_learns(ties: bool) -> None:  # noqa: FBT001
         probabilities = rng.integers(0, 5, 40) / 4 if ties else rng.random(40)
         found = label_scores(truth[:, None], probabilities[:, None]).mean_average_precision
         assert found == pytest.approx(average_precision_score(truth, probabilities))
+
+
+@pytest.mark.parametrize("digits", [1, 3, 17])
+def test_the_area_under_the_curve_is_scikit_learns(digits: int) -> None:
+    """Of two classes, scores that are equal across them among others, the area is ``roc_auc_score``'s."""
+    rng = np.random.default_rng(digits)
+    truth = rng.integers(0, 2, 101)
+    of_second = np.round(rng.random(101) * 0.7 + truth * 0.3, digits)
+
+    scores = score(truth, np.stack([1 - of_second, of_second], axis=1))
+
+    assert scores.auroc == pytest.approx(roc_auc_score(truth, of_second), abs=1e-12)
 
 
 @pytest.mark.parametrize("truth", [[1, 1, 0, 0], [0, 0, 1, 1]])
