@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,8 @@ from scipy.special import expit, logsumexp, xlogy
 
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.newton import Floats
+from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, takes_small_products
 from featcache.resources import cores
-
-if TYPE_CHECKING:
-    from featcache.heads.solvers.scaled import ScaledRows, TurnedRows
-
-Rows = NDArray[Any]
 
 Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 
@@ -30,6 +26,7 @@ _COUPLED = 32  # classes, above which turning them takes longer than it saves pa
 _VECTORS, _STATES = 10, 6  # that a problem which goes down takes, of its size and of its scores'
 _SHARED = 3_000_000  # multiplications of a product, from which on a second thread pays
 _THIN = 48  # rows of vectors, up to which rows times vectors is faster than vectors times rows
+_ALONE, _FILL = 3, 3  # vectors that are multiplied one by one; of zeros, that are cheaper than an odd number
 _UNLIKELY = 1e-6  # of the likeliest class's probability
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
 
@@ -87,7 +84,7 @@ class BatchedLoss:
         loss: log-loss of one class among k; or of each label by itself, by log-loss or squared hinge.
     """
 
-    def __init__(self, features: "ScaledRows", y: NDArray[Any], loss: Loss) -> None:
+    def __init__(self, features: ScaledRows, y: NDArray[Any], loss: Loss) -> None:
         self.features = features
         self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
         self.loss = loss
@@ -276,7 +273,7 @@ class TurnedLoss:
         loss: log-loss of one class among k; or of each label by itself, by log-loss or squared hinge.
     """
 
-    def __init__(self, folds: "Sequence[TurnedRows]", y: NDArray[Any], loss: Loss = "softmax") -> None:
+    def __init__(self, folds: Sequence[TurnedRows], y: NDArray[Any], loss: Loss = "softmax") -> None:
         self.folds, self.loss = folds, loss
         self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
         self.width = max(fold.rows.shape[1] for fold in folds)
@@ -378,7 +375,7 @@ class _Part:
         total = np.empty((len(outputs), *directions.shape[1:]), directions.dtype)
         for rows, of in zip(self.rows, self._slices(self._fold_of), strict=True):
             part = outputs[of].reshape(-1, self.count)[:, : len(rows)]
-            np.matmul(part, rows, out=total[of].reshape(-1, rows.shape[1]))
+            _sum_up(part, rows, total[of].reshape(-1, rows.shape[1]))
         return total
 
     def advance(self, strides: Rows) -> None:
@@ -409,11 +406,7 @@ class _Part:
         scores = np.zeros((*vectors.shape[:2], self.count), vectors.dtype)
         for rows, of in zip(self.rows, self._slices(fold_of), strict=True):
             flat = vectors[of].reshape(-1, vectors.shape[2])
-            out = scores[of].reshape(-1, self.count)[:, : len(rows)]
-            if len(flat) > _THIN:
-                np.matmul(flat, rows.T, out=out)
-            else:
-                out[:] = (rows @ flat.T).T  # in the order in which BLAS is the faster one
+            _multiply(flat, rows, scores[of].reshape(-1, self.count)[:, : len(rows)])
         return scores
 
     def _bent(self, moves: Rows, state: Rows, index: Any) -> Rows:
@@ -428,8 +421,49 @@ class _Part:
             wrong = np.abs(state)
             bent = moves * (wrong * (1 - wrong))
         else:
-            bent = moves * (2 * (state != 0))
+            bent = moves * (2 * (state != 0)).astype(moves.dtype)
         return bent
+
+
+# OpenBLAS rearranges both operands of a product first, which takes longer than to read the rows once for each of a few
+# vectors; and it takes vectors by fours or eights, and longer for the odd ones among them than for as many more.
+
+
+def _multiply(vectors: Rows, rows: Rows, out: Rows) -> None:
+    """Put vectors (m, r) times rows (n, r) into (m, n)."""
+    count = len(vectors)
+    if _is_small(vectors.size * len(rows)):
+        out[:] = (rows @ np.ascontiguousarray(vectors.T)).T
+    elif count <= _ALONE:
+        for vector, scores in zip(vectors, out, strict=True):
+            scores[:] = rows @ vector
+    elif count > _THIN:
+        np.matmul(vectors, rows.T, out=out)
+    else:
+        more = -count % 8
+        out[:] = (rows @ _filled(vectors, more if more <= _FILL else 0).T)[:, :count].T  # in the faster order
+
+
+def _sum_up(values: Rows, rows: Rows, out: Rows) -> None:
+    """Put values (m, n) times rows (n, r) into (m, r)."""
+    count = len(values)
+    if count <= _ALONE and not _is_small(values.size * rows.shape[1]):
+        for value, total in zip(values, out, strict=True):
+            total[:] = value @ rows
+    elif count > _THIN or not count % 4 or _is_small(values.size * rows.shape[1]):
+        np.matmul(values, rows, out=out)
+    else:
+        out[:] = (_filled(values, -count % 4) @ rows)[:count]
+
+
+def _is_small(multiplications: int) -> bool:
+    """Tell whether a product is one that is multiplied as it lies."""
+    return multiplications <= _AS_THEY_LIE and takes_small_products()
+
+
+def _filled(vectors: Rows, more: int) -> Rows:
+    """Return vectors with so many of zeros behind them."""
+    return np.concatenate([vectors, np.zeros((more, vectors.shape[1]), vectors.dtype)]) if more else vectors
 
 
 def _padded(rows: Rows, width: int) -> Rows:

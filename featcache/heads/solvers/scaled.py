@@ -35,6 +35,7 @@ _AXES_ROWS = 2048  # from which they are found
 _FEW_ROWS = 0.45  # a feature, up to which the rows' own space is taken
 _SMALL, _FEWER = 256, 0.7  # rows that are taken for few anyway, where they are fewer than so many a feature
 _ROUNDED = 1e-6  # of the greatest eigenvalue: what is below is float32's rounding
+_SMALL_PRODUCTS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS' kernels
 _NO_MIRROR = 1e-30  # scale of a reflection that changes nothing
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
 
@@ -238,6 +239,12 @@ def products_on(count: int) -> AbstractContextManager[Any]:
 def libraries() -> ThreadpoolController:
     """Return the loaded libraries that have threads of their own, to limit these."""
     return ThreadpoolController()
+
+
+@cache
+def takes_small_products() -> bool:
+    """Tell whether the linear algebra in use has ways of its own for small products: OpenBLAS with AVX-512 has."""
+    return any(library.get("architecture") in _SMALL_PRODUCTS for library in libraries().info())
 
 
 class TurnedRows:
