@@ -13,21 +13,20 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from over_sets import run
+from over_sets import Entry, run
 
-import featcache
 from featcache.evaluation.draws import units_of
 from featcache.evaluation.likeness import unit_rows
 from featcache.experiments.next_samples import USABLE, Samples, accuracy_with, choose
+from featcache.store import Features
 
 SHOTS = (5, 2 * USABLE)
 DRAWS, RANDOM = 10, 5
 COLUMNS = ("set", "backbone", "shots", "draw", "rule", "random")
 
 
-def read(data: str, backbone: featcache.BackboneSpec) -> tuple[Samples, np.ndarray]:
+def read(features: Features) -> tuple[Samples, np.ndarray]:
     """Return a data set's samples and which of them are tested (n,)."""
-    features = featcache.extract(data, backbone).store.features()
     X, contents = np.asarray(features.X, np.float32), np.array(features.sha256)
     is_test = np.array(features.splits) == "test"
     if not is_test.any():
@@ -38,9 +37,10 @@ def read(data: str, backbone: featcache.BackboneSpec) -> tuple[Samples, np.ndarr
     return samples, is_test[order]
 
 
-def measure(data: str, backbone: featcache.BackboneSpec, out: Path) -> None:
+def measure(data: str, told: Entry, out: Path) -> None:
     """Append the accuracies of all draws of a set."""
-    samples, is_test = read(data, backbone)
+    cache, entry = told
+    samples, is_test = read(entry.store.features())
     train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
     with out.open("a", newline="") as file:
         writer = csv.writer(file)
@@ -54,7 +54,7 @@ def measure(data: str, backbone: featcache.BackboneSpec, out: Path) -> None:
                 rule = accuracy_with(samples, choose(samples, pool, count, draw), test, draw)
                 drawn = [rng.permutation(pool)[:count] for _ in range(RANDOM)]
                 random = np.mean([accuracy_with(samples, each, test, draw) for each in drawn])
-                writer.writerow([Path(data).name, backbone.label, shots, draw, f"{rule:.4f}", f"{random:.4f}"])
+                writer.writerow([Path(data).name, cache.spec.label, shots, draw, f"{rule:.4f}", f"{random:.4f}"])
             file.flush()
 
 

@@ -1,6 +1,6 @@
 """How true sets of classes are, and how well unknown classes are told: ``predict --reject``, measured.
 
-python benchmarks/reject.py OUT BACKBONE[=WEIGHTS] DATA...
+python benchmarks/reject.py OUT BACKBONE[=WEIGHTS][@LAYER,LAYER] DATA...
 
 Coverage: all samples of a set are split anew 20 times, a logistic head is fitted and calibrated as ``fit`` does, and sets of
 90 % are made of the test samples. Familiarity: each class (of more than ten, a drawn quarter of the classes, five times) is
@@ -16,10 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from over_sets import run
+from over_sets import Entry, run
 from scipy.special import logsumexp
 
-import featcache
 from featcache.evaluation import Task
 from featcache.evaluation.likeness import unit_rows
 from featcache.evaluation.metrics import at_temperature
@@ -50,10 +49,10 @@ def covered(features: Features, seed: int) -> Iterator[tuple[str, float, float]]
         yield kind, float(sets[np.arange(len(y)), y].mean()), float(sets.sum(axis=1).mean())
 
 
-def scores(X: np.ndarray, y: np.ndarray, new: np.ndarray) -> dict[str, np.ndarray]:
+def scores(X: np.ndarray, y: np.ndarray, new: np.ndarray, widths: Sequence[int]) -> dict[str, np.ndarray]:
     """Return how strange new embeddings (n, d) look beside training ones with their classes, by each score (n,)."""
     mean, y = X.mean(axis=0), np.unique(y, return_inverse=True)[1]
-    kept = TrainingRows.of(X, y, np.arange(len(X)))
+    kept = TrainingRows.of(X, y, np.arange(len(X)), widths)
     strange = {"predict --reject": -kept.familiar.familiarity(new), "votes": -Neighbours.fitted(kept).familiarity(new)}
     cosines = unit_rows(new, mean) @ unit_rows(X, mean).T
     for k in (1, 10):
@@ -89,7 +88,7 @@ def scores(X: np.ndarray, y: np.ndarray, new: np.ndarray) -> dict[str, np.ndarra
     return strange
 
 
-def left_out(features: Features) -> Iterator[tuple[str, float]]:
+def left_out(features: Features, widths: Sequence[int] = ()) -> Iterator[tuple[str, float]]:
     """Yield the area under the curve of each score for each class, or set of classes, that is left out."""
     classes, X, y = len(features.classes), np.asarray(features.X, np.float32), features.y
     task = Task(features)
@@ -103,17 +102,18 @@ def left_out(features: Features) -> Iterator[tuple[str, float]]:
         bank = np.array(ordered[:MOST_ROWS])
         usual, new = split.test[~is_new[split.test]][:MOST], np.flatnonzero(is_new)[:MOST]
         asked = np.concatenate([usual, new])
-        for name, values in scores(X[bank], y[bank], X[asked]).items():
+        for name, values in scores(X[bank], y[bank], X[asked], widths).items():
             yield name, auc(is_new[asked], values)[0]
 
 
-def measure(data: str, backbone: featcache.BackboneSpec, out: Path) -> None:
+def measure(data: str, told: Entry, out: Path) -> None:
     """Append what a set comes to."""
-    features = featcache.extract(data, backbone).store.features()
-    label = [Path(data).name, backbone.label]
+    cache, entry = told
+    features, widths = entry.store.features(), cache.layer_widths(entry)
+    label = [Path(data).name, cache.spec.label + (", layers" if widths else "")]
     with out.open("a", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([*label, "unknown", name, f"{area:.4f}", ""] for name, area in left_out(features))
+        writer.writerows([*label, "unknown", name, f"{area:.4f}", ""] for name, area in left_out(features, widths))
         file.flush()
         for seed in range(SPLITS):
             writer.writerows(

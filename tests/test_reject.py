@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.covariance import ledoit_wolf_shrinkage
 from support import TINY, Run, draw_folder, draw_image
 
 from featcache.datasets.images import ImagePreprocess
@@ -16,7 +17,7 @@ from featcache.extraction.feature_cache import FeatureCache
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import bundle
 from featcache.heads.checks import auc
-from featcache.heads.familiarity import ClassCentres, Neighbours, TrainingRows, read_familiar
+from featcache.heads.familiarity import ClassCentres, Neighbours, TrainingRows, _towards_sphere, read_familiar
 from featcache.heads.fit import fit
 from featcache.heads.rejection import (
     Calibration,
@@ -202,6 +203,14 @@ def test_every_layer_counts_however_large_its_activations_are(kind: type[Neighbo
 
     assert area((30, 20)) > 0.9
     assert area(()) < 0.7
+
+
+@pytest.mark.parametrize("n", [30, 400])
+def test_shrinkage_is_that_of_ledoit_and_wolf(n: int) -> None:
+    """From the scatter that is there, what scikit-learn works out from the rows at forty times the price."""
+    X = (np.random.default_rng(0).normal(size=(n, 60)) * np.logspace(0, -2, 60)).astype(np.float32)
+
+    assert _towards_sphere(X, X.T @ X / n) == pytest.approx(ledoit_wolf_shrinkage(X, assume_centered=True), rel=1e-4)
 
 
 def test_few_classes_or_rows_are_told_by_votes() -> None:
