@@ -225,7 +225,8 @@ class ClassCentres(_Ranked):
 def _towards_sphere(residuals: NDArray[np.float32], scatter: NDArray[np.float32]) -> float:
     """Return how far to draw a scatter of residuals (n, d) towards a sphere (Ledoit and Wolf 2004, section 3.3).
 
-    Of the scatter, (d, d) or (n, n), sums of squares alone are asked: scikit-learn's forms it again, at forty times the price.
+    Of the scatter, (d, d) or (n, n), sums of squares alone are asked: scikit-learn's forms it again, at forty times the
+    price.
     """
     n, d = residuals.shape
     squares = float((scatter.astype(np.float64) ** 2).sum())
