@@ -186,6 +186,7 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
     _never_beyond(limit, monkeypatch)
 
     fitted = fit(Task(features), split, name)
+    near = search.search_head(name, features.X, features.y, split.folds, 0)
 
     assert fitted.params["C"] <= limit
     assert any("did not reach their optimum and are left out" in note for note in fitted.notes)
@@ -197,6 +198,8 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
     if name == "logistic":
         with pytest.raises(DataError, match="logistic"):
             learning_curve(Embeddings.of(Task(features), 1), split, name, [1.0])
+        with pytest.raises(DataError, match="logistic: none of 1 candidates"):
+            Embeddings.of(Task(features), 1).crossed(name, split.folds, 0, near, near.solutions[0])
 
 
 def test_labels_short_of_their_optimum_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

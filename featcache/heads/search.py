@@ -191,10 +191,7 @@ def search_head(
         if not tried.outcomes and step > 1:
             try_all([params for number, params in enumerate(everything) if number % step])
         if not tried.outcomes:
-            raise DataError(
-                f"`heads` {name}: none of {tried.count} candidates reached its optimum on every fold. Look for extreme "
-                "values in the features, try stronger penalties with `grid`, or take another head."
-            )
+            raise _none_reached(name, tried.count)
         if step > 1 and tried.count == len(everything[::step]):
             try_all(tried.between())
     attempt, val = tried.outcomes[tried.best()]
@@ -277,6 +274,13 @@ class _Tried:
         around = [self.family.refine(self.everything, self.outcomes[place][0].params) for place in centres]
         coarse = self.everything[:: self.family.coarse]
         return [params for params in self.everything if any(params in part for part in around) and params not in coarse]
+
+
+def _none_reached(name: str, count: int) -> DataError:
+    return DataError(
+        f"`heads` {name}: none of {count} candidates reached its optimum on every fold. Look for extreme values in the "
+        "features, try stronger penalties with `grid`, or take another head."
+    )
 
 
 def _require_rows(name: str, y: Y_, folds: Sequence[Fold], grid: Sequence[Params]) -> None:
@@ -381,8 +385,9 @@ class Embeddings:
         family = FAMILIES[self.task.kind][name]
         if family.cross is not None and self.views == 1 and isinstance(self.X, np.ndarray):
             candidate = family.cross(near.params, self.X, self.y, rows, head, near.axes)
-            if candidate.converged:
-                return candidate.answers
+            if not candidate.converged:  # neither from the head nor from nothing
+                raise _none_reached(name, 1)
+            return candidate.answers
         answers: NDArray[Any] = search_head(name, self.X, self.y, rows, seed, [near.params], self.views).answers
         return answers
 
