@@ -260,6 +260,18 @@ def test_the_distance_that_is_told_is_a_bound(kind: str, C: float) -> None:
     assert found.objective == pytest.approx(exactly(X, y, found), rel=2e-7)  # of float32 columns' standard deviations
 
 
+def test_features_that_float32_cannot_factorise_still_precondition() -> None:
+    """Where one row lies so far out that rounding leaves the features' moments no inverse, what is found is positive."""
+    far = np.random.default_rng(0).normal(size=200)
+    path = solvers._Path.__new__(solvers._Path)
+    path.gram, path.double = 1e6 * (np.outer(far, far) - 1e-5 * float(far @ far) * np.eye(200)), False
+
+    moved = path._by_factor(1e4)(far[None])
+
+    assert np.isfinite(moved).all()
+    assert float(np.vdot(moved, far)) > 0
+
+
 def test_an_optimum_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no step is left, the distance that is told is still a bound, and above the goal."""
     X, y = many_classes(10, 12, 300, 20)

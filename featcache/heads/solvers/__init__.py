@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve, eigh
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from scipy.special import logit, softmax
 
 from featcache.heads.solvers import newton
@@ -692,11 +692,19 @@ class _Path:
 
     def _by_factor(self, weight: float) -> Precondition:
         """Invert it for all outputs at once, with their mean weight, by a factorisation that few problems can afford."""
-        matrix: Any = (weight * self.gram).astype(np.float64 if self.double else np.float32)
-        rounding = float(np.finfo(matrix.dtype).eps) * float(np.trace(matrix))
-        matrix[np.diag_indices_from(matrix)] += 1 + 10 * rounding
-        factor = cho_factor(matrix, overwrite_a=True, check_finite=False)
-        return lambda rows: cho_solve(factor, rows.T.astype(matrix.dtype), check_finite=False).T.astype(np.float64)
+        kind: Any = np.float64 if self.double else np.float32
+        matrix = weight * self.gram
+        more = 10 * float(np.finfo(kind).eps) * float(np.trace(matrix))
+        while True:
+            raised = matrix.astype(kind)
+            raised[np.diag_indices_from(raised)] += 1 + more
+            try:
+                factor = cho_factor(raised, overwrite_a=True, check_finite=False)
+                break
+            except LinAlgError:  # of a row that lies far out float32 keeps nothing else
+                more *= 100 if kind is np.float64 else 1
+                kind = np.float64
+        return lambda rows: cho_solve(factor, rows.T.astype(kind), check_finite=False).T.astype(np.float64)
 
     def _scale_of(self, problem: _Problem) -> float:
         """Return C, for two classes half of it: two opposite rows of weights then count as scikit-learn's one."""
