@@ -56,7 +56,7 @@ def render(
     template, style, script = ((assets / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     style += _tile_rules(sheet)
     datasets = list(dict.fromkeys(record.dataset for record in records))
-    return _filled(
+    return _filled_page(
         template,
         style=Markup(style),  # noqa: S704 - of the package, and numbers
         script=Markup(script),  # noqa: S704 - of the package
@@ -73,7 +73,7 @@ def render(
     )
 
 
-def _filled(template: str, **values: object) -> str:
+def _filled_page(template: str, **values: object) -> str:
     """Return a template with its values: every text is spelt out where it cannot be seen, and escaped."""
     from jinja2 import Environment, StrictUndefined  # 0.15 s that nothing else pays
 
