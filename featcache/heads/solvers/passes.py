@@ -441,7 +441,7 @@ def _multiply(vectors: Rows, rows: Rows, out: Rows) -> None:
         np.matmul(vectors, rows.T, out=out)
     else:
         more = -count % 8
-        out[:] = (rows @ _filled(vectors, more if more <= _FILL else 0).T)[:, :count].T  # in the faster order
+        out[:] = (rows @ _with_zeros(vectors, more if more <= _FILL else 0).T)[:, :count].T  # in the faster order
 
 
 def _sum_up(values: Rows, rows: Rows, out: Rows) -> None:
@@ -453,7 +453,7 @@ def _sum_up(values: Rows, rows: Rows, out: Rows) -> None:
     elif count > _THIN or not count % 4 or _is_small(values.size * rows.shape[1]):
         np.matmul(values, rows, out=out)
     else:
-        out[:] = (_filled(values, -count % 4) @ rows)[:count]
+        out[:] = (_with_zeros(values, -count % 4) @ rows)[:count]
 
 
 def _is_small(multiplications: int) -> bool:
@@ -461,7 +461,7 @@ def _is_small(multiplications: int) -> bool:
     return multiplications <= _AS_THEY_LIE and takes_small_products()
 
 
-def _filled(vectors: Rows, more: int) -> Rows:
+def _with_zeros(vectors: Rows, more: int) -> Rows:
     """Return vectors with so many of zeros behind them."""
     return np.concatenate([vectors, np.zeros((more, vectors.shape[1]), vectors.dtype)]) if more else vectors
 

@@ -28,7 +28,7 @@ _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interp
 _NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
 _TURNED_ROWS = 256  # at a time
 _EXACT_ROWS = 1024  # in float64 at a time
-_SHARED = 400_000  # numbers, from which on a second thread pays
+_BY_ALL_FROM = 400_000  # numbers, from which on a second thread pays
 _MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
 _ALL_AXES, _MAIN_AXES = 96, 96  # columns of which all axes are found; how many are of wider rows
 _AXES_ROWS = 2048  # from which they are found
@@ -314,7 +314,7 @@ class TurnedRows:
 
     def _blocks(self) -> list[slice]:
         """Return blocks of rows, one a core at least where they are many."""
-        share = -(-len(self.train) // cores()) if self.train.size * self._source.shape[1] > _SHARED else _EXACT_ROWS
+        share = -(-len(self.train) // cores()) if self.train.size * self._source.shape[1] > _BY_ALL_FROM else _EXACT_ROWS
         return _slices(len(self.train), min(share, _EXACT_ROWS))
 
     def back(self, weights: Rows) -> Floats:
