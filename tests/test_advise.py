@@ -270,7 +270,7 @@ def test_what_was_measured_decides(measured: Evidence, depth: str, sure: float |
     ("pays", "depth", "said"),
     [
         (0.02, "a head on its features only. 98 %", "that it does not pay by over half a point."),
-        (0.3, "its last stages too. 70 %", "that it does not pay by over half a point; that is open"),
+        (0.3, "its last stages too, to find out. 70 %", "that it does not pay by over half a point; that is open"),
         (0.8, "its last stages too. 80 %", "that it pays by over half a point; that is open"),
         (0.97, "its last stages too. 97 %", "that it pays by over half a point."),
     ],

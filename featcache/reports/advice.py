@@ -64,7 +64,9 @@ def advice_lines(result: "AdviceResult") -> Iterator[str]:
         open_ = "; that is open, compare the best ones on all samples" if result.is_open else ""
         told = _percent_sure(result.chance)
         yield f"Backbone: {name}. {told} sure that no candidate is better by over half a point{open_}."
-    yield f"Weights: {_DEPTHS[evidence.depth[0]]}. {_sureness(evidence)}"
+    # advice against which the short training leans is a trial, and said to be one
+    trial = ", to find out" if evidence.is_open and (evidence.pays or 0.0) < 0.5 else ""
+    yield f"Weights: {_DEPTHS[evidence.depth[0]]}{trial}. {_sureness(evidence)}"
     yield f"The textbook rule: {_textbook(evidence)}"
     yield f"More samples: {more_text(result.more)}"
     yield ""
