@@ -164,15 +164,16 @@ class Descents:
         rounding = _NOISE[self.points.dtype == np.float64] * np.abs(np.where(is_first, 0, self.values))
         promised = np.where(is_first, np.inf, self.values + _SUFFICIENT * self.lengths * self._slopes + rounding)
         is_lower = waits & np.isfinite(values) & (values <= promised)
-        with np.errstate(over="ignore", invalid="ignore"):
-            shorter, is_over = self._shorter(values, ends)
         # Where the first rows come right the curvature falls, and steps lead across the valley: half of one leads lower.
-        is_over &= is_lower & ~is_first & (self.lengths == 1) & (-self._slopes > _TINY * np.abs(values))
+        is_over = is_lower & ~is_first & (ends > _OVER * -self._slopes) & (self.lengths == 1)
+        is_over &= -self._slopes > _TINY * np.abs(values)
         arrived = is_lower & ~is_over
         refused = waits & ~arrived
         self.arrived = self.arrived | arrived
         self._idle = np.where(arrived & ~is_first & (self.values - values <= rounding), self._idle + 1, self._idle)
-        self.lengths = np.where(refused, shorter, self.lengths)
+        if refused.any():
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.lengths = np.where(refused, self._shorter(values, ends), self.lengths)
         self.values = np.where(arrived, values, self.values)
         # Who cannot go on has arrived too: there is nowhere else to stand.
         self.stalled = self.stalled | (refused & (self.lengths < _SMALLEST_STEP)) | (self._idle >= _IDLE)
@@ -200,8 +201,8 @@ class Descents:
         self._counts += self.bends
         self._counts[self.bends & ~is_curved] = _MOST_BENDS_ASIDE
 
-    def _shorter(self, values: Floats, ends: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-        """Return the lengths to try where steps were too long, and whether the slopes (p,) at their ends say so."""
+    def _shorter(self, values: Floats, ends: Floats) -> Floats:
+        """Return the lengths (p,) to try where steps were too long, as values there say, or slopes."""
         starts, lengths = self._slopes, self.lengths
         lost = values - self.values - lengths * starts
         by_values = -starts * lengths**2 / (2 * np.maximum(lost, 1e-300))
@@ -210,7 +211,8 @@ class Descents:
         root = np.sqrt(np.maximum(middle**2 - starts * ends, 0))
         by_slopes = 1 - (ends + root - middle) / np.where(is_over, ends - starts + 2 * root, 1)
         by_values = np.clip(np.where(np.isfinite(by_values), by_values, 0), 0.1 * lengths, 0.5 * lengths)
-        return np.where(is_over & (lengths == 1) & np.isfinite(by_slopes), np.clip(by_slopes, 0.1, 0.9), by_values), is_over
+        by_ends: NDArray[np.bool_] = is_over & (lengths == 1) & np.isfinite(by_slopes)
+        return np.where(by_ends, np.clip(by_slopes, 0.1, 0.9), by_values)
 
     def turn(self, turned: NDArray[Any]) -> None:
         """Take an approximate inverse times ``rests``: conjugate gradients start, go on, or have a step to be tried."""

@@ -360,7 +360,8 @@ class TurnedRows:
             return _Axes(eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
         main = np.random.default_rng(0).normal(size=(width, _MAIN_AXES)).astype(np.float32)
         for _ in range(2):
-            main, spread = np.linalg.qr(sum(self._each(lambda rows: rows.T @ (rows @ main), parts)))  # noqa: B023
+            total = sum(self._each(lambda rows: rows.T @ (rows @ main), parts))  # noqa: B023
+            main, spread = qr(total, mode="economic", check_finite=False)  # in float32: NumPy's is in float64
         vectors, _, _ = np.linalg.svd(spread)
         return _Reflections(main @ vectors)
 
