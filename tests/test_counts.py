@@ -21,7 +21,7 @@ from featcache.datasets import open_dataset
 from featcache.datasets.images import decode, decode_both
 from featcache.datasets.thumbnails import SIDE
 from featcache.experiments.fit import FitPlan, run_fit
-from featcache.extraction import scan
+from featcache.extraction import files
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec, Transform, Views
 from featcache.store.entry import FeatureStore
@@ -85,7 +85,7 @@ def counted(below: Path) -> Iterator[Counts]:
 @pytest.fixture(autouse=True)
 def _files_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files of this test be old enough to be recognised by their times."""
-    monkeypatch.setattr(scan, "_RACY_NS", 0)
+    monkeypatch.setattr(files, "_RACY_NS", 0)
     monkeypatch.setattr(origins, "_RACY_NS", 0)
 
 

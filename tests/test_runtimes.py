@@ -19,8 +19,8 @@ from featcache.datasets import open_dataset
 from featcache.datasets.images import decode
 from featcache.errors import SetupError, UsageError
 from featcache.extraction import runtimes
+from featcache.extraction.extract import Runtime, Workers
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
-from featcache.extraction.loader import Runtime, Workers
 from featcache.extraction.runtimes import Machine, TorchRuntime, select_runtime
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
@@ -64,7 +64,7 @@ def test_openvino_reports_nothing_to_its_makers(tmp_path: Path) -> None:
         pytest.skip("openvino is not installed")
     code = (
         "import sys, numpy as np, torch\n"
-        "from featcache.extraction.loader import Workers\nfrom featcache.extraction.runtimes import _openvino\n"
+        "from featcache.extraction.extract import Workers\nfrom featcache.extraction.runtimes import _openvino\n"
         "model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))\n"
         "_openvino(model, np.zeros((1, 3, 2, 2), np.float32), Workers(1, 1))\n"
         "assert sys.modules['openvino_telemetry'] is None"

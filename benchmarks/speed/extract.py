@@ -35,8 +35,7 @@ from PIL import Image
 
 from featcache.datasets import open_dataset
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.loader import BatchReader
-from featcache.extraction.scan import DatasetFiles
+from featcache.extraction.files import BatchReader, DatasetFiles
 from featcache.specs import BackboneSpec, TransformOverrides, Views
 from featcache.store.entry import FeatureStore
 
@@ -168,7 +167,7 @@ def floor(folder: Path, spec: BackboneSpec, seconds: float = 2.0, rounds: int = 
     """Measure decoding on one core and the fastest runtime's forward pass on all, each alone, by turns."""
     import torch
 
-    from featcache.extraction.loader import Workers
+    from featcache.extraction.extract import Workers
     from featcache.extraction.runtimes import Machine, select_runtime, threads_per_worker
     from featcache.specs import RUNTIMES
 

@@ -36,8 +36,8 @@ from featcache.datasets import open_dataset
 from featcache.display import set_up_notes
 from featcache.experiments.finetune import run_finetune, run_sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.extraction.extract import workers_here
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.loader import workers_here
 from featcache.finetuning import FineTunePlan, Unfreeze, depths
 from featcache.finetuning.loop import Epoch, TrainContext, Trial
 from featcache.finetuning.model import LinearHead, Network, Take, open_up

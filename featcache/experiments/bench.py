@@ -18,7 +18,7 @@ from featcache.experiments.finetune import forget_state, run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, FitPlan, Ledger, in_memory, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.scan import DatasetFiles
+from featcache.extraction.files import DatasetFiles
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.heads import ALL, ENSEMBLE, HEAD_NAMES, MEMBERS, STREAMING, in_order, members_of
 from featcache.reports import RECORDS, RunRecord, append_once, read_records

@@ -113,7 +113,7 @@ def _test_positions(record: RunRecord, features: Features, card: dict[str, Any])
         task = Task(features)
     else:
         from featcache.experiments.experiment import task_of
-        from featcache.extraction.scan import DatasetFiles
+        from featcache.extraction.files import DatasetFiles
 
         task = task_of(DatasetFiles(open_dataset(card["data"])), features, group=group)
     split = task.split(record.seed, record.request.get("folds"))

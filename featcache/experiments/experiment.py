@@ -16,7 +16,7 @@ from featcache.evaluation import Columns, Task, column_names
 from featcache.evaluation.metrics import Kind, encode_correct
 from featcache.evaluation.splits import Split
 from featcache.extraction.feature_cache import Extracted, FeatureCache
-from featcache.extraction.scan import DatasetFiles
+from featcache.extraction.files import DatasetFiles
 from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored, fingerprint
 from featcache.reports import PROTOCOL, RunRecord, append_once, record_from, stamp

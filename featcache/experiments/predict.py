@@ -20,8 +20,9 @@ from featcache.display import logger, progress
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.evaluation import ColumnCoder
 from featcache.evaluation.metrics import at_temperature
+from featcache.extraction.extract import Runtime, run_batches, sample
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.loader import Batch, BatchReader, Runtime, run_batches, sample
+from featcache.extraction.files import Batch, BatchReader
 from featcache.fingerprint import canonical, sha256_of_file
 from featcache.heads.bundle import Bundle
 from featcache.heads.rejection import Judgement, Rejection, Verdict

@@ -19,7 +19,7 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBES, FitPlan, Ledger, run_fit
 from featcache.extraction import backbone_identity
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.scan import DatasetFiles
+from featcache.extraction.files import DatasetFiles
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.fingerprint import canonical
 from featcache.reports import RECORDS, RunRecord, append_record, head_asked

@@ -1,41 +1,69 @@
-"""Run a frozen prefix once over the images of a data set and keep its rows."""
+"""One pass of a frozen prefix over the images of a data set: workers take batches from files to rows, entries keep them.
 
+A worker takes a batch from file to rows without handing anything over, so that all cores stay busy and nothing waits for
+anything but the feed of paths and the queue of results.
+"""
+
+import atexit
+import math
+import queue
 import shutil
+import threading
 import time
-import zlib
-from collections.abc import Sequence
-from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.base import Dataset
+from featcache.datasets.images import decode_both
 from featcache.display import logger, progress
 from featcache.errors import StorageError
-from featcache.extraction.loader import (
-    NO_RUNTIME,
-    Batch,
-    BatchReader,
-    Runtime,
-    SelectRuntime,
-    Thumbnails,
-    compute,
-    computed,
-)
-from featcache.extraction.scan import DatasetFiles, Positions
+from featcache.extraction.files import Batch, BatchReader, DatasetFiles, Pixels, Positions, Rows, Thumbnails
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport, say_left_out
-from featcache.specs import Transform
+from featcache.resources import cores
+from featcache.specs import INPUT, Transform
 
-if TYPE_CHECKING:
-    from featcache.extraction.ray_engine import WorkerConfig
+_AHEAD_BYTES = 256 << 20
+_MOST_WORKERS = 16  # each holds a batch of pixels and, with OpenVINO, a model
 
 
-def positions_of(dataset: Dataset, part: tuple[int, int]) -> Positions:
-    """Return the images that belong to a part (i, n), by the checksum of their paths."""
-    paths = (dataset.table.path(position) for position in range(len(dataset.samples)))
-    shares = [zlib.crc32(path.encode("utf-8", "surrogateescape")) % part[1] for path in paths]
-    return np.flatnonzero(np.array(shares) == part[0] - 1)
+@dataclass(frozen=True)
+class Workers:
+    """How many threads take batches, and how many cores each of them computes on."""
+
+    count: int
+    threads: int
+
+
+def workers_here() -> Workers:
+    """Return the workers for the cores that this process may use."""
+    count = min(cores(), _MOST_WORKERS)
+    return Workers(count, cores() // count)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What computes: ``run`` takes pixels uint8 (b, h, w, 3) to rows (b, ...), one a cut, on ``workers`` threads at once.
+
+    ``difference`` is its greatest one from PyTorch's, relative to the greatest activation; ``seconds`` are a batch's. One of
+    ``any_size`` takes batches of any number, and gives a row that does not depend on it.
+    """
+
+    run: Callable[[Pixels], Rows]
+    name: str = ""
+    difference: float = 0.0
+    seconds: float = math.inf
+    workers: int = 1
+    any_size: bool = False
+
+
+NO_RUNTIME = Runtime(lambda pixels: (pixels,))  # of a run that computes nothing but pixels
+SelectRuntime = Callable[[Pixels, int], Runtime]  # given a first batch, and how many images are to be computed
 
 
 def extract(
@@ -66,45 +94,48 @@ def extract(
     cached = frozenset.intersection(*(writer.start(len(writer.scanned.pending) / max(1, lacking)) for writer in writers))
     pending = np.flatnonzero(np.logical_or.reduce([writer.lacks for writer in writers]))
     check_room(writers, len(pending), plan, beside[0] if beside else None)
-    runtime = NO_RUNTIME
-    if len(pending) and plan.remote is not None:
-        runtime = _compute_remotely(files, pending, cached, writers, plan.remote)
-    elif len(pending):
-        thumbnails = None
-        if beside is not None and isinstance(transform := plan.preprocess.spec, Transform):
-            beside[0].start(0.0)  # the pass is the others' doing: theirs are its seconds
-            thumbnails = Thumbnails(transform, beside[1], beside[0].lacks)
-        reader = BatchReader(files, pending, plan.preprocess, plan.views, cached, thumbnails)
-        runtime = _Pass(reader, writers, beside[0] if beside else None, len(pending)).run(select, plan)
-    lasted = started, time.monotonic()
-    return [writer.finish(plan, lasted, runtime) for writer in writers]
+    thumbnails = None
+    if len(pending) and beside is not None and isinstance(transform := plan.preprocess.spec, Transform):
+        smaller, of_thumbnails = beside
+        smaller.start(0.0)  # the pass is the others' doing: theirs are its seconds
+        thumbnails = Thumbnails(lambda content, views: decode_both(content, transform, views, of_thumbnails), smaller.lacks)
+    reader = BatchReader(files, pending, plan.preprocess, plan.views, cached, thumbnails)
+    going = _Pass(reader, writers, beside[0] if beside and thumbnails else None, len(pending))
+    try:
+        if len(pending) and plan.remote is not None:
+            going.runtime = Runtime(NO_RUNTIME.run, plan.remote(files, pending, cached, writers))
+        elif len(pending):
+            going.run(select, plan)
+        lasted = started, time.monotonic()
+        return [writer.finish(plan, lasted, going.runtime) for writer in writers]
+    except BaseException:  # an interrupt keeps what was computed
+        going.commit()
+        raise
 
 
 class _Pass:
-    """One run over images on this machine."""
+    """One run over images on this machine; ``runtime`` is what computes."""
 
     def __init__(
         self, reader: BatchReader, writers: Sequence[EntryWriter], thumbnails: EntryWriter | None, images: int
     ) -> None:
         self._reader, self._writers, self._thumbnails, self._images = reader, writers, thumbnails, images
+        self.runtime = NO_RUNTIME
 
-    def run(self, select: SelectRuntime, plan: ExtractPlan) -> Runtime:
-        """Take batches from files to rows; return what computed them."""
-        started, runtime = time.monotonic(), NO_RUNTIME
-        name = self._writers[0].files.dataset.name
-        try:
-            with (
-                progress(self._images, f"extract {name}") as bar,
-                closing(computed(self._reader, select, self._images, plan.batch_size)) as batches,
-            ):
-                for runtime, batch in batches:
-                    self._take(batch)
-                    bar.update(len(batch))
-                    if any(writer.is_due(started) for writer in self._writers):
-                        self._commit(runtime, started)
-        finally:  # an interrupt keeps what was computed
-            self._commit(runtime)
-        return runtime
+    def run(self, select: SelectRuntime, plan: ExtractPlan) -> None:
+        """Take batches from files to rows; those of thumbnails count when it ends, entries keep their last rows then."""
+        started, name = time.monotonic(), self._writers[0].files.dataset.name
+        with (
+            progress(self._images, f"extract {name}") as bar,
+            closing(computed(self._reader, select, self._images, plan.batch_size)) as batches,
+        ):
+            for self.runtime, batch in batches:
+                self._take(batch)
+                bar.update(len(batch))
+                if any(writer.is_due(started) for writer in self._writers):
+                    self.commit(started)
+        if self._thumbnails is not None:
+            self._thumbnails.commit("")
 
     def _take(self, batch: Batch) -> None:
         say_left_out(batch.bad)
@@ -113,29 +144,13 @@ class _Pass:
         if self._thumbnails is not None and batch.beside:
             self._thumbnails.take_rows(np.array(batch.beside, np.int64), np.concatenate(batch.thumbnails))
 
-    def _commit(self, runtime: Runtime, started: float | None = None) -> None:
+    def commit(self, started: float | None = None) -> None:
+        """Let entries keep the rows that wait: all of them, or where a run that has ``started`` then owes it."""
         for writer in self._writers:
             if started is None or writer.is_due(started):
-                writer.commit(runtime.name)
+                writer.commit(self.runtime.name)
         if self._thumbnails is not None:
             self._thumbnails.commit("")
-
-
-def _compute_remotely(
-    files: DatasetFiles, pending: Positions, cached: frozenset[bytes], writers: Sequence[EntryWriter], config: "WorkerConfig"
-) -> Runtime:
-    from featcache.extraction import ray_engine
-
-    with (
-        progress(len(pending), f"extract {files.dataset.name}") as bar,
-        closing(ray_engine.run(files.dataset, pending.tolist(), cached, config)) as units,
-    ):
-        for written in units:
-            files.learn(written.positions, written.files)
-            for number, writer in enumerate(writers):
-                writer.adopt(written, number)
-            bar.update(written.images)
-    return Runtime(NO_RUNTIME.run, "ray")
 
 
 def measure(files: DatasetFiles, positions: Positions, plan: ExtractPlan, runtime: Runtime, blank: NDArray[Any]) -> float:
@@ -174,3 +189,134 @@ def check_room(
         also = ", thumbnails for the baselines with them" if thumbnails is not None else ""
         kind = writers[0].scanned.files.dataset.kind
         logger.info("%s%d %ss to compute, %.1f MB to write (%.1f kB each)%s", purpose, images, kind, *size, also)
+
+
+@contextmanager
+def reading_ahead(reader: BatchReader, size: int, room: int = _AHEAD_BYTES) -> Iterator[deque[Batch]]:
+    """Yield a queue that one thread fills with batches, up to ``room`` bytes of pixels, as long as the block lasts."""
+    batches: deque[Batch] = deque()
+    stop = threading.Event()
+
+    def read() -> None:
+        free = room
+        while free > 0 and len(batch := reader.fill(size, stop.is_set)):
+            batches.append(batch)
+            free -= sum(pixels.nbytes for pixels in batch.pixels)
+
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(read)
+        try:
+            yield batches
+        finally:
+            stop.set()
+    reading.result()
+
+
+def filled_up(pixels: Sequence[Pixels], size: int) -> Pixels:
+    """Return images (views, h, w, 3) as one array of ``size``, the last of them repeated: rows do not depend on company."""
+    return np.stack([*pixels, *[pixels[-1]] * (size - len(pixels))])
+
+
+def sample(batch: Batch, size: int) -> Pixels:
+    """Return what a runtime is made ready with: a batch of ``size`` images, uint8 (size, h, w, 3)."""
+    pixels = filled_up(batch.pixels[:size], size)
+    return pixels.reshape(-1, *pixels.shape[2:])[:size]
+
+
+def compute(batch: Batch, runtime: Runtime, size: int) -> Batch:
+    """Give a batch its rows and drop its pixels."""
+    if batch.fresh:
+        run = runtime.run
+        size = len(batch.fresh) if runtime.any_size else size
+        pixels = filled_up(batch.pixels, size)
+        flat, views = pixels.reshape(-1, *pixels.shape[2:]), pixels.shape[1]
+        pieces = [run(flat[start : start + size]) for start in range(0, len(flat), size)]
+        joined = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
+        shaped = (rows.reshape(size, views, *rows.shape[1:]) if views > 1 else rows for rows in joined)
+        batch.rows = tuple(rows[: len(batch.fresh)] for rows in shaped)
+    batch.pixels = []
+    return batch
+
+
+def beside_pixels(cuts: Sequence[str], run: Callable[[Pixels], Rows] | None) -> Callable[[Pixels], Rows]:
+    """Return what computes all cuts, given what computes those behind the input."""
+
+    def both(pixels: Pixels) -> Rows:
+        rows = iter(run(pixels) if run else ())
+        return tuple(pixels if cut == INPUT else next(rows) for cut in cuts)
+
+    return both
+
+
+def computed(
+    reader: BatchReader, select: SelectRuntime, images: int, size: int
+) -> Generator[tuple[Runtime, Batch], None, None]:
+    """Yield batches with their rows, and what has computed them: chosen with the first, while others are read already."""
+    first, runtime = reader.fill(size), NO_RUNTIME
+    ahead: deque[Batch] = deque()
+    if first.fresh:
+        # making a runtime ready takes seconds that would be lost to reading
+        with reading_ahead(reader, size) as ahead:
+            runtime = select(sample(first, size), images)
+    ahead.appendleft(first)
+    del first  # its pixels would be held to the end
+    with closing(run_batches(reader, runtime, size, ahead)) as batches:
+        for batch in batches:
+            yield runtime, batch
+
+
+def run_batches(
+    reader: BatchReader, runtime: Runtime, size: int, read_already: deque[Batch]
+) -> Generator[Batch, None, None]:
+    """Yield batches with their rows as workers finish them; closing it stops the workers.
+
+    Those read already come first, filled up where reading was broken off; taken out of their queue they are not held twice.
+    """
+    results: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=2 * runtime.workers)
+    stop = threading.Event()
+
+    def work() -> None:
+        begun, last = None, None
+        try:
+            while not stop.is_set():
+                with suppress(IndexError):  # not asked whether there is one: another worker may take it meanwhile
+                    begun = read_already.popleft()
+                batch, begun = reader.fill(size, stop.is_set, begun), None
+                if not len(batch):
+                    break
+                results.put(compute(batch, runtime, size))
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
+            last = error
+        results.put(last)
+
+    threads = [threading.Thread(target=work, name=f"featcache-{n}", daemon=True) for n in range(runtime.workers)]
+
+    def end() -> None:
+        stop.set()
+        _drain(results, threads)
+
+    # Whoever leaves the generator where it is: at the interpreter's end a thread inside PyTorch would abort it.
+    atexit.register(end)
+    for thread in threads:
+        thread.start()
+    working = len(threads)
+    try:
+        while working:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is not None:
+                yield result
+            else:
+                working -= 1
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def _drain(results: "queue.Queue[Any]", threads: Sequence[threading.Thread]) -> None:
+    while any(thread.is_alive() for thread in threads):
+        try:
+            results.get(timeout=0.05)
+        except queue.Empty:
+            continue

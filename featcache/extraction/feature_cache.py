@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,9 +16,9 @@ from featcache.datasets.base import Dataset
 from featcache.datasets.images import ImagePreprocess
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError
-from featcache.extraction.extract import extract, measure, positions_of
-from featcache.extraction.loader import NO_RUNTIME, Pixels, Rows, Runtime, Workers, beside_pixels, workers_here
-from featcache.extraction.scan import DatasetFiles, Positions, Scan, renew, scan
+from featcache.extraction import Scan, renew, scan
+from featcache.extraction.extract import NO_RUNTIME, Runtime, Workers, beside_pixels, extract, measure, workers_here
+from featcache.extraction.files import DatasetFiles, Pixels, Positions, Rows
 from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.fingerprint import fingerprint
 from featcache.resources import libraries_load
@@ -434,7 +434,7 @@ class FeatureCache:
     @cached_property
     def _share(self) -> Positions | None:
         part = self.settings.part
-        return positions_of(self.dataset, part) if part is not None else None
+        return self.files.share(part) if part is not None else None
 
     def _remember(self, store: FeatureStore, request: entries.CacheRequest) -> None:
         """Note the flags that led to an entry, and the content of the files behind a name where that is known."""
@@ -476,7 +476,9 @@ class FeatureCache:
         cuts = [store.spec["cut"] for store, _ in opened]
         beside = None
         if self.settings.engine == "ray" and any(len(writer.scanned.pending) for writer in writers):
-            plan = replace(plan, remote=self._worker_config(writers, plan))
+            from featcache.extraction.ray_engine import compute_remotely
+
+            plan = replace(plan, remote=partial(compute_remotely, self._worker_config(writers, plan)))
         elif thumbnails is not None and self.settings.part is None and self.dataset.kind == "image":
             beside = self._thumbnail_cache(thumbnails).as_beside(plan.batch_size)
         with self.threads():

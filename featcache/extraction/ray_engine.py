@@ -8,6 +8,7 @@ that all nodes share, and so must the images.
 import os
 import pickle
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
-from featcache.display import logger
+from featcache.display import logger, progress
 from featcache.errors import SetupError, UsageError
-from featcache.extraction.loader import (
-    NO_RUNTIME,
-    Batch,
-    BatchReader,
-    Pixels,
-    Runtime,
-    Workers,
-    beside_pixels,
-    compute,
-    sample,
-)
-from featcache.extraction.scan import DatasetFiles, Positions
-from featcache.extraction.writer import in_dtype, not_finite
+from featcache.extraction.extract import NO_RUNTIME, Runtime, Workers, beside_pixels, compute, sample
+from featcache.extraction.files import Batch, BatchReader, DatasetFiles, Pixels, Positions
+from featcache.extraction.writer import EntryWriter, in_dtype, not_finite
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Views
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import FileIndex, Part
@@ -85,6 +76,27 @@ class DecodedUnit:
     copies: Positions
     bad: tuple[Quarantined, ...]
     files: FileIndex  # of the fresh ones, then of the copies
+
+
+def compute_remotely(
+    config: WorkerConfig, files: DatasetFiles, pending: Positions, cached: frozenset[bytes], writers: Sequence[EntryWriter]
+) -> str:
+    """Let a cluster compute what entries lack, and make its parts count; return what computed them.
+
+    Raises:
+        SetupError: Ray is not installed.
+        UsageError: the data set lives in this process alone.
+    """
+    with (
+        progress(len(pending), f"extract {files.dataset.name}") as bar,
+        closing(run(files.dataset, pending.tolist(), cached, config)) as units,
+    ):
+        for written in units:
+            files.learn(written.positions, written.files)
+            for number, writer in enumerate(writers):
+                writer.adopt(written, number)
+            bar.update(written.images)
+    return "ray"
 
 
 def run(

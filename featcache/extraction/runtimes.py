@@ -25,7 +25,8 @@ from torch import nn
 from featcache.backbones.base import Backbone, Outputs, Pixels, TorchRuntime, as_tuple, to_array
 from featcache.display import logger
 from featcache.errors import SetupError, UsageError
-from featcache.extraction.loader import Rows, Runtime, Workers
+from featcache.extraction.extract import Runtime, Workers
+from featcache.extraction.files import Rows
 from featcache.resources import keep_freed_memory
 from featcache.specs import Precision, RuntimeName, Tokenisation
 

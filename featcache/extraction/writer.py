@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import time_ns
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from featcache.datasets.base import Dataset
 from featcache.display import logger, printable
 from featcache.errors import DataError
-from featcache.extraction.scan import Positions, Scan, scan
+from featcache.extraction import Scan, scan
+from featcache.extraction.files import DatasetFiles, Positions
 from featcache.fingerprint import DigestSet
 from featcache.specs import StoredDtype, Views
 from featcache.store.hdf5 import Part
@@ -21,8 +22,9 @@ from featcache.store.manifests import Quarantined
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Preprocess
-    from featcache.extraction.loader import Batch, Runtime
-    from featcache.extraction.ray_engine import WorkerConfig, WrittenPart
+    from featcache.extraction.extract import Runtime
+    from featcache.extraction.files import Batch
+    from featcache.extraction.ray_engine import WrittenPart
     from featcache.store.entry import FeatureStore
 
 # A part is what an interrupt can cost: small at first, so that a run killed early keeps something; later as large as a
@@ -39,8 +41,8 @@ class ExtractPlan:
     """How a run goes, whichever entries it fills.
 
     ``part`` is (i, n), counted from 1: only that share of the images is computed, by the hash of their paths. ``remote``
-    computes on a Ray cluster. ``purpose`` names a pass that nobody asked for. Without ``lists`` the rows are kept and
-    the entry's listing stays as it is.
+    computes elsewhere, on a Ray cluster. ``purpose`` names a pass that nobody asked for. Without ``lists`` the rows are kept
+    and the entry's listing stays as it is.
     """
 
     preprocess: "Preprocess"
@@ -48,7 +50,7 @@ class ExtractPlan:
     batch_size: int = 32
     max_bad: float = 0.01
     part: tuple[int, int] | None = None
-    remote: "WorkerConfig | None" = None
+    remote: "Callable[[DatasetFiles, Positions, frozenset[bytes], Sequence[EntryWriter]], str] | None" = None
     lists: bool = True
     purpose: str = ""
 
@@ -198,19 +200,28 @@ class EntryWriter:
 
     def commit(self, runtime: str) -> None:
         """Make the waiting rows count."""
+        self._keep(self._part(time_ns()), runtime, None)
+
+    def _part(self, now: int) -> tuple[Part | None, list[int]]:
+        """Return what waits as a part, with what is to be remembered of its files, and the copies that come too early."""
         positions, rows = np.empty(0, np.int64), [np.empty((0, *self.row), self.dtype)]
         if self._waiting:
             positions, rows = self._waiting.in_order()
         for digest in self.files.digests(positions):
             self._with_row.add(digest)
         copies, early = self._settled_copies()
-        if len(positions) or len(copies):
-            now = time_ns()
-            also = self.files.index(copies, now) if len(copies) else None
-            record = self.store.add_part(Part(rows, self.files.index(positions, now), also), runtime)
+        if not len(positions) and not len(copies):
+            return None, early
+        also = self.files.index(copies, now) if len(copies) else None
+        return Part(rows, self.files.index(positions, now), also), early
+
+    def _keep(self, part_and_early: tuple[Part | None, list[int]], runtime: str, until: float | None) -> None:
+        part, early = part_and_early
+        if part is not None:
             bad = [image for image in self.quarantined if image.sha256]
-            self.store.commit(parts=[record], quarantined=bad, seconds=self.seconds())
-            self.computed += len(positions)
+            record = self.store.add_part(part, runtime)
+            self.store.commit(parts=[record], quarantined=bad, seconds=self.seconds(until))
+            self.computed += len(part.files)
             self._copies = early
         if self._waiting:
             self._waiting.clear()
@@ -234,14 +245,40 @@ class EntryWriter:
         return np.array(settled, np.int64), early
 
     def finish(self, plan: ExtractPlan, lasted: tuple[float, float], runtime: "Runtime") -> ExtractReport:
-        """List the images as they are now; of several parts, the one that comes last does it."""
-        unbooked, pending, early = self.seconds(until=lasted[1]), 0, list[int](self._copies)
-        cached, quarantined = np.flatnonzero(self._cached), list(self.quarantined)
-        scanned = self.scanned
-        if plan.part is not None:
+        """Keep the last rows, and list the images as they are now; of several parts, the one that comes last does it.
+
+        Rows and listing are two commits: whoever is killed while listing has the rows.
+        """
+        now, scanned, pending = time_ns(), self.scanned, 0
+        waiting = self._part(now)
+        cached, quarantined, early = np.flatnonzero(self._cached), list(self.quarantined), waiting[1]
+        if plan.part is not None:  # others compute the other shares: what they have committed is known only now
+            self._keep(waiting, runtime.name, lasted[1])
+            waiting = None, []
             self.store.refresh()
             scanned = scan(self.files, self.store.remembered(), hashes_new=False)
             cached, quarantined, pending, early = np.sort(scanned.cached), [], len(scanned.pending), []
+        cached, all_bad = self._sorted_out(cached, quarantined, early)
+        all_bad += scanned.unreadable
+        is_listed = plan.lists and not pending and not scanned.is_hit
+        listing = self.files.listing(cached, now) if is_listed else None
+        self._keep(waiting, runtime.name, lasted[1])
+        unbooked = self.seconds(lasted[1])
+        if not plan.lists:
+            self.store.commit(quarantined=[image for image in all_bad if image.sha256], seconds=unbooked)
+        elif listing is not None:
+            require_usable(self.files.dataset, len(cached), all_bad, plan.max_bad)
+            self.store.commit(quarantined=all_bad, listing=listing, seconds=unbooked)
+            self.store.write_table()
+        seconds = time.monotonic() - lasted[0]
+        return ExtractReport(
+            len(cached), self.computed, all_bad, seconds, pending, runtime.name, runtime.difference, positions=cached
+        )
+
+    def _sorted_out(
+        self, cached: Positions, quarantined: list[Quarantined], early: Sequence[int]
+    ) -> tuple[Positions, tuple[Quarantined, ...]]:
+        """Return which of the images that are known (k,) have a row, and the place in quarantine of each other one."""
         bad = (*self.store.manifest.quarantined, *self.quarantined)
         reasons = {bytes.fromhex(image.sha256): image.reason for image in bad if image.sha256}
         is_bad, is_early = self.files.are_among(cached, reasons), np.isin(cached, early)
@@ -252,17 +289,7 @@ class EntryWriter:
                 quarantined.append(Quarantined(path, digest.hex(), reasons[digest]))
         reason = "a copy of an image that could not be read"
         quarantined += [Quarantined(self.files.path(position), "", reason) for position in cached[is_early].tolist()]
-        cached, all_bad = cached[~is_bad & ~is_early], (*quarantined, *scanned.unreadable)
-        if not plan.lists:
-            self.store.commit(quarantined=[image for image in all_bad if image.sha256], seconds=unbooked)
-        elif not pending and not scanned.is_hit:
-            require_usable(self.files.dataset, len(cached), all_bad, plan.max_bad)
-            self.store.commit(quarantined=all_bad, listing=self.files.listing(cached, time_ns()), seconds=unbooked)
-            self.store.write_table()
-        seconds = time.monotonic() - lasted[0]
-        return ExtractReport(
-            len(cached), self.computed, all_bad, seconds, pending, runtime.name, runtime.difference, positions=cached
-        )
+        return cached[~is_bad & ~is_early], tuple(quarantined)
 
 
 def say_left_out(images: Sequence[Quarantined]) -> None:

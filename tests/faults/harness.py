@@ -125,11 +125,11 @@ class Machine:
 
     def _watch(self) -> None:
         """Count the work, and make what goes by the clock go by the batch."""
-        from featcache.extraction import loader, scan, writer
+        from featcache.extraction import extract, files, writer
         from featcache.finetuning.loop import Trial
         from featcache.store import checksums as stamps
 
-        compute, epoch, numbers = loader.compute, Trial._epoch, self._numbers
+        compute, epoch, numbers = extract.compute, Trial._epoch, self._numbers
 
         def counted(batch: Any, *arguments: Any) -> Any:
             numbers[1] += len(batch.fresh)
@@ -139,10 +139,10 @@ class Machine:
             epoch(trial, *arguments)
             numbers[2] += 1
 
-        loader.compute = counted
+        extract.compute = counted
         Trial._epoch = trained  # type: ignore[method-assign]
         writer.MIN_PART_SECONDS = writer.MAX_PART_SECONDS = 0.0
-        scan._RACY_NS = stamps._RACY_NS = 0  # else the calls depend on how many seconds a run takes
+        files._RACY_NS = stamps._RACY_NS = 0  # else the calls depend on how many seconds a run takes
 
     def run(self, act: Callable[[], None], *, at: int = 0, fault: str = "count", lacks: str = "", log: str = "") -> Outcome:
         """Run something in a fork, the fault armed, and wait for its end."""

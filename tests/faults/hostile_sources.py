@@ -50,8 +50,7 @@ def look_at(data: str, root: Path) -> str:
     """Open a data set, and read and decode all of it as an extraction does."""
     from featcache.datasets import open_dataset
     from featcache.datasets.images import ImagePreprocess
-    from featcache.extraction.loader import BatchReader
-    from featcache.extraction.scan import DatasetFiles
+    from featcache.extraction.files import BatchReader, DatasetFiles
     from featcache.specs import Transform, Views
 
     source, seen, bad = open_dataset(data, data_root=root), 0, 0

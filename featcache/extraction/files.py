@@ -1,11 +1,13 @@
-"""What a command knows of a data set's files, and what an entry lacks of them."""
+"""A data set's files as a command finds them: looked at once, and read and decoded into batches."""
 
 import hashlib
 import struct
+import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,15 +15,19 @@ from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset, FileStat
 from featcache.display import progress
-from featcache.errors import StorageError
+from featcache.errors import UnreadableSample
 from featcache.fingerprint import DigestSet
+from featcache.specs import Views
 from featcache.store.hdf5 import SPLITS, FileIndex, Listing
 from featcache.store.manifests import Quarantined
 
 if TYPE_CHECKING:
-    from featcache.store.entry import FeatureStore, Remembered
+    from featcache.backbones.base import Preprocess
 
 Positions = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+Rows = tuple[NDArray[Any], ...]
+_SMALL_SECONDS = 0.6e-3  # to read and decode an image; below it the interpreter's share is most of the work
 
 # A file changed this close to being hashed may change again unseen, within the grain of the file system's clock: two
 # seconds on exFAT.
@@ -30,7 +36,6 @@ _MTIME, _CTIME = 1, 3  # columns of a file's stat
 _NO_STAT = (-1, -1, -1, -1)
 _SIGNS = struct.Struct("=4q")  # a row of them
 _DIGEST = hashlib.sha256().digest_size
-_NO_POSITIONS: Positions = np.empty(0, np.int64)
 
 
 class DatasetFiles:
@@ -68,6 +73,12 @@ class DatasetFiles:
     def path(self, position: int) -> str:
         """Return a file's path, as the data set calls it."""
         return self.dataset.table.path(position)
+
+    def share(self, part: tuple[int, int]) -> Positions:
+        """Return the positions that belong to a part (i, n), by the checksum of their paths."""
+        paths = (self.path(position) for position in range(len(self)))
+        shares = [zlib.crc32(path.encode("utf-8", "surrogateescape")) % part[1] for path in paths]
+        return np.flatnonzero(np.array(shares) == part[0] - 1)
 
     def groups(self, column: str) -> Mapping[str, str]:
         """Return what each path belongs to, by a column of the data set's manifest.
@@ -191,108 +202,119 @@ def is_settled(stat: FileStat | None) -> bool:
     return stat is not None and max(stat.mtime_ns, stat.ctime_ns) < time.time_ns() - _RACY_NS
 
 
-@dataclass(frozen=True)
-class Scan:
-    """An entry held against a data set's files, by their positions.
-
-    ``cached`` (k,), ascending, have a row or a place in quarantine; ``pending`` (m,), ascending, are new, changed, or not
-    looked at; ``unreadable`` could not even be opened. ``renewed`` are known by their bytes alone, and have signs now that a
-    listing can remember them by. ``with_row`` are the contents whose rows the entry has. On a hit (``is_hit``) it answers as
-    it is; else ``pending`` are to be computed, and with none of them only the listing is out of date.
-    """
-
-    files: DatasetFiles
-    cached: Positions
-    pending: Positions
-    unreadable: tuple[Quarantined, ...] = ()
-    renewed: int = 0
-    with_row: frozenset[bytes] = frozenset()
-    is_hit: bool = False
-
-
-def scan(
-    files: DatasetFiles, entry: "Remembered | None", *, among: Positions | None = None, hashes_new: bool = True
-) -> Scan:
-    """Find out which files an entry knows: by path, size, times and inode, else by their content.
-
-    Only positions ``among``, ascending, are looked at. Without ``hashes_new`` a path that was never seen is to be read,
-    whatever its content: who computes one share of many must not read the others'.
-    """
-    among = np.arange(len(files)) if among is None else among
-    bad = {(image.path, bytes.fromhex(image.sha256)) for image in entry.quarantined if image.sha256} if entry else set()
-    if entry is None or not (entry.files or bad):
-        return Scan(files, _NO_POSITIONS, among)
-    contents = entry.with_row | {digest for _, digest in bad}
-    where: dict[str, tuple[int, int]] = {}
-    for number, index in enumerate(entry.files):
-        where.update((path, (number, row)) for row, path in enumerate(index.paths))
-
-    files.look(among)
-    recognised = _recognised(files, among, entry.files, where)
-    if contents:  # else no content is worth reading a file for
-        unsure = among[~files.hashed[among]]
-        if not hashes_new:
-            paths = set(where) | {image.path for image in entry.quarantined}
-            unsure = np.array([position for position in unsure.tolist() if files.path(position) in paths], np.int64)
-        files.hash(np.array([position for position in unsure.tolist() if position not in files.unreadable], np.int64))
-    reached = np.array([position not in files.unreadable for position in among.tolist()], dtype=bool)
-    has_place = reached & files.hashed[among]
-    has_place[has_place] = files.are_among(among[has_place], contents)
-    cached, pending = among[has_place], among[reached & ~has_place]
-    unreadable = tuple(files.unreadable[position] for position in among[~reached].tolist())
-    renewed = int((files.are_settled(cached) & ~recognised[has_place]).sum())
-    is_hit = entry.has_parts and not len(pending) and _is_listed(files, cached, bad, entry.listing)
-    return Scan(files, cached, pending, unreadable, renewed, entry.with_row, is_hit)
-
-
-def _recognised(
-    files: DatasetFiles, among: Positions, remembered: Sequence[FileIndex], where: dict[str, tuple[int, int]]
-) -> NDArray[np.bool_]:
-    """Return which files (k,) have the signs by which an entry remembers them; their content is noted."""
-    places = np.array([where.get(files.path(position), (-1, -1)) for position in among.tolist()], np.int64).reshape(-1, 2)
-    recognised = np.zeros(len(among), bool)
-    for number, index in enumerate(remembered):
-        chosen = np.flatnonzero(places[:, 0] == number)
-        chosen = chosen[files.are_as(among[chosen], index, places[chosen, 1])]
-        recognised[chosen] = True
-        unread = chosen[~files.hashed[among[chosen]]]  # what was read in this command is known better
-        files.sha256[among[unread]] = index.sha256[places[unread, 1]]
-        files.hashed[among[unread]] = True
-    return recognised
-
-
-def _is_listed(files: DatasetFiles, cached: Positions, bad: set[tuple[str, bytes]], listing: Listing | None) -> bool:
-    """Tell whether a listing names these files with their present labels and splits, but for those in quarantine."""
-    is_bad = files.are_among(cached, {digest for _, digest in bad})
-    if listing is None or {(files.path(at), files.digest(at)) for at in cached[is_bad].tolist()} != bad:
-        return False
-    positions = cached[~is_bad]
-    if len(positions) != len(listing.labels) or not np.array_equal(files.sha256[positions], listing.files.sha256):
-        return False
-    listed = zip(listing.files.paths, listing.labels.tolist(), listing.splits.tolist(), strict=True)
-    samples = (files.dataset.samples[position] for position in positions.tolist())
-    return all(
-        (sample.path, sample.label, sample.split) == (path, listing.classes[label], SPLITS[split])
-        for sample, (path, label, split) in zip(samples, listed, strict=True)
-    )
-
-
-def renew(store: "FeatureStore", scanned: Scan) -> None:
-    """Let an entry that answers as it is remember files by their present signs, where it had to hash them again.
-
-    Else every later run would hash them too. A cache that cannot be written is only slower.
-    """
-    if not scanned.renewed:
-        return
-    before = store.manifest
-    store.refresh()
-    if store.manifest.number == before.number:  # what another process has listed meanwhile is newer than this
-        bad = {bytes.fromhex(image.sha256) for image in before.quarantined if image.sha256}
-        cached = scanned.cached[~scanned.files.are_among(scanned.cached, bad)]
-        with suppress(StorageError):
-            store.commit(quarantined=before.quarantined, listing=scanned.files.listing(cached, time.time_ns()))
-
-
 def quarantine_unread(path: str, error: OSError) -> Quarantined:
     """Return the place in quarantine of a file that could not be read."""
     return Quarantined(path, "", f"cannot be read ({error.strerror or error})")
+
+
+@dataclass
+class Batch:
+    """Images on their way, by their positions: ``pixels`` uint8 (b, views, h, w, 3) and ``rows`` belong to ``fresh``.
+
+    ``copies`` have their row elsewhere. ``beside`` are those of ``fresh`` that ``thumbnails`` (1, h, w, 3) are of.
+    """
+
+    fresh: list[int] = field(default_factory=list)
+    copies: list[int] = field(default_factory=list)
+    bad: list[Quarantined] = field(default_factory=list)
+    pixels: list[Pixels] = field(default_factory=list)
+    rows: Rows = ()
+    beside: list[int] = field(default_factory=list)
+    thumbnails: list[Pixels] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Return the number of images looked at."""
+        return len(self.fresh) + len(self.copies) + len(self.bad)
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """What is decoded beside: ``decode`` gives both of a file's bytes, for the files that it is ``asked`` of (n,)."""
+
+    decode: "Callable[[bytes, Views], tuple[Pixels, Pixels | None]]"
+    asked: NDArray[np.bool_]
+
+
+class BatchReader:
+    """Fills batches from a shared feed of positions; many threads may fill at once.
+
+    Args:
+        files: the images.
+        positions: which of them, in this order.
+        preprocess: how files become arrays.
+        views: how many views of each.
+        cached: the SHA-256 of images that need no row.
+        thumbnails: what is decoded beside.
+    """
+
+    def __init__(
+        self,
+        files: DatasetFiles,
+        positions: Sequence[int] | Positions,
+        preprocess: "Preprocess",
+        views: Views,
+        cached: Collection[bytes] = (),
+        thumbnails: Thumbnails | None = None,
+    ) -> None:
+        self._files = files
+        self._feed = iter(positions)
+        self._preprocess = preprocess
+        self._views = views
+        self._thumbnails = thumbnails
+        self._claimed = DigestSet(len(cached) + len(positions), cached)
+        self._lock = threading.Lock()
+        self._one_at_a_time = threading.Lock()
+        self._small = False
+
+    def fill(self, size: int, stopped: Callable[[], bool] = lambda: False, begun: Batch | None = None) -> Batch:
+        """Return the next images, fewer than ``size`` fresh ones only where the feed ends; ``begun`` is filled up.
+
+        Small images are mostly the interpreter's work: threads that read them at once would only wait for each other.
+        """
+        batch = begun or Batch()
+        with self._one_at_a_time if self._small else nullcontext():
+            started = time.perf_counter()
+            while len(batch.fresh) < size and not stopped():
+                with self._lock:
+                    position = next(self._feed, None)
+                if position is None:
+                    break
+                self._read(int(position), batch)
+        if len(batch) and begun is None:
+            self._small = (time.perf_counter() - started) / len(batch) < _SMALL_SECONDS
+        return batch
+
+    def _read(self, position: int, batch: Batch) -> None:
+        digest = b""
+        try:
+            content, digest = self._files.read(position)
+            with self._lock:
+                is_new = self._claimed.add(digest)
+            if not is_new:
+                batch.copies.append(position)
+                return
+            pixels, thumbnail = self._decoded(content, position)
+            batch.pixels.append(pixels)
+            batch.fresh.append(position)
+            if thumbnail is not None:
+                batch.thumbnails.append(thumbnail)
+                batch.beside.append(position)
+        except OSError as error:
+            batch.bad.append(quarantine_unread(self._files.path(position), error))
+        except UnreadableSample as error:
+            batch.bad.append(Quarantined(self._files.path(position), digest.hex(), str(error)))
+        except Exception as error:  # noqa: BLE001 - one image never ends a run, whatever a reader raises
+            batch.bad.append(Quarantined(self._files.path(position), digest.hex(), f"{type(error).__name__}: {error}"))
+
+    def _decoded(self, content: bytes, position: int) -> tuple[Pixels, Pixels | None]:
+        try:
+            return self._prepared(content, position)
+        except MemoryError:
+            with self._lock:  # the others come to rest at the feed: once more, with their room
+                return self._prepared(content, position)
+
+    def _prepared(self, content: bytes, position: int) -> tuple[Pixels, Pixels | None]:
+        beside = self._thumbnails
+        if beside is None or not beside.asked[position]:
+            return self._preprocess(content, self._views), None
+        return beside.decode(content, self._views)
