@@ -213,13 +213,13 @@ def test_the_control_to_beat_is_the_best_on_validation() -> None:
 
 def controls_like(y: np.ndarray, split: Any, right: float) -> Baseline:
     """Return a control that answers such a share of the validation and test images rightly."""
-    from featcache.evaluation.metrics import score, scores_on_test
+    from featcache.evaluation.metrics import evaluate_on_test, score
 
     def answer(index: np.ndarray) -> np.ndarray:
         wrong = np.arange(len(index)) >= right * len(index)
         return np.where(wrong, (y[index] + 1) % 3, y[index])
 
-    return Baseline("", score(y[split.val], answer(split.val)), scores_on_test(answer, y, split))
+    return Baseline("", score(y[split.val], answer(split.val)), evaluate_on_test(answer(split.test), y, split))
 
 
 # the best probe, no gain, latest records

@@ -1,9 +1,9 @@
 """Scores with their uncertainty, and the one function that reads the test split."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from featcache.errors import DataError
 from featcache.evaluation import intervals
 from featcache.evaluation.intervals import Groups, Interval
-from featcache.evaluation.splits import Index, Split
+from featcache.evaluation.splits import Split
 
 Kind = Literal["label", "labels", "number"]
 Probabilities = NDArray[np.float64]
-Answers = TypeVar("Answers")
-Judged = TypeVar("Judged")
 ECE_BINS = 15
 SIGNIFICANT = 0.05
 _LEAST = np.finfo(np.float64).eps  # a probability of none costs -log of this, as in scikit-learn's log-loss
@@ -149,14 +147,40 @@ def evaluate(y_true: NDArray[Any], predictions: NDArray[Any], temperature: float
     return label_scores(y_true, predictions) if kind == "labels" else number_scores(y_true, predictions)
 
 
-def evaluate_on_test(
-    predict: Callable[[Index], NDArray[Any]], y: NDArray[Any], split: Split, temperature: float | None = None
-) -> TestResult:
-    """Score a finished model of any kind of task on the test split, with intervals that respect the split's groups."""
-    kind = kind_of(y)
+def evaluate_on_test(answers: NDArray[Any], y: NDArray[Any], split: Split, temperature: float | None = None) -> TestResult:
+    """Score a finished model of any kind of task on the test split, with intervals that respect the split's groups.
+
+    What is true of test samples is read here alone, once a finished model.
+
+    Args:
+        answers: of the test samples (t,): the probabilities (t, classes), or the classes (t,) where there are none; those of
+            labels (t, labels); numbers (t,).
+        y: the classes of all samples (n,), which labels there are (n, labels), or numbers (n,). Of classes that ``test`` has
+            too few samples of, balanced accuracy and macro F1 get no interval.
+        split: whose ``test`` is read.
+        temperature: found on validation.
+
+    Raises:
+        DataError: an answer is NaN or infinite.
+    """
+    truth, groups, kind = y[split.test], split.test_groups, kind_of(y)
     if kind == "label":
-        return scores_on_test(predict, y, split, temperature)
-    scores = labels_on_test(predict, y, split) if kind == "labels" else numbers_on_test(predict, y, split)
+        predicted: Any = (answers.argmax(axis=1) if answers.ndim == 2 else answers).astype(np.int64)
+        right, classes = predicted == truth, np.unique(y)
+        of_classes = replace(
+            score(truth, answers, temperature),
+            accuracy_ci=intervals.of_accuracy(right, groups),
+            balanced_accuracy_ci=intervals.of_recalls(truth, predicted, classes, groups),
+            macro_f1_ci=intervals.of_f1s(truth, predicted, classes, groups),
+        )
+        return TestResult(of_classes, right, predicted, answers.max(axis=1) if answers.ndim == 2 else None)
+    scores: AnyScores
+    if kind == "labels":
+        interval = intervals.of_precisions(truth, answers, groups)
+        scores = replace(label_scores(truth, answers), mean_average_precision_ci=interval)
+    else:
+        r2, mae = intervals.of_errors(truth, truth - answers, groups) or (None, None)
+        scores = replace(number_scores(truth, answers), r2_ci=r2, mae_ci=mae)
     return TestResult(scores, np.empty(0, np.bool_), np.empty(0, np.int64))
 
 
@@ -165,85 +189,6 @@ def scores_from(kind: Kind, facts: Mapping[str, Any]) -> AnyScores:
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
     kinds: dict[Kind, type[AnyScores]] = {"label": Scores, "labels": LabelScores, "number": NumberScores}
     return kinds[kind](**fields)
-
-
-def on_test(
-    predict: Callable[[Index], Answers], truth: NDArray[Any], split: Split, judge: Callable[[NDArray[Any], Answers], Judged]
-) -> Judged:
-    """Read the test split: the only function that does, called once a finished model.
-
-    Args:
-        predict: gives the answers at some positions (k,).
-        truth: of all images (n, ...).
-        split: whose ``test`` is read.
-        judge: scores answers against the truth.
-    """
-    return judge(truth[split.test], predict(split.test))
-
-
-def scores_on_test(
-    predict: Callable[[Index], Probabilities | NDArray[np.int64]],
-    y: NDArray[np.int64],
-    split: Split,
-    temperature: float | None = None,
-) -> TestResult:
-    """Score a classifier on the test split, with intervals that respect the split's groups.
-
-    Args:
-        predict: gives for positions (k,) the probabilities (k, classes), or the classes (k,) where there are none.
-        y: the classes of all images (n,); of those that ``test`` has too few images of, balanced accuracy and macro F1 get
-            no interval.
-        split: whose ``test`` is read.
-        temperature: found on validation.
-
-    Raises:
-        DataError: an answer is NaN or infinite.
-    """
-
-    def judge(truth: NDArray[Any], answer: Probabilities | NDArray[np.int64]) -> TestResult:
-        predicted: Any = (answer.argmax(axis=1) if answer.ndim == 2 else answer).astype(np.int64)
-        right, classes, groups = predicted == truth, np.unique(y), split.test_groups
-        scores = replace(
-            score(truth, answer, temperature),
-            accuracy_ci=intervals.of_accuracy(right, groups),
-            balanced_accuracy_ci=intervals.of_recalls(truth, predicted, classes, groups),
-            macro_f1_ci=intervals.of_f1s(truth, predicted, classes, groups),
-        )
-        return TestResult(scores, right, predicted, answer.max(axis=1) if answer.ndim == 2 else None)
-
-    return on_test(predict, y, split, judge)
-
-
-def labels_on_test(predict: Callable[[Index], NDArray[Any]], truth: NDArray[np.bool_], split: Split) -> LabelScores:
-    """Score heads of several labels on the test split.
-
-    Args:
-        predict: gives for positions (k,) the probabilities (k, labels).
-        truth: the labels of all images (n, labels).
-        split: whose ``test`` is read.
-    """
-
-    def judge(truth: NDArray[Any], answer: NDArray[Any]) -> LabelScores:
-        interval = intervals.of_precisions(truth, answer, split.test_groups)
-        return replace(label_scores(truth, answer), mean_average_precision_ci=interval)
-
-    return on_test(predict, truth, split, judge)
-
-
-def numbers_on_test(predict: Callable[[Index], NDArray[Any]], truth: NDArray[np.float64], split: Split) -> NumberScores:
-    """Score a regression on the test split.
-
-    Args:
-        predict: gives for positions (k,) the numbers (k,).
-        truth: the numbers of all images (n,).
-        split: whose ``test`` is read.
-    """
-
-    def judge(truth: NDArray[Any], answer: NDArray[Any]) -> NumberScores:
-        r2, mae = intervals.of_errors(truth, truth - answer, split.test_groups) or (None, None)
-        return replace(number_scores(truth, answer), r2_ci=r2, mae_ci=mae)
-
-    return on_test(predict, truth, split, judge)
 
 
 def score(truth: NDArray[np.int64], answer: Probabilities | NDArray[np.int64], temperature: float | None = None) -> Scores:

@@ -27,7 +27,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Split:
-    """Positions of the images of each part. ``test`` is read by ``metrics.scores_on_test`` alone.
+    """Positions of the images of each part. ``test`` is read by ``metrics.evaluate_on_test`` alone.
 
     ``cross`` are folds of train and val together, where candidates are to be chosen by cross-validation. ``groups`` (n,)
     numbers what each image of the data set belongs to, such as a patient, where that was asked for: images of one group

@@ -181,7 +181,7 @@ def fit_attentive(experiment: "Experiment", entry: "Extracted", split: Split, na
         name,
         trained.params,
         evaluate(trained.truth, trained.answers, temperature),
-        evaluate_on_test(lambda samples: _tokens_answered(trained.head, take, samples), task.y, split, temperature),
+        evaluate_on_test(_tokens_answered(trained.head, take, split.test), task.y, split, temperature),
         seconds,
         lambda: trained.head,
         lambda: trained.answers,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featcache.display import progress
-from featcache.evaluation.metrics import Scores, TestResult, cka, scores_on_test
+from featcache.evaluation.metrics import Scores, TestResult, cka, evaluate_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, is_gain, noise
 from featcache.finetuning.model import Checkpoint, LinearHead, Network, OpenNetwork, embed, predict, settle_batchnorm
@@ -285,9 +285,8 @@ class Finetuner:
             merge_lora(model.suffix)
         seconds = self.checkpoint.seconds  # the test is no training
         after = embed(model, context.take, self.split.val * plan.views, plan.batch_size)
-        tested = scores_on_test(
-            lambda index: predict(model, context.take, index * plan.views, plan.batch_size), context.y, self.split
-        )
+        answers = predict(model, context.take, self.split.test * plan.views, plan.batch_size)
+        tested = evaluate_on_test(answers, context.y, self.split)
         return FineTuned(
             self.network,
             outcome.best.history,

@@ -115,7 +115,7 @@ def _searched(name: str, head: str, rows: _SearchRows, asked: tuple[NDArray[Any]
     search = search_head(head, rows.searched, rows.labels, rows.folds, seed)
     estimator = train(head, search.params, X[split.train_val], y[split.train_val], seed)
     seconds = time.monotonic() - started
-    tested = evaluate_on_test(lambda index: predict_with(estimator, X[index], kind, classes), y, split)
+    tested = evaluate_on_test(predict_with(estimator, X[split.test], kind, classes), y, split)
     return Baseline(name, search.val, tested, seconds)
 
 
@@ -224,7 +224,7 @@ def blind(y: NDArray[Any], split: Split) -> Baseline:
     y_true = np.concatenate([y[fold.val] for fold in split.folds])
     answers = np.concatenate([constant(fold.train, len(fold.val)) for fold in split.folds])
     name = {"label": "majority class", "labels": "shares of labels", "number": "mean"}[kind]
-    tested = evaluate_on_test(lambda index: constant(split.train_val, len(index)), y, split)
+    tested = evaluate_on_test(constant(split.train_val, len(split.test)), y, split)
     return Baseline(name, evaluate(y_true, answers), tested)
 
 
@@ -287,7 +287,7 @@ def _on_words(texts: Sequence[str], y: NDArray[Any], split: Split) -> Baseline:
         all_texts[split.train_val], y[split.train_val]
     )
     seconds = time.monotonic() - started
-    tested = evaluate_on_test(lambda index: predict_with(fitted, all_texts[index], kind, classes), y, split)
+    tested = evaluate_on_test(predict_with(fitted, all_texts[split.test], kind, classes), y, split)
     name = "ridge" if kind == "number" else "logistic"
     return Baseline(f"TF-IDF + {name}", vals[best], tested, seconds)
 

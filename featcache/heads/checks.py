@@ -145,7 +145,7 @@ def shortcuts(
         search = search_head(_HEAD, X, y, split.folds, seed, _GRID)
         estimator = train(_HEAD, search.params, X[split.train_val], y[split.train_val], seed)
         classes = int(y.max()) + 1
-        right = evaluate_on_test(lambda index: predict_with(estimator, X[index], "label", classes), y, split).right  # noqa: B023
+        right = evaluate_on_test(predict_with(estimator, X[split.test], "label", classes), y, split).right
         gap = paired_gap(right, commonest, groups=split.test_groups)
         reach = _NEAR * 100 * (float(probe.mean()) - float(commonest.mean()))
         results.append(Shortcut(name, float(right.mean()), gap, not gap.is_noise and gap.points > 0 and gap.points >= reach))

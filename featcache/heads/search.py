@@ -406,9 +406,5 @@ class Embeddings:
     def test(self, estimator: Any, split: Split, temperature: float | None = None) -> TestResult:
         """Return how a finished head does on the test split."""
         kind, classes = self.task.kind, len(self.task.names)
-        return evaluate_on_test(
-            lambda samples: over_views(predict_with(estimator, self.X[self.rows(samples)], kind, classes), self.views),
-            self.task.y,
-            split,
-            temperature,
-        )
+        answers = over_views(predict_with(estimator, self.X[self.rows(split.test)], kind, classes), self.views)
+        return evaluate_on_test(answers, self.task.y, split, temperature)
