@@ -15,9 +15,9 @@ from featcache.datasets import open_dataset
 from featcache.evaluation.splits import make_split
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze
-from featcache.finetuning.finetuner import FineTuned, Finetuner
+from featcache.finetuning.finetuner import Checkpoint, Finetuner
 from featcache.finetuning.loop import TrainContext, Trial
-from featcache.finetuning.model import Checkpoint, LinearHead, Network, Take, open_up
+from featcache.finetuning.model import FineTuned, LinearHead, Network, Take, open_up
 from featcache.finetuning.unfreezing import ProcessGroup, select_trainable
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
@@ -60,10 +60,8 @@ class Prepared:
         assert precision not in {None, "auto"}
         checkpoint, processes = checkpoint or Checkpoint(None), ProcessGroup()
         context = TrainContext(network.model, network.stages, take, self.features.y, plan, processes, seed, precision)
-        before = context.before(self.split.val)
-        saved = checkpoint.load()
         refitted = Network({}, self.probe)
-        return Finetuner(network, context, self.split, refitted, before, checkpoint, saved, tries_live, self.probe_on).run()
+        return Finetuner(network, context, self.split, refitted, checkpoint, tries_live, self.probe_on).run()
 
     @staticmethod
     def probe_on(X: NDArray[np.float64], y: NDArray[np.int64]) -> LinearHead:

@@ -20,7 +20,8 @@ from featcache.experiments.fit import FitPlan
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning import attentive
 from featcache.finetuning.attentive import AttentionSpec, AttentiveTraining, Probe
-from featcache.finetuning.model import Checkpoint, LinearHead
+from featcache.finetuning.finetuner import Checkpoint
+from featcache.finetuning.model import LinearHead
 from featcache.heads import ATTENTIVE
 from featcache.heads.linear import linear_weights
 from featcache.heads.search import search_head, train

@@ -11,7 +11,8 @@ import torch
 from finetune_support import PLAN, Prepared, epochs_of, moved, tuned
 
 from featcache.backbones.timm_models import load_backbone
-from featcache.finetuning.model import Checkpoint, LinearHead, SuffixAndHead, save_checkpoint
+from featcache.finetuning.finetuner import Checkpoint
+from featcache.finetuning.model import LinearHead, SuffixAndHead, save_checkpoint
 from featcache.specs import BackboneSpec
 
 

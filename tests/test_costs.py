@@ -12,7 +12,7 @@ from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze
-from featcache.finetuning.model import Checkpoint
+from featcache.finetuning.finetuner import Checkpoint
 from featcache.specs import BackboneSpec
 
 ROUNDING = 0.01  # of some thousandths in every manifest

@@ -11,7 +11,7 @@ import pytest
 from finetune_support import GAINS, PLAN, KilledError, epochs_of
 from support import TINY, Run
 
-from featcache.backbones.timm_models import load_backbone, trainable_copy
+from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset, tables
 from featcache.errors import StorageError
 from featcache.experiments import experiment
@@ -21,9 +21,9 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.experiments.fit import PROBE, Ledger
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import Unfreeze, loop
-from featcache.finetuning.finetuner import Finetuner
+from featcache.finetuning.finetuner import Checkpoint, Finetuner
 from featcache.finetuning.loop import TrainContext
-from featcache.finetuning.model import Checkpoint, Network, OpenNetwork
+from featcache.finetuning.model import Network, OpenNetwork
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.heads.bundle import load as load_bundle
@@ -104,7 +104,7 @@ def test_no_stochastic_depth_means_none(folder: Path, settings: Settings) -> Non
     bench = FeatureCache(open_dataset(folder), own, settings)
     rates = [module.drop_prob for module in bench.backbone.module.modules() if type(module).__name__ == "DropPath"]
 
-    backbone = trainable_copy(bench.backbone, PLAN.drop_path)
+    backbone = bench.backbone.separate()
 
     assert max(rates) == 0.5
     assert not any(module.drop_prob for module in backbone.module.modules() if type(module).__name__ == "DropPath")
@@ -117,7 +117,7 @@ def test_no_stochastic_depth_means_none(folder: Path, settings: Settings) -> Non
         "featcache.finetuning.model.save_checkpoint",
         "featcache.heads.linear.linear_estimator",  # of the head's file
         "featcache.experiments.experiment.append_once",
-        "featcache.finetuning.model.Checkpoint.clear",
+        "featcache.finetuning.finetuner.Checkpoint.clear",
     ],
 )
 def test_a_training_that_has_ended_is_not_lost(

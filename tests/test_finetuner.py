@@ -14,9 +14,9 @@ from torch.nn import Parameter
 
 from featcache.evaluation.metrics import score
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.finetuner import FineTuned, between, not_worse
-from featcache.finetuning.loop import Trained, is_gain, noise
-from featcache.finetuning.model import predict
+from featcache.finetuning.finetuner import between, not_worse
+from featcache.finetuning.loop import Trained, predict
+from featcache.finetuning.model import FineTuned, is_gain, noise
 from featcache.specs import BackboneSpec
 
 

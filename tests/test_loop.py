@@ -12,8 +12,9 @@ from torch import Tensor
 
 from featcache.evaluation.metrics import Scores
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.loop import Epoch, TrainContext, Trial, kept, noise
-from featcache.finetuning.model import Checkpoint, SuffixAndHead
+from featcache.finetuning.finetuner import Checkpoint
+from featcache.finetuning.loop import TrainContext, Trial
+from featcache.finetuning.model import Epoch, SuffixAndHead, kept, noise
 from featcache.finetuning.unfreezing import ProcessGroup
 from featcache.specs import BackboneSpec
 

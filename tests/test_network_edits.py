@@ -14,7 +14,7 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.errors import UsageError
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning import Unfreeze
-from featcache.finetuning.model import set_training
+from featcache.finetuning.loop import set_training
 from featcache.finetuning.unfreezing import ConvolutionAndNorm, add_lora, fold_norms, merge_lora, select_trainable
 from featcache.specs import BackboneSpec, TransformOverrides
 

@@ -492,8 +492,12 @@ class TimmBackbone:
         return behind.__contains__
 
     def separate(self) -> "TimmBackbone":
-        """Return a copy whose parameters can be trained without touching this one's."""
-        return replace(self, module=copy.deepcopy(self.module))
+        """Return a copy whose parameters can be trained without touching this one's, stochastic depth off."""
+        module = copy.deepcopy(self.module)
+        for part in module.modules():
+            if type(part).__name__ == "DropPath":
+                setattr(part, "drop_prob", 0.0)  # noqa: B010 - its type does not know it
+        return replace(self, module=module)
 
 
 def default_device() -> torch.device:

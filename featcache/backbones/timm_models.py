@@ -63,22 +63,17 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
     return TimmBackbone(spec, loaded, transform, module, device, named, content, file_sha256)
 
 
-def trainable_copy(backbone: Backbone, drop_path: float) -> Backbone:
+def with_drop_path(backbone: Backbone, drop_path: float) -> Backbone:
     """Return a copy of a backbone that may be changed, with so much stochastic depth, whatever the model brings of its own.
 
     Raises:
         DataError: its weights are others by now.
+        UsageError: it takes none.
     """
-    if drop_path and backbone.spec.samples != "image":
+    if backbone.spec.samples != "image":
         raise UsageError("`drop_path` is of backbones of images: encoders of texts train with the dropout of their own.")
-    if drop_path and backbone.spec.name.startswith(CLIP):
+    if backbone.spec.name.startswith(CLIP):
         raise UsageError("`drop_path` is of timm's backbones: towers of open_clip's are trained without.")
-    if not drop_path:
-        separate = backbone.separate()
-        for module in separate.module.modules():
-            if type(module).__name__ == "DropPath":
-                setattr(module, "drop_prob", 0.0)  # noqa: B010 - its type does not know it
-        return separate
     # timm spreads the rate over the blocks as it builds them: the network is built again, from the same weights
     spec = replace(backbone.spec, model_args=(*backbone.spec.model_args, ("drop_path_rate", drop_path)))
     built = load_backbone(spec, backbone.device)

@@ -164,17 +164,17 @@ def evaluate_on_test(answers: NDArray[Any], y: NDArray[Any], split: Split, tempe
         DataError: an answer is NaN or infinite.
     """
     truth, groups, kind = y[split.test], split.test_groups, kind_of(y)
+    scores: AnyScores
     if kind == "label":
         predicted: Any = (answers.argmax(axis=1) if answers.ndim == 2 else answers).astype(np.int64)
         right, classes = predicted == truth, np.unique(y)
-        of_classes = replace(
+        scores = replace(
             score(truth, answers, temperature),
             accuracy_ci=intervals.of_accuracy(right, groups),
             balanced_accuracy_ci=intervals.of_recalls(truth, predicted, classes, groups),
             macro_f1_ci=intervals.of_f1s(truth, predicted, classes, groups),
         )
-        return TestResult(of_classes, right, predicted, answers.max(axis=1) if answers.ndim == 2 else None)
-    scores: AnyScores
+        return TestResult(scores, right, predicted, answers.max(axis=1) if answers.ndim == 2 else None)
     if kind == "labels":
         interval = intervals.of_precisions(truth, answers, groups)
         scores = replace(label_scores(truth, answers), mean_average_precision_ci=interval)

@@ -437,8 +437,8 @@ def tune_shortly(backbone: "Backbone", given: TuningRows, seed: int) -> tuple[ND
     none is chosen where it is judged. Nothing is kept.
     """
     from featcache.extraction.runtimes import own_randomness
-    from featcache.finetuning.loop import TrainContext, Trial
-    from featcache.finetuning.model import Network, open_up, predict
+    from featcache.finetuning.loop import TrainContext, Trial, predict
+    from featcache.finetuning.model import Network, open_up
     from featcache.finetuning.unfreezing import ProcessGroup
 
     trainable, plan = last_stage(backbone), FineTunePlan(Unfreeze.parse(DEPTH), epochs=EPOCHS)

@@ -23,9 +23,8 @@ from featcache.store.atomic import remove_file
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone
-    from featcache.finetuning.finetuner import FineTuned
-    from featcache.finetuning.loop import Epoch
-    from featcache.finetuning.model import Checkpoint
+    from featcache.finetuning.finetuner import Checkpoint
+    from featcache.finetuning.model import Epoch, FineTuned
 
 _DRIFTED = 0.5  # CKA below which the embeddings are no longer the probe's
 
@@ -254,7 +253,7 @@ class FineTuneJob:
     def run(self, records: Path | None) -> FineTuneResult:
         """Train, compare and write; PyTorch's generators, of which dropout and new layers draw, are left as they were."""
         from featcache.extraction.runtimes import own_randomness
-        from featcache.finetuning.model import Checkpoint
+        from featcache.finetuning.finetuner import Checkpoint
         from featcache.heads.bundle import head_path
 
         processes = self.inputs.processes
@@ -277,8 +276,8 @@ class FineTuneJob:
 
     def _train(self, unfinished: "Checkpoint") -> "FineTuned":
         from featcache.finetuning.finetuner import Finetuner
-        from featcache.finetuning.loop import TrainContext, choose_precision
-        from featcache.finetuning.model import Network, has_batchnorm, open_up, to_device
+        from featcache.finetuning.loop import TrainContext
+        from featcache.finetuning.model import Network, has_batchnorm, open_up
 
         inputs, rows, plan = self.inputs, self.rows, self.plan
         start, refitted = (Network({}, head) for head in rows.start)
@@ -286,21 +285,10 @@ class FineTuneJob:
             start, refitted = self.after.tuned.from_train, self.after.tuned.finished
         backbone, cut, y = inputs.cache.backbone, rows.entry.cut, rows.task.features.y
         network = open_up(backbone, rows.trainable, cut, start, drop_path=plan.drop_path, seed=inputs.seed)
-        saved = unfinished.load()
-        if not inputs.processes.agrees(saved is not None):  # all of them go on from there, or all begin
-            saved = None
-        # kept with the state: measured again it might come out otherwise
-        precision: Any = saved["precision"] if saved else plan.precision
-        if precision in {None, "auto"}:
-            batch = to_device(rows.take(rows.split.train[: plan.batch_size] * plan.views), backbone.device)
-            precision = choose_precision(network.model, batch, inputs.processes, on_cpu=precision == "auto")
-        how = (plan, inputs.processes, inputs.seed, precision, self._told)
-        context = TrainContext(network.model, network.stages, rows.take, y, *how)
-        before = context.before(rows.split.val)
+        how = (rows.take, y, plan, inputs.processes, inputs.seed)
+        context = TrainContext(network.model, network.stages, *how, on_epoch=self._told)
         tries_live = plan.train_batchnorm is None and _is_resized(backbone) and has_batchnorm(network)
-        return Finetuner(
-            network, context, rows.split, refitted, before, unfinished, saved, tries_live, inputs.probe_on
-        ).run()
+        return Finetuner(network, context, rows.split, refitted, unfinished, tries_live, inputs.probe_on).run()
 
     @property
     def _told(self) -> "Callable[[float, Epoch], None] | None":

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from featcache.experiments.experiment import Experiment
     from featcache.extraction.feature_cache import Extracted
     from featcache.finetuning.attentive import Probe
-    from featcache.finetuning.model import Checkpoint
+    from featcache.finetuning.finetuner import Checkpoint
     from featcache.heads.search import SearchResult
 
 JUDGES: Mapping[Kind, str] = {"label": "logistic", "labels": "logistic", "number": "ridge"}
@@ -191,7 +191,7 @@ def fit_attentive(experiment: "Experiment", entry: "Extracted", split: Split, na
 
 def _state_of(experiment: "Experiment", entry: "Extracted", name: str, trained: str) -> "Checkpoint":
     """Return where the state of an unfinished training lies, of one of those that a head is chosen among."""
-    from featcache.finetuning.model import Checkpoint
+    from featcache.finetuning.finetuner import Checkpoint
 
     stem = f"{name}-{trained}-seed{experiment.seed}-{experiment.short_key}"  # as fine-tuning's end: forgotten as those are
     return Checkpoint(entry.store.path / "tuned" / f"{stem}.unfinished", protocol=PROTOCOL)

@@ -89,16 +89,10 @@ def extract(
         DataError: too many images cannot be used, or none can.
         StorageError: the disk failed, or will not hold the rows.
     """
-    started = time.monotonic()
-    lacking = sum(len(writer.scanned.pending) for writer in writers)
-    cached = frozenset.intersection(*(writer.start(len(writer.scanned.pending) / max(1, lacking)) for writer in writers))
+    started, cached = time.monotonic(), _begin(writers)
     pending = np.flatnonzero(np.logical_or.reduce([writer.lacks for writer in writers]))
     check_room(writers, len(pending), plan, beside[0] if beside else None)
-    thumbnails = None
-    if len(pending) and beside is not None and isinstance(transform := plan.preprocess.spec, Transform):
-        smaller, of_thumbnails = beside
-        smaller.start(0.0)  # the pass is the others' doing: theirs are its seconds
-        thumbnails = Thumbnails(lambda content, views: decode_both(content, transform, views, of_thumbnails), smaller.lacks)
+    thumbnails = _decoded_beside(plan, *beside) if beside and len(pending) else None
     reader = BatchReader(files, pending, plan.preprocess, plan.views, cached, thumbnails)
     going = _Pass(reader, writers, beside[0] if beside and thumbnails else None, len(pending))
     try:
@@ -111,6 +105,22 @@ def extract(
     except BaseException:  # an interrupt keeps what was computed
         going.commit()
         raise
+
+
+def _begin(writers: Sequence[EntryWriter]) -> frozenset[bytes]:
+    """Let each entry bear its share of the seconds; return the contents that have a row in all of them."""
+    lacking = [len(writer.scanned.pending) for writer in writers]
+    shares = [count / max(1, sum(lacking)) for count in lacking]
+    return frozenset.intersection(*(writer.start(share) for writer, share in zip(writers, shares, strict=True)))
+
+
+def _decoded_beside(plan: ExtractPlan, writer: EntryWriter, of_thumbnails: Transform) -> Thumbnails | None:
+    """Begin an entry of thumbnails, and return how they are made of what is decoded for a plan anyhow."""
+    transform = plan.preprocess.spec
+    if not isinstance(transform, Transform):
+        return None
+    writer.start(0.0)  # the pass is the others' doing: theirs are its seconds
+    return Thumbnails(lambda content, views: decode_both(content, transform, views, of_thumbnails), writer.lacks)
 
 
 class _Pass:

@@ -19,8 +19,9 @@ from featcache.display import progress
 from featcache.evaluation.metrics import score
 from featcache.evaluation.splits import Split
 from featcache.finetuning import FineTunePlan, Unfreeze
-from featcache.finetuning.loop import TrainContext, Trial
-from featcache.finetuning.model import Checkpoint, LinearHead, Network, OpenNetwork, SuffixAndHead, Take, predict
+from featcache.finetuning.finetuner import Checkpoint
+from featcache.finetuning.loop import TrainContext, Trial, predict
+from featcache.finetuning.model import LinearHead, Network, OpenNetwork, SuffixAndHead, Take
 from featcache.finetuning.unfreezing import ProcessGroup, Trainable
 from featcache.specs import TOKENS, Pool
 
@@ -179,9 +180,7 @@ class AttentiveTraining:
         context = self._context(network, candidate, rates)
         checkpoint = self.checkpoint(f"{candidate.queries}q-{candidate.decay:g}")
         refitted = Network({}, self._on_vectors(self.probe.refitted))
-        finetuner = Finetuner(
-            network, context, self.split, refitted, context.before(self.split.val), checkpoint, checkpoint.load()
-        )
+        finetuner = Finetuner(network, context, self.split, refitted, checkpoint)
         return finetuner, finetuner.search()
 
     def _context(self, network: OpenNetwork, candidate: AttentionSpec, rates: tuple[float, ...]) -> TrainContext:
@@ -194,11 +193,9 @@ class AttentiveTraining:
             weight_decay=candidate.decay,
             label_smoothing=_SMOOTHING,
             patience=_PATIENCE,
+            precision="float32",  # there is so little to compute that another one would save nothing
         )
-        # float32: there is so little to compute that another precision would save nothing
-        return TrainContext(
-            network.model, network.stages, self.take, self.y, plan, ProcessGroup(), self.seed, precision="float32"
-        )
+        return TrainContext(network.model, network.stages, self.take, self.y, plan, ProcessGroup(), self.seed)
 
     def network(self, candidate: AttentionSpec, start: LinearHead) -> OpenNetwork:
         """Return a candidate's network where its training starts: it answers as a probe does."""

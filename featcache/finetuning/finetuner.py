@@ -12,8 +12,12 @@ fine-tuning).
 
 import contextlib
 import copy
+import io
+import mmap
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,19 +25,47 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featcache.display import progress
-from featcache.evaluation.metrics import Scores, TestResult, cka, evaluate_on_test
+from featcache.display import logger, progress
+from featcache.errors import FeatcacheError
+from featcache.evaluation.metrics import Scores, cka, evaluate_on_test
 from featcache.evaluation.splits import Split
-from featcache.finetuning.loop import DivergedError, Epoch, Plain, TrainContext, Trained, Trial, epoch_of, is_gain, noise
-from featcache.finetuning.model import Checkpoint, LinearHead, Network, OpenNetwork, embed, predict, settle_batchnorm
-from featcache.finetuning.unfreezing import merge_lora
+from featcache.finetuning.loop import (
+    DTYPES,
+    DivergedError,
+    Plain,
+    TrainContext,
+    Trained,
+    Trial,
+    embed,
+    predict,
+    set_training,
+    settle_batchnorm,
+)
+from featcache.finetuning.model import (
+    FineTuned,
+    LinearHead,
+    Network,
+    OpenNetwork,
+    SuffixAndHead,
+    epoch_of,
+    is_gain,
+    noise,
+    to_device,
+)
+from featcache.finetuning.unfreezing import ProcessGroup, merge_lora
 from featcache.resources import keep_freed_memory
 from featcache.specs import LIVE_BATCHNORM, Precision
+from featcache.store.atomic import make_folder, remove_file, replace_file_by
+from featcache.store.checksums import is_signed, sign
 
-# what is called overfitting: the validation loss rose by this share and this much, and training is so far ahead in accuracy
-_RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
 _ROUNDING = 1e-9  # of differences of accuracies
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the way from the start to the best epoch
+_TRIED: tuple[Precision, Precision] = ("float32", "bfloat16")
+_ROUNDS = 2  # after one that is not counted: the first step of each precision also compiles kernels and finds memory
+_PAYS = 1.2  # times the speed of float32: what is faster by less may be so by chance
+_STATE = b"featcache: state of a training\n"  # what a signature is for
+_SIGNATURE = 64  # hexadecimal digits
+_LAYOUT = 4  # of a training's state: one of an older version is begun again
 
 
 @dataclass(frozen=True)
@@ -53,73 +85,6 @@ class RateSearch:
     share: float
     val: Scores
     network: Network
-
-
-@dataclass(frozen=True)
-class FineTuned:
-    """A trained suffix and head with its history.
-
-    Attributes:
-        network: as it was tested.
-        history: the epochs of the rate that was kept, epoch 0 the start.
-        best: the epoch that was kept.
-        lr: the rate that was kept.
-        live: whether BatchNorm statistics of the trained part moved.
-        rates: for each rate that was tried the validation accuracy of its best epoch.
-        share: of the way from the start to the kept epoch, that was gone.
-        val: scores on validation there.
-        tested: scores on the test split.
-        seconds: of all training, that of killed processes included up to the last state that they kept.
-        samples_per_second: of the kept rate's.
-        similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
-        precision: what training steps were computed in.
-        refitted: whether the model has trained on validation images too; not where that left it worse on them.
-        from_train: as it was chosen, trained on ``train`` alone: where a deeper training may start.
-        finished: as it was tested, the weights not copied: what a deeper training answers with that gains nothing.
-    """
-
-    network: OpenNetwork
-    history: tuple[Epoch, ...]
-    best: int
-    lr: float
-    live: bool
-    rates: dict[str, float]
-    share: float
-    val: Scores
-    tested: TestResult
-    seconds: float
-    samples_per_second: float
-    similarity: float
-    precision: Precision
-    refitted: bool
-    from_train: Network
-    finished: Network
-
-    @property
-    def learns_little(self) -> str:
-        """What is to be said where training images have become no more often right than validation's were at the start."""
-        first, last = self.history[0], self.history[-1]
-        if last.train_accuracy is None or last.train_accuracy >= first.val.accuracy - _AHEAD:
-            return ""
-        return (
-            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training images are "
-            f"right, where it started with {100 * first.val.accuracy:.1f} % of validation's: try other rates (`lr`), more "
-            "`epochs`, or `train_batchnorm`"
-        )
-
-    @property
-    def overfits(self) -> str:
-        """What the curves say against more epochs, "" if nothing."""
-        losses = [epoch.val.log_loss or 0.0 for epoch in self.history[1:]]  # the start had no label smoothing
-        last = self.history[-1]
-        if last.train_accuracy is None or losses[-1] <= _RISE * (lowest := min(losses)) + _SLIGHT:
-            return ""
-        if last.train_accuracy - last.val.accuracy < _AHEAD:
-            return ""
-        return (
-            f"it overfits: the validation loss rose from {lowest:.3f} to {losses[-1]:.3f} while "
-            f"{100 * last.train_accuracy:.1f} % of the training images became right"
-        )
 
 
 @dataclass(frozen=True)
@@ -172,10 +137,7 @@ class Finetuner:
         split: which images train, choose and test.
         refitted: what epoch 0 answers with, where it stays the best, and where the refit starts: the probe that was refitted
             on train and val, or the finished shallower network.
-        before: epoch 0 and the embeddings of validation images: every rate starts from a probe that was fitted on ``train``
-            alone, so that ``val`` judges it fairly.
         checkpoint: where the state is kept.
-        saved: what it has of an earlier process.
         tries_live: whether the best rate is tried with BatchNorm statistics that move, too.
         probe: fits the linear probe on embeddings (k, d) and classes (k,): where BatchNorm statistics are to move, features
             are others from the first batch on than those that the start was fitted on.
@@ -188,16 +150,24 @@ class Finetuner:
     context: TrainContext
     split: Split
     refitted: Network
-    before: tuple[Epoch, NDArray[np.float64]]
-    checkpoint: Checkpoint
-    saved: Plain | None = None
+    checkpoint: "Checkpoint"
     tries_live: bool = False
     probe: Callable[[NDArray[np.float64], NDArray[np.int64]], LinearHead] | None = None
 
     def __post_init__(self) -> None:
-        """Go back to where the checkpoint is."""
+        """Go back to where the checkpoint is, and judge the start: a probe that was fitted on ``train`` alone."""
         keep_freed_memory()  # activations of the same sizes come and go at every step
-        self._state = TrainingState() if self.saved is None else TrainingState.of(self.saved)
+        saved, plan, processes = self.checkpoint.load(), self.context.plan, self.context.processes
+        if not processes.agrees(saved is not None):  # all of them go on from there, or all begin
+            saved = None
+        self._state = TrainingState() if saved is None else TrainingState.of(saved)
+        # kept with the state: measured again it might come out otherwise
+        precision: Any = saved["precision"] if saved else plan.precision
+        if precision in {None, "auto"}:
+            batch = to_device(self.context.take(self.split.train[: plan.batch_size] * plan.views), self.context.device)
+            precision = choose_precision(self.network.model, batch, processes, on_cpu=precision == "auto")
+        self.context = replace(self.context, precision=precision)
+        self.before = self.context.before(self.split.val)  # epoch 0, and the embeddings then
         self._untouched = copy.deepcopy(self.network.model.state_dict())
         self._settled: dict[str, Tensor] | None = None
 
@@ -386,3 +356,112 @@ def _beats(trial: Trained, rival: Trained, *, earlier: bool) -> bool:
     return (
         as_accurate and trial.best.scaled_loss <= rival.best.scaled_loss and (earlier or trial.best.rank != rival.best.rank)
     )
+
+
+def choose_precision(model: SuffixAndHead, rows: Tensor, processes: ProcessGroup, *, on_cpu: bool) -> Precision:
+    """Return bfloat16 on GPUs that have it (since Ampere), and if asked on CPUs (AMX) where a step is clearly faster in it.
+
+    All processes come to the same choice.
+
+    Args:
+        model: the one to train; neither weights nor statistics are changed.
+        rows: a batch of stored rows on the model's device.
+        processes: those that share the work.
+        on_cpu: try it on CPUs too.
+    """
+    if rows.device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    if not on_cpu or rows.device.type != "cpu" or not features.get("amx_bf16"):
+        return "float32"
+    # measured, since having AMX is not enough: most backbones are two to three times as fast, depthwise ones can be slower
+    set_training(model, train_batchnorm=False)
+    rounds = [[_step_seconds(model, rows, precision) for precision in _TRIED] for _ in range(1 + _ROUNDS)]
+    slow, fast = processes.total(np.min(rounds[1:], axis=0), rows.device)
+    return "bfloat16" if slow > _PAYS * fast else "float32"
+
+
+def _step_seconds(model: SuffixAndHead, rows: Tensor, precision: Precision) -> float:
+    dtype, start = DTYPES[precision], time.perf_counter()
+    with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
+        loss = model(rows).float().square().mean()
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
+
+
+class Checkpoint:
+    """Keeps an unfinished training's state in one file, or nowhere; of several processes only one ``writes``.
+
+    A state is taken up under the ``protocol`` that it was kept under alone: another one starts from another probe.
+    ``seconds`` count from where it is made, those of killed processes included up to the last state that they kept.
+    """
+
+    def __init__(self, path: Path | None, *, writes: bool = True, protocol: int = 0) -> None:
+        self._path = path
+        self._writes = writes
+        self._names = {"layout": _LAYOUT, "protocol": protocol}
+        self._started, self._seconds_before = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What training has taken."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state that was kept last, ``None`` where there is none or it is not whole and this user's own.
+
+        Raises:
+            SetupError: the secret that states are signed with is not the user's own.
+        """
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            why = "" if _is_own(self._path) else "was changed, or was not written by you on this machine"
+            state = None if why else torch.load(self._path, map_location="cpu", weights_only=True)
+        except FeatcacheError:
+            raise
+        except FileNotFoundError:  # another process has trained the same to its end meanwhile
+            return None
+        except Exception as error:  # noqa: BLE001 - a damaged file fails in any way
+            why = f"cannot be read ({type(error).__name__})"
+        if why:
+            logger.warning("%s: %s: training begins again", self._path, why)
+            return None
+        if not isinstance(state, dict) or any(state.get(name) != value for name, value in self._names.items()):
+            return None
+        self._seconds_before = float(state["seconds"])
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace what was kept.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        if self._path is None or not self._writes:
+            return
+        buffer = io.BytesIO()
+        torch.save(state | self._names | {"seconds": self.seconds}, buffer)
+        content = buffer.getbuffer()
+        # behind the content, where PyTorch looks past it: a state of wrong kinds or shapes would fail anywhere in training
+        signature = sign(_STATE, content).encode()
+        make_folder(self._path.parent)
+        replace_file_by(self._path, lambda file: file.writelines((content, signature)))
+
+    def clear(self) -> None:
+        """Forget what was kept: once checkpoint, head and record are on the disk, and not before.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        if self._path is not None and self._writes:
+            remove_file(self._path)
+
+
+def _is_own(path: Path) -> bool:
+    """Tell whether a state's file ends in this user's signature of what stands before it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        signature = content[-_SIGNATURE:].decode("ascii")
+        with memoryview(content) as view, view[:-_SIGNATURE] as signed:
+            return is_signed(signature, _STATE, signed)

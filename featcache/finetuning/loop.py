@@ -1,9 +1,9 @@
-"""One trial: training at one rate and precision, epoch by epoch, broken off anywhere and taken up again exactly there."""
+"""What a network answers, and one trial: training at one rate, broken off anywhere and taken up again exactly there."""
 
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,58 +19,25 @@ from featcache.evaluation.metrics import Scores, at_temperature, best_temperatur
 from featcache.evaluation.splits import Index
 from featcache.finetuning import FineTunePlan
 from featcache.finetuning.model import (
+    Epoch,
     SuffixAndHead,
     Take,
-    chunks,
-    embed,
+    epoch_of,
     flipped_and_shifted,
+    kept,
     mixed,
-    predict,
+    moving_norms,
     read_ahead,
-    set_training,
     to_device,
 )
-from featcache.finetuning.unfreezing import ProcessGroup, make_optimiser, parameter_groups, rate
+from featcache.finetuning.unfreezing import ProcessGroup
 from featcache.specs import Precision
 
 _SAVE_SECONDS = 60.0  # what a kill costs at most; writing a large model's state takes some seconds
-_ROUNDING = 1e-9  # of differences of accuracies
-_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TRIED: tuple[Precision, Precision] = ("float32", "bfloat16")
-_ROUNDS = 2  # after one that is not counted: the first step of each precision also compiles kernels and finds memory
-_PAYS = 1.2  # times the speed of float32: what is faster by less may be so by chance
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOMENTUM = 0.9
+Group = dict[str, Any]
 Plain = dict[str, Any]  # what torch.load reads with weights_only: numbers, texts, lists, tensors
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch gave; epoch 0 is where training starts from. Training's own scores are those of its batches.
-
-    ``scaled_loss`` is the log-loss on validation at the temperature that is best there: the start was fitted without label
-    smoothing and what is trained with it, so that plain losses tell their confidence apart rather than what they know.
-    """
-
-    number: int
-    train_loss: float | None
-    val: Scores
-    seconds: float
-    train_accuracy: float | None = None
-    scaled_loss: float = math.inf
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """The smaller the better: by accuracy, then by scaled log-loss."""
-        return (-self.val.accuracy, self.scaled_loss)
-
-
-def noise(accuracy: float, images: int) -> float:
-    """Return by how much the accuracy on so many images is uncertain: a standard error, of at least one image.
-
-    Candidates that are nearer to each other than this are not told apart by accuracy (the one-standard-error rule: Breiman
-    et al. 1984, section 3.4.3): on a small validation split a single image would decide otherwise.
-    """
-    share = (accuracy * images + 1) / (images + 2)  # Laplace's: no accuracy is certain
-    return max(math.sqrt(share * (1 - share) / images), 1 / images)
 
 
 @dataclass(frozen=True)
@@ -102,7 +69,7 @@ class TrainContext:
         plan: how.
         processes: those that share the work.
         seed: of the order of images, of views, mixing and dropout.
-        precision: what steps are computed in.
+        precision: what steps are computed in; a ``Finetuner`` chooses it as the plan asks.
         on_epoch: is told the rate and each epoch that validation has judged.
     """
 
@@ -113,7 +80,7 @@ class TrainContext:
     plan: FineTunePlan
     processes: ProcessGroup
     seed: int
-    precision: Precision
+    precision: Precision = "float32"
     on_epoch: Callable[[float, Epoch], None] | None = None
 
     @property
@@ -145,6 +112,71 @@ class TrainContext:
         val, scaled = self.validate(index)
         embeddings = embed(self.model, self.take, index * self.plan.views, self.plan.batch_size)
         return Epoch(0, None, val, 0.0, scaled_loss=scaled), embeddings
+
+
+def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
+    """Put what trains in training mode; frozen parts stay in inference mode, and BatchNorm too unless asked otherwise."""
+    _set_training(model, parent=True)
+    for module in model.modules():
+        # statistics of small batches would change the features that the head was fitted on (LP-FT starts as the probe)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not train_batchnorm:  # noqa: SLF001 - no public name
+            module.training = False
+
+
+def _set_training(module: nn.Module, *, parent: bool) -> None:
+    """Set a module by whether any of its parameters trains; one without any, such as dropout, is as its parent."""
+    trains = [parameter.requires_grad for parameter in module.parameters()]
+    module.training = any(trains) if trains else parent
+    for child in module.children():
+        _set_training(child, parent=module.training)
+
+
+def predict(model: SuffixAndHead, take: Take, index: Index, batch_size: int) -> NDArray[np.float64]:
+    """Return the probabilities (k, classes) of rows at some positions (k,)."""
+    # softmax in float64: the log-loss is in the digits of probabilities near 0 and 1
+    return _in_batches(lambda rows: F.softmax(model(rows).double(), dim=1), model, take, index, batch_size)
+
+
+def embed(model: SuffixAndHead, take: Take, index: Index, batch_size: int) -> NDArray[np.float64]:
+    """Return the embeddings (k, d) of rows at some positions (k,)."""
+    return _in_batches(lambda rows: model.embed(rows).double(), model, take, index, batch_size)
+
+
+def _in_batches(
+    run: Callable[[Tensor], Tensor], model: SuffixAndHead, take: Take, index: Index, batch_size: int
+) -> NDArray[np.float64]:
+    model.eval()
+    device = model.head.weight.device
+    with torch.inference_mode():
+        out = [run(torch.from_numpy(take(rows)).to(device)).cpu().numpy() for rows in chunks(index, batch_size)]
+    return np.concatenate(out)
+
+
+def settle_batchnorm(model: SuffixAndHead, take: Take, index: Index, batch_size: int) -> bool:
+    """Let BatchNorm statistics of what trains be those of some rows (k,) alone; tell whether there are any such.
+
+    AdaBN (Li et al. 2016, arXiv 1603.04779, section 3.2): where statistics are to move anyway, the first batches would throw
+    out a head that was fitted on features under the old ones.
+    """
+    norms = moving_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True  # without a momentum: the mean over all batches
+    with torch.no_grad():
+        for rows in chunks(index, batch_size) if norms else ():
+            if len(rows) > 1:  # one row has no statistics
+                model.embed(torch.from_numpy(take(rows)).to(model.head.weight.device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum, norm.training = momentum, False
+    return bool(norms)
+
+
+def chunks(index: Index, size: int) -> Iterator[Index]:
+    """Yield the positions in consecutive chunks of ``size``, the last one shorter."""
+    for start in range(0, len(index), size):
+        yield index[start : start + size]
 
 
 @dataclass
@@ -341,7 +373,7 @@ class Trial:
 
     def _backward(self, rows: Tensor, index: Index, images: int, rng: np.random.Generator) -> tuple[float, int]:
         """Add a batch's gradients, its part of a step of so many images; return its loss and its correct predictions."""
-        context, plan, dtype = self._context, self._context.plan, _DTYPES[self._context.precision]
+        context, plan, dtype = self._context, self._context.plan, DTYPES[self._context.precision]
         y = torch.from_numpy(context.y[index]).to(context.device)
         if plan.augment and rows.dtype == torch.uint8:
             rows = flipped_and_shifted(rows, rng)
@@ -382,65 +414,6 @@ class Trial:
         state.highest, state.lowest = max(state.highest, val.accuracy), min(state.lowest, loss)
 
 
-def kept(history: Sequence[Epoch], images: int) -> int:
-    """Return which epoch is kept: the latest that cannot be told from the best, of those better than the start; else 0.
-
-    Of epochs within the noise the latest: there the rate has fallen furthest, weights have come to rest, and the refit,
-    whose rate falls to zero, is most like what was judged.
-
-    Args:
-        history: the epochs, the first of them the start.
-        images: that judged them.
-    """
-    better = [epoch for epoch in history[1:] if epoch.rank < history[0].rank]
-    if not better:
-        return 0
-    highest = max(epoch.val.accuracy for epoch in better)
-    return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - _ROUNDING)
-
-
-def is_gain(accuracy: float, scaled_loss: float, start: Epoch, images: int) -> bool:
-    """Tell whether what was chosen is better than the start: by more than the noise, or as accurate at a lower scaled loss.
-
-    The best of many epochs and rates is ahead by an image or two of a small validation split anyway.
-    """
-    if accuracy > start.val.accuracy + noise(start.val.accuracy, images) - _ROUNDING:
-        return True
-    return accuracy >= start.val.accuracy and scaled_loss < start.scaled_loss
-
-
-def choose_precision(model: SuffixAndHead, rows: Tensor, processes: ProcessGroup, *, on_cpu: bool) -> Precision:
-    """Return bfloat16 on GPUs that have it (since Ampere), and if asked on CPUs (AMX) where a step is clearly faster in it.
-
-    All processes come to the same choice.
-
-    Args:
-        model: the one to train; neither weights nor statistics are changed.
-        rows: a batch of stored rows on the model's device.
-        processes: those that share the work.
-        on_cpu: try it on CPUs too.
-    """
-    if rows.device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
-    if not on_cpu or rows.device.type != "cpu" or not features.get("amx_bf16"):
-        return "float32"
-    # measured, since having AMX is not enough: most backbones are two to three times as fast, depthwise ones can be slower
-    set_training(model, train_batchnorm=False)
-    rounds = [[_step_seconds(model, rows, precision) for precision in _TRIED] for _ in range(1 + _ROUNDS)]
-    slow, fast = processes.total(np.min(rounds[1:], axis=0), rows.device)
-    return "bfloat16" if slow > _PAYS * fast else "float32"
-
-
-def _step_seconds(model: SuffixAndHead, rows: Tensor, precision: Precision) -> float:
-    dtype, start = _DTYPES[precision], time.perf_counter()
-    with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
-        loss = model(rows).float().square().mean()
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
-
-
 def _seed_dropout(seed: int, device: torch.device) -> None:
     """Seed dropout; whoever trains takes care that the caller's generators are put back."""
     torch.default_generator.manual_seed(seed)
@@ -451,7 +424,39 @@ def _seed_dropout(seed: int, device: torch.device) -> None:
         torch.mps.manual_seed(seed)
 
 
-def epoch_of(fields: dict[str, Any]) -> Epoch:
-    """Return an epoch from its fields as plain values."""
-    val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["val"].items()}
-    return Epoch(**(fields | {"val": Scores(**val)}))
+def parameter_groups(
+    stages: Sequence[Sequence[nn.Parameter]], head: nn.Linear, plan: FineTunePlan, lr: float
+) -> list[Group]:
+    """Return an optimiser's groups: each stage its rate, the head its own, no weight decay for vectors (norms, biases).
+
+    Args:
+        stages: the parameters that train, stage by stage, in forward order.
+        head: the linear head.
+        plan: its rate, and the factor from each stage to the one before.
+        lr: the last stage's rate.
+    """
+    groups: list[Group] = []
+    for depth, tensors in enumerate(reversed(stages)):
+        rate = lr * plan.layer_decay**depth
+        groups.append({"params": [tensor for tensor in tensors if tensor.dim() > 1], "lr": rate})
+        groups.append({"params": [tensor for tensor in tensors if tensor.dim() <= 1], "lr": rate, "weight_decay": 0.0})
+    groups.append({"params": [head.weight], "lr": plan.head_lr})
+    groups.append({"params": [head.bias], "lr": plan.head_lr, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def make_optimiser(groups: Sequence[Group], plan: FineTunePlan) -> torch.optim.Optimizer:
+    """Return the plan's optimiser, which reads and writes each weight once a step."""
+    # fused: otherwise every operation of the update is a pass over all weights
+    if plan.optimiser == "sgd":
+        return torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=plan.weight_decay, fused=True)
+    kind = torch.optim.AdamW if plan.optimiser == "adamw" else torch.optim.Adam
+    return kind(groups, weight_decay=plan.weight_decay, fused=True)
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Return the factor on the learning rates: a linear rise over a share of the steps, then a half cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))

@@ -1,10 +1,8 @@
-"""What is trained: the part of a backbone behind a cut, opened, and a linear head; the files it is kept in."""
+"""What is trained: the part of a backbone behind a cut, opened, and a linear head; what that came to, and its file."""
 
 import copy
-import io
 import json
-import mmap
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,23 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from featcache.backbones.base import OWN_HEAD, Backbone
-from featcache.backbones.timm_models import trainable_copy
-from featcache.display import logger
-from featcache.errors import FeatcacheError
+from featcache.evaluation.metrics import Scores, TestResult
 from featcache.evaluation.splits import Index
 from featcache.finetuning.unfreezing import Trainable, add_lora, fold_norms
-from featcache.specs import INPUT
-from featcache.store.atomic import make_folder, remove_file, replace_file, replace_file_by
-from featcache.store.checksums import is_signed, sign
+from featcache.specs import INPUT, Precision
+from featcache.store.atomic import make_folder, replace_file
 
+_ROUNDING = 1e-9  # of differences of accuracies
 _SHIFT = 1 / 8  # of a side: the 4 of 32 pixels of He et al. 2016
 Take = Callable[[Index], NDArray[Any]]
+# what is called overfitting: the validation loss rose by this share and this much, and training is so far ahead in accuracy
+_RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def open_up(
         SetupError: low-rank updates need peft.
         UsageError: no layer can take one.
     """
-    separate = trainable_copy(backbone, drop_path)
+    separate = _copied(backbone, drop_path)
     if start.weights:
         separate.module.load_state_dict(start.weights)
     model = SuffixAndHead(separate.suffix(cut), start.head).to(separate.device)
@@ -145,12 +142,21 @@ def open_up(
     return OpenNetwork(separate, trainable, model, stages)
 
 
+def _copied(backbone: Backbone, drop_path: float) -> Backbone:
+    if not drop_path:
+        return backbone.separate()
+    from featcache.backbones.timm_models import with_drop_path
+
+    return with_drop_path(backbone, drop_path)
+
+
 def has_batchnorm(network: OpenNetwork) -> bool:
     """Tell whether statistics of batches could move in what trains."""
-    return bool(_moving_norms(network.model))
+    return bool(moving_norms(network.model))
 
 
-def _moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+def moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the BatchNorm layers that train."""
     return [
         module
         for module in model.modules()
@@ -159,69 +165,135 @@ def _moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     ]
 
 
-def settle_batchnorm(model: SuffixAndHead, take: Take, index: Index, batch_size: int) -> bool:
-    """Let BatchNorm statistics of what trains be those of some rows (k,) alone; tell whether there are any such.
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave; epoch 0 is where training starts from. Training's own scores are those of its batches.
 
-    AdaBN (Li et al. 2016, arXiv 1603.04779, section 3.2): where statistics are to move anyway, the first batches would throw
-    out a head that was fitted on features under the old ones.
+    ``scaled_loss`` is the log-loss on validation at the temperature that is best there: the start was fitted without label
+    smoothing and what is trained with it, so that plain losses tell their confidence apart rather than what they know.
     """
-    norms = _moving_norms(model)
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum, norm.training = None, True  # without a momentum: the mean over all batches
-    with torch.no_grad():
-        for rows in chunks(index, batch_size) if norms else ():
-            if len(rows) > 1:  # one row has no statistics
-                model.embed(torch.from_numpy(take(rows)).to(model.head.weight.device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum, norm.training = momentum, False
-    return bool(norms)
+
+    number: int
+    train_loss: float | None
+    val: Scores
+    seconds: float
+    train_accuracy: float | None = None
+    scaled_loss: float = math.inf
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The smaller the better: by accuracy, then by scaled log-loss."""
+        return (-self.val.accuracy, self.scaled_loss)
 
 
-def set_training(model: nn.Module, *, train_batchnorm: bool) -> None:
-    """Put what trains in training mode; frozen parts stay in inference mode, and BatchNorm too unless asked otherwise."""
-    _set_training(model, parent=True)
-    for module in model.modules():
-        # statistics of small batches would change the features that the head was fitted on (LP-FT starts as the probe)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not train_batchnorm:  # noqa: SLF001 - no public name
-            module.training = False
+def noise(accuracy: float, images: int) -> float:
+    """Return by how much the accuracy on so many images is uncertain: a standard error, of at least one image.
+
+    Candidates that are nearer to each other than this are not told apart by accuracy (the one-standard-error rule: Breiman
+    et al. 1984, section 3.4.3): on a small validation split a single image would decide otherwise.
+    """
+    share = (accuracy * images + 1) / (images + 2)  # Laplace's: no accuracy is certain
+    return max(math.sqrt(share * (1 - share) / images), 1 / images)
 
 
-def _set_training(module: nn.Module, *, parent: bool) -> None:
-    """Set a module by whether any of its parameters trains; one without any, such as dropout, is as its parent."""
-    trains = [parameter.requires_grad for parameter in module.parameters()]
-    module.training = any(trains) if trains else parent
-    for child in module.children():
-        _set_training(child, parent=module.training)
+def kept(history: Sequence[Epoch], images: int) -> int:
+    """Return which epoch is kept: the latest that cannot be told from the best, of those better than the start; else 0.
+
+    Of epochs within the noise the latest: there the rate has fallen furthest, weights have come to rest, and the refit,
+    whose rate falls to zero, is most like what was judged.
+
+    Args:
+        history: the epochs, the first of them the start.
+        images: that judged them.
+    """
+    better = [epoch for epoch in history[1:] if epoch.rank < history[0].rank]
+    if not better:
+        return 0
+    highest = max(epoch.val.accuracy for epoch in better)
+    return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - _ROUNDING)
 
 
-def predict(model: SuffixAndHead, take: Take, index: Index, batch_size: int) -> NDArray[np.float64]:
-    """Return the probabilities (k, classes) of rows at some positions (k,)."""
-    # softmax in float64: the log-loss is in the digits of probabilities near 0 and 1
-    return _in_batches(lambda rows: F.softmax(model(rows).double(), dim=1), model, take, index, batch_size)
+def is_gain(accuracy: float, scaled_loss: float, start: Epoch, images: int) -> bool:
+    """Tell whether what was chosen is better than the start: by more than the noise, or as accurate at a lower scaled loss.
+
+    The best of many epochs and rates is ahead by an image or two of a small validation split anyway.
+    """
+    if accuracy > start.val.accuracy + noise(start.val.accuracy, images) - _ROUNDING:
+        return True
+    return accuracy >= start.val.accuracy and scaled_loss < start.scaled_loss
 
 
-def embed(model: SuffixAndHead, take: Take, index: Index, batch_size: int) -> NDArray[np.float64]:
-    """Return the embeddings (k, d) of rows at some positions (k,)."""
-    return _in_batches(lambda rows: model.embed(rows).double(), model, take, index, batch_size)
+def epoch_of(fields: dict[str, Any]) -> Epoch:
+    """Return an epoch from its fields as plain values."""
+    val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["val"].items()}
+    return Epoch(**(fields | {"val": Scores(**val)}))
 
 
-def _in_batches(
-    run: Callable[[Tensor], Tensor], model: SuffixAndHead, take: Take, index: Index, batch_size: int
-) -> NDArray[np.float64]:
-    model.eval()
-    device = model.head.weight.device
-    with torch.inference_mode():
-        out = [run(torch.from_numpy(take(rows)).to(device)).cpu().numpy() for rows in chunks(index, batch_size)]
-    return np.concatenate(out)
+@dataclass(frozen=True)
+class FineTuned:
+    """A trained suffix and head with its history.
 
+    Attributes:
+        network: as it was tested.
+        history: the epochs of the rate that was kept, epoch 0 the start.
+        best: the epoch that was kept.
+        lr: the rate that was kept.
+        live: whether BatchNorm statistics of the trained part moved.
+        rates: for each rate that was tried the validation accuracy of its best epoch.
+        share: of the way from the start to the kept epoch, that was gone.
+        val: scores on validation there.
+        tested: scores on the test split.
+        seconds: of all training, that of killed processes included up to the last state that they kept.
+        samples_per_second: of the kept rate's.
+        similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
+        precision: what training steps were computed in.
+        refitted: whether the model has trained on validation images too; not where that left it worse on them.
+        from_train: as it was chosen, trained on ``train`` alone: where a deeper training may start.
+        finished: as it was tested, the weights not copied: what a deeper training answers with that gains nothing.
+    """
 
-def chunks(index: Index, size: int) -> Iterator[Index]:
-    """Yield the positions in consecutive chunks of ``size``, the last one shorter."""
-    for start in range(0, len(index), size):
-        yield index[start : start + size]
+    network: OpenNetwork
+    history: tuple[Epoch, ...]
+    best: int
+    lr: float
+    live: bool
+    rates: dict[str, float]
+    share: float
+    val: Scores
+    tested: TestResult
+    seconds: float
+    samples_per_second: float
+    similarity: float
+    precision: Precision
+    refitted: bool
+    from_train: Network
+    finished: Network
+
+    @property
+    def learns_little(self) -> str:
+        """What is to be said where training images have become no more often right than validation's were at the start."""
+        first, last = self.history[0], self.history[-1]
+        if last.train_accuracy is None or last.train_accuracy >= first.val.accuracy - _AHEAD:
+            return ""
+        return (
+            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training images are "
+            f"right, where it started with {100 * first.val.accuracy:.1f} % of validation's: try other rates (`lr`), more "
+            "`epochs`, or `train_batchnorm`"
+        )
+
+    @property
+    def overfits(self) -> str:
+        """What the curves say against more epochs, "" if nothing."""
+        losses = [epoch.val.log_loss or 0.0 for epoch in self.history[1:]]  # the start had no label smoothing
+        last = self.history[-1]
+        if last.train_accuracy is None or losses[-1] <= _RISE * (lowest := min(losses)) + _SLIGHT:
+            return ""
+        if last.train_accuracy - last.val.accuracy < _AHEAD:
+            return ""
+        return (
+            f"it overfits: the validation loss rose from {lowest:.3f} to {losses[-1]:.3f} while "
+            f"{100 * last.train_accuracy:.1f} % of the training images became right"
+        )
 
 
 def read_ahead(take: Take, batches: Sequence[Index]) -> Iterator[NDArray[Any]]:
@@ -277,88 +349,6 @@ def mixed(rows: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor,
     partners = torch.from_numpy(rng.permutation(len(rows))).to(rows.device)
     rows = rows.float()  # stored as bytes or float16
     return share * rows + (1 - share) * rows[partners], partners, share
-
-
-_STATE = b"featcache: state of a training\n"  # what a signature is for
-_SIGNATURE = 64  # hexadecimal digits
-_LAYOUT = 4  # of a training's state: one of an older version is begun again
-
-
-class Checkpoint:
-    """Keeps an unfinished training's state in one file, or nowhere; of several processes only one ``writes``.
-
-    A state is taken up under the ``protocol`` that it was kept under alone: another one starts from another probe.
-    ``seconds`` count from where it is made, those of killed processes included up to the last state that they kept.
-    """
-
-    def __init__(self, path: Path | None, *, writes: bool = True, protocol: int = 0) -> None:
-        self._path = path
-        self._writes = writes
-        self._names = {"layout": _LAYOUT, "protocol": protocol}
-        self._started, self._seconds_before = time.monotonic(), 0.0
-
-    @property
-    def seconds(self) -> float:
-        """What training has taken."""
-        return self._seconds_before + time.monotonic() - self._started
-
-    def load(self) -> dict[str, Any] | None:
-        """Return the state that was kept last, ``None`` where there is none or it is not whole and this user's own.
-
-        Raises:
-            SetupError: the secret that states are signed with is not the user's own.
-        """
-        if self._path is None or not self._path.exists():
-            return None
-        try:
-            why = "" if _is_own(self._path) else "was changed, or was not written by you on this machine"
-            state = None if why else torch.load(self._path, map_location="cpu", weights_only=True)
-        except FeatcacheError:
-            raise
-        except FileNotFoundError:  # another process has trained the same to its end meanwhile
-            return None
-        except Exception as error:  # noqa: BLE001 - a damaged file fails in any way
-            why = f"cannot be read ({type(error).__name__})"
-        if why:
-            logger.warning("%s: %s: training begins again", self._path, why)
-            return None
-        if not isinstance(state, dict) or any(state.get(name) != value for name, value in self._names.items()):
-            return None
-        self._seconds_before = float(state["seconds"])
-        return state
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace what was kept.
-
-        Raises:
-            StorageError: the disk failed.
-        """
-        if self._path is None or not self._writes:
-            return
-        buffer = io.BytesIO()
-        torch.save(state | self._names | {"seconds": self.seconds}, buffer)
-        content = buffer.getbuffer()
-        # behind the content, where PyTorch looks past it: a state of wrong kinds or shapes would fail anywhere in training
-        signature = sign(_STATE, content).encode()
-        make_folder(self._path.parent)
-        replace_file_by(self._path, lambda file: file.writelines((content, signature)))
-
-    def clear(self) -> None:
-        """Forget what was kept: once checkpoint, head and record are on the disk, and not before.
-
-        Raises:
-            StorageError: the disk failed.
-        """
-        if self._path is not None and self._writes:
-            remove_file(self._path)
-
-
-def _is_own(path: Path) -> bool:
-    """Tell whether a state's file ends in this user's signature of what stands before it."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        signature = content[-_SIGNATURE:].decode("ascii")
-        with memoryview(content) as view, view[:-_SIGNATURE] as signed:
-            return is_signed(signature, _STATE, signed)
 
 
 def save_checkpoint(module: nn.Module, model: SuffixAndHead, path: Path, facts: dict[str, Any]) -> Path:

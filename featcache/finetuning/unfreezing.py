@@ -1,4 +1,4 @@
-"""What of a network trains, what is put into it before, and how its weights move, in one process or in several.
+"""What of a network trains, and what is put into it before; the processes that train together.
 
 Low-rank updates beside weights (LoRA: Hu et al. 2022) are peft's, and merged into them when training is over, so that a
 checkpoint is always timm's. BatchNorm whose statistics rest is a part of the convolution before it: folded in anew at every
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from featcache.backbones.base import Stage
 from featcache.display import logger
 from featcache.errors import SetupError, UsageError
 from featcache.evaluation.splits import Index
-from featcache.finetuning import FineTunePlan, Unfreeze
+from featcache.finetuning import Unfreeze
 from featcache.specs import INPUT
+
+if TYPE_CHECKING:
+    from featcache.backbones.base import Stage
 
 _PATIENCE = timedelta(days=7)  # the first process may extract for long while the others wait; the default is 30 minutes
 
@@ -38,12 +40,12 @@ class Trainable:
     Where low-rank updates train, the parameters are the weights that they stand beside.
     """
 
-    stages: tuple[Stage, ...]
+    stages: "tuple[Stage, ...]"
     cut: str
     spec: Unfreeze
 
 
-def select_trainable(stages: Sequence[Stage], spec: Unfreeze, module: nn.Module | None = None) -> Trainable:
+def select_trainable(stages: "Sequence[Stage]", spec: Unfreeze, module: nn.Module | None = None) -> Trainable:
     """Return which stages and parameters train, and the cut before them.
 
     ``P%`` is the fewest last stages that hold at least P percent of the parameters. Norms and low-rank updates are told
@@ -90,7 +92,7 @@ def _weights(module: nn.Module, kind: type[nn.Module]) -> set[str]:
     }
 
 
-def _first_trained(stages: Sequence[Stage], spec: Unfreeze) -> int:
+def _first_trained(stages: "Sequence[Stage]", spec: Unfreeze) -> int:
     names = [stage.name for stage in stages]
     if spec.kind == "all":
         return 0
@@ -348,45 +350,3 @@ class ProcessGroup:
     def _wait(self) -> None:
         if self.size > 1:
             dist.all_reduce(torch.zeros(1))
-
-
-_MOMENTUM = 0.9
-Group = dict[str, Any]
-
-
-def parameter_groups(
-    stages: Sequence[Sequence[nn.Parameter]], head: nn.Linear, plan: FineTunePlan, lr: float
-) -> list[Group]:
-    """Return an optimiser's groups: each stage its rate, the head its own, no weight decay for vectors (norms, biases).
-
-    Args:
-        stages: the parameters that train, stage by stage, in forward order.
-        head: the linear head.
-        plan: its rate, and the factor from each stage to the one before.
-        lr: the last stage's rate.
-    """
-    groups: list[Group] = []
-    for depth, tensors in enumerate(reversed(stages)):
-        rate = lr * plan.layer_decay**depth
-        groups.append({"params": [tensor for tensor in tensors if tensor.dim() > 1], "lr": rate})
-        groups.append({"params": [tensor for tensor in tensors if tensor.dim() <= 1], "lr": rate, "weight_decay": 0.0})
-    groups.append({"params": [head.weight], "lr": plan.head_lr})
-    groups.append({"params": [head.bias], "lr": plan.head_lr, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
-
-
-def make_optimiser(groups: Sequence[Group], plan: FineTunePlan) -> torch.optim.Optimizer:
-    """Return the plan's optimiser, which reads and writes each weight once a step."""
-    # fused: otherwise every operation of the update is a pass over all weights
-    if plan.optimiser == "sgd":
-        return torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=plan.weight_decay, fused=True)
-    kind = torch.optim.AdamW if plan.optimiser == "adamw" else torch.optim.Adam
-    return kind(groups, weight_decay=plan.weight_decay, fused=True)
-
-
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Return the factor on the learning rates: a linear rise over a share of the steps, then a half cosine to zero."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
