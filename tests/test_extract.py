@@ -18,10 +18,9 @@ from featcache.datasets import open_dataset
 from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, StorageError
 from featcache.extraction import extract as stage
-from featcache.extraction import scan
 from featcache.extraction.extract import Runtime
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Settings
-from featcache.extraction.files import Batch, BatchReader, DatasetFiles
+from featcache.extraction.files import Batch, BatchReader, DatasetFiles, scan
 from featcache.extraction.writer import EntryWriter, ExtractPlan
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
 from featcache.store.entry import FeatureStore

@@ -13,7 +13,6 @@ import pytest
 from support import COLOURS, TINY, Run, draw_folder, draw_image
 
 from featcache import extraction as caching
-from featcache import extraction as scanning
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, FileStat, MemoryReader, Sample
 from featcache.datasets.images import ImagePreprocess, encode
@@ -50,9 +49,9 @@ def compute(source: Dataset, store: FeatureStore, run: Callable[[Any], Any], wor
     )[0]
 
 
-def scan(source: Dataset, store: FeatureStore) -> scanning.Scan:
+def scan(source: Dataset, store: FeatureStore) -> looking.Scan:
     """Hold an entry against files that nothing is known of yet."""
-    return scanning.scan(DatasetFiles(source), store.remembered())
+    return looking.scan(DatasetFiles(source), store.remembered())
 
 
 def brightness(pixels: np.ndarray) -> np.ndarray:

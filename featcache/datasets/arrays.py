@@ -46,9 +46,7 @@ _MOST_SHOWN = 10  # names in a message
 _TEXTS_AT_ONCE = 64  # texts of variable length may all be one and the same very long one
 DOCSTRINGS = "sklearn:docstrings"
 # packages of scikit-learn that say enough of themselves to be told apart; what the others say is nobody's test
-_TOLD_APART = (
-    *("cluster", "datasets", "decomposition", "ensemble", "linear_model", "metrics", "model_selection", "preprocessing"),
-)
+_TOPICS = ("cluster", "datasets", "decomposition", "ensemble", "linear_model", "metrics", "model_selection", "preprocessing")
 _OTHERS = ("feature_extraction", "feature_selection", "gaussian_process", "neighbors", "svm", "tree", "utils")
 _FEWEST_WORDS = 6
 
@@ -338,8 +336,8 @@ def open_docstrings() -> Dataset:
     Raises:
         DataError: its source is not installed.
     """
-    paragraphs = _paragraphs(_TOLD_APART)
-    count, content, samples = dict.fromkeys(_TOLD_APART, 0), {}, []
+    paragraphs = _paragraphs(_TOPICS)
+    count, content, samples = dict.fromkeys(_TOPICS, 0), {}, []
     for text, package in paragraphs.items():
         path = f"{package}/{count[package]:04d}.txt"
         count[package] += 1
@@ -354,7 +352,7 @@ def other_docstrings() -> list[str]:
     Raises:
         DataError: as of ``open_docstrings``.
     """
-    inside = _paragraphs(_TOLD_APART)
+    inside = _paragraphs(_TOPICS)
     return [text for text in _paragraphs(_OTHERS) if text not in inside]
 
 

@@ -1,31 +1,22 @@
-"""From images to cached rows: where entries lie, which of them answers a request, what it lacks, and one pass over that."""
+"""From images to cached rows: where entries lie, which of them answers a request, and one pass over what is not there."""
 
 import json
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from featcache.backbones import origins
 from featcache.backbones.origins import Origin
 from featcache.datasets.base import Dataset, location_hash
 from featcache.display import logger
 from featcache.errors import StorageError
-from featcache.extraction.files import DatasetFiles, Positions
 from featcache.fingerprint import canonical
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Tokenisation, Views
 from featcache.store.atomic import create_file, make_folder, remove_abandoned, replace_file
-from featcache.store.entry import FeatureStore, Remembered
-from featcache.store.hdf5 import SPLITS, FileIndex, Listing
-from featcache.store.manifests import Quarantined, read_note, sealed, unsealed
-
-_NO_POSITIONS: Positions = np.empty(0, np.int64)
+from featcache.store.entry import FeatureStore
+from featcache.store.manifests import read_note, sealed, unsealed
 
 
 def default_cache() -> Path:
@@ -233,103 +224,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = part
     return flat
-
-
-@dataclass(frozen=True)
-class Scan:
-    """An entry held against a data set's files, by their positions.
-
-    ``cached`` (k,), ascending, have a row or a place in quarantine; ``pending`` (m,), ascending, are new, changed, or not
-    looked at; ``unreadable`` could not even be opened. ``renewed`` are known by their bytes alone, and have signs now that a
-    listing can remember them by. ``with_row`` are the contents whose rows the entry has. On a hit (``is_hit``) it answers as
-    it is; else ``pending`` are to be computed, and with none of them only the listing is out of date.
-    """
-
-    files: DatasetFiles
-    cached: Positions
-    pending: Positions
-    unreadable: tuple[Quarantined, ...] = ()
-    renewed: int = 0
-    with_row: frozenset[bytes] = frozenset()
-    is_hit: bool = False
-
-
-def scan(files: DatasetFiles, entry: Remembered | None, *, among: Positions | None = None, hashes_new: bool = True) -> Scan:
-    """Find out which files an entry knows: by path, size, times and inode, else by their content.
-
-    Only positions ``among``, ascending, are looked at. Without ``hashes_new`` a path that was never seen is to be read,
-    whatever its content: who computes one share of many must not read the others'.
-    """
-    among = np.arange(len(files)) if among is None else among
-    bad = {(image.path, bytes.fromhex(image.sha256)) for image in entry.quarantined if image.sha256} if entry else set()
-    if entry is None or not (entry.files or bad):
-        return Scan(files, _NO_POSITIONS, among)
-    contents = entry.with_row | {digest for _, digest in bad}
-    where: dict[str, tuple[int, int]] = {}
-    for number, index in enumerate(entry.files):
-        where.update((path, (number, row)) for row, path in enumerate(index.paths))
-
-    files.look(among)
-    recognised = _recognised(files, among, entry.files, where)
-    if contents:  # else no content is worth reading a file for
-        unsure = among[~files.hashed[among]]
-        if not hashes_new:
-            paths = set(where) | {image.path for image in entry.quarantined}
-            unsure = np.array([position for position in unsure.tolist() if files.path(position) in paths], np.int64)
-        files.hash(np.array([position for position in unsure.tolist() if position not in files.unreadable], np.int64))
-    reached = np.array([position not in files.unreadable for position in among.tolist()], dtype=bool)
-    has_place = reached & files.hashed[among]
-    has_place[has_place] = files.are_among(among[has_place], contents)
-    cached, pending = among[has_place], among[reached & ~has_place]
-    unreadable = tuple(files.unreadable[position] for position in among[~reached].tolist())
-    renewed = int((files.are_settled(cached) & ~recognised[has_place]).sum())
-    is_hit = entry.has_parts and not len(pending) and _is_listed(files, cached, bad, entry.listing)
-    return Scan(files, cached, pending, unreadable, renewed, entry.with_row, is_hit)
-
-
-def _recognised(
-    files: DatasetFiles, among: Positions, remembered: Sequence[FileIndex], where: dict[str, tuple[int, int]]
-) -> NDArray[np.bool_]:
-    """Return which files (k,) have the signs by which an entry remembers them; their content is noted."""
-    places = np.array([where.get(files.path(position), (-1, -1)) for position in among.tolist()], np.int64).reshape(-1, 2)
-    recognised = np.zeros(len(among), bool)
-    for number, index in enumerate(remembered):
-        chosen = np.flatnonzero(places[:, 0] == number)
-        chosen = chosen[files.are_as(among[chosen], index, places[chosen, 1])]
-        recognised[chosen] = True
-        unread = chosen[~files.hashed[among[chosen]]]  # what was read in this command is known better
-        files.sha256[among[unread]] = index.sha256[places[unread, 1]]
-        files.hashed[among[unread]] = True
-    return recognised
-
-
-def _is_listed(files: DatasetFiles, cached: Positions, bad: set[tuple[str, bytes]], listing: Listing | None) -> bool:
-    """Tell whether a listing names these files with their present labels and splits, but for those in quarantine."""
-    is_bad = files.are_among(cached, {digest for _, digest in bad})
-    if listing is None or {(files.path(at), files.digest(at)) for at in cached[is_bad].tolist()} != bad:
-        return False
-    positions = cached[~is_bad]
-    if len(positions) != len(listing.labels) or not np.array_equal(files.sha256[positions], listing.files.sha256):
-        return False
-    listed = zip(listing.files.paths, listing.labels.tolist(), listing.splits.tolist(), strict=True)
-    samples = (files.dataset.samples[position] for position in positions.tolist())
-    return all(
-        (sample.path, sample.label, sample.split) == (path, listing.classes[label], SPLITS[split])
-        for sample, (path, label, split) in zip(samples, listed, strict=True)
-    )
-
-
-def renew(store: FeatureStore, scanned: Scan) -> None:
-    """Let an entry that answers as it is remember files by their present signs, where it had to hash them again.
-
-    Else every later run would hash them too. A cache that cannot be written is only slower.
-    """
-    if not scanned.renewed:
-        return
-    before = store.manifest
-    store.refresh()
-    if store.manifest.number == before.number:  # what another process has listed meanwhile is newer than this
-        bad = {bytes.fromhex(image.sha256) for image in before.quarantined if image.sha256}
-        cached = scanned.cached[~scanned.files.are_among(scanned.cached, bad)]
-        with suppress(StorageError):
-            store.commit(quarantined=before.quarantined, listing=scanned.files.listing(cached, time.time_ns()))

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import time_ns
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,8 @@ from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
 from featcache.display import logger, printable
-from featcache.errors import DataError
-from featcache.extraction import Scan, scan
-from featcache.extraction.files import DatasetFiles, Positions
+from featcache.errors import DataError, StorageError
+from featcache.extraction.files import DatasetFiles, Positions, Scan, scan
 from featcache.fingerprint import DigestSet
 from featcache.specs import StoredDtype, Views
 from featcache.store.hdf5 import Part
@@ -290,6 +290,22 @@ class EntryWriter:
         reason = "a copy of an image that could not be read"
         quarantined += [Quarantined(self.files.path(position), "", reason) for position in cached[is_early].tolist()]
         return cached[~is_bad & ~is_early], tuple(quarantined)
+
+
+def renew(store: "FeatureStore", scanned: Scan) -> None:
+    """Let an entry that answers as it is remember files by their present signs, where it had to hash them again.
+
+    Else every later run would hash them too. A cache that cannot be written is only slower.
+    """
+    if not scanned.renewed:
+        return
+    before = store.manifest
+    store.refresh()
+    if store.manifest.number == before.number:  # what another process has listed meanwhile is newer than this
+        bad = {bytes.fromhex(image.sha256) for image in before.quarantined if image.sha256}
+        cached = scanned.cached[~scanned.files.are_among(scanned.cached, bad)]
+        with suppress(StorageError):
+            store.commit(quarantined=before.quarantined, listing=scanned.files.listing(cached, time_ns()))
 
 
 def say_left_out(images: Sequence[Quarantined]) -> None:
