@@ -130,6 +130,7 @@ class FineTuneInputs:
         """Return the rows that an entry has of the samples that have embeddings too."""
         from featcache.experiments.experiment import aligned
 
+        probe, start = self.best_probe, self.linear_probes
         keep, task, take = aligned(self.task, entry.store)
         split = self.split
         if missing := len(self.task.features.y) - len(keep):  # such as one that overflows float16 there
@@ -138,7 +139,6 @@ class FineTuneInputs:
             note = f"{missing} samples have no activations at {entry.cut} and are left out, {untested} of them test samples"
             notes = (*notes, note)
             logger.warning(note)
-        probe = self.best_probe
         correct = decode_correct(probe.right)[np.isin(self.split.test, keep)]
 
         def take_views(index: NDArray[np.int64]) -> NDArray[Any]:
@@ -146,7 +146,7 @@ class FineTuneInputs:
             return stored
 
         chosen = take if views == 1 else take_views
-        return StoredRows(trainable, entry, task, split, chosen, self.linear_probes, probe, correct, notes)
+        return StoredRows(trainable, entry, task, split, chosen, start, probe, correct, notes)
 
     @cached_property
     def head_names(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import mmap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from featcache.finetuning.loop import (
     settle_batchnorm,
 )
 from featcache.finetuning.model import (
+    Epoch,
     FineTuned,
     LinearHead,
     Network,
@@ -155,7 +157,7 @@ class Finetuner:
     probe: Callable[[NDArray[np.float64], NDArray[np.int64]], LinearHead] | None = None
 
     def __post_init__(self) -> None:
-        """Go back to where the checkpoint is, and judge the start: a probe that was fitted on ``train`` alone."""
+        """Go back to where the checkpoint is, and choose the precision of steps."""
         keep_freed_memory()  # activations of the same sizes come and go at every step
         saved, plan, processes = self.checkpoint.load(), self.context.plan, self.context.processes
         if not processes.agrees(saved is not None):  # all of them go on from there, or all begin
@@ -167,9 +169,13 @@ class Finetuner:
             batch = to_device(self.context.take(self.split.train[: plan.batch_size] * plan.views), self.context.device)
             precision = choose_precision(self.network.model, batch, processes, on_cpu=precision == "auto")
         self.context = replace(self.context, precision=precision)
-        self.before = self.context.before(self.split.val)  # epoch 0, and the embeddings then
         self._untouched = copy.deepcopy(self.network.model.state_dict())
         self._settled: dict[str, Tensor] | None = None
+
+    @cached_property
+    def before(self) -> tuple[Epoch, NDArray[np.float64]]:
+        """Epoch 0 and the embeddings of validation images: of a probe fitted on ``train`` alone, so that ``val`` is fair."""
+        return self.context.before(self.split.val)
 
     def run(self) -> FineTuned:
         """Search, refit and test."""
@@ -179,14 +185,14 @@ class Finetuner:
     def search(self) -> RateSearch:
         """Train on ``train`` at every rate, each from the start, and keep the best rate and epoch on ``val``."""
         split, plan, model = self.split, self.context.plan, self.network.model
-        finished = len(self._state.finished)
+        start, finished = self.before[0], len(self._state.finished)  # judged before anything moves
         trials = len(plan.lr) + self.tries_live
         with progress(plan.epochs * trials * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
             bar.update(plan.epochs * len(split.train) * finished)
             for number in range(finished, trials):
                 context, lr = (self.context, plan.lr[number]) if number < len(plan.lr) else (self._live, self._best.lr)
                 model.load_state_dict(self._start(live=bool(context.plan.train_batchnorm)))
-                trained = self._train(Trial(context, lr, split.train, split.val, self.before[0]), bar)
+                trained = self._train(Trial(context, lr, split.train, split.val, start), bar)
                 self._state = self._state.ended(trained, len(split.val))
                 self._save(self._state)
         best, share, val = self._blended()

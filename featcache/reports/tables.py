@@ -98,7 +98,7 @@ def short_table(records: Sequence[RunRecord]) -> Table:
         "gap 95 % or ± std",
         "extract s",
         "train s",
-        "img/s",
+        "samples/s",
     )
     return Table(headers, [(*row[:7], *row[8:]) for row in rows(records)])
 
