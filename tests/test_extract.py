@@ -236,7 +236,8 @@ def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
     """Kill -9 in the middle: the next run computes the rest only, and the table is bit for bit that of one run."""
     folder = draw_folder(tmp_path / "images", per_class=400)
     eager = "from featcache.extraction import writer; writer.MIN_PART_SECONDS = 0.2; from featcache.cli import main; main()"
-    command = [sys.executable, "-c", eager, "extract", str(folder), *TINY, "--input-size", "144", "--cache"]
+    how = [*TINY, "--input-size", "144", "--runtime", "torch"]  # a busy machine would choose another in one of the two runs
+    command = [sys.executable, "-c", eager, "extract", str(folder), *how, "--cache"]
     slowed = {**os.environ, "OMP_NUM_THREADS": "1"}
     victim = subprocess.Popen(
         [*command, str(tmp_path / "killed")], env=slowed, start_new_session=True, stderr=subprocess.DEVNULL
