@@ -8,7 +8,7 @@ import pytest
 import torch
 from finetune_support import PLAN, Prepared, moved, tuned
 
-from featcache.finetuning import loop as choosing
+from featcache.finetuning import finetuner as choosing
 from featcache.finetuning.loop import rate
 from featcache.finetuning.model import LinearHead, SuffixAndHead
 from featcache.finetuning.unfreezing import ProcessGroup
