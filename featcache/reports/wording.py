@@ -319,8 +319,9 @@ def _price_cell(step: "GapStep", price: float | None) -> tuple[str, ...]:
 def gap_lines(result: "GapResult", price: float | None = None) -> Iterator[str]:
     """Yield the table and what follows from it."""
     yield gap_table(result, price).plain()
-    yield "A step is kept where it is more accurate on validation than all kept before, or as accurate and surer: weights"
-    yield "are compared on the val part, heads with heads on all samples that choose. Seconds: with all that led to a step."
+    yield "A step is kept where it is more accurate on validation than all kept before, or as accurate and surer,"
+    yield "and where a training gains on its start by more than the noise. Weights are compared on the val part, heads"
+    yield "with heads on all samples that choose. Seconds: with all that led to a step."
     yield ""
     yield gap_sentence(result)
     if result.left:
