@@ -166,6 +166,19 @@ def test_another_rounding_may_move_a_little(records: dict[str, RunRecord]) -> No
     assert compare_again(worse, record).verdict == "differs"
 
 
+def test_a_record_of_other_code_may_round_otherwise(records: dict[str, RunRecord]) -> None:
+    """What featcache's own files held is recorded; of other code, or where a record does not say, digits may move."""
+    record = records["fit"]
+    other = replace(record, environment=changed(record, "environment.code", "0" * 16).environment)
+    silent = replace(record, environment={name: told for name, told in record.environment.items() if name != "code"})
+
+    assert len(record.environment["code"]) == 16
+    assert compare_again(bettered(other), record).elsewhere == (f"code {'0' * 16}, here {record.environment['code']}",)
+    assert compare_again(bettered(silent), record).elsewhere == ("code not recorded",)
+    assert compare_again(bettered(silent), record).verdict == "within tolerance"
+    assert compare_again(answered(other, record.right.replace("1", "0", 3)), record).verdict == "differs"
+
+
 def test_depths_that_go_on_from_others_are_run_again(place: Path, places: Places, tmp_path: Path) -> None:
     """A sweep's second depth is run behind the first, at its rate: to the same record; alone it says what is lacking."""
     spec = BackboneSpec("test_resnet", random_init=0, overrides=TransformOverrides(input_size=32))

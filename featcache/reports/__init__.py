@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError
-from featcache.fingerprint import as_named, as_stored, canonical
+from featcache.fingerprint import as_named, as_stored, canonical, fingerprint, sha256_of_file
 from featcache.specs import LIVE_BATCHNORM
 
 SCHEMA_VERSION = 1
@@ -121,7 +122,7 @@ def stamp() -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, processor count and git revision, without importing anything heavy."""
+    """Return versions, processor count, git revision and what identifies the code, without importing anything heavy."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -140,6 +141,7 @@ def environment() -> dict[str, Any]:
         "device": device,
         "versions": versions,
         "git": _git_revision(),
+        "code": _code(),
     }
 
 
@@ -376,6 +378,14 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _code() -> str:
+    """Return what identifies featcache's own code here: a solver that stops a step later rounds otherwise."""
+    package = Path(__file__).resolve().parent.parent
+    modules = sorted((path.relative_to(package).as_posix(), path) for path in package.rglob("*.py"))
+    return fingerprint([(name, sha256_of_file(path)) for name, path in modules])[:16]
 
 
 def _git_revision() -> str:

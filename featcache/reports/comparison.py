@@ -127,8 +127,8 @@ class ReplayResult(Displayed):
 def compare_again(record: RunRecord, again: RunRecord) -> Replayed:
     """Hold what a second run gave against the record.
 
-    What names the experiment, its samples and counts must be equal in any case. Where libraries, runtime and processor are
-    those of the record, so must every answer and choice, and other numbers to 1e-4 of their size. Where something of these
+    What names the experiment, its samples and counts must be equal in any case. Where code, libraries, runtime and processor
+    are those of the record, so must every answer and choice, and other numbers to 1e-4 of their size. Where one of these
     is another, or was not recorded, the accuracies of validation and test must be within one standard error and two samples
     of the recorded ones, and a head (which is an optimum, no training) may answer 1 % of the test samples, at least two,
     otherwise. Seconds, memory and dates are not compared.
@@ -242,12 +242,16 @@ def _primary(scores: dict[str, Any]) -> float | None:
     return float(value) if isinstance(value, float | int) else None
 
 
+# by featcache's code is meant what its files hold: between two releases a solver's last digits may move
+_ROUNDING = ("code", "python", "processors", "cpu", "device", "runtime")
+
+
 def _elsewhere(recorded: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:
     """Yield what may round otherwise here than where a record was made, or is not known of there."""
     then_installed, installed = recorded.get("versions", {}), here.get("versions", {})
     libraries = sorted({*then_installed, *installed} - {"featcache"})
     pairs = [(name, then_installed.get(name), installed.get(name)) for name in libraries]
-    pairs += [(name, recorded.get(name), here.get(name)) for name in ("python", "processors", "cpu", "device", "runtime")]
+    pairs += [(name, recorded.get(name), here.get(name)) for name in _ROUNDING]
     for name, then, now in pairs:
         if then is None:
             yield f"{name} not recorded"
