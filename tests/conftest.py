@@ -1,6 +1,7 @@
 """What the tests share: small real image files, a small real backbone, the command line in this process."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 def _seeded() -> None:
     """Let what is drawn be the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _as_loud_as_before() -> Iterator[None]:
+    """Let a command line that was quiet, or loud, in one test say nothing of the next: tests run in any order."""
+    logger = logging.getLogger("featcache")
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.propagate, logger.handlers = propagate, handlers
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_a_runtime_that_disagrees_is_dropped(
     monkeypatch.setattr(runtimes, "_openvino", broken)
     monkeypatch.setattr(runtimes, "is_installed", lambda name: name == "openvino")
     monkeypatch.setattr(runtimes.logger, "propagate", True)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "featcache"):
         runtime = chosen(VIT, ("pooled",), "auto", images=10**7)
 
     assert runtime.name == "torch"
