@@ -19,7 +19,7 @@ from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, StorageError
 from featcache.extraction import extract as stage
 from featcache.extraction.extract import Runtime
-from featcache.extraction.feature_cache import Extracted, FeatureCache, Settings
+from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
 from featcache.extraction.files import Batch, BatchReader, DatasetFiles, scan
 from featcache.extraction.writer import EntryWriter, ExtractPlan
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
@@ -284,6 +284,41 @@ def test_an_interrupt_keeps_what_was_computed(
 
     assert resumed.report.computed == 36 - sum(calls) < 36
     assert resumed.report.rows == 36
+
+
+def test_rows_of_every_entry_are_kept_before_any_is_listed(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is killed while the first entry of a pass is listed has the rows of all."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage._Pass, "rescue", lambda _: None)  # a kill leaves no time for it
+    monkeypatch.setattr(EntryWriter, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache(open_dataset(folder), tiny, settings).features([Output(), Output("layer1")])
+
+    entries = [FeatureStore.open(path.parent) for path in settings.cache.glob("*/*/spec.json")]
+    assert [sum(part.rows for part in entry.manifest.parts) for entry in entries] == [36, 36]
+
+
+def test_what_failed_first_is_what_is_told(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not take what waits, after something else went wrong, is a warning beside that."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    def full(*_: object) -> None:
+        raise StorageError("no room")
+
+    real = stage._Pass._take
+    monkeypatch.setattr(stage._Pass, "_take", lambda running, batch: (real(running, batch), broken()))
+    monkeypatch.setattr(FeatureStore, "add_part", full)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        extract(folder, tiny, settings)
 
 
 def test_a_moved_folder_is_recognised_by_name(folder: Path, tiny: BackboneSpec, settings: Settings) -> None:

@@ -205,6 +205,19 @@ def test_every_layer_counts_however_large_its_activations_are(kind: type[Neighbo
     assert area(()) < 0.7
 
 
+@pytest.mark.parametrize("dims", [8, 200])
+def test_classes_of_copies_lie_apart_all_the_same(dims: int) -> None:
+    """Where every class is one row many times nothing scatters: what lies elsewhere is less familiar."""
+    rng = np.random.default_rng(0)
+    rows, y = rng.normal(0, 1, (5, dims)).astype(np.float32), np.arange(60) % 4
+    familiar = TrainingRows.of(rows[y], y, np.arange(60)).familiar
+    told = familiar.familiarity(rows)
+
+    assert isinstance(familiar, ClassCentres)
+    assert np.isfinite(familiar.usual).all()
+    assert told[:4].min() > told[4]
+
+
 @pytest.mark.parametrize("n", [30, 400])
 def test_shrinkage_is_that_of_ledoit_and_wolf(n: int) -> None:
     """From the scatter that is there, what scikit-learn works out from the rows at forty times the price."""
@@ -354,6 +367,24 @@ def test_widths_of_layers_are_asked_of_a_backbone_once(tmp_path: Path, run: Run,
     again = run(*fit_layers[:-1], "--head", "lda", "--json").json
 
     assert Path(again["heads"][0]["bundle"]).exists()
+
+
+def test_a_head_on_cached_layers_needs_no_weights(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the backbone cannot be loaded to be asked how wide its layers are, the head is fitted all the same."""
+    data = draw_folder(tmp_path / "photos", 20)
+    fit_layers = ["fit", str(data), *TINY, "--layers", "layer1,layer3", "--no-baselines", "--json"]
+    first = Path(run(*fit_layers).json["heads"][0]["bundle"])
+    for path in first.parent.glob("widths*"):
+        path.unlink()
+
+    def absent(_: object) -> None:
+        raise DataError("weights cannot be fetched")
+
+    monkeypatch.setattr(FeatureCache, "backbone", property(absent))
+    outcome = run(*fit_layers, "--seed", "1")
+
+    assert "weights cannot be fetched" in outcome.err
+    assert Path(outcome.json["heads"][0]["bundle"]).exists()
 
 
 @pytest.mark.parametrize("layers", [(), ("--layers", "layer2,pooled")])

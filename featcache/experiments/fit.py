@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from featcache.backbones import origins
 from featcache.datasets.thumbnails import SIDE
 from featcache.display import Displayed, Table, logger
-from featcache.errors import DataError, StorageError, UsageError
+from featcache.errors import DataError, FeatcacheError, StorageError, UsageError
 from featcache.evaluation import ColumnCoder, Task, column_names
 from featcache.evaluation.metrics import Kind, at_temperature, confusion, per_class
 from featcache.evaluation.splits import Split, few_shot, restricted
@@ -580,8 +580,18 @@ class _Fitting:
         samples = np.array(sorted(both.tolist(), key=lambda place: contents[place])[:MOST_ROWS])
         rows = self.pooled[1][samples] if self.plan.best_pool else aligned(self.task, self.entry.store)[2](samples)
         X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the sample as it is
-        widths = () if self.plan.best_pool else self.cache.layer_widths(self.entry)
-        return TrainingRows.of(X, self.task.y[samples], self.split.units[samples], widths)
+        return TrainingRows.of(X, self.task.y[samples], self.split.units[samples], self._widths(X.shape[1]))
+
+    def _widths(self, dims: int) -> tuple[int, ...]:
+        """Return how many of so many dims each layer has: none of one layer, nor where that cannot be told."""
+        if self.plan.best_pool:
+            return ()
+        try:
+            widths = self.cache.layer_widths(self.entry)
+        except FeatcacheError as error:  # no weights to be had: rows that are cached need none, nor does the head
+            logger.warning("how familiar samples are is told of all layers as one: %s", error)
+            return ()
+        return widths if sum(widths) == dims else ()
 
     def baselines(self, heads: Sequence[HeadResult]) -> tuple[list[Baseline], list[Baseline], dict[str, Any] | None]:
         """Return the baselines on the same split, each column alone, and what the best head is ahead of the best one by.

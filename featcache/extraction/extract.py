@@ -100,10 +100,11 @@ def extract(
             going.runtime = Runtime(NO_RUNTIME.run, plan.remote(files, pending, cached, writers))
         elif len(pending):
             going.run(select, plan)
+        going.commit()  # of all entries before any is listed: whoever is killed meanwhile has the rows
         lasted = started, time.monotonic()
         return [writer.finish(plan, lasted, going.runtime) for writer in writers]
     except BaseException:  # an interrupt keeps what was computed
-        going.commit()
+        going.rescue()
         raise
 
 
@@ -133,7 +134,7 @@ class _Pass:
         self.runtime = NO_RUNTIME
 
     def run(self, select: SelectRuntime, plan: ExtractPlan) -> None:
-        """Take batches from files to rows; those of thumbnails count when it ends, entries keep their last rows then."""
+        """Take batches from files to rows; the last of them wait when it ends."""
         started, name = time.monotonic(), self._writers[0].files.dataset.name
         with (
             progress(self._images, f"extract {name}") as bar,
@@ -144,8 +145,6 @@ class _Pass:
                 bar.update(len(batch))
                 if any(writer.is_due(started) for writer in self._writers):
                     self.commit(started)
-        if self._thumbnails is not None:
-            self._thumbnails.commit("")
 
     def _take(self, batch: Batch) -> None:
         say_left_out(batch.bad)
@@ -161,6 +160,14 @@ class _Pass:
                 writer.commit(self.runtime.name)
         if self._thumbnails is not None:
             self._thumbnails.commit("")
+
+    def rescue(self) -> None:
+        """Let each entry keep what waits as far as it can: what went wrong first is what is told."""
+        for writer in [*self._writers, *([self._thumbnails] if self._thumbnails is not None else [])]:
+            try:
+                writer.commit("" if writer is self._thumbnails else self.runtime.name)
+            except StorageError as error:
+                logger.warning("%s", error)
 
 
 def measure(files: DatasetFiles, positions: Positions, plan: ExtractPlan, runtime: Runtime, blank: NDArray[Any]) -> float:

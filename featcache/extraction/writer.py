@@ -200,28 +200,19 @@ class EntryWriter:
 
     def commit(self, runtime: str) -> None:
         """Make the waiting rows count."""
-        self._keep(self._part(time_ns()), runtime, None)
-
-    def _part(self, now: int) -> tuple[Part | None, list[int]]:
-        """Return what waits as a part, with what is to be remembered of its files, and the copies that come too early."""
         positions, rows = np.empty(0, np.int64), [np.empty((0, *self.row), self.dtype)]
         if self._waiting:
             positions, rows = self._waiting.in_order()
         for digest in self.files.digests(positions):
             self._with_row.add(digest)
         copies, early = self._settled_copies()
-        if not len(positions) and not len(copies):
-            return None, early
-        also = self.files.index(copies, now) if len(copies) else None
-        return Part(rows, self.files.index(positions, now), also), early
-
-    def _keep(self, part_and_early: tuple[Part | None, list[int]], runtime: str, until: float | None) -> None:
-        part, early = part_and_early
-        if part is not None:
+        if len(positions) or len(copies):
+            now = time_ns()
+            also = self.files.index(copies, now) if len(copies) else None
+            record = self.store.add_part(Part(rows, self.files.index(positions, now), also), runtime)
             bad = [image for image in self.quarantined if image.sha256]
-            record = self.store.add_part(part, runtime)
-            self.store.commit(parts=[record], quarantined=bad, seconds=self.seconds(until))
-            self.computed += len(part.files)
+            self.store.commit(parts=[record], quarantined=bad, seconds=self.seconds())
+            self.computed += len(positions)
             self._copies = early
         if self._waiting:
             self._waiting.clear()
@@ -245,30 +236,20 @@ class EntryWriter:
         return np.array(settled, np.int64), early
 
     def finish(self, plan: ExtractPlan, lasted: tuple[float, float], runtime: "Runtime") -> ExtractReport:
-        """Keep the last rows, and list the images as they are now; of several parts, the one that comes last does it.
-
-        Rows and listing are two commits: whoever is killed while listing has the rows.
-        """
-        now, scanned, pending = time_ns(), self.scanned, 0
-        waiting = self._part(now)
-        cached, quarantined, early = np.flatnonzero(self._cached), list(self.quarantined), waiting[1]
+        """List the images as they are now, all rows being kept; of several parts, the one that comes last does it."""
+        unbooked, pending, early = self.seconds(until=lasted[1]), 0, list[int](self._copies)
+        cached, quarantined, scanned = np.flatnonzero(self._cached), list(self.quarantined), self.scanned
         if plan.part is not None:  # others compute the other shares: what they have committed is known only now
-            self._keep(waiting, runtime.name, lasted[1])
-            waiting = None, []
             self.store.refresh()
             scanned = scan(self.files, self.store.remembered(), hashes_new=False)
             cached, quarantined, pending, early = np.sort(scanned.cached), [], len(scanned.pending), []
         cached, all_bad = self._sorted_out(cached, quarantined, early)
         all_bad += scanned.unreadable
-        is_listed = plan.lists and not pending and not scanned.is_hit
-        listing = self.files.listing(cached, now) if is_listed else None
-        self._keep(waiting, runtime.name, lasted[1])
-        unbooked = self.seconds(lasted[1])
         if not plan.lists:
             self.store.commit(quarantined=[image for image in all_bad if image.sha256], seconds=unbooked)
-        elif listing is not None:
+        elif not pending and not scanned.is_hit:
             require_usable(self.files.dataset, len(cached), all_bad, plan.max_bad)
-            self.store.commit(quarantined=all_bad, listing=listing, seconds=unbooked)
+            self.store.commit(quarantined=all_bad, listing=self.files.listing(cached, time_ns()), seconds=unbooked)
             self.store.write_table()
         seconds = time.monotonic() - lasted[0]
         return ExtractReport(

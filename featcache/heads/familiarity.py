@@ -24,6 +24,7 @@ Numbers = NDArray[np.float64]
 MOST_ROWS = 1500  # 3.8 MB at 1280 dims in float16; more told little better, and cost whoever copies the head
 _RIDGE = 0.1
 _AXES = 256  # of the scatter within classes: the rest is told by its mean variance
+_NO_SCATTER = 1e-30  # of a variance: classes of copies of one row each have none, and still lie apart
 _FOLDS = 5
 _ROWS_OF_A_CLASS = 5  # on average: of fewer the scatter within classes says nothing
 
@@ -184,12 +185,12 @@ class ClassCentres(_Ranked):
         # both have the same spectrum: of a few hundred rows of several layers the smaller one takes a tenth of the time
         scatter = (residuals.T @ residuals if d <= n else residuals @ residuals.T) / n
         shrinkage = _towards_sphere(residuals, scatter)
-        variance = float(np.trace(scatter)) / d
+        variance = max(float(np.trace(scatter)) / d, _NO_SCATTER)
         last = len(scatter) - 1
         q = min(_AXES, last)
         main, vectors = eigh(scatter, subset_by_index=(last + 1 - q, last))  # a third of the time that all of them take
         if d > n:  # what has no variance is no axis: below it is counted with the rest
-            vectors = residuals.T @ (vectors / np.sqrt(n * np.maximum(main, 1e-6 * main[-1])))
+            vectors = residuals.T @ (vectors / np.sqrt(n * np.maximum(main, max(1e-6 * main[-1], _NO_SCATTER))))
         outside = max(variance * d - float(main.sum()), 0) / (d - q)
         rest = (1 - shrinkage) * outside + shrinkage * variance
         # distances are compared with each other alone: in units of the rest's variance its own axes need no vectors
