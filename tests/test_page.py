@@ -269,7 +269,7 @@ def test_a_sheet_stays_small() -> None:
     assert len(sheet.content) <= 1_000_000
 
 
-@pytest.mark.parametrize("name", ["lab-lite0", "gap", "depths", "quickstart"])
+@pytest.mark.parametrize("name", ["lab-lite0", "gap", "lab", "quickstart"])
 def test_committed_records_have_a_page(name: str, tmp_path: Path) -> None:
     """It is whole without their cache: answers, table and charts, with every accuracy as the table in Markdown has it."""
     records = read_records([LAB / f"{name}.jsonl"])
