@@ -21,7 +21,7 @@ from featcache.evaluation import Task
 from featcache.evaluation.splits import make_split
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.heads.fit import fit
+from featcache.heads.search import fit
 from featcache.reports import environment
 from featcache.specs import INPUT, BackboneSpec, TransformOverrides
 

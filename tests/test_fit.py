@@ -26,8 +26,7 @@ from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads import base, in_order, members_of, nonlinear, search, solvers
 from featcache.heads import linear as linear_heads
 from featcache.heads.baselines import baselines
-from featcache.heads.fit import ensemble, fit, learning_curve, shot_curve
-from featcache.heads.search import Embeddings
+from featcache.heads.search import Embeddings, ensemble, fit, learning_curve, shot_curve
 from featcache.specs import BackboneSpec
 from featcache.store import Features
 

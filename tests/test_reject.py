@@ -18,7 +18,6 @@ from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import bundle
 from featcache.heads.checks import auc
 from featcache.heads.familiarity import ClassCentres, Neighbours, TrainingRows, _towards_sphere, read_familiar
-from featcache.heads.fit import fit
 from featcache.heads.rejection import (
     Calibration,
     Rejection,
@@ -28,7 +27,7 @@ from featcache.heads.rejection import (
     draws_of,
     fewest_units,
 )
-from featcache.heads.search import predict_with
+from featcache.heads.search import fit, predict_with
 from featcache.specs import Transform, Views
 from featcache.store import Features
 

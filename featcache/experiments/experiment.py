@@ -24,8 +24,8 @@ from featcache.store import Features, RowReader
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
+    from featcache.heads import FittedHead
     from featcache.heads.bundle import Format
-    from featcache.heads.fit import FittedHead
 
 IN_NAMES = 8  # digits of a key that files are called by: enough for the experiments of one entry
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from featcache.experiments.fit import HeadResult, Ledger
     from featcache.finetuning.model import LinearHead, Take
     from featcache.finetuning.unfreezing import ProcessGroup, Trainable
-    from featcache.heads.fit import FittedHead
+    from featcache.heads import FittedHead
     from featcache.reports import RunRecord
 
 _STEEP, _DEAD = 1e4, 1e-5  # a weight, and a feature's deviation, beside the median one

@@ -31,11 +31,10 @@ from featcache.experiments.experiment import (
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.fingerprint import fingerprint
-from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, bundle, heads_for, require_params
+from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, FittedHead, bundle, heads_for, require_params
 from featcache.heads.baselines import Baseline
-from featcache.heads.fit import FittedHead
 from featcache.reports import PROTOCOL, RunRecord
-from featcache.resources import free_memory
+from featcache.resources import free_memory, libraries_load
 from featcache.specs import CLIP, POOLED, TOKENS, Views, check_fields, cut_of_layers
 from featcache.store import beside
 from featcache.store.checksums import keep_note, kept_note
@@ -43,7 +42,7 @@ from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
     from featcache.heads.familiarity import TrainingRows
-    from featcache.heads.fit import Curve
+    from featcache.heads.search import Curve
     from featcache.heads.zeroshot import ClassRows
 
 # plain ones: which wording suits a data set is the user's to say
@@ -480,7 +479,8 @@ class _Fitting:
         return name if self.task.kind == "label" else f"{name}-{self.task.kind}"
 
     def _train(self, name: str, before: Sequence[HeadResult]) -> FittedHead:
-        from featcache.heads.fit import ensemble, fit
+        with libraries_load():
+            from featcache.heads.search import ensemble, fit
 
         plan = self.plan
         if name in ATTENTIVE:
@@ -661,8 +661,7 @@ class _Fitting:
         """Train a head on so many samples a class, and on shares of the training samples, where that is asked for."""
         if not (self.plan.shots or self.plan.curve):
             return []
-        from featcache.heads.fit import learning_curve, shot_curve
-        from featcache.heads.search import Embeddings
+        from featcache.heads.search import Embeddings, learning_curve, shot_curve
 
         drawn: list[Curve] = []
         if head in ZEROSHOT:

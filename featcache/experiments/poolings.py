@@ -16,7 +16,7 @@ from featcache.errors import UsageError
 from featcache.evaluation import Task
 from featcache.evaluation.metrics import Kind, best_temperature, evaluate, evaluate_on_test
 from featcache.evaluation.splits import Index, Split
-from featcache.heads.fit import FittedHead
+from featcache.heads import FittedHead
 from featcache.reports import PROTOCOL
 from featcache.resources import free_memory
 from featcache.specs import POOLED, POOLS, TOKENS, Pool

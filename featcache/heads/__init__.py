@@ -5,14 +5,16 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import DataError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-    from featcache.evaluation.metrics import Kind
+    from featcache.evaluation.metrics import AnyScores, Kind, TestResult
 
 
 # what validation chooses of each head, in the order of the heads' cost
@@ -103,6 +105,46 @@ def heads_for(kind: "Kind", names: Sequence[str]) -> list[str]:
     if unable := [name for name in names if name not in {*able, ALL}]:
         raise UsageError(f"`heads` {unable[0]}: for `target` {kind} choose from {', '.join(able)}.")
     return [name for name in able if name in names or ALL in names]
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What heads answered (k, classes) of samples that they were not trained on, at these positions (k,)."""
+
+    samples: "NDArray[np.int64]"
+    answers: "NDArray[Any]"
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """A head, what was chosen for it, its validation scores before the refit and its test scores after.
+
+    ``temperature`` scales its logits best on validation. The estimator, and its answers there, (n, classes) or (n,), are
+    asked for with functions: of a head that lies in a file already they are read when they are needed. ``unseen`` is what
+    says when the head should not answer, of one that was fitted just now.
+    """
+
+    name: str
+    params: dict[str, Any]
+    val: "AnyScores"
+    tested: "TestResult"
+    seconds: float
+    load_estimator: Callable[[], Any] = field(repr=False)
+    load_answers: "Callable[[], NDArray[Any] | None]" = field(repr=False)
+    notes: tuple[str, ...] = ()
+    temperature: float | None = None
+    solutions: tuple[Any, ...] = field(default=(), repr=False)
+    unseen: Unseen | None = field(default=None, repr=False)
+
+    @property
+    def estimator(self) -> Any:
+        """The fitted head, as scikit-learn's."""
+        return self.load_estimator()
+
+    @property
+    def answers(self) -> "NDArray[Any] | None":
+        """What was answered on validation, ``None`` where a file does not hold that."""
+        return self.load_answers()
 
 
 def parse_card(text: bytes) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from featcache.evaluation.metrics import (
 from featcache.evaluation.splits import Fold, Index, Split
 
 if TYPE_CHECKING:
-    from featcache.heads.fit import FittedHead
+    from featcache.heads import FittedHead
 
 _MUCH = 0.5  # of what the best head adds to the answer that looks at no sample: from there a column alone is told of
 _STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression, 1 / alpha of the ridge

@@ -23,10 +23,10 @@ from featcache.evaluation import Task
 from featcache.evaluation.metrics import evaluate
 from featcache.evaluation.splits import Fold, Split
 from featcache.fingerprint import as_named, as_stored
+from featcache.heads import FittedHead
 from featcache.heads.base import X_, Y_, Candidate, Params
-from featcache.heads.fit import FittedHead, tested_head
 from featcache.heads.linear import linear_estimator, linear_weights
-from featcache.heads.search import Embeddings, SearchResult, over_views, search_head, train
+from featcache.heads.search import Embeddings, SearchResult, over_views, search_head, tested_head, train
 
 _PULLS = (0.01, 0.1, 1.0, 10.0, 100.0)  # C of the loss beside the distance from zero-shot weights
 _MIXES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # share of the probe
