@@ -22,8 +22,8 @@ from typing import Any
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
-from featcache.evaluation.draws import drawn_weights, more_samples
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
+from featcache.evaluation.splits import drawn_weights, more_samples
 from featcache.experiments import backbone_race
 from featcache.experiments.advise import Evidence, Study
 from featcache.experiments.backbone_race import Judged, Pool, Race, Runner, judge_part

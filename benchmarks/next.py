@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from over_sets import Entry, run
 
-from featcache.evaluation.draws import units_of
 from featcache.evaluation.likeness import unit_rows
+from featcache.evaluation.splits import units_of
 from featcache.experiments.next_samples import USABLE, Samples, accuracy_with, choose
 from featcache.store import Features
 

@@ -14,9 +14,8 @@ from featcache.api import advise
 from featcache.datasets import open_dataset
 from featcache.datasets.base import FileReader
 from featcache.errors import UsageError
-from featcache.evaluation.draws import chances, drawn_accuracies, drawn_weights, more_samples, round_count
 from featcache.evaluation.metrics import Gap, log_loss
-from featcache.evaluation.splits import Fold
+from featcache.evaluation.splits import Fold, chances, drawn_accuracies, drawn_weights, more_samples, round_count
 from featcache.experiments import advise as advising
 from featcache.experiments.advise import (
     AdviceResult,

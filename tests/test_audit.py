@@ -19,9 +19,8 @@ from featcache.datasets import open_dataset
 from featcache.datasets.thumbnails import Exif, exif_of, oddities
 from featcache.errors import UsageError
 from featcache.evaluation import likeness
-from featcache.evaluation.draws import units_of
 from featcache.evaluation.likeness import Likeness, components, neighbourhood, tone_rows, unit_rows
-from featcache.evaluation.splits import Split
+from featcache.evaluation.splits import Split, units_of
 from featcache.experiments.audit import AuditResult, Suspect, cleaned, run_audit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.checks import auc, label_issues, out_of_fold, outliers, shift, without

@@ -18,10 +18,9 @@ from featcache.datasets import open_dataset
 from featcache.datasets.images import ImagePreprocess
 from featcache.errors import DataError, StorageError
 from featcache.extraction import extract as stage
-from featcache.extraction.extract import Runtime
+from featcache.extraction.extract import EntryWriter, ExtractPlan, Runtime
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
 from featcache.extraction.files import Batch, BatchReader, DatasetFiles, scan
-from featcache.extraction.writer import EntryWriter, ExtractPlan
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform, TransformOverrides
 from featcache.store.entry import FeatureStore
 
@@ -235,7 +234,9 @@ def test_not_finite_rows_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
     """Kill -9 in the middle: the next run computes the rest only, and the table is bit for bit that of one run."""
     folder = draw_folder(tmp_path / "images", per_class=400)
-    eager = "from featcache.extraction import writer; writer.MIN_PART_SECONDS = 0.2; from featcache.cli import main; main()"
+    eager = (
+        "from featcache.extraction import extract; extract.MIN_PART_SECONDS = 0.2; from featcache.cli import main; main()"
+    )
     how = [*TINY, "--input-size", "144", "--runtime", "torch"]  # a busy machine would choose another in one of the two runs
     command = [sys.executable, "-c", eager, "extract", str(folder), *how, "--cache"]
     slowed = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,8 +9,8 @@ from support import TINY, Run, draw_folder, draw_image
 
 from featcache.datasets import open_partly
 from featcache.errors import DataError
-from featcache.evaluation.draws import units_of
 from featcache.evaluation.likeness import Crowd, herd, likeness, unit_rows
+from featcache.evaluation.splits import units_of
 from featcache.experiments.next_samples import USABLE, Samples, choose, doubts, simulate
 
 

@@ -20,7 +20,7 @@ from support import TINY, draw_folder, draw_image
 
 from featcache.datasets import open_dataset
 from featcache.errors import DataError
-from featcache.extraction import writer
+from featcache.extraction import extract
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec, TransformOverrides
 from featcache.store.entry import FeatureStore
@@ -55,7 +55,7 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
 def test_four_parts_one_killed_give_what_one_run_gives(tmp_path: Path) -> None:
     """Four processes at once on one entry, one of them killed and started again."""
     folder = draw_folder(tmp_path / "images", per_class=200)
-    code = "from featcache.extraction import writer; writer.MIN_PART_SECONDS = 0.1; from featcache.cli import main; main()"
+    code = "from featcache.extraction import extract; extract.MIN_PART_SECONDS = 0.1; from featcache.cli import main; main()"
     command = [sys.executable, "-c", code, "extract", str(folder), *TINY, "--input-size", "96", "--workers", "1", "--cache"]
 
     def start(number: int) -> subprocess.Popen[bytes]:
@@ -187,7 +187,7 @@ class History(RuleBasedStateMachine):
             commits.append(1)
             return real(store, **more)
 
-        patience, writer.MIN_PART_SECONDS = writer.MIN_PART_SECONDS, 0.0
+        patience, extract.MIN_PART_SECONDS = extract.MIN_PART_SECONDS, 0.0
         FeatureStore.commit = dying  # type: ignore[method-assign, assignment]
         try:
             self._extract("cache")
@@ -195,7 +195,7 @@ class History(RuleBasedStateMachine):
             pass
         finally:
             FeatureStore.commit = real  # type: ignore[method-assign]
-            writer.MIN_PART_SECONDS = patience
+            extract.MIN_PART_SECONDS = patience
 
     @rule()
     def resume(self) -> None:

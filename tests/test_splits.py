@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
 from featcache.evaluation import Identity, Task
-from featcache.evaluation.draws import copies, remarks
-from featcache.evaluation.splits import few_shot, make_free_split, make_split, part_of, restricted
+from featcache.evaluation.splits import copies, few_shot, make_free_split, make_split, part_of, remarks, restricted
 from featcache.store import Features
 
 CLASSES = ("a", "b", "c")

@@ -19,11 +19,9 @@ from featcache.datasets.images import ImagePreprocess, encode
 from featcache.errors import StorageError
 from featcache.extraction import extract as stage
 from featcache.extraction import files as looking
-from featcache.extraction import writer
-from featcache.extraction.extract import Runtime
+from featcache.extraction.extract import EntryWriter, ExtractPlan, ExtractReport, Runtime
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.files import DatasetFiles, is_settled
-from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import FileIndex, Listing, Part
@@ -146,7 +144,7 @@ def test_the_time_of_hashing_counts_not_that_of_the_commit(tmp_path: Path, monke
     folder = draw_folder(tmp_path / "images")
     source, store = open_dataset(folder), FeatureStore.create(tmp_path / "entry", SPEC)
     later = time.time_ns() + 60 * 10**9
-    monkeypatch.setattr(writer, "time_ns", lambda: later)
+    monkeypatch.setattr(stage, "time_ns", lambda: later)
 
     compute(source, store, brightness)
     stock = scan(source, FeatureStore.open(store.path))

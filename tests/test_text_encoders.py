@@ -252,15 +252,15 @@ def test_kill_and_resume_of_texts_equals_one_run(spec: BackboneSpec, tmp_path: P
     path.write_text("\n".join(["text,label", *rows, ""]))
     code = f"""
 import os, signal
-from featcache.extraction import writer
+from featcache.extraction import extract
 from featcache.cli import main
-commit = writer.EntryWriter.commit
-writer.EntryWriter.is_due = lambda entry, started: True
+commit = extract.EntryWriter.commit
+extract.EntryWriter.is_due = lambda entry, started: True
 def killed(entry, runtime):
     commit(entry, runtime)
     if entry.store.manifest.rows:
         os.kill(os.getpid(), signal.SIGKILL)
-writer.EntryWriter.commit = killed
+extract.EntryWriter.commit = killed
 flags = "--cut tokens --batch-size 16 --cache".split()
 main(["extract", {str(path)!r}, "-b", {spec.name!r}, *flags, {str(tmp_path / "killed")!r}])
 """

@@ -13,9 +13,8 @@ from featcache.backbones.origins import BUNDLED
 from featcache.datasets.thumbnails import SIDE, statistics
 from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import CutError, UsageError
-from featcache.evaluation.draws import MoreSamples, drawn_accuracies, drawn_weights, more_samples, round_count
 from featcache.evaluation.metrics import Gap, paired_gap
-from featcache.evaluation.splits import Fold, Index
+from featcache.evaluation.splits import Fold, Index, MoreSamples, drawn_accuracies, drawn_weights, more_samples, round_count
 from featcache.experiments.backbone_race import MARGIN, Judged, Pool, Race, Runner, Standing, judge_part
 from featcache.extraction import entry_folders
 from featcache.extraction.feature_cache import FeatureCache, remark_on_toy

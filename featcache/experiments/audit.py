@@ -26,7 +26,6 @@ from featcache.datasets.thumbnails import (
 )
 from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import SetupError, StorageError, UnreadableSample, UsageError
-from featcache.evaluation.draws import Units, units_of
 from featcache.evaluation.likeness import (
     Likeness,
     Neighbourhood,
@@ -38,6 +37,7 @@ from featcache.evaluation.likeness import (
     unit_rows,
 )
 from featcache.evaluation.metrics import Gap, paired_gap
+from featcache.evaluation.splits import Units, units_of
 from featcache.experiments.experiment import Experiment, aligned
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, in_memory, run_fit
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output

@@ -18,11 +18,23 @@ from featcache.datasets.thumbnails import SIDE
 from featcache.display import logger
 from featcache.errors import CutError, SetupError, UsageError
 from featcache.evaluation import Task
-from featcache.evaluation.draws import Drawing, Units, chances, drawn_accuracies, drawn_weights, fold_of, units_of
-from featcache.evaluation.splits import FOLDS, Fold, Index, Split, part_of
+from featcache.evaluation.splits import (
+    FOLDS,
+    Drawing,
+    Fold,
+    Index,
+    Split,
+    Units,
+    chances,
+    drawn_accuracies,
+    drawn_weights,
+    fold_of,
+    part_of,
+    units_of,
+)
+from featcache.extraction.extract import require_usable
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.extraction.files import DatasetFiles
-from featcache.extraction.writer import require_usable
 from featcache.heads.search import ridge_shares, search_head
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store import Features

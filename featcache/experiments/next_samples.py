@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from featcache.display import Displayed, Table, csv_cell, progress
 from featcache.errors import DataError, UsageError
-from featcache.evaluation.draws import Drawing, Units, draw, drawing_order, fold_of, units_of
 from featcache.evaluation.intervals import Interval
 from featcache.evaluation.likeness import Crowd, herd, unit_rows
 from featcache.evaluation.metrics import at_temperature, best_temperature
-from featcache.evaluation.splits import FOLDS, Fold
+from featcache.evaluation.splits import FOLDS, Drawing, Fold, Units, draw, drawing_order, fold_of, units_of
+from featcache.extraction.extract import require_usable
 from featcache.extraction.feature_cache import FeatureCache
-from featcache.extraction.writer import require_usable
 from featcache.heads.search import predict_with, search_head, train
 from featcache.reports.advice import manifest_csv
 

@@ -16,9 +16,20 @@ from featcache.datasets.base import Dataset
 from featcache.datasets.images import ImagePreprocess
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError
-from featcache.extraction.extract import NO_RUNTIME, Runtime, Workers, beside_pixels, extract, measure, workers_here
+from featcache.extraction.extract import (
+    NO_RUNTIME,
+    EntryWriter,
+    ExtractPlan,
+    ExtractReport,
+    Runtime,
+    Workers,
+    beside_pixels,
+    extract,
+    measure,
+    renew,
+    workers_here,
+)
 from featcache.extraction.files import DatasetFiles, Pixels, Positions, Rows, Scan, scan
-from featcache.extraction.writer import EntryWriter, ExtractPlan, ExtractReport, renew
 from featcache.fingerprint import fingerprint
 from featcache.resources import libraries_load
 from featcache.specs import (

@@ -19,9 +19,18 @@ from numpy.typing import NDArray
 from featcache.datasets.base import Dataset
 from featcache.display import logger, progress
 from featcache.errors import SetupError, UsageError
-from featcache.extraction.extract import NO_RUNTIME, Runtime, Workers, beside_pixels, compute, sample
+from featcache.extraction.extract import (
+    NO_RUNTIME,
+    EntryWriter,
+    Runtime,
+    Workers,
+    beside_pixels,
+    compute,
+    in_dtype,
+    not_finite,
+    sample,
+)
 from featcache.extraction.files import Batch, BatchReader, DatasetFiles, Pixels, Positions
-from featcache.extraction.writer import EntryWriter, in_dtype, not_finite
 from featcache.specs import INPUT, BackboneSpec, LoadedBackbone, RuntimeName, StoredDtype, Views
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import FileIndex, Part

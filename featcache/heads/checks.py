@@ -13,10 +13,9 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 
 from featcache.errors import SetupError
-from featcache.evaluation.draws import Drawing, Units, fold_of
 from featcache.evaluation.intervals import FEWEST_OF_A_CLASS, Z95, Interval, wilson
 from featcache.evaluation.metrics import Gap, evaluate_on_test, log_loss, paired_gap
-from featcache.evaluation.splits import FOLDS, Fold, Index, Split
+from featcache.evaluation.splits import FOLDS, Drawing, Fold, Index, Split, Units, fold_of
 from featcache.heads.base import Params
 from featcache.heads.search import predict_with, ridge_shares, search_head, train
 

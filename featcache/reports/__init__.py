@@ -46,7 +46,7 @@ class RunRecord(Displayed):
     right, as a text of 0 and 1 in the order that ``test_items`` hashes; ``artefact`` is a path below the cache.
 
     ``test_groups`` numbers the group of each test sample, in that order, where groups were asked for; ``copies`` counts
-    samples that splits or labels take for different although their bytes are equal (see ``draws.copies``). ``source`` is
+    samples that splits or labels take for different although their bytes are equal (see ``splits.copies``). ``source`` is
     what opens the data set again (a path's last part alone: records are passed on), with the number of its samples and the
     hash of their contents and labels; ``protocol`` is how numbers are made. Records of before have none of these.
     """

@@ -13,9 +13,9 @@ from featcache.reports.wording import interval_text
 from featcache.store.atomic import replace_file
 
 if TYPE_CHECKING:
-    from featcache.evaluation.draws import MoreSamples
     from featcache.evaluation.intervals import Interval
     from featcache.evaluation.metrics import Gap
+    from featcache.evaluation.splits import MoreSamples
     from featcache.experiments.advise import AdviceResult, Evidence
     from featcache.experiments.audit import AuditResult, Suspect
     from featcache.experiments.backbone_race import Standing

@@ -125,7 +125,7 @@ class Machine:
 
     def _watch(self) -> None:
         """Count the work, and make what goes by the clock go by the batch."""
-        from featcache.extraction import extract, files, writer
+        from featcache.extraction import extract, files
         from featcache.finetuning.loop import Trial
         from featcache.store import checksums as stamps
 
@@ -141,7 +141,7 @@ class Machine:
 
         extract.compute = counted
         Trial._epoch = trained  # type: ignore[method-assign]
-        writer.MIN_PART_SECONDS = writer.MAX_PART_SECONDS = 0.0
+        extract.MIN_PART_SECONDS = extract.MAX_PART_SECONDS = 0.0
         files._RACY_NS = stamps._RACY_NS = 0  # else the calls depend on how many seconds a run takes
 
     def run(self, act: Callable[[], None], *, at: int = 0, fault: str = "count", lacks: str = "", log: str = "") -> Outcome:

@@ -85,9 +85,9 @@ class World:
 
 def prepare(root: Path, *, tuned: bool) -> World:
     """Extract two entries of several parts, fit a head and, if asked to, fine-tune; keep what every command answers."""
-    from featcache.extraction import writer
+    from featcache.extraction import extract
 
-    writer.PART_ROWS = 8
+    extract.PART_ROWS = 8
     os.environ.update({"FEATCACHE_CACHE": str(root / "cache"), "XDG_DATA_HOME": str(root / "home")})
     world = World(root)
     for number, (name, colour) in enumerate(COLOURS.items()):
