@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 import featcache
 from featcache.experiments.audit import Suspect
-from featcache.reports.advice import leak_lines
+from featcache.reports.wording import leak_lines
 
 COPIES, MIRRORED, FLIPPED, DRAWS = 100, 100, 0.05, 3
 BESIDE = ("mini",)

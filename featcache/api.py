@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from featcache.datasets.base import Dataset
     from featcache.experiments.advise import AdviceResult
     from featcache.experiments.audit import AuditResult
-    from featcache.experiments.bench import BenchResult
+    from featcache.experiments.bench import BenchResult, Places
     from featcache.experiments.export import Exported, ModelFile
     from featcache.experiments.finetune import FineTuneResult, SweepResult
     from featcache.experiments.fit import FitPlan, FitResult
     from featcache.experiments.gap import GapResult
     from featcache.experiments.next_samples import NextResult
     from featcache.experiments.predict import Prediction
-    from featcache.experiments.replay import Places
     from featcache.experiments.report import Format, PagePlan, Report
     from featcache.extraction.feature_cache import Estimate, Extracted, FeatureCache, Output, Settings
     from featcache.finetuning import FineTunePlan
@@ -485,7 +484,7 @@ def replay(
         DataError: no such record is in the file.
         StorageError: the disk failed.
     """
-    from featcache.experiments.replay import Places, run_replay
+    from featcache.experiments.bench import Places, run_replay
     from featcache.extraction.feature_cache import Settings
 
     places = check_value(places or Places(), Places, "places")

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
-from featcache.datasets.images import UnreadableImage, encode, encode_image
+from featcache.datasets.decoding import UnreadableImage, encode, encode_image
 from featcache.errors import DataError, UsageError
 from featcache.extraction import default_cache
 from featcache.extraction.feature_cache import FeatureCache, Settings

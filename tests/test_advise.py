@@ -30,7 +30,7 @@ from featcache.experiments.backbone_race import MARGIN, Pool, Race, Round, Runne
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.heads.search import ridge_shares
-from featcache.reports.advice import advice_lines, more_text
+from featcache.reports.wording import advice_lines, more_text
 from featcache.specs import BackboneSpec
 
 LIKE = Gap(0.0, (-1.0, 1.0), 1.0)

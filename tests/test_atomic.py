@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import StorageError
-from featcache.store import atomic
-from featcache.store.atomic import create_file, remove_abandoned, replace_file
+from featcache.store import disk
+from featcache.store.disk import create_file, remove_abandoned, replace_file
 
 KILLED = 9
 ABROAD = "another"
@@ -30,7 +30,7 @@ def refuse(number: int) -> Callable[..., None]:
 
 def temporary_name(process: int, host: str | None = None) -> str:
     """Return what a process calls its temporary file."""
-    return f".tmp-{host or atomic._host()}-{process}-0123abcd"
+    return f".tmp-{host or disk._host()}-{process}-0123abcd"
 
 
 def a_dead_process() -> int:
@@ -57,10 +57,10 @@ def killed_before(call_number: int, act: Callable[[], object], monkeypatch: pyte
             return call
 
         for name in ("fsync", "link"):
-            monkeypatch.setattr(atomic.os, name, dying(getattr(os, name)))
+            monkeypatch.setattr(disk.os, name, dying(getattr(os, name)))
         for name in ("rename", "replace", "unlink"):
-            monkeypatch.setattr(atomic.Path, name, dying(getattr(Path, name)))
-        monkeypatch.setattr(atomic, "_rename_to_free", dying(atomic._rename_to_free))
+            monkeypatch.setattr(disk.Path, name, dying(getattr(Path, name)))
+        monkeypatch.setattr(disk, "_rename_to_free", dying(disk._rename_to_free))
         try:
             act()
         except BaseException:  # noqa: BLE001 - a child of the tests must not run on
@@ -75,9 +75,9 @@ def test_a_new_file_is_whole_or_absent_wherever_its_writer_dies(
 ) -> None:
     """Before whichever call it is killed, the name stands for all of the content or for nothing, and the next goes on."""
     if world != "links":
-        monkeypatch.setattr(atomic.os, "link", refuse(errno.EPERM))
+        monkeypatch.setattr(disk.os, "link", refuse(errno.EPERM))
     if world.endswith("renameat2"):
-        monkeypatch.setattr(atomic, "_rename_to_free", lambda *_: None)
+        monkeypatch.setattr(disk, "_rename_to_free", lambda *_: None)
     number, died = 0, True
     while died:
         path = tmp_path / str(number) / "file"
@@ -96,9 +96,9 @@ def test_a_new_file_is_whole_or_absent_wherever_its_writer_dies(
 def test_a_name_is_given_once(tmp_path: Path, world: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is there is not written over, with and without links."""
     if world != "links":
-        monkeypatch.setattr(atomic.os, "link", refuse(errno.EPERM))
+        monkeypatch.setattr(disk.os, "link", refuse(errno.EPERM))
     if world.endswith("renameat2"):
-        monkeypatch.setattr(atomic, "_rename_to_free", lambda *_: None)
+        monkeypatch.setattr(disk, "_rename_to_free", lambda *_: None)
 
     assert create_file(tmp_path / "file", b"first")
     assert not create_file(tmp_path / "file", b"second")
@@ -108,7 +108,7 @@ def test_a_name_is_given_once(tmp_path: Path, world: str, monkeypatch: pytest.Mo
 
 def test_what_renameat2_cannot_do_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that takes no new name ends in one plain error, and leaves nothing."""
-    monkeypatch.setattr(atomic.os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(disk.os, "link", refuse(errno.EPERM))
     long = "n" * 300
 
     with pytest.raises(StorageError, match="cannot be written"):
@@ -150,7 +150,7 @@ def test_our_own_files_are_locked_while_they_are_written(tmp_path: Path) -> None
         seen.append(renamed.exists())
         renamed.rename(temporary)
 
-    atomic.replace_file_by(tmp_path / "file", look)
+    disk.replace_file_by(tmp_path / "file", look)
 
     assert seen == [True]
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
@@ -158,7 +158,7 @@ def test_our_own_files_are_locked_while_they_are_written(tmp_path: Path) -> None
 
 def test_a_file_swept_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between making a temporary file and locking it another process may remove it: the write still succeeds."""
-    real, thefts = atomic._lock, []
+    real, thefts = disk._lock, []
 
     def stolen(descriptor: int) -> bool | None:
         if not thefts:
@@ -166,7 +166,7 @@ def test_a_file_swept_before_it_was_locked_is_made_again(tmp_path: Path, monkeyp
             thefts[0].unlink()
         return real(descriptor)
 
-    monkeypatch.setattr(atomic, "_lock", stolen)
+    monkeypatch.setattr(disk, "_lock", stolen)
     replace_file(tmp_path / "file", b"content")
 
     assert len(thefts) == 1
@@ -182,7 +182,7 @@ def test_other_machines_and_file_systems_without_locks_are_given_a_day(
     for path in (old, young, unknown):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 2 * 86400,) * 2)
-    monkeypatch.setattr(atomic.fcntl, "flock", refuse(errno.ENOLCK))
+    monkeypatch.setattr(disk.fcntl, "flock", refuse(errno.ENOLCK))
 
     remove_abandoned(tmp_path)
 

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from support import TINY, Outcome
 
 from featcache.datasets import open_dataset
-from featcache.datasets.thumbnails import Exif, exif_of, oddities
+from featcache.datasets.decoding import Exif, exif_of, oddities
 from featcache.errors import UsageError
 from featcache.evaluation import likeness
 from featcache.evaluation.likeness import Likeness, components, neighbourhood, tone_rows, unit_rows
@@ -24,7 +24,7 @@ from featcache.evaluation.splits import Split, units_of
 from featcache.experiments.audit import AuditResult, Suspect, cleaned, run_audit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads.checks import auc, label_issues, out_of_fold, outliers, shift, without
-from featcache.reports.advice import audit_lines, suspects_csv
+from featcache.reports.wording import audit_lines, suspects_csv
 from featcache.specs import BackboneSpec, TransformOverrides
 
 HUES = {"blue": (60, 90, 190), "green": (70, 160, 80), "red": (180, 80, 70)}

@@ -15,7 +15,7 @@ import pytest
 
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.heads import bundle, search
-from featcache.store import atomic, checksums
+from featcache.store import disk
 
 CARD = {"classes": ["a", "b", "c"]}
 
@@ -212,7 +212,7 @@ def test_a_head_of_more_classes_than_its_card(tmp_path: Path) -> None:
 def of_before(path: Path) -> None:
     """Make a head's card one of an earlier version: named without the format, its signature of the file's bytes alone."""
     card = json.loads(card_of(path).read_text())
-    secret = checksums.secret_path().read_bytes()
+    secret = disk.secret_path().read_bytes()
     card["signature"] = hmac.new(secret, path.read_bytes(), "sha256").hexdigest()
     path.with_suffix(".json").write_text(json.dumps(card))
     card_of(path).unlink()
@@ -230,7 +230,7 @@ def test_a_head_of_before_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFix
     bundle.load(bundle.save(head, CARD, tmp_path / "head"))
     assert not caplog.messages
     of_before(path)
-    checksums.secret_path().unlink()
+    disk.secret_path().unlink()
     with pytest.raises(UsageError, match="`trust=True`"):
         bundle.load(path)
 
@@ -277,7 +277,7 @@ def test_a_kill_between_card_and_head_leaves_a_head(tmp_path: Path, monkeypatch:
             if len(done) == steps:
                 raise KeyboardInterrupt
             done.append(target)
-            (atomic.replace_file if content else atomic.remove_file)(target, *content)
+            (disk.replace_file if content else disk.remove_file)(target, *content)
 
         with monkeypatch.context() as patched:
             patched.setattr(bundle, "replace_file", until)
@@ -318,8 +318,8 @@ def put(path: Path, content: bytes = bytes(32), mode: int = 0o600) -> None:
 def test_a_secret_that_others_may_know_is_refused(spoil: Any, why: str, tmp_path: Path) -> None:
     """Neither what it signed counts, nor is anything signed with it; the message says what to do."""
     path = bundle.save(fitted("ridge")[0], CARD, tmp_path / "head")
-    checksums.secret_path().unlink()
-    spoil(checksums.secret_path())
+    disk.secret_path().unlink()
+    spoil(disk.secret_path())
 
     with pytest.raises(SetupError, match=rf"secret.*{why}.*Delete it"):
         bundle.load(path)
@@ -331,7 +331,7 @@ def test_a_secret_that_others_may_know_is_refused(spoil: Any, why: str, tmp_path
 def test_another_users_secret_is_refused(tmp_path: Path) -> None:
     """It is theirs, whatever its mode."""
     path = bundle.save(fitted("ridge")[0], CARD, tmp_path / "head")
-    os.chown(checksums.secret_path(), 12345, -1)
+    os.chown(disk.secret_path(), 12345, -1)
 
     with pytest.raises(SetupError, match="belongs to another user"):
         bundle.load(path)
@@ -341,7 +341,7 @@ def test_an_empty_secret_runs_no_planted_code(tmp_path: Path, monkeypatch: pytes
     """A file and a card that are signed with the empty key, which anyone can do, are not opened."""
     monkeypatch.chdir(tmp_path)
     path, content = bundle.save(fitted("ridge")[0], CARD, tmp_path / "head"), pickle.dumps(_Evil())
-    put(checksums.secret_path(), b"")
+    put(disk.secret_path(), b"")
     path.write_bytes(content)
     change(path, sha256=bundle.sha256_of_bytes(content), signature=hmac.new(b"", content, "sha256").hexdigest())
 
@@ -355,14 +355,14 @@ def test_the_secret_is_made_whole_and_for_one_user() -> None:
     """32 bytes, mode 0600 under any umask, nothing beside it; the next signature is of the same one."""
     before = os.umask(0)
     try:
-        first = checksums.sign(b"", b"content")
+        first = disk.sign(b"", b"content")
     finally:
         os.umask(before)
 
-    facts = checksums.secret_path().stat()
+    facts = disk.secret_path().stat()
     assert (facts.st_size, stat.S_IMODE(facts.st_mode)) == (32, 0o600)
-    assert [path.name for path in checksums.secret_path().parent.iterdir()] == ["secret"]
-    assert checksums.sign(b"", b"content") == first
+    assert [path.name for path in disk.secret_path().parent.iterdir()] == ["secret"]
+    assert disk.sign(b"", b"content") == first
 
 
 def test_a_head_that_is_no_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ open_clip = pytest.importorskip("open_clip")
 
 from featcache.backbones import open_backbone  # noqa: E402
 from featcache.backbones.clip import embed_classes  # noqa: E402
-from featcache.datasets.images import ImagePreprocess  # noqa: E402
+from featcache.datasets.decoding import ImagePreprocess  # noqa: E402
 from featcache.errors import DataError, SetupError, UsageError  # noqa: E402
 from featcache.specs import BackboneSpec, TransformOverrides, Views  # noqa: E402
 

@@ -12,7 +12,7 @@ from support import Run
 from test_damage import OTHER, entry, seen
 
 from featcache.experiments.upkeep import collect
-from featcache.store.atomic import _host
+from featcache.store.disk import _host
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import Listing, Part
 

@@ -18,8 +18,7 @@ from support import TINY, Run, draw_folder, draw_subtle
 from featcache.backbones import origins
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
-from featcache.datasets.images import decode, decode_both
-from featcache.datasets.thumbnails import SIDE
+from featcache.datasets.decoding import SIDE, decode, decode_both
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction import files
 from featcache.extraction.feature_cache import FeatureCache, Settings

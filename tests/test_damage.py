@@ -350,7 +350,7 @@ def short_alone(path: Path) -> str:
 def test_what_is_too_long_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A terabyte in the place of a part or of the table is refused by its size."""
     store = entry(tmp_path)
-    monkeypatch.setattr("featcache.store.checksums.sha256_of_file", short_alone)
+    monkeypatch.setattr("featcache.store.disk.sha256_of_file", short_alone)
     os.truncate(store.path / "features.h5", 10**12)
     assert FeatureStore.open(store.path)._current_table() is None
     for record in store.manifest.parts:

@@ -15,7 +15,7 @@ import pytest
 from support import COLOURS, TINY, draw_folder, draw_image
 
 from featcache.datasets import open_dataset
-from featcache.datasets.images import ImagePreprocess
+from featcache.datasets.decoding import ImagePreprocess
 from featcache.errors import DataError, StorageError
 from featcache.extraction import extract as stage
 from featcache.extraction.extract import EntryWriter, ExtractPlan, Runtime

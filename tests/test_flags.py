@@ -16,8 +16,8 @@ import featcache
 from featcache import api, open_dataset
 from featcache.cli import cli, spelling
 from featcache.errors import DataError, UsageError
+from featcache.experiments.bench import Places
 from featcache.experiments.fit import FitPlan
-from featcache.experiments.replay import Places
 from featcache.experiments.report import PagePlan
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning import FineTunePlan, Unfreeze

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.datasets.images import UnreadableImage, decode, encode, encode_image
+from featcache.datasets.decoding import UnreadableImage, decode, encode, encode_image
 from featcache.specs import Transform, Views
 
 

@@ -15,7 +15,7 @@ from support import TINY, Run
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset, odd_names
-from featcache.datasets.images import encode
+from featcache.datasets.decoding import encode
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError
 

@@ -19,12 +19,11 @@ from support import TINY, Run, draw_subtle
 
 import featcache
 from featcache.cli.bench import command_of
-from featcache.datasets.thumbnails import TILE, sheet_of
+from featcache.datasets.decoding import TILE, sheet_of
 from featcache.display import csv_cell, latex_cell, markdown_cell
-from featcache.experiments.evidence import best_head, projected, reliability
+from featcache.experiments.report import best_head, projected, reliability
 from featcache.reports import RunRecord, read_records
-from featcache.reports.page import render
-from featcache.reports.shown import Cell, Confusion, DatasetEvidence, Scatter, Shown, Suspicion
+from featcache.reports.page import Cell, Confusion, DatasetEvidence, Scatter, Shown, Suspicion, render
 from featcache.reports.svg import Mark, pareto
 from featcache.reports.tables import rows, short_table, to_csv
 

@@ -17,7 +17,7 @@ import pytest
 from support import TINY, Run, draw_image
 
 from featcache.backbones.timm_models import load_backbone
-from featcache.datasets.images import decode
+from featcache.datasets.decoding import decode
 from featcache.evaluation.metrics import at_temperature
 from featcache.experiments import predict as predicting
 from featcache.experiments.predict import label_samples

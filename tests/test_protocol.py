@@ -17,7 +17,7 @@ from test_fit import blobs
 from featcache import heads
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
-from featcache.datasets.thumbnails import statistics
+from featcache.datasets.decoding import statistics
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.splits import make_split
 from featcache.experiments import bench

@@ -15,11 +15,11 @@ from support import draw_folder
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import MemoryReader
-from featcache.datasets.images import ImagePreprocess
+from featcache.datasets.decoding import ImagePreprocess
 from featcache.errors import SetupError, UsageError
 from featcache.extraction.extract import EntryWriter
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.ray_engine import decode_unit
+from featcache.extraction.runtimes import decode_unit
 from featcache.specs import BackboneSpec, Transform, TransformOverrides, Views
 
 SPEC = BackboneSpec("test_resnet", random_init=0, overrides=TransformOverrides(input_size=32))

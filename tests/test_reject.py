@@ -9,7 +9,7 @@ import pytest
 from sklearn.covariance import ledoit_wolf_shrinkage
 from support import TINY, Run, draw_folder, draw_image
 
-from featcache.datasets.images import ImagePreprocess
+from featcache.datasets.decoding import ImagePreprocess
 from featcache.errors import DataError, UsageError
 from featcache.evaluation import Task
 from featcache.evaluation.metrics import at_temperature
@@ -17,15 +17,20 @@ from featcache.extraction.feature_cache import FeatureCache
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import bundle
 from featcache.heads.checks import auc
-from featcache.heads.familiarity import ClassCentres, Neighbours, TrainingRows, _towards_sphere, read_familiar
+from featcache.heads.fit import fit
 from featcache.heads.rejection import (
     Calibration,
+    ClassCentres,
+    Neighbours,
     Rejection,
     RejectPlan,
     SetScore,
+    TrainingRows,
+    _towards_sphere,
     all_scores,
     draws_of,
     fewest_units,
+    read_familiar,
 )
 from featcache.heads.search import fit, predict_with
 from featcache.specs import Transform, Views

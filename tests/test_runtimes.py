@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
-from featcache.datasets.images import decode
+from featcache.datasets.decoding import decode
 from featcache.errors import SetupError, UsageError
 from featcache.extraction import runtimes
 from featcache.extraction.extract import Runtime, Workers

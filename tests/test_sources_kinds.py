@@ -17,7 +17,7 @@ from support import TINY, Run, draw_image
 
 from featcache.datasets import open_dataset
 from featcache.datasets.base import Dataset
-from featcache.datasets.images import decode, encode
+from featcache.datasets.decoding import decode, encode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.specs import Transform
 

@@ -13,7 +13,7 @@ import pytest
 
 from featcache.errors import StorageError
 from featcache.specs import FeatureSpec, LoadedBackbone, Transform
-from featcache.store import atomic
+from featcache.store import disk
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import FileIndex, Listing, Part
 from featcache.store.manifests import Quarantined
@@ -195,15 +195,15 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: int) -> Callabl
         return call
 
     for name in ("link", "fsync"):
-        monkeypatch.setattr(atomic.os, name, guarded(getattr(os, name)))
-    monkeypatch.setattr(atomic.Path, "replace", guarded(Path.replace))
+        monkeypatch.setattr(disk.os, name, guarded(getattr(os, name)))
+    monkeypatch.setattr(disk.Path, "replace", guarded(Path.replace))
     real_open = Path.open
 
     def open_for_writing(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         opened = guarded(real_open) if "x" in mode else real_open
         return opened(self, mode, *args, **kwargs)
 
-    monkeypatch.setattr(atomic.Path, "open", open_for_writing)
+    monkeypatch.setattr(disk.Path, "open", open_for_writing)
     return lambda: calls
 
 

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featcache.backbones import origins
-from featcache.backbones.cut import Cutter, Layer, Place, parameters_by_use, without_unused_tokens
+from featcache.backbones.cut import (
+    FEATURES,
+    Cutter,
+    Layer,
+    Place,
+    parameters_by_use,
+    random_images,
+    timm,
+    without_unused_tokens,
+)
 from featcache.backbones.origins import Origin
 from featcache.backbones.pooling import (
     LastActivations,
@@ -29,8 +38,7 @@ from featcache.backbones.pooling import (
     prove_layout,
     same_vectors,
 )
-from featcache.backbones.tracing import FEATURES, random_images, timm
-from featcache.datasets.images import ImagePreprocess
+from featcache.datasets.decoding import ImagePreprocess
 from featcache.display import logger
 from featcache.errors import CutError, SetupError, UsageError
 from featcache.specs import (

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from featcache.backbones.cut import Cutter, Layer
-from featcache.backbones.tracing import FEATURES
+from featcache.backbones.cut import FEATURES, Cutter, Layer
 from featcache.errors import CutError, UsageError
 from featcache.specs import Pool
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from featcache.backbones import origins
 from featcache.backbones.base import OWN_HEAD, Backbone, TimmBackbone, default_device
+from featcache.backbones.cut import timm
 from featcache.backbones.origins import BUNDLED
-from featcache.backbones.tracing import timm
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_bytes, sha256_of_chunks
 from featcache.resources import FETCH, may_fetch

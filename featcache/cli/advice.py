@@ -36,7 +36,7 @@ def advise_command(as_json: bool, backbones: tuple[str, ...], **flags: Any) -> N
     sure it is, and what the textbook rule says.
     """
     from featcache.api import advise
-    from featcache.reports.advice import advice_lines
+    from featcache.reports.wording import advice_lines
 
     specs = [_backbone_of(text) for text in backbones]
     settings, dataset = options.take_settings(flags), options.take_dataset(flags)
@@ -94,7 +94,7 @@ def audit_command(
     """
     from featcache.api import audit
     from featcache.experiments.audit import cleaned
-    from featcache.reports.advice import audit_lines, manifest_csv, suspects_csv, write_csv
+    from featcache.reports.wording import audit_lines, manifest_csv, suspects_csv, write_csv
 
     spec, settings, dataset = options.take_inputs(flags)
     if fixed is not None:
@@ -143,7 +143,7 @@ def next_command(as_json: bool, csv_file: Path | None, **flags: Any) -> None:  #
     """
     from featcache.api import next_samples
     from featcache.datasets import open_partly
-    from featcache.reports.advice import write_csv
+    from featcache.reports.wording import write_csv
 
     spec, settings = options.take_spec(flags), options.take_settings(flags)
     names = {name: flags.pop(name) for name in ("data", "name", "data_root", "download", "group")}

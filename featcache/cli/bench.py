@@ -119,7 +119,7 @@ def _show_replay(
     """Run records again and print what came out; return whether all of them are confirmed."""
     from featcache.api import replay
     from featcache.cli import spelling
-    from featcache.experiments.replay import Places
+    from featcache.experiments.bench import Places
 
     assert asked.recorded is not None
     new_records = None if out is None else out / asked.recorded.name

@@ -73,7 +73,7 @@ def _open(text: str, data_root: Path | None, download: bool) -> Dataset:  # noqa
 
         return open_docstrings() if text == DOCSTRINGS else open_digits(text)
     if kind == "wds":
-        from featcache.datasets.webdataset import open_shards
+        from featcache.datasets.folder import open_shards
 
         return open_shards(rest)
     if kind in {"torchvision", "hf"} and rest:
@@ -104,7 +104,7 @@ def _open_path(text: str) -> Dataset:
 
         return open_npz(path) if suffix == ".npz" else open_hdf5(path)
     if suffix == ".tar":
-        from featcache.datasets.webdataset import open_shards
+        from featcache.datasets.folder import open_shards
 
         return open_shards(str(path))
     if path.exists():

@@ -23,8 +23,8 @@ from featcache.datasets.base import (
     safe_name,
     split_of,
 )
+from featcache.datasets.decoding import MAX_MEGAPIXELS, UnreadableImage, encode
 from featcache.datasets.folder import many
-from featcache.datasets.images import MAX_MEGAPIXELS, UnreadableImage, encode
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError, UsageError
 from featcache.resources import free_memory, libraries_load

@@ -23,8 +23,8 @@ from featcache.datasets.base import (
     safe_name,
     split_of,
 )
+from featcache.datasets.decoding import encode_image
 from featcache.datasets.folder import many
-from featcache.datasets.images import encode_image
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.specs import SampleKind

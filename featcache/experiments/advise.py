@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones.origins import BUNDLED
-from featcache.datasets.thumbnails import SIDE, statistics
+from featcache.datasets.decoding import SIDE, statistics
 from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, paired_gap
@@ -146,7 +146,7 @@ class AdviceResult(Displayed):
 
     def table(self) -> Table:
         """Return the candidates."""
-        from featcache.reports.advice import advice_table
+        from featcache.reports.wording import advice_table
 
         return advice_table(self)
 

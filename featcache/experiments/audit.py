@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset, FileReader, MemoryReader, Sample
-from featcache.datasets.thumbnails import (
+from featcache.datasets.decoding import (
     ALTERATIONS,
     SIDE,
     Exif,
@@ -57,7 +57,7 @@ from featcache.heads.checks import (
 from featcache.heads.search import Embeddings
 from featcache.specs import POOLED, BackboneSpec
 from featcache.store import Features
-from featcache.store.checksums import keep_note, kept_note
+from featcache.store.disk import keep_note, kept_note
 
 ACROSS = " across splits"
 COPIES = ("copy", "near copy", "mirrored copy")
@@ -137,7 +137,7 @@ class AuditResult(Displayed):
 
     def table(self) -> Table:
         """Return the counts."""
-        from featcache.reports.advice import audit_table
+        from featcache.reports.wording import audit_table
 
         return audit_table(self)
 

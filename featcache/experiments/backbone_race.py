@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
-from featcache.datasets.thumbnails import SIDE
+from featcache.datasets.decoding import SIDE
 from featcache.display import logger
 from featcache.errors import CutError, SetupError, UsageError
 from featcache.evaluation import Task

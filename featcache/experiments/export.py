@@ -35,11 +35,10 @@ from featcache.experiments.predict import cache_of
 from featcache.extraction.feature_cache import Settings
 from featcache.extraction.runtimes import own_randomness
 from featcache.heads.bundle import Bundle
-from featcache.heads.familiarity import ClassCentres, Neighbours, centre_nearness
 from featcache.heads.nonlinear import TEMPERATURE
-from featcache.heads.rejection import UNFAMILIAR, Rejection, RejectPlan
+from featcache.heads.rejection import UNFAMILIAR, ClassCentres, Neighbours, Rejection, RejectPlan, centre_nearness
 from featcache.specs import Views
-from featcache.store.atomic import replace_file
+from featcache.store.disk import replace_file
 
 AGREEMENT = 1e-4
 _CHECKED = 16

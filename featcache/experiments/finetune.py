@@ -19,7 +19,7 @@ from featcache.reports import PROTOCOL, RunRecord, read_records
 from featcache.reports.tables import NO_GAIN
 from featcache.reports.wording import START_STAYS, finetune_table
 from featcache.specs import LIVE_BATCHNORM, POOLED, BackboneSpec
-from featcache.store.atomic import remove_file
+from featcache.store.disk import remove_file
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origins
-from featcache.datasets.thumbnails import SIDE
+from featcache.datasets.decoding import SIDE
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, FeatcacheError, StorageError, UsageError
 from featcache.evaluation import ColumnCoder, Task, column_names
@@ -37,12 +37,12 @@ from featcache.reports import PROTOCOL, RunRecord
 from featcache.resources import free_memory, libraries_load
 from featcache.specs import CLIP, POOLED, TOKENS, Views, check_fields, cut_of_layers
 from featcache.store import beside
-from featcache.store.checksums import keep_note, kept_note
+from featcache.store.disk import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
-    from featcache.heads.familiarity import TrainingRows
-    from featcache.heads.search import Curve
+    from featcache.heads.fit import Curve
+    from featcache.heads.rejection import TrainingRows
     from featcache.heads.zeroshot import ClassRows
 
 # plain ones: which wording suits a data set is the user's to say
@@ -572,7 +572,7 @@ class _Fitting:
     @cached_property
     def _training_rows(self) -> "TrainingRows | None":
         """Training samples that tell how familiar others are: the first by content, since hashes are as good as drawn."""
-        from featcache.heads.familiarity import MOST_ROWS, TrainingRows
+        from featcache.heads.rejection import MOST_ROWS, TrainingRows
 
         if self.entry.cut == TOKENS and not self.plan.best_pool:
             return None

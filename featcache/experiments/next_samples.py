@@ -16,7 +16,7 @@ from featcache.evaluation.splits import FOLDS, Drawing, Fold, Units, draw, drawi
 from featcache.extraction.extract import require_usable
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.heads.search import predict_with, search_head, train
-from featcache.reports.advice import manifest_csv
+from featcache.reports.wording import manifest_csv
 
 Rows = NDArray[np.float32]
 Index = NDArray[np.int64]

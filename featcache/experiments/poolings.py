@@ -20,7 +20,7 @@ from featcache.heads import FittedHead
 from featcache.reports import PROTOCOL
 from featcache.resources import free_memory
 from featcache.specs import POOLED, POOLS, TOKENS, Pool
-from featcache.store.checksums import keep_note, kept_note
+from featcache.store.disk import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:

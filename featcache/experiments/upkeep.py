@@ -19,9 +19,9 @@ from featcache.extraction import bound_location, default_cache, entry_folders
 from featcache.fingerprint import sha256_of_file
 from featcache.heads import bundle
 from featcache.reports import broken_lines
-from featcache.store.atomic import make_folder, remove_file
+from featcache.store.disk import make_folder, remove_file
 from featcache.store.entry import FeatureStore
-from featcache.store.maintenance import Joining, Litter, join, joining_of, litter_in, litter_of
+from featcache.store.manifests import Joining, Litter, join, joining_of, litter_in, litter_of
 
 _HEADS = (".joblib", ".skops")
 _SHOWN = 8  # backbones that were downloaded

@@ -14,9 +14,8 @@ from featcache.display import logger
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical
 from featcache.specs import INPUT, POOLED, REVISED, BackboneSpec, FeatureSpec, StoredDtype, Tokenisation, Views
-from featcache.store.atomic import create_file, make_folder, remove_abandoned, replace_file
+from featcache.store.disk import create_file, make_folder, read_note, remove_abandoned, replace_file, sealed, unsealed
 from featcache.store.entry import FeatureStore
-from featcache.store.manifests import read_note, sealed, unsealed
 
 
 def default_cache() -> Path:

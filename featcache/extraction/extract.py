@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.datasets.base import Dataset
-from featcache.datasets.images import decode_both
+from featcache.datasets.decoding import decode_both
 from featcache.display import logger, printable, progress
 from featcache.errors import DataError, StorageError
 from featcache.extraction.files import Batch, BatchReader, DatasetFiles, Pixels, Positions, Rows, Scan, Thumbnails, scan
@@ -35,7 +35,7 @@ from featcache.store.manifests import Quarantined
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Preprocess
-    from featcache.extraction.ray_engine import WrittenPart
+    from featcache.extraction.runtimes import WrittenPart
     from featcache.store.entry import FeatureStore
 
 # A part is what an interrupt can cost: small at first, so that a run killed early keeps something; later as large as a

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from featcache import extraction as entries
 from featcache.backbones import origins
 from featcache.datasets.base import Dataset
-from featcache.datasets.images import ImagePreprocess
+from featcache.datasets.decoding import ImagePreprocess
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError
 from featcache.extraction.extract import (
@@ -49,12 +49,12 @@ from featcache.specs import (
     layers_of,
     stored_dtype,
 )
-from featcache.store.checksums import keep_note, kept_note
+from featcache.store.disk import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone, Preprocess
-    from featcache.extraction.ray_engine import WorkerConfig
+    from featcache.extraction.runtimes import WorkerConfig
 
 _SMALL_IMAGE = 128  # pixels; above it small batches keep their activations in the caches of a core
 _TINY_IMAGE = 32  # pixels; up to it what the interpreter does for a batch weighs as much as computing it
@@ -486,7 +486,7 @@ class FeatureCache:
         cuts = [store.spec["cut"] for store, _ in opened]
         beside = None
         if self.settings.engine == "ray" and any(len(writer.scanned.pending) for writer in writers):
-            from featcache.extraction.ray_engine import compute_remotely
+            from featcache.extraction.runtimes import compute_remotely
 
             plan = replace(plan, remote=partial(compute_remotely, self._worker_config(writers, plan)))
         elif thumbnails is not None and self.settings.part is None and self.dataset.kind == "image":
@@ -541,7 +541,7 @@ class FeatureCache:
             yield
 
     def _worker_config(self, writers: Sequence[EntryWriter], plan: ExtractPlan) -> "WorkerConfig":
-        from featcache.extraction.ray_engine import WorkerConfig
+        from featcache.extraction.runtimes import WorkerConfig
 
         weights = self.spec.weights
         anywhere = replace(

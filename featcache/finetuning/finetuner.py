@@ -57,8 +57,7 @@ from featcache.finetuning.model import (
 from featcache.finetuning.unfreezing import ProcessGroup, merge_lora
 from featcache.resources import keep_freed_memory
 from featcache.specs import LIVE_BATCHNORM, Precision
-from featcache.store.atomic import make_folder, remove_file, replace_file_by
-from featcache.store.checksums import is_signed, sign
+from featcache.store.disk import is_signed, make_folder, remove_file, replace_file_by, sign
 
 _ROUNDING = 1e-9  # of differences of accuracies
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the way from the start to the best epoch

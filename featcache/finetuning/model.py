@@ -20,7 +20,7 @@ from featcache.evaluation.metrics import Scores, TestResult
 from featcache.evaluation.splits import Index
 from featcache.finetuning.unfreezing import Trainable, add_lora, fold_norms
 from featcache.specs import INPUT, Precision
-from featcache.store.atomic import make_folder, replace_file
+from featcache.store.disk import make_folder, replace_file
 
 _ROUNDING = 1e-9  # of differences of accuracies
 _SHIFT = 1 / 8  # of a side: the 4 of 32 pixels of He et al. 2016

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.thumbnails import SMALL, STATISTICS, small_rows, statistics
+from featcache.datasets.decoding import SMALL, STATISTICS, small_rows, statistics
 from featcache.evaluation import Columns, alone
 from featcache.evaluation.metrics import (
     AnyScores,

@@ -15,7 +15,7 @@ from featcache.display import Table, booktabs, csv_cell, markdown_cell, printabl
 from featcache.errors import SetupError, UsageError
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
 from featcache.reports import RunRecord
-from featcache.store.atomic import make_folder, replace_file
+from featcache.store.disk import make_folder, replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

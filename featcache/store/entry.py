@@ -18,20 +18,23 @@ from featcache.display import logger
 from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
 from featcache.specs import FeatureSpec, Tokenisation, Transform
-from featcache.store import Features, LazyRows, RowReader, hdf5, maintenance, manifests
-from featcache.store.atomic import (
+from featcache.store import Features, LazyRows, RowReader, hdf5, manifests
+from featcache.store.disk import (
+    Signs,
+    Stamps,
     create_file,
     is_temporary,
     make_folder,
+    parse,
+    read_plain,
     remove_abandoned,
     remove_file,
     replace_file,
     replace_file_by,
+    signs,
 )
-from featcache.store.checksums import Signs, Stamps, signs
 from featcache.store.hdf5 import Array, FileIndex, Listing, Part
-from featcache.store.maintenance import OTHER_BYTES, Inspection
-from featcache.store.manifests import LISTING_SUFFIX, PART_SUFFIX, FileRecord, Manifest, Quarantined, parse, read_plain
+from featcache.store.manifests import LISTING_SUFFIX, OTHER_BYTES, PART_SUFFIX, FileRecord, Inspection, Manifest, Quarantined
 
 TABLE = "features.h5"
 TABLE_LIMIT = 2 << 30  # the table is a copy for people: above this the disk is worth more than rows kept twice
@@ -137,7 +140,7 @@ class FeatureStore:
 
     def tidy(self) -> None:
         """Remove what killed writers left; a cache that cannot be written stays as it is."""
-        for folder in maintenance.FOLDERS:
+        for folder in manifests.FOLDERS:
             remove_abandoned(self.path / folder)
 
     @property

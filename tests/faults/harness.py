@@ -127,7 +127,7 @@ class Machine:
         """Count the work, and make what goes by the clock go by the batch."""
         from featcache.extraction import extract, files
         from featcache.finetuning.loop import Trial
-        from featcache.store import checksums as stamps
+        from featcache.store import disk as stamps
 
         compute, epoch, numbers = extract.compute, Trial._epoch, self._numbers
 

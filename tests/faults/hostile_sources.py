@@ -49,7 +49,7 @@ class Outcome:
 def look_at(data: str, root: Path) -> str:
     """Open a data set, and read and decode all of it as an extraction does."""
     from featcache.datasets import open_dataset
-    from featcache.datasets.images import ImagePreprocess
+    from featcache.datasets.decoding import ImagePreprocess
     from featcache.extraction.files import BatchReader, DatasetFiles
     from featcache.specs import Transform, Views
 
