@@ -10,7 +10,7 @@ import pytest
 from support import Outcome
 
 from featcache.cli import ended_by, main
-from featcache.cli.heads import _columns
+from featcache.cli.models import _columns
 from featcache.display import printable
 from featcache.errors import DataError
 

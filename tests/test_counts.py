@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 from support import TINY, Run, draw_folder, draw_subtle
 
-from featcache.backbones import origins
+from featcache import backbones
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.datasets.decoding import SIDE, decode, decode_both
@@ -85,7 +85,7 @@ def counted(below: Path) -> Iterator[Counts]:
 def _files_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files of this test be old enough to be recognised by their times."""
     monkeypatch.setattr(files, "_RACY_NS", 0)
-    monkeypatch.setattr(origins, "_RACY_NS", 0)
+    monkeypatch.setattr(backbones, "_RACY_NS", 0)
 
 
 def once(folder: Path) -> dict[str, int]:
@@ -223,7 +223,7 @@ def test_weights_are_hashed_once(run: Run, tmp_path: Path, tiny: BackboneSpec) -
     backbone = ("-b", "test_resnet", "--weights", weights, "--input-size", "32")
 
     for _ in range(2):  # a first run, and a hit
-        origins._hashed.clear()
+        backbones._hashed.clear()
         with counted(weights.parent) as counts:
             assert run("fit", folder, *backbone, *heads).code == 0
         assert counts.reads == {str(weights): 1}

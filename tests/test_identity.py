@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from support import TINY, Run, draw_folder, draw_image
 from timm.models import save_for_hf
 
-from featcache import FeatureExtractor, api
-from featcache.backbones import origins
+from featcache import FeatureExtractor, api, backbones
+from featcache.backbones import Origin
 from featcache.backbones import timm_models as backbone
-from featcache.backbones.origins import Origin
 from featcache.datasets import open_dataset
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.experiments import predict as predicting
@@ -326,7 +325,7 @@ def test_pytorchs_downloads_are_looked_at(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "checkpoints").mkdir()
     file = tmp_path / "checkpoints" / "net-1234.pth"
     config = {"url": "https://example.org/models/net-1234.pth"}
-    origin = origins.published(config)
+    origin = backbones.published_origin(config)
     assert origin == Origin("file", "net-1234.pth", filename="net-1234.pth", reads=("weights",))
 
     found = [origin.content()]
@@ -342,12 +341,12 @@ def test_a_file_is_hashed_again_while_it_may_change(tmp_path: Path) -> None:
     """A hash is believed for a file that rested two seconds, and that still has its times."""
     file = tmp_path / "net.safetensors"
     file.write_bytes(b"one")
-    first = origins.sha256_of_weights(file)
+    first = backbones.sha256_of_weights(file)
     stat = file.stat()
     file.write_bytes(b"two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    assert origins.sha256_of_weights(file) != first
+    assert backbones.sha256_of_weights(file) != first
 
 
 # heads

@@ -18,7 +18,7 @@ import pytest
 from support import TINY, Run, draw_subtle
 
 import featcache
-from featcache.cli.bench import command_of
+from featcache.cli.studies import command_of
 from featcache.datasets.decoding import TILE, sheet_of
 from featcache.display import csv_cell, latex_cell, markdown_cell
 from featcache.experiments.report import best_head, projected, reliability

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featcache.backbones import origins
+from featcache.backbones import Origin, sha256_of_given_weights
 from featcache.backbones.cut import (
     FEATURES,
     Cutter,
@@ -24,7 +24,6 @@ from featcache.backbones.cut import (
     timm,
     without_unused_tokens,
 )
-from featcache.backbones.origins import Origin
 from featcache.backbones.pooling import (
     LastActivations,
     Layers,
@@ -296,7 +295,7 @@ class TimmBackbone:
     def is_current(self) -> bool:
         """Whether the files that it was loaded from are still what they were."""
         same = self.origin is None or self.origin.content() == self.content
-        return same and origins.sha256_of_given_weights(self.spec) == self.file_sha256
+        return same and sha256_of_given_weights(self.spec) == self.file_sha256
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featcache.backbones import origins
+from featcache.backbones import Origin, hub_has_an_address, local_files_only, origin_of, sha256_of_given_weights
 from featcache.backbones.base import OWN_HEAD, TimmBackbone, default_device
-from featcache.backbones.origins import Origin
 from featcache.backbones.timm_models import freeze, hash_weights, transform_of, try_image
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError, did_you_mean
 from featcache.fingerprint import canonical
@@ -105,7 +104,7 @@ def load_image_tower(spec: BackboneSpec, device: torch.device | None = None) -> 
     if spec.model_args:
         raise UsageError("`model_args` are of timm's models: a model of open_clip's is built as its configuration says.")
     device, origin = device or default_device(), _origin(spec)
-    before, digest = origin.content() if origin is not None else None, origins.sha256_of_given_weights(spec)
+    before, digest = origin.content() if origin is not None else None, sha256_of_given_weights(spec)
     model, config = _load(spec)
     tower = (TokenTower if TokenTower.fits(model.visual) else ImageTower)(model.visual)
     freeze(tower, device)
@@ -125,7 +124,7 @@ def load_image_tower(spec: BackboneSpec, device: torch.device | None = None) -> 
     facts = {"vision": canonical(config["vision_cfg"]), "quick_gelu": bool(config.get("quick_gelu"))}
     loaded = LoadedBackbone("clip", _weights_tag(spec), hash_weights(tower), freeze_args(facts), spec.pool)
     content = origin.content() if origin is not None else None
-    if before not in {None, content} or origins.sha256_of_given_weights(spec) != digest:
+    if before not in {None, content} or sha256_of_given_weights(spec) != digest:
         raise DataError(f"`backbone` {spec.name}: its files changed while they were read. Run again.")
     return TimmBackbone(spec, loaded, transform, tower, device, origin, content, digest)
 
@@ -267,7 +266,7 @@ def _checkpoint(folder: Path) -> Path:
 
 
 def _folder(spec: BackboneSpec) -> Path | None:
-    origin = origins.named(spec)
+    origin = origin_of(spec)
     return origin.folder() if origin is not None else None
 
 
@@ -316,7 +315,7 @@ def _published(spec: BackboneSpec) -> dict[str, Any] | None:
 
 def _origin(spec: BackboneSpec) -> Origin | None:
     """Return where the files behind a name lie: a folder, or the hub's copy of a tag's repository."""
-    spelt = origins.named(spec)
+    spelt = origin_of(spec)
     if spelt is not None:
         return spelt
     place = str((_published(spec) or {}).get("hf_hub", "")) if spec.weights is None else ""
@@ -346,7 +345,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _offline_unless_allowed() -> Iterator[None]:
-    with nullcontext() if origins.hub_has_an_address() else origins.local_files_only():
+    with nullcontext() if hub_has_an_address() else local_files_only():
         yield
 
 

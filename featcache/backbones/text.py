@@ -14,10 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featcache.backbones import origins
+from featcache.backbones import (
+    Origin,
+    hub_has_an_address,
+    origin_of,
+    sha256_of_given_weights,
+    sha256_of_weights,
+    tokeniser_files,
+)
 from featcache.backbones.base import Stage, default_device
 from featcache.backbones.encoders import Blocks, TextPooling, TokenStates, WholeEncoder, quietly
-from featcache.backbones.origins import Origin
 from featcache.backbones.pooling import Layout, Poolings, same_vectors
 from featcache.backbones.timm_models import first_line, hash_weights, load_weights
 from featcache.datasets.base import decode_text
@@ -143,7 +149,7 @@ class TextBackbone:
     def is_current(self) -> bool:
         """Whether the files that it was loaded from are still what they were."""
         same = self.origin is None or self.origin.content() == self.content
-        return same and origins.sha256_of_given_weights(self.spec) == self.file_sha256
+        return same and sha256_of_given_weights(self.spec) == self.file_sha256
 
     @cached_property
     def _blocks(self) -> Blocks:
@@ -338,7 +344,7 @@ def load_text(spec: BackboneSpec, device: torch.device | None = None) -> TextBac
     transformers = _library(spec)
     device = device or default_device()
     _refuse_what_images_have(spec)
-    origin = origins.named(spec)
+    origin = origin_of(spec)
     assert origin is not None
     origin, folder = _fetched(spec, origin)
     content = origin.content(folder)
@@ -347,7 +353,7 @@ def load_text(spec: BackboneSpec, device: torch.device | None = None) -> TextBac
         model = _model(transformers, spec, config, folder)
         tokenizer = _tokenizer(transformers, spec, folder)
     way = _own_way(folder)
-    file_sha256 = origins.sha256_of_given_weights(spec)
+    file_sha256 = sha256_of_given_weights(spec)
     if spec.weights is not None:
         load_weights(model, Path(spec.weights))
     if getattr(model, "pooler", None) is not None:
@@ -395,7 +401,7 @@ def _fetched(spec: BackboneSpec, origin: Origin) -> tuple[Origin, Path]:
         folder = origin.folder()
         assert folder is not None
         return origin, folder
-    if origins.hub_has_an_address():
+    if hub_has_an_address():
         from huggingface_hub import snapshot_download
 
         # no pickles: they could run code
@@ -461,7 +467,7 @@ def _model(transformers: Any, spec: BackboneSpec, config: Any, folder: Path) -> 
 
 
 def _tokenizer(transformers: Any, spec: BackboneSpec, folder: Path) -> Any:
-    if not origins.tokeniser_files(folder):
+    if not tokeniser_files(folder):
         raise DataError(f"`backbone` {spec.name}: no tokeniser in it. Save that beside the model with save_pretrained.")
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -481,7 +487,7 @@ def _preprocess(spec: BackboneSpec, tokenizer: Any, config: Any, folder: Path) -
         raise UsageError(f"`input_size` {length}: {spec.name} takes texts of {least} to {most} tokens.")
     side = tokenizer.truncation_side
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    files = {path.name: origins.sha256_of_weights(path) for path in origins.tokeniser_files(folder)}
+    files = {path.name: sha256_of_weights(path) for path in tokeniser_files(folder)}
     tokenisation = Tokenisation(f"sha256:{fingerprint(files)}", length, int(padding), side)
     is_lower = bool(sentences.get("do_lower_case"))
     fast = getattr(tokenizer, "backend_tokenizer", None)

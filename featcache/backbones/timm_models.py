@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featcache.backbones import origins
+from featcache.backbones import (
+    BUNDLED,
+    hub_has_an_address,
+    local_files_only,
+    origin_of,
+    pinned,
+    published_origin,
+    read_config,
+    sha256_of_given_weights,
+)
 from featcache.backbones.base import OWN_HEAD, Backbone, TimmBackbone, default_device
 from featcache.backbones.cut import timm
-from featcache.backbones.origins import BUNDLED
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.fingerprint import sha256_of_bytes, sha256_of_chunks
 from featcache.resources import FETCH, may_fetch
@@ -33,10 +41,10 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
         SetupError: the published weights cannot be downloaded.
     """
     device = device or default_device()
-    named, folder, content = origins.named(spec), None, None
+    named, folder, content = origin_of(spec), None, None
     architecture, args, config = _architecture_of(spec)
     if named is not None:
-        architecture, folder = origins.pinned(spec.name, named)
+        architecture, folder = pinned(spec.name, named)
         content = named.content() if named.kind == "folder" else None  # a commit of the hub's does not change
     is_published = spec.weights is None and spec.random_init is None and config is None
     module = _create(architecture, args, pretrained=is_published, seed=spec.random_init)
@@ -48,12 +56,12 @@ def load_backbone(spec: BackboneSpec, device: torch.device | None = None) -> Tim
         # neither the path nor the repository decides a row: what config.json says of the architecture does
         folder = folder or named.folder()
         architecture = pretrained_cfg.get("architecture") or architecture
-        args = (origins.read_config(folder) if folder is not None else {}) | args
+        args = (read_config(folder) if folder is not None else {}) | args
         before, content = content, named.content(folder)
         if before not in {None, content}:
             raise DataError(f"`backbone` {spec.name}: its files changed while they were read. Run again.")
     elif is_published:
-        named = origins.published(pretrained_cfg)
+        named = published_origin(pretrained_cfg)
         content = named.content() if named is not None else None
     # the part behind the dot names the weights, which their hash says better
     base = spec.name if config is not None else architecture.partition(".")[0]
@@ -101,10 +109,10 @@ def freeze(module: nn.Module, device: torch.device) -> None:
 
 def _fill(module: nn.Module, spec: BackboneSpec) -> str | None:
     """Load the weights that timm does not, and return the SHA-256 of the user's file, if there is one."""
-    digest = origins.sha256_of_given_weights(spec)
+    digest = sha256_of_given_weights(spec)
     if spec.weights is not None:
         load_weights(module, Path(spec.weights))
-        if origins.sha256_of_given_weights(spec) != digest:
+        if sha256_of_given_weights(spec) != digest:
             raise DataError(f"`weights` {spec.weights}: changed while it was read. Run again.")
     elif spec.name in BUNDLED and spec.random_init is None:
         card = _read_card(spec.name)
@@ -213,10 +221,10 @@ def _require_known(name: str) -> None:
 def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | None) -> nn.Module:
     if pretrained and not may_fetch():
         _require_here(name)
-    reachable = not pretrained or origins.hub_has_an_address()
+    reachable = not pretrained or hub_has_an_address()
     try:
         # The caller's random numbers go on as if no network had been created.
-        with torch.random.fork_rng(devices=[]), nullcontext() if reachable else origins.local_files_only():
+        with torch.random.fork_rng(devices=[]), nullcontext() if reachable else local_files_only():
             torch.default_generator.manual_seed(seed or 0)  # of the CPU alone: a GPU's numbers are the caller's
             module: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
             return module
@@ -240,9 +248,9 @@ def _require_here(name: str) -> None:
     Raises:
         SetupError: they are not on this machine.
     """
-    origin = origins.named(BackboneSpec(name))
+    origin = origin_of(BackboneSpec(name))
     if origin is None and (config := timm.get_pretrained_cfg(name)) is not None:
-        origin = origins.published(config.to_dict())
+        origin = published_origin(config.to_dict())
     if origin is None or origin.content() is None:
         raise SetupError(
             f"`backbone` {name}: its weights are not on this machine, and {FETCH}=never. `backbone='lite0'` is installed; "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.backbones.origins import BUNDLED
+from featcache.backbones import BUNDLED
 from featcache.datasets.decoding import SIDE, statistics
 from featcache.display import Displayed, Table, logger, progress
 from featcache.errors import CutError, UsageError

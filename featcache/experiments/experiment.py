@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.backbones import origins
+from featcache.backbones import absolute_name
 from featcache.datasets.base import Dataset
 from featcache.errors import DataError
 from featcache.evaluation import Columns, Task, column_names
@@ -151,7 +151,7 @@ class Experiment:
         return {
             "feature_key": entry.store.key,
             # a path that is relative would mean another file from another folder
-            "backbone": self.cache.identity | {"name": origins.absolute_name(spec)},
+            "backbone": self.cache.identity | {"name": absolute_name(spec)},
             "loaded": entry.store.spec["backbone"],
             "transform": entry.store.spec["transform"],
             "weights": str(Path(spec.weights).resolve()) if spec.weights else None,

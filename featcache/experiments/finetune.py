@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbones import origins
+from featcache.backbones import absolute_name
 from featcache.display import Displayed, Table, logger
 from featcache.evaluation.metrics import Gap, paired_gap
 from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome, finish
@@ -391,7 +391,7 @@ class FineTuneJob:
             self.rows.entry,
             self.checkpoint,
             outcome,
-            backbone=backbone_identity(spec) | {"name": origins.absolute_name(spec)},
+            backbone=backbone_identity(spec) | {"name": absolute_name(spec)},
             weights=spec.weights,
             loaded=asdict(replace(cache.backbone.loaded, tag="file", weights_sha256=weights)),
             transform=transform,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.backbones import origins
+from featcache.backbones import origin_of
 from featcache.datasets.decoding import SIDE
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, FeatcacheError, StorageError, UsageError
@@ -249,7 +249,7 @@ class FitPlan:
         words += [f"with {', '.join(column_names(self.columns))}"] if self.columns else []
         plan = self.choice() | ({"members": list(members)} if members else {})
         if head in ZEROSHOT:
-            texts = origins.named(cache.spec)
+            texts = origin_of(cache.spec)
             plan |= {"prompts": list(self.prompts), "texts": texts.content() if texts is not None else None}
         if (columns := task.identity.columns) is not None:
             plan |= {"column_values": columns}

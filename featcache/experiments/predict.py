@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.backbones import origins
+from featcache.backbones import origin_of, other_revisions
 from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
 from featcache.datasets.folder import sample_files
 from featcache.datasets.tables import open_unlabelled
@@ -98,7 +98,7 @@ def cache_of(bundle: Bundle, source: Dataset, settings: Settings, weights: str |
         DataError: another network lies behind the backbone's name now.
     """
     spec = backbone_of(bundle.card, weights)
-    names = dict.fromkeys([spec.name, *(origins.other_revisions(spec) if spec.weights is None else ())])
+    names = dict.fromkeys([spec.name, *(other_revisions(spec) if spec.weights is None else ())])
     reasons = []
     for name in names:
         cache = FeatureCache(source, replace(spec, name=name), settings)
@@ -144,7 +144,7 @@ def _key_differs(bundle: Bundle, cache: FeatureCache) -> str:
     views, dtypes = Views(card.get("views", 1)), ("float32", "float16")
     if card["feature_key"] in {cache.key(cut, dtype, views) for dtype in dtypes}:  # type: ignore[arg-type]
         return ""
-    if origins.named(cache.spec) is None:
+    if origin_of(cache.spec) is None:
         return f"{cache.spec.name} is not what it was when the head was trained (other weights, or another transform)"
     logger.warning("%s: its card does not say which weights %s had: nothing was compared", bundle.path, cache.spec.name)
     return ""

@@ -364,7 +364,7 @@ def _bundled_backbone(name: str) -> str:
 
 
 def _without_network() -> Finding:
-    from featcache.backbones.origins import BUNDLED, copies_here
+    from featcache.backbones import BUNDLED, copies_here
     from featcache.resources import may_fetch
 
     copies = copies_here()

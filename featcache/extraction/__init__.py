@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featcache.backbones import origins
-from featcache.backbones.origins import Origin
+from featcache.backbones import Origin, is_by_name, origin_of, plain_name, sha256_of_weights
 from featcache.datasets.base import Dataset, location_hash
 from featcache.display import logger
 from featcache.errors import StorageError
@@ -119,9 +118,9 @@ def backbone_identity(spec: BackboneSpec) -> dict[str, Any]:
     """
     weights = Path(spec.weights) if spec.weights is not None else None
     rare = {name: value for name, value in (("pool", spec.pool), ("precision", spec.precision)) if value != _USUAL[name]}
-    content = f"sha256:{origins.sha256_of_weights(weights)}" if weights is not None and weights.is_file() else spec.weights
+    content = f"sha256:{sha256_of_weights(weights)}" if weights is not None and weights.is_file() else spec.weights
     return rare | {
-        "name": origins.plain_name(spec),
+        "name": plain_name(spec),
         "weights": content,
         "random_init": spec.random_init,
         "model_args": [[key, _plain(value)] for key, value in spec.model_args],
@@ -143,8 +142,8 @@ def find_entry(folder: Path, request: CacheRequest) -> FeatureStore | None:
         UsageError: a folder that the name spells out is not there.
     """
     described = request.to_json()
-    by_name = origins.by_name(request.backbone)
-    spelt = origins.named(request.backbone)
+    by_name = is_by_name(request.backbone)
+    spelt = origin_of(request.backbone)
     if request.cut == INPUT and spelt is None:
         by_name = False  # pixels come from no weights, and their transform from timm, whose version is in the request
     absent: list[FeatureStore] = []

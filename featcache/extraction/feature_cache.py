@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import extraction as entries
-from featcache.backbones import origins
+from featcache.backbones import absolute_name, is_by_name
 from featcache.datasets.base import Dataset
 from featcache.datasets.decoding import ImagePreprocess
 from featcache.display import Displayed, Table, facts_table, logger
@@ -266,7 +266,7 @@ class FeatureCache:
 
         The content is that of the loaded backbone, or of the entry that answers in its place.
         """
-        if not origins.by_name(self.spec):
+        if not is_by_name(self.spec):
             return self._facts
         if self._content is None:
             _ = self.backbone
@@ -454,7 +454,7 @@ class FeatureCache:
         facts = request.to_json()
         if loaded is not None and loaded.origin is not None and loaded.content is not None:
             facts["origin"] = {"place": asdict(loaded.origin), "content": loaded.content}
-        elif origins.by_name(self.spec) and self._preprocess is None:
+        elif is_by_name(self.spec) and self._preprocess is None:
             return  # recognised by what was noted before; nothing new is known
         with suppress(StorageError):  # a cache that cannot be written answers all the same
             store.remember_request(facts)
@@ -546,7 +546,7 @@ class FeatureCache:
         weights = self.spec.weights
         anywhere = replace(
             self.spec,
-            name=origins.absolute_name(self.spec),  # actors have working folders of their own
+            name=absolute_name(self.spec),  # actors have working folders of their own
             weights=str(Path(weights).resolve()) if weights else None,
         )
         return WorkerConfig(
