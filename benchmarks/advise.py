@@ -20,8 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset, open_dataset
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
 from featcache.evaluation.splits import drawn_weights, more_samples
 from featcache.experiments import backbone_race

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import featcache
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset
 from featcache.display import Table
 from featcache.experiments.fit import FitPlan, FitResult
 from featcache.reports.wording import fit_table

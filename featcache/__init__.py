@@ -26,8 +26,7 @@ if TYPE_CHECKING:
         report,
         sweep,
     )
-    from featcache.datasets import open_dataset
-    from featcache.datasets.base import Dataset
+    from featcache.datasets import Dataset, open_dataset
     from featcache.errors import CutError, DataError, FeatcacheError, SetupError, StorageError, UsageError
     from featcache.estimator import FeatureExtractor
     from featcache.experiments.advise import AdviceResult
@@ -50,8 +49,7 @@ if TYPE_CHECKING:
 _NAMES = {  # of each module
     "featcache.api": "advise audit bench compare estimate export extract extract_cuts finetune fit gap next_samples "
     "predict quickstart replay report sweep",
-    "featcache.datasets": "open_dataset",
-    "featcache.datasets.base": "Dataset",
+    "featcache.datasets": "Dataset open_dataset",
     "featcache.errors": "CutError DataError FeatcacheError SetupError StorageError UsageError",
     "featcache.estimator": "FeatureExtractor",
     "featcache.experiments.audit": "AuditResult",
@@ -66,7 +64,7 @@ _NAMES = {  # of each module
     "featcache.extraction.feature_cache": "Extracted Settings",
     "featcache.finetuning": "FineTunePlan Unfreeze",
     "featcache.heads.rejection": "RejectPlan",
-    "featcache.reports.comparison": "AgainstResult ReplayResult",
+    "featcache.reports.tables": "AgainstResult ReplayResult",
     "featcache.reports": "RunRecord",
     "featcache.specs": "BackboneSpec FeatureSpec TransformOverrides Views",
     "featcache.store.entry": "FeatureStore",

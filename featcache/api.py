@@ -13,8 +13,7 @@ from featcache.specs import INPUT, POOLED, BackboneSpec, StoredDtype, Views, che
 # What runs is imported by the function that runs it: `featcache.fit` on a hit must not pay for PyTorch, nor a signature
 # for the ten modules behind its types.
 if TYPE_CHECKING:
-    from featcache.datasets import PartlyLabelled
-    from featcache.datasets.base import Dataset
+    from featcache.datasets import Dataset, PartlyLabelled
     from featcache.experiments.advise import AdviceResult
     from featcache.experiments.audit import AuditResult
     from featcache.experiments.bench import BenchResult, Places
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from featcache.heads.bundle import Bundle
     from featcache.heads.rejection import RejectPlan
     from featcache.reports import RunRecord
-    from featcache.reports.comparison import AgainstResult, ReplayResult
+    from featcache.reports.tables import AgainstResult, ReplayResult
 
 Tabled = TypeVar("Tabled", bound=Displayed)
 
@@ -195,8 +194,7 @@ def export(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.datasets import open_dataset
-    from featcache.datasets.base import Dataset
+    from featcache.datasets import Dataset, open_dataset
     from featcache.experiments import export as exporting
     from featcache.extraction.feature_cache import Settings
     from featcache.heads.bundle import load
@@ -507,7 +505,7 @@ def compare(records: "Sequence[RunRecord]", published: str | Path) -> "AgainstRe
     Raises:
         DataError: the file has no record, or none that an own one may stand beside.
     """
-    from featcache.reports.comparison import compare_with_published
+    from featcache.reports.tables import compare_with_published
 
     return compare_with_published(list(records), read_published(published))
 
@@ -592,8 +590,7 @@ def _feature_cache(
     data: "str | Path | Dataset", backbone: str | BackboneSpec, settings: "Settings | None", *, lists: bool = True
 ) -> "FeatureCache":
     """Return a data set and a backbone with their entries; each argument is checked before anything is opened."""
-    from featcache.datasets import open_dataset
-    from featcache.datasets.base import Dataset
+    from featcache.datasets import Dataset, open_dataset
     from featcache.extraction.feature_cache import FeatureCache, Settings
 
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else check_value(backbone, BackboneSpec, "backbone")

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
+from featcache.datasets import Dataset, FileStat, Sample, read_file, stat_file
 from featcache.datasets.decoding import UnreadableImage, encode, encode_image
 from featcache.errors import DataError, UsageError
 from featcache.extraction import default_cache

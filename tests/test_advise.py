@@ -11,8 +11,7 @@ from support import Outcome
 from test_audit import draw_textures
 
 from featcache.api import advise
-from featcache.datasets import open_dataset
-from featcache.datasets.base import FileReader
+from featcache.datasets import FileReader, open_dataset
 from featcache.errors import UsageError
 from featcache.evaluation.metrics import Gap, log_loss
 from featcache.evaluation.splits import Fold, chances, drawn_accuracies, drawn_weights, more_samples, round_count

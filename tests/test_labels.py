@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from support import TINY, Run
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset, odd_names
+from featcache.datasets import Dataset, odd_names, open_dataset
 from featcache.datasets.decoding import encode
 from featcache.datasets.tables import Labels, labelled
 from featcache.errors import DataError

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from support import TINY, Run, draw_image
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset, looks_like_split
+from featcache.datasets import Dataset, looks_like_split, open_dataset
 from featcache.errors import DataError
 from featcache.experiments.predict import find_samples
 

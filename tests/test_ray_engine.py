@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from support import draw_folder
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import MemoryReader
+from featcache.datasets import MemoryReader, open_dataset
 from featcache.datasets.decoding import ImagePreprocess
 from featcache.errors import SetupError, UsageError
 from featcache.extraction.extract import EntryWriter

@@ -15,8 +15,7 @@ from support import draw_image
 from test_sources_kinds import write_mnist
 
 from featcache import api
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset, Sample
+from featcache.datasets import Dataset, Sample, open_dataset
 from featcache.errors import DataError
 from featcache.evaluation import Task
 from featcache.experiments.experiment import Experiment
@@ -179,7 +178,7 @@ def test_images_in_memory_cannot_be_opened_again(
     for number in range(12):
         draw_image(tmp_path / "one.png", (200 * (number % 2), 40, 40), number)
         blobs[f"{number}.png"] = (tmp_path / "one.png").read_bytes()
-    from featcache.datasets.base import MemoryReader
+    from featcache.datasets import MemoryReader
 
     source = Dataset(
         "mine", "a program's own", tuple(Sample(path, str(int(path[:-4]) % 2)) for path in blobs), MemoryReader(blobs)

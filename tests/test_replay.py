@@ -20,7 +20,7 @@ from featcache.experiments.finetune import Sweep
 from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.reports import PROTOCOL, RunRecord, append_record, read_records
-from featcache.reports.comparison import compare_again, compare_with_published
+from featcache.reports.tables import compare_again, compare_with_published
 from featcache.specs import BackboneSpec, TransformOverrides
 
 GRID = """

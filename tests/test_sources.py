@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from support import draw_image
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Sample
+from featcache.datasets import Sample, open_dataset
 from featcache.errors import DataError, UsageError
 
 

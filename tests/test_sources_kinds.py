@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from support import TINY, Run, draw_image
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset, open_dataset
 from featcache.datasets.decoding import decode, encode
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.specs import Transform

@@ -13,8 +13,7 @@ import pytest
 from support import COLOURS, TINY, Run, draw_folder, draw_image
 
 from featcache import extraction as caching
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset, FileStat, MemoryReader, Sample
+from featcache.datasets import Dataset, FileStat, MemoryReader, Sample, open_dataset
 from featcache.datasets.decoding import ImagePreprocess, encode
 from featcache.errors import StorageError
 from featcache.extraction import extract as stage

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featcache.backbones.base import Backbone, Preprocess, Stage
 from featcache.backbones.timm_models import hash_weights
-from featcache.datasets.base import Dataset, MemoryReader, Sample
+from featcache.datasets import Dataset, MemoryReader, Sample
 from featcache.errors import UsageError
 from featcache.experiments.finetune import run_finetune
 from featcache.experiments.finetune_inputs import FineTuneInputs

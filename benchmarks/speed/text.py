@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from featcache.datasets.base import Dataset, MemoryReader, Sample
+from featcache.datasets import Dataset, MemoryReader, Sample
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec
 

@@ -26,7 +26,7 @@ from featcache.backbones.base import Stage, default_device
 from featcache.backbones.encoders import Blocks, TextPooling, TokenStates, WholeEncoder, quietly
 from featcache.backbones.pooling import Layout, Poolings, same_vectors
 from featcache.backbones.timm_models import first_line, hash_weights, load_weights
-from featcache.datasets.base import decode_text
+from featcache.datasets import decode_text
 from featcache.errors import CutError, DataError, SetupError, UsageError
 from featcache.fingerprint import fingerprint
 from featcache.resources import FETCH, may_fetch

@@ -13,7 +13,7 @@ from featcache.heads import HEAD_NAMES
 from featcache.specs import MAX_SEED, RUNTIMES, Interpolation, Pool, Precision
 
 if TYPE_CHECKING:
-    from featcache.datasets.base import Dataset
+    from featcache.datasets import Dataset
     from featcache.extraction.feature_cache import Settings
     from featcache.specs import BackboneSpec
 

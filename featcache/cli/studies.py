@@ -14,7 +14,7 @@ from featcache.display import printable
 if TYPE_CHECKING:
     from featcache.experiments.bench import BenchResult
     from featcache.reports import RunRecord
-    from featcache.reports.comparison import AgainstResult
+    from featcache.reports.tables import AgainstResult
 _TARGET = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 _FAILED = 3
 _GRID: options.Glossary = (

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featcache.datasets.base import (
+from featcache.datasets import (
     MOST_IMAGE_BYTES,
     SPLIT_FOLDERS,
     TEXT_SUFFIXES,

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.datasets.arrays import from_array
-from featcache.datasets.base import (
+from featcache.datasets import (
     ArrayReader,
     Dataset,
     FileReader,
@@ -23,6 +22,7 @@ from featcache.datasets.base import (
     safe_name,
     split_of,
 )
+from featcache.datasets.arrays import from_array
 from featcache.datasets.decoding import encode_image
 from featcache.datasets.folder import many
 from featcache.datasets.tables import Labels, labelled

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.datasets.base import (
+from featcache.datasets import (
     ArrayReader,
     Dataset,
     FileReader,

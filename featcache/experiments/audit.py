@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.base import Dataset, FileReader, MemoryReader, Sample
+from featcache.datasets import Dataset, FileReader, MemoryReader, Sample
 from featcache.datasets.decoding import (
     ALTERATIONS,
     SIDE,

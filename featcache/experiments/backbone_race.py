@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset
 from featcache.datasets.decoding import SIDE
 from featcache.display import logger
 from featcache.errors import CutError, SetupError, UsageError

@@ -16,8 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset, open_dataset
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, FeatcacheError, StorageError, UsageError, did_you_mean
 from featcache.evaluation import Task
@@ -33,7 +32,7 @@ from featcache.fingerprint import canonical
 from featcache.heads import ALL, ENSEMBLE, HEAD_NAMES, MEMBERS, STREAMING, in_order, members_of
 from featcache.reports import RECORDS, RunRecord, append_once, append_record, head_asked, read_records
 from featcache.reports import tables as report
-from featcache.reports.comparison import Replayed, ReplayResult, compare_again
+from featcache.reports.tables import Replayed, ReplayResult, compare_again
 from featcache.specs import (
     RUNTIMES,
     BackboneSpec,

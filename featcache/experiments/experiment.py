@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import absolute_name
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset
 from featcache.errors import DataError
 from featcache.evaluation import Columns, Task, column_names
 from featcache.evaluation.metrics import Kind, encode_correct

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from featcache.backbones.attention import AttentiveHead
 from featcache.backbones.base import TorchRuntime
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset
 from featcache.display import logger
 from featcache.errors import DataError, SetupError, UnreadableSample, UsageError
 from featcache.evaluation import ColumnCoder

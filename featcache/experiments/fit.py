@@ -645,7 +645,7 @@ class _Fitting:
     def _without_backbone(self) -> "tuple[NDArray[np.int64], Task, Callable[[NDArray[Any], Split, int], list[Baseline]]]":
         """Return which samples baselines see (k,), the task of those alone, and what trains them on these."""
         if self.cache.dataset.kind == "text":
-            from featcache.datasets.base import decode_text
+            from featcache.datasets import decode_text
             from featcache.heads.baselines import text_baselines
 
             texts = [decode_text(self.cache.dataset.read(path)) for path in self.task.features.paths]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import origin_of, other_revisions
-from featcache.datasets.base import Dataset, FileStat, Sample, read_file, stat_file
+from featcache.datasets import Dataset, FileStat, Sample, read_file, stat_file
 from featcache.datasets.folder import sample_files
 from featcache.datasets.tables import open_unlabelled
 from featcache.display import logger, progress

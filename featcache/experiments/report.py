@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets import open_dataset
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset, open_dataset
 from featcache.datasets.decoding import Sheet, sheet_of, size_of, thumbnail
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, FeatcacheError, SetupError, StorageError, UnreadableSample, UsageError

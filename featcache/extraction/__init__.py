@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.backbones import Origin, is_by_name, origin_of, plain_name, sha256_of_weights
-from featcache.datasets.base import Dataset, location_hash
+from featcache.datasets import Dataset, location_hash
 from featcache.display import logger
 from featcache.errors import StorageError
 from featcache.fingerprint import canonical

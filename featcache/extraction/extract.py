@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset
 from featcache.datasets.decoding import decode_both
 from featcache.display import logger, printable, progress
 from featcache.errors import DataError, StorageError

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from featcache import extraction as entries
 from featcache.backbones import absolute_name, is_by_name
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset
 from featcache.datasets.decoding import ImagePreprocess
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError

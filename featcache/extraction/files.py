@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets.base import Dataset, FileStat
+from featcache.datasets import Dataset, FileStat
 from featcache.display import progress
 from featcache.errors import UnreadableSample
 from featcache.fingerprint import DigestSet

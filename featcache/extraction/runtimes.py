@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featcache.backbones.base import Backbone, Outputs, TorchRuntime, as_tuple, to_array
-from featcache.datasets.base import Dataset
+from featcache.datasets import Dataset
 from featcache.display import logger, progress
 from featcache.errors import SetupError, UsageError
 from featcache.extraction.extract import (
