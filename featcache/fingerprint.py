@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 20  # bytes a read: a file of any size is hashed in this much memory
-_DIGEST = 32  # bytes
-_FREE = bytes(_DIGEST)  # an empty slot; no content is known whose SHA-256 is zero
 # Samples were images alone when the first records were written: files and scripts go on with these names.
 _STORED = {
     "samples": "images",
@@ -20,44 +18,6 @@ _STORED = {
     "seconds_a_sample": "seconds_an_image",
 }
 _NAMED = {stored: name for name, stored in _STORED.items()}
-
-
-class DigestSet:
-    """Some SHA-256 values, each once, in an open-addressed table: 48 bytes each where a set of Python's takes some 130.
-
-    Args:
-        most: how many there will be at most.
-        digests: those it holds from the start.
-    """
-
-    def __init__(self, most: int, digests: Iterable[bytes] = ()) -> None:
-        self._slots = most + most // 2 + 1
-        self._table = bytearray(_DIGEST * self._slots)
-        for digest in digests:
-            self.add(digest)
-
-    def add(self, digest: bytes) -> bool:
-        """Add a value (32 bytes) where it is not there yet, and tell whether it was not."""
-        # A SHA-256 is evenly spread: its first bytes are a hash of their own, and Python's would take longer.
-        place = int.from_bytes(digest[:8], "little") % self._slots
-        while True:
-            slot = slice(_DIGEST * place, _DIGEST * place + _DIGEST)
-            held = self._table[slot]
-            if held == digest:
-                return False
-            if held == _FREE:
-                self._table[slot] = digest
-                return True
-            place = (place + 1) % self._slots
-
-    def __contains__(self, digest: bytes) -> bool:
-        """Tell whether a value (32 bytes) is there."""
-        place = int.from_bytes(digest[:8], "little") % self._slots
-        while (held := self._table[_DIGEST * place : _DIGEST * place + _DIGEST]) != _FREE:
-            if held == digest:
-                return True
-            place = (place + 1) % self._slots
-        return False
 
 
 def canonical(value: object) -> str:

@@ -15,12 +15,11 @@ import pytest
 from PIL import Image, ImageFile
 from support import TINY, Run, draw_folder, draw_subtle
 
-from featcache import backbones
+from featcache import backbones, datasets
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.datasets.decoding import SIDE, decode, decode_both
 from featcache.experiments.fit import FitPlan, run_fit
-from featcache.extraction import files
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.specs import BackboneSpec, Transform, Views
 from featcache.store.entry import FeatureStore
@@ -84,7 +83,7 @@ def counted(below: Path) -> Iterator[Counts]:
 @pytest.fixture(autouse=True)
 def _files_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files of this test be old enough to be recognised by their times."""
-    monkeypatch.setattr(files, "_RACY_NS", 0)
+    monkeypatch.setattr(datasets, "RACY_NS", 0)
     monkeypatch.setattr(backbones, "_RACY_NS", 0)
 
 

@@ -1,9 +1,9 @@
-"""Stable names, and sets of them."""
+"""Sets of stable names."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache.fingerprint import DigestSet
+from featcache.extraction.files import DigestSet
 
 DIGESTS = st.binary(min_size=32, max_size=32).filter(any)
 # all wish the same slot

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support import COLOURS, TINY, Run, draw_folder, draw_image
 
+from featcache import datasets
 from featcache import extraction as caching
 from featcache.datasets import Dataset, FileStat, MemoryReader, Sample, open_dataset
 from featcache.datasets.decoding import ImagePreprocess, encode
@@ -20,7 +21,7 @@ from featcache.extraction import extract as stage
 from featcache.extraction import files as looking
 from featcache.extraction.extract import EntryWriter, ExtractPlan, ExtractReport, Runtime
 from featcache.extraction.feature_cache import FeatureCache, Settings
-from featcache.extraction.files import DatasetFiles, is_settled
+from featcache.extraction.files import DatasetFiles
 from featcache.specs import BackboneSpec, FeatureSpec, LoadedBackbone, Transform
 from featcache.store.entry import FeatureStore
 from featcache.store.hdf5 import FileIndex, Listing, Part
@@ -106,7 +107,7 @@ def test_a_file_that_was_written_over_is_noticed_though_its_time_was_put_back(
     folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same name, size, inode and mtime, other bytes: ctime differs, and the new image is computed."""
-    monkeypatch.setattr(looking, "_RACY_NS", 0)  # so that files of this test are old enough to be believed
+    monkeypatch.setattr(datasets, "RACY_NS", 0)  # so that files of this test are old enough to be believed
     path = folder / "red" / "00.png"
     content = path.read_bytes()
     before = path.stat()
@@ -135,7 +136,7 @@ def test_a_young_file_is_not_remembered_by_its_times(mtime: int, ctime: int, *, 
     now = time.time_ns()
     stat = FileStat(1, now - mtime * 10**9, 1, now - ctime * 10**9 if ctime >= 0 else -1)
 
-    assert is_settled(stat) == believed
+    assert stat.is_settled() == believed
 
 
 def test_the_time_of_hashing_counts_not_that_of_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_the_time_of_hashing_counts_not_that_of_the_commit(tmp_path: Path, monke
 
 def test_a_listing_without_ctime_is_believed_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries of before know size, mtime and inode: their images are not hashed again."""
-    monkeypatch.setattr(looking, "_RACY_NS", 0)
+    monkeypatch.setattr(datasets, "RACY_NS", 0)
     folder = draw_folder(tmp_path / "images")
     source, store = open_dataset(folder), FeatureStore.create(tmp_path / "entry", SPEC)
     compute(source, store, brightness)
@@ -171,7 +172,7 @@ def test_what_was_hashed_again_is_hashed_once(
 ) -> None:
     """Files that only got new times are known by their bytes, and by their times from the next run on."""
     FeatureCache(open_dataset(folder), tiny, settings).extracted()
-    monkeypatch.setattr(looking, "_RACY_NS", 0)
+    monkeypatch.setattr(datasets, "RACY_NS", 0)
     for path in folder.rglob("*.png"):
         aged(path)
     second = FeatureCache(open_dataset(folder), tiny, settings).extracted()

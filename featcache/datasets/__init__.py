@@ -6,6 +6,7 @@ Of some data sets only a part is labelled: what is to be labelled next is chosen
 import os
 import re
 import stat as modes
+import time
 import unicodedata
 from array import array
 from collections import defaultdict
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 MOST_IMAGE_BYTES = 256 << 20  # 50 megapixels without compression, and room
 _MOST_SPLITS = 8
+# A file changed this close to being hashed may change again unseen, within the grain of the file system's clock: two
+# seconds on exFAT.
+RACY_NS = 2_000_000_000
 # Marks that other programs write for a missing value; here they are only warned of, since they may be names.
 _OFTEN_MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "-1"})
 SPLIT_FOLDERS = {
@@ -125,6 +129,10 @@ class FileStat(NamedTuple):  # a tuple: one is made for every image of a run, an
     mtime_ns: int
     inode: int
     ctime_ns: int = -1
+
+    def is_settled(self) -> bool:
+        """Tell whether an image whose bytes are read next will be recognised by this: else it is too young."""
+        return max(self.mtime_ns, self.ctime_ns) < time.time_ns() - RACY_NS
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

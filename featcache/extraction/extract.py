@@ -26,8 +26,18 @@ from featcache.datasets import Dataset
 from featcache.datasets.decoding import decode_both
 from featcache.display import logger, printable, progress
 from featcache.errors import DataError, StorageError
-from featcache.extraction.files import Batch, BatchReader, DatasetFiles, Pixels, Positions, Rows, Scan, Thumbnails, scan
-from featcache.fingerprint import DigestSet
+from featcache.extraction.files import (
+    Batch,
+    BatchReader,
+    DatasetFiles,
+    DigestSet,
+    Pixels,
+    Positions,
+    Rows,
+    Scan,
+    Thumbnails,
+    scan,
+)
 from featcache.resources import cores
 from featcache.specs import INPUT, StoredDtype, Transform, Views
 from featcache.store.hdf5 import Part

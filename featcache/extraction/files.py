@@ -5,7 +5,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.datasets import Dataset, FileStat
+from featcache import datasets
+from featcache.datasets import Dataset
 from featcache.display import progress
 from featcache.errors import UnreadableSample
-from featcache.fingerprint import DigestSet
 from featcache.specs import Views
 from featcache.store.hdf5 import SPLITS, FileIndex, Listing
 from featcache.store.manifests import Quarantined
@@ -29,15 +29,50 @@ Positions = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 Rows = tuple[NDArray[Any], ...]
 _SMALL_SECONDS = 0.6e-3  # to read and decode an image; below it the interpreter's share is most of the work
-
-# A file changed this close to being hashed may change again unseen, within the grain of the file system's clock: two
-# seconds on exFAT.
-_RACY_NS = 2_000_000_000
 _MTIME, _CTIME = 1, 3  # columns of a file's stat
 _NO_STAT = (-1, -1, -1, -1)
 _SIGNS = struct.Struct("=4q")  # a row of them
 _NO_POSITIONS: Positions = np.empty(0, np.int64)
 _DIGEST = hashlib.sha256().digest_size
+_FREE = bytes(_DIGEST)  # an empty slot; no content is known whose SHA-256 is zero
+
+
+class DigestSet:
+    """Some SHA-256 values, each once, in an open-addressed table: 48 bytes each where a set of Python's takes some 130.
+
+    Args:
+        most: how many there will be at most.
+        digests: those it holds from the start.
+    """
+
+    def __init__(self, most: int, digests: Iterable[bytes] = ()) -> None:
+        self._slots = most + most // 2 + 1
+        self._table = bytearray(_DIGEST * self._slots)
+        for digest in digests:
+            self.add(digest)
+
+    def add(self, digest: bytes) -> bool:
+        """Add a value (32 bytes) where it is not there yet, and tell whether it was not."""
+        # A SHA-256 is evenly spread: its first bytes are a hash of their own, and Python's would take longer.
+        place = int.from_bytes(digest[:8], "little") % self._slots
+        while True:
+            slot = slice(_DIGEST * place, _DIGEST * place + _DIGEST)
+            held = self._table[slot]
+            if held == digest:
+                return False
+            if held == _FREE:
+                self._table[slot] = digest
+                return True
+            place = (place + 1) % self._slots
+
+    def __contains__(self, digest: bytes) -> bool:
+        """Tell whether a value (32 bytes) is there."""
+        place = int.from_bytes(digest[:8], "little") % self._slots
+        while (held := self._table[_DIGEST * place : _DIGEST * place + _DIGEST]) != _FREE:
+            if held == digest:
+                return True
+            place = (place + 1) % self._slots
+        return False
 
 
 class DatasetFiles:
@@ -113,7 +148,7 @@ class DatasetFiles:
             if position in self.unreadable:
                 continue
             try:
-                self._look(position, self.path(position))
+                self._look(position)
             except OSError as error:
                 self.unreadable[position] = quarantine_unread(self.path(position), error)
 
@@ -125,9 +160,7 @@ class DatasetFiles:
         """
         # What was found before the bytes were read is a safe sign of them, however long before: a later change has other
         # times. A file that was young then is looked at again: by now it may be old enough to be recognised.
-        path = self.path(position)
-        if not self._settled[position]:
-            self._look(position, path)
+        path = self.path(position) if self._settled[position] else self._look(position)
         content = self.dataset.read(path)
         digest = hashlib.sha256(content).digest()
         self._digest_bytes[position * _DIGEST : (position + 1) * _DIGEST] = digest
@@ -185,23 +218,20 @@ class DatasetFiles:
         now[then[:, _CTIME] < 0, _CTIME] = -1  # listings from before ctime was kept have three signs
         newest = np.maximum(now[:, _MTIME], now[:, _CTIME])
         has_signs = self._stat[positions, _MTIME] != -1
-        same: NDArray[np.bool_] = (then == now).all(axis=1) & has_signs & (newest < files.checked_ns - _RACY_NS)
+        same: NDArray[np.bool_] = (then == now).all(axis=1) & has_signs & (newest < files.checked_ns - datasets.RACY_NS)
         return same
 
     def are_settled(self, positions: Positions) -> NDArray[np.bool_]:
         """Return which files (k,) will be recognised by their signs from now on."""
         return self._settled[positions]
 
-    def _look(self, position: int, path: str) -> None:
+    def _look(self, position: int) -> str:
+        path = self.path(position)
         stat = self.dataset.stat(path)
         _SIGNS.pack_into(self._stat_bytes, position * _SIGNS.size, *(stat or _NO_STAT))
-        self._settled[position] = is_settled(stat)
+        self._settled[position] = stat is not None and stat.is_settled()
         self._looked[position] = True
-
-
-def is_settled(stat: FileStat | None) -> bool:
-    """Tell whether a file whose bytes are read next will be recognised by its signs: else it is too young, or has none."""
-    return stat is not None and max(stat.mtime_ns, stat.ctime_ns) < time.time_ns() - _RACY_NS
+        return path
 
 
 @dataclass(frozen=True)

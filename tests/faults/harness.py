@@ -125,7 +125,8 @@ class Machine:
 
     def _watch(self) -> None:
         """Count the work, and make what goes by the clock go by the batch."""
-        from featcache.extraction import extract, files
+        from featcache import datasets
+        from featcache.extraction import extract
         from featcache.finetuning.loop import Trial
         from featcache.store import disk as stamps
 
@@ -142,7 +143,7 @@ class Machine:
         extract.compute = counted
         Trial._epoch = trained  # type: ignore[method-assign]
         extract.MIN_PART_SECONDS = extract.MAX_PART_SECONDS = 0.0
-        files._RACY_NS = stamps._RACY_NS = 0  # else the calls depend on how many seconds a run takes
+        datasets.RACY_NS = stamps._RACY_NS = 0  # else the calls depend on how many seconds a run takes
 
     def run(self, act: Callable[[], None], *, at: int = 0, fault: str = "count", lacks: str = "", log: str = "") -> Outcome:
         """Run something in a fork, the fault armed, and wait for its end."""
