@@ -23,9 +23,8 @@ from featcache.evaluation import Task
 from featcache.evaluation.likeness import unit_rows
 from featcache.evaluation.metrics import at_temperature
 from featcache.heads.checks import auc
-from featcache.heads.fit import fit
 from featcache.heads.rejection import MOST_ROWS, Calibration, Neighbours, TrainingRows, all_scores, draws_of
-from featcache.heads.search import Embeddings, predict_with, train
+from featcache.heads.search import Embeddings, fit, predict_with, train
 from featcache.store import Features
 
 SPLITS, COVERAGE, MOST = 20, 0.9, 600

@@ -17,7 +17,6 @@ from featcache.extraction.feature_cache import FeatureCache
 from featcache.fingerprint import sha256_of_bytes
 from featcache.heads import bundle
 from featcache.heads.checks import auc
-from featcache.heads.fit import fit
 from featcache.heads.rejection import (
     Calibration,
     ClassCentres,

@@ -41,8 +41,8 @@ from featcache.store.disk import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
-    from featcache.heads.fit import Curve
     from featcache.heads.rejection import TrainingRows
+    from featcache.heads.search import Curve
     from featcache.heads.zeroshot import ClassRows
 
 # plain ones: which wording suits a data set is the user's to say

@@ -22,8 +22,7 @@ from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, FeatcacheError, SetupError, UsageError
 from featcache.evaluation.metrics import Kind, TestResult, decode_correct, scores_from
 from featcache.fingerprint import sha256_of_bytes
-from featcache.heads import pack_array, parse_card, unpack_array
-from featcache.heads.fit import FittedHead
+from featcache.heads import FittedHead, pack_array, parse_card, unpack_array
 from featcache.store.disk import is_signed, make_folder, remove_file, replace_file, sign
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from featcache.extraction.feature_cache import Extracted
     from featcache.heads.baselines import Baseline
     from featcache.heads.checks import Removal
-    from featcache.heads.fit import Curve
+    from featcache.heads.search import Curve
 
 _WIDEST_MATRIX = 20  # classes whose confusion matrix still fits a terminal of 120 columns
 _CONFUSIONS = 10
