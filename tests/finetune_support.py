@@ -15,10 +15,9 @@ from featcache.datasets import open_dataset
 from featcache.evaluation.splits import make_split
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze
-from featcache.finetuning.finetuner import Checkpoint, Finetuner
-from featcache.finetuning.loop import TrainContext, Trial
-from featcache.finetuning.model import FineTuned, LinearHead, Network, Take, open_up
-from featcache.finetuning.unfreezing import ProcessGroup, select_trainable
+from featcache.finetuning.finetuner import Checkpoint, FineTuned, Finetuner
+from featcache.finetuning.loop import ProcessGroup, TrainContext, Trial
+from featcache.finetuning.model import LinearHead, Network, Take, open_up, select_trainable
 from featcache.heads import linear as linear_heads
 from featcache.heads import search
 from featcache.specs import BackboneSpec

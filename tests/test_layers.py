@@ -41,7 +41,7 @@ HOMES = {
     "pyarrow": {"datasets.tables"},
     "ray": {"extraction.runtimes"},
     "datasets": {"datasets.hubs"},
-    "peft": {"finetuning.unfreezing"},
+    "peft": {"finetuning.model"},
     "matplotlib": {"reports.tables"},
     "cleanlab": {"heads.checks"},
     "wandb": {"reports.trackers"},

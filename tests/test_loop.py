@@ -13,9 +13,8 @@ from torch import Tensor
 from featcache.evaluation.metrics import Scores
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.finetuner import Checkpoint
-from featcache.finetuning.loop import TrainContext, Trial
-from featcache.finetuning.model import Epoch, SuffixAndHead, kept, noise
-from featcache.finetuning.unfreezing import ProcessGroup
+from featcache.finetuning.loop import Epoch, ProcessGroup, TrainContext, Trial, kept, noise
+from featcache.finetuning.model import SuffixAndHead
 from featcache.specs import BackboneSpec
 
 UNBROKEN: dict[bool, dict[str, Tensor]] = {}  # weights, by whether there is a refit

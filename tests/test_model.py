@@ -10,8 +10,8 @@ from finetune_support import Prepared
 
 from featcache.backbones.timm_models import load_backbone
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.loop import predict, set_training, settle_batchnorm
-from featcache.finetuning.model import SuffixAndHead, flipped_and_shifted, mixed
+from featcache.finetuning.loop import flipped_and_shifted, mixed, predict, set_training, settle_batchnorm
+from featcache.finetuning.model import SuffixAndHead
 from featcache.specs import BackboneSpec
 
 VIT = BackboneSpec("test_vit", random_init=0)

@@ -15,7 +15,7 @@ from featcache.errors import UsageError
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning import Unfreeze
 from featcache.finetuning.loop import set_training
-from featcache.finetuning.unfreezing import ConvolutionAndNorm, add_lora, fold_norms, merge_lora, select_trainable
+from featcache.finetuning.model import ConvolutionAndNorm, add_lora, fold_norms, merge_lora, select_trainable
 from featcache.specs import BackboneSpec, TransformOverrides
 
 VIT = BackboneSpec("test_vit", random_init=0)

@@ -9,9 +9,8 @@ import torch
 from finetune_support import PLAN, Prepared, moved, tuned
 
 from featcache.finetuning import finetuner as choosing
-from featcache.finetuning.loop import rate
+from featcache.finetuning.loop import ProcessGroup, rate
 from featcache.finetuning.model import LinearHead, SuffixAndHead
-from featcache.finetuning.unfreezing import ProcessGroup
 
 
 def test_the_rate_rises_then_falls_to_nothing() -> None:

@@ -32,8 +32,7 @@ from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.extraction.runtimes import by_length
 from featcache.finetuning import Unfreeze, attentive
 from featcache.finetuning.loop import Trial
-from featcache.finetuning.model import LinearHead, Network, open_up
-from featcache.finetuning.unfreezing import select_trainable
+from featcache.finetuning.model import LinearHead, Network, open_up, select_trainable
 from featcache.heads.baselines import best_on_validation
 from featcache.reports.wording import fit_lines
 from featcache.specs import BackboneSpec, TransformOverrides, Views

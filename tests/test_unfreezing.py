@@ -12,7 +12,7 @@ from featcache.backbones.timm_models import load_backbone
 from featcache.errors import UsageError
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning import Unfreeze, depths
-from featcache.finetuning.unfreezing import select_trainable
+from featcache.finetuning.model import select_trainable
 from featcache.specs import BackboneSpec
 
 STAGES = tuple(Stage(name, (name,), size) for name, size in (("stem", 10), ("one", 20), ("two", 30), ("three", 40)))

@@ -39,9 +39,8 @@ from featcache.experiments.finetune_inputs import FineTuneInputs
 from featcache.extraction.extract import workers_here
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze, depths
-from featcache.finetuning.loop import TrainContext, Trial
-from featcache.finetuning.model import Epoch, LinearHead, Network, Take, open_up
-from featcache.finetuning.unfreezing import ProcessGroup, select_trainable
+from featcache.finetuning.loop import Epoch, ProcessGroup, TrainContext, Trial
+from featcache.finetuning.model import LinearHead, Network, Take, open_up, select_trainable
 from featcache.specs import BackboneSpec, Precision, TransformOverrides
 
 HERE = Path(__file__).parent

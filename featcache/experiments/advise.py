@@ -27,8 +27,7 @@ from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone
-    from featcache.finetuning.model import LinearHead
-    from featcache.finetuning.unfreezing import Trainable
+    from featcache.finetuning.model import LinearHead, Trainable
 
 Depth = Literal["features", "last", "all"]
 CURVE_HEAD = "ridge"
@@ -422,7 +421,7 @@ def last_stage(backbone: "Backbone") -> "Trainable":
     Raises:
         CutError: the backbone cannot be cut there.
     """
-    from featcache.finetuning.unfreezing import select_trainable
+    from featcache.finetuning.model import select_trainable
 
     trainable = select_trainable(backbone.stages, Unfreeze.parse(DEPTH))
     backbone.prefix(trainable.cut)
@@ -436,9 +435,8 @@ def tune_shortly(backbone: "Backbone", given: TuningRows, seed: int) -> tuple[ND
     none is chosen where it is judged. Nothing is kept.
     """
     from featcache.extraction.runtimes import own_randomness
-    from featcache.finetuning.loop import TrainContext, Trial, predict
+    from featcache.finetuning.loop import ProcessGroup, TrainContext, Trial, predict
     from featcache.finetuning.model import Network, open_up
-    from featcache.finetuning.unfreezing import ProcessGroup
 
     trainable, plan = last_stage(backbone), FineTunePlan(Unfreeze.parse(DEPTH), epochs=EPOCHS)
     fold, y = given.fold, given.y

@@ -23,8 +23,8 @@ from featcache.store.disk import remove_file
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone
-    from featcache.finetuning.finetuner import Checkpoint
-    from featcache.finetuning.model import Epoch, FineTuned
+    from featcache.finetuning.finetuner import Checkpoint, FineTuned
+    from featcache.finetuning.loop import Epoch
 
 _DRIFTED = 0.5  # CKA below which the embeddings are no longer the probe's
 

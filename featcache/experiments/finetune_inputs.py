@@ -22,8 +22,8 @@ from featcache.specs import INPUT, POOLED, Views
 
 if TYPE_CHECKING:
     from featcache.experiments.fit import HeadResult, Ledger
-    from featcache.finetuning.model import LinearHead, Take
-    from featcache.finetuning.unfreezing import ProcessGroup, Trainable
+    from featcache.finetuning.loop import ProcessGroup
+    from featcache.finetuning.model import LinearHead, Take, Trainable
     from featcache.heads import FittedHead
     from featcache.reports import RunRecord
 
@@ -87,7 +87,7 @@ class FineTuneInputs:
     @cached_property
     def processes(self) -> "ProcessGroup":
         """Those that train together."""
-        from featcache.finetuning.unfreezing import ProcessGroup
+        from featcache.finetuning.loop import ProcessGroup
 
         return ProcessGroup()
 
@@ -99,7 +99,7 @@ class FineTuneInputs:
 
     def prepare(self, plans: Sequence[FineTunePlan]) -> list[StoredRows]:
         """Return each plan's rows; plans differ in what trains, and all that they and the probe need comes of one pass."""
-        from featcache.finetuning.unfreezing import select_trainable
+        from featcache.finetuning.model import select_trainable
 
         backbone = self.cache.backbone
         trainables = [select_trainable(backbone.stages, plan.unfreeze, backbone.module) for plan in plans]

@@ -20,9 +20,8 @@ from featcache.evaluation.metrics import score
 from featcache.evaluation.splits import Split
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.finetuning.finetuner import Checkpoint
-from featcache.finetuning.loop import TrainContext, Trial, predict
-from featcache.finetuning.model import LinearHead, Network, OpenNetwork, SuffixAndHead, Take
-from featcache.finetuning.unfreezing import ProcessGroup, Trainable
+from featcache.finetuning.loop import ProcessGroup, TrainContext, Trial, predict
+from featcache.finetuning.model import LinearHead, Network, OpenNetwork, SuffixAndHead, Take, Trainable
 from featcache.specs import TOKENS, Pool
 
 if TYPE_CHECKING:

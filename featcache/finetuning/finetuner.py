@@ -28,38 +28,34 @@ from torch import Tensor
 
 from featcache.display import logger, progress
 from featcache.errors import FeatcacheError
-from featcache.evaluation.metrics import Scores, cka, evaluate_on_test
+from featcache.evaluation.metrics import Scores, TestResult, cka, evaluate_on_test
 from featcache.evaluation.splits import Split
 from featcache.finetuning.loop import (
     DTYPES,
+    ROUNDING,
     DivergedError,
+    Epoch,
     Plain,
+    ProcessGroup,
     TrainContext,
     Trained,
     Trial,
     embed,
-    predict,
-    set_training,
-    settle_batchnorm,
-)
-from featcache.finetuning.model import (
-    Epoch,
-    FineTuned,
-    LinearHead,
-    Network,
-    OpenNetwork,
-    SuffixAndHead,
     epoch_of,
     is_gain,
     noise,
+    predict,
+    set_training,
+    settle_batchnorm,
     to_device,
 )
-from featcache.finetuning.unfreezing import ProcessGroup, merge_lora
+from featcache.finetuning.model import LinearHead, Network, OpenNetwork, SuffixAndHead, merge_lora
 from featcache.resources import keep_freed_memory
 from featcache.specs import LIVE_BATCHNORM, Precision
 from featcache.store.disk import is_signed, make_folder, remove_file, replace_file_by, sign
 
-_ROUNDING = 1e-9  # of differences of accuracies
+# what is called overfitting: the validation loss rose by this share and this much, and training is so far ahead in accuracy
+_RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the way from the start to the best epoch
 _TRIED: tuple[Precision, Precision] = ("float32", "bfloat16")
 _ROUNDS = 2  # after one that is not counted: the first step of each precision also compiles kernels and finds memory
@@ -118,6 +114,73 @@ class TrainingState:
         name = f"{trained.lr:g}{f' {LIVE_BATCHNORM}' if trained.live else ''}"
         finished = (*self.finished, (name, trained.best.val.accuracy))
         return TrainingState(finished, tuple(not_worse([*self.contenders, trained], images)))
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A trained suffix and head with its history.
+
+    Attributes:
+        network: as it was tested.
+        history: the epochs of the rate that was kept, epoch 0 the start.
+        best: the epoch that was kept.
+        lr: the rate that was kept.
+        live: whether BatchNorm statistics of the trained part moved.
+        rates: for each rate that was tried the validation accuracy of its best epoch.
+        share: of the way from the start to the kept epoch, that was gone.
+        val: scores on validation there.
+        tested: scores on the test split.
+        seconds: of all training, that of killed processes included up to the last state that they kept.
+        samples_per_second: of the kept rate's.
+        similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
+        precision: what training steps were computed in.
+        refitted: whether the model has trained on validation images too; not where that left it worse on them.
+        from_train: as it was chosen, trained on ``train`` alone: where a deeper training may start.
+        finished: as it was tested, the weights not copied: what a deeper training answers with that gains nothing.
+    """
+
+    network: OpenNetwork
+    history: tuple[Epoch, ...]
+    best: int
+    lr: float
+    live: bool
+    rates: dict[str, float]
+    share: float
+    val: Scores
+    tested: TestResult
+    seconds: float
+    samples_per_second: float
+    similarity: float
+    precision: Precision
+    refitted: bool
+    from_train: Network
+    finished: Network
+
+    @property
+    def learns_little(self) -> str:
+        """What is to be said where training images have become no more often right than validation's were at the start."""
+        first, last = self.history[0], self.history[-1]
+        if last.train_accuracy is None or last.train_accuracy >= first.val.accuracy - _AHEAD:
+            return ""
+        return (
+            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training images are "
+            f"right, where it started with {100 * first.val.accuracy:.1f} % of validation's: try other rates (`lr`), more "
+            "`epochs`, or `train_batchnorm`"
+        )
+
+    @property
+    def overfits(self) -> str:
+        """What the curves say against more epochs, "" if nothing."""
+        losses = [epoch.val.log_loss or 0.0 for epoch in self.history[1:]]  # the start had no label smoothing
+        last = self.history[-1]
+        if last.train_accuracy is None or losses[-1] <= _RISE * (lowest := min(losses)) + _SLIGHT:
+            return ""
+        if last.train_accuracy - last.val.accuracy < _AHEAD:
+            return ""
+        return (
+            f"it overfits: the validation loss rose from {lowest:.3f} to {losses[-1]:.3f} while "
+            f"{100 * last.train_accuracy:.1f} % of the training images became right"
+        )
 
 
 def _trial_of(fields: dict[str, Any]) -> Trained:
@@ -220,7 +283,7 @@ class Finetuner:
             with contextlib.suppress(DivergedError):
                 tried[share] = self.context.validate(images)
         highest = max(val.accuracy for val, _ in tried.values())
-        least = highest - noise(highest, len(images)) - _ROUNDING
+        least = highest - noise(highest, len(images)) - ROUNDING
         share = min((share for share in tried if tried[share][0].accuracy >= least), key=lambda share: tried[share][1])
         val, scaled_loss = tried[share]
         if best.best.number and not is_gain(val.accuracy, scaled_loss, start, len(images)):
@@ -347,7 +410,7 @@ def not_worse(trials: Sequence[Trained], images: int) -> list[Trained]:
     if not gained:
         return list(trials[:1])
     highest = max(trial.best.val.accuracy for trial in gained)
-    near = [trial for trial in gained if trial.best.val.accuracy >= highest - noise(highest, images) - _ROUNDING]
+    near = [trial for trial in gained if trial.best.val.accuracy >= highest - noise(highest, images) - ROUNDING]
     return [
         trial
         for place, trial in enumerate(near)

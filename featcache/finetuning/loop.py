@@ -1,14 +1,19 @@
-"""What a network answers, and one trial: training at one rate, broken off anywhere and taken up again exactly there."""
+"""A trial: training at one rate, broken off anywhere and taken up again exactly there; its batches, epochs and processes."""
 
 import copy
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -18,26 +23,81 @@ from featcache.display import logger
 from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
 from featcache.evaluation.splits import Index
 from featcache.finetuning import FineTunePlan
-from featcache.finetuning.model import (
-    Epoch,
-    SuffixAndHead,
-    Take,
-    epoch_of,
-    flipped_and_shifted,
-    kept,
-    mixed,
-    moving_norms,
-    read_ahead,
-    to_device,
-)
-from featcache.finetuning.unfreezing import ProcessGroup
+from featcache.finetuning.model import SuffixAndHead, Take, moving_norms
 from featcache.specs import Precision
 
 _SAVE_SECONDS = 60.0  # what a kill costs at most; writing a large model's state takes some seconds
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOMENTUM = 0.9
+_PATIENCE = timedelta(days=7)  # the first process may extract for long while the others wait; the default is 30 minutes
+ROUNDING = 1e-9  # of differences of accuracies
+_SHIFT = 1 / 8  # of a side: the 4 of 32 pixels of He et al. 2016
 Group = dict[str, Any]
 Plain = dict[str, Any]  # what torch.load reads with weights_only: numbers, texts, lists, tensors
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave; epoch 0 is where training starts from. Training's own scores are those of its batches.
+
+    ``scaled_loss`` is the log-loss on validation at the temperature that is best there: the start was fitted without label
+    smoothing and what is trained with it, so that plain losses tell their confidence apart rather than what they know.
+    """
+
+    number: int
+    train_loss: float | None
+    val: Scores
+    seconds: float
+    train_accuracy: float | None = None
+    scaled_loss: float = math.inf
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The smaller the better: by accuracy, then by scaled log-loss."""
+        return (-self.val.accuracy, self.scaled_loss)
+
+
+def noise(accuracy: float, images: int) -> float:
+    """Return by how much the accuracy on so many images is uncertain: a standard error, of at least one image.
+
+    Candidates that are nearer to each other than this are not told apart by accuracy (the one-standard-error rule: Breiman
+    et al. 1984, section 3.4.3): on a small validation split a single image would decide otherwise.
+    """
+    share = (accuracy * images + 1) / (images + 2)  # Laplace's: no accuracy is certain
+    return max(math.sqrt(share * (1 - share) / images), 1 / images)
+
+
+def kept(history: Sequence[Epoch], images: int) -> int:
+    """Return which epoch is kept: the latest that cannot be told from the best, of those better than the start; else 0.
+
+    Of epochs within the noise the latest: there the rate has fallen furthest, weights have come to rest, and the refit,
+    whose rate falls to zero, is most like what was judged.
+
+    Args:
+        history: the epochs, the first of them the start.
+        images: that judged them.
+    """
+    better = [epoch for epoch in history[1:] if epoch.rank < history[0].rank]
+    if not better:
+        return 0
+    highest = max(epoch.val.accuracy for epoch in better)
+    return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - ROUNDING)
+
+
+def is_gain(accuracy: float, scaled_loss: float, start: Epoch, images: int) -> bool:
+    """Tell whether what was chosen is better than the start: by more than the noise, or as accurate at a lower scaled loss.
+
+    The best of many epochs and rates is ahead by an image or two of a small validation split anyway.
+    """
+    if accuracy > start.val.accuracy + noise(start.val.accuracy, images) - ROUNDING:
+        return True
+    return accuracy >= start.val.accuracy and scaled_loss < start.scaled_loss
+
+
+def epoch_of(fields: dict[str, Any]) -> Epoch:
+    """Return an epoch from its fields as plain values."""
+    val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["val"].items()}
+    return Epoch(**(fields | {"val": Scores(**val)}))
 
 
 @dataclass(frozen=True)
@@ -55,6 +115,60 @@ class Trained:
 
 class DivergedError(ArithmeticError):
     """Losses or probabilities are NaN or infinite."""
+
+
+class ProcessGroup:
+    """The processes of this run; alone, it does nothing."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if self.size > 1 and not dist.is_initialized():
+            on_gpu = torch.cuda.is_available()
+            if on_gpu:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # both: gradients are summed on the GPU, barriers and votes are tensors on the CPU
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+
+    def share(self, index: Index) -> Index:
+        """Return this process's positions among those of a batch."""
+        # every size-th: shares differ by one image at most, whatever the batch's length
+        return index[self.rank :: self.size]
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients of all processes: each loss counts by its rows in the whole step."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:  # this process's share of a last batch may be empty; the sum needs all of them
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def total(self, numbers: NDArray[np.float64], device: torch.device) -> NDArray[Any]:
+        """Return the sums of all processes' numbers."""
+        if self.size == 1:
+            return numbers
+        tensor = torch.from_numpy(numbers.copy()).to(device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def agrees(self, each: bool) -> bool:  # noqa: FBT001 - what is voted on
+        """Tell whether all processes say yes."""
+        return bool(self.total(np.array([float(each)]), torch.device("cpu"))[0] == self.size)
+
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """Let the first process go through the block before the others: they find what it has put into the cache."""
+        if self.rank:
+            self._wait()
+        try:
+            yield
+        finally:
+            if not self.rank:
+                self._wait()
+
+    def _wait(self) -> None:
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1))
 
 
 @dataclass(frozen=True)
@@ -171,6 +285,61 @@ def settle_batchnorm(model: SuffixAndHead, take: Take, index: Index, batch_size:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum, norm.training = momentum, False
     return bool(norms)
+
+
+def read_ahead(take: Take, batches: Sequence[Index]) -> Iterator[NDArray[Any]]:
+    """Yield the rows of batches in order, two of them read before they are asked for."""
+    # one thread: HDF5 reads one at a time anyway; two batches: a slow read hides behind a step, and memory stays small
+    with ThreadPoolExecutor(1) as reader:
+        waiting: list[Future[NDArray[Any]]] = []
+        try:
+            for index in batches:
+                waiting.append(reader.submit(take, index))
+                if len(waiting) > 2:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def to_device(rows: NDArray[Any], device: torch.device) -> Tensor:
+    """Return stored rows on a device."""
+    tensor = torch.from_numpy(rows)
+    # pinned memory is copied while the GPU computes
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def flipped_and_shifted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return pixels (b, h, w, 3), half of the images mirrored, each shifted by up to an eighth of its sides.
+
+    What would be empty is filled by reflection (He et al. 2016, section 4.2, on larger images).
+    """
+    count, height, width = pixels.shape[:3]
+    down, across = (rng.integers(-int(_SHIFT * side), int(_SHIFT * side) + 1, count) for side in (height, width))
+    rows = _reflected(np.arange(height) + down[:, None], height)
+    columns = _reflected(np.arange(width) + across[:, None], width)
+    columns = np.where(rng.random(count)[:, None] < 0.5, columns[:, ::-1], columns)
+    images = torch.arange(count)[:, None, None]
+    # one gather of bytes for the batch: an image at a time would cost an interpreted step for each
+    return pixels[images, torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns.copy())[:, None, :]]
+
+
+def _reflected(positions: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    positions = np.abs(positions)
+    return np.where(positions >= size, 2 * (size - 1) - positions, positions)
+
+
+def mixed(rows: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
+    """Return rows (b, ...) each mixed with another, the partners' positions (b,), and the share of the first.
+
+    Zhang et al. 2018 (mixup) on pixels, Verma et al. 2019 (manifold mixup) on activations.
+    """
+    share = float(rng.beta(alpha, alpha))
+    partners = torch.from_numpy(rng.permutation(len(rows))).to(rows.device)
+    rows = rows.float()  # stored as bytes or float16
+    return share * rows + (1 - share) * rows[partners], partners, share
 
 
 def chunks(index: Index, size: int) -> Iterator[Index]:

@@ -1,32 +1,117 @@
-"""What is trained: the part of a backbone behind a cut, opened, and a linear head; what that came to, and its file."""
+"""What is trained: the part of a backbone behind a cut, opened, with what is put into it, and a linear head; and their file.
+
+Low-rank updates beside weights (LoRA: Hu et al. 2022) are peft's, and merged into them when training is over, so that a
+checkpoint is always timm's. BatchNorm whose statistics rest is a part of the convolution before it: folded in anew at every
+step, weights, gradients and results stay the same, and activations are read and written once less, forward and backward
+(as in Jacob et al. 2018, section 3.2, with running statistics throughout).
+"""
 
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from featcache.backbones.base import OWN_HEAD, Backbone
-from featcache.evaluation.metrics import Scores, TestResult
+from featcache.backbones.base import OWN_HEAD, Backbone, Stage
+from featcache.display import logger
+from featcache.errors import SetupError, UsageError
 from featcache.evaluation.splits import Index
-from featcache.finetuning.unfreezing import Trainable, add_lora, fold_norms
-from featcache.specs import INPUT, Precision
+from featcache.finetuning import Unfreeze
+from featcache.specs import INPUT
 from featcache.store.disk import make_folder, replace_file
 
-_ROUNDING = 1e-9  # of differences of accuracies
-_SHIFT = 1 / 8  # of a side: the 4 of 32 pixels of He et al. 2016
+_SCALE = 2  # of the update, times its rank: peft's and the paper's alpha over r
+_PAYS = 2  # positions a weight of one output channel, from which on a pass over activations costs more than over weights
+_AFTER = ("drop", "act")  # what timm's BatchNormAct2d does after normalising
 Take = Callable[[Index], NDArray[Any]]
-# what is called overfitting: the validation loss rose by this share and this much, and training is so far ahead in accuracy
-_RISE, _SLIGHT, _AHEAD = 1.1, 0.01, 0.02
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The stages that train, in forward order, each with those of its parameters that do, and the cut before them.
+
+    Where low-rank updates train, the parameters are the weights that they stand beside.
+    """
+
+    stages: tuple[Stage, ...]
+    cut: str
+    spec: Unfreeze
+
+
+def select_trainable(stages: Sequence[Stage], spec: Unfreeze, module: nn.Module | None = None) -> Trainable:
+    """Return which stages and parameters train, and the cut before them.
+
+    ``P%`` is the fewest last stages that hold at least P percent of the parameters. Norms and low-rank updates are told
+    by the layers of ``module``.
+
+    Raises:
+        UsageError: the backbone has no such stage, or not that many, or nothing of that kind in them.
+    """
+    first = _first_trained(stages, spec)
+    allowed = _allowed(module, spec) if module is not None and spec.what != "weights" else None
+    picked = [
+        replace(stage, parameters=tuple(name for name in stage.parameters if allowed is None or name in allowed))
+        for stage in stages[first:]
+    ]
+    empty = next((number for number, stage in enumerate(picked) if stage.parameters), None)
+    if empty is None:
+        raise UsageError(
+            f"`unfreeze` {spec.text}: there is nothing of that kind in {', '.join(stage.name for stage in picked)}."
+        )
+    first += empty  # stages with nothing of that kind before the first that has some stay frozen: the cut comes after them
+    return Trainable(tuple(picked[empty:]), stages[first - 1].name if first else INPUT, spec)
+
+
+def _allowed(module: nn.Module, spec: Unfreeze) -> set[str]:
+    if spec.what == "bias":
+        return {name for name, _ in module.named_parameters() if name.endswith("bias")}
+    if spec.what == "norm":
+        return {
+            f"{path}.{name}"
+            for path, layer in module.named_modules()
+            if "norm" in type(layer).__name__.lower()  # timm's norms have no class in common
+            for name, _ in layer.named_parameters(recurse=False)
+        }
+    # the paper updates linear layers; a convolutional network has none but its classifier, which is replaced
+    return _weights(module, nn.Linear) or _weights(module, nn.Conv2d)
+
+
+def _weights(module: nn.Module, kind: type[nn.Module]) -> set[str]:
+    """Return the names of the weights of ungrouped layers of a kind."""
+    return {
+        f"{path}.weight"
+        for path, layer in module.named_modules()
+        if isinstance(layer, kind) and getattr(layer, "groups", 1) == 1
+    }
+
+
+def _first_trained(stages: Sequence[Stage], spec: Unfreeze) -> int:
+    names = [stage.name for stage in stages]
+    if spec.kind == "all":
+        return 0
+    if spec.kind == "last":
+        if spec.amount > len(stages):
+            raise UsageError(f"`unfreeze` {spec.text}: the backbone has {len(stages)} stages ({', '.join(names)}).")
+        return len(stages) - int(spec.amount)
+    if spec.kind == "stage":
+        if spec.stage not in names:
+            raise UsageError(f"`unfreeze` {spec.text}: the backbone's stages are {', '.join(names)}.")
+        return names.index(spec.stage)
+    least = math.ceil(spec.amount * sum(stage.size for stage in stages))
+    first, parameters = len(stages), 0
+    while parameters < least:
+        first -= 1
+        parameters += stages[first].size
+    return first
 
 
 @dataclass(frozen=True)
@@ -165,190 +250,181 @@ def moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     ]
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch gave; epoch 0 is where training starts from. Training's own scores are those of its batches.
+def add_lora(
+    suffix: nn.Module, weights: Collection[int], rank: int, seed: int, example: Tensor | None = None
+) -> list[tuple[int, list[nn.Parameter]]]:
+    """Put an update beside each layer whose weight is listed; it changes nothing yet.
 
-    ``scaled_loss`` is the log-loss on validation at the temperature that is best there: the start was fitted without label
-    smoothing and what is trained with it, so that plain losses tell their confidence apart rather than what they know.
-    """
-
-    number: int
-    train_loss: float | None
-    val: Scores
-    seconds: float
-    train_accuracy: float | None = None
-    scaled_loss: float = math.inf
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """The smaller the better: by accuracy, then by scaled log-loss."""
-        return (-self.val.accuracy, self.scaled_loss)
-
-
-def noise(accuracy: float, images: int) -> float:
-    """Return by how much the accuracy on so many images is uncertain: a standard error, of at least one image.
-
-    Candidates that are nearer to each other than this are not told apart by accuracy (the one-standard-error rule: Breiman
-    et al. 1984, section 3.4.3): on a small validation split a single image would decide otherwise.
-    """
-    share = (accuracy * images + 1) / (images + 2)  # Laplace's: no accuracy is certain
-    return max(math.sqrt(share * (1 - share) / images), 1 / images)
-
-
-def kept(history: Sequence[Epoch], images: int) -> int:
-    """Return which epoch is kept: the latest that cannot be told from the best, of those better than the start; else 0.
-
-    Of epochs within the noise the latest: there the rate has fallen furthest, weights have come to rest, and the refit,
-    whose rate falls to zero, is most like what was judged.
+    A weight that is read as a tensor, such as Swin V2's of queries, keys and values, or that belongs to a layer of another
+    type than PyTorch's own, gets none: what is left out is said.
 
     Args:
-        history: the epochs, the first of them the start.
-        images: that judged them.
+        suffix: is changed in place.
+        weights: ``id`` of each weight's tensor.
+        rank: of the updates.
+        seed: of their random half.
+        example: what the suffix takes, (1, ...), where it is no traced graph.
+
+    Returns:
+        The identity of each weight, with the parameters of its update.
+
+    Raises:
+        SetupError: peft is not installed.
+        UsageError: no layer can be updated so.
     """
-    better = [epoch for epoch in history[1:] if epoch.rank < history[0].rank]
-    if not better:
-        return 0
-    highest = max(epoch.val.accuracy for epoch in better)
-    return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - _ROUNDING)
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        raise SetupError("`unfreeze` lora:R needs peft: `pip install 'featcache[peft]'`.") from None
+    names = _layers_to_update(suffix, weights, example)
+    with torch.random.fork_rng(devices=[]):  # the updates' random half comes from the seed, not from what was drawn before
+        torch.default_generator.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names), suffix)
+    layers = [module for module in suffix.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        _dilate(layer)
+    return [
+        (id(layer.get_base_layer().weight), [value for name, value in layer.named_parameters() if "lora_" in name])
+        for layer in layers
+    ]
 
 
-def is_gain(accuracy: float, scaled_loss: float, start: Epoch, images: int) -> bool:
-    """Tell whether what was chosen is better than the start: by more than the noise, or as accurate at a lower scaled loss.
-
-    The best of many epochs and rates is ahead by an image or two of a small validation split anyway.
-    """
-    if accuracy > start.val.accuracy + noise(start.val.accuracy, images) - _ROUNDING:
-        return True
-    return accuracy >= start.val.accuracy and scaled_loss < start.scaled_loss
-
-
-def epoch_of(fields: dict[str, Any]) -> Epoch:
-    """Return an epoch from its fields as plain values."""
-    val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["val"].items()}
-    return Epoch(**(fields | {"val": Scores(**val)}))
-
-
-@dataclass(frozen=True)
-class FineTuned:
-    """A trained suffix and head with its history.
-
-    Attributes:
-        network: as it was tested.
-        history: the epochs of the rate that was kept, epoch 0 the start.
-        best: the epoch that was kept.
-        lr: the rate that was kept.
-        live: whether BatchNorm statistics of the trained part moved.
-        rates: for each rate that was tried the validation accuracy of its best epoch.
-        share: of the way from the start to the kept epoch, that was gone.
-        val: scores on validation there.
-        tested: scores on the test split.
-        seconds: of all training, that of killed processes included up to the last state that they kept.
-        samples_per_second: of the kept rate's.
-        similarity: linear CKA of the embeddings of validation images before and after (Kornblith et al. 2019).
-        precision: what training steps were computed in.
-        refitted: whether the model has trained on validation images too; not where that left it worse on them.
-        from_train: as it was chosen, trained on ``train`` alone: where a deeper training may start.
-        finished: as it was tested, the weights not copied: what a deeper training answers with that gains nothing.
-    """
-
-    network: OpenNetwork
-    history: tuple[Epoch, ...]
-    best: int
-    lr: float
-    live: bool
-    rates: dict[str, float]
-    share: float
-    val: Scores
-    tested: TestResult
-    seconds: float
-    samples_per_second: float
-    similarity: float
-    precision: Precision
-    refitted: bool
-    from_train: Network
-    finished: Network
-
-    @property
-    def learns_little(self) -> str:
-        """What is to be said where training images have become no more often right than validation's were at the start."""
-        first, last = self.history[0], self.history[-1]
-        if last.train_accuracy is None or last.train_accuracy >= first.val.accuracy - _AHEAD:
-            return ""
-        return (
-            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training images are "
-            f"right, where it started with {100 * first.val.accuracy:.1f} % of validation's: try other rates (`lr`), more "
-            "`epochs`, or `train_batchnorm`"
+def _layers_to_update(suffix: nn.Module, weights: Collection[int], example: Tensor | None) -> list[str]:
+    """Return the names of the layers of some weights that can take an update; say which cannot."""
+    called = _called(suffix, example)
+    of_weights = {name: module for name, module in suffix.named_modules() if id(getattr(module, "weight", None)) in weights}
+    names = [name for name, module in of_weights.items() if name in called and _takes_update(module)]
+    if not names:
+        raise UsageError(
+            "`unfreeze` lora: no layer of these stages can take a low-rank update: their weights are handed to functions, "
+            "or their layers are not plain ones. Unfreeze more stages, or train norms, biases or weights themselves."
         )
-
-    @property
-    def overfits(self) -> str:
-        """What the curves say against more epochs, "" if nothing."""
-        losses = [epoch.val.log_loss or 0.0 for epoch in self.history[1:]]  # the start had no label smoothing
-        last = self.history[-1]
-        if last.train_accuracy is None or losses[-1] <= _RISE * (lowest := min(losses)) + _SLIGHT:
-            return ""
-        if last.train_accuracy - last.val.accuracy < _AHEAD:
-            return ""
-        return (
-            f"it overfits: the validation loss rose from {lowest:.3f} to {losses[-1]:.3f} while "
-            f"{100 * last.train_accuracy:.1f} % of the training images became right"
+    covered = {id(of_weights[name].weight) for name in names}
+    if without := sorted(name for name, module in of_weights.items() if id(module.weight) not in covered):
+        logger.warning(
+            "low-rank updates stand beside %d layers; %d that are no plain ones, or whose weights are handed to functions, "
+            "get none (%s, ...)",
+            len(names),
+            len(without),
+            without[0],
         )
+    return names
 
 
-def read_ahead(take: Take, batches: Sequence[Index]) -> Iterator[NDArray[Any]]:
-    """Yield the rows of batches in order, two of them read before they are asked for."""
-    # one thread: HDF5 reads one at a time anyway; two batches: a slow read hides behind a step, and memory stays small
-    with ThreadPoolExecutor(1) as reader:
-        waiting: list[Future[NDArray[Any]]] = []
-        try:
-            for index in batches:
-                waiting.append(reader.submit(take, index))
-                if len(waiting) > 2:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()
+def _dilate(layer: Any) -> None:
+    """Let the update of a convolution see the positions that it sees itself: peft leaves its dilation at 1."""
+    if isinstance(convolution := layer.get_base_layer(), nn.Conv2d):
+        for update in layer.lora_A.values():
+            update.dilation = convolution.dilation
 
 
-def to_device(rows: NDArray[Any], device: torch.device) -> Tensor:
-    """Return stored rows on a device."""
-    tensor = torch.from_numpy(rows)
-    # pinned memory is copied while the GPU computes
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def _takes_update(layer: nn.Module) -> bool:
+    """Tell whether an update beside a layer is the same as one merged into its weight."""
+    if type(layer) is nn.Conv2d:  # peft cannot merge grouped ones, and pads those beside circular ones with zeros
+        return layer.groups == 1 and layer.padding_mode == "zeros"
+    return type(layer) is nn.Linear
 
 
-def flipped_and_shifted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return pixels (b, h, w, 3), half of the images mirrored, each shifted by up to an eighth of its sides.
+def _called(suffix: nn.Module, example: Tensor | None) -> set[str]:
+    """Return the names of the modules that are called as such when a suffix computes."""
+    graphs = {name: part for name, part in suffix.named_modules() if isinstance(part, fx.GraphModule)}
+    if graphs or example is None:
+        return {
+            f"{name}.{node.target}".removeprefix(".")
+            for name, part in graphs.items()
+            for node in part.graph.nodes
+            if node.op == "call_module"
+        }
+    called: set[str] = set()
+    hooks = [module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in suffix.named_modules()]
+    try:
+        with torch.no_grad():  # what attention keeps of an inference could not be trained
+            suffix(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
 
-    What would be empty is filled by reflection (He et al. 2016, section 4.2, on larger images).
-    """
-    count, height, width = pixels.shape[:3]
-    down, across = (rng.integers(-int(_SHIFT * side), int(_SHIFT * side) + 1, count) for side in (height, width))
-    rows = _reflected(np.arange(height) + down[:, None], height)
-    columns = _reflected(np.arange(width) + across[:, None], width)
-    columns = np.where(rng.random(count)[:, None] < 0.5, columns[:, ::-1], columns)
-    images = torch.arange(count)[:, None, None]
-    # one gather of bytes for the batch: an image at a time would cost an interpreted step for each
-    return pixels[images, torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns.copy())[:, None, :]]
+
+def merge_lora(suffix: nn.Module) -> None:
+    """Add the updates to the weights that they stand beside, and take them away."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(suffix.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(suffix.get_submodule(parent), child, module.get_base_layer())
 
 
-def _reflected(positions: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    positions = np.abs(positions)
-    return np.where(positions >= size, 2 * (size - 1) - positions, positions)
+class ConvolutionAndNorm(nn.Module):
+    """A convolution and the BatchNorm behind it, done as one where that is the same and costs less."""
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+        self.norm = norm
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Return what both give, one after the other."""
+        convolution, norm = self.convolution, self.norm
+        mean, variance = norm.running_mean, norm.running_var
+        size, stride = activations.shape, convolution.stride
+        positions = size[0] * (size[2] // stride[0]) * (size[3] // stride[1])
+        if norm.training or mean is None or variance is None or positions < _PAYS * convolution.weight[0].numel():
+            return norm(convolution(activations))  # type: ignore[no-any-return]
+        # differentiable: the gradients of weight, norm.weight and norm.bias are those of the two layers apart
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        shift = norm.bias - mean * scale
+        if convolution.bias is not None:
+            shift = shift + convolution.bias * scale
+        out = F.conv2d(
+            activations,
+            convolution.weight * scale[:, None, None, None],
+            shift,
+            stride,
+            convolution.padding,
+            convolution.dilation,
+            convolution.groups,
+        )
+        for step in _AFTER:
+            out = getattr(norm, step, nn.Identity())(out)
+        return out
 
 
-def mixed(rows: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
-    """Return rows (b, ...) each mixed with another, the partners' positions (b,), and the share of the first.
+def fold_norms(model: nn.Module) -> None:
+    """Join every BatchNorm in a model's traced parts with the convolution before it, if nothing else uses that one."""
+    for part in list(model.modules()):
+        if isinstance(part, fx.GraphModule):
+            _fold(part)
 
-    Zhang et al. 2018 (mixup) on pixels, Verma et al. 2019 (manifold mixup) on activations.
-    """
-    share = float(rng.beta(alpha, alpha))
-    partners = torch.from_numpy(rng.permutation(len(rows))).to(rows.device)
-    rows = rows.float()  # stored as bytes or float16
-    return share * rows + (1 - share) * rows[partners], partners, share
+
+def _fold(part: fx.GraphModule) -> None:
+    graph = part.graph
+    for node in list(graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue  # another reader of the convolution's output needs it as it is
+        convolution, norm = (part.get_submodule(str(call.target)) for call in (before, node))
+        if type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros" and _is_plain_norm(norm):
+            name = f"{node.target}_folded".replace(".", "_")
+            part.add_submodule(name, ConvolutionAndNorm(convolution, norm))
+            with graph.inserting_before(node):
+                joined = graph.call_module(name, before.args)
+            node.replace_all_uses_with(joined)
+            graph.erase_node(node)
+            graph.erase_node(before)
+    # the convolution and the norm are submodules of the joined module now; their parameters are the same objects
+    part.delete_all_unused_submodules()
+    part.recompile()
+
+
+def _is_plain_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Tell whether a module is BatchNorm with weights and running statistics, with what it does besides known."""
+    if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.running_var is None:
+        return False
+    return type(norm) is nn.BatchNorm2d or all(hasattr(norm, step) for step in _AFTER)
 
 
 def save_checkpoint(module: nn.Module, model: SuffixAndHead, path: Path, facts: dict[str, Any]) -> Path:
