@@ -232,8 +232,7 @@ def finetune(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.experiments.finetune import run_finetune
-    from featcache.experiments.finetune_inputs import FineTuneInputs
+    from featcache.experiments.finetune import FineTuneInputs, run_finetune
     from featcache.finetuning import FineTunePlan, Unfreeze
 
     plan = check_value(plan or FineTunePlan(Unfreeze.parse(unfreeze)), FineTunePlan, "plan")
@@ -259,8 +258,7 @@ def sweep(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    from featcache.experiments.finetune import run_sweep
-    from featcache.experiments.finetune_inputs import FineTuneInputs
+    from featcache.experiments.finetune import FineTuneInputs, run_sweep
     from featcache.finetuning import FineTunePlan, Unfreeze
 
     plan = check_value(plan or FineTunePlan(Unfreeze.parse("all")), FineTunePlan, "plan")

@@ -8,8 +8,7 @@ import pytest
 from support import TINY, Outcome
 
 from featcache.datasets import open_dataset
-from featcache.experiments.finetune import run_finetune
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, run_finetune
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.finetuning.finetuner import Checkpoint

@@ -16,8 +16,7 @@ from featcache.datasets import open_dataset, tables
 from featcache.errors import StorageError
 from featcache.experiments import experiment
 from featcache.experiments.bench import load_grid, run_bench
-from featcache.experiments.finetune import FineTuneResult, run_finetune, run_sweep
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, FineTuneResult, run_finetune, run_sweep
 from featcache.experiments.fit import PROBE, Ledger
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import Unfreeze, loop

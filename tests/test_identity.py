@@ -24,8 +24,7 @@ from featcache.datasets import open_dataset
 from featcache.errors import DataError, SetupError, UsageError
 from featcache.experiments import predict as predicting
 from featcache.experiments.bench import load_grid, run_bench
-from featcache.experiments.finetune import run_finetune
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, run_finetune
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction import backbone_identity
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output, Settings

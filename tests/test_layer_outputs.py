@@ -13,8 +13,7 @@ from featcache.backbones.pooling import Layout, TokenCounts, prove_layout
 from featcache.backbones.timm_models import load_backbone
 from featcache.datasets import open_dataset
 from featcache.errors import UsageError
-from featcache.experiments.finetune import run_finetune
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, run_finetune
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze
 from featcache.specs import POOLS, BackboneSpec, Pool, TransformOverrides

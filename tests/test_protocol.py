@@ -23,8 +23,7 @@ from featcache.evaluation.splits import make_split
 from featcache.experiments import bench
 from featcache.experiments import fit as jobs
 from featcache.experiments.bench import load_grid, run_bench
-from featcache.experiments.finetune import run_finetune
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, run_finetune
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.heads import search

@@ -15,8 +15,7 @@ from featcache.backbones.base import Backbone, Preprocess, Stage
 from featcache.backbones.timm_models import hash_weights
 from featcache.datasets import Dataset, MemoryReader, Sample
 from featcache.errors import UsageError
-from featcache.experiments.finetune import run_finetune
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, run_finetune
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.extraction.feature_cache import FeatureCache, Output, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze

@@ -24,8 +24,7 @@ from featcache.datasets import open_dataset
 from featcache.datasets.arrays import other_docstrings
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Kind, paired_gap
-from featcache.experiments.finetune import run_finetune
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, run_finetune
 from featcache.experiments.fit import FitPlan, run_fit
 from featcache.experiments.gap import run_gap
 from featcache.extraction.feature_cache import FeatureCache, Settings

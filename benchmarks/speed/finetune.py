@@ -34,8 +34,7 @@ from torchvision.datasets import ImageFolder
 from featcache.backbones.base import Backbone
 from featcache.datasets import open_dataset
 from featcache.display import set_up_notes
-from featcache.experiments.finetune import run_finetune, run_sweep
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, run_finetune, run_sweep
 from featcache.extraction.extract import workers_here
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.finetuning import FineTunePlan, Unfreeze, depths

@@ -13,8 +13,7 @@ from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, log_loss
 from featcache.experiments.experiment import Experiment, finish, require_task, task_of
-from featcache.experiments.finetune import Sweep
-from featcache.experiments.finetune_inputs import FineTuneInputs
+from featcache.experiments.finetune import FineTuneInputs, Sweep
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fitted, run_fit
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning import FineTunePlan
