@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from featcache.experiments.replay import Places, run_replay
 from finetune_support import GAINS
 from support import Run, draw_subtle
 
@@ -16,7 +15,7 @@ from featcache.datasets import open_dataset
 from featcache.errors import DataError
 from featcache.evaluation.intervals import of_accuracy
 from featcache.evaluation.metrics import decode_correct
-from featcache.experiments.bench import load_grid, run_bench
+from featcache.experiments.bench import Places, load_grid, run_bench, run_replay
 from featcache.experiments.finetune import FineTuneInputs, Sweep
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.reports import PROTOCOL, RunRecord, append_record, read_records

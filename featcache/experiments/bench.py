@@ -20,8 +20,8 @@ from featcache.datasets import Dataset, open_dataset
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, FeatcacheError, StorageError, UsageError, did_you_mean
 from featcache.evaluation import Task
-from featcache.experiments.experiment import Experiment
-from featcache.experiments.finetune import FineTuneInputs, Sweep, forget_state, run_finetune
+from featcache.experiments.experiment import Experiment, forget_state
+from featcache.experiments.finetune import FineTuneInputs, Sweep, run_finetune
 from featcache.experiments.fit import PROBE, PROBES, FitPlan, Ledger, in_memory, run_fit
 from featcache.extraction import backbone_identity
 from featcache.extraction.feature_cache import FeatureCache, Settings

@@ -15,19 +15,20 @@ from featcache.errors import DataError
 from featcache.evaluation import Columns, Task, column_names
 from featcache.evaluation.metrics import Kind, encode_correct
 from featcache.evaluation.splits import Split
-from featcache.extraction.feature_cache import Extracted, FeatureCache
-from featcache.extraction.files import DatasetFiles
 from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored, fingerprint
 from featcache.reports import PROTOCOL, RunRecord, append_once, record_from, stamp
 from featcache.store import Features, RowReader
+from featcache.store.disk import remove_file
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
+    from featcache.extraction.feature_cache import Extracted, FeatureCache
+    from featcache.extraction.files import DatasetFiles
     from featcache.heads import FittedHead
     from featcache.heads.bundle import Format
 
-IN_NAMES = 8  # digits of a key that files are called by: enough for the experiments of one entry
+_IN_NAMES = 8  # digits of a key that files are called by: enough for the experiments of one entry
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Experiment:
         seed: of whatever is drawn.
     """
 
-    cache: FeatureCache
+    cache: "FeatureCache"
     task: Task
     method: str
     plan: FineTunePlan | Mapping[str, Any]
@@ -86,21 +87,21 @@ class Experiment:
     @property
     def short_key(self) -> str:
         """The key as it stands in the names of files."""
-        return self.key[:IN_NAMES]
+        return self.key[:_IN_NAMES]
 
-    def path(self, entry: Extracted, stem: str) -> Path:
+    def path(self, entry: "Extracted", stem: str) -> Path:
         """Return where what it trains lies, without a suffix: among an entry's heads, or its tuned backbones."""
         folder = "tuned" if isinstance(self.plan, FineTunePlan) else "heads"
         return entry.store.path / folder / f"{stem}-seed{self.seed}-{self.short_key}"
 
-    def told(self, entry: Extracted, artefact: Path, outcome: Outcome, **facts: Any) -> tuple[RunRecord, dict[str, Any]]:
+    def told(self, entry: "Extracted", artefact: Path, outcome: Outcome, **facts: Any) -> tuple[RunRecord, dict[str, Any]]:
         """Return the record of the experiment, and what its head's file says of itself; ``facts`` are of the head alone."""
         record = self.record(entry, artefact, outcome)
         if not isinstance(self.plan, FineTunePlan):  # by these ``stored`` knows it again
             facts |= {"record": record.stored, "split": outcome.split.fingerprint}
         return record, self.card(entry, test=record.test, **facts)
 
-    def record(self, entry: Extracted, artefact: Path, outcome: Outcome) -> RunRecord:
+    def record(self, entry: "Extracted", artefact: Path, outcome: Outcome) -> RunRecord:
         """Return the record of the experiment.
 
         Args:
@@ -140,7 +141,7 @@ class Experiment:
             **_stamped(entry),
         )
 
-    def card(self, entry: Extracted, **facts: Any) -> dict[str, Any]:
+    def card(self, entry: "Extracted", **facts: Any) -> dict[str, Any]:
         """Return what a head's file says of itself: where its backbone is, what that was, how its samples are opened again.
 
         Args:
@@ -162,7 +163,7 @@ class Experiment:
         } | facts
 
     def stored(
-        self, entry: Extracted, stem: str, split: Split, how: "Format"
+        self, entry: "Extracted", stem: str, split: Split, how: "Format"
     ) -> "tuple[FittedHead, RunRecord, Path] | None":
         """Return the head of this very experiment, on these rows and parts, with its record and file, where there is one.
 
@@ -195,12 +196,22 @@ class Experiment:
         return {"group": self.task.group} if self.task.group else {}
 
 
-def finish(record: RunRecord, records: Path | None, cache: FeatureCache) -> None:
+def finish(record: RunRecord, records: Path | None, cache: "FeatureCache") -> None:
     """Append a finished record to its file, and tell the command's tracker of it; without a file neither is wanted."""
     if records is not None:
         append_once(records, record)
         if cache.settings.tracker is not None:
             cache.settings.tracker.on_record(record)
+
+
+def forget_state(folder: Path, cell: str) -> None:
+    """Remove what a training has left in a data set's folder that was killed after its record was written.
+
+    Raises:
+        StorageError: the disk failed.
+    """
+    for path in folder.glob(f"*/tuned/*-{cell[:_IN_NAMES]}.unfinished"):
+        remove_file(path)
 
 
 def source_of(dataset: Dataset, task: Task) -> dict[str, Any]:
@@ -212,7 +223,7 @@ def source_of(dataset: Dataset, task: Task) -> dict[str, Any]:
     return as_stored({"data": data, "samples": len(task.identity.splits), "items": task.identity.items})
 
 
-def _stamped(entry: Extracted) -> dict[str, Any]:
+def _stamped(entry: "Extracted") -> dict[str, Any]:
     """Return where and when, with what computed the entry's rows: runtimes differ by rounding, and are in no key."""
     stamped = stamp()
     runtimes = sorted({part.runtime for part in entry.store.manifest.parts if part.runtime})
@@ -246,7 +257,7 @@ def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, C
     return keep, task, lambda index: reader.take(where[index])
 
 
-def require_task(cache: FeatureCache, kind: Kind, group: str | None, columns: Sequence[str] = ()) -> None:
+def require_task(cache: "FeatureCache", kind: Kind, group: str | None, columns: Sequence[str] = ()) -> None:
     """Refuse what the data set does not tell, before anything is extracted for it.
 
     Raises:
@@ -261,7 +272,7 @@ def require_task(cache: FeatureCache, kind: Kind, group: str | None, columns: Se
 
 
 def task_of(
-    files: DatasetFiles, features: Features, kind: Kind = "label", group: str | None = None, columns: Sequence[str] = ()
+    files: "DatasetFiles", features: Features, kind: Kind = "label", group: str | None = None, columns: Sequence[str] = ()
 ) -> Task:
     """Return the task of listed samples, in groups and with columns beside them where these are asked for.
 

@@ -18,7 +18,8 @@ from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation import Task
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
 from featcache.evaluation.splits import Split, restricted
-from featcache.experiments.experiment import IN_NAMES, Experiment, Outcome, aligned, finish, require_task, task_of
+from featcache.experiments.experiment import Experiment, Outcome, aligned, finish, forget_state, require_task, task_of
+from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, in_memory, run_fit
 from featcache.extraction import backbone_identity
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.finetuning import FineTunePlan, depths
@@ -28,11 +29,9 @@ from featcache.reports import PROTOCOL, RunRecord, read_records
 from featcache.reports.tables import NO_GAIN
 from featcache.reports.wording import START_STAYS, finetune_table
 from featcache.specs import INPUT, LIVE_BATCHNORM, POOLED, BackboneSpec, Views
-from featcache.store.disk import remove_file
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone
-    from featcache.experiments.fit import HeadResult, Ledger
     from featcache.finetuning.finetuner import Checkpoint, FineTuned
     from featcache.finetuning.loop import Epoch, ProcessGroup
     from featcache.finetuning.model import LinearHead, Take, Trainable
@@ -169,7 +168,7 @@ class FineTuneInputs:
     probes: Sequence[str] = ()
     group: str | None = None
     seed: int = 0
-    ledger: "Ledger | None" = None
+    ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared, before anything is computed."""
@@ -242,8 +241,6 @@ class FineTuneInputs:
     @cached_property
     def head_names(self) -> tuple[str, ...]:
         """The heads that fine-tuning is compared with: where features do not fit memory, those that read from disk."""
-        from featcache.experiments.fit import PROBES, in_memory
-
         names = tuple(dict.fromkeys((*PROBES, *self.probes)))
         if in_memory(self.cache.extracted().store):
             return names
@@ -252,18 +249,14 @@ class FineTuneInputs:
         return names
 
     @cached_property
-    def fitted(self) -> "list[HeadResult]":
+    def fitted(self) -> list[HeadResult]:
         """The fitted heads."""
-        from featcache.experiments.fit import FitPlan, run_fit
-
         plan = FitPlan(self.head_names, group=self.group, baselines=False)
         return run_fit(self.cache, plan, seed=self.seed, ledger=self.ledger).heads
 
     @property
     def best_probe(self) -> RunRecord:
         """The head that did best on validation; of equals the one that training starts from."""
-        from featcache.experiments.fit import PROBE
-
         records = [job.record for job in self.fitted]
         return max(records, key=lambda record: (record.val["accuracy"], record.method == PROBE))
 
@@ -291,13 +284,10 @@ class FineTuneInputs:
 
     @property
     def _probe(self) -> FittedHead:
-        from featcache.experiments.fit import PROBE
-
         return next(job.fitted for job in self.fitted if job.record.method == PROBE)
 
     def probe_on(self, X: NDArray[Any], y: NDArray[np.int64]) -> "LinearHead":
         """Return the linear probe, its parameters as chosen, fitted on other embeddings (k, d), classes y (k,)."""
-        from featcache.experiments.fit import PROBE
         from featcache.heads.search import train as train_head
 
         rows = np.ascontiguousarray(X, dtype=np.float32)
@@ -626,8 +616,6 @@ class FineTuneJob:
         return {} if self.after is None else {"before": round(sum(self.after.record.seconds.values()), 3)}
 
     def _probe(self) -> dict[str, Any]:
-        from featcache.experiments.fit import PROBE
-
         best = self.rows.probe
         return {
             "head": best.method,
@@ -765,13 +753,3 @@ def _forget(inputs: FineTuneInputs, results: Sequence[FineTuneResult]) -> None:
             result.unfinished.clear()
         else:
             forget_state(inputs.cache.folder, result.record.cell)
-
-
-def forget_state(folder: Path, cell: str) -> None:
-    """Remove what a training has left in a data set's folder that was killed after its record was written.
-
-    Raises:
-        StorageError: the disk failed.
-    """
-    for path in folder.glob(f"*/tuned/*-{cell[:IN_NAMES]}.unfinished"):
-        remove_file(path)

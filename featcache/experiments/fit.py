@@ -25,6 +25,7 @@ from featcache.experiments.experiment import (
     Outcome,
     aligned,
     finish,
+    forget_state,
     require_task,
     task_of,
 )
@@ -460,8 +461,6 @@ class _Fitting:
             logger.warning("%s is left out: %s", name, error)
             return None
         if name in ATTENTIVE:  # once head and record are on the disk, and not before
-            from featcache.experiments.finetune import forget_state
-
             forget_state(self.cache.folder, experiment.key)
         return result
 
