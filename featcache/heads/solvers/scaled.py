@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh, qr
+from scipy.linalg import eigh, lapack, qr, solve_triangular
 from threadpoolctl import ThreadpoolController
 
 from featcache.resources import cores
@@ -30,7 +30,7 @@ _TURNED_ROWS = 256  # at a time
 _EXACT_ROWS = 1024  # in float64 at a time
 _BY_ALL_FROM = 400_000  # numbers, from which on a second thread pays
 _MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
-_ALL_AXES, _MAIN_AXES = 96, 96  # columns of which all axes are found; how many are of wider rows
+_MAIN_AXES, _MAIN_ROW_AXES = 96, 48  # of columns that are more; of the rows' own space
 _AXES_ROWS = 2048  # from which they are found
 _FEW_ROWS = 0.45  # a feature, up to which the rows' own space is taken
 _SMALL, _FEWER = 256, 0.7  # rows that are taken for few anyway, where they are fewer than so many a feature
@@ -280,12 +280,9 @@ class TurnedRows:
         self.scale = scale if standardise else np.ones_like(scale)
         if len(train) <= max(_FEW_ROWS * X.shape[1], min(_SMALL, _FEWER * X.shape[1])):
             rows = self.standardised(slice(None)).astype(np.float32, copy=False)
-            values, vectors = eigh(rows @ rows.T, driver="evd", check_finite=False, overwrite_a=True)
-            is_axis = values > max(values[-1], 0) * _ROUNDED
-            lengths, vectors = np.sqrt(values[is_axis]), vectors[:, is_axis]
-            self.axes: Axes = _RowAxes(rows, vectors / lengths)
-            self.rows = np.ones((len(rows), len(lengths) + 1), np.float32)
-            np.multiply(vectors, lengths, out=self.rows[:, :-1])
+            self.axes: Axes = _RowAxes(rows)
+            self.rows = np.ones((len(rows), self.axes.count + 1), np.float32)
+            self.rows[:, :-1] = self.axes.of_rows
         else:
             self.axes = self._whole_axes() if axes is None else axes
             self.rows = self._turned(train)
@@ -352,18 +349,10 @@ class TurnedRows:
 
     def _whole_axes(self) -> "Axes":
         """Return axes by which rows are about uncorrelated, from some of them."""
-        width, step = self._source.shape[1], -(-len(self.train) // _AXES_ROWS)
+        step = -(-len(self.train) // _AXES_ROWS)
         sampled = self.train[::step]
         parts = list(self._each(self._single, np.array_split(sampled, cores() if len(sampled) >= _MOMENT_ROWS else 1)))
-        if width <= _ALL_AXES:
-            gram = sum(rows.T @ rows for rows in parts)
-            return _Axes(eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
-        main = np.random.default_rng(0).normal(size=(width, _MAIN_AXES)).astype(np.float32)
-        for _ in range(2):
-            total = sum(self._each(lambda rows: rows.T @ (rows @ main), parts))  # noqa: B023
-            main, spread = qr(total, mode="economic", check_finite=False)  # in float32: NumPy's is in float64
-        vectors, _, _ = np.linalg.svd(spread)
-        return _Reflections(main @ vectors)
+        return _main_axes(parts, _MAIN_AXES, self._each)
 
 
 class _Axes:
@@ -382,20 +371,45 @@ class _Axes:
 
 
 class _RowAxes:
-    """Orthogonal axes as sums of rows (n, d), so many (n, r) of each: products with them take less than they would."""
+    """Orthogonal axes as sums of rows (n, d), which are ``of_rows`` (n, r) by them: as many as rows are independent.
 
-    def __init__(self, rows: Rows, shares: Rows) -> None:
-        self._rows, self._shares, self.count = rows, shares, shares.shape[1]
+    Those of a Cholesky factorisation of the rows' products with pivots (Higham 2009, section 2), turned so that the main
+    ones are about uncorrelated: all eigenvectors would take three times as long.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        gram = rows @ rows.T
+        factor, pivots, rank, _ = lapack.spstrf(gram, tol=float(gram.diagonal().max()) * _ROUNDED, lower=1, overwrite_a=1)
+        lower, order = np.tril(factor[:, :rank]), pivots - 1
+        self._rows, self._lower, self.count = rows[order[:rank]], lower[:rank], rank
+        self._turn = _main_axes([lower], _MAIN_ROW_AXES)
+        self.of_rows = np.empty_like(lower)
+        self.of_rows[order] = self._turn.turned(lower)
 
     def turned(self, rows: Rows) -> Rows:
         """Return rows (m, d) by the axes (m, r)."""
-        by_rows: Rows = rows @ self._rows.T
-        return by_rows @ self._shares
+        by_rows = solve_triangular(self._lower, self._rows @ rows.T, lower=True, check_finite=False)
+        return self._turn.turned(by_rows.T)
 
     def back(self, weights: Rows) -> Rows:
         """Return weights (k, r) by the axes as those by features (k, d)."""
-        of_rows: Rows = weights @ self._shares.T
-        return of_rows @ self._rows
+        back = self._turn.back(weights)
+        of_rows: Rows = solve_triangular(self._lower, back.T, lower=True, trans=1, check_finite=False)
+        return of_rows.T @ self._rows
+
+
+def _main_axes(parts: Sequence[Rows], count: int, each: Any = map) -> "_Axes | _Reflections":
+    """Return axes by which rows, in parts (n, d), are about uncorrelated: all of few columns, else the main ones."""
+    width = parts[0].shape[1]
+    if width <= count:
+        gram = sum(rows.T @ rows for rows in parts)
+        return _Axes(eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
+    main = np.random.default_rng(0).normal(size=(width, count)).astype(np.float32)
+    for _ in range(2):
+        total = sum(each(lambda rows: rows.T @ (rows @ main), parts))  # noqa: B023
+        main, spread = qr(total, mode="economic", check_finite=False)  # in float32: NumPy's is in float64
+    vectors, _, _ = np.linalg.svd(spread)
+    return _Reflections(main @ vectors)
 
 
 class _Reflections:
