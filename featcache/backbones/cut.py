@@ -439,7 +439,7 @@ class Cutter:
         if place is None:
             return (self.end.node,)
         self.split(place)
-        return self._border(place)
+        return self._cheapest(self._hot(self._trained(place)))
 
     def layer(self, name: str, *, enters: bool = False) -> Layer:
         """Return what a module gives when it is called, or what enters it: what a forward hook, or pre-hook, sees.
@@ -487,9 +487,6 @@ class Cutter:
     def parameters_before(self, layer: Layer) -> Iterator[nn.Parameter]:
         """Return the parameters that a layer's output depends on, the last read first; no tables of positions."""
         return _latest_first(self._backbone, self._traced, layer.node, self._read)
-
-    def _border(self, is_trained: Callable[[str], bool]) -> _Border:
-        return self._cheapest(self._hot(self._trained(is_trained)))
 
     def _cheapest(self, hot: set[fx.Node], *, held: bool = False) -> _Border:
         """Return the minimum cut before some nodes; ``held``: by parameters that nodes hold themselves, as in version 1."""

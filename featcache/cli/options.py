@@ -198,10 +198,6 @@ def _quantity(text: str, units: dict[str, float]) -> float:
     return float(match[1]) * units[match[2]]
 
 
-def _separated(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 _TIMES = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZES = {f"{unit}{end}": 1000.0**power for power, unit in enumerate(("", "k", "m", "g", "t")) for end in ("", "b")}
 SEED = Parsed("SEED", _seed, f"a whole number from 0 to {MAX_SEED} is needed.")
@@ -213,7 +209,7 @@ PERCENT = Parsed("P%", _share, "write a percentage from 0% to 100%, such as 1%."
 PART = Parsed("I/N", _part, "write I/N, such as 2/4 for the second of four parts.")
 GRID = Parsed("NAME=A,B", _candidates, "write NAME=VALUE,VALUE, such as C=0.1,1,10.")
 COUNTS = Parsed("N,N", lambda text: tuple(map(_count, text.split(","))), "write whole numbers above 0, such as 1,2,4.")
-NAMES = Parsed("A,B", _separated, "write names with commas between.")
+NAMES = Parsed("A,B", lambda text: tuple(filter(None, map(str.strip, text.split(",")))), "write names with commas between.")
 SECONDS = Parsed("TIME", lambda text: _quantity(text, _TIMES), "write a time, such as 60s or 5m.")
 BYTES = Parsed("SIZE", lambda text: int(_quantity(text, _SIZES)), "write a size, such as 500MB or 20GB.")
 PRICE = Parsed("NUMBER", _price, "a number from 0 is needed.")

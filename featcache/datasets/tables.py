@@ -318,7 +318,7 @@ def _rows_of(path: Path, asked: _Asked) -> tuple[_Rows, str | None]:
 def _csv_rows(path: Path, asked: _Asked = _Asked()) -> _Rows:
     rows, read = _Rows(), Labels(str(path))
     try:
-        is_of_texts = _is_of_texts(path)
+        is_of_texts = _holds_texts(_columns_of(path))  # by the first line
         # bytes that are no UTF-8 are the matter of the one text that holds them; in a path they are the file's fault
         errors, most = ("surrogateescape", _MOST_TEXT) if is_of_texts else ("strict", _MOST_LINE)
         # utf-8-sig: Excel begins its files with a byte order mark, which would stand in the first column's name.
@@ -345,11 +345,6 @@ def _csv_rows(path: Path, asked: _Asked = _Asked()) -> _Rows:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
     return rows
-
-
-def _is_of_texts(path: Path) -> bool:
-    """Tell whether a CSV file holds texts, by its first line."""
-    return _holds_texts(_columns_of(path))
 
 
 def _holds_texts(columns: Sequence[str]) -> bool:

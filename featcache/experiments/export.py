@@ -109,7 +109,8 @@ def export(bundle: Bundle, file: ModelFile, check: Dataset, settings: Settings, 
     if not arrays:
         raise DataError(f"{check.location}: none of its {check.kind}s can be read to check the model on.")
     samples, name = np.stack(arrays), preprocess.input_name
-    head = _scaled(_as_module(bundle.estimator, len(bundle.classes)), bundle.card.get("scaled_by"))
+    head, temperature = _as_module(bundle.estimator, len(bundle.classes)), bundle.card.get("scaled_by")
+    head = head if temperature is None else _Scaled(head, temperature)
     model = _Whole(cache.backbone.program((bundle.card.get("cut", "pooled"),)), head, rejection).eval()
     outputs = _outputs(rejection)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -380,10 +381,6 @@ class _Scaled(nn.Module):
         raised = torch.exp(logits - logits.max(dim=1, keepdim=True).values) * there
         scaled: Tensor = raised / raised.sum(dim=1, keepdim=True)
         return scaled
-
-
-def _scaled(head: nn.Module, temperature: float | None) -> nn.Module:
-    return head if temperature is None else _Scaled(head, temperature)
 
 
 def _network(model: MLPClassifier) -> nn.Module:

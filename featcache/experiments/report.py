@@ -20,13 +20,13 @@ from featcache.datasets.decoding import Sheet, sheet_of, size_of, thumbnail
 from featcache.display import Displayed, Table, logger
 from featcache.errors import DataError, FeatcacheError, SetupError, StorageError, UnreadableSample, UsageError
 from featcache.evaluation import Task
-from featcache.evaluation.metrics import ECE_BINS, TestResult, confusion, per_class
+from featcache.evaluation.metrics import ECE_BINS, TestResult, confusion
 from featcache.fingerprint import as_named, sha256_of_bytes
 from featcache.heads import bundle
 from featcache.reports import RunRecord, page, read_records, tables
 from featcache.reports.page import Bin, Cell, Confusion, DatasetEvidence, Learned, Scatter, Shown, Suspicion, best_probes
 from featcache.reports.tables import groups_of_seeds
-from featcache.reports.wording import ABOUT
+from featcache.reports.wording import ABOUT, per_class_table
 from featcache.resources import cores
 from featcache.specs import check_fields
 from featcache.store import Features
@@ -144,10 +144,11 @@ def gather(head: HeadEvidence, way: Way = "pca") -> DatasetEvidence:
     right = head.tested.right
     wrong = [number for number in head.order.tolist() if not right[number]]
     manifest = head.store.manifest
+    matrix = confusion(head.features.y[head.test], head.tested.predicted, len(head.features.classes))
     return DatasetEvidence(
         head=f"{head.record.method} on {head.record.backbone}, seed {head.record.seed}",
-        confusion=_confusion(head),
-        per_class=_per_class(head),
+        confusion=_confusion(head, matrix),
+        per_class=per_class_table(matrix, head.features.classes),
         mistakes=tuple(head.shown(number) for number in wrong[:MISTAKES]),
         mistakes_total=len(wrong),
         bins=reliability(head.tested),
@@ -160,10 +161,9 @@ def gather(head: HeadEvidence, way: Way = "pca") -> DatasetEvidence:
     )
 
 
-def _confusion(head: HeadEvidence) -> Confusion:
-    """Return the matrix with samples behind its cells; of many classes, those that are confused most."""
+def _confusion(head: HeadEvidence, matrix: NDArray[np.int64]) -> Confusion:
+    """Return a matrix with samples behind its cells; of many classes, those that are confused most."""
     classes, truth, predicted = head.features.classes, head.features.y[head.test], head.tested.predicted
-    matrix = confusion(truth, predicted, len(classes))
     wrong = matrix - np.diag(np.diag(matrix))
     behind: dict[tuple[int, int], list[int]] = defaultdict(list)  # each cell's samples, the surest answers first
     for number in head.order.tolist():
@@ -186,15 +186,6 @@ def _cell(head: HeadEvidence, pair: tuple[int, int], inside: Sequence[int]) -> C
     shown = inside[::-1][:ON_THE_DIAGONAL] if true == taken else inside[:IN_A_CELL]
     classes = head.features.classes
     return Cell(classes[true], classes[taken], len(inside), tuple(map(head.shown, shown)))
-
-
-def _per_class(head: HeadEvidence) -> Table:
-    matrix = confusion(head.features.y[head.test], head.tested.predicted, len(head.features.classes))
-    rows = [
-        (row["class"], str(row["support"]), *(f"{100 * row[name]:.1f}" for name in ("precision", "recall", "f1")))
-        for row in per_class(matrix, head.features.classes)
-    ]
-    return Table(("class", "test samples", "precision %", "recall %", "F1 %"), rows)
 
 
 def reliability(tested: TestResult) -> tuple[Bin, ...]:
@@ -228,24 +219,24 @@ def _suspicions(head: HeadEvidence) -> Iterator[Suspicion]:
     """Yield what the last audit has found, by kind."""
     paths = sorted((head.store.path / "heads").glob("suspects-*.json"), key=lambda path: path.stat().st_mtime)
     without = "the page goes without suspects"
-    suspects = (kept_note(paths[-1], [head.store.key], _suspects, without) if paths else None) or []
+    noted = (
+        kept_note(paths[-1], [head.store.key], lambda note: list(map(_suspect, note["suspects"])), without)
+        if paths
+        else None
+    )
     present = set(head.features.paths)
-    suspects = [(kind, shown) for kind, shown in suspects if shown.path in present]
+    suspects = [(kind, shown) for kind, shown in noted or () if shown.path in present]
     for kind, count in Counter(kind for kind, _ in suspects).items():
         yield Suspicion(ABOUT.get(kind, kind), count, tuple(shown for each, shown in suspects if each == kind)[:OF_A_KIND])
 
 
-def _suspects(note: dict[str, Any]) -> list[tuple[str, Shown]]:
-    return [(str(suspect["kind"]), _suspect(suspect)) for suspect in note["suspects"]]
-
-
-def _suspect(suspect: dict[str, Any]) -> Shown:
+def _suspect(suspect: dict[str, Any]) -> tuple[str, Shown]:
     if suspect["other"]:
         note = f"in {suspect['split']}; copy of {suspect['other']} ({suspect['other_label']}, {suspect['other_split']})"
     else:
         rather = f", rather {suspect['other_label']}" if suspect["other_label"] else ""
         note = f"in {suspect['split']}{rather}"
-    return Shown(suspect["path"], suspect["label"], note=note)
+    return str(suspect["kind"]), Shown(suspect["path"], suspect["label"], note=note)
 
 
 def _scatter(head: HeadEvidence, way: Way) -> Scatter | None:

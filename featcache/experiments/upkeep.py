@@ -138,14 +138,10 @@ class Collected:
             f"{why}: {len(kinds[why])} files, {size} bytes, in {len({file.path.parent for file in kinds[why]})} folders"
             for why, size in sorted(sizes.items(), key=lambda kind: -kind[1])
         ]
-        if self.joined:
-            parts, dropped = (sum(counts) for counts in zip(*self._joined_counts, strict=True))
+        if joined := self.joined.values():
+            parts, dropped = (sum(len(joining.parts) for joining in joined), sum(joining.dropped for joining in joined))
             lines.append(f"{parts} parts joined in {len(self.joined)} entries, {dropped} rows of removed samples left out")
         return lines
-
-    @property
-    def _joined_counts(self) -> list[tuple[int, int]]:
-        return [(len(joining.parts), joining.dropped) for joining in self.joined.values()]
 
     @property
     def summary(self) -> dict[str, Any]:

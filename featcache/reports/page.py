@@ -22,7 +22,7 @@ from featcache.fingerprint import as_named
 from featcache.reports import RunRecord
 from featcache.reports.svg import COLOURS, Bar, Chart, Dot, Mark, Series, cost_chart, line_chart, map_chart, waterfall
 from featcache.reports.tables import NAMES, between_records, groups_of_seeds, has_no_gain, short_table
-from featcache.reports.wording import gap_interval, test_text
+from featcache.reports.wording import adding_up, gap_interval, test_text
 
 _ORDER = {"linear": 0, "pooling": 1, "layers": 2, "attentive": 3}
 Group = tuple[RunRecord, ...]
@@ -284,12 +284,9 @@ def steps_sentence(record: RunRecord) -> str:
     total = f"{gap['points']:+.1f} points over the linear probe ({gap_interval(gap['ci'])}, p = {gap['p_value']:.2g})"
     if gap["points"] <= 0:
         return f"Taken apart ({tried}), the best on validation, {record.params.get('best')}, comes to {total}: no gain."
-    added, told, parts = 0, 0.0, []
-    for name in dict.fromkeys(step.changes for step in steps if step.is_kept and step.changes):
-        added += sum(step.samples for step in steps if step.is_kept and step.changes == name)
-        upto = round(100 * added / count, 1)  # shares add up to the whole as it is rounded
-        parts.append(f"{upto - told:+.1f} from {name}")
-        told = upto
+    names = dict.fromkeys(step.changes for step in steps if step.is_kept and step.changes)
+    samples = {name: sum(step.samples for step in steps if step.is_kept and step.changes == name) for name in names}
+    parts = [f"{points} from {name}" for name, points in adding_up(samples, count).items()]
     noise = " That is inside the noise of so few test samples." if gap["ci"] and gap["ci"][0] <= 0 <= gap["ci"][1] else ""
     return f"Taken apart, {total}: {', '.join(parts)}.{noise}"
 
@@ -421,18 +418,13 @@ _BINS = "Larger dots are of more test samples. Where a head is as often right as
 def _map(key: str, scatter: Scatter | None) -> Markup | None:
     if scatter is None:
         return None
-    number = _class_colours(scatter)
+    number = {name: min(place, COLOURS - 1) for place, name in enumerate(scatter.classes)}  # what is beyond shares the last
     dots = [
         Dot(x, y, number[shown.label], shown.caption, shown.tile, is_wrong=shown.predicted not in {"", shown.label})
         for (x, y), shown in zip(scatter.places, scatter.shown, strict=True)
     ]
     about = f"{len(dots)} of {scatter.total} samples by their embeddings, on {scatter.how}; ringed ones are test mistakes."
     return map_chart(Chart(f"{key}-map", "Map of the embeddings", about, "", ""), dots)
-
-
-def _class_colours(scatter: Scatter) -> dict[str, int]:
-    """Return each class's colour; beyond those that can be told apart, all share the last."""
-    return {name: min(place, COLOURS - 1) for place, name in enumerate(scatter.classes)}
 
 
 def _colours(scatter: Scatter | None) -> tuple[tuple[int, str], ...]:

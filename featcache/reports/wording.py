@@ -2,12 +2,13 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.datasets.decoding import STATISTICS
 from featcache.display import Table, csv_cell, printable
@@ -179,15 +180,19 @@ def _curve_lines(curve: "Curve") -> Iterator[str]:
 
 def per_class_lines(head: "HeadResult") -> Iterator[str]:
     """Yield a head's scores class by class on the test split, and which classes it takes for which."""
-    rows = [
-        (row["class"], str(row["support"]), *(f"{100 * row[name]:.1f}" for name in ("precision", "recall", "f1")))
-        for row in per_class(head.confusion, head.classes)
-    ]
-    headers = ("class", "test samples", "precision %", "recall %", "F1 %")
     yield ""
-    yield Table(headers, rows, f"{head.record.method}, class by class on test").plain()
+    yield per_class_table(head.confusion, head.classes, f"{head.record.method}, class by class on test").plain()
     yield ""
     yield confusion_table(head).plain()
+
+
+def per_class_table(matrix: NDArray[np.int64], classes: Sequence[str], title: str = "") -> Table:
+    """Return each class's scores, of a confusion matrix."""
+    rows = [
+        (row["class"], str(row["support"]), *(f"{100 * row[name]:.1f}" for name in ("precision", "recall", "f1")))
+        for row in per_class(matrix, classes)
+    ]
+    return Table(("class", "test samples", "precision %", "recall %", "F1 %"), rows, title)
 
 
 def confusion_table(head: "HeadResult") -> Table:
@@ -318,7 +323,9 @@ def gap_table(result: "GapResult", price: float | None = None) -> Table:
 
     ``price`` is of an hour.
     """
-    rows = [(*_cells(step, result.kept[0]), *_price_cell(step, price)) for step in result.steps]
+    rows = [
+        (*_cells(step, result.kept[0]), *((f"{step.seconds / 3600 * price:.4f}",) if price else ())) for step in result.steps
+    ]
     scores = ("validation %", "val part %", "test %", "95 % interval")
     headers = ("step", "changes", *scores, "adds, points", "95 % interval", "p", "seconds")
     return Table((*headers, "price") if price else headers, rows)
@@ -334,10 +341,6 @@ def _cells(step: "GapStep", first: "GapStep") -> tuple[str, ...]:
     else:
         gain = ("" if step is first else NOT_KEPT), "", ""
     return (step.name, step.origin or "-", *scores, *gain, f"{step.seconds:.1f}")
-
-
-def _price_cell(step: "GapStep", price: float | None) -> tuple[str, ...]:
-    return (f"{step.seconds / 3600 * price:.4f}",) if price else ()
 
 
 def gap_lines(result: "GapResult", price: float | None = None) -> Iterator[str]:
@@ -364,7 +367,7 @@ def gap_sentence(result: "GapResult") -> str:
     told = f"{total.points:+.1f} points from the linear probe on test ({spread}, p = {total.p_value:.2g})"
     if total.points <= 0:
         return f"{result.kept[-1].name}, the best on validation, is {told}: no gain."
-    parts = [f"{points} {origin}" for origin, points in _added(result).items()]
+    parts = [f"{points} {origin}" for origin, points in adding_up(result.samples, len(result.kept[0].record.right)).items()]
     noise = " That is inside the noise of so few test samples." if total.is_noise else ""
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return (
@@ -373,11 +376,10 @@ def gap_sentence(result: "GapResult") -> str:
     )
 
 
-def _added(result: "GapResult") -> dict[str, str]:
-    """Return the points of what has changed, rounded so that they add up to the whole as it is rounded."""
+def adding_up(gained: Mapping[str, int], count: int) -> dict[str, str]:
+    """Return by what samples of so many were gained, as points, rounded so that they add up as the whole is."""
     added, told, shares = 0, 0.0, {}
-    count = len(result.kept[0].record.right)
-    for origin, samples in result.samples.items():
+    for origin, samples in gained.items():
         added += samples
         upto = round(100 * added / count, 1)
         shares[origin] = f"{upto - told:+.1f}"
