@@ -41,6 +41,7 @@ _MOST_TURNS = 200
 _MOST_HINGE_TURNS = 60  # then few rows are inside the margin, and Newton's method on those takes over
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
 _INSIDE = 0.9  # of the tolerance, to which the gradient in float32 is brought
+_FURTHER = 0.3  # of it, to which it is brought where float64 saw more
 _LEVELLINGS = 3  # Newton steps that put the intercepts to their best
 _LEVEL = 1e-3  # of the tolerance, that may be left of that
 _NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
@@ -171,8 +172,9 @@ def _turned_or_else(
         if evaluated is not None:
             ordered = sorted({float(C) for C in Cs})
             descended = _descended(evaluated, ordered, tolerance)
-            for of_fold, proofs in zip(solutions, proven(evaluated, ordered, descended, tolerance), strict=True):
-                of_fold |= dict(zip(ordered, proofs, strict=True))
+            for C, state, proofs in zip(ordered, descended, proven(evaluated, ordered, descended, tolerance), strict=True):
+                for of_fold, solution in zip(solutions, _further(evaluated, state, proofs, tolerance), strict=True):
+                    of_fold[C] = solution
     for rows, of_fold in zip(folds, solutions, strict=True):
         open_Cs = [float(C) for C in Cs if C not in of_fold or not of_fold[C].converged]
         if open_Cs:
@@ -289,19 +291,30 @@ def descend(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> Desce
 
 
 def proven(loss: TurnedLoss, Cs: Sequence[float], descended: Sequence[Descended], tolerance: float) -> list[list[Solution]]:
-    """Return for each fold its models, one a C, as solutions, with what float64 says of them."""
+    """Return for each C the models of all folds as solutions, with what float64 says of them."""
 
     def of_fold(number: int) -> list[Solution]:
         proof = _Proof(loss.loss, loss.folds[number], loss.targets[number], tolerance)
         return proof.of([proof.model(C, state.models[number], state.turns) for C, state in zip(Cs, descended, strict=True)])
 
-    return list((loss.workers.map if len(loss.folds) > 1 else map)(of_fold, range(len(loss.folds))))
+    by_fold = (loss.workers.map if len(loss.folds) > 1 else map)(of_fold, range(len(loss.folds)))
+    return [list(of_C) for of_C in zip(*by_fold, strict=True)]
+
+
+def _further(loss: TurnedLoss, state: Descended, solutions: list[Solution], tolerance: float) -> list[Solution]:
+    """Bring one C further where float64 has seen a little more than float32: from there it takes a few turns."""
+    if loss.loss == "squared_hinge" or all(solution.converged for solution in solutions):
+        return solutions
+    C = solutions[0].C
+    (again,) = proven(loss, [C], [descend(loss, C, state.models, _FURTHER * tolerance)], tolerance)
+    return [min(pair, key=lambda solution: solution.excess) for pair in zip(solutions, again, strict=True)]
 
 
 def finish(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> list[Solution]:
     """Bring one C on every fold to its optimum: float32 until the gradient bounds what is left, then float64 tells it."""
     descended = descend(loss, C, models, tolerance)
-    return [solution for (solution,) in proven(loss, [C], [descended], tolerance)]
+    (solutions,) = proven(loss, [C], [descended], tolerance)
+    return _further(loss, descended, solutions, tolerance)
 
 
 class _Proof:
@@ -336,8 +349,10 @@ class _Proof:
 
     def _finished(self, models: "Iterable[_Model]") -> "Iterator[_Model]":
         rows, signs = self.fold.exactly(slice(None)) / self.fold.scale, np.where(self.right, 1.0, -1.0)
+        gram = rows @ rows.T if len(rows) <= rows.shape[1] else None
         for C, weights, intercept, turns in models:
-            by_label = [newton.of_squared_hinge(rows, *each, C) for each in zip(signs, weights, intercept, strict=True)]
+            starts = zip(weights, intercept, strict=True)
+            by_label = [newton.of_squared_hinge(rows, gram, *each, C) for each in zip(signs, starts, strict=True)]
             ended_weights, ended_intercept = (np.array(parts) for parts in zip(*by_label, strict=True))
             yield _Model(C, ended_weights, ended_intercept, turns)
 

@@ -274,7 +274,9 @@ def _each(values: Floats, like: NDArray[Any]) -> NDArray[Any]:
     return values[:, None, None].astype(like.dtype)
 
 
-def of_squared_hinge(rows: Floats, signs: Floats, weights: Floats, intercept: float, C: float) -> tuple[Floats, float]:
+def of_squared_hinge(
+    rows: Floats, gram: Floats | None, signs: Floats, start: tuple[Floats, float], C: float
+) -> tuple[Floats, float]:
     """Return the weights (d,) and intercept of one label's squared hinge, from near ones, by Newton's method.
 
     Each step leads to the least squares of the rows that are inside the margin, as far as the objective falls, until those
@@ -282,18 +284,24 @@ def of_squared_hinge(rows: Floats, signs: Floats, weights: Floats, intercept: fl
 
     Args:
         rows: (n, d).
+        gram: their products with one another (n, n), where they are fewer than features.
         signs: 1 where a row has the label, else -1 (n,).
-        weights: from where it starts (d,).
-        intercept: as the weights.
+        start: weights (d,) and intercept.
         C: by which losses are multiplied.
     """
+    weights, intercept = start
     margins = signs * (rows @ weights + intercept)
     for _ in range(_MOST_STEPS):
         is_active = margins < 1
         if not is_active.any():
             break
-        to_weights, to_intercept = _least_squares(rows[is_active], signs[is_active], C)
-        move, change = to_weights - weights, signs * (rows @ to_weights + to_intercept) - margins
+        if gram is None:
+            to_weights, to_intercept = _least_squares(rows[is_active], signs[is_active], C)
+            scores = rows @ to_weights
+        else:
+            shares, to_intercept = _least_squares_by_rows(gram, np.flatnonzero(is_active), signs[is_active], C)
+            to_weights, scores = shares @ rows, gram @ shares
+        move, change = to_weights - weights, signs * (scores + to_intercept) - margins
         if np.array_equal(is_active, margins + change < 1):
             return to_weights, to_intercept
         length = _lowest(margins, change, float(np.vdot(weights, move)), float(np.vdot(move, move)), C)
@@ -303,20 +311,25 @@ def of_squared_hinge(rows: Floats, signs: Floats, weights: Floats, intercept: fl
 
 
 def _least_squares(rows: Floats, targets: Floats, C: float) -> tuple[Floats, float]:
-    """Return what minimises C |targets - rows w - b|^2 + |w|^2 / 2; in the rows' space where they are fewer than features.
-
-    (Chapelle 2007, section 3.)
-    """
+    """Return what minimises C |targets - rows w - b|^2 + |w|^2 / 2 (Chapelle 2007, section 3)."""
     mean, level = rows.mean(axis=0), float(targets.mean())
     centred = rows - mean  # with a column of ones instead, what the intercept takes would cancel
-    is_wide = len(rows) <= rows.shape[1]
-    hessian = centred @ centred.T if is_wide else centred.T @ centred
+    hessian = centred.T @ centred
     hessian[np.diag_indices_from(hessian)] += 1 / (2 * C)
-    factor = cho_factor(hessian, check_finite=False)
-    deviations = targets - level
-    weights = cho_solve(factor, deviations if is_wide else centred.T @ deviations)
-    weights = centred.T @ weights if is_wide else weights
+    weights = cho_solve(cho_factor(hessian, check_finite=False), centred.T @ (targets - level))
     return weights, level - float(mean @ weights)
+
+
+def _least_squares_by_rows(gram: Floats, active: NDArray[np.int64], targets: Floats, C: float) -> tuple[Floats, float]:
+    """Return the same of some rows in the space of all: the shares (n,) of rows that are the weights, and the intercept."""
+    products, level = gram[np.ix_(active, active)], float(targets.mean())
+    means = products.mean(axis=0)
+    hessian = products - means - (means - means.mean())[:, None]
+    hessian[np.diag_indices_from(hessian)] += 1 / (2 * C)
+    deviations = cho_solve(cho_factor(hessian, overwrite_a=True, check_finite=False), targets - level)
+    shares = np.zeros(len(gram))
+    shares[active] = deviations - deviations.mean()
+    return shares, level - float(means @ shares[active])
 
 
 def _lowest(margins: Floats, change: Floats, slope: float, curvature: float, C: float) -> float:

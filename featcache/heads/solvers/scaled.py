@@ -394,15 +394,16 @@ class _RowAxes:
     def back(self, weights: Rows) -> Rows:
         """Return weights (k, r) by the axes as those by features (k, d)."""
         back = self._turn.back(weights)
-        of_rows: Rows = solve_triangular(self._lower, back.T, lower=True, trans=1, check_finite=False)
-        return of_rows.T @ self._rows
+        of_rows = solve_triangular(self._lower, back.T, lower=True, trans=1, check_finite=False)
+        by_features: Rows = of_rows.T @ self._rows
+        return by_features
 
 
 def _main_axes(parts: Sequence[Rows], count: int, each: Any = map) -> "_Axes | _Reflections":
     """Return axes by which rows, in parts (n, d), are about uncorrelated: all of few columns, else the main ones."""
     width = parts[0].shape[1]
     if width <= count:
-        gram = sum(rows.T @ rows for rows in parts)
+        gram = np.sum([rows.T @ rows for rows in parts], axis=0)
         return _Axes(eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
     main = np.random.default_rng(0).normal(size=(width, count)).astype(np.float32)
     for _ in range(2):
