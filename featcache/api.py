@@ -78,7 +78,8 @@ def extract_cuts(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    return _feature_cache(data, backbone, settings).features(_outputs(cuts, dtype), views)
+    cache = _feature_cache(data, backbone, settings)
+    return cache.features(_outputs(cuts, dtype), views, thumbnails=_thumbnails_of(cache))
 
 
 def estimate(
@@ -95,7 +96,15 @@ def estimate(
     Raises:
         FeatcacheError: its subclass says what to change.
     """
-    return _feature_cache(data, backbone, settings).estimate(_outputs(cuts, dtype), views)
+    cache = _feature_cache(data, backbone, settings)
+    return cache.estimate(_outputs(cuts, dtype), views, thumbnails=_thumbnails_of(cache))
+
+
+def _thumbnails_of(cache: "FeatureCache") -> int | None:
+    """Return the pixels a side of thumbnails where there are classes: heads come next, and with them what looks at these."""
+    from featcache.datasets.decoding import SIDE
+
+    return SIDE if len(cache.dataset.table.labels) > 1 else None
 
 
 def fit(

@@ -130,6 +130,20 @@ def test_a_first_fit_reads_and_decodes_every_image_once(run: Run, tmp_path: Path
     assert counts.decodings == ["PNG"] * 36
 
 
+def test_a_fit_behind_an_extract_reads_no_image(run: Run, tmp_path: Path) -> None:
+    """The thumbnails that its baselines look at are kept beside the rows, when images are decoded anyhow; and estimated."""
+    folder = draw_folder(tmp_path / "images")
+    estimated = run("extract", folder, *TINY, "--dry-run", "--json").json["dry_run"]["bytes"]
+    assert run("extract", folder, *TINY).code == 0
+
+    with counted(folder) as counts:
+        fitted = run("fit", folder, *TINY, "--head", "ridge")
+
+    assert "needs no backbone" in fitted.out
+    assert not counts.reads
+    assert estimated == 36 * (4 * 96 + 3 * SIDE * SIDE)
+
+
 def test_a_first_finetune_reads_every_image_once(run: Run, tmp_path: Path) -> None:
     """The embeddings and the activations at the cut are one pass; a first batch is read before to say what it takes."""
     folder = draw_subtle(tmp_path / "images")

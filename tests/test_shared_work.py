@@ -35,8 +35,8 @@ def table(entry: Path) -> dict[str, np.ndarray]:
 
 
 def entry_of(cache: Path) -> Path:
-    """Return a cache's only entry."""
-    (spec,) = cache.glob("*/*/spec.json")
+    """Return a cache's only entry beside thumbnails, which parts of a data set do not make."""
+    (spec,) = (spec for spec in cache.glob("*/*/spec.json") if not spec.parent.name.startswith("pixels."))
     return spec.parent
 
 

@@ -361,8 +361,8 @@ class FeatureCache:
 
         return tuple(_noted(entry.store, "widths", entry.store.key, ask))
 
-    def estimate(self, outputs: Sequence[Output], views: Views | None = None) -> Estimate:
-        """Say what an extraction would compute, write and take; measures a first batch, and keeps nothing of it."""
+    def estimate(self, outputs: Sequence[Output], views: Views | None = None, *, thumbnails: int | None = None) -> Estimate:
+        """Say what ``features`` would compute, write and take; measures a first batch, and keeps nothing of it."""
         views = views or Views()
         requests = [self._request(output, views) for output in outputs]
         scans = [scanned for _, scanned in self._find(requests)]
@@ -375,7 +375,8 @@ class FeatureCache:
             run = self._eager(computed) if computed else NO_RUNTIME.run
             runtime = Runtime(run, workers=self._workers.count, any_size=self.dataset.kind == "text")
             seconds = measure(self.files, pending, plan, runtime, self.backbone.example_inputs(plan.batch_size))
-        return Estimate(len(self.files), len(pending), sum(self._bytes(requests, scans)), seconds)
+        beside = len(pending) * 3 * thumbnails**2 if thumbnails is not None and self._sees_images else 0
+        return Estimate(len(self.files), len(pending), sum(self._bytes(requests, scans)) + beside, seconds)
 
     def sizes(self, outputs: Sequence[Output], views: Views | None = None) -> list[int]:
         """Return how many bytes an extraction would write of each cut."""
@@ -489,10 +490,15 @@ class FeatureCache:
             from featcache.extraction.runtimes import compute_remotely
 
             plan = replace(plan, remote=partial(compute_remotely, self._worker_config(writers, plan)))
-        elif thumbnails is not None and self.settings.part is None and self.dataset.kind == "image":
+        elif thumbnails is not None and self._sees_images:
             beside = self._thumbnail_cache(thumbnails).as_beside(plan.batch_size)
         with self.threads():
             return extract(self.files, writers, lambda first, images: self.prepare(cuts, first, images), plan, beside)
+
+    @property
+    def _sees_images(self) -> bool:
+        """Whether images are decoded here, and all of them."""
+        return self.settings.engine != "ray" and self.settings.part is None and self.dataset.kind == "image"
 
     def as_beside(self, batch_size: int) -> tuple[EntryWriter, Transform]:
         """Return what fills this cache's pixels while another one's images are decoded."""
