@@ -14,8 +14,8 @@ from torch.nn import Parameter
 
 from featcache.evaluation.metrics import score
 from featcache.extraction.feature_cache import Settings
-from featcache.finetuning.finetuner import FineTuned, between, not_worse
-from featcache.finetuning.loop import Trained, is_gain, noise, predict
+from featcache.finetuning.finetuner import FineTuned, between, is_gain, not_worse
+from featcache.finetuning.loop import Trained, noise, predict
 from featcache.specs import BackboneSpec
 
 

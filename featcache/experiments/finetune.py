@@ -603,10 +603,7 @@ class FineTuneJob:
             remarks.append(f"{again}: the one trained on train is kept")
         if tuned.best == 0:
             remarks.append(f"{NO_GAIN}: {START_STAYS}")
-        if tuned.learns_little and not self.plan.mixup:
-            remarks.append(tuned.learns_little)
-        if tuned.overfits:
-            remarks.append(tuned.overfits)
+        remarks += tuned.remarks
         if tuned.similarity < _DRIFTED:
             remarks.append(f"the embeddings are other ones now than the probe's (CKA {tuned.similarity:.2f})")
         return tuple(remarks)

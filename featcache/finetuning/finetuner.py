@@ -42,7 +42,6 @@ from featcache.finetuning.loop import (
     Trial,
     embed,
     epoch_of,
-    is_gain,
     noise,
     predict,
     set_training,
@@ -137,6 +136,7 @@ class FineTuned:
         refitted: whether the model has trained on validation images too; not where that left it worse on them.
         from_train: as it was chosen, trained on ``train`` alone: where a deeper training may start.
         finished: as it was tested, the weights not copied: what a deeper training answers with that gains nothing.
+        remarks: what the curves say against more epochs, or for others.
     """
 
     network: OpenNetwork
@@ -155,32 +155,17 @@ class FineTuned:
     refitted: bool
     from_train: Network
     finished: Network
+    remarks: tuple[str, ...]
 
-    @property
-    def learns_little(self) -> str:
-        """What is to be said where training images have become no more often right than validation's were at the start."""
-        first, last = self.history[0], self.history[-1]
-        if last.train_accuracy is None or last.train_accuracy >= first.val.accuracy - _AHEAD:
-            return ""
-        return (
-            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training images are "
-            f"right, where it started with {100 * first.val.accuracy:.1f} % of validation's: try other rates (`lr`), more "
-            "`epochs`, or `train_batchnorm`"
-        )
 
-    @property
-    def overfits(self) -> str:
-        """What the curves say against more epochs, "" if nothing."""
-        losses = [epoch.val.log_loss or 0.0 for epoch in self.history[1:]]  # the start had no label smoothing
-        last = self.history[-1]
-        if last.train_accuracy is None or losses[-1] <= _RISE * (lowest := min(losses)) + _SLIGHT:
-            return ""
-        if last.train_accuracy - last.val.accuracy < _AHEAD:
-            return ""
-        return (
-            f"it overfits: the validation loss rose from {lowest:.3f} to {losses[-1]:.3f} while "
-            f"{100 * last.train_accuracy:.1f} % of the training images became right"
-        )
+def is_gain(accuracy: float, scaled_loss: float, start: Epoch, images: int) -> bool:
+    """Tell whether what was chosen is better than the start: by more than the noise, or as accurate at a lower scaled loss.
+
+    The best of many epochs and rates is ahead by an image or two of a small validation split anyway.
+    """
+    if accuracy > start.val.accuracy + noise(start.val.accuracy, images) - ROUNDING:
+        return True
+    return accuracy >= start.val.accuracy and scaled_loss < start.scaled_loss
 
 
 def _trial_of(fields: dict[str, Any]) -> Trained:
@@ -232,7 +217,6 @@ class Finetuner:
             precision = choose_precision(self.network.model, batch, processes, on_cpu=precision == "auto")
         self.context = replace(self.context, precision=precision)
         self._untouched = copy.deepcopy(self.network.model.state_dict())
-        self._settled: dict[str, Tensor] | None = None
 
     @cached_property
     def before(self) -> tuple[Epoch, NDArray[np.float64]]:
@@ -253,12 +237,16 @@ class Finetuner:
             bar.update(plan.epochs * len(split.train) * finished)
             for number in range(finished, trials):
                 context, lr = (self.context, plan.lr[number]) if number < len(plan.lr) else (self._live, self._best.lr)
-                model.load_state_dict(self._start(live=bool(context.plan.train_batchnorm)))
-                trained = self._train(Trial(context, lr, split.train, split.val, start), bar)
+                model.load_state_dict(self._settled if context.plan.train_batchnorm else self._untouched)
+                trial = Trial(context, lr, split.train, split.val, start)
+                trained = trial.run(bar, self._keep_trial, self._state.trial)
                 self._state = self._state.ended(trained, len(split.val))
-                self._save(self._state)
+                self._keep(self._state)
         best, share, val = self._blended()
-        return RateSearch(best, dict(self._state.finished), share, val, self.network.copied())
+        # low-rank updates are no part of the weights yet
+        is_whole = self.network.trainable.spec.what != "lora"
+        weights = copy.deepcopy(self.network.backbone.module.state_dict()) if is_whole else {}
+        return RateSearch(best, dict(self._state.finished), share, val, Network(weights, model.linear_head()))
 
     @property
     def _best(self) -> Trained:
@@ -276,7 +264,7 @@ class Finetuner:
             The best trial, its best epoch 0 where none gains; the share of the way; and the scores there.
         """
         best, images, model, start = self._best, self.split.val, self.network.model, self.before[0]
-        origin = self._start(live=best.live) if best.best.number else self._untouched
+        origin = self._settled if best.live and best.best.number else self._untouched
         tried = {1.0: (best.best.val, best.best.scaled_loss)}
         for share in _SHARES[:-1] if best.best.number else ():
             model.load_state_dict(between(origin, best.state, share))
@@ -309,7 +297,7 @@ class Finetuner:
         context = self._live if best.live else self.context
         trial = Trial(context, best.lr, split.train_val, None, self.before[0], epochs=best.best.number)
         with progress(best.best.number * len(split.train_val), f"refit {plan.unfreeze.text}") as bar:
-            again = self._train(trial, bar)
+            again = trial.run(bar, self._keep_trial, self._state.trial)
         model.load_state_dict(between(start, again.state, outcome.share))
         if not again.diverged and self._still_good(outcome.val.accuracy):
             return True
@@ -342,17 +330,15 @@ class Finetuner:
             refitted,
             outcome.network,
             Network(self.network.backbone.module.state_dict(), model.linear_head()),
+            remarks_on(outcome.best.history, mixes=plan.mixup > 0),
         )
 
-    def _start(self, *, live: bool) -> dict[str, Tensor]:
-        """Return where a trial starts; where statistics are to move, they are settled on ``train`` before."""
-        if not live:
-            return self._untouched
-        if self._settled is None:
-            self.network.model.load_state_dict(self._untouched)
-            self._settle(self.split.train)
-            self._settled = copy.deepcopy(self.network.model.state_dict())
-        return self._settled
+    @cached_property
+    def _settled(self) -> dict[str, Tensor]:
+        """Where a trial starts whose BatchNorm statistics are to move: they are settled on ``train`` before."""
+        self.network.model.load_state_dict(self._untouched)
+        self._settle(self.split.train)
+        return copy.deepcopy(self.network.model.state_dict())
 
     def _settle(self, images: NDArray[np.int64]) -> None:
         """Take BatchNorm statistics from some images, and the probe from what the network makes of them then."""
@@ -362,15 +348,11 @@ class Finetuner:
         if settle_batchnorm(model, context.take, rows, plan.batch_size) and self.probe is not None:
             model.set_head(self.probe(embed(model, context.take, images * plan.views, plan.batch_size), context.y[images]))
 
-    def _save(self, state: TrainingState) -> None:
+    def _keep(self, state: TrainingState) -> None:
         self.checkpoint.save(state.plain() | {"precision": self.context.precision})
 
-    def _train(self, trial: Trial, bar: Any) -> Trained:
-        """Run a trial, from where the state has it if it does."""
-        if self._state.trial is not None:
-            trial.resume(self._state.trial)
-        state, self._state = self._state, replace(self._state, trial=None)
-        return trial.run(bar, lambda plain: self._save(replace(state, trial=plain)))
+    def _keep_trial(self, plain: Plain) -> None:
+        self._keep(replace(self._state, trial=plain))
 
     def _restarted(self) -> dict[str, Tensor]:
         """Put the model where the refit begins: the weights untouched and the probe that was refitted, or the shallower."""
@@ -389,6 +371,27 @@ class Finetuner:
         with contextlib.suppress(DivergedError):
             return self.context.validate(images)[0].accuracy >= chosen - noise(chosen, len(images))
         return False
+
+
+def remarks_on(history: Sequence[Epoch], *, mixes: bool) -> tuple[str, ...]:
+    """Return what is to be said of a training's curves, the start first; of mixed images few are right in any case."""
+    first, last, remarks = history[0], history[-1], []
+    if last.train_accuracy is None:  # no epoch
+        return ()
+    if last.train_accuracy < first.val.accuracy - _AHEAD and not mixes:
+        remarks.append(
+            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training images are "
+            f"right, where it started with {100 * first.val.accuracy:.1f} % of validation's: try other rates (`lr`), more "
+            "`epochs`, or `train_batchnorm`"
+        )
+    losses = [epoch.val.log_loss or 0.0 for epoch in history[1:]]  # the start had no label smoothing
+    has_risen = losses[-1] > _RISE * (lowest := min(losses)) + _SLIGHT
+    if has_risen and last.train_accuracy - last.val.accuracy >= _AHEAD:
+        remarks.append(
+            f"it overfits: the validation loss rose from {lowest:.3f} to {losses[-1]:.3f} while "
+            f"{100 * last.train_accuracy:.1f} % of the training images became right"
+        )
+    return tuple(remarks)
 
 
 def between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -84,16 +84,6 @@ def kept(history: Sequence[Epoch], images: int) -> int:
     return max(epoch.number for epoch in better if epoch.val.accuracy >= highest - noise(highest, images) - ROUNDING)
 
 
-def is_gain(accuracy: float, scaled_loss: float, start: Epoch, images: int) -> bool:
-    """Tell whether what was chosen is better than the start: by more than the noise, or as accurate at a lower scaled loss.
-
-    The best of many epochs and rates is ahead by an image or two of a small validation split anyway.
-    """
-    if accuracy > start.val.accuracy + noise(start.val.accuracy, images) - ROUNDING:
-        return True
-    return accuracy >= start.val.accuracy and scaled_loss < start.scaled_loss
-
-
 def epoch_of(fields: dict[str, Any]) -> Epoch:
     """Return an epoch from its fields as plain values."""
     val: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["val"].items()}
@@ -427,8 +417,10 @@ class Trial:
         self._average = AveragedModel(context.model, multi_avg_fn=average, use_buffers=True) if plan.ema else None
         self._state = TrialState([before], before, copy.deepcopy(context.model.state_dict()))
 
-    def run(self, bar: Any, keep: Callable[[Plain], None]) -> Trained:
-        """Train to the end; ``keep`` is given the state now and then, and after every epoch."""
+    def run(self, bar: Any, keep: Callable[[Plain], None], saved: Plain | None = None) -> Trained:
+        """Train to the end, from a saved state if given; ``keep`` is handed the state now and then, and after every epoch."""
+        if saved is not None:
+            self._resume(saved)
         plan, images, diverged, state = self._context.plan, len(self._train), False, self._state
         while len(state.history) <= self._epochs and state.stale < plan.patience:
             try:
@@ -464,7 +456,7 @@ class Trial:
             "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
-    def resume(self, plain: Plain) -> None:
+    def _resume(self, plain: Plain) -> None:
         """Go back to a state that was kept."""
         self._context.model.load_state_dict(plain["model"])
         self._optimiser.load_state_dict(plain["optimiser"])
@@ -482,7 +474,7 @@ class Trial:
 
     def _epoch(self, bar: Any, keep: Callable[[Plain], None]) -> None:
         context, plan, state, number = self._context, self._context.plan, self._state, len(self._state.history)
-        if state.step == 0:  # else ``resume`` has put the generators where the epoch was left
+        if state.step == 0:  # else ``_resume`` has put the generators where the epoch was left
             _seed_dropout(context.seed * 1000 + number, context.device)
         set_training(context.model, train_batchnorm=bool(plan.train_batchnorm))
         rng = np.random.default_rng((context.seed, number))

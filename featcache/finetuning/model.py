@@ -180,11 +180,6 @@ class OpenNetwork:
     model: SuffixAndHead
     stages: tuple[tuple[nn.Parameter, ...], ...]
 
-    def copied(self) -> Network:
-        """Return the weights and the head as they are; low-rank updates are no part of the weights yet."""
-        weights = {} if self.trainable.spec.what == "lora" else copy.deepcopy(self.backbone.module.state_dict())
-        return Network(weights, self.model.linear_head())
-
 
 def open_up(
     backbone: Backbone, trainable: Trainable, cut: str, start: Network, *, drop_path: float = 0.0, seed: int = 0
