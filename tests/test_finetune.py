@@ -155,10 +155,10 @@ def test_a_sweep_that_is_killed_keeps_the_depths_it_has(
     plan = replace(PLAN, epochs=1, lr=(1e-3,), refit=False)
     append = experiment.append_once
 
-    def killed(path: Path, record: RunRecord) -> None:
+    def killed(path: Path, record: RunRecord, tracker: object) -> None:
         if read_cells(path):
             raise KilledError
-        append(path, record)
+        append(path, record, tracker)
 
     trained = epochs_of(monkeypatch)
     with monkeypatch.context() as patched:

@@ -13,11 +13,12 @@ from featcache.backbones import absolute_name
 from featcache.datasets import Dataset
 from featcache.errors import DataError
 from featcache.evaluation import Columns, Task, column_names
-from featcache.evaluation.metrics import Kind, encode_correct
+from featcache.evaluation.metrics import Kind, TestResult, encode_correct
 from featcache.evaluation.splits import Split
 from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored, fingerprint
 from featcache.reports import PROTOCOL, RunRecord, append_once, record_from, stamp
+from featcache.specs import POOLED, TOKENS
 from featcache.store import Features, RowReader
 from featcache.store.disk import remove_file
 from featcache.store.entry import FeatureStore
@@ -49,6 +50,22 @@ class Outcome:
     gap: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     of_rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """A trained head on the way to its file: ``stem`` is its path without the format's suffix.
+
+    ``facts`` are said of it in its card; they come last, so that a tuned backbone names its own weights. ``tested`` and
+    ``answers``, of validation (n, classes), are kept where they are given.
+    """
+
+    estimator: Any
+    stem: Path
+    facts: Mapping[str, Any]
+    format: "Format" = "joblib"
+    tested: TestResult | None = None
+    answers: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +111,31 @@ class Experiment:
         folder = "tuned" if isinstance(self.plan, FineTunePlan) else "heads"
         return entry.store.path / folder / f"{stem}-seed{self.seed}-{self.short_key}"
 
-    def told(self, entry: "Extracted", artefact: Path, outcome: Outcome, **facts: Any) -> tuple[RunRecord, dict[str, Any]]:
-        """Return the record of the experiment, and what its head's file says of itself; ``facts`` are of the head alone."""
+    def keep(
+        self, entry: "Extracted", artefact: Path, outcome: Outcome, head: HeadFile, records: Path | None = None
+    ) -> RunRecord:
+        """Write a head with its card and then the experiment's record, in this order; return the record.
+
+        Args:
+            entry: as of ``record``.
+            artefact: as of ``record``.
+            outcome: as of ``record``.
+            head: what answers, in the end.
+            records: the file that gets the record.
+        """
+        from featcache.heads import bundle
+
         record = self.record(entry, artefact, outcome)
+        card = self._card(entry) | {"test": record.test, **head.facts}
         if not isinstance(self.plan, FineTunePlan):  # by these ``stored`` knows it again
-            facts |= {"record": record.stored, "split": outcome.split.fingerprint}
-        return record, self.card(entry, test=record.test, **facts)
+            card |= {"record": record.stored, "split": outcome.split.fingerprint}
+            if entry.cut == TOKENS:
+                card |= _on_tokens(card)
+        if head.tested is not None:
+            card["tested"] = bundle.packed(head.tested)
+        bundle.save(head.estimator, card, head.stem, head.format, answers=head.answers)
+        append_once(records, record, self.cache.settings.tracker)
+        return record
 
     def record(self, entry: "Extracted", artefact: Path, outcome: Outcome) -> RunRecord:
         """Return the record of the experiment.
@@ -141,13 +177,8 @@ class Experiment:
             **_stamped(entry),
         )
 
-    def card(self, entry: "Extracted", **facts: Any) -> dict[str, Any]:
-        """Return what a head's file says of itself: where its backbone is, what that was, how its samples are opened again.
-
-        Args:
-            entry: whose rows trained it.
-            facts: what is said of the head; it comes last, so that a tuned backbone names its own weights.
-        """
+    def _card(self, entry: "Extracted") -> dict[str, Any]:
+        """Return what a head's file says of where its backbone is, what that was, how its samples are opened again."""
         spec, source = self.cache.spec, self.cache.dataset
         return {
             "feature_key": entry.store.key,
@@ -160,7 +191,7 @@ class Experiment:
             "cut": entry.cut,
             "classes": list(self.task.names),
             "target": self.task.kind,
-        } | facts
+        }
 
     def stored(
         self, entry: "Extracted", stem: str, split: Split, how: "Format"
@@ -196,14 +227,6 @@ class Experiment:
         return {"group": self.task.group} if self.task.group else {}
 
 
-def finish(record: RunRecord, records: Path | None, cache: "FeatureCache") -> None:
-    """Append a finished record to its file, and tell the command's tracker of it; without a file neither is wanted."""
-    if records is not None:
-        append_once(records, record)
-        if cache.settings.tracker is not None:
-            cache.settings.tracker.on_record(record)
-
-
 def forget_state(folder: Path, cell: str) -> None:
     """Remove what a training has left in a data set's folder that was killed after its record was written.
 
@@ -228,6 +251,17 @@ def _stamped(entry: "Extracted") -> dict[str, Any]:
     stamped = stamp()
     runtimes = sorted({part.runtime for part in entry.store.manifest.parts if part.runtime})
     return stamped | {"environment": stamped["environment"] | {"runtime": "+".join(runtimes)}}
+
+
+def _on_tokens(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the card of a head says that trained on tokens, which are the same whatever pooling is asked for.
+
+    One that trained on a pooling of them answers from the pooled cut of a backbone that pools so.
+    """
+    kind = card["params"].get("pool")
+    pool = {"pool": kind or "default"}
+    cut = TOKENS if kind is None else POOLED
+    return {"cut": cut, "backbone": card["backbone"] | pool, "loaded": card["loaded"] | pool}
 
 
 def _is_calibrated(path: Path, card: Mapping[str, Any]) -> bool:

@@ -18,14 +18,14 @@ from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation import Task
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
 from featcache.evaluation.splits import Split, restricted
-from featcache.experiments.experiment import Experiment, Outcome, aligned, finish, forget_state, require_task, task_of
+from featcache.experiments.experiment import Experiment, HeadFile, Outcome, aligned, forget_state, require_task, task_of
 from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, in_memory, run_fit
 from featcache.extraction import backbone_identity
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.finetuning import FineTunePlan, depths
 from featcache.fingerprint import canonical
 from featcache.heads import STREAMING, FittedHead, require_head
-from featcache.reports import PROTOCOL, RunRecord, read_records
+from featcache.reports import PROTOCOL, RunRecord, append_once, read_records
 from featcache.reports.tables import NO_GAIN
 from featcache.reports.wording import START_STAYS, finetune_table
 from featcache.specs import INPUT, LIVE_BATCHNORM, POOLED, BackboneSpec, Views
@@ -126,12 +126,19 @@ class SweepResult(Displayed):
 
 
 @dataclass(frozen=True)
+class Boundary:
+    """What trains, the entry at the cut before it, and what is to be said of that cut."""
+
+    trainable: "Trainable"
+    entry: Extracted
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StoredRows:
     """The rows that one fine-tuning trains on, and what it starts from and is compared with.
 
     Attributes:
-        trainable: what trains.
-        entry: at the cut.
         task: the samples that have both an embedding and a row there.
         split: of these samples.
         take: gives their rows by positions, view after view.
@@ -141,8 +148,6 @@ class StoredRows:
         notes: what is to be said of the rows.
     """
 
-    trainable: "Trainable"
-    entry: Extracted
     task: Task
     split: Split
     take: "Take"
@@ -189,8 +194,8 @@ class FineTuneInputs:
             return each
         return self.processes.agrees(each)
 
-    def prepare(self, plans: Sequence[FineTunePlan]) -> list[StoredRows]:
-        """Return each plan's rows; plans differ in what trains, and all that they and the probe need comes of one pass."""
+    def prepare(self, plans: Sequence[FineTunePlan]) -> list[Boundary]:
+        """Return each plan's boundary; plans differ in what trains, and all that they and the probe need is one pass's."""
         from featcache.finetuning.model import select_trainable
 
         backbone = self.cache.backbone
@@ -198,7 +203,7 @@ class FineTuneInputs:
         with self.processes.one_first():
             entries = self._extract([trainable.cut for trainable in trainables], plans[0])
             _ = self.fitted
-        return [self._rows(trainable, *entries[trainable.cut], plans[0].views) for trainable in trainables]
+        return [Boundary(trainable, *entries[trainable.cut]) for trainable in trainables]
 
     def _extract(self, boundaries: Sequence[str], plan: FineTunePlan) -> dict[str, tuple[Extracted, tuple[str, ...]]]:
         """Extract at some boundaries; at the input where that cannot be or takes too much."""
@@ -218,11 +223,11 @@ class FineTuneInputs:
         at = dict(zip(cuts, entries, strict=True))
         return {boundary: (at[cut], notes) for boundary, (cut, notes) in places.items()}
 
-    def _rows(self, trainable: "Trainable", entry: Extracted, notes: tuple[str, ...], views: int) -> StoredRows:
+    def rows(self, boundary: Boundary, views: int) -> StoredRows:
         """Return the rows that an entry has of the samples that have embeddings too."""
         probe, start = self.best_probe, self.linear_probes
+        entry, split, notes = boundary.entry, self.split, boundary.notes
         keep, task, take = aligned(self.task, entry.store)
-        split = self.split
         if missing := len(self.task.features.y) - len(keep):  # such as one that overflows float16 there
             split = task.counted(restricted(split, keep))
             untested = len(self.split.test) - len(split.test)
@@ -236,7 +241,7 @@ class FineTuneInputs:
             return stored
 
         chosen = take if views == 1 else take_views
-        return StoredRows(trainable, entry, task, split, chosen, start, probe, correct, notes)
+        return StoredRows(task, split, chosen, start, probe, correct, notes)
 
     @cached_property
     def head_names(self) -> tuple[str, ...]:
@@ -390,10 +395,10 @@ def run_finetune(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | 
     """
     result = find_finished(inputs, plan, plan.unfreeze.text, records)
     if not inputs.all_agree(result is not None) or result is None:
-        (rows,) = inputs.prepare([plan])
-        result = FineTuneJob(inputs, plan, rows).run(records)
+        (boundary,) = inputs.prepare([plan])
+        result = FineTuneJob(inputs, plan, boundary).run(records)
     else:
-        finish(result.record, records, inputs.cache)
+        append_once(records, result.record, inputs.cache.settings.tracker)
     _tell([result])
     _forget(inputs, [result])
     return result
@@ -438,7 +443,7 @@ class Sweep:
         return list(self._results.values())
 
     @cached_property
-    def _rows(self) -> list[StoredRows]:
+    def _boundaries(self) -> list[Boundary]:
         return self.inputs.prepare(self.plans)
 
     def finished(self, place: int) -> FineTuneResult | None:
@@ -458,7 +463,7 @@ class Sweep:
         if not self.inputs.all_agree(result is not None) or result is None:
             result = self._train(place)
         else:
-            finish(result.record, self.records, self.inputs.cache)
+            append_once(self.records, result.record, self.inputs.cache.settings.tracker)
         self._results[place] = result
         return result
 
@@ -471,13 +476,13 @@ class Sweep:
         _forget(self.inputs, self.results)
 
     def _train(self, place: int) -> FineTuneResult:
-        earlier = self._before[place]
-        if earlier is None:
-            return FineTuneJob(self.inputs, self.plans[place], self._rows[place]).run(self.records)
-        if self._results[earlier].tuned is None:  # of an earlier command: its state has the weights, or it trains again
-            self._results[earlier] = self._train(earlier)
-        before = self._results[earlier]
-        return FineTuneJob(self.inputs, _after(self.plans[place], before), self._rows[place], before).run(self.records)
+        earlier, before = self._before[place], None
+        if earlier is not None:
+            if self._results[earlier].tuned is None:  # of an earlier command: its state has the weights, or it trains again
+                self._results[earlier] = self._train(earlier)
+            before = self._results[earlier]
+        plan = _after(self.plans[place], before)
+        return FineTuneJob(self.inputs, plan, self._boundaries[place], before).run(self.records)
 
 
 def _after(plan: FineTunePlan, gained: FineTuneResult | None) -> FineTunePlan:
@@ -492,12 +497,17 @@ def _method_after(plan: FineTunePlan, gained: FineTuneResult | None) -> str:
 
 @dataclass(frozen=True)
 class FineTuneJob:
-    """One fine-tuning: what it stands on, how and on what it trains, and the shallower one that it goes on from."""
+    """One fine-tuning: what it stands on, how and where it trains, and the shallower one that it goes on from."""
 
     inputs: FineTuneInputs
     plan: FineTunePlan
-    rows: StoredRows
+    boundary: Boundary
     after: FineTuneResult | None = None
+
+    @cached_property
+    def rows(self) -> StoredRows:
+        """What it trains on."""
+        return self.inputs.rows(self.boundary, self.plan.views)
 
     @cached_property
     def experiment(self) -> Experiment:
@@ -508,7 +518,7 @@ class FineTuneJob:
     @cached_property
     def stem(self) -> Path:
         """What its files' names begin with."""
-        return self.experiment.path(self.rows.entry, self.plan.unfreeze.text.replace(":", "").replace("%", "pct"))
+        return self.experiment.path(self.boundary.entry, self.plan.unfreeze.text.replace(":", "").replace("%", "pct"))
 
     @property
     def checkpoint(self) -> Path:
@@ -521,22 +531,21 @@ class FineTuneJob:
         from featcache.finetuning.finetuner import Checkpoint
         from featcache.heads.bundle import head_path
 
-        processes = self.inputs.processes
+        processes, stem, rows, entry = self.inputs.processes, self.stem, self.rows, self.boundary.entry
         with own_randomness(self.inputs.cache.backbone.device):
-            path = self.stem.with_name(f"{self.stem.name}.unfinished")
-            unfinished = Checkpoint(path, writes=processes.rank == 0, protocol=PROTOCOL)
+            state = stem.with_name(f"{stem.name}.unfinished")
+            unfinished = Checkpoint(state, writes=processes.rank == 0, protocol=PROTOCOL)
             tuned = self._train(unfinished)
-            outcome = self._compared(tuned)
+            right, groups = tuned.tested.right, rows.split.test_groups
+            outcome = self._outcome(tuned, paired_gap(right, rows.correct, groups=groups) if tuned.best > 0 else None)
             with processes.one_first():
                 if processes.rank == 0:
-                    # in this order, and the state is cleared last: a kill anywhere finds a training that has ended
-                    record = self._save(tuned, outcome)
-                    finish(record, records, self.inputs.cache)
+                    # the state is cleared after all of it: a kill anywhere finds a training that has ended
+                    record = self._keep(tuned, outcome, records)
                 else:
-                    record = self.experiment.record(self.rows.entry, self.checkpoint, outcome)
-        epochs, head = tuple(asdict(epoch) for epoch in tuned.history), head_path(self.stem)
-        computed = self.rows.entry.report.computed
-        facts = (tuned.similarity, self.checkpoint, head, computed, tuned, unfinished)
+                    record = self.experiment.record(entry, self.checkpoint, outcome)
+        epochs = tuple(asdict(epoch) for epoch in tuned.history)
+        facts = (tuned.similarity, self.checkpoint, head_path(stem), entry.report.computed, tuned, unfinished)
         return FineTuneResult(record, epochs, *facts, remarks=outcome.notes)
 
     def _train(self, unfinished: "Checkpoint") -> "FineTuned":
@@ -544,15 +553,16 @@ class FineTuneJob:
         from featcache.finetuning.loop import TrainContext
         from featcache.finetuning.model import Network, has_batchnorm, open_up
 
-        inputs, rows, plan = self.inputs, self.rows, self.plan
+        inputs, rows, plan, trainable = self.inputs, self.rows, self.plan, self.boundary.trainable
         start, refitted = (Network({}, head) for head in rows.start)
         if self.after is not None and self.after.tuned is not None:
             start, refitted = self.after.tuned.from_train, self.after.tuned.finished
-        backbone, cut, y = inputs.cache.backbone, rows.entry.cut, rows.task.features.y
-        network = open_up(backbone, rows.trainable, cut, start, drop_path=plan.drop_path, seed=inputs.seed)
-        how = (rows.take, y, plan, inputs.processes, inputs.seed)
-        context = TrainContext(network.model, network.stages, *how, on_epoch=self._told)
-        tries_live = plan.train_batchnorm is None and _is_resized(backbone) and has_batchnorm(network)
+        backbone, cut = inputs.cache.backbone, self.boundary.entry.cut
+        on_epoch, tries_live = self._told, plan.train_batchnorm is None and _is_resized(backbone)
+        network = open_up(backbone, trainable, cut, start, drop_path=plan.drop_path, seed=inputs.seed)
+        how = (rows.take, rows.task.features.y, plan, inputs.processes, inputs.seed)
+        context = TrainContext(network.model, network.stages, *how, on_epoch=on_epoch)
+        tries_live = tries_live and has_batchnorm(network)
         return Finetuner(network, context, rows.split, refitted, unfinished, tries_live, inputs.probe_on).run()
 
     @property
@@ -571,10 +581,9 @@ class FineTuneJob:
 
         return tell
 
-    def _compared(self, tuned: "FineTuned") -> Outcome:
+    def _outcome(self, tuned: "FineTuned", between: Gap | None) -> Outcome:
         """Return what it came to, with the gap to the best probe and what is to be said of it."""
         rows = self.rows
-        between = paired_gap(tuned.tested.right, rows.correct, groups=rows.split.test_groups) if tuned.best > 0 else None
         return Outcome(
             rows.split,
             params=_params(tuned),
@@ -623,11 +632,10 @@ class FineTuneJob:
             "seconds": best.seconds,
         }
 
-    def _save(self, tuned: "FineTuned", outcome: Outcome) -> RunRecord:
-        """Write the tuned network, and its head beside it: with it as its backbone the head predicts as any other."""
+    def _keep(self, tuned: "FineTuned", outcome: Outcome, records: Path | None) -> RunRecord:
+        """Write the tuned network; its head, which predicts as any other with it as its backbone; and last the record."""
         from featcache.backbones.timm_models import hash_weights
         from featcache.finetuning.model import save_checkpoint
-        from featcache.heads import bundle
         from featcache.heads.linear import linear_estimator
 
         cache, backbone = self.inputs.cache, tuned.network.backbone
@@ -647,20 +655,17 @@ class FineTuneJob:
         estimator = linear_estimator(head.weights, head.bias)
         spec: BackboneSpec = replace(cache.spec, weights=str(self.checkpoint.resolve()), random_init=None)
         weights = hash_weights(backbone.module)
-        record, card = self.experiment.told(
-            self.rows.entry,
-            self.checkpoint,
-            outcome,
-            backbone=backbone_identity(spec) | {"name": absolute_name(spec)},
-            weights=spec.weights,
-            loaded=asdict(replace(cache.backbone.loaded, tag="file", weights_sha256=weights)),
-            transform=transform,
-            cut=POOLED,
-            head=self.plan.unfreeze.text,
-            params={"lr": tuned.lr, "epoch": tuned.best},
-        )
-        bundle.save(estimator, card, self.stem)
-        return record
+        told = {
+            "backbone": backbone_identity(spec) | {"name": absolute_name(spec)},
+            "weights": spec.weights,
+            "loaded": asdict(replace(cache.backbone.loaded, tag="file", weights_sha256=weights)),
+            "transform": transform,
+            "cut": POOLED,
+            "head": self.plan.unfreeze.text,
+            "params": {"lr": tuned.lr, "epoch": tuned.best},
+        }
+        file = HeadFile(estimator, self.stem, told)
+        return self.experiment.keep(self.boundary.entry, self.checkpoint, outcome, file, records)
 
 
 def _is_resized(backbone: "Backbone") -> bool:

@@ -22,22 +22,22 @@ from featcache.evaluation.metrics import Kind, at_temperature, confusion, per_cl
 from featcache.evaluation.splits import Split, few_shot, restricted
 from featcache.experiments.experiment import (
     Experiment,
+    HeadFile,
     Outcome,
     aligned,
-    finish,
     forget_state,
     require_task,
     task_of,
 )
-from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice, token_card
+from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
 from featcache.fingerprint import fingerprint
 from featcache.heads import ALL, ATTENTIVE, ENSEMBLE, STREAMING, ZEROSHOT, FittedHead, bundle, heads_for, require_params
 from featcache.heads.baselines import Baseline
-from featcache.reports import PROTOCOL, RunRecord
+from featcache.reports import PROTOCOL, RunRecord, append_once
 from featcache.resources import free_memory, libraries_load
 from featcache.specs import CLIP, POOLED, TOKENS, Views, check_fields, cut_of_layers
-from featcache.store import beside
+from featcache.store import Features, beside
 from featcache.store.disk import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
@@ -363,13 +363,9 @@ def run_fit(
         if plan.budget is not None and results and time.monotonic() - started > plan.budget:
             logger.warning("`budget` %g s is spent: without %s", plan.budget, ", ".join(names[names.index(name) :]))
             break
-        result = (attending if name in ATTENTIVE else fitting).result(name, results)
-        if result is None:
-            continue
-        # one that was fitted before may be in the file already; another file is given it all the same
-        if only is None or name in only:
-            finish(result.record, records, cache)
-        results.append(result)
+        asked = records if only is None or name in only else None
+        if (result := (attending if name in ATTENTIVE else fitting).result(name, results, asked)) is not None:
+            results.append(result)
     found, lone, ahead = fitting.baselines(results) if plan.baselines else ([], [], None)
     pooling = read_choice(*fitting.note("pooling")) if plan.best_pool else None
     return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling, lone, ahead)
@@ -410,13 +406,17 @@ class _Fitting:
         return self._inputs[0]
 
     @cached_property
+    def _features(self) -> Features:
+        """The rows as they are stored, or pooled."""
+        store = self.entry.store
+        if self.plan.best_pool:
+            return replace(self.task.features, X=self.pooled[1])
+        return store.features() if in_memory(store) else store.streamed()
+
+    @cached_property
     def _inputs(self) -> tuple[Task, ColumnCoder | None]:
         """The task with its features, columns behind them where there are any, and how those became numbers."""
-        store, columns = self.entry.store, self.task.columns
-        if self.plan.best_pool:
-            features = replace(self.task.features, X=self.pooled[1])
-        else:
-            features = store.features() if in_memory(store) else store.streamed()
+        features, columns = self._features, self.task.columns
         if columns is None:
             return replace(self.task, features=features), None
         train = self.split.train
@@ -446,15 +446,17 @@ class _Fitting:
         keep, task, _ = aligned(self.task, entry.store)
         return replace(self, entry=entry, task=task, split=restricted(self.split, keep))
 
-    def result(self, name: str, before: Sequence[HeadResult]) -> HeadResult | None:
+    def result(self, name: str, before: Sequence[HeadResult], records: Path | None) -> HeadResult | None:
         """Return a head: from its file, or trained; of all heads, one that cannot be trained here costs no other."""
         experiment = self.experiment(name, before)
         if stored := self.stored(name, experiment):
             for note in stored.record.notes[len(self.split.remarks) :]:
                 logger.warning(note)
+            # one that was fitted before may be in the file already; another file is given it all the same
+            append_once(records, stored.record, self.cache.settings.tracker)
             return stored
         try:
-            result = self._keep(experiment, self._stem(name), self._train(name, before))
+            result = self._keep(experiment, self._stem(name), self._train(name, before), records)
         except DataError as error:
             if ALL not in self.plan.heads:
                 raise
@@ -522,7 +524,7 @@ class _Fitting:
         tells = head.fitted.tested.confidence is not None
         return replace(head, fitted=self._train(head.fitted.name, ())) if tells and head.fitted.answers is None else head
 
-    def _keep(self, experiment: Experiment, stem: str, fitted: FittedHead) -> HeadResult:
+    def _keep(self, experiment: Experiment, stem: str, fitted: FittedHead, records: Path | None) -> HeadResult:
         """Write a head with its record, so that it need not be fitted again, and return both."""
         for note in fitted.notes:
             logger.warning(note)
@@ -539,22 +541,17 @@ class _Fitting:
             right=tested.right,
             notes=fitted.notes,
         )
-        record, card = experiment.told(
-            entry,
-            path,
-            outcome,
-            head=fitted.name,
-            params=fitted.params,
-            scaled_by=fitted.temperature,
-            views=plan.views,
-            tested=bundle.packed(tested),
-            calibration=self._calibration(fitted, place.parent),
-            **({"columns": coder.card} if (coder := self._inputs[1]) else {}),
-        )
-        if self.entry.cut == TOKENS:
-            card = token_card(card, fitted.params.get("pool"))
-        bundle.save(fitted.estimator, card, place, plan.format, answers=fitted.answers)
-        return HeadResult(fitted, record, path, self.task, self.split)
+        facts = {
+            "head": fitted.name,
+            "params": fitted.params,
+            "scaled_by": fitted.temperature,
+            "views": plan.views,
+            "calibration": self._calibration(fitted, place.parent),
+        }
+        if self.task.columns is not None and (coder := self._inputs[1]) is not None:
+            facts["columns"] = coder.card
+        head = HeadFile(fitted.estimator, place, facts, plan.format, tested, fitted.answers)
+        return HeadResult(fitted, experiment.keep(entry, path, outcome, head, records), path, self.task, self.split)
 
     def _calibration(self, fitted: FittedHead, folder: Path) -> dict[str, Any]:
         """Return what tells when a head should not answer; nothing of one that gives no class a probability."""
@@ -562,11 +559,12 @@ class _Fitting:
 
         if fitted.unseen is None or fitted.temperature is None:
             return {}
+        rows = self._training_rows
         samples, probabilities = fitted.unseen.samples, at_temperature(fitted.unseen.answers, fitted.temperature)
         names = None if self.task.groups is None else [self.task.groups[place] for place in samples.tolist()]
         contents = [self.task.features.sha256[place] for place in samples.tolist()]
         calibration = Calibration.of(self.task.y[samples], probabilities, contents, self.split.units[samples], names)
-        return keep_calibration(calibration, self._training_rows, folder)
+        return keep_calibration(calibration, rows, folder)
 
     @cached_property
     def _training_rows(self) -> "TrainingRows | None":
@@ -577,13 +575,13 @@ class _Fitting:
             return None
         contents, both = self.task.features.sha256, self.split.train_val
         samples = np.array(sorted(both.tolist(), key=lambda place: contents[place])[:MOST_ROWS])
-        rows = self.pooled[1][samples] if self.plan.best_pool else aligned(self.task, self.entry.store)[2](samples)
+        rows = self._features.X[samples]
         X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the sample as it is
         return TrainingRows.of(X, self.task.y[samples], self.split.units[samples], self._widths(X.shape[1]))
 
     def _widths(self, dims: int) -> tuple[int, ...]:
         """Return how many of so many dims each layer has: none of one layer, nor where that cannot be told."""
-        if self.plan.best_pool:
+        if not self.plan.layers:
             return ()
         try:
             widths = self.cache.layer_widths(self.entry)

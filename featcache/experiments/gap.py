@@ -12,13 +12,13 @@ import numpy as np
 from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, log_loss
-from featcache.experiments.experiment import Experiment, finish, require_task, task_of
+from featcache.experiments.experiment import Experiment, require_task, task_of
 from featcache.experiments.finetune import FineTuneInputs, Sweep
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fitted, run_fit
 from featcache.extraction.feature_cache import FeatureCache
 from featcache.finetuning import FineTunePlan
 from featcache.fingerprint import as_stored
-from featcache.reports import RunRecord
+from featcache.reports import RunRecord, append_once
 from featcache.reports.tables import between_records
 from featcache.specs import POOLED
 
@@ -177,7 +177,8 @@ def run_gap(
     if left:
         logger.warning("`budget` %g s is spent: without %s", budget, ", ".join(left))
         return GapResult(tuple(steps), left=tuple(left))
-    finish(record := _recorded(GapResult(tuple(steps)), gap_experiment(cache, plan, group, seed), plan), records, cache)
+    record = _recorded(GapResult(tuple(steps)), gap_experiment(cache, plan, group, seed), plan)
+    append_once(records, record, cache.settings.tracker)
     return GapResult(tuple(steps), record=record)
 
 

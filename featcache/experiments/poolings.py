@@ -19,7 +19,7 @@ from featcache.evaluation.splits import Index, Split
 from featcache.heads import FittedHead
 from featcache.reports import PROTOCOL
 from featcache.resources import free_memory
-from featcache.specs import POOLED, POOLS, TOKENS, Pool
+from featcache.specs import POOLS, Pool
 from featcache.store.disk import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
@@ -130,16 +130,6 @@ def _require_room(count: int, shape: tuple[int, ...], poolings: int) -> None:
             f"`best_pool`: the poolings need up to {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: name "
             "one with `pool`."
         )
-
-
-def token_card(card: Mapping[str, Any], kind: Pool | None) -> dict[str, Any]:
-    """Return the card of a head that trained on an entry of tokens, which are the same whatever pooling is asked for.
-
-    One that trained on a pooling of them answers from the pooled cut of a backbone that pools so.
-    """
-    pool = {"pool": kind or "default"}
-    cut = TOKENS if kind is None else POOLED
-    return {**card, "cut": cut, "backbone": card["backbone"] | pool, "loaded": card["loaded"] | pool}
 
 
 def read_choice(path: Path, names: Sequence[str]) -> PoolingChoice | None:

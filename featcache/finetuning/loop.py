@@ -418,7 +418,7 @@ class Trial:
         self._state = TrialState([before], before, copy.deepcopy(context.model.state_dict()))
 
     def run(self, bar: Any, keep: Callable[[Plain], None], saved: Plain | None = None) -> Trained:
-        """Train to the end, from a saved state if given; ``keep`` is handed the state now and then, and after every epoch."""
+        """Train to the end, from a saved state if given; ``keep`` is handed the state now and then and after every epoch."""
         if saved is not None:
             self._resume(saved)
         plan, images, diverged, state = self._context.plan, len(self._train), False, self._state

@@ -145,20 +145,30 @@ def environment() -> dict[str, Any]:
     }
 
 
-def append_once(path: Path, record: RunRecord) -> None:
-    """Add a record to a file that lacks it: this very one, to the second at which it was made; of fine-tuning, its training.
+def append_once(path: Path | None, record: RunRecord, tracker: Any = None) -> None:
+    """Add a record to a file that lacks it, and tell a tracker of it; without a file neither is wanted.
+
+    Lacking is this very record, to the second at which it was made; of fine-tuning, its training.
 
     Raises:
         StorageError: the file cannot be written.
     """
+    if path is None:
+        return
+    if not _has(path, record):
+        append_record(path, record)
+    if tracker is not None:
+        tracker.on_record(record)
+
+
+def _has(path: Path, record: RunRecord) -> bool:
     if record.kind == "finetune":  # one that was killed once its record was written ends again: its epochs' seconds tell
         training = _training(record)
         if any(_training(earlier) == training for earlier in read_records([path], warn=False)):
-            return
+            return True
     with contextlib.suppress(OSError):  # writing says what is wrong with it
-        if path.is_file() and _line(record).strip() in path.read_bytes():
-            return
-    append_record(path, record)
+        return path.is_file() and _line(record).strip() in path.read_bytes()
+    return False
 
 
 def _training(record: RunRecord) -> str:
