@@ -291,27 +291,13 @@ def aligned(task: Task, store: FeatureStore) -> tuple[NDArray[np.int64], Task, C
     return keep, task, lambda index: reader.take(where[index])
 
 
-def require_task(cache: "FeatureCache", kind: Kind, group: str | None, columns: Sequence[str] = ()) -> None:
-    """Refuse what the data set does not tell, before anything is extracted for it.
-
-    Raises:
-        DataError: it tells another kind of thing; it is no manifest, has no such column, or a sample no group.
-        UsageError: a column is no such as could be trained on.
-    """
-    cache.dataset.require_kind(kind)
-    if group is not None:
-        cache.files.groups(group)
-    if columns:
-        cache.files.columns(column_names(columns))
-
-
 def task_of(
     files: "DatasetFiles", features: Features, kind: Kind = "label", group: str | None = None, columns: Sequence[str] = ()
 ) -> Task:
     """Return the task of listed samples, in groups and with columns beside them where these are asked for.
 
     Raises:
-        DataError: as of ``require_task``.
+        DataError: as of ``FeatureCache.require``.
     """
     group_of = {} if group is None else files.groups(group)
     values_of = files.columns(column_names(columns)) if columns else {}

@@ -18,7 +18,7 @@ from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation import Task
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
 from featcache.evaluation.splits import Split, restricted
-from featcache.experiments.experiment import Experiment, HeadFile, Outcome, aligned, forget_state, require_task, task_of
+from featcache.experiments.experiment import Experiment, HeadFile, Outcome, aligned, forget_state, task_of
 from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, in_memory, run_fit
 from featcache.extraction import backbone_identity
 from featcache.extraction.feature_cache import Extracted, FeatureCache, Output
@@ -179,7 +179,7 @@ class FineTuneInputs:
         """Refuse what cannot be compared, before anything is computed."""
         for name in self.probes:
             require_head(name)
-        require_task(self.cache, "label", self.group)
+        self.cache.require("label", self.group)
 
     @cached_property
     def processes(self) -> "ProcessGroup":

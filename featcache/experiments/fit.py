@@ -26,7 +26,6 @@ from featcache.experiments.experiment import (
     Outcome,
     aligned,
     forget_state,
-    require_task,
     task_of,
 )
 from featcache.experiments.poolings import PoolingChoice, choose_pooling, read_choice
@@ -346,9 +345,9 @@ def run_fit(
         UsageError: a head is unknown, or does not go with the plan; nothing has been computed then.
     """
     names = plan.names()
-    require_task(cache, plan.target, plan.group, plan.columns)
     _require_kind(cache, names)
     outputs = [Output(cut) for cut in plan.cuts(names)]
+    cache.require(plan.target, plan.group, plan.columns)
     entry, *_ = entries = cache.features(outputs, Views(plan.views), thumbnails=SIDE if plan.baselines else None)
     names = _trainable(entry.store, plan, names)
     fitting = _Fitting.of(cache, entry, plan, seed)
@@ -374,8 +373,8 @@ def run_fit(
 def is_fitted(cache: FeatureCache, plan: FitPlan, *, seed: int = 0) -> bool:
     """Tell whether one head is there already, so that ``run_fit`` extracts and trains nothing for it."""
     (name,) = names = plan.names()
-    require_task(cache, plan.target, plan.group, plan.columns)
     outputs = [Output(cut) for cut in plan.cuts(names)]
+    cache.require(plan.target, plan.group, plan.columns)
     if not cache.holds(outputs, Views(plan.views)):
         return False
     (entry,) = cache.features(outputs, Views(plan.views))

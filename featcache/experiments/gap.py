@@ -12,7 +12,7 @@ import numpy as np
 from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, UsageError
 from featcache.evaluation.metrics import Gap, log_loss
-from featcache.experiments.experiment import Experiment, require_task, task_of
+from featcache.experiments.experiment import Experiment, task_of
 from featcache.experiments.finetune import FineTuneInputs, Sweep
 from featcache.experiments.fit import PROBE, FitPlan, HeadResult, Ledger, is_fitted, run_fit
 from featcache.extraction.feature_cache import FeatureCache
@@ -163,7 +163,7 @@ def run_gap(
         budget: seconds after which no further step is begun.
         records: a JSONL file that gets the records of all steps.
     """
-    require_task(cache, "label", group)
+    cache.require("label", group)
     started, steps, left = time.monotonic(), list[GapStep](), list[str]()
     for way in _ways(cache, plan, (group, seed), records, steps):
         is_there = way.is_there()
@@ -172,8 +172,7 @@ def run_gap(
             continue
         if not is_there:
             logger.info("step %s%s", way.name, way.origin and f" ({way.origin})")
-        if (step := _step_of(way, steps)) is not None:
-            steps.append(step)
+        steps += filter(None, [_step_of(way, steps)])
     if left:
         logger.warning("`budget` %g s is spent: without %s", budget, ", ".join(left))
         return GapResult(tuple(steps), left=tuple(left))

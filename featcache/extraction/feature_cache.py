@@ -16,6 +16,8 @@ from featcache.datasets import Dataset
 from featcache.datasets.decoding import ImagePreprocess
 from featcache.display import Displayed, Table, facts_table, logger
 from featcache.errors import DataError, StorageError, UsageError
+from featcache.evaluation import column_names
+from featcache.evaluation.metrics import Kind
 from featcache.extraction.extract import (
     NO_RUNTIME,
     EntryWriter,
@@ -323,6 +325,19 @@ class FeatureCache:
             for (store, _), report, request in zip(opened, reports, requests, strict=True)
             if report is not None
         ]
+
+    def require(self, kind: Kind, group: str | None, columns: Sequence[str] = ()) -> None:
+        """Refuse what the data set does not tell, before anything is extracted for it.
+
+        Raises:
+            DataError: it tells another kind of thing; it is no manifest, has no such column, or a sample no group.
+            UsageError: a column is no such as could be trained on.
+        """
+        self.dataset.require_kind(kind)
+        if group is not None:
+            self.files.groups(group)
+        if columns:
+            self.files.columns(column_names(columns))
 
     def holds(self, outputs: Sequence[Output], views: Views | None = None) -> bool:
         """Tell whether the flags lead to entries of some cuts that lack nothing, so that no backbone is needed for them."""

@@ -408,11 +408,14 @@ class Embeddings:
         X = self.X.only(rows) if isinstance(self.X, LazyRows) else self.X[rows]  # streamed ones are not in memory
         return train(name, params, X, self.y[rows], seed, near)
 
-    def test(self, estimator: Any, split: Split, temperature: float | None = None) -> TestResult:
+    def answers(self, estimator: Any, samples: NDArray[np.int64]) -> NDArray[Any]:
+        """Return what a head answers of some samples, as of ``predict_with``."""
+        told = predict_with(estimator, self.X[self.rows(samples)], self.task.kind, len(self.task.names))
+        return over_views(told, self.views)
+
+    def test(self, estimator: Any, split: Split) -> TestResult:
         """Return how a finished head does on the test split."""
-        kind, classes = self.task.kind, len(self.task.names)
-        answers = over_views(predict_with(estimator, self.X[self.rows(split.test)], kind, classes), self.views)
-        return evaluate_on_test(answers, self.task.y, split, temperature)
+        return evaluate_on_test(self.answers(estimator, split.test), self.task.y, split)
 
 
 def fit(
@@ -475,7 +478,7 @@ def tested_head(
     name: str, estimator: Any, search: SearchResult, embeddings: Embeddings, split: Split, seconds: float
 ) -> FittedHead:
     """Return a head that was refitted after its search, with its scores; the test split is read here."""
-    task, answers = embeddings.task, search.answers
+    task, answers, told = embeddings.task, search.answers, embeddings.answers(estimator, split.test)
     y_true, temperature = _val_truth(task, split), None
     if task.kind == "label" and answers.ndim == 2:
         temperature = best_temperature(y_true, answers)
@@ -484,7 +487,7 @@ def tested_head(
         name,
         dict(search.params),
         evaluate(y_true, answers, temperature),
-        embeddings.test(estimator, split, temperature),
+        evaluate_on_test(told, task.y, split, temperature),
         seconds,
         lambda: estimator,
         lambda: answers,
