@@ -373,11 +373,6 @@ class Embeddings:
         folds = [Fold(self.rows(fold.train), self.rows(fold.val)) for fold in split.folds]
         return search_head(name, self.X, self.y, folds, seed, grid, self.views)
 
-    def fit(self, name: str, split: Split, seed: int, grid: Sequence[Params] | None = None) -> tuple[SearchResult, Pipeline]:
-        """Choose a head's parameters, and return it fitted with them on train and val."""
-        search = self.search(name, split, seed, grid)
-        return search, self.train(name, search.params, split.train_val, seed, search)
-
     def crossed(self, name: str, folds: Sequence[Fold], seed: int, near: SearchResult, head: Pipeline) -> NDArray[Any]:
         """Return what heads with a search's parameters answer of the folds' val, trained on their train.
 
@@ -438,7 +433,8 @@ def fit(
     require_head(name)
     embeddings = Embeddings.of(task, views)
     started = time.monotonic()
-    search, estimator = embeddings.fit(name, split, seed, grid)
+    search = embeddings.search(name, split, seed, grid)
+    estimator = embeddings.train(name, search.params, split.train_val, seed, search)
     unseen = _out_of_fold(name, (search, estimator), embeddings, split, seed)
     fitted = tested_head(name, estimator, search, embeddings, split, time.monotonic() - started)
     return replace(fitted, unseen=unseen or fitted.unseen)
