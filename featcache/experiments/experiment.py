@@ -134,7 +134,8 @@ class Experiment:
         if head.tested is not None:
             card["tested"] = bundle.packed(head.tested)
         bundle.save(head.estimator, card, head.stem, head.format, answers=head.answers)
-        append_once(records, record, self.cache.settings.tracker)
+        if records is not None:
+            append_once(records, record, self.cache.settings.tracker)
         return record
 
     def record(self, entry: "Extracted", artefact: Path, outcome: Outcome) -> RunRecord:

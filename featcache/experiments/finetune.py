@@ -397,7 +397,7 @@ def run_finetune(inputs: FineTuneInputs, plan: FineTunePlan, *, records: Path | 
     if not inputs.all_agree(result is not None) or result is None:
         (boundary,) = inputs.prepare([plan])
         result = FineTuneJob(inputs, plan, boundary).run(records)
-    else:
+    elif records is not None:
         append_once(records, result.record, inputs.cache.settings.tracker)
     _tell([result])
     _forget(inputs, [result])
@@ -462,7 +462,7 @@ class Sweep:
         self._before[place] = self._last_kept
         if not self.inputs.all_agree(result is not None) or result is None:
             result = self._train(place)
-        else:
+        elif self.records is not None:
             append_once(self.records, result.record, self.inputs.cache.settings.tracker)
         self._results[place] = result
         return result

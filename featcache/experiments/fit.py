@@ -452,7 +452,8 @@ class _Fitting:
             for note in stored.record.notes[len(self.split.remarks) :]:
                 logger.warning(note)
             # one that was fitted before may be in the file already; another file is given it all the same
-            append_once(records, stored.record, self.cache.settings.tracker)
+            if records is not None:
+                append_once(records, stored.record, self.cache.settings.tracker)
             return stored
         try:
             result = self._keep(experiment, self._stem(name), self._train(name, before), records)

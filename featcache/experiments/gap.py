@@ -150,10 +150,9 @@ def run_gap(
 ) -> GapResult:
     """Take the way from a linear probe to the whole network tuned step by step, on one split.
 
-    A step is kept where it is better on validation than all before it; its gain is measured on the test samples against
-    what was kept before, so that gains add up to the whole gap. Weights go on from the last depth that was kept, at first
-    from the linear probe under the kept pooling. What an earlier command has fitted or trained is taken, and told where the
-    budget is spent too.
+    A step is kept where it is better on validation than all before it; its gain on the test samples is against what was kept
+    before, so that gains add up to the whole gap. Weights go on from the last depth that was kept, at first from the linear
+    probe under the kept pooling. What an earlier command has fitted or trained is told where the budget is spent too.
 
     Args:
         cache: the data set and the backbone.
@@ -177,7 +176,8 @@ def run_gap(
         logger.warning("`budget` %g s is spent: without %s", budget, ", ".join(left))
         return GapResult(tuple(steps), left=tuple(left))
     record = _recorded(GapResult(tuple(steps)), gap_experiment(cache, plan, group, seed), plan)
-    append_once(records, record, cache.settings.tracker)
+    if records is not None:
+        append_once(records, record, cache.settings.tracker)
     return GapResult(tuple(steps), record=record)
 
 

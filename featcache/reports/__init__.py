@@ -145,16 +145,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def append_once(path: Path | None, record: RunRecord, tracker: Any = None) -> None:
-    """Add a record to a file that lacks it, and tell a tracker of it; without a file neither is wanted.
+def append_once(path: Path, record: RunRecord, tracker: Any = None) -> None:
+    """Add a record to a file that lacks it, and tell a tracker of it.
 
     Lacking is this very record, to the second at which it was made; of fine-tuning, its training.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    if path is None:
-        return
     if not _has(path, record):
         append_record(path, record)
     if tracker is not None:
