@@ -18,8 +18,9 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from scipy.special import logit, softmax
 
 from featcache.heads.solvers import newton
+from featcache.heads.solvers.losses import Loss, seen_by
 from featcache.heads.solvers.newton import LBFGS, Precondition
-from featcache.heads.solvers.passes import Ahead, BatchedLoss, Loss, SideBySide, TurnedLoss, seen_by
+from featcache.heads.solvers.passes import Ahead, BatchedLoss, SideBySide, TurnedLoss
 from featcache.heads.solvers.scaled import Axes, Floats, Rows, TurnedRows, products_on, scaled
 from featcache.resources import cores
 

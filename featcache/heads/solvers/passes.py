@@ -4,18 +4,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logsumexp, xlogy
 
 from featcache.heads.solvers import newton
+from featcache.heads.solvers.losses import (
+    AHEAD,
+    BENT,
+    GUESSING,
+    ONE_BY_ONE,
+    Loss,
+    softmax_ahead,
+    softmax_bend,
+    softmax_slopes,
+)
 from featcache.heads.solvers.newton import Floats
 from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, takes_small_products
 from featcache.resources import cores
-
-Loss = Literal["softmax", "sigmoid", "squared_hinge"]
 
 _NARROW = 128  # rows of weights
 _FEW_COLUMNS = 48  # outputs of all models, up to which a block's products are short
@@ -27,7 +34,6 @@ _VECTORS, _STATES = 10, 6  # that a problem which goes down takes, of its size a
 _SHARED = 3_000_000  # multiplications of a product, from which on a second thread pays
 _THIN = 48  # rows of vectors, up to which rows times vectors is faster than vectors times rows
 _ALONE, _FILL = 3, 3  # vectors that are multiplied one by one; of zeros, that are cheaper than an odd number
-_UNLIKELY = 1e-6  # of the likeliest class's probability
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
 
 
@@ -154,9 +160,9 @@ class BatchedLoss:
                 if self._signs is None:
                     wanted_part = ("whole" if is_whole else "diagonal") if curvature else "none"
                     place = np.arange(len(values))[:, None] * (outputs * len(rows)) + self.y[block] * len(rows)
-                    loss, curved = _softmax(values, place + np.arange(len(rows)), counts, wanted_part)
+                    loss, curved = softmax_slopes(values, place + np.arange(len(rows)), counts, wanted_part)
                 else:
-                    loss, curved = _ONE_BY_ONE[self.loss](values, self._signs[:, block], counts[:, None])
+                    loss, curved = ONE_BY_ONE[self.loss](values, self._signs[:, block], counts[:, None])
             sums.loss[index] += loss
             if curvature:
                 sums.curvature[index] += curved
@@ -179,9 +185,9 @@ class BatchedLoss:
             weights, intercept = np.zeros((count, outputs, width)), np.zeros((count, outputs))
             for block, active, rows, scores, shifts, counts in self._pairs(blocks, fold_of, flat, offset, kind):
                 if self._signs is None:
-                    _softmax_bend(scores, shifts, self.y[block], counts[:, None])
+                    softmax_bend(scores, shifts, self.y[block], counts[:, None])
                 else:
-                    _BENT[self.loss](scores, shifts, self._signs[:, block], counts[:, None])
+                    BENT[self.loss](scores, shifts, self._signs[:, block], counts[:, None])
                 intercept[active] += shifts.sum(axis=2, dtype=np.float64)
                 products = _summed_products(shifts.reshape(-1, len(rows)), rows)
                 weights[active] += products.reshape(len(shifts), outputs, width)
@@ -206,10 +212,10 @@ class BatchedLoss:
                 scores, shifts = narrow.astype(np.float64), moved.astype(np.float64)
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of a step that is too long
                     if self._signs is None:
-                        loss, gap, slopes, dual, bent = _softmax_ahead(scores, shifts, self.y[block], counts)
+                        loss, gap, slopes, dual, bent = softmax_ahead(scores, shifts, self.y[block], counts)
                     else:
                         signs = self._signs[:, block].astype(np.float64)
-                        loss, gap, slopes, dual, bent = _AHEAD[self.loss](scores, shifts, signs, counts[:, None])
+                        loss, gap, slopes, dual, bent = AHEAD[self.loss](scores, shifts, signs, counts[:, None])
                 sums.loss[active] += loss
                 sums.gap[active] += gap
                 sums.curvature[active] += bent
@@ -284,7 +290,7 @@ class TurnedLoss:
         self.shares = np.stack([self._shares_of(labels) for labels in self.targets])
         self.is_whole = loss == "softmax" and self.outputs <= _COUPLED
         self.squares = np.stack([np.einsum("nr,nr->r", rows, rows) / len(rows) for rows in self.rows])
-        self.guessing = self.counts * _GUESSING[loss](self.shares).sum(axis=1)
+        self.guessing = self.counts * GUESSING[loss](self.shares).sum(axis=1)
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
         is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
         self.shares_of_C = np.where(is_pair, 0.5, 1.0)
@@ -343,11 +349,11 @@ class _Part:
         with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
             if self.kind == "softmax":
                 place = y_true + np.arange(len(outputs))[:, None] * (outputs.size // max(1, len(outputs)))
-                seen = _softmax(outputs, place, uses, "whole" if self.is_whole else "diagonal")
+                seen = softmax_slopes(outputs, place, uses, "whole" if self.is_whole else "diagonal")
                 state = outputs.copy()
                 state.reshape(-1)[place] += uses  # the right class's probability, less one that its slope is
             else:
-                seen, state = _ONE_BY_ONE[self.kind](outputs, y_true, uses[:, None]), outputs
+                seen, state = ONE_BY_ONE[self.kind](outputs, y_true, uses[:, None]), outputs
         if isinstance(index, slice):
             self._slopes, self._state = outputs, state
         else:
@@ -649,165 +655,3 @@ def _pieces(rows: int, cost: int) -> tuple[int, int]:
     """
     step = _AS_THEY_LIE // max(1, cost) // _ROUND * _ROUND
     return (rows // step, step) if 0 < step < rows else (1, rows)
-
-
-def _softmax(outputs: Rows, true: NDArray[np.int64], counts: Rows, curvature: str) -> tuple[Floats, Floats]:
-    """Return the losses (p,) of outputs (p, k, r), C-contiguous, and the "whole" curvature, its "diagonal" or "none" (0,).
-
-    ``true`` (p, r) says where in all outputs those of the right classes lie. The outputs become the losses' derivatives.
-    """
-    flat = outputs.reshape(-1)
-    outputs -= outputs.max(axis=1, keepdims=True)
-    score_of_true = flat[true]
-    np.exp(outputs, out=outputs)
-    of_true = flat[true]
-    flat[true] = 0
-    of_others = outputs.sum(axis=1)  # without the right class: 1 - p and log(p) of a p near 1 keep their digits
-    total = of_others + of_true
-    near = np.log1p(of_others / np.maximum(of_true, _UNLIKELY))
-    spent = (np.where(of_true > _UNLIKELY, near, np.log(total) - score_of_true) * counts).sum(axis=1, dtype=np.float64)
-    flat[true] = of_true
-    outputs *= (counts / total)[:, None]
-    bent = np.zeros(0)
-    if curvature == "whole":
-        bent = -np.matmul(outputs, outputs.transpose(0, 2, 1)).astype(np.float64)
-        diagonal = np.arange(outputs.shape[1])
-        bent[:, diagonal, diagonal] += outputs.sum(axis=2, dtype=np.float64)
-    elif curvature == "diagonal":
-        bent = (outputs * (1 - outputs)).sum(axis=2, dtype=np.float64)
-    flat[true] = -of_others / total * counts
-    return spent, bent
-
-
-def _sigmoid(outputs: Rows, signs: Rows, counts: Rows) -> tuple[Floats, Floats]:
-    """As _softmax, for labels one by one: log(1 + exp(-margin))."""
-    outputs *= signs
-    spent = (np.logaddexp(0, -outputs) * counts).sum(axis=(1, 2), dtype=np.float64)
-    wrong = counts / (1 + np.exp(np.minimum(outputs, 80)))
-    curvature = (wrong * (1 - wrong)).sum(axis=2, dtype=np.float64)
-    np.multiply(wrong, -signs, out=outputs)
-    return spent, curvature
-
-
-def _squared_hinge(outputs: Rows, signs: Rows, counts: Rows) -> tuple[Floats, Floats]:
-    """As _sigmoid: max(0, 1 - margin) squared."""
-    outputs *= signs
-    slack = np.maximum(0, 1 - outputs) * counts
-    spent = np.einsum("pkr,pkr->p", slack, slack, dtype=np.float64)
-    curvature = 2 * (slack > 0).sum(axis=2, dtype=np.float64)
-    np.multiply(slack, -2 * signs, out=outputs)
-    return spent, curvature
-
-
-def seen_by(loss: Loss, scores: Rows, right: NDArray[np.bool_]) -> tuple[Floats, Rows, Floats]:
-    """Return losses (p,), derivatives (p, k, n) by scores, and second ones by intercepts (p, k, k).
-
-    Args:
-        loss: of one class among k, or of each label by itself.
-        scores: of p models (p, k, n), C-contiguous; they become the derivatives.
-        right: which class, or which labels, each row has (k, n).
-    """
-    count, outputs, rows = scores.shape
-    counts = np.ones((1, rows), scores.dtype)
-    if loss == "softmax":
-        place = right.argmax(axis=0) * rows + np.arange(rows) + np.arange(count)[:, None] * (outputs * rows)
-        spent, curvature = _softmax(scores, place, counts, "whole")
-        return spent, scores, curvature
-    spent, curvature = _ONE_BY_ONE[loss](scores, np.where(right, 1.0, -1.0), counts)
-    return spent, scores, curvature[:, :, None] * np.eye(outputs)
-
-
-def _shares(outputs: Rows) -> Rows:
-    """Return the softmax (p, k, r) of outputs."""
-    shares: Rows = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
-    return shares
-
-
-def _softmax_bend(outputs: Rows, moves: Rows, y_true: NDArray[np.int64], counts: Rows) -> None:
-    """Turn moves of outputs (p, k, r) into those of the losses' derivatives."""
-    shares = _shares(outputs)
-    moves -= moves[:, None, y_true, np.arange(len(y_true))]  # nothing is cancelled where the right class is nearly certain
-    moves -= (shares * moves).sum(axis=1, keepdims=True)
-    moves *= shares
-    moves *= counts
-
-
-def _sigmoid_bend(outputs: Rows, moves: Rows, signs: Rows, counts: Rows) -> None:
-    wrong = expit(-outputs * signs)
-    moves *= wrong * (1 - wrong) * counts
-
-
-def _squared_hinge_bend(outputs: Rows, moves: Rows, signs: Rows, counts: Rows) -> None:
-    moves *= 2 * (outputs * signs < 1) * counts
-
-
-_BENT = {"sigmoid": _sigmoid_bend, "squared_hinge": _squared_hinge_bend}
-_Seen = tuple[Floats, Floats, Floats, Floats, Floats]
-
-
-def _softmax_ahead(outputs: Floats, moves: Floats, y_true: NDArray[np.int64], counts: Rows) -> _Seen:
-    """Return losses (p,), gaps (p,), derivatives, predicted ones (p, k, r) and curvature, when outputs have moved.
-
-    A row's gap is the divergence of its new probabilities from what was predicted of them: p (1 + z), where z is the move
-    less its mean. Written by p and z alone nothing is cancelled, however near to 0 or 1 probabilities are.
-    """
-    shares = _shares(outputs)
-    z = moves - (shares * moves).sum(axis=1, keepdims=True)
-    rise = np.log1p((shares * np.expm1(np.minimum(z, 700))).sum(axis=1, keepdims=True))
-    raised = np.maximum(1 + z, 0)  # what falls below no probability stays there: the prediction needs to be one
-    dual = shares * raised
-    total = dual.sum(axis=1, keepdims=True)
-    dual /= total
-    ratios = np.log(np.where(raised > 0, raised / total, 1)) - z + rise
-    gap = ((dual * ratios).sum(axis=1) * counts).sum(axis=1)
-    after = outputs + moves
-    row = np.arange(len(y_true))
-    loss = ((logsumexp(after, axis=1) - after[:, y_true, row]) * counts).sum(axis=1)
-    slopes = _shares(after) * counts[:, None]
-    curvature = -np.matmul(slopes, slopes.transpose(0, 2, 1))
-    diagonal = np.arange(slopes.shape[1])
-    curvature[:, diagonal, diagonal] += slopes.sum(axis=2)
-    dual *= counts[:, None]
-    slopes[:, y_true, row] -= counts
-    dual[:, y_true, row] -= counts
-    return loss, np.maximum(gap, 0), slopes, dual, curvature
-
-
-def _sigmoid_ahead(outputs: Floats, moves: Floats, signs: Floats, counts: Rows) -> _Seen:
-    """As _softmax_ahead, of two classes: a label is right or wrong."""
-    margins, steps = outputs * signs, moves * signs
-    wrong, after = expit(-margins), margins + steps
-    right = expit(margins)
-    right_z, wrong_z = wrong * steps, -right * steps
-    rise = np.log1p(right * np.expm1(np.minimum(right_z, 700)) + wrong * np.expm1(np.minimum(wrong_z, 700)))
-    dual = np.clip(wrong * (1 + wrong_z), 0, 1)
-    dual_right = np.clip(right * (1 + right_z), 0, 1)
-    gap = xlogy(dual, np.maximum(1 + wrong_z, 0)) + dual * (rise - wrong_z)
-    gap += xlogy(dual_right, np.maximum(1 + right_z, 0)) + dual_right * (rise - right_z)
-    slopes = expit(-after)
-    loss = (np.logaddexp(0, -after) * counts).sum(axis=(1, 2))
-    curvature = (slopes * (1 - slopes) * counts).sum(axis=2)
-    return loss, np.maximum((gap * counts).sum(axis=(1, 2)), 0), -signs * slopes * counts, -signs * dual * counts, curvature
-
-
-def _squared_hinge_ahead(outputs: Floats, moves: Floats, signs: Floats, counts: Rows) -> _Seen:
-    """As _softmax_ahead, of the loss max(0, 1 - margin) squared, whose conjugate is u^2 / 4 - u of u above 0."""
-    margins, steps = outputs * signs, moves * signs
-    after = margins + steps
-    predicted = 2 * np.maximum(0, 1 - after) * (margins < 1)
-    slack = np.maximum(0, 1 - after)
-    gap = np.where(after < 1, (slack - predicted / 2) ** 2, predicted * (after - 1) + predicted**2 / 4)
-    loss = (slack**2 * counts).sum(axis=(1, 2))
-    curvature = 2 * ((slack > 0) * counts).sum(axis=2)
-    return loss, (gap * counts).sum(axis=(1, 2)), -2 * signs * slack * counts, -signs * predicted * counts, curvature
-
-
-# Of the best constant model, a row and output, by the share of the rows that have it.
-_GUESSING: dict[Loss, Callable[[Floats], Any]] = {
-    "softmax": lambda share: -xlogy(share, share),
-    "sigmoid": lambda share: -xlogy(share, share) - xlogy(1 - share, 1 - share),
-    "squared_hinge": lambda share: 4 * share * (1 - share),
-}
-_AHEAD = {"sigmoid": _sigmoid_ahead, "squared_hinge": _squared_hinge_ahead}
-_ONE_BY_ONE = {"sigmoid": _sigmoid, "squared_hinge": _squared_hinge}
