@@ -486,7 +486,7 @@ def open_dataset(
             f"{data}: no image found in it, and no text. A folder needs CLASS/IMAGE or train/CLASS/IMAGE files, "
             f"texts as .txt.{also}"
         )
-    odd = tuple(f"{data}: {note}" for note in odd_names(source.table.labels))
+    odd = tuple(f"{data}: {note}" for note in odd_names(source.classes))
     return replace(_renamed(source, name), notes=source.notes + odd, reopens=_from_anywhere(str(data), source.location))
 
 

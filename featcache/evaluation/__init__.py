@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from featcache.errors import DataError, UsageError
 from featcache.evaluation.metrics import Kind
-from featcache.evaluation.splits import Split, counted, make_free_split, make_split
+from featcache.evaluation.splits import Split, counted, make_free_split, make_split, restricted
 from featcache.fingerprint import fingerprint
 from featcache.specs import check_fields
 
@@ -311,17 +311,18 @@ class Task:
 
     def split(self, seed: int, folds: int | None = None) -> Split:
         """Return which images train, choose and are tested: as they are given, else drawn."""
-        features, contents = self.features, self.features.sha256
+        # Of `y`, which is read here: where some images are unreadable, the labels of the others may be too few.
+        features, y, contents = self.features, self.y, self.features.sha256
         if self.kind != "label":
-            # of `y`, which is read here: where some images are unreadable, the labels of the others may be too few
-            return self.counted(make_free_split(len(self.y), features.splits, seed, self.groups, contents, folds))
-        y, classes, groups = features.y, features.classes, self.groups
-        return self.counted(make_split(y, features.splits, classes, seed, groups=groups, folds=folds, contents=contents))
+            split = make_free_split(len(y), features.splits, seed, self.groups, contents, folds)
+            return counted(split, features.y, contents, None)
+        split = make_split(y, features.splits, features.classes, seed, groups=self.groups, folds=folds, contents=contents)
+        return counted(split, y, contents, features.classes)
 
-    def counted(self, split: Split) -> Split:
-        """Return a split of these images with its copies, and what a reader of scores on it should know."""
-        features = self.features
-        return counted(split, features.y, features.sha256, features.classes if self.kind == "label" else None)
+    def part_of(self, split: Split, keep: NDArray[np.int64]) -> Split:
+        """Return a split of all images as one of some (k,), which are these, with its copies counted among those."""
+        features, part = self.features, restricted(split, keep)
+        return counted(part, features.y, features.sha256, features.classes if self.kind == "label" else None)
 
     def restricted(self, keep: NDArray[np.int64]) -> "Task":
         """Return the task of some of its images (k,); it goes by the same name, so that an experiment's key stays."""

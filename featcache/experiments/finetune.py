@@ -17,7 +17,7 @@ from featcache.display import Displayed, Table, logger
 from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation import Task
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
-from featcache.evaluation.splits import Split, restricted
+from featcache.evaluation.splits import Split
 from featcache.experiments.experiment import Experiment, HeadFile, Outcome, aligned, forget_state, task_of
 from featcache.experiments.fit import PROBE, PROBES, FitPlan, HeadResult, Ledger, in_memory, run_fit
 from featcache.extraction import backbone_identity
@@ -229,7 +229,7 @@ class FineTuneInputs:
         entry, split, notes = boundary.entry, self.split, boundary.notes
         keep, task, take = aligned(self.task, entry.store)
         if missing := len(self.task.features.y) - len(keep):  # such as one that overflows float16 there
-            split = task.counted(restricted(split, keep))
+            split = task.part_of(split, keep)
             untested = len(self.split.test) - len(split.test)
             note = f"{missing} samples have no activations at {entry.cut} and are left out, {untested} of them test samples"
             notes = (*notes, note)
