@@ -33,7 +33,6 @@ MOST_EMPTY = 0.011
 LONG = {
     "evaluation.splits.draw": "one draw in five steps that share their groups, counts and generator",
     "experiments.export.export": "one model from loading to comparing, each step on what the last one made",
-    "experiments.fit.run_fit": "the order of a command: what is checked before anything is computed, and what after",
     "extraction.extract.run_batches": "a pool of threads and its end: whatever is raised, no thread is left",
     "heads.search.search_head": "coarse grid, fine grid, winner: one state",
 }
@@ -48,7 +47,7 @@ MANY_PARAMETERS = {
     "heads.solvers.solve": "scikit-learn's objective as scikit-learn spells it, and a tolerance",
 }
 MOST_LINES, MOST_PARAMETERS = 40, 6
-MOST_LONG, MOST_WIDE = 6, 8
+MOST_LONG, MOST_WIDE = 4, 8
 
 MOST_MODULES = 85
 LONGEST_CHAIN = 9

@@ -126,7 +126,7 @@ class Experiment:
         from featcache.heads import bundle
 
         record = self.record(entry, artefact, outcome)
-        card = self._card(entry) | {"test": record.test, **head.facts}
+        card = self.card(entry) | {"test": record.test, **head.facts}
         if not isinstance(self.plan, FineTunePlan):  # by these ``stored`` knows it again
             card |= {"record": record.stored, "split": outcome.split.fingerprint}
             if entry.cut == TOKENS:
@@ -178,7 +178,7 @@ class Experiment:
             **_stamped(entry),
         )
 
-    def _card(self, entry: "Extracted") -> dict[str, Any]:
+    def card(self, entry: "Extracted") -> dict[str, Any]:
         """Return what a head's file says of where its backbone is, what that was, how its samples are opened again."""
         spec, source = self.cache.spec, self.cache.dataset
         return {

@@ -355,19 +355,11 @@ def run_fit(
     for shots in plan.shots:  # what cannot be drawn is said before anything is trained
         few_shot(split, task.features.y, shots, seed, task.features.sha256)
     (ledger or Ledger()).tell(task, split)
-    attending = fitting.beside(entries[-1])
-    results: list[HeadResult] = []
-    started = time.monotonic()
-    for name in names:
-        if plan.budget is not None and results and time.monotonic() - started > plan.budget:
-            logger.warning("`budget` %g s is spent: without %s", plan.budget, ", ".join(names[names.index(name) :]))
-            break
-        asked = records if only is None or name in only else None
-        if (result := (attending if name in ATTENTIVE else fitting).result(name, results, asked)) is not None:
-            results.append(result)
-    found, lone, ahead = fitting.baselines(results) if plan.baselines else ([], [], None)
+    recorded = {name: records for name in names if only is None or name in only}
+    results = fitting.in_turn(names, entries[-1], recorded)
+    trivial, lone, ahead = fitting.baselines(results) if plan.baselines else ([], [], None)
     pooling = read_choice(*fitting.note("pooling")) if plan.best_pool else None
-    return FitResult(entry, results, found, fitting.curves(results[0].fitted.name), pooling, lone, ahead)
+    return FitResult(entry, results, trivial, fitting.curves(results[0].fitted.name), pooling, lone, ahead)
 
 
 def is_fitted(cache: FeatureCache, plan: FitPlan, *, seed: int = 0) -> bool:
@@ -437,6 +429,18 @@ class _Fitting:
         experiment = Experiment(self.cache, self.task, stem, plan, self.seed)
         path = experiment.path(self.entry, stem)
         return path.with_name(f"{path.name}.json"), (experiment.key, self.split.fingerprint)
+
+    def in_turn(self, names: Sequence[str], tokens: Extracted, records: Mapping[str, Path | None]) -> list[HeadResult]:
+        """Return the heads that can be fitted, in turn until the budget is spent; ``records``: the file of each, if any."""
+        attending, budget, started = self.beside(tokens), self.plan.budget, time.monotonic()
+        results: list[HeadResult] = []
+        for number, name in enumerate(names):
+            if budget is not None and results and time.monotonic() - started > budget:
+                logger.warning("`budget` %g s is spent: without %s", budget, ", ".join(names[number:]))
+                break
+            fitting = attending if name in ATTENTIVE else self
+            results += filter(None, [fitting.result(name, results, records.get(name))])
+        return results
 
     def beside(self, entry: Extracted) -> "_Fitting":
         """Return the same of another entry, of the samples that it has too."""

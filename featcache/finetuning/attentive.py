@@ -6,7 +6,7 @@ validation keeps is never below it there. Rate first, then the number of queries
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -19,15 +19,12 @@ from featcache.display import progress
 from featcache.evaluation.metrics import score
 from featcache.evaluation.splits import Split
 from featcache.finetuning import FineTunePlan, Unfreeze
-from featcache.finetuning.finetuner import Checkpoint
+from featcache.finetuning.finetuner import Checkpoint, Finetuner, RateSearch, not_worse
 from featcache.finetuning.loop import ProcessGroup, TrainContext, Trial, predict
 from featcache.finetuning.model import LinearHead, Network, OpenNetwork, SuffixAndHead, Take, Trainable
 from featcache.specs import TOKENS, Pool
 
-if TYPE_CHECKING:
-    from featcache.finetuning.finetuner import Finetuner, RateSearch
-
-    Searched: TypeAlias = tuple[Finetuner, RateSearch]
+Searched: TypeAlias = tuple[Finetuner, RateSearch]
 
 QUERIES = (16, 4, 32)  # the first is tried at every rate
 DECAYS = (0.05, 0.5)
@@ -149,7 +146,7 @@ class AttentiveTraining:
                 answers.append(predict(network.model, self.take, fold.val, _AT_ONCE))
         return np.concatenate(answers)
 
-    def _search(self) -> "dict[AttentionSpec, Searched]":
+    def _search(self) -> dict[AttentionSpec, Searched]:
         """Train on ``train``: all rates at the first number of queries, then the other numbers, then the other decays."""
         queries = [count for count in QUERIES if len(self.scale) % count == 0] or [1]
         first = AttentionSpec(queries[0], DECAYS[0])
@@ -164,17 +161,13 @@ class AttentiveTraining:
             searched[candidate] = self._train(candidate, rates)
         return searched
 
-    def _best(self, searched: "Mapping[AttentionSpec, Searched]") -> AttentionSpec:
+    def _best(self, searched: Mapping[AttentionSpec, Searched]) -> AttentionSpec:
         """Return the best on validation: of those that accuracy cannot tell apart, that of the lowest scaled loss."""
-        from featcache.finetuning.finetuner import not_worse
-
         contenders = not_worse([outcome.best for _, outcome in searched.values()], len(self.split.val))
         best = min(contenders, key=lambda trial: trial.best.scaled_loss)
         return next(candidate for candidate, (_, outcome) in searched.items() if outcome.best is best)
 
-    def _train(self, candidate: AttentionSpec, rates: tuple[float, ...]) -> "Searched":
-        from featcache.finetuning.finetuner import Finetuner
-
+    def _train(self, candidate: AttentionSpec, rates: tuple[float, ...]) -> Searched:
         network = self.network(candidate, self.probe.on_train)
         context = self._context(network, candidate, rates)
         checkpoint = self.checkpoint(f"{candidate.queries}q-{candidate.decay:g}")

@@ -286,11 +286,11 @@ class Finetuner:
         """
         best, split, plan, model = outcome.best, self.split, self.context.plan, self.network.model
         if best.best.number == 0:
-            self._restarted()
+            self._restart()
         if best.best.number == 0 or not plan.refit:
             return False
         chosen = copy.deepcopy(model.state_dict())
-        self._restarted()
+        self._restart()
         if best.live:
             self._settle(split.train_val)
         start = copy.deepcopy(model.state_dict())
@@ -354,13 +354,12 @@ class Finetuner:
     def _keep_trial(self, plain: Plain) -> None:
         self._keep(replace(self._state, trial=plain))
 
-    def _restarted(self) -> dict[str, Tensor]:
+    def _restart(self) -> None:
         """Put the model where the refit begins: the weights untouched and the probe that was refitted, or the shallower."""
         self.network.model.load_state_dict(self._untouched)
         if self.refitted.weights:
             self.network.backbone.module.load_state_dict(self.refitted.weights)
         self.network.model.set_head(self.refitted.head)
-        return self.network.model.state_dict()
 
     def _still_good(self, chosen: float) -> bool:
         """Tell whether the model is as accurate on ``val`` as the one that was chosen there, but for noise.
