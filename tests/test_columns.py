@@ -199,7 +199,7 @@ def test_columns_are_refused_before_anything_is_computed(exclusive_or: Path, run
     for names, code, reason in (
         ("sides", 3, "sides: x.csv has no such column"),
         ("side,side", 2, "each once"),
-        ("label", 2, "lists the images"),
+        ("label", 2, "lists the samples"),
     ):
         refused = run("fit", exclusive_or, *MINI, "--with", names)
         assert (refused.code, reason in refused.err) == (code, True), refused.err

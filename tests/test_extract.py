@@ -244,13 +244,13 @@ def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
         [*command, str(tmp_path / "killed")], env=slowed, start_new_session=True, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("*/*/manifest-1.json")):
+    while not list((tmp_path / "killed").glob("*/test_resnet*/manifest-1.json")):
         assert victim.poll() is None, "ended before a part was committed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
-    entry = next((tmp_path / "killed").glob("*/*/spec.json")).parent
+    entry = next((tmp_path / "killed").glob("*/test_resnet*/spec.json")).parent
     there = FeatureStore.open(entry).manifest.rows
 
     subprocess.run([*command, str(tmp_path / "killed")], env=slowed, check=True, capture_output=True)
@@ -258,7 +258,7 @@ def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
 
     assert 0 < there < 1200
     assert FeatureStore.open(entry).manifest.rows == 1200
-    whole = next((tmp_path / "whole").glob("*/*/spec.json")).parent
+    whole = next((tmp_path / "whole").glob("*/test_resnet*/spec.json")).parent
     same_tables(table(FeatureStore.open(entry)), table(FeatureStore.open(whole)))
     assert not FeatureStore.open(entry).verify()
 

@@ -249,11 +249,11 @@ def test_a_head_without_probabilities_wins_no_tie() -> None:
 
 def test_no_numbers_are_refused() -> None:
     """Probabilities of NaN are no answer, whatever class they would be counted as."""
-    with pytest.raises(DataError, match="for 1 of 2 images are NaN"):
+    with pytest.raises(DataError, match="for 1 of 2 samples are NaN"):
         score(np.array([0, 1]), np.array([[0.5, 0.5], [np.nan, np.nan]]))
-    with pytest.raises(DataError, match="for 2 of 3 images are NaN"):
+    with pytest.raises(DataError, match="for 2 of 3 samples are NaN"):
         number_scores(np.arange(3.0), np.array([np.nan, 1, np.inf]))
-    with pytest.raises(DataError, match="for 1 of 1 images are NaN"):
+    with pytest.raises(DataError, match="for 1 of 1 samples are NaN"):
         label_scores(np.array([[True, False]]), np.array([[0.5, np.nan]]))
 
 

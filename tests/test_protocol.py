@@ -156,7 +156,7 @@ def test_copies_do_not_teach_the_test(run: Run, tmp_path: Path) -> None:
     assert found.json["heads"][0]["test"]["accuracy"] < 0.9
     assert record.copies == {"copies": 120, "test_repeated": 24}
     assert Counter(Counter(record.test_groups or []).values()) == {4: 8}
-    assert "24 of 32 test images are copies of other test images" in found.err
+    assert "24 of 32 test samples are copies of other test samples" in found.err
 
 
 def test_copies_across_given_splits_are_said_and_recorded(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_copies_across_given_splits_are_said_and_recorded(run: Run, folder: Path
     found = run("fit", root, *TINY, "--head", "ridge", "--no-baselines")
     (record,) = read_records([tmp_path / "cache" / "records" / "runs.jsonl"])
 
-    assert "18 of 36 test images are byte for byte training or validation images too" in found.err
-    assert "2 images are byte for byte an image with another label" in found.err
+    assert "18 of 36 test samples are byte for byte training or validation samples too" in found.err
+    assert "2 samples are byte for byte a sample with another label" in found.err
     assert record.copies["test_seen"] == 18
     assert record.copies["labels_differ"] == 2
     assert any("18 of 36" in note for note in record.notes)

@@ -55,10 +55,10 @@ def test_seeds_draw_differently_and_repeatably() -> None:
     ("y", "names", "match"),
     [
         ([0, 0, 0], ["", "", ""], "two classes"),
-        ([0, 0, 0, 1], [""] * 4, "'b' has 1 image: at least 3 are needed to draw train and val and test"),
-        ([0, 0, 0, 1, 1], [""] * 5, "'b' has 2 images: at least 3"),
-        ([0, 0, 0, 1, 1], ["train"] * 4 + ["test"], "'b' has 1 image: at least 2 are needed to draw train and val from"),
-        ([0, 0, 1, 1], ["test"] * 4, "no image is left to train on"),
+        ([0, 0, 0, 1], [""] * 4, "'b' has 1 sample: at least 3 are needed to draw train and val and test"),
+        ([0, 0, 0, 1, 1], [""] * 5, "'b' has 2 samples: at least 3"),
+        ([0, 0, 0, 1, 1], ["train"] * 4 + ["test"], "'b' has 1 sample: at least 2 are needed to draw train and val from"),
+        ([0, 0, 1, 1], ["test"] * 4, "no sample is left to train on"),
         ([0, 0, 1, 1, 2], ["train"] * 4 + ["test"], "'c' is tested but"),
     ],
 )
@@ -252,15 +252,15 @@ def test_shots_are_different_images_while_there_are_some() -> None:
 
     assert len({contents[place] for place in few.train}) == 16
     assert len(few.cross) == 5
-    with pytest.raises(DataError, match="`shots` 40: a class has only 32 images"):
+    with pytest.raises(DataError, match="`shots` 40: a class has only 32 samples"):
         few_shot(split, y, 40, 0, contents)
 
 
 def test_a_class_of_copies_cannot_be_split() -> None:
     """What the user has is counted: images, and how many of them differ."""
-    with pytest.raises(DataError, match="'b' has 4 images, 1 of different content: at least 3 are needed"):
+    with pytest.raises(DataError, match="'b' has 4 samples, 1 of different content: at least 3 are needed"):
         make_split(np.repeat([0, 1], 4), [""] * 8, CLASSES, contents=[*"abcd", *"eeee"])
-    with pytest.raises(DataError, match="there are 2 images: at least 3"):
+    with pytest.raises(DataError, match="there are 2 samples: at least 3"):
         make_free_split(2, ["", ""])
 
 
@@ -275,7 +275,7 @@ def test_copies_in_given_splits_are_counted() -> None:
     counted = copies(parts, y, contents)
 
     assert counted == {"copies": 5, "test_seen": 3, "val_seen": 1, "test_repeated": 1, "labels_differ": 2}
-    assert remarks(counted, split.sizes())[0].startswith("3 of 5 test images are byte for byte")
+    assert remarks(counted, split.sizes())[0].startswith("3 of 5 test samples are byte for byte")
     assert len(remarks(counted, split.sizes())) == 4
     assert copies(parts, y, [""] * 12) == {}
     assert copies(parts, y, list("abcdefghijkl")) == {}
@@ -310,7 +310,7 @@ def test_groups_keep_the_default_folds() -> None:
 @pytest.mark.parametrize(
     ("folds", "groups", "match"),
     [
-        (500, None, "`folds` 500: class 'b' has 24 different images"),
+        (500, None, "`folds` 500: class 'b' has 24 different samples"),
         (25, None, "class 'b' has 24"),
         (1, None, "`folds` 1: at least 2"),
         (-3, None, "`folds` -3: at least 2"),
@@ -350,5 +350,5 @@ def test_a_restricted_split_keeps_each_image_in_its_part() -> None:
         assert keep[getattr(less, name)].tolist() == [place for place in getattr(split, name).tolist() if place in keep]
     assert len(less.cross) == len(split.cross)
     assert less.groups is not None
-    with pytest.raises(DataError, match="none of the test images"):
+    with pytest.raises(DataError, match="none of the test samples"):
         restricted(split, split.train_val)

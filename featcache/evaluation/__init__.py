@@ -42,7 +42,7 @@ def column_names(asked: Sequence[str]) -> tuple[str, ...]:
     if twice:
         raise UsageError(f"`columns` {','.join(asked)}: write names of columns, each once, with commas between them.")
     if taken := [name for name in names if name in {"path", "label", "split"}]:
-        raise UsageError(f"`columns` {taken[0]}: this column lists the images: it cannot be trained on.")
+        raise UsageError(f"`columns` {taken[0]}: this column lists the samples: it cannot be trained on.")
     return names
 
 
@@ -206,7 +206,7 @@ def alone(column: CodedColumn, values: Sequence[str], train: NDArray[np.int64]) 
 def _number_column(name: str, train: Sequence[str]) -> CodedColumn:
     numbers = np.array([_finite(name, value) for value in train if not _is_missing(value)])
     if not len(numbers):
-        raise DataError(f"`columns` {name}: it says nothing of any training image.")
+        raise DataError(f"`columns` {name}: it says nothing of any training sample.")
     missing = len(train) - len(numbers)
     return CodedColumn(name, "number", float(numbers.mean()), float(numbers.std()) or 1.0, missing=missing)
 
@@ -214,11 +214,11 @@ def _number_column(name: str, train: Sequence[str]) -> CodedColumn:
 def _category_column(name: str, train: Sequence[str]) -> CodedColumn:
     names = sorted({value.strip() for value in train if not _is_missing(value)})
     if not names:
-        raise DataError(f"`columns` {name}: it says nothing of any training image.")
+        raise DataError(f"`columns` {name}: it says nothing of any training sample.")
     if len(names) > _MOST_CATEGORIES or (len(names) == len(train) and len(names) > 2):
         raise DataError(
-            f"`columns` {name}: {len(names)} different values of {len(train)} training images: it names images rather than "
-            "kinds of them. Leave it out; where it should be of numbers, look for values that are none."
+            f"`columns` {name}: {len(names)} different values of {len(train)} training samples: it names samples rather "
+            "than kinds of them. Leave it out; where it should be of numbers, look for values that are none."
         )
     return CodedColumn(name, "category", categories=tuple(names), missing=sum(map(_is_missing, train)))
 

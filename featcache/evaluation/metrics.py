@@ -229,8 +229,8 @@ def _require_finite(answer: NDArray[Any]) -> None:
     if not np.isfinite(answer).all():
         wrong = int((~np.isfinite(answer)).reshape(len(answer), -1).any(axis=1).sum())
         raise DataError(
-            f"the answers for {wrong} of {len(answer)} images are NaN or infinite: look for extreme values in the features, "
-            "or use another head."
+            f"the answers for {wrong} of {len(answer)} samples are NaN or infinite: look for extreme values in the "
+            "features, or use another head."
         )
 
 

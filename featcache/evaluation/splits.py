@@ -138,10 +138,10 @@ def remarks(counted: Mapping[str, int], sizes: Mapping[str, int]) -> tuple[str, 
     """Return in words what ``copies`` counted that makes a score mean less than it says."""
     test, val = sizes["test"], sizes["val"]
     words = {
-        "test_seen": f"of {test} test images are byte for byte training or validation images too: their answers were seen",
-        "val_seen": f"of {val} validation images are byte for byte training images too: what is chosen on them was seen",
-        "test_repeated": f"of {test} test images are copies of other test images: intervals take them for one",
-        "labels_differ": "images are byte for byte an image with another label: one of the two labels is wrong",
+        "test_seen": f"of {test} test samples are byte for byte training or validation samples too: their answers were seen",
+        "val_seen": f"of {val} validation samples are byte for byte training samples too: what is chosen on them was seen",
+        "test_repeated": f"of {test} test samples are copies of other test samples: intervals take them for one",
+        "labels_differ": "samples are byte for byte a sample with another label: one of the two labels is wrong",
     }
     return tuple(f"{counted[name]} {text}" for name, text in words.items() if name in counted)
 
@@ -174,7 +174,7 @@ def require_enough(pool: Index, drawing: Drawing, missing: Sequence[str]) -> Non
     if not missing:
         return
     if not len(pool):
-        raise DataError(f"no image is left to train on, and to draw {' and '.join(missing)} from.")
+        raise DataError(f"no sample is left to train on, and to draw {' and '.join(missing)} from.")
     counts, parts = drawing.counts(pool), ["train", *reversed(missing)]
     if drawing.grouped:
         groups = len(set(drawing.units.numbers[pool].tolist()))
@@ -190,8 +190,8 @@ def require_enough(pool: Index, drawing: Drawing, missing: Sequence[str]) -> Non
             copies = f", {count} of different content" if count < images else ""
             what = f"class {drawing.classes[label]!r} has" if len(drawing.classes) > 1 else "there are"
             raise DataError(
-                f"{what} {images} image{'s' if images > 1 else ''}{copies}: at least {len(parts)} are needed to draw "
-                f"{' and '.join(parts)} from. Add images, remove the class, or give a split."
+                f"{what} {images} sample{'s' if images > 1 else ''}{copies}: at least {len(parts)} are needed to draw "
+                f"{' and '.join(parts)} from. Add samples, remove the class, or give a split."
             )
 
 
@@ -561,7 +561,7 @@ def _number_of_folds(folds: int | None, drawing: Drawing, split: Split, *, val_g
     if folds > smallest:
         whose = f"class {drawing.classes[label]!r} has" if len(drawing.classes) > 1 else "there are"
         raise UsageError(
-            f"`folds` {folds}: {whose} {smallest} different images to train and choose on: "
+            f"`folds` {folds}: {whose} {smallest} different samples to train and choose on: "
             f"{'at most so many folds, or ' if smallest > 1 else ''}`folds=0`."
         )
     if folds > groups:
@@ -586,7 +586,7 @@ def _crossed(split: Split, drawing: Drawing, folds: int, *, required: bool = Fal
     usable = tuple(fold for fold in cross if len(fold.val) and len(np.unique(drawing.y[fold.train])) >= classes)
     if len(usable) < folds and required:
         raise UsageError(
-            f"`folds` {folds}: a fold would have one class to train on, or nothing to judge, since images stay together: "
+            f"`folds` {folds}: a fold would have one class to train on, or nothing to judge, since samples stay together: "
             "ask for fewer."
         )
     return replace(split, cross=usable if len(usable) > 1 else ())
@@ -618,7 +618,7 @@ def few_shot(split: Split, y: NDArray[np.int64], shots: int, seed: int, contents
     both = split.train_val
     counts = np.bincount(y[both])
     if (short := counts[counts > 0].min()) < shots:
-        raise DataError(f"`shots` {shots}: a class has only {short} images to train on.")
+        raise DataError(f"`shots` {shots}: a class has only {short} samples to train on.")
     units = units_of(len(y), contents, None if split.groups is None else split.groups.tolist())
     drawn = [drawing_order(units, both[y[both] == label], seed, f"{shots} shots")[:shots] for label in np.unique(y[both])]
     grouped = split.groups is not None
@@ -660,7 +660,7 @@ def restricted(split: Split, keep: Index) -> Split:
     parts = {name: among(getattr(split, name)) for name in ("train", "val", "test")}
     for name, index in parts.items():
         if not len(index) and len(getattr(split, name)):
-            raise DataError(f"none of the {name} images could be computed: see `featcache store info` for their reasons.")
+            raise DataError(f"none of the {name} samples could be computed: see `featcache store info` for their reasons.")
     cross = tuple(Fold(among(fold.train), among(fold.val)) for fold in split.cross)
     groups, same = (None if numbers is None else numbers[keep] for numbers in (split.groups, split.same))
     cross = tuple(fold for fold in cross if len(fold.train) and len(fold.val))
@@ -689,11 +689,11 @@ def _untested(split: Split, y: NDArray[np.int64], classes: Sequence[str]) -> tup
 def _require_trained(y: NDArray[np.int64], classes: Sequence[str], train: Index, test: Index) -> None:
     absent = sorted({classes[label] for label in set(y[test].tolist()) - set(y[train].tolist())})
     if absent:
-        raise DataError(f"class {absent[0]!r} is tested but has no training image ({len(absent)} such classes).")
+        raise DataError(f"class {absent[0]!r} is tested but has no training sample ({len(absent)} such classes).")
 
 
 def _require_classes(y: NDArray[np.int64], classes: Sequence[str]) -> None:
     present = np.unique(y)
     if len(present) < 2:
         only = classes[int(present[0])] if len(present) else "none"
-        raise DataError(f"at least two classes with images are needed, found {len(present)} ({only}).")
+        raise DataError(f"at least two classes with samples are needed, found {len(present)} ({only}).")

@@ -325,7 +325,7 @@ class EntryWriter:
             path, digest = self.files.path(position), self.files.digest(position)
             if path not in named:
                 quarantined.append(Quarantined(path, digest.hex(), reasons[digest]))
-        reason = "a copy of an image that could not be read"
+        reason = "a copy of a sample that could not be read"
         quarantined += [Quarantined(self.files.path(position), "", reason) for position in cached[is_early].tolist()]
         return cached[~is_bad & ~is_early], tuple(quarantined)
 
@@ -361,11 +361,11 @@ def require_usable(dataset: Dataset, good: int, quarantined: Sequence[Quarantine
     bad, total = len(quarantined), len(dataset.samples)
     example = f"{quarantined[0].path}: {quarantined[0].reason}" if quarantined else ""
     if not good:
-        raise DataError(f"{dataset.location}: none of the {total} images can be used ({example}).")
+        raise DataError(f"{dataset.location}: none of the {total} {dataset.kind}s can be used ({example}).")
     if bad > max(TOLERATED_BAD_IMAGES, max_bad * total):
         raise DataError(
-            f"{dataset.location}: {bad} of {total} images cannot be used ({example}). The other rows are kept: repair the "
-            f"files and run again, or allow it with `max_bad={math.ceil(1000 * bad / total) / 1000}`."
+            f"{dataset.location}: {bad} of {total} {dataset.kind}s cannot be used ({example}). The other rows are kept: "
+            f"repair the files and run again, or allow it with `max_bad={math.ceil(1000 * bad / total) / 1000}`."
         )
 
 
@@ -516,7 +516,7 @@ def check_room(
         free = shutil.disk_usage(writer.store.path).free
         if total > free:
             raise StorageError(
-                f"{writer.store.path}: {total / 1e9:.1f} GB would be written ({total / images / 1e3:.0f} kB an image), "
+                f"{writer.store.path}: {total / 1e9:.1f} GB would be written ({total / images / 1e3:.0f} kB a sample), "
                 f"{free / 1e9:.1f} GB are free. Use another `cache` or a later cut."
             )
     if images:

@@ -379,7 +379,7 @@ def remarks_on(history: Sequence[Epoch], *, mixes: bool) -> tuple[str, ...]:
         return ()
     if last.train_accuracy < first.val.accuracy - _AHEAD and not mixes:
         remarks.append(
-            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training images are "
+            f"it hardly learns: after {last.number} epochs {100 * last.train_accuracy:.1f} % of the training samples are "
             f"right, where it started with {100 * first.val.accuracy:.1f} % of validation's: try other rates (`lr`), more "
             "`epochs`, or `train_batchnorm`"
         )
@@ -388,7 +388,7 @@ def remarks_on(history: Sequence[Epoch], *, mixes: bool) -> tuple[str, ...]:
     if has_risen and last.train_accuracy - last.val.accuracy >= _AHEAD:
         remarks.append(
             f"it overfits: the validation loss rose from {lowest:.3f} to {losses[-1]:.3f} while "
-            f"{100 * last.train_accuracy:.1f} % of the training images became right"
+            f"{100 * last.train_accuracy:.1f} % of the training samples became right"
         )
     return tuple(remarks)
 
