@@ -551,18 +551,18 @@ class FineTuneJob:
     def _train(self, unfinished: "Checkpoint") -> "FineTuned":
         from featcache.finetuning.finetuner import Finetuner
         from featcache.finetuning.loop import TrainContext
-        from featcache.finetuning.model import Network, has_batchnorm, open_up
+        from featcache.finetuning.model import Network, moving_norms, open_up
 
         inputs, rows, plan, trainable = self.inputs, self.rows, self.plan, self.boundary.trainable
         start, refitted = (Network({}, head) for head in rows.start)
         if self.after is not None and self.after.tuned is not None:
             start, refitted = self.after.tuned.from_train, self.after.tuned.finished
         backbone, cut = inputs.cache.backbone, self.boundary.entry.cut
-        on_epoch, tries_live = self._told, plan.train_batchnorm is None and _is_resized(backbone)
+        on_epoch, may_move = self._told, plan.train_batchnorm is None and _is_resized(backbone)
         network = open_up(backbone, trainable, cut, start, drop_path=plan.drop_path, seed=inputs.seed)
         how = (rows.take, rows.task.features.y, plan, inputs.processes, inputs.seed)
         context = TrainContext(network.model, network.stages, *how, on_epoch=on_epoch)
-        tries_live = tries_live and has_batchnorm(network)
+        tries_live = may_move and bool(moving_norms(network.model))
         return Finetuner(network, context, rows.split, refitted, unfinished, tries_live, inputs.probe_on).run()
 
     @property
@@ -583,14 +583,16 @@ class FineTuneJob:
 
     def _outcome(self, tuned: "FineTuned", between: Gap | None) -> Outcome:
         """Return what it came to, with the gap to the best probe and what is to be said of it."""
-        rows = self.rows
+        rows, seconds = self.rows, {"train": round(tuned.seconds, 3)}
+        if self.after is not None:  # a depth that goes on from another needed all that the other did
+            seconds["before"] = round(sum(self.after.record.seconds.values()), 3)
         return Outcome(
             rows.split,
             params=_params(tuned),
             val=tuned.val,
             test=tuned.tested.scores,
             right=tuned.tested.right,
-            seconds={"train": round(tuned.seconds, 3)} | self._seconds_before(),
+            seconds=seconds,
             samples_per_second=round(tuned.samples_per_second, 1),
             probe=self._probe(),
             gap=None if between is None else asdict(between),
@@ -616,10 +618,6 @@ class FineTuneJob:
         if tuned.similarity < _DRIFTED:
             remarks.append(f"the embeddings are other ones now than the probe's (CKA {tuned.similarity:.2f})")
         return tuple(remarks)
-
-    def _seconds_before(self) -> dict[str, float]:
-        """Return what has led to where this starts: a depth that goes on from another needed all that the other did."""
-        return {} if self.after is None else {"before": round(sum(self.after.record.seconds.values()), 3)}
 
     def _probe(self) -> dict[str, Any]:
         best = self.rows.probe

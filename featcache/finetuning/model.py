@@ -230,11 +230,6 @@ def _copied(backbone: Backbone, drop_path: float) -> Backbone:
     return with_drop_path(backbone, drop_path)
 
 
-def has_batchnorm(network: OpenNetwork) -> bool:
-    """Tell whether statistics of batches could move in what trains."""
-    return bool(moving_norms(network.model))
-
-
 def moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """Return the BatchNorm layers that train."""
     return [
