@@ -22,7 +22,7 @@ from featcache.heads.linear import LOGISTIC, _Race, _Standing, first_near, race_
 from featcache.heads.search import HEADS, search_head, train
 from featcache.heads.solvers import newton
 from featcache.heads.solvers.passes import SideBySide
-from featcache.heads.solvers.scaled import solve_ridge
+from featcache.heads.solvers.scaled import TurnedRows, solve_ridge
 from featcache.store import LazyRows
 
 
@@ -330,6 +330,39 @@ def test_a_svm_is_exact_where_few_rows_are_inside_the_margin(shape: tuple[int, i
             assert solution.objective == pytest.approx(value, rel=1e-6)
             assert (gradient**2).sum() / 2 <= 1e-7 * value
             np.testing.assert_allclose((slack * signs).sum(axis=0), 0, atol=1e-7 * slack.sum())
+
+
+def test_a_svm_with_many_rows_at_the_margin_is_proven_without_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where descents end far from the optimum, steps that are cut short would bring a row or two each inside the margin."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(256, 366)).astype(np.float32), rng.integers(0, 3, 256)
+    monkeypatch.setattr(solvers, "_by_passes", None)
+    ((found,),) = solvers.solve(X, y[:, None] == np.arange(3), [1e3], loss="squared_hinge")
+
+    assert found.converged
+
+
+@pytest.mark.parametrize("shape", [(60, 300), (30, 20)])
+def test_a_svm_that_float64_cannot_factorise_is_told(shape: tuple[int, int]) -> None:
+    """Features a million times as large as others, and none of them scaled."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=shape) * np.where(np.arange(shape[1]) < 2, 1e7, 1)
+    ((found,),) = solvers.solve(
+        X, np.arange(len(X))[:, None] % 3 == np.arange(3), [1e3], loss="squared_hinge", standardise=False
+    )
+
+    assert np.isfinite(found.coefficients).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_rows_that_are_all_the_same_have_an_axis(value: float) -> None:
+    """SciPy 1.11 solves for no unknowns with an error, and finds no axes of one."""
+    rows = TurnedRows(np.full((30, 50), value, np.float32), np.arange(20), np.arange(20, 30), standardise=True)
+
+    assert rows.axes.count == 1
+    assert not rows.rows[:, 0].any()
+    assert not rows.held[:, 0].any()
+    assert not rows.back(np.ones((3, 1), np.float32)).any()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])

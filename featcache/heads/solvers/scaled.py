@@ -380,8 +380,12 @@ class _RowAxes:
     def __init__(self, rows: Rows) -> None:
         gram = rows @ rows.T
         factor, pivots, rank, _ = lapack.spstrf(gram, tol=float(gram.diagonal().max()) * _ROUNDED, lower=1, overwrite_a=1)
-        lower, order = np.tril(factor[:, :rank]), pivots - 1
-        self._rows, self._lower, self.count = rows[order[:rank]], lower[:rank], rank
+        self.count = max(
+            rank, 1
+        )  # rows that are all the same have one axis too, of nothing: not every SciPy solves for none
+        lower, order = np.tril(factor[:, : self.count]), pivots - 1
+        self._rows = rows[order[: self.count]]
+        self._lower = lower[: self.count] if rank else np.ones((1, 1), np.float32)
         self._turn = _main_axes([lower], _MAIN_ROW_AXES)
         self.of_rows = np.empty_like(lower)
         self.of_rows[order] = self._turn.turned(lower)
@@ -402,6 +406,8 @@ class _RowAxes:
 def _main_axes(parts: Sequence[Rows], count: int, each: Any = map) -> "_Axes | _Reflections":
     """Return axes by which rows, in parts (n, d), are about uncorrelated: all of few columns, else the main ones."""
     width = parts[0].shape[1]
+    if width == 1:  # SciPy 1.11 asks LAPACK for too little room
+        return _Axes(np.ones((1, 1), np.float32))
     if width <= count:
         gram = np.sum([rows.T @ rows for rows in parts], axis=0)
         return _Axes(eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
