@@ -195,8 +195,11 @@ def mutants(world: World, rng: random.Random) -> Iterator[Mutant]:
 
 
 def _is_older(name: str, content: bytes, new: bytes | None) -> bool:
-    """Tell whether a binding has only lost its seal: so it was written before there were seals, and still is believed."""
-    return name.endswith("source.json") and new == json.dumps({"location": json.loads(content)["location"]}).encode()
+    """Tell whether a note has only lost its seal: so it was written before there were seals, and still is believed."""
+    if Path(name).name not in {"source.json", "checked.json"} or new is None or not _is_json(content):
+        return False
+    unsealed = {key: value for key, value in json.loads(content).items() if key != "check"}
+    return _is_json(new) and json.loads(new) == unsealed
 
 
 def kind_of(name: str) -> str:
