@@ -199,7 +199,7 @@ def test_one_class_and_one_image(run: Run, folder: Path, tmp_path: Path) -> None
     draw_image(tmp_path / "single" / "only" / "2.png", (1, 1, 1), 2)
     one_line(run("fit", tmp_path / "single", *TINY), 3, "two classes", "only")
     draw_image(folder / "rare" / "1.png", (1, 1, 1), 1)
-    one_line(run("fit", folder, *TINY), 3, "'rare' has 1 image")
+    one_line(run("fit", folder, *TINY), 3, "'rare' has 1 sample")
 
 
 def test_unwritable_cache(run: Run, folder: Path, tmp_path: Path) -> None:

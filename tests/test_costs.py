@@ -83,7 +83,7 @@ def test_a_killed_training_counts_all_its_time(
 def test_every_pass_says_what_it_is(run: Callable[..., Outcome], folder: Path) -> None:
     """What nobody asked for is named: thumbnails within a pass, or as one of their own."""
     together = run("fit", folder, *TINY, "--head", "ridge")
-    run("extract", folder, *TINY, "--cache", folder.parent / "other")
+    run("fit", folder, *TINY, "--head", "ridge", "--no-baselines", "--cache", folder.parent / "other")
     apart = run("fit", folder, *TINY, "--head", "ridge", "--cache", folder.parent / "other")
 
     (said,) = [line for line in together.err.splitlines() if "images to compute" in line]
