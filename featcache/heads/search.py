@@ -133,7 +133,7 @@ FAMILIES: Mapping[Kind, Mapping[str, HeadFamily]] = {"label": HEADS, "labels": L
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The parameters that did best on validation, with their answers there (n, classes) or (n,).
+    """The parameters that did best on validation, with their answers there (n, classes) or (n,), and what is true (n, ...).
 
     ``unconverged`` counts the candidates, of all that were ``tried``, whose optimum was not reached: they were left out.
     ``solutions`` are the heads that gave the answers, one a fold, each fitted on that fold's train; only logistic has them.
@@ -142,6 +142,7 @@ class SearchResult:
     params: Params
     val: AnyScores
     answers: Any
+    y_true: NDArray[Any]
     tried: int
     unconverged: int
     solutions: tuple[Pipeline, ...] = ()
@@ -176,13 +177,13 @@ def search_head(
         everything.sort(key=lambda params: params["C"])
     step = 1 if grid is not None else family.coarse
     _require_rows(name, y, folds, grid or ())
-    truth = np.concatenate([y[fold.val] for fold in folds])[::views]
+    y_true = np.concatenate([y[fold.val] for fold in folds])[::views]
     can_race = views == 1 and isinstance(X, np.ndarray)
     if can_race and family.race is not None and (raced := family.race(everything, step, X, y, folds)):
         candidate = raced.candidate
-        val = evaluate(truth, candidate.answers)
+        val = evaluate(y_true, candidate.answers)
         counts = raced.tried, raced.unconverged
-        return SearchResult(candidate.params, val, candidate.answers, *counts, candidate.solutions, raced.axes)
+        return SearchResult(candidate.params, val, candidate.answers, y_true, *counts, candidate.solutions, raced.axes)
     tried = _Tried(family, everything)
     with progress(len(everything[::step]), f"choose {name}", unit="fit") as bar:
 
@@ -190,7 +191,7 @@ def search_head(
             for attempt in family.evaluate_grid(candidates, X, y, folds, seed):
                 bar.update(1)
                 pooled = replace(attempt, answers=over_views(attempt.answers, views))
-                tried.add(pooled, evaluate(truth, pooled.answers) if attempt.converged else None)
+                tried.add(pooled, evaluate(y_true, pooled.answers) if attempt.converged else None)
 
         try_all(everything[::step])
         if not tried.outcomes and step > 1:
@@ -200,7 +201,7 @@ def search_head(
         if step > 1 and tried.count == len(everything[::step]):
             try_all(tried.between())
     attempt, val = tried.outcomes[tried.best()]
-    return SearchResult(attempt.params, val, attempt.answers, tried.count, tried.unconverged, attempt.solutions)
+    return SearchResult(attempt.params, val, attempt.answers, y_true, tried.count, tried.unconverged, attempt.solutions)
 
 
 def ridge_shares(X: X_, y: Y_, folds: Sequence[Fold]) -> NDArray[np.float64]:
@@ -454,7 +455,7 @@ def ensemble(task: Task, split: Split, fitted: Sequence[FittedHead], views: int 
     answered.sort(key=lambda pair: pair[0].val.rank)
     if not answered:
         raise UsageError(f"`heads` ensemble averages probabilities: give some of {', '.join(MEMBERS)} too.")
-    y_true = _val_truth(task, split)
+    y_true = np.concatenate([task.y[fold.val] for fold in split.folds])
     most = min(_MOST_MEMBERS, len(answered))
     averages = [np.mean([answers for _, answers in answered[:count]], axis=0) for count in range(1, most + 1)]
     best = min(range(most), key=lambda number: evaluate(y_true, averages[number]).rank)
@@ -466,7 +467,7 @@ def ensemble(task: Task, split: Split, fitted: Sequence[FittedHead], views: int 
     estimator.classes_ = estimator.le_.classes_
     seconds = time.monotonic() - started + sum(head.seconds for head in members)
     params = {"members": [head.name for head in members]}
-    search = SearchResult(params, evaluate(y_true, averages[best]), averages[best], most, 0)
+    search = SearchResult(params, evaluate(y_true, averages[best]), averages[best], y_true, most, 0)
     return tested_head(ENSEMBLE, estimator, search, Embeddings.of(task, views), split, seconds)
 
 
@@ -475,14 +476,13 @@ def tested_head(
 ) -> FittedHead:
     """Return a head that was refitted after its search, with its scores; the test split is read here."""
     task, answers, told = embeddings.task, search.answers, embeddings.answers(estimator, split.test)
-    y_true, temperature = _val_truth(task, split), None
-    if task.kind == "label" and answers.ndim == 2:
-        temperature = best_temperature(y_true, answers)
+    is_shares = task.kind == "label" and answers.ndim == 2
+    temperature = best_temperature(search.y_true, answers) if is_shares else None
     left_out = f"{name}: {search.unconverged} of {search.tried} candidates did not reach their optimum and are left out"
     return FittedHead(
         name,
         dict(search.params),
-        evaluate(y_true, answers, temperature),
+        evaluate(search.y_true, answers, temperature),
         evaluate_on_test(told, task.y, split, temperature),
         seconds,
         lambda: estimator,
@@ -514,10 +514,6 @@ def _out_of_fold(
     except FeatcacheError:  # a fold without its optimum, or with too few samples for this head: the val split has to do
         return None
     return Unseen(np.concatenate([fold.val for fold in folds]), answers)
-
-
-def _val_truth(task: Task, split: Split) -> NDArray[Any]:
-    return np.concatenate([task.y[fold.val] for fold in split.folds])
 
 
 @dataclass(frozen=True)

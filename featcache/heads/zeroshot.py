@@ -177,14 +177,15 @@ def search_zeroshot(name: str, classes: ClassRows, X: X_, y: Y_, folds: Sequence
     Raises:
         DataError: as of ``search_head``.
     """
-    truth = np.concatenate([y[fold.val] for fold in folds])[::views]
+    y_true = np.concatenate([y[fold.val] for fold in folds])[::views]
     candidates = list(_CANDIDATES[name](classes, X, y, folds))
     reached = [each for each in candidates if each.converged]
     pooled = [over_views(each.answers, views) for each in reached]
-    ranks = [evaluate(truth, answers).rank for answers in pooled]
+    ranks = [evaluate(y_true, answers).rank for answers in pooled]
     best = min(range(len(ranks)), key=ranks.__getitem__)
     left_out = len(candidates) - len(reached)
-    return SearchResult(reached[best].params, evaluate(truth, pooled[best]), pooled[best], len(candidates), left_out)
+    val = evaluate(y_true, pooled[best])
+    return SearchResult(reached[best].params, val, pooled[best], y_true, len(candidates), left_out)
 
 
 def _zeroshot(classes: ClassRows, X: X_, _: Y_, folds: Sequence[Fold]) -> Iterator[Candidate]:
