@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from support import TINY, Run, draw_folder, draw_subtle
+from support import TINY, Run, draw_folder, draw_image, draw_subtle
 
 from featcache import backbones, datasets
 from featcache.backbones.timm_models import load_backbone
@@ -142,6 +142,26 @@ def test_a_fit_behind_an_extract_reads_no_image(run: Run, tmp_path: Path) -> Non
     assert "needs no backbone" in fitted.out
     assert not counts.reads
     assert estimated == 36 * (4 * 96 + 3 * SIDE * SIDE)
+
+
+def test_thumbnails_are_told_of_where_some_are_made(run: Run, tmp_path: Path) -> None:
+    """A backbone behind another one finds them; of an entry that has none, only those of new images are made."""
+    folder = draw_folder(tmp_path / "images")
+    other = ("-b", "test_vit", "--random-init", "0", "--input-size", "32")
+    assert "with them" in run("extract", folder, *TINY).err
+
+    assert run("extract", folder, *other, "--dry-run", "--json").json["dry_run"]["bytes"] == 36 * 4 * 64
+    told = run("extract", folder, *other).err
+    assert "0.0 MB to write (0.3 kB each)" in told
+    assert "with them" not in told
+
+    (thumbnails,) = tmp_path.rglob("pixels.*")
+    shutil.rmtree(thumbnails)
+    draw_image(folder / "red" / "new.png", (200, 50, 40), 77)
+    assert run("extract", folder, *TINY, "--dry-run", "--json").json["dry_run"]["bytes"] == 4 * 96 + 3 * SIDE * SIDE
+    told = run("extract", folder, *TINY).err
+    assert "1 images to compute, 0.0 MB to write (3.5 kB each), thumbnails" in told
+    assert "not complete" not in run("store", "ls").out
 
 
 def test_a_first_finetune_reads_every_image_once(run: Run, tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from support import COLOURS, TINY, draw_folder, draw_image
 
+from featcache.api import extract_cuts
 from featcache.datasets import open_dataset
 from featcache.datasets.decoding import ImagePreprocess
 from featcache.errors import DataError, StorageError
@@ -344,3 +346,31 @@ def test_a_full_disk_is_refused_early(
 
     with pytest.raises(StorageError, match="GB are free"):
         extract(folder, tiny, settings)
+
+
+def test_thumbnails_without_room_are_left_to_whoever_asks(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked for fits: nothing beside it ends the run."""
+    real = shutil.disk_usage
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: real(path)._replace(free=36 * 4 * 96 + 3000))
+
+    (extracted,) = extract_cuts(folder, tiny, cuts=["pooled"], settings=settings)
+
+    assert extracted.report.computed == 36
+    assert not list(settings.cache.rglob("pixels.*/parts/*.h5"))
+
+
+def test_thumbnails_beside_rows_that_are_refused_find_room(
+    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backbone whose rows are no numbers keeps none of them, but a part of thumbnails is full all the same."""
+    monkeypatch.setattr(stage, "PART_ROWS", 4)
+
+    def broken(*_: Any) -> Runtime:
+        return Runtime(lambda pixels: (np.full((len(pixels), 96), np.nan, np.float32),))
+
+    monkeypatch.setattr(FeatureCache, "prepare", broken)
+
+    with pytest.raises(DataError):
+        extract_cuts(folder, tiny, cuts=["pooled"], settings=replace(settings, batch_size=4))

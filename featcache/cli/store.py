@@ -1,5 +1,6 @@
 """``featcache store``, ``featcache backbones``, ``featcache doctor`` and ``featcache completion``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,22 @@ def list_entries(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     from featcache.store.entry import FeatureStore
 
     where = cache or default_cache()
-    entries, broken = [], []
+    entries, broken, unlisted = [], [], set[str]()
     for folder in entry_folders(where):
         try:
-            entries.append(_facts(FeatureStore.open(folder)))
+            store = FeatureStore.open(folder)
+            entries.append(_facts(store))
         except StorageError as error:
             broken.append(str(error))
+            continue
+        # what a FeatureExtractor is given is no data set, and thumbnails are listed by the fit that asks for them
+        if folder.parent.name == "extractor" or _are_thumbnails(store.spec):
+            unlisted.add(str(folder))
     if as_json:
         options.emit({"cache": str(where), "entries": entries, "broken": broken})
     else:
         for facts in entries:
-            # the images that a FeatureExtractor is given are no data set, and never listed
-            is_whole = facts["complete"] or Path(facts["entry"]).parent.name == "extractor"
-            state = "" if is_whole else "  not complete"
+            state = "" if facts["complete"] or facts["entry"] in unlisted else "  not complete"
             click.echo(f"{facts['rows']:>9} rows {facts['bytes'] / 1e6:>9.1f} MB  {printable(facts['entry'])}{state}")
         for problem in broken:
             click.echo(f"   broken: {printable(problem)}")
@@ -179,6 +183,14 @@ def remove_entries(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_
     else:
         unchanged = "nothing was changed" + ("" if sys.stdin.isatty() else ", --yes does it")
         click.echo(f"{size / 1e6:.1f} MB removed" if yes else f"{size / 1e6:.1f} MB: {unchanged}")
+
+
+def _are_thumbnails(spec: Mapping[str, Any]) -> bool:
+    from featcache.datasets.decoding import SIDE
+
+    transform = spec["transform"]
+    shape = transform.get("crop_mode"), transform.get("input_size")
+    return spec["cut"] == "input" and shape == ("squash", SIDE)
 
 
 def _facts(store: Any) -> dict[str, Any]:

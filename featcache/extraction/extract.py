@@ -410,8 +410,8 @@ def extract(
     """
     started, cached = time.monotonic(), _begin(writers)
     pending = np.flatnonzero(np.logical_or.reduce([writer.lacks for writer in writers]))
-    check_room(writers, len(pending), plan, beside[0] if beside else None)
-    thumbnails = _decoded_beside(plan, *beside) if beside and len(pending) else None
+    beside = beside if check_room(writers, pending, plan, beside[0] if beside else None) else None
+    thumbnails = _decoded_beside(plan, *beside) if beside else None
     reader = BatchReader(files, pending, plan.preprocess, plan.views, cached, thumbnails)
     going = _Pass(reader, writers, beside[0] if beside and thumbnails else None, len(pending))
     try:
@@ -450,6 +450,7 @@ class _Pass:
         self, reader: BatchReader, writers: Sequence[EntryWriter], thumbnails: EntryWriter | None, images: int
     ) -> None:
         self._reader, self._writers, self._thumbnails, self._images = reader, writers, thumbnails, images
+        self._all = [*writers, thumbnails] if thumbnails is not None else writers
         self.runtime = NO_RUNTIME
 
     def run(self, select: SelectRuntime, plan: ExtractPlan) -> None:
@@ -462,7 +463,7 @@ class _Pass:
             for self.runtime, batch in batches:
                 self._take(batch)
                 bar.update(len(batch))
-                if any(writer.is_due(started) for writer in self._writers):
+                if any(writer.is_due(started) for writer in self._all):
                     self.commit(started)
 
     def _take(self, batch: Batch) -> None:
@@ -482,7 +483,7 @@ class _Pass:
 
     def rescue(self) -> None:
         """Let each entry keep what waits as far as it can: what went wrong first is what is told."""
-        for writer in [*self._writers, *([self._thumbnails] if self._thumbnails is not None else [])]:
+        for writer in self._all:
             try:
                 writer.commit("" if writer is self._thumbnails else self.runtime.name)
             except StorageError as error:
@@ -501,30 +502,31 @@ def measure(files: DatasetFiles, positions: Positions, plan: ExtractPlan, runtim
 
 
 def check_room(
-    writers: Sequence[EntryWriter], images: int, plan: ExtractPlan, thumbnails: EntryWriter | None = None
-) -> None:
-    """Say how much will be computed and written; refuse what a disk cannot hold.
+    writers: Sequence[EntryWriter], pending: Positions, plan: ExtractPlan, thumbnails: EntryWriter | None = None
+) -> bool:
+    """Say how much will be computed and written; tell whether thumbnails are among it: some are lacking and have room.
 
     Raises:
         StorageError: an entry's disk has less room than its rows need.
     """
-    sizes = [images * plan.views.count * int(np.prod(writer.row)) * np.dtype(writer.dtype).itemsize for writer in writers]
-    if thumbnails is not None:
-        sizes.append(int(thumbnails.lacks.sum() * np.prod(thumbnails.row)))
-    total = sum(sizes)
-    for writer in writers:
-        free = shutil.disk_usage(writer.store.path).free
-        if total > free:
-            raise StorageError(
-                f"{writer.store.path}: {total / 1e9:.1f} GB would be written ({total / images / 1e3:.0f} kB a sample), "
-                f"{free / 1e9:.1f} GB are free. Use another `cache` or a later cut."
-            )
+    images = len(pending)
+    total = sum(images * plan.views.count * int(np.prod(writer.row)) * np.dtype(writer.dtype).itemsize for writer in writers)
+    free = min(shutil.disk_usage(writer.store.path).free for writer in writers)
+    if total > free:
+        raise StorageError(
+            f"{writers[0].store.path}: {total / 1e9:.1f} GB would be written ({total / images / 1e3:.0f} kB a sample), "
+            f"{free / 1e9:.1f} GB are free. Use another `cache` or a later cut."
+        )
+    more = int(thumbnails.lacks[pending].sum() * np.prod(thumbnails.row)) if thumbnails is not None else 0
+    takes_thumbnails = more > 0 and total + more <= free
     if images:
+        total += more if takes_thumbnails else 0
         purpose = f"{plan.purpose}: " if plan.purpose else ""
         size = (total / 1e6, total / images / 1e3)
-        also = ", thumbnails for the baselines with them" if thumbnails is not None else ""
+        also = ", thumbnails for the baselines with them" if takes_thumbnails else ""
         kind = writers[0].scanned.files.dataset.kind
         logger.info("%s%d %ss to compute, %.1f MB to write (%.1f kB each)%s", purpose, images, kind, *size, also)
+    return takes_thumbnails
 
 
 @contextmanager

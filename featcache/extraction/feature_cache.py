@@ -390,8 +390,14 @@ class FeatureCache:
             run = self._eager(computed) if computed else NO_RUNTIME.run
             runtime = Runtime(run, workers=self._workers.count, any_size=self.dataset.kind == "text")
             seconds = measure(self.files, pending, plan, runtime, self.backbone.example_inputs(plan.batch_size))
-        beside = len(pending) * 3 * thumbnails**2 if thumbnails is not None and self._sees_images else 0
-        return Estimate(len(self.files), len(pending), sum(self._bytes(requests, scans)) + beside, seconds)
+        size = sum(self._bytes(requests, scans)) + self._bytes_beside(pending, thumbnails)
+        return Estimate(len(self.files), len(pending), size, seconds)
+
+    def _bytes_beside(self, pending: Positions, thumbnails: int | None) -> int:
+        """Return what thumbnails of the images that are decoded anyhow would take, where they have none."""
+        if thumbnails is None or not self._sees_images:
+            return 0
+        return len(np.intersect1d(pending, self._thumbnail_cache(thumbnails).without_pixels())) * 3 * thumbnails**2
 
     def sizes(self, outputs: Sequence[Output], views: Views | None = None) -> list[int]:
         """Return how many bytes an extraction would write of each cut."""
@@ -514,6 +520,10 @@ class FeatureCache:
     def _sees_images(self) -> bool:
         """Whether images are decoded here, and all of them."""
         return self.settings.engine != "ray" and self.settings.part is None and self.dataset.kind == "image"
+
+    def without_pixels(self) -> Positions:
+        """Return the images whose pixels are not kept."""
+        return self._scan(self._of_key(self._feature_spec(self._request(Output(INPUT), Views())))).pending
 
     def as_beside(self, batch_size: int) -> tuple[EntryWriter, Transform]:
         """Return what fills this cache's pixels while another one's images are decoded."""
