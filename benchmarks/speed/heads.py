@@ -81,11 +81,16 @@ def kernels() -> list[str]:
 
 
 def processor() -> str:
-    """Return what the processor calls itself, and the widest vectors that it knows."""
+    """Return what the processor calls itself, and the widest vectors that it knows and NumPy may use.
+
+    ``NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" OPENBLAS_CORETYPE=Haswell`` makes it one that knows AVX2 alone.
+    """
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     flags = next((line for line in lines if line.startswith("flags")), "")
-    return f"{name}, {'AVX-512' if 'avx512f' in flags else 'AVX2' if 'avx2' in flags else 'no AVX2'}"
+    widest = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
+    is_off = widest == "AVX-512" and "X86_V4" in os.environ.get("NPY_DISABLE_CPU_FEATURES", "")
+    return f"{name}, {'AVX2, its AVX-512 switched off' if is_off else widest}"
 
 
 def seconds_of(act: Callable[[], Any]) -> tuple[float, Any]:
@@ -448,14 +453,13 @@ def main() -> None:
             yield from (large(X, ten, rows) for rows in (8_000, 44_000))
 
     def earlier(task: tuple[str, Any, Any, Split]) -> dict[str, Any] | None:
-        same = ["search", task[0], len(task[3].train_val)]
-        return next((old for old in kept if [old["kind"], old.get("name"), old["rows"]] == same), None)
+        same = ["search", task[0], len(task[3].train_val), kernels()]
+        return next((old for old in kept if identity(old) == same), None)
 
     for step in chosen:
         for record in steps[step]():
-            same = [record["kind"], record.get("name"), record["rows"]]
-            kept = [old for old in kept if [old["kind"], old.get("name"), old["rows"]] != same]
-            kept.append(record | {"kernels": kernels(), "processor": processor()})
+            noted = record | {"kernels": kernels(), "processor": processor()}
+            kept = [*(old for old in kept if identity(old) != identity(noted)), noted]
             print(json.dumps(record, default=float), flush=True)
             path.write_text("".join(f"{json.dumps(one, default=float)}\n" for one in kept))
     (HERE / "heads.md").write_text(table(kept))
@@ -473,8 +477,13 @@ def geometric(records: list[dict[str, Any]], key: str) -> float:
     return float(np.exp(np.mean([np.log(record[key] / record["seconds"]) for record in records])))
 
 
+def identity(record: dict[str, Any]) -> list[Any]:
+    """Return what a later record takes the place of; searches are measured with several kernels."""
+    return [record["kind"], record.get("name"), record["rows"], *([record["kernels"]] if record["kind"] == "search" else [])]
+
+
 def searches(records: list[dict[str, Any]]) -> list[str]:
-    """Return the table of searches, what its columns are, and the geometric mean of the ratios."""
+    """Return the tables of searches, one for each BLAS, what their columns are, and the geometric means of the ratios."""
     if not records:
         return []
     note = (
@@ -490,21 +499,24 @@ def searches(records: list[dict[str, Any]]) -> list[str]:
         "same objective s (tolerance)", "ratio", "C, all", "right",
     ]  # fmt: skip
     head = f"| {' | '.join(columns)} |"
-    rows = [
-        f"| {one['name']} | {one['rows']:,} x {one['width']:,}, {one['classes']}, {one['folds']} | {one['seconds']:.2f} "
-        f"| {one['sklearn']:.2f}{'*' * one.get('sklearn_kept', False)} ({one['setting']}) "
-        f"| {one['sklearn'] / one['seconds']:.1f} "
-        f"| {one['same']:.2f} ({one['same_tolerance']:g}) | {one['same'] / one['seconds']:.1f} "
-        f"| {one['C']:g}, {one['full_C']:g} "
-        f"| {one['right']}, {one['sklearn_right_at_C']}, {one['sklearn_right']} of {one['test']} |"
-        for one in records
-    ]
-    machines = sorted({f"{one['processor']}, BLAS kernels {' and '.join(one['kernels'])}" for one in records})
-    load = max(one["load"] for one in records)
-    means = f"Geometric mean {geometric(records, 'sklearn'):.1f}, at the same objective {geometric(records, 'same'):.1f}."
-    ending = f"{means} {'; '.join(machines)}; load on the machine up to {load:.1f}."
-    title = "## The logistic search as `fit` runs it, and the refit"
-    return [title, "", note, "", head, "|---" * len(columns) + "|", *rows, "", ending, ""]
+    lines = ["## The logistic search as `fit` runs it, and the refit", "", note, ""]
+    for kind in sorted({tuple(one["kernels"]) for one in records}):
+        alike = [one for one in records if tuple(one["kernels"]) == kind]
+        rows = [
+            f"| {one['name']} | {one['rows']:,} x {one['width']:,}, {one['classes']}, {one['folds']} | {one['seconds']:.2f} "
+            f"| {one['sklearn']:.2f}{'*' * one.get('sklearn_kept', False)} ({one['setting']}) "
+            f"| {one['sklearn'] / one['seconds']:.1f} "
+            f"| {one['same']:.2f} ({one['same_tolerance']:g}) | {one['same'] / one['seconds']:.1f} "
+            f"| {one['C']:g}, {one['full_C']:g} "
+            f"| {one['right']}, {one['sklearn_right_at_C']}, {one['sklearn_right']} of {one['test']} |"
+            for one in alike
+        ]
+        means = f"Geometric mean {geometric(alike, 'sklearn'):.1f}, at the same objective {geometric(alike, 'same'):.1f}."
+        machines = "; ".join(sorted({one["processor"] for one in alike}))
+        load = max(one["load"] for one in alike)
+        ending = f"{means} {machines}, BLAS kernels {' and '.join(kind)}; load on the machine up to {load:.1f}."
+        lines += [head, "|---" * len(columns) + "|", *rows, "", ending, ""]
+    return lines
 
 
 def table(records: list[dict[str, Any]]) -> str:
