@@ -353,7 +353,7 @@ def test_thumbnails_without_room_are_left_to_whoever_asks(
 ) -> None:
     """What was asked for fits: nothing beside it ends the run."""
     real = shutil.disk_usage
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: real(path)._replace(free=36 * 4 * 96 + 3000))
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: real(path)._replace(free=36 * 3 * 32 * 32))
 
     (extracted,) = extract_cuts(folder, tiny, cuts=["pooled"], settings=settings)
 

@@ -475,11 +475,11 @@ class _Pass:
 
     def commit(self, started: float | None = None) -> None:
         """Let entries keep the rows that wait: all of them, or where a run that has ``started`` then owes it."""
+        if self._thumbnails is not None:  # first: what has all of its rows is not looked at again for them
+            self._thumbnails.commit("")
         for writer in self._writers:
             if started is None or writer.is_due(started):
                 writer.commit(self.runtime.name)
-        if self._thumbnails is not None:
-            self._thumbnails.commit("")
 
     def rescue(self) -> None:
         """Let each entry keep what waits as far as it can: what went wrong first is what is told."""
@@ -518,7 +518,7 @@ def check_room(
             f"{free / 1e9:.1f} GB are free. Use another `cache` or a later cut."
         )
     more = int(thumbnails.lacks[pending].sum() * np.prod(thumbnails.row)) if thumbnails is not None else 0
-    takes_thumbnails = more > 0 and total + more <= free
+    takes_thumbnails = more > 0 and 2 * (total + more) <= free  # a table is as large as the rows that it is made of
     if images:
         total += more if takes_thumbnails else 0
         purpose = f"{plan.purpose}: " if plan.purpose else ""
