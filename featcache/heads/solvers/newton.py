@@ -29,7 +29,6 @@ _WHOLE_STEPS = 20  # 17 at most of 195 random problems of 198, the others had no
 _FEWEST = 3  # products with the second derivatives, before which their spectrum is not believed
 _MARGIN, _DOUBT = 1.25, 1.5  # of what a second-order model promises; of what is left of it, seen through that spectrum
 _LOOSEST, _TIGHTEST = 0.4, 0.2  # of the gradient, that they may leave where problems go down side by side
-_ENOUGH_ASIDE = 0.7  # of the goal there: a float64 look at the gradient is still to come
 _MOST_BENDS_ASIDE = 40  # of one step there
 _MOST_MEASURE = 1e30
 _OVER = 0.5  # of the slope at a step's start, that it may rise at its end
@@ -257,7 +256,7 @@ class Descents:
             return is_far
         goal = self._tolerance * self.values
         by_weights = _dots(self.rests, self.rests) - np.einsum("pk,pk->p", self.rests[:, :, -1], self.rests[:, :, -1])
-        is_last: NDArray[np.bool_] = by_weights / 2 <= _ENOUGH_ASIDE * goal
+        is_last: NDArray[np.bool_] = by_weights / 2 <= _ENOUGH * goal
         return is_last | (is_far & (self._promised > _NEAR * goal))
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
