@@ -113,6 +113,9 @@ def test_what_is_nearly_right_is_named(run: Run, folder: Path) -> None:
     one_line(run("store", "lss"), 2, "lss")
     one_line(run("fit", folder, "--hed", "knn"), 2, "--head")
     one_line(run("fit", folder, *TINY, "--head", "logistik"), 2, "--head logistik", "Did you mean logistic?")
+    one_line(run("fit", folder, "--head", "knn,logistic"), 2, "--head knn --head logistic")
+    one_line(run("fit", folder, "--head", "knn", "logistic"), 2, "--head knn --head logistic")
+    one_line(run("predict"), 2, "HEAD", "featcache store heads")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

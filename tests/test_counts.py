@@ -160,7 +160,7 @@ def test_thumbnails_are_told_of_where_some_are_made(run: Run, tmp_path: Path) ->
     draw_image(folder / "red" / "new.png", (200, 50, 40), 77)
     assert run("extract", folder, *TINY, "--dry-run", "--json").json["dry_run"]["bytes"] == 4 * 96 + 3 * SIDE * SIDE
     told = run("extract", folder, *TINY).err
-    assert "1 images to compute, 0.0 MB to write (3.5 kB each), thumbnails" in told
+    assert "1 image to compute, 0.0 MB to write (3.5 kB each), thumbnails" in told
     assert "not complete" not in run("store", "ls").out
 
 

@@ -215,7 +215,7 @@ def _require_known(name: str) -> None:
 
         close = difflib.get_close_matches(name.partition(".")[0], [*timm.list_models(), *BUNDLED], n=3)
         hint = f" Did you mean {', '.join(close)}?" if close else ""
-        raise UsageError(f"`backbone` {name}: timm has no such model.{hint} `featcache backbones 'resnet*'` lists them.")
+        raise UsageError(f"`backbone` {name}: timm has no such model.{hint} `featcache backbones` lists them.")
 
 
 def _create(name: str, args: dict[str, Any], *, pretrained: bool, seed: int | None) -> nn.Module:

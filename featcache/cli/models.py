@@ -13,7 +13,7 @@ import click
 
 from featcache.cli import options
 from featcache.finetuning import OPTIMISERS, RATES, FineTunePlan, Unfreeze
-from featcache.heads import HEAD_NAMES
+from featcache.heads import ALL, ATTENTIVE, ZEROSHOT, in_order
 from featcache.specs import Precision
 
 if TYPE_CHECKING:
@@ -106,9 +106,11 @@ def _print_estimate(estimate: Any, *, as_json: bool) -> None:
     )
 
 
+_IN_ALL = in_order([ALL])
 _HEADS = (
-    "Train this head, or all but attentive ones (which train on tokens), the cheapest first; repeat it for more. There are "
-    f"{', '.join(HEAD_NAMES[:-1])}."
+    f"Train this head; repeat it for more, the cheapest is trained first. There are {', '.join(_IN_ALL)}, and all, which is "
+    f"each of these. Left out by all, to be named: {', '.join(ZEROSHOT)} (which need a clip: backbone), "
+    f"{', '.join(ATTENTIVE)} (which train on tokens)."
 )
 _PLAN = (
     "heads",
@@ -236,6 +238,7 @@ def fit_command(as_json: bool, show_classes: bool, mistakes: int, **flags: Any) 
     if result.best is not None:
         lines += per_class_lines(result.best) if show_classes else ()
         lines += mistake_lines(result.best, mistakes, dataset.location) if mistakes else ()
+        lines += ("", options.predicting(result.best.bundle, "TABLE.csv" if plan.columns else "FOLDER"))
     options.show(lines)
     options.tell_page(result.heads[0].record.dataset, settings.cache)
 
@@ -282,7 +285,7 @@ def take_reject_plan(flags: dict[str, Any]) -> "RejectPlan | None":
 
 
 @click.command("predict", cls=options.Command)
-@click.argument("head", type=click.Path(path_type=Path))
+@click.argument("head", type=options.HeadFile(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @reject_options
 @head_options
@@ -365,7 +368,7 @@ def _columns(classes: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
 
 
 @click.command("export", cls=options.Command)
-@click.argument("head", type=click.Path(path_type=Path))
+@click.argument("head", type=options.HeadFile(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @reject_options
 @head_options

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -56,6 +57,17 @@ class Command(click.Command):
                 param.show_default = _tells_default(param)
         takes_data = any(isinstance(param, click.Argument) and param.name == "data" for param in self.params)
         self.glossary = DATA_KINDS if takes_data else glossary
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take what was typed; of a second head behind one ``--head`` say how it is asked for."""
+        typed = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            heads = _heads_behind_one(typed)
+            if not heads or "unexpected extra argument" not in error.message:
+                raise
+            raise click.UsageError(f"{error.message}: repeat the option for more heads, {_repeated(heads)}.", ctx) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the glossary, then a section a heading."""
@@ -122,6 +134,31 @@ class Head(click.ParamType):  # type: ignore[type-arg]  # as above
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002 - click's signature
         """Return the heads that begin so."""
         return [CompletionItem(name) for name in HEAD_NAMES if name.startswith(incomplete)]
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse several at once: other programs' options take lists, this one is repeated."""
+        if len(names := [name.strip() for name in value.split(",")]) > 1:
+            self.fail(f"{value!r} is a list: repeat the option, {_repeated(names)}.", param, ctx)
+        return value
+
+
+def _heads_behind_one(arguments: Sequence[str]) -> list[str]:
+    """Return the heads that stand behind a ``--head``, where there are several."""
+    places = [place for place, argument in enumerate(arguments) if argument == "--head"]
+    heads = [name for place in places for name in takewhile(HEAD_NAMES.__contains__, arguments[place + 1 :])]
+    return heads if len(heads) > len(places) else []
+
+
+def _repeated(heads: Iterable[str]) -> str:
+    return " ".join(f"--head {name}" for name in heads)
+
+
+class HeadFile(click.Path):
+    """The file of a head."""
+
+    def get_missing_message(self, *_: Any, **__: Any) -> str:
+        """Say where one comes from; versions of click differ in what they hand over."""
+        return "It is the file that `featcache fit` prints at its end; `featcache store heads` lists those that are kept."
 
 
 def finite(text: str) -> float:
@@ -453,6 +490,13 @@ def tell_page(name: str, cache: Path, records: Path | None = None) -> None:
     of = [str(records)] if records is not None else ["--dataset", name]
     where = [] if cache.resolve() == default_cache().resolve() else ["--cache", str(cache)]
     logger.info("one page to send of this: %s", shlex.join(["featcache", "report", *of, "--html", f"{name}.html", *where]))
+
+
+def predicting(head: Path, samples: str) -> str:
+    """Return the command that labels others by a head, whole: to be copied."""
+    import shlex
+
+    return f"To label others: {shlex.join(['featcache', 'predict', str(head), samples])}"
 
 
 def emit(value: dict[str, Any]) -> None:

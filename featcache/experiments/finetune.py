@@ -356,12 +356,12 @@ class FineTuneInputs:
         cost = self.cache.estimate([self._output(cut, plan) for cut in cuts], Views(plan.views))
         if cost.to_compute:
             logger.info(
-                "activations at %s: %.1f MB, once about %.0f s; without the cache that in each of up to %d epochs (%s)",
+                "activations at %s are computed once (about %.0f s) and kept (%.1f MB): each of up to %d epochs reads them "
+                "instead of computing them again",
                 cuts[0] if len(cuts) == 1 else f"{len(cuts)} cuts, from {cuts[0]} to {cuts[-1]}",
-                cost.bytes / 1e6,
                 cost.seconds,
+                cost.bytes / 1e6,
                 plan.epochs * (len(plan.lr) + plan.refit),
-                f"{plan.epochs} a rate{' and in the refit' if plan.refit else ''}",
             )
 
 
@@ -743,7 +743,8 @@ def _tell(results: Sequence[FineTuneResult]) -> None:
         logger.info("%s: trained already (%s); remove %s to train again", names, again[-1].record.time, file)
     for result in results:
         for remark in result.remarks:
-            logger.warning("%s: %s", result.record.short_method, remark)
+            if not remark.startswith(NO_GAIN):  # the result's own sentence says it
+                logger.warning("%s: %s", result.record.short_method, remark)
 
 
 def _forget(inputs: FineTuneInputs, results: Sequence[FineTuneResult]) -> None:

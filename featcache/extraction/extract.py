@@ -191,6 +191,11 @@ class EntryWriter:
         self._waiting: RowBuffer | None = None
         self._part_started = self._booked = time.monotonic()
 
+    @property
+    def kept(self) -> int:
+        """How many images have a row once what waits is committed."""
+        return int(self._cached.sum())
+
     def start(self, share: float) -> frozenset[bytes]:
         """Begin a run that books a share of its seconds here; return the contents that have a row already."""
         self.share = share
@@ -422,8 +427,10 @@ def extract(
         going.commit()  # of all entries before any is listed: whoever is killed meanwhile has the rows
         lasted = started, time.monotonic()
         return [writer.finish(plan, lasted, going.runtime) for writer in writers]
-    except BaseException:  # an interrupt keeps what was computed
-        going.rescue()
+    except BaseException as error:  # an interrupt keeps what was computed
+        if going.rescue() and len(pending) and isinstance(error, KeyboardInterrupt):
+            kept = min(writer.kept for writer in writers)
+            logger.warning("%d of %d %ss are computed and kept", kept, len(files), files.dataset.kind)
         raise
 
 
@@ -481,13 +488,16 @@ class _Pass:
             if started is None or writer.is_due(started):
                 writer.commit(self.runtime.name)
 
-    def rescue(self) -> None:
-        """Let each entry keep what waits as far as it can: what went wrong first is what is told."""
+    def rescue(self) -> bool:
+        """Let each entry keep what waits as far as it can, tell whether all could: what went wrong first is what is told."""
+        could = True
         for writer in self._all:
             try:
                 writer.commit("" if writer is self._thumbnails else self.runtime.name)
             except StorageError as error:
+                could = False
                 logger.warning("%s", error)
+        return could
 
 
 def measure(files: DatasetFiles, positions: Positions, plan: ExtractPlan, runtime: Runtime, blank: NDArray[Any]) -> float:
@@ -524,8 +534,8 @@ def check_room(
         purpose = f"{plan.purpose}: " if plan.purpose else ""
         size = (total / 1e6, total / images / 1e3)
         also = ", thumbnails for the baselines with them" if takes_thumbnails else ""
-        kind = writers[0].scanned.files.dataset.kind
-        logger.info("%s%d %ss to compute, %.1f MB to write (%.1f kB each)%s", purpose, images, kind, *size, also)
+        kind = writers[0].scanned.files.dataset.kind + ("s" if images > 1 else "")
+        logger.info("%s%d %s to compute, %.1f MB to write (%.1f kB each)%s", purpose, images, kind, *size, also)
     return takes_thumbnails
 
 
