@@ -103,6 +103,7 @@ def test_trained_heads_are_listed(run: Run, folder: Path) -> None:
 
     assert (head["dataset"], head["backbone"], head["head"]) == ("images", "test_resnet.random0", "ridge")
     assert (head["path"], head["seed"]) == (kept["bundle"], "0")
+    assert f"featcache predict {head['path']} FOLDER" in run("fit", folder, *TINY, "--head", "ridge", "--no-baselines").out
     assert head["test"] == kept["test"]
     assert f"accuracy {kept['test']['accuracy']:.1%}" in run("store", "heads").out
 

@@ -266,9 +266,13 @@ def test_kill_and_resume_equals_one_run(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_keeps_what_was_computed(
-    folder: Path, tiny: BackboneSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tiny: BackboneSpec,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Ctrl-C commits the part in flight."""
+    """Ctrl-C commits the part in flight, and says how much there is."""
     real = stage._Pass._take
     calls: list[int] = []
 
@@ -283,6 +287,7 @@ def test_an_interrupt_keeps_what_was_computed(
         extract(folder, tiny, settings)
     monkeypatch.setattr(stage._Pass, "_take", real)
 
+    assert f"{sum(calls)} of 36 images are computed and kept" in caplog.messages
     resumed = extract(folder, tiny, settings)
 
     assert resumed.report.computed == 36 - sum(calls) < 36
@@ -297,7 +302,7 @@ def test_rows_of_every_entry_are_kept_before_any_is_listed(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage._Pass, "rescue", lambda _: None)  # a kill leaves no time for it
+    monkeypatch.setattr(stage._Pass, "rescue", lambda *_: None)  # a kill leaves no time for it
     monkeypatch.setattr(EntryWriter, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
         FeatureCache(open_dataset(folder), tiny, settings).features([Output(), Output("layer1")])

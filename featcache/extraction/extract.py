@@ -428,9 +428,7 @@ def extract(
         lasted = started, time.monotonic()
         return [writer.finish(plan, lasted, going.runtime) for writer in writers]
     except BaseException as error:  # an interrupt keeps what was computed
-        if going.rescue() and len(pending) and isinstance(error, KeyboardInterrupt):
-            kept = min(writer.kept for writer in writers)
-            logger.warning("%d of %d %ss are computed and kept", kept, len(files), files.dataset.kind)
+        going.rescue(error)
         raise
 
 
@@ -488,16 +486,17 @@ class _Pass:
             if started is None or writer.is_due(started):
                 writer.commit(self.runtime.name)
 
-    def rescue(self) -> bool:
-        """Let each entry keep what waits as far as it can, tell whether all could: what went wrong first is what is told."""
-        could = True
+    def rescue(self, ended_by: BaseException) -> None:
+        """Let each entry keep what waits as far as it can; of an interrupt say how much: what went wrong first is told."""
         for writer in self._all:
             try:
                 writer.commit("" if writer is self._thumbnails else self.runtime.name)
             except StorageError as error:
-                could = False
                 logger.warning("%s", error)
-        return could
+                ended_by = error
+        if self._images and isinstance(ended_by, KeyboardInterrupt):
+            kept, files = min(writer.kept for writer in self._writers), self._writers[0].files
+            logger.warning("%d of %d %ss are computed and kept", kept, len(files), files.dataset.kind)
 
 
 def measure(files: DatasetFiles, positions: Positions, plan: ExtractPlan, runtime: Runtime, blank: NDArray[Any]) -> float:
