@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 from support import TINY, Run, draw_subtle
+from test_tables import record_of, tuned_record
 
 import featcache
 from featcache.cli.studies import command_of
 from featcache.datasets.decoding import TILE, sheet_of
 from featcache.display import csv_cell, latex_cell, markdown_cell
 from featcache.experiments.report import best_head, projected, reliability
-from featcache.reports import RunRecord, read_records
-from featcache.reports.page import Cell, Confusion, DatasetEvidence, Scatter, Shown, Suspicion, render
+from featcache.reports import RunRecord, append_record, read_records
+from featcache.reports.page import Cell, Confusion, DatasetEvidence, Scatter, Shown, Suspicion, answer_of, render
 from featcache.reports.svg import Mark, pareto
 from featcache.reports.tables import rows, short_table, to_csv
 
@@ -238,7 +239,7 @@ def test_hostile_names_are_inert_in_tables(name: str) -> None:
     assert not line[0].startswith(("=", "+", "-", "@", "\t", "\r", "\N{FULLWIDTH EQUALS SIGN}"))
     assert all(char.isprintable() for cell in line for char in cell)
     assert all(char.isprintable() or char == "\n" for char in plain)
-    assert len(plain.splitlines()) == 3
+    assert len(plain.splitlines()) == 4  # with the note
     bare = re.sub(r"\\[\\`*\[\]<>|&~#$/._]", "", markdown_cell(name))
     assert not re.search(r"[`*\[\]<>|&]|://|\n", bare)
     escaped = re.sub(
@@ -302,6 +303,43 @@ def test_records_that_were_edited_cost_a_chart_and_no_page(params: dict[str, Any
     page = render(records, {}, None, lambda record: record.method)
 
     assert Page(page).text().count("Accuracy against cost") >= 1
+
+
+LITE = record_of(method="knn", val=0.9, backbone="lite0", cell="lite", right="1" * 39 + "0")
+
+
+def test_the_answer_says_which_backbone_was_fine_tuned() -> None:
+    """That training one gained nothing tells nothing of another, whose heads are better; nor does what it lost to them."""
+    tuned = tuned_record(0.7, epoch=0, backbone="mini", right="1" * 20 + "0" * 20)
+    gained = replace(tuned, params={"best_epoch": 2})
+    own = replace(tuned, backbone="lite0", method="last:2", cell="own")
+
+    assert answer_of([LITE, tuned]).sentence == (
+        "knn on frozen lite0 features is the best head on validation; fine-tuning mini (last:1) gained nothing there. "
+        "Nothing on lite0 was fine-tuned yet."
+    )
+    assert answer_of([LITE, tuned, own]).sentence == (
+        "Stay with knn on frozen lite0 features: fine-tuning (last:2) gained nothing on validation."
+    )
+    sentence = answer_of([LITE, gained]).sentence
+    assert sentence.startswith("Fine-tuning mini is worse here: last:1 comes to -47.5 points")
+    assert "to knn on frozen lite0 features, for " in sentence
+    assert sentence.endswith(" Nothing on lite0 was fine-tuned yet.")
+    assert "Nothing on" not in answer_of([LITE, gained, own]).sentence
+
+
+def test_a_data_set_that_was_copied_is_still_reported(tmp_path: Path) -> None:
+    """Under each of its names, and what a gap is stands below the table."""
+    photos = replace(LITE, dataset="photos")
+    for record in (photos, replace(photos, dataset="pics")):
+        append_record(tmp_path / "runs.jsonl", record)
+
+    both = featcache.report(tmp_path / "runs.jsonl", {}, cache=tmp_path)
+    first = featcache.report(tmp_path / "runs.jsonl", {}, datasets=["photos"], cache=tmp_path)
+
+    assert [row[0] for row in both.table().rows] == ["photos", "pics"]
+    assert [record.dataset for record in first.records] == ["photos"]
+    assert repr(both).endswith("gap: points of test accuracy to the head that is best on validation, on the same images")
 
 
 def test_the_front_has_what_nothing_cheaper_is_as_good_as() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from featcache.errors import StorageError
-from featcache.reports import PROTOCOL, RunRecord, append_record, read_records
+from featcache.reports import PROTOCOL, RunRecord, append_once, append_record, read_records
 
 RECORD = RunRecord(
     kind="fit",
@@ -35,6 +35,15 @@ RECORD = RunRecord(
 )
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_a_copy_s_training_is_recorded_under_its_own_name(tmp_path: Path) -> None:
+    """The same training of the same contents is one record under one name, and another under another."""
+    tuned = replace(RECORD, kind="finetune", seconds={"extract": 1.5, "train": 0.25})
+    for record in (tuned, replace(tuned, time="later"), replace(tuned, dataset="pics")):
+        append_once(tmp_path / "r.jsonl", record)
+
+    assert [record.dataset for record in read_records([tmp_path / "r.jsonl"])] == ["photos", "pics"]
 
 
 def numbered(cell: int) -> RunRecord:

@@ -73,6 +73,42 @@ def test_the_gap_is_to_the_better_of_the_table_and_the_runs_own_probes() -> None
     assert gaps(strong, tuned_record(0.99, points=-3.0))["last:1"] == "-3.0"
 
 
+def test_all_gaps_of_a_table_are_to_one_head() -> None:
+    """Where a row is as good on validation as a fine-tuning's own probe: the row that the other heads are compared with."""
+    best, equal = record_of(method="mlp", val=0.9), record_of(val=0.9, right="1" * 36 + "0" * 4)
+    tuned = tuned_record(0.9, points=7.0, right="1" * 38 + "00")
+
+    assert gaps(best, equal, tuned) == {"mlp": "-", "ridge": "-10.0", "last:1": "-5.0"}
+    assert gaps(best, equal, replace(tuned, right="")) == {"mlp": "-", "ridge": "-10.0", "last:1": "+7.0"}
+
+
+def test_a_gap_to_a_head_without_a_row_names_it() -> None:
+    """In a terminal, as numbers of a file stay numbers: the row's own probe is better than the table's heads, or alone."""
+
+    def told(*records: RunRecord) -> list[str]:
+        return [row[5] for row in short_table(records).rows]
+
+    weak, tuned = record_of(method="knn", val=0.5), tuned_record(0.9)
+    seed = tuned_record(0.9, own="logistic", points=4.0, seed=1, cell="other")
+    strong = record_of(val=0.95, seed=1, cell="strong")
+
+    assert told(weak, tuned) == ["-", "+5.0 to ridge"]
+    assert told(tuned) == ["+5.0 to ridge"]
+    assert told(tuned, seed) == ["+4.5 to ridge or logistic"]
+    assert told(strong, tuned, seed) == ["-", "+2.5 (1 seed to ridge)"]
+    assert told(record_of(val=0.9), tuned) == ["-", "+0.0"]
+    assert gaps(weak, tuned)["last:1"] == "+5.0"
+
+
+def test_a_copy_under_another_name_has_rows_of_its_own() -> None:
+    """Its cell is the same, as of all that has the same contents; a rerun replaces rows of its own data set alone."""
+    photos, pics = record_of(dataset="photos"), record_of(dataset="pics")
+    again = replace(photos, right="1" * 20 + "0" * 20, test={"accuracy": 0.5, "accuracy_ci": [0.0, 1.0]})
+
+    assert [row[0] for row in rows([photos, pics])] == ["photos", "pics"]
+    assert [(row[0], row[3]) for row in rows([photos, pics, again])] == [("photos", "50.0"), ("pics", "100.0")]
+
+
 def test_other_groups_are_another_experiment() -> None:
     """A head that was fitted without groups is no rival of one with, though both are tested on the same images."""
     leaking = record_of(method="svm", val=1.0)
@@ -190,11 +226,12 @@ def test_a_name_moves_no_cell(name: str) -> None:
 
 
 def test_a_terminal_s_table_has_the_same_cells() -> None:
-    """Without the column of p, in the same order."""
-    records = [record_of(), tuned_record(0.95)]
+    """Without the column of p, in the same order; below them stands what a gap is."""
+    records = [record_of(), tuned_record(0.9)]
 
-    lines = short_table(records).plain().splitlines()
+    *lines, note = short_table(records).plain().splitlines()
 
+    assert note.startswith("gap: ")
     assert len(lines) == 2 + len(records)
     for line, row in zip(lines[2:], rows(records), strict=True):
         assert line.split() == " ".join([*row[:7], *row[8:]]).split()

@@ -301,7 +301,6 @@ def _show(result: "BenchResult", *, against: "AgainstResult | None" = None, as_j
         )
     else:
         click.echo(short_table(result.records).plain())
-        click.echo("gap: points of test accuracy to the head that is best on validation, on the same images")
         cells = f"{result.computed_cells} cell{'' if result.computed_cells == 1 else 's'} run"
         failed = f", {len(result.failures)} failed" if result.failures else ""
         counts = f"{result.computed_samples} images computed, {cells}{failed}"

@@ -173,7 +173,7 @@ def _training(record: RunRecord) -> str:
     """Return what tells a training from others of the same experiment."""
     # epochs of small data take as long to the millisecond: compared with other heads it is another one, and is looked for so
     compared = sorted((record.probe or {}).get("of", ()))
-    return canonical([record.cell, record.protocol, record.params, record.right, compared])
+    return canonical([record.dataset, record.cell, record.protocol, record.params, record.right, compared])
 
 
 def append_record(path: Path, record: RunRecord) -> None:

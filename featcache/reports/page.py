@@ -189,9 +189,10 @@ def answer_of(records: Sequence[RunRecord]) -> Answer:
     if probe is None:
         shown, sentence = groups[0], "No probe was fitted: there is nothing yet to compare fine-tuning with."
     elif best is None:
-        shown, sentence = probe, _probe_alone(probe, tuned, taken_apart)
+        shown, sentence = probe, _probe_alone(probe, groups)
     else:
         verdict, sentence = _verdict(best, probe)
+        sentence += _untried(probe, groups)
         shown = best if verdict == "pays" else probe
     basis = [_basis(group) for group in (probe, best) if group is not None]
     about = f"{shown[0].short_method} on {shown[0].backbone}, test accuracy"
@@ -221,7 +222,8 @@ def _score_text(group: Group) -> str:
 
 def _basis(group: Group) -> str:
     """Return a method's score with what it is uncertain by, and its cost."""
-    name = f"{group[0].short_method} ({'frozen features' if group[0].kind == 'fit' else 'fine-tuned'})"
+    how = f"frozen {group[0].backbone} features" if group[0].kind == "fit" else f"fine-tuned {group[0].backbone}"
+    name = f"{group[0].short_method} ({how})"
     return f"{name}: {_score_text(group)} of {len(group[0].right)} test samples right, after {seconds_text(_cost(group))}."
 
 
@@ -229,14 +231,30 @@ def _cost(group: Group) -> float:
     return float(statistics.mean(sum(record.seconds.values()) for record in group))
 
 
-def _probe_alone(probe: Group, tuned: Sequence[Group], taken_apart: Sequence[str]) -> str:
+def _probe_alone(probe: Group, groups: Sequence[Group]) -> str:
+    """Return what is to be said where no fine-tuning gained."""
     name = f"{probe[0].method} on frozen {probe[0].backbone} features"
-    if tuned:
-        names = ", ".join(dict.fromkeys(group[0].short_method for group in tuned))
-        return f"Stay with {name}: fine-tuning ({names}) gained nothing on validation."
-    if taken_apart:
+    tuned = [group for group in groups if group[0].kind == "finetune"]
+    if of_backbone := [group for group in tuned if group[0].backbone == probe[0].backbone]:
+        return f"Stay with {name}: fine-tuning ({_methods(of_backbone)}) gained nothing on validation."
+    if tuned:  # of other backbones, which tells nothing of this one
+        backbones = ", ".join(dict.fromkeys(group[0].backbone for group in tuned))
+        gained = f"fine-tuning {backbones} ({_methods(tuned)}) gained nothing there"
+        return f"{name} is the best head on validation; {gained}.{_untried(probe, groups)}"
+    if any(group[0].kind == "gap" for group in groups):
         return f"{name} is the best head on validation."
     return f"{name} is the best head on validation; nothing was fine-tuned yet."
+
+
+def _methods(tuned: Sequence[Group]) -> str:
+    return ", ".join(dict.fromkeys(group[0].short_method for group in tuned))
+
+
+def _untried(probe: Group, groups: Sequence[Group]) -> str:
+    """Return that nothing of the probe's own backbone was trained, where that is so."""
+    backbone = probe[0].backbone
+    is_tried = any(group[0].backbone == backbone and group[0].kind in {"finetune", "gap"} for group in groups)
+    return "" if is_tried else f" Nothing on {backbone} was fine-tuned yet."
 
 
 def seconds_text(seconds: float) -> str:
@@ -253,12 +271,15 @@ def _verdict(best: Group, probe: Group) -> tuple[str, str]:
     if not gaps:
         return "noise", f"{name} and {probe[0].method} were not tested on the same samples: they cannot be compared."
     sides = {(gap.ci[0] > 0) - (gap.ci[1] < 0) if gap.ci else 0 for gap in gaps}
-    change = f"{_change(gaps)} to {probe[0].method}, for {price}"
+    is_same = best[0].backbone == probe[0].backbone
+    tuned = "Fine-tuning" if is_same else f"Fine-tuning {best[0].backbone}"
+    rival = probe[0].method if is_same else f"{probe[0].method} on frozen {probe[0].backbone} features"
+    change = f"{_change(gaps)} to {rival}, for {price}"
     if sides == {1}:
-        return "pays", f"Fine-tuning pays: {name} brings {change}."
+        return "pays", f"{tuned} pays: {name} brings {change}."
     if sides == {-1}:
-        return "costs", f"Fine-tuning is worse here: {name} comes to {change}."
-    return "noise", f"Fine-tuning is not shown to pay: {name} comes to {change}, inside the noise of so few test samples."
+        return "costs", f"{tuned} is worse here: {name} comes to {change}."
+    return "noise", f"{tuned} is not shown to pay: {name} comes to {change}, inside the noise of so few test samples."
 
 
 def _between(record: RunRecord, probe: Group) -> Gap | None:

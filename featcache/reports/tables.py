@@ -41,6 +41,7 @@ COLUMNS = (
 NAMES = 3  # columns of names, which a stranger may have given; in the others are numbers
 
 
+_GAP_NOTE = "gap: points of test accuracy to the head that is best on validation, on the same images"
 # Where no epoch gained, the probe is the answer: a gap of +0.0 would read as a measured tie.
 NO_GAIN = "no gain on validation"
 Verdict = Literal["same", "within tolerance", "differs", "not run"]
@@ -75,12 +76,14 @@ def rows(records: Sequence[RunRecord]) -> list[list[str]]:
     Gaps are to the head that did best on validation for the same data set, backbone, groups and seed, among the table's
     and those that fine-tuning was compared with itself; records with other test items are not compared.
     """
-    return [_row(_Group(group), latest_of(records)) for group in groups_of_seeds(records)]
+    latest = latest_of(records)
+    return [_row(_Group(group), latest) for group in groups_of_seeds(records)]
 
 
 def latest_of(records: Sequence[RunRecord]) -> tuple[RunRecord, ...]:
-    """Return of each cell its last run, as a rerun is meant to replace."""
-    return tuple({record.cell: record for record in records}.values())
+    """Return of each data set's cells the last run, as a rerun is meant to replace."""
+    # a cell is of contents: a copy under another name has the same, and rows of its own
+    return tuple({(record.dataset, record.cell): record for record in records}.values())
 
 
 def groups_of_seeds(records: Sequence[RunRecord]) -> list[tuple[RunRecord, ...]]:
@@ -117,7 +120,12 @@ def short_table(records: Sequence[RunRecord]) -> Table:
         "train s",
         "samples/s",
     )
-    return Table(headers, [(*row[:7], *row[8:]) for row in rows(records)])
+    latest = latest_of(records)
+    cells = []
+    for group in map(_Group, groups_of_seeds(records)):
+        row = _row(group, latest)
+        cells.append((*row[:5], f"{row[5]}{_to_own_probes(group, latest)}", row[6], *row[8:]))
+    return Table(headers, cells, note=_GAP_NOTE)
 
 
 def to_csv(records: Sequence[RunRecord]) -> str:
@@ -192,16 +200,39 @@ def has_no_gain(record: RunRecord) -> bool:
 
 def _gap(record: RunRecord, records: Sequence[RunRecord]) -> Gap | None:
     """Return a record's gap to the best probe; where no epoch gained, the probe is kept, and the gap is none."""
-    compared = record.probe or {}
-    if has_no_gain(record) and compared.get("start", "logistic") == "logistic":
+    if has_no_gain(record) and (record.probe or {}).get("start", "logistic") == "logistic":
         return Gap(0.0, None, 1.0)
-    rival = _best_probe(record, records)
-    probe_accuracy = compared.get("val", {}).get("accuracy", -1.0)
-    if record.gap is not None and (rival is None or rival.val["accuracy"] <= probe_accuracy) and "of" in compared:
+    rival = _rival(record, records)
+    if rival is None and _has_own_gap(record):
+        assert record.gap is not None
         return Gap(record.gap["points"], record.gap["ci"], record.gap["p_value"])
     if rival is None or rival.cell == record.cell:
         return None
     return between_records(record, rival)
+
+
+def _rival(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
+    """Return the table's head that a record is compared with; ``None`` where none is as good as the record's own probe."""
+    rival = _best_probe(record, records)
+    if rival is None or not _has_own_gap(record):
+        return rival
+    # of equals the table's: with its answers at hand the gaps of all rows are to one head
+    is_weaker = rival.val["accuracy"] < (record.probe or {}).get("val", {}).get("accuracy", -1.0)
+    return None if is_weaker or not 0 < len(record.right) == len(rival.right) else rival
+
+
+def _has_own_gap(record: RunRecord) -> bool:
+    """Tell whether a record has a gap to the best of heads that it names; records of before do not name them."""
+    return record.gap is not None and "of" in (record.probe or {})
+
+
+def _to_own_probes(group: _Group, records: Sequence[RunRecord]) -> str:
+    """Return the own probes that gaps are to where no row here is as good; nothing where all are to the table's best."""
+    compared = [record for record in group.records if _has_own_gap(record) and _rival(record, records) is None]
+    names = " or ".join(dict.fromkeys(str((record.probe or {}).get("head")) for record in compared))
+    if len(compared) in {0, len(group.records)}:
+        return names and f" to {names}"
+    return f" ({len(compared)} seed{'s' if len(compared) > 1 else ''} to {names})"
 
 
 def between_records(record: RunRecord, rival: RunRecord) -> Gap | None:
