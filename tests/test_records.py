@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_a_copy_s_training_is_recorded_under_its_own_name(tmp_path: Path) -> None:
     """The same training of the same contents is one record under one name, and another under another."""
-    tuned = replace(RECORD, kind="finetune", seconds={"extract": 1.5, "train": 0.25})
+    tuned = replace(RECORD, kind="finetune", params={"lr": 0.1}, seconds={"extract": 1.5, "train": 0.25})
     for record in (tuned, replace(tuned, time="later"), replace(tuned, dataset="pics")):
         append_once(tmp_path / "r.jsonl", record)
 
