@@ -339,7 +339,7 @@ def test_a_data_set_that_was_copied_is_still_reported(tmp_path: Path) -> None:
 
     assert [row[0] for row in both.table().rows] == ["photos", "pics"]
     assert [record.dataset for record in first.records] == ["photos"]
-    assert repr(both).endswith("gap: points of test accuracy to the head that is best on validation, on the same images")
+    assert repr(both).endswith("gap: points of test accuracy to the head that is best on validation, on the same samples")
 
 
 def test_the_front_has_what_nothing_cheaper_is_as_good_as() -> None:

@@ -41,7 +41,7 @@ COLUMNS = (
 NAMES = 3  # columns of names, which a stranger may have given; in the others are numbers
 
 
-_GAP_NOTE = "gap: points of test accuracy to the head that is best on validation, on the same images"
+_GAP_NOTE = "gap: points of test accuracy to the head that is best on validation, on the same samples"
 # Where no epoch gained, the probe is the answer: a gap of +0.0 would read as a measured tie.
 NO_GAIN = "no gain on validation"
 Verdict = Literal["same", "within tolerance", "differs", "not run"]
