@@ -285,7 +285,7 @@ def take_reject_plan(flags: dict[str, Any]) -> "RejectPlan | None":
 
 
 @click.command("predict", cls=options.Command)
-@click.argument("head", type=options.HeadFile(path_type=Path))
+@click.argument("head", type=options.HeadArgument(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @reject_options
 @head_options
@@ -368,7 +368,7 @@ def _columns(classes: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
 
 
 @click.command("export", cls=options.Command)
-@click.argument("head", type=options.HeadFile(path_type=Path))
+@click.argument("head", type=options.HeadArgument(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @reject_options
 @head_options

@@ -153,7 +153,7 @@ def _repeated(heads: Iterable[str]) -> str:
     return " ".join(f"--head {name}" for name in heads)
 
 
-class HeadFile(click.Path):
+class HeadArgument(click.Path):
     """The file of a head."""
 
     def get_missing_message(self, *_: Any, **__: Any) -> str:
