@@ -249,7 +249,7 @@ def test_no_gain_is_said_everywhere(run: Run, folder: Path) -> None:
     assert told.json["gap"] is None
     assert told.json["gained"] is False
     assert "no gain on validation" in " ".join(told.json["notes"])
-    assert "no gain on validation: nothing was more accurate" in plain.out
+    assert "no gain on validation: no epoch did better" in plain.out
     assert "no gain" not in plain.err  # once is enough
     assert "gap of" not in plain.out + plain.err
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _WIDEST_MATRIX = 20  # classes whose confusion matrix still fits a terminal of 120 columns
 _CONFUSIONS = 10
 NO_BACKBONE = "needs no backbone"
-START_STAYS = "nothing was more accurate there than the start by more than the noise, or as accurate and surer: it stays"
+START_STAYS = "no epoch did better there than what training starts from by more than the noise: that start is kept"
 TOO_FEW = "too few to tell"  # samples or groups, for an interval
 _SCORES = {  # of each kind of record: the score that chooses, what a table calls it, its factor and digits
     "fit": ("accuracy", "%", 100, 1),
@@ -144,7 +144,7 @@ def fit_lines(result: "FitResult") -> Iterator[str]:
         interval = gap_interval(ahead["ci"])
         yield f"That is {ahead['points']:+.1f} points to {ahead['baseline']} ({interval}, p = {ahead['p_value']:.2g})."
     beside = " (the others' files are beside it)" if len(heads) > 1 else ""
-    yield f"It is kept in {best.bundle}{beside}; `featcache predict` labels samples with it."
+    yield f"It is kept in {best.bundle}{beside}."
     for curve in result.curves:
         yield from _curve_lines(curve)
 
