@@ -30,7 +30,7 @@ _TURNED_ROWS = 256  # at a time
 _EXACT_ROWS = 1024  # in float64 at a time
 _BY_ALL_FROM = 400_000  # numbers, from which on a second thread pays
 _MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
-_MAIN_AXES, _MAIN_ROW_AXES = 96, 48  # of columns that are more; of the rows' own space
+_MAIN_AXES, _MAIN_ROW_AXES = 96, 48  # how many are found where there are more columns; in the rows' own space
 _AXES_ROWS = 2048  # from which they are found
 _FEW_ROWS = 0.45  # a feature, up to which the rows' own space is taken
 _SMALL, _FEWER = 256, 0.7  # rows that are taken for few anyway, where they are fewer than so many a feature
@@ -380,9 +380,8 @@ class _RowAxes:
     def __init__(self, rows: Rows) -> None:
         gram = rows @ rows.T
         factor, pivots, rank, _ = lapack.spstrf(gram, tol=float(gram.diagonal().max()) * _ROUNDED, lower=1, overwrite_a=1)
-        self.count = max(
-            rank, 1
-        )  # rows that are all the same have one axis too, of nothing: not every SciPy solves for none
+        # Rows that are all the same have one axis too, of nothing: not every SciPy solves for none.
+        self.count = max(rank, 1)
         lower, order = np.tril(factor[:, : self.count]), pivots - 1
         self._rows = rows[order[: self.count]]
         self._lower = lower[: self.count] if rank else np.ones((1, 1), np.float32)
