@@ -372,17 +372,21 @@ def statistics(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     pixels = thumbnails.astype(np.float32) / 255
     flat = pixels.reshape(len(pixels), -1, 3)
     quantiles = np.quantile(flat, (0.05, 0.25, 0.5, 0.75, 0.95), axis=1)
-    grey = pixels.mean(axis=3)
+    # NumPy sums three neighbours at a time slowly: the same sums in the same order, along images, take a tenth of that
+    by_place = np.ascontiguousarray(flat.swapaxes(0, 1))
+    grey = (pixels[..., 0] + pixels[..., 1] + pixels[..., 2]) / np.float32(3)
     edges = [np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
-    columns = [flat.mean(axis=1), flat.std(axis=1), *quantiles, np.stack(edges, axis=1)]
+    columns = [by_place.mean(axis=0), by_place.std(axis=0), *quantiles, np.stack(edges, axis=1)]
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
 def small_rows(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return images averaged to 16 x 16 pixels, as one row each (n, 768)."""
     step = SIDE // _SMALL_SIDE
-    small = thumbnails.reshape(len(thumbnails), _SMALL_SIDE, step, _SMALL_SIDE, step, 3).mean(axis=(2, 4)).astype(np.float32)
-    rows: NDArray[np.float32] = small.reshape(len(small), -1) / np.float32(255)
+    squares = thumbnails.astype(np.uint16).reshape(-1, _SMALL_SIDE, step, _SMALL_SIDE, step, 3)
+    # sums of whole numbers are exact in any order: added as whole pictures they take a fifth of a mean over two axes
+    total = np.sum([squares[:, :, row, :, column] for row in range(step) for column in range(step)], axis=0, dtype=np.uint16)
+    rows: NDArray[np.float32] = total.reshape(len(thumbnails), -1).astype(np.float32) / np.float32(step**2) / np.float32(255)
     return rows
 
 
