@@ -371,7 +371,9 @@ def statistics(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return each image's mean, spread and quantiles by channel, and how strong its edges are (n, 23)."""
     pixels = thumbnails.astype(np.float32) / 255
     flat = pixels.reshape(len(pixels), -1, 3)
-    quantiles = np.quantile(flat, (0.05, 0.25, 0.5, 0.75, 0.95), axis=1)
+    # NumPy sorts bytes by counting, where a stable order is asked for; of what is sorted, quantiles take a third of the time
+    ordered = np.sort(np.ascontiguousarray(thumbnails.reshape(*flat.shape).swapaxes(1, 2)), axis=2, kind="stable")
+    quantiles = np.quantile(ordered.astype(np.float32) / 255, (0.05, 0.25, 0.5, 0.75, 0.95), axis=2)
     # NumPy sums three neighbours at a time slowly: the same sums in the same order, along images, take a tenth of that
     by_place = np.ascontiguousarray(flat.swapaxes(0, 1))
     grey = (pixels[..., 0] + pixels[..., 1] + pixels[..., 2]) / np.float32(3)
