@@ -136,3 +136,24 @@ def test_cores_are_those_that_may_be_used(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(pinned)), raising=False)
 
     assert machine.cores() == expected
+
+
+def test_what_libraries_make_is_old_once_they_are_loaded() -> None:
+    """The collector does not look through what was made while libraries were loaded as through what is young."""
+    with machine.libraries_load():
+        made: list[list[int]] = [[] for _ in range(10_000)]
+
+    assert any(one is made[-1] for one in gc.get_objects(generation=2))
+
+
+def test_what_a_caller_has_frozen_stays_frozen_while_libraries_load() -> None:
+    """Objects that a caller has taken out of the collector's sight stay out of it."""
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with machine.libraries_load():
+            pass
+
+        assert gc.get_freeze_count() > frozen // 2  # some of them may have gone since
+    finally:
+        gc.unfreeze()
