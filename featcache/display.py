@@ -7,8 +7,9 @@ mark that turns the reading order. Here, and nowhere else, is what each format w
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from markupsafe import Markup, escape
 
 logger = logging.getLogger("featcache")
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
+# Seconds: from which on a job is told of; between two lines of one, at first and after hours.
+_WORTH_A_LINE, _SOONEST, _LATEST = 2.0, 10.0, 300.0
 # Full-width signs too: spreadsheets of East Asian locales take them for the plain ones.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|&~#$])")
@@ -72,16 +75,80 @@ def set_up_notes(*, quiet: bool = False, verbose: bool = False, wording: Callabl
 
 
 @contextmanager
-def progress(total: int, title: str, unit: str = "img", start: int = 0) -> Iterator[Any]:
-    """Yield a bar with an ``update(n)``; shown on a terminal or in a notebook, and once it has run for a second."""
+def progress(total: int, title: str, unit: str = "sample") -> Iterator["Progress"]:
+    """Yield what is told how far a job is, and says in one line what it has come to where it took its time."""
+    told = Progress(total, title, unit)
+    with told.bar or nullcontext():
+        yield told
+    told.end()
+
+
+class Progress:
+    """How far a job is: a bar that goes when it ends, on a terminal or in a notebook; elsewhere a line now and then.
+
+    Lines are notes: whoever wants none turns those off.
+    """
+
+    def __init__(self, total: int, title: str, unit: str) -> None:
+        self.total, self.title, self.unit = total, title, unit
+        self.count, self.about = 0, ""
+        self._begun, self._due = time.monotonic(), _WORTH_A_LINE
+        self.bar = _bar(total, title, unit) if not _silent.get() and (sys.stderr.isatty() or _in_notebook()) else None
+
+    def update(self, count: int) -> None:
+        """Count what was done."""
+        self.count += count
+        passed = time.monotonic() - self._begun
+        if self.bar is not None:
+            self.bar.update(count)
+        elif passed >= self._due and 0 < self.count < self.total:
+            # a log of hours is read by its end: of them every tenth is enough
+            self._due = passed + min(max(_SOONEST, passed / 10), _LATEST)
+            self._say(passed)
+
+    def skip(self, count: int) -> None:
+        """Take off what will not be done, or was done before."""
+        self.total -= count
+        if self.bar is not None:
+            self.bar.total = self.total
+
+    def tell(self, about: str) -> None:
+        """Say this beside what follows."""
+        self.about = about
+        if self.bar is not None:
+            self.bar.set_postfix_str(about)
+
+    def end(self) -> None:
+        """Leave one line of what took long enough to have been waited for."""
+        passed = time.monotonic() - self._begun
+        if self.count and passed >= _WORTH_A_LINE:
+            rate = self.count / passed
+            speed = f" ({rate:.0f} a second)" if rate >= 2 else ""
+            logger.info("%s: %s in %s%s", self.title, self._counted(f"{self.count:,}"), seconds_text(passed), speed)
+
+    def _say(self, passed: float) -> None:
+        share, left = self.count / self.total, seconds_text(passed / self.count * (self.total - self.count))
+        counted = self._counted(f"{self.count:,} of {self.total:,}")
+        about = f"; {self.about}" if self.about else ""
+        values = self.title, counted, 100 * share, seconds_text(passed), left, about
+        logger.info("%s: %s (%.0f %%) in %s, about %s to go%s", *values)
+
+    def _counted(self, number: str) -> str:
+        return f"{number} {self.unit}{'' if self.total == 1 else 's'}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _bar(total: int, title: str, unit: str) -> Any:
     # Here: commands without a bar do not pay for it.
     from tqdm import tqdm
 
-    hidden = _silent.get() or not (sys.stderr.isatty() or _in_notebook())
-    with tqdm(
-        total=total, desc=title, unit=unit, initial=start, delay=1, disable=hidden, dynamic_ncols=True, file=sys.stderr
-    ) as bar:
-        yield bar
+    return tqdm(total=total, desc=title, unit=f" {unit}s", leave=False, delay=1, dynamic_ncols=True, file=sys.stderr)
 
 
 def _in_notebook() -> bool:

@@ -10,6 +10,7 @@ import torch
 from finetune_support import PLAN, KilledError, Prepared, epochs_of, moved, tuned
 from torch import Tensor
 
+from featcache.display import Progress
 from featcache.evaluation.metrics import Scores
 from featcache.extraction.feature_cache import Settings
 from featcache.finetuning.finetuner import Checkpoint
@@ -175,20 +176,10 @@ def test_a_shorter_training_has_a_schedule_of_its_own(folder: Path, tiny: Backbo
         val, loss = job.validate(prepared.split.val)
         start = Epoch(0, None, val, 0.0, scaled_loss=loss)
         trial = Trial(job, 1e-3, prepared.split.train_val, None, start, epochs=count)
-        trained = trial.run(_Bar(), lambda _: None)
+        trained = trial.run(Progress(1, "", ""), lambda _: None)
         assert trained.best.number == 2
         assert max(group["lr"] for group in trial.state()["optimiser"]["param_groups"]) < 1e-8
         ends.append(trained.state)
 
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=0, atol=0)
-
-
-class _Bar:
-    """Shows nothing."""
-
-    def update(self, _: float) -> None:
-        """Go on."""
-
-    def set_postfix_str(self, _: str) -> None:
-        """Say something."""

@@ -460,9 +460,9 @@ class _Pass:
 
     def run(self, select: SelectRuntime, plan: ExtractPlan) -> None:
         """Take batches from files to rows; the last of them wait when it ends."""
-        started, name = time.monotonic(), self._writers[0].files.dataset.name
+        started, dataset = time.monotonic(), self._writers[0].files.dataset
         with (
-            progress(self._images, f"extract {name}") as bar,
+            progress(self._images, f"extract {dataset.name}", dataset.kind) as bar,
             closing(computed(self._reader, select, self._images, plan.batch_size)) as batches,
         ):
             for self.runtime, batch in batches:

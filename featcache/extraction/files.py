@@ -169,7 +169,7 @@ class DatasetFiles:
 
     def hash(self, positions: Positions) -> None:
         """Find out the content of files that no entry knows by their signs."""
-        with progress(len(positions), "looking at changed files") as bar:
+        with progress(len(positions), "looking at changed files", "file") as bar:
             for position in positions.tolist():
                 try:
                     self.read(position)

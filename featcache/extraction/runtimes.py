@@ -400,7 +400,7 @@ def compute_remotely(
         UsageError: the data set lives in this process alone.
     """
     with (
-        progress(len(pending), f"extract {files.dataset.name}") as bar,
+        progress(len(pending), f"extract {files.dataset.name}", files.dataset.kind) as bar,
         closing(run(files.dataset, pending.tolist(), cached, config)) as units,
     ):
         for written in units:

@@ -234,7 +234,7 @@ class Finetuner:
         start, finished = self.before[0], len(self._state.finished)  # judged before anything moves
         trials = len(plan.lr) + self.tries_live
         with progress(plan.epochs * trials * len(split.train), f"finetune {plan.unfreeze.text}") as bar:
-            bar.update(plan.epochs * len(split.train) * finished)
+            bar.skip(plan.epochs * len(split.train) * finished)
             for number in range(finished, trials):
                 context, lr = (self.context, plan.lr[number]) if number < len(plan.lr) else (self._live, self._best.lr)
                 model.load_state_dict(self._settled if context.plan.train_batchnorm else self._untouched)

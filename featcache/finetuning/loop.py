@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from featcache.display import logger
+from featcache.display import Progress, logger
 from featcache.evaluation.metrics import Scores, at_temperature, best_temperature, score
 from featcache.evaluation.splits import Index
 from featcache.finetuning import FineTunePlan
@@ -417,10 +417,11 @@ class Trial:
         self._average = AveragedModel(context.model, multi_avg_fn=average, use_buffers=True) if plan.ema else None
         self._state = TrialState([before], before, copy.deepcopy(context.model.state_dict()))
 
-    def run(self, bar: Any, keep: Callable[[Plain], None], saved: Plain | None = None) -> Trained:
+    def run(self, bar: Progress, keep: Callable[[Plain], None], saved: Plain | None = None) -> Trained:
         """Train to the end, from a saved state if given; ``keep`` is handed the state now and then and after every epoch."""
         if saved is not None:
             self._resume(saved)
+            bar.skip((len(self._state.history) - 1) * len(self._train))
         plan, images, diverged, state = self._context.plan, len(self._train), False, self._state
         while len(state.history) <= self._epochs and state.stale < plan.patience:
             try:
@@ -432,8 +433,8 @@ class Trial:
             keep(self.state())
             if self._context.on_epoch is not None and self._val is not None:
                 self._context.on_epoch(self._lr, state.history[-1])
-            bar.set_postfix_str(f"lr {self._lr:g}, val {100 * state.history[-1].val.accuracy:.1f} %")
-        bar.update((self._epochs + 1 - len(state.history) - diverged) * images)
+            bar.tell(f"lr {self._lr:g}, val {100 * state.history[-1].val.accuracy:.1f} %")
+        bar.skip((self._epochs + 1 - len(state.history) - diverged) * images)
         seconds = sum(epoch.seconds for epoch in state.history[1:])
         speed = (len(state.history) - 1) * images / seconds if seconds else 0.0
         return Trained(
@@ -472,7 +473,7 @@ class Trial:
         if plain["random_cuda"] is not None:
             torch.cuda.set_rng_state(plain["random_cuda"], self._context.device)
 
-    def _epoch(self, bar: Any, keep: Callable[[Plain], None]) -> None:
+    def _epoch(self, bar: Progress, keep: Callable[[Plain], None]) -> None:
         context, plan, state, number = self._context, self._context.plan, self._state, len(self._state.history)
         if state.step == 0:  # else ``_resume`` has put the generators where the epoch was left
             _seed_dropout(context.seed * 1000 + number, context.device)
@@ -483,7 +484,7 @@ class Trial:
         started = saved = time.monotonic()
         images_a_step = plan.batch_size * plan.accumulate
         steps = list(chunks(np.arange(len(order)), images_a_step))
-        bar.update(min(state.step * images_a_step, len(order)))
+        bar.skip(min(state.step * images_a_step, len(order)))
         batches = [[step[part] for part in chunks(np.arange(len(step)), plan.batch_size)] for step in steps[state.step :]]
         shares = [context.processes.share(batch) for step in batches for batch in step]
         stored = iter(read_ahead(context.take, [rows[share] for share in shares]))

@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from featcache.datasets.decoding import TILE, Sheet
-from featcache.display import Table, printable
+from featcache.display import Table, printable, seconds_text
 from featcache.evaluation.metrics import Gap
 from featcache.fingerprint import as_named
 from featcache.reports import RunRecord
@@ -255,13 +255,6 @@ def _untried(probe: Group, groups: Sequence[Group]) -> str:
     backbone = probe[0].backbone
     is_tried = any(group[0].backbone == backbone and group[0].kind in {"finetune", "gap"} for group in groups)
     return "" if is_tried else f" Nothing on {backbone} was fine-tuned yet."
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a time as people say it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _verdict(best: Group, probe: Group) -> tuple[str, str]:
