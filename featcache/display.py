@@ -93,6 +93,7 @@ class Progress:
         self.total, self.title, self.unit = total, title, unit
         self.count, self.about = 0, ""
         self._begun, self._due = time.monotonic(), _WORTH_A_LINE
+        self._first: tuple[int, float] | None = None  # count and seconds: what is made ready before it tells of no speed
         self.bar = _bar(total, title, unit) if not _silent.get() and (sys.stderr.isatty() or _in_notebook()) else None
 
     def update(self, count: int) -> None:
@@ -101,10 +102,12 @@ class Progress:
         passed = time.monotonic() - self._begun
         if self.bar is not None:
             self.bar.update(count)
-        elif passed >= self._due and 0 < self.count < self.total:
+        elif self._first is None:
+            self._first = self.count, passed
+        elif passed >= self._due and self._first[0] < self.count < self.total:
             # a log of hours is read by its end: of them every tenth is enough
             self._due = passed + min(max(_SOONEST, passed / 10), _LATEST)
-            self._say(passed)
+            self._say(passed, *self._first)
 
     def skip(self, count: int) -> None:
         """Take off what will not be done, or was done before."""
@@ -126,12 +129,13 @@ class Progress:
             speed = f" ({rate:.0f} a second)" if rate >= 2 else ""
             logger.info("%s: %s in %s%s", self.title, self._counted(f"{self.count:,}"), seconds_text(passed), speed)
 
-    def _say(self, passed: float) -> None:
-        share, left = self.count / self.total, seconds_text(passed / self.count * (self.total - self.count))
-        counted = self._counted(f"{self.count:,} of {self.total:,}")
+    def _say(self, passed: float, before: int, until: float) -> None:
+        left = seconds_text((passed - until) / (self.count - before) * (self.total - self.count))
+        counted, share = self._counted(f"{self.count:,} of {self.total:,}"), 100 * self.count / self.total
         about = f"; {self.about}" if self.about else ""
-        values = self.title, counted, 100 * share, seconds_text(passed), left, about
-        logger.info("%s: %s (%.0f %%) in %s, about %s to go%s", *values)
+        logger.info(
+            "%s: %s (%.0f %%) in %s, about %s to go%s", self.title, counted, share, seconds_text(passed), left, about
+        )
 
     def _counted(self, number: str) -> str:
         return f"{number} {self.unit}{'' if self.total == 1 else 's'}"
