@@ -93,6 +93,7 @@ def test_a_bar_goes_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(display, "_WORTH_A_LINE", 1e9)
     set_up_notes()
 
     with progress(10, "extract photos", "image") as bar:
