@@ -55,9 +55,9 @@ def test_nothing_is_changed_unasked(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
     assert {one.why for one in found.litter} == {
         "left by a process that is gone",
-        "an old listing",
-        "a part that no version lists",
-        "an old version",
+        "list of samples before the entry's last change",
+        "rows that no version of the entry lists",
+        "manifest of the entry before its last change",
     }
     assert [(path, len(one.parts), one.dropped) for path, one in found.joined.items()] == [(store.path, 2, 0)]
 
@@ -149,14 +149,26 @@ def test_many_files_are_told_by_kind_and_listed_if_asked(run: Run, tmp_path: Pat
 
     summary = run("store", "gc", *(store.path for store in stores), "--json").json
     kinds = {file["why"] for file in summary["files"]}
-    assert len([line for line in brief if " files, " in line]) == len(kinds) + 1  # and the sum
+    assert len([line for line in brief if line.startswith("To remove: ")]) == len(kinds)
     for why in kinds:
         of_kind = [file for file in summary["files"] if file["why"] == why]
         folders = len({Path(file["path"]).parent for file in of_kind})
-        counted = f"{len(of_kind)} files, {sum(file['bytes'] for file in of_kind)} bytes, in {folders} folders"
-        assert f"{why}: {counted}" in brief
+        size = sum(file["bytes"] for file in of_kind) / 1e3
+        assert f"To remove: {why}, {len(of_kind)} files in {folders} folders, {size:.1f} kB" in brief
     assert brief[-1] == told[-1]
+    assert "nothing was changed, --yes does it" in brief[-1]
     assert len(told) > len(brief)
+
+
+def test_what_was_removed_is_told_as_done(run: Run, tmp_path: Path) -> None:
+    """With --yes the same kinds are said to be gone; then there is nothing."""
+    path = littered(tmp_path / "cache").path
+
+    lines = run("store", "gc", path, "--yes").out.splitlines()
+
+    assert {line.split()[0] for line in lines[:-1]} == {"Joined:", "Removed:"}
+    assert lines[-1].endswith("removed.")
+    assert run("store", "gc", path).out == "Nothing to remove or join.\n"
 
 
 def test_a_broken_entry_is_left_alone(run: Run, tmp_path: Path) -> None:

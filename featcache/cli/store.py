@@ -132,9 +132,10 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
 @options.grouped("Output", click.option("-v", "--verbose", is_flag=True, help="Name entries and files, not only counts."))
 @options.json_option
 def gc(entries: tuple[Path, ...], cache: Path | None, *, yes: bool, verbose: bool, as_json: bool) -> None:
-    """Remove what ENTRIES (default: all) do not need: files of killed runs, old versions, rows of removed images.
+    """Remove what ENTRIES (default: all) do not need.
 
-    Many small parts are joined. Let nothing else use the cache meanwhile.
+    That is files of killed runs, manifests and lists of samples of an entry before its last change, and rows of removed
+    samples; small files of rows are joined. Other rows and what was trained stay. Let nothing else use the cache meanwhile.
     """
     from featcache.display import printable
     from featcache.experiments.upkeep import collect
@@ -146,7 +147,13 @@ def gc(entries: tuple[Path, ...], cache: Path | None, *, yes: bool, verbose: boo
     else:
         options.show(map(printable, (*(collected.lines if verbose else collected.totals), *collected.broken)))
         size, count = sum(file.bytes for file in collected.litter), len(collected.litter)
-        click.echo(f"{count} files, {size / 1e6:.1f} MB" + ("" if yes else ": nothing was changed, --yes does it"))
+        total = f"{count} file{'' if count == 1 else 's'}, {size / 1e6:.1f} MB"
+        if not collected.litter and not collected.joined:
+            click.echo("Nothing to remove or join.")
+        elif yes:
+            click.echo(f"In all {total}: removed.")
+        else:
+            click.echo(f"In all {total}: nothing was changed, --yes does it; other rows and what was trained stay.")
     if collected.broken:
         click.get_current_context().exit(DAMAGED)
 

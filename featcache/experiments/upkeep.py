@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -104,11 +104,15 @@ def _bindings(cache: Path) -> Iterator[str]:
 
 @dataclass
 class Collected:
-    """What is not needed: files, and parts to be joined in each entry; ``broken`` entries were left as they are."""
+    """What is not needed: files, and parts to be joined in each entry; ``broken`` entries were left as they are.
+
+    ``acted`` tells whether that was done, or only looked for.
+    """
 
     litter: list[Litter] = field(default_factory=list)
     joined: dict[Path, Joining] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    acted: bool = False
 
     @property
     def lines(self) -> list[str]:
@@ -116,13 +120,14 @@ class Collected:
         alike: dict[tuple[Path, str], list[Litter]] = {}
         for file in self.litter:
             alike.setdefault((file.path.parent, file.why), []).append(file)
+        joins, removes = self._verbs
         joined = [
-            f"{path}: {len(one.parts)} parts in one place, {one.dropped} rows of removed samples left out"
+            f"{joins}: {len(one.parts)} files of rows in {path}{_dropped(one.dropped)}"
             for path, one in self.joined.items()
         ]
         counted = [
-            f"{files[0].path if len(files) == 1 else f'{folder}: {len(files)} files'}: {why}, "
-            f"{sum(file.bytes for file in files)} bytes"
+            f"{removes}: {why}, {files[0].path if len(files) == 1 else f'{len(files)} files in {folder}'}, "
+            f"{_kilobytes(files)}"
             for (folder, why), files in alike.items()
         ]
         return [*joined, *counted]
@@ -133,15 +138,23 @@ class Collected:
         kinds: dict[str, list[Litter]] = {}
         for file in self.litter:
             kinds.setdefault(file.why, []).append(file)
-        sizes = {why: sum(file.bytes for file in files) for why, files in kinds.items()}
+        joins, removes = self._verbs
         lines = [
-            f"{why}: {len(kinds[why])} files, {size} bytes, in {len({file.path.parent for file in kinds[why]})} folders"
-            for why, size in sorted(sizes.items(), key=lambda kind: -kind[1])
+            f"{removes}: {why}, {_count(files, 'file')} in {_count({file.path.parent for file in files}, 'folder')}, "
+            f"{_kilobytes(files)}"
+            for why, files in sorted(kinds.items(), key=lambda kind: -sum(file.bytes for file in kind[1]))
         ]
         if joined := self.joined.values():
-            parts, dropped = (sum(len(joining.parts) for joining in joined), sum(joining.dropped for joining in joined))
-            lines.append(f"{parts} parts joined in {len(self.joined)} entries, {dropped} rows of removed samples left out")
+            parts = sum(len(joining.parts) for joining in joined)
+            into = "entry" if len(joined) == 1 else "entries"
+            lines.append(
+                f"{joins}: {parts} parts of {len(joined)} {into}{_dropped(sum(joining.dropped for joining in joined))}"
+            )
         return lines
+
+    @property
+    def _verbs(self) -> tuple[str, str]:
+        return ("Joined", "Removed") if self.acted else ("To join", "To remove")
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -153,13 +166,25 @@ class Collected:
         }
 
 
+def _count(of: Sized, name: str) -> str:
+    return f"{len(of)} {name}{'' if len(of) == 1 else 's'}"
+
+
+def _kilobytes(files: Sequence[Litter]) -> str:
+    return f"{sum(file.bytes for file in files) / 1e3:.1f} kB"
+
+
+def _dropped(rows: int) -> str:
+    return f"; {rows} row{'' if rows == 1 else 's'} of removed samples left out" if rows else ""
+
+
 def collect(cache: Path, entries: Sequence[Path] = (), *, act: bool) -> Collected:
     """Find what a cache, or only some entries, do not need, and remove it if ``act`` says so.
 
     Raises:
         StorageError: a file cannot be removed or written.
     """
-    found = Collected()
+    found = Collected(acted=act)
     for folder in list(entries) or entry_folders(cache):
         try:
             store = FeatureStore.open(folder)

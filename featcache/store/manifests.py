@@ -361,14 +361,18 @@ def litter_of(store: "FeatureStore") -> Iterator[Litter]:
     for path in sorted((store.path / "parts").glob(f"*{PART_SUFFIX}")):
         # A young part may belong to a process that is about to commit it.
         if path.name not in listed and _is_old(path):
-            why = "an old listing" if path.name.endswith(LISTING_SUFFIX) else "a part that no version lists"
+            why = (
+                "list of samples before the entry's last change"
+                if path.name.endswith(LISTING_SUFFIX)
+                else "rows that no version of the entry lists"
+            )
             yield Litter(path, why, _size(path))
     for number in numbers_in(store.path):
         if number < manifest.number:
             path = store.path / f"manifest-{number}.json"
-            yield Litter(path, "an old version", _size(path))
+            yield Litter(path, "manifest of the entry before its last change", _size(path))
     for path in store.broken_requests():
-        yield Litter(path, "flags that were damaged", _size(path))
+        yield Litter(path, "note of the flags that led to the entry, damaged", _size(path))
 
 
 def joining_of(store: "FeatureStore") -> Joining:
