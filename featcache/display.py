@@ -94,7 +94,9 @@ class Progress:
         self.count, self.about = 0, ""
         self._begun, self._due = time.monotonic(), _WORTH_A_LINE
         self._first: tuple[int, float] | None = None  # count and seconds: what is made ready before it tells of no speed
-        self.bar = _bar(total, title, unit) if not _silent.get() and (sys.stderr.isatty() or _in_notebook()) else None
+        self.bar = (
+            _terminal_bar(total, title, unit) if not _silent.get() and (sys.stderr.isatty() or _in_notebook()) else None
+        )
 
     def update(self, count: int) -> None:
         """Count what was done."""
@@ -148,7 +150,7 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _bar(total: int, title: str, unit: str) -> Any:
+def _terminal_bar(total: int, title: str, unit: str) -> Any:
     # Here: commands without a bar do not pay for it.
     from tqdm import tqdm
 

@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from support import COLOURS, TINY, Run, draw_image
 
 from featcache.errors import StorageError
 from featcache.experiments.upkeep import verify
@@ -595,3 +596,77 @@ def test_files_of_before_are_read(tmp_path: Path) -> None:
 
     everything(store)
     assert store.verify() == []
+
+
+@pytest.mark.parametrize("command", ["extract", "fit"])
+@pytest.mark.parametrize(
+    "file",
+    ["spec.json", "manifest-*.json", "parts/*.h5", "parts/*.items.h5", "features.h5", "requests/*.json", "checked.json"],
+)
+def test_damaged_thumbnails_are_made_anew(run: Run, folder: Path, tmp_path: Path, command: str, file: str) -> None:
+    """They are decoded once more, which is said in a line; embeddings are not computed again, and heads stay."""
+    assert run("fit", folder, *TINY).code == 0
+    (thumbnails,) = (tmp_path / "cache").glob("*/pixels.input-*")
+    before = FeatureStore.open(thumbnails).features().X
+    for path in thumbnails.glob(file):
+        path.write_bytes(b"\0" * path.stat().st_size)
+    draw_image(folder / "red" / "new.png", COLOURS["red"], 99)
+
+    done = run(command, folder, *TINY)
+
+    assert done.code == 0, done.err
+    repaired = run("fit", folder, *TINY)
+    assert repaired.code == 0, repaired.err
+    if file not in {"features.h5", "requests/*.json", "checked.json"}:
+        (line,) = {line for line in (done.err + repaired.err).splitlines() if "are made anew" in line}
+        assert str(thumbnails) in line
+    after = FeatureStore.open(thumbnails)
+    assert after.verify() == []
+    assert len(after.features().X) == len(before) + 1
+    assert len(list((tmp_path / "cache").glob("*/*/heads/*.joblib"))) == 2
+
+
+def test_what_a_backbone_computed_is_not_dropped(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Embeddings that are damaged are an error that names the file: they may have cost days."""
+    assert run("extract", folder, *TINY).code == 0
+    (embeddings,) = (tmp_path / "cache").glob("*/test_resnet*")
+    (part,) = (path for path in embeddings.glob("parts/*.h5") if not path.name.endswith(".items.h5"))
+    part.write_bytes(b"\0" * part.stat().st_size)
+
+    done = run("extract", folder, *TINY)
+
+    assert done.code == 4
+    assert str(part) in done.err
+    assert part.is_file()
+
+
+def test_tuned_weights_outlive_damaged_pixels(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Pixels that a training read are decoded again; what was trained from them lies where it lay."""
+    tune = ("finetune", folder, *TINY, "--unfreeze", "all", "--epochs", "1", "--lr", "0.001")
+    assert run(*tune).code == 0
+    (checkpoint,) = (tmp_path / "cache").glob("*/pixels.input-*/tuned/*.safetensors")
+    before = checkpoint.read_bytes()
+    for part in checkpoint.parent.parent.glob("parts/*.h5"):
+        part.write_bytes(b"\0")
+
+    done = run(*tune, "--seed", "1")
+
+    assert done.code == 0, done.err
+    assert "are made anew" in done.err
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_hit_says_if_asked_what_was_there(run: Run, folder: Path, tmp_path: Path) -> None:
+    """With -v a command tells entry, key, rows, when they were made and how, and heads that were fitted before."""
+    assert run("fit", folder, *TINY).code == 0
+    (embeddings,) = (tmp_path / "cache").glob("*/test_resnet*")
+
+    told, brief = run("-v", "fit", folder, *TINY).err, run("fit", folder, *TINY).err
+
+    entry_line, head_line = (
+        line for line in told.splitlines() if line.startswith("Taken from the cache: ") and "pixels" not in line
+    )
+    for fact in ("36 rows", str(embeddings), embeddings.name[-8:], "made 20", "with torch"):
+        assert fact in entry_line
+    assert "logistic" in head_line
+    assert "Taken from the cache" not in brief

@@ -92,7 +92,7 @@ def test_a_rate_that_diverges_is_left(prepared: Prepared, caplog: pytest.LogCapt
     plan = replace(PLAN, epochs=3, label_smoothing=0.0)
     alone, both, none = (tuned(prepared, replace(plan, lr=lr)) for lr in ((1e-2,), (1e20, 1e-2), (1e20,)))
 
-    assert "at rate 1e+20 training diverged in epoch 1" in caplog.text
+    assert "At rate 1e+20 training diverged in epoch 1" in caplog.text
     for name, value in alone.items():
         torch.testing.assert_close(both[name], value, rtol=0, atol=0)
     torch.testing.assert_close(none["head.weight"], torch.from_numpy(prepared.probe.weights).float())

@@ -76,7 +76,7 @@ def test_steps_add_up_and_a_second_run_computes_nothing(
     require_starts(result)
     # what is told of a fine-tuning by itself is of its own probe: another gap than the table's
     assert not [line for line in caplog.messages if "to logistic" in line or "no gain" in line]
-    assert len([line for line in caplog.messages if line.startswith("activations at")]) == 1
+    assert len([line for line in caplog.messages if line.startswith("Activations at")]) == 1
 
     recorded = [record.cell for record in read_records([records])]
     monkeypatch.setattr(finetune.FineTuneJob, "run", lambda *_: pytest.fail("trained again"))

@@ -20,13 +20,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture(autouse=True)
-def notes() -> Iterator[None]:
-    """Notes go where they went before, once a test has ended."""
-    logger = display.logger
-    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+def _not_silent() -> Iterator[None]:
+    """Let what was quiet in one test say nothing of the next."""
     yield
-    logger.handlers, logger.propagate = handlers, propagate
-    logger.setLevel(level)
     display._silent.set(False)
 
 

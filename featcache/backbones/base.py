@@ -609,7 +609,7 @@ class TorchRuntime:
                     raise SetupError(f"`device` {self._device}: its memory does not hold one image's activations.") from None
                 # For good: a size that failed once would fail again with the next large batch.
                 self._piece = size // 2
-                logger.warning("out of memory on %s: going on with %d images at a time", self._device, self._piece)
+                logger.warning("Out of memory on %s: going on with %d images at a time", self._device, self._piece)
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
 

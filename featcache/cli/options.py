@@ -489,7 +489,7 @@ def tell_page(name: str, cache: Path, records: Path | None = None) -> None:
 
     of = [str(records)] if records is not None else ["--dataset", name]
     where = [] if cache.resolve() == default_cache().resolve() else ["--cache", str(cache)]
-    logger.info("one page to send of this: %s", shlex.join(["featcache", "report", *of, "--html", f"{name}.html", *where]))
+    logger.info("One page to send of this: %s", shlex.join(["featcache", "report", *of, "--html", f"{name}.html", *where]))
 
 
 def predicting(head: Path, samples: str) -> str:

@@ -74,7 +74,7 @@ def list_heads(cache: Path | None, as_json: bool) -> None:  # noqa: FBT001
     rows = [
         (head.dataset, head.backbone, head.head, head.seed, head.score_text, head.made, str(head.path)) for head in heads
     ]
-    click.echo(Table(headers, rows).plain() if rows else f"no head in {where}: `featcache fit` trains them")
+    click.echo(Table(headers, rows).plain() if rows else f"No head in {where}: `featcache fit` trains them")
 
 
 @store_command.command("info", cls=options.Command, short_help="Describe one entry.")
@@ -253,7 +253,7 @@ def backbones_command(pattern: str, sizes: bool, cache: Path | None, as_json: bo
         marks = ("pretrained" if row["pretrained"] else "no weights") + (", features in the cache" if row["cached"] else "")
         click.echo(f"{row['name']:45} {row['input_size']:4} px {measured}  {marks}")
     if not rows:
-        click.echo(f"no backbone matches {pattern!r}")
+        click.echo(f"No backbone matches {pattern!r}")
 
 
 @click.command("doctor", cls=options.Command)

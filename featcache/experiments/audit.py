@@ -297,7 +297,7 @@ class _Audit:
         rows = unit_rows(self.features.X[different], self.mean)
         around = neighbourhood(rows, self.thumbnails[different], limits)
         if around.is_cut:
-            logger.warning("so many samples are alike that copies are told of the first blocks of them only")
+            logger.warning("So many samples are alike that copies are told of the first blocks of them only")
         nearest = np.full(len(self.y), 1, np.float32)
         nearest[different] = around.nearest
         pairs = replace(around.pairs, first=different[around.pairs.first], second=different[around.pairs.second])

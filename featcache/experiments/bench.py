@@ -382,7 +382,7 @@ class _Runner:
         if in_memory or ALL not in self.grid.heads:
             return names
         able = [name for name in names if name in STREAMING]
-        logger.warning("the features do not fit memory: without %s", ", ".join(name for name in names if name not in able))
+        logger.warning("The features do not fit memory: without %s", ", ".join(name for name in names if name not in able))
         return able
 
     def _cell(self, cell: str, what: str, act: Callable[[], None]) -> None:

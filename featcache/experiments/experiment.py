@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from featcache.backbones import absolute_name
 from featcache.datasets import Dataset
+from featcache.display import logger
 from featcache.errors import DataError
 from featcache.evaluation import Columns, Task, column_names
 from featcache.evaluation.metrics import Kind, TestResult, encode_correct
@@ -221,6 +222,7 @@ class Experiment:
         names = (record.cell, record.feature_key, tuple(card["classes"]), card.get("split"))
         if names != (self.key, entry.store.key, self.task.names, split.fingerprint) or not record.is_current:
             return None
+        logger.debug("Taken from the cache: %s in %s, fitted %s", record.method, path, record.time)
         return bundle.fitted_head(path, card, record, self.task.kind), record, path
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.backbones import absolute_name
-from featcache.display import Displayed, Table, logger
+from featcache.display import Displayed, Table, logger, seconds_text
 from featcache.errors import CutError, StorageError, UsageError
 from featcache.evaluation import Task
 from featcache.evaluation.metrics import Gap, decode_correct, paired_gap
@@ -250,7 +250,7 @@ class FineTuneInputs:
         if in_memory(self.cache.extracted().store):
             return names
         names = tuple(name for name in names if name in STREAMING)
-        logger.warning("the features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
+        logger.warning("The features do not fit memory: the gap is to the best of %s alone", ", ".join(names))
         return names
 
     @cached_property
@@ -356,10 +356,10 @@ class FineTuneInputs:
         cost = self.cache.estimate([self._output(cut, plan) for cut in cuts], Views(plan.views))
         if cost.to_compute:
             logger.info(
-                "activations at %s are computed once (about %.0f s) and kept (%.1f MB): each of up to %d epochs reads them "
+                "Activations at %s are computed once (about %s) and kept (%.1f MB): each of up to %d epochs reads them "
                 "instead of computing them again",
                 cuts[0] if len(cuts) == 1 else f"{len(cuts)} cuts, from {cuts[0]} to {cuts[-1]}",
-                cost.seconds,
+                seconds_text(cost.seconds),
                 cost.bytes / 1e6,
                 plan.epochs * (len(plan.lr) + plan.refit),
             )

@@ -590,7 +590,7 @@ class _Fitting:
         try:
             widths = self.cache.layer_widths(self.entry)
         except FeatcacheError as error:  # no weights to be had: rows that are cached need none, nor does the head
-            logger.warning("how familiar samples are is told of all layers as one: %s", error)
+            logger.warning("How familiar samples are is told of all layers as one: %s", error)
             return ()
         return widths if sum(widths) == dims else ()
 

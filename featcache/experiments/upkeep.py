@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from featcache.extraction import bound_location, default_cache, entry_folders
 from featcache.fingerprint import sha256_of_file
 from featcache.heads import bundle
 from featcache.reports import broken_lines
-from featcache.store.disk import make_folder, remove_file
+from featcache.store.disk import make_folder, remove_file, time_of
 from featcache.store.entry import FeatureStore
 from featcache.store.manifests import Joining, Litter, join, joining_of, litter_in, litter_of
 
@@ -122,8 +121,7 @@ class Collected:
             alike.setdefault((file.path.parent, file.why), []).append(file)
         joins, removes = self._verbs
         joined = [
-            f"{joins}: {len(one.parts)} files of rows in {path}{_dropped(one.dropped)}"
-            for path, one in self.joined.items()
+            f"{joins}: {len(one.parts)} files of rows in {path}{_dropped(one.dropped)}" for path, one in self.joined.items()
         ]
         counted = [
             f"{removes}: {why}, {files[0].path if len(files) == 1 else f'{len(files)} files in {folder}'}, "
@@ -140,7 +138,7 @@ class Collected:
             kinds.setdefault(file.why, []).append(file)
         joins, removes = self._verbs
         lines = [
-            f"{removes}: {why}, {_count(files, 'file')} in {_count({file.path.parent for file in files}, 'folder')}, "
+            f"{removes}: {why}, {_tally(files, 'file')} in {_tally({file.path.parent for file in files}, 'folder')}, "
             f"{_kilobytes(files)}"
             for why, files in sorted(kinds.items(), key=lambda kind: -sum(file.bytes for file in kind[1]))
         ]
@@ -166,7 +164,7 @@ class Collected:
         }
 
 
-def _count(of: Sized, name: str) -> str:
+def _tally(of: Sized, name: str) -> str:
     return f"{len(of)} {name}{'' if len(of) == 1 else 's'}"
 
 
@@ -290,7 +288,6 @@ def kept_heads(cache: Path) -> list[KeptHead]:
         except (DataError, OSError) as error:
             logger.warning("%s: left out, not a head's card (%s)", card, error)
             continue
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(head.stat().st_mtime))
         asked = facts.get("backbone", {})
         random = "" if asked.get("random_init") is None else f".random{asked['random_init']}"
         named = re.search(r"-seed(\d+)", head.name)
@@ -302,7 +299,7 @@ def kept_heads(cache: Path) -> list[KeptHead]:
                 head=facts.get("head", ""),
                 seed=named[1] if named else "-",
                 test=facts.get("test", {}),
-                made=made,
+                made=time_of(head),
             )
         )
     return sorted(heads, key=lambda head: (head.made, str(head.path)))

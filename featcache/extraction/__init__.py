@@ -164,7 +164,7 @@ def find_entry(folder: Path, request: CacheRequest) -> FeatureStore | None:
         spelt.folder()
     if len({store.path for store in absent}) != 1:
         return None
-    logger.info("the weights of %s are not on this machine: taken is the entry that was computed before", described["name"])
+    logger.info("The weights of %s are not on this machine: taken is the entry that was computed before", described["name"])
     return absent[0]
 
 

@@ -1,5 +1,6 @@
 """A data set and a backbone side by side: obtain the entry of a cut, computing only what it lacks."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -52,7 +53,7 @@ from featcache.specs import (
     stored_dtype,
 )
 from featcache.store.disk import keep_note, kept_note
-from featcache.store.entry import FeatureStore
+from featcache.store.entry import FeatureStore, drop_rows
 
 if TYPE_CHECKING:
     from featcache.backbones.base import Backbone, Preprocess
@@ -437,7 +438,12 @@ class FeatureCache:
         return by_flags
 
     def _of_key(self, spec: FeatureSpec) -> FeatureStore | None:
-        path = entries.find_key(self.folder, spec)
+        try:
+            path = entries.find_key(self.folder, spec)
+        except StorageError:
+            if spec.cut != INPUT:
+                raise
+            return None  # it is begun anew where it is to be filled
         return FeatureStore.open(path) if path is not None else None
 
     def _open(self, requests: Sequence[entries.CacheRequest]) -> list[tuple[FeatureStore, Scan]]:
@@ -449,7 +455,7 @@ class FeatureCache:
                 continue
             spec = self._feature_spec(request)
             if self._preprocess is None and request.cut != INPUT and (reason := entries.why_miss(self.folder, spec)):
-                logger.info("not in the cache; the nearest entry differs in %s", reason)
+                logger.info("Not in the cache; the nearest entry differs in %s", reason)
             if request.cut == POOLED and not self.purpose:
                 remark_on_toy(self.spec, self.dataset)
             made = FeatureStore.create(entries.entry_path(self.folder, self.spec.label, spec), spec)
@@ -458,7 +464,16 @@ class FeatureCache:
 
     def _scan(self, store: FeatureStore | None) -> Scan:
         """Return what an entry lacks, of this run's share of the images."""
-        entry = store.remembered() if store is not None else None
+        try:
+            entry = store.remembered() if store is not None else None
+        except StorageError as error:
+            # what is decoded costs a moment; what a backbone computed may have cost days, and is asked for; of processes
+            # that share the work each would drop what the others have made
+            if store is None or store.spec["cut"] != INPUT or self._share is not None:
+                raise
+            drop_rows(store.path, error)
+            store.refresh()
+            entry = store.remembered()
         if self._share is None:
             return scan(self.files, entry)
         return scan(self.files, entry, among=self._share, hashes_new=False)
@@ -487,6 +502,8 @@ class FeatureCache:
         store.tidy()
         renew(store, scanned)
         store.write_table()
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("Taken from the cache: %s", store.about)
         unusable = [image for image in store.manifest.quarantined if image.sha256]
         has_row = ~self.files.are_among(scanned.cached, {bytes.fromhex(image.sha256) for image in unusable})
         bad = (*unusable, *scanned.unreadable)

@@ -427,7 +427,7 @@ class Trial:
             try:
                 self._epoch(bar, keep)
             except DivergedError:
-                logger.warning("at rate %g training diverged in epoch %d: it is too high", self._lr, len(state.history))
+                logger.warning("At rate %g training diverged in epoch %d: it is too high", self._lr, len(state.history))
                 diverged = True
                 break
             keep(self.state())

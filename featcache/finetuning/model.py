@@ -293,7 +293,7 @@ def _layers_to_update(suffix: nn.Module, weights: Collection[int], example: Tens
     covered = {id(of_weights[name].weight) for name in names}
     if without := sorted(name for name, module in of_weights.items() if id(module.weight) not in covered):
         logger.warning(
-            "low-rank updates stand beside %d layers; %d that are no plain ones, or whose weights are handed to functions, "
+            "Low-rank updates stand beside %d layers; %d that are no plain ones, or whose weights are handed to functions, "
             "get none (%s, ...)",
             len(names),
             len(without),

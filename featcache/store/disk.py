@@ -534,3 +534,8 @@ def keep_note(path: Path, where: Sequence[str], note: Mapping[str, Any]) -> None
     make_folder(path.parent)
     plain = json.loads(json.dumps(note))  # as it will be read, so that its hash is the same
     replace_file(path, json.dumps(sealed(plain, *where)).encode())
+
+
+def time_of(path: Path) -> str:
+    """Return when a file was written, to the minute of this machine's clock."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.display import logger
+from featcache.display import logger, seconds_text
 from featcache.errors import StorageError, UsageError
 from featcache.fingerprint import canonical, fingerprint, sha256_of_chunks, sha256_of_file
-from featcache.specs import FeatureSpec, Tokenisation, Transform
+from featcache.specs import INPUT, FeatureSpec, Tokenisation, Transform
 from featcache.store import Features, LazyRows, RowReader, hdf5, manifests
 from featcache.store.disk import (
     Signs,
@@ -32,6 +32,7 @@ from featcache.store.disk import (
     replace_file,
     replace_file_by,
     signs,
+    time_of,
 )
 from featcache.store.hdf5 import Array, FileIndex, Listing, Part
 from featcache.store.manifests import LISTING_SUFFIX, OTHER_BYTES, PART_SUFFIX, FileRecord, Inspection, Manifest, Quarantined
@@ -101,10 +102,12 @@ class FeatureStore:
             create_file(note, content)
         try:
             store = cls.open(path)
-        except StorageError:
+        except StorageError as error:
             if manifests.numbers_in(path):
-                raise
-            replace_file(note, content)  # torn when the entry was begun: nothing of it counts yet
+                if spec.cut != INPUT:
+                    raise
+                drop_rows(path, error)
+            replace_file(note, content)  # torn when the entry was begun, or emptied now: nothing of it counts yet
             store = cls.open(path)
         if store.key != spec.key:
             raise StorageError(f"{path}: holds features under another key. Move it away, or use another `cache`.")
@@ -149,6 +152,16 @@ class FeatureStore:
         if self._manifest is None:
             self._manifest = self._newest()
         return self._manifest
+
+    @property
+    def about(self) -> str:
+        """What a hit has come upon, in words."""
+        manifest = self.manifest
+        runtimes = " and ".join(dict.fromkeys(part.runtime for part in manifest.parts if part.runtime))
+        made, changed = time_of(self.path / "spec.json"), time_of(self._manifest_path(manifest.number))
+        when = f"made {made}" if changed == made else f"made {made}, last changed {changed}"
+        how = f"computed in {seconds_text(manifest.seconds)}{f' with {runtimes}' if runtimes else ''}"
+        return f"{manifest.rows} rows in {self.path}, key {self.key[:16]}, {when}, {how}"
 
     def refresh(self) -> None:
         """Look at the newest version from now on."""
@@ -551,6 +564,20 @@ class FeatureStore:
             if len(rows.paths) != record.rows:
                 raise StorageError(f"{self._part_path(record)}: not what its manifest says. {self._remedy}")
         return seen
+
+
+def drop_rows(path: Path, damage: StorageError) -> None:
+    """Let an entry of decoded samples begin anew, of which a file is damaged; what was trained from it stays.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
+    where = str(damage).partition(": ")[0]
+    logger.warning("%s: damaged; decoded samples are made anew from their files, nothing else is lost", where)
+    # versions first: killed on the way there are rows that nothing lists, never a list without rows
+    for file in (*path.glob("manifest-*.json"), *path.glob(f"parts/*{PART_SUFFIX}")):
+        remove_file(file)
+    make_folder(path / "parts")
 
 
 def _foreign(path: Path) -> bool:
