@@ -132,11 +132,11 @@ class Progress:
             logger.info("%s: %s in %s%s", self.title, self._counted(f"{self.count:,}"), seconds_text(passed), speed)
 
     def _say(self, passed: float, before: int, until: float) -> None:
-        left = seconds_text((passed - until) / (self.count - before) * (self.total - self.count))
+        remaining = seconds_text((passed - until) / (self.count - before) * (self.total - self.count))
         counted, share = self._counted(f"{self.count:,} of {self.total:,}"), 100 * self.count / self.total
         about = f"; {self.about}" if self.about else ""
         logger.info(
-            "%s: %s (%.0f %%) in %s, about %s to go%s", self.title, counted, share, seconds_text(passed), left, about
+            "%s: %s (%.0f %%) in %s, about %s to go%s", self.title, counted, share, seconds_text(passed), remaining, about
         )
 
     def _counted(self, number: str) -> str:
