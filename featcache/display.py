@@ -220,7 +220,7 @@ def facts_table(title: str, **facts: object) -> Table:
 
 
 def _is_number(cell: str) -> bool:
-    return cell in {"", "-"} or cell.lstrip("+-").replace(".", "", 1).isdecimal()
+    return cell in {"", "-"} or cell.lstrip("+-").rstrip("*").replace(".", "", 1).isdecimal()
 
 
 def csv_cell(text: str) -> str:

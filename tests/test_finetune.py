@@ -76,6 +76,7 @@ def test_the_job_reports_gap_costs_and_checkpoint(subtle: Path, tiny: BackboneSp
         100 * (summary["test"]["accuracy"] - summary["probe"]["test"]["accuracy"])
     )
     assert summary["seconds"]["train"] > 0
+    assert job.table().note.startswith("* on 5 folds of train and val")
     assert load_backbone(replace(tiny, random_init=None, weights=summary["checkpoint"])).loaded.tag == "file"
 
 

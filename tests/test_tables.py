@@ -14,7 +14,8 @@ import pytest
 from featcache.display import csv_cell
 from featcache.evaluation.metrics import paired_gap
 from featcache.reports import RunRecord, append_record, read_records
-from featcache.reports.tables import COLUMNS, NO_GAIN, markdown, rows, short_table, to_csv
+from featcache.reports.tables import COLUMNS, NO_GAIN, compare_with_published, markdown, rows, short_table, to_csv
+from featcache.reports.wording import finetune_table
 
 
 def record_of(kind: str = "fit", method: str = "ridge", val: float = 0.9, right: str = "1" * 40, **facts: Any) -> RunRecord:
@@ -235,3 +236,57 @@ def test_a_terminal_s_table_has_the_same_cells() -> None:
     assert len(lines) == 2 + len(records)
     for line, row in zip(lines[2:], rows(records), strict=True):
         assert line.split() == " ".join([*row[:7], *row[8:]]).split()
+
+
+def test_rows_of_one_head_are_told_apart_by_what_was_asked_for() -> None:
+    """Only what differs stands behind a name: a grid, folds, a plan's epochs; rows without namesakes keep theirs."""
+    records = [
+        record_of(cell="1"),
+        record_of(cell="2", request={"folds": 0}),
+        record_of(cell="3", request={"folds": 3, "grid": [["alpha", [0.1, 1.0]]]}),
+        tuned_record(0.9, cell="4", request={"plan": {"epochs": 3, "lr": [0.001, 0.01], "refit": True, "clip": 0.0}}),
+        tuned_record(0.9, cell="5", request={"plan": {"epochs": 3, "lr": [0.001], "refit": False, "clip": 0.0}}),
+        record_of(method="knn", request={"grid": [["k", [1, 2]]]}),
+    ]
+
+    methods = [row[2] for row in rows(records)]
+
+    assert methods == [
+        "ridge",
+        "ridge (folds 0)",
+        "ridge (folds 3, grid alpha=0.1,1)",
+        "last:1 (lr 0.001,0.01, refit)",
+        "last:1 (lr 0.001, no refit)",
+        "knn",
+    ]
+    assert [row[2] for row in short_table(records).rows] == methods
+
+
+def test_weights_behind_one_name_tell_rows_apart() -> None:
+    """Two contents of one backbone's name are two rows, each with the first digits of its own."""
+    records = [record_of(cell=text, request={"backbone": {"content": f"sha256:{text * 64}"}}) for text in "ab"]
+
+    assert [row[2] for row in rows(records)] == ["ridge (content aaaaaaaa)", "ridge (content bbbbbbbb)"]
+
+
+def test_validation_on_folds_is_no_validation_on_a_part() -> None:
+    """A probe that folds judged is marked beside trainings that the val part judged, and a note says what each is of."""
+    probe = {"head": "knn", "val": {"accuracy": 0.95}, "test": {"accuracy": 0.9, "accuracy_ci": None}}
+    seconds = {"extract": 0.0, "fit": 0.0}
+    record = tuned_record(0.95, split={"train": 40, "val": 10, "test": 40})
+    record = replace(record, probe=probe | {"seconds": seconds, "of": ["knn"]})
+
+    on_folds, on_part = finetune_table([record], 5), finetune_table([record])
+
+    assert [row[1] for row in on_folds.rows] == ["90.0", "95.0*"]
+    assert on_folds.note.startswith("* on 5 folds of train and val, 50 samples; what was trained is judged on the 10 of val")
+    assert on_part.rows[1][1] == "95.0"
+    assert not on_part.note
+
+
+def test_published_rows_of_both_kinds_say_what_validation_is() -> None:
+    """Where heads and fine-tunings share a column, a note says that they are judged on other samples."""
+    head, tuned = record_of(), tuned_record(0.9)
+
+    assert "validation: of fine-tunings on the val part" in compare_with_published([head, tuned], [head, tuned]).table().note
+    assert "validation:" not in compare_with_published([head], [head]).table().note

@@ -531,7 +531,7 @@ def finetune_command(as_json: bool, at_every_depth: bool, price: float | None, p
     if as_json:
         options.emit(result.summary | ({"money": money} if price else {}))
         return
-    options.show(finetune_lines(records))
+    options.show(finetune_lines(records, result.jobs[0].folds))
     for name, cost in zip((record.short_method for record in records), money, strict=False):
         click.echo(f"{name}: price {cost['tuned']:.4f}, of the probe {cost['probe']:.4f}")
     options.show(

@@ -55,6 +55,7 @@ class FineTuneResult(Displayed):
         tuned: the network in memory; ``None`` where an earlier command has trained it.
         unfinished: the training's state, until it is cleared.
         remarks: what a reader of the gap should know.
+        folds: of train and val on which the heads beside it were judged; 0 for the val part alone, as it was itself.
     """
 
     record: RunRecord
@@ -66,10 +67,11 @@ class FineTuneResult(Displayed):
     tuned: "FineTuned | None" = None
     unfinished: "Checkpoint | None" = None
     remarks: tuple[str, ...] = ()
+    folds: int = 0
 
     def table(self) -> Table:
         """Return it beside the probe that its gap is to."""
-        return finetune_table([self.record])
+        return finetune_table([self.record], self.folds)
 
     @property
     def jobs(self) -> "tuple[FineTuneResult, ...]":
@@ -116,7 +118,7 @@ class SweepResult(Displayed):
 
     def table(self) -> Table:
         """Return the depths beside the probe."""
-        return finetune_table([job.record for job in self.jobs])
+        return finetune_table([job.record for job in self.jobs], self.jobs[0].folds)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -546,7 +548,7 @@ class FineTuneJob:
                     record = self.experiment.record(entry, self.checkpoint, outcome)
         epochs = tuple(asdict(epoch) for epoch in tuned.history)
         facts = (tuned.similarity, self.checkpoint, head_path(stem), entry.report.computed, tuned, unfinished)
-        return FineTuneResult(record, epochs, *facts, remarks=outcome.notes)
+        return FineTuneResult(record, epochs, *facts, remarks=outcome.notes, folds=len(self.rows.split.cross))
 
     def _train(self, unfinished: "Checkpoint") -> "FineTuned":
         from featcache.finetuning.finetuner import Finetuner
@@ -725,7 +727,8 @@ def _read_again(record: RunRecord, inputs: FineTuneInputs) -> FineTuneResult | N
     try:
         with safe_open(checkpoint, framework="numpy") as file:
             facts = json.loads(file.metadata()["featcache"])
-        result = FineTuneResult(record, tuple(facts["epochs"]), facts["cka"], checkpoint, head, remarks=record.notes)
+        trained = (tuple(facts["epochs"]), facts["cka"], checkpoint, head)
+        result = FineTuneResult(record, *trained, remarks=record.notes, folds=len(inputs.split.cross))
     except Exception as error:  # noqa: BLE001 - a damaged file fails in any way; one of an earlier version has no epochs
         logger.info("%s: trained anew (%s: %s)", checkpoint, type(error).__name__, error)
         return None

@@ -44,6 +44,10 @@ NAMES = 3  # columns of names, which a stranger may have given; in the others ar
 _GAP_NOTE = "gap: points of test accuracy to the head that is best on validation, on the same samples"
 # Where no epoch gained, the probe is the answer: a gap of +0.0 would read as a measured tie.
 NO_GAIN = "no gain on validation"
+_OTHER_VALIDATION = (
+    "validation: of fine-tunings on the val part; of heads, where few samples train, on folds of train and val: between the "
+    "two compare test"
+)
 Verdict = Literal["same", "within tolerance", "differs", "not run"]
 # What names the experiment and its samples: another value is another experiment, whatever computed it.
 _NAMES = ("kind", "backbone", "method", "cut", "seed", "cell", "feature_key", "split", "test_items", "artefact")
@@ -61,9 +65,10 @@ _MOST_TEXT = 60
 
 @dataclass(frozen=True)
 class _Group:
-    """The records of one table row: the same experiment under several seeds."""
+    """The records of one table row: the same experiment under several seeds; ``method`` tells it from other rows."""
 
     records: tuple[RunRecord, ...]
+    method: str
 
     @property
     def first(self) -> RunRecord:
@@ -76,8 +81,8 @@ def rows(records: Sequence[RunRecord]) -> list[list[str]]:
     Gaps are to the head that did best on validation for the same data set, backbone, groups and seed, among the table's
     and those that fine-tuning was compared with itself; records with other test items are not compared.
     """
-    latest = latest_of(records)
-    return [_row(_Group(group), latest) for group in groups_of_seeds(records)]
+    latest, groups = latest_of(records), groups_of_seeds(records)
+    return [_row(_Group(group, name), latest) for group, name in zip(groups, _methods(groups), strict=True)]
 
 
 def latest_of(records: Sequence[RunRecord]) -> tuple[RunRecord, ...]:
@@ -121,8 +126,8 @@ def short_table(records: Sequence[RunRecord]) -> Table:
         "samples/s",
     )
     latest = latest_of(records)
-    cells = []
-    for group in map(_Group, groups_of_seeds(records)):
+    cells, groups = [], groups_of_seeds(records)
+    for group in map(_Group, groups, _methods(groups)):
         row = _row(group, latest)
         cells.append((*row[:5], f"{row[5]}{_to_own_probes(group, latest)}", row[6], *row[8:]))
     return Table(headers, cells, note=_GAP_NOTE)
@@ -145,6 +150,45 @@ def _without_seed(record: RunRecord) -> str:
     return repr(sorted(record.request.items(), key=lambda pair: pair[0]))
 
 
+def _methods(groups: Sequence[tuple[RunRecord, ...]]) -> list[str]:
+    """Return what rows call their methods: those that would look alike with what was asked for otherwise, such as a grid."""
+    asked: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for first, *_ in groups:
+        asked.setdefault((first.dataset, first.backbone, first.method), []).append(_flat(first.request))
+    common = {name: set.intersection(*(set(each.items()) for each in alike)) for name, alike in asked.items()}
+    methods = []
+    for first, *_ in groups:
+        of_all = common[first.dataset, first.backbone, first.method]
+        told = [text for place, text in _flat(first.request).items() if text and (place, text) not in of_all]
+        methods.append(f"{first.method} ({', '.join(told)})" if told else first.method)
+    return methods
+
+
+def _flat(request: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return in words what was asked for, by its place in a request; what was turned off is a "no", nothing is nothing."""
+    flat: dict[str, str] = {}
+    for name, value in request.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            words = name.replace("_", " ")
+            flat[f"{prefix}{name}"] = (
+                (words if value else f"no {words}") if isinstance(value, bool) else _asked(words, value)
+            )
+    return flat
+
+
+def _asked(words: str, value: Any) -> str:
+    if value is None or value in ([], ()):
+        return ""
+    if isinstance(value, list | tuple):
+        pairs = all(isinstance(each, list | tuple) and len(each) == 2 for each in value)
+        listed = [_asked("", each).strip() for each in value]
+        value = " ".join(f"{name}={_asked('', of).strip()}" for name, of in value) if pairs else ",".join(listed)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{words} {_in_short(text.removeprefix('sha256:')[:8] if text.startswith('sha256:') else text)}"
+
+
 def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
     first = group.first
     accuracies = [100 * record.test["accuracy"] for record in group.records]
@@ -159,7 +203,7 @@ def _row(group: _Group, records: Sequence[RunRecord]) -> list[str]:
     return [
         first.dataset,
         first.backbone,
-        first.method,
+        group.method,
         f"{statistics.mean(accuracies):.1f}",
         spread,
         points,
@@ -642,8 +686,10 @@ class AgainstResult(Displayed):
             group += [("published", record) for record in self.published if _key(record) == key]
             for whose, record in sorted(group, key=lambda each: -(_primary(each[1].val) or 0.0)):
                 rows.append((whose, *self._cells(record, is_own=whose == "own")))
-        note = "ahead: points of the published row that is best on validation, on the same samples"
-        return Table(headers, rows, note="\n".join((note, *(f"not compared: {reason}" for reason in self.refused))))
+        notes = ["ahead: points of the published row that is best on validation, on the same samples"]
+        if len({record.kind for record in (*self.records, *self.published)}) > 1:
+            notes.append(_OTHER_VALIDATION)
+        return Table(headers, rows, note="\n".join((*notes, *(f"not compared: {reason}" for reason in self.refused))))
 
     def _cells(self, record: RunRecord, *, is_own: bool) -> tuple[str, ...]:
         names = (record.dataset, record.backbone, record.method, str(record.seed))

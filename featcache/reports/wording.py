@@ -236,18 +236,24 @@ def _path_text(location: str, path: str) -> str:
     return str(file) if file.is_file() else path
 
 
-def finetune_table(records: Sequence[RunRecord]) -> Table:
-    """Return fine-tuned backbones of one data set beside the probe that their gaps are to."""
-    rows = [_tuned_row(record) for record in records]
+def finetune_table(records: Sequence[RunRecord], folds: int = 0) -> Table:
+    """Return fine-tuned backbones of one data set beside the probe that their gaps are to, chosen on so many folds."""
+    rows, note = [_tuned_row(record) for record in records], ""
     probe = records[0].probe
     if probe is not None:
         val, test, seconds = probe["val"]["accuracy"], probe["test"], probe["seconds"]
-        numbers = (f"{100 * val:.1f}", f"{100 * test['accuracy']:.1f}", interval_text(test["accuracy_ci"], 100, 1))
+        mark, split = "*" if folds else "", records[0].split
+        numbers = (f"{100 * val:.1f}{mark}", f"{100 * test['accuracy']:.1f}", interval_text(test["accuracy_ci"], 100, 1))
+        if folds:  # another number of other samples: as one column the two would be taken for comparable
+            note = (
+                f"* on {folds} folds of train and val, {split['train'] + split['val']} samples; what was trained is judged "
+                f"on the {split['val']} of val alone. Compare the two on test."
+            )
         rows.append(
             (f"{probe['head']} (best probe)", *numbers, "-", "-", f"{seconds['extract']:.1f}", f"{seconds['fit']:.1f}")
         )
     headers = ("trained", "validation %", "test %", "95 % interval", "gap, points", "p", "extract s", "train s")
-    return Table(headers, rows)
+    return Table(headers, rows, note=note)
 
 
 def _tuned_row(record: RunRecord) -> tuple[str, ...]:
@@ -262,9 +268,9 @@ def _tuned_row(record: RunRecord) -> tuple[str, ...]:
     return (record.short_method, *numbers, *between, f"{record.seconds['extract']:.1f}", f"{trained:.1f}")
 
 
-def finetune_lines(records: Sequence[RunRecord]) -> Iterator[str]:
+def finetune_lines(records: Sequence[RunRecord], folds: int = 0) -> Iterator[str]:
     """Yield the table, and of each fine-tuning what it gains over the probe, at which cost, and how it was chosen."""
-    yield finetune_table(records).plain()
+    yield finetune_table(records, folds).plain()
     yield ""
     for record in records:
         yield f"{record.short_method}: {_gain(record)}"
