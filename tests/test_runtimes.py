@@ -4,8 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,63 @@ def test_a_runtime_that_disagrees_is_dropped(
 
     assert runtime.name == "torch"
     assert "openvino: left out" in caplog.text
+
+
+@dataclass
+class _Takes:
+    """Computes what PyTorch computes, in seconds of waiting, each call's from a list, and of computing."""
+
+    run: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    waits: list[float]
+    works: float = 0.0
+    calls: int = 0
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Wait as others' work lets it, then work."""
+        time.sleep(self.waits[min(self.calls, len(self.waits) - 1)])
+        self.calls += 1
+        end = time.thread_time() + self.works
+        while time.thread_time() < end:
+            pass
+        return self.run(images)
+
+
+def decided(
+    monkeypatch: pytest.MonkeyPatch, eager: list[float], other: list[float], works: tuple[float, float]
+) -> tuple[str, int]:
+    """Return the runtime that is chosen where both meet such waits, and how often PyTorch ran."""
+    real, made = TorchRuntime, list[_Takes]()
+
+    def slow(program: nn.Module, device: torch.device, precision: str) -> _Takes:
+        made.append(_Takes(real(program, device, precision), eager, works[0]))  # type: ignore[arg-type]
+        return made[-1]
+
+    def build(program: nn.Module, first: np.ndarray, workers: Workers) -> _Takes:  # noqa: ARG001
+        return _Takes(real(program, CPU, "float32"), other, works[1])
+
+    monkeypatch.setattr(runtimes, "TorchRuntime", slow)
+    monkeypatch.setattr(runtimes, "_openvino", build)
+    monkeypatch.setattr(runtimes, "is_installed", lambda name: name == "openvino")
+    name = chosen(VIT, ("pooled",), "auto", images=10**6).name
+    return name, made[0].calls
+
+
+def test_a_busy_moment_of_torch_is_no_gain_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch waits for others while it is measured, and is as fast as the other one by turns: it stays."""
+    assert decided(monkeypatch, [0.5, 0.0], [0.0], (0.1, 0.1))[0] == "torch"
+
+
+def test_a_busy_moment_of_another_hides_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime that waits for others while it is measured is taken where it is faster by turns."""
+    assert decided(monkeypatch, [0.0], [0.5, 0.0], (0.2, 0.05))[0] == "openvino"
+
+
+def test_a_clear_gain_costs_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is in doubt PyTorch runs as often as its own measuring takes."""
+    name, calls = decided(monkeypatch, [0.0], [0.0], (0.5, 0.05))
+
+    assert name == "openvino"
+    assert calls == 1
 
 
 def test_a_wish_that_cannot_be_met_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def rows(records: Sequence[RunRecord]) -> list[list[str]]:
     and those that fine-tuning was compared with itself; records with other test items are not compared.
     """
     latest, groups = latest_of(records), groups_of_seeds(records)
-    return [_row(_Group(group, name), latest) for group, name in zip(groups, _methods(groups), strict=True)]
+    return [_row(_Group(group, name), latest) for group, name in zip(groups, _told_apart(groups), strict=True)]
 
 
 def latest_of(records: Sequence[RunRecord]) -> tuple[RunRecord, ...]:
@@ -127,7 +127,7 @@ def short_table(records: Sequence[RunRecord]) -> Table:
     )
     latest = latest_of(records)
     cells, groups = [], groups_of_seeds(records)
-    for group in map(_Group, groups, _methods(groups)):
+    for group in map(_Group, groups, _told_apart(groups)):
         row = _row(group, latest)
         cells.append((*row[:5], f"{row[5]}{_to_own_probes(group, latest)}", row[6], *row[8:]))
     return Table(headers, cells, note=_GAP_NOTE)
@@ -150,26 +150,26 @@ def _without_seed(record: RunRecord) -> str:
     return repr(sorted(record.request.items(), key=lambda pair: pair[0]))
 
 
-def _methods(groups: Sequence[tuple[RunRecord, ...]]) -> list[str]:
+def _told_apart(groups: Sequence[tuple[RunRecord, ...]]) -> list[str]:
     """Return what rows call their methods: those that would look alike with what was asked for otherwise, such as a grid."""
     asked: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for first, *_ in groups:
-        asked.setdefault((first.dataset, first.backbone, first.method), []).append(_flat(first.request))
+        asked.setdefault((first.dataset, first.backbone, first.method), []).append(_in_words(first.request))
     common = {name: set.intersection(*(set(each.items()) for each in alike)) for name, alike in asked.items()}
     methods = []
     for first, *_ in groups:
         of_all = common[first.dataset, first.backbone, first.method]
-        told = [text for place, text in _flat(first.request).items() if text and (place, text) not in of_all]
+        told = [text for place, text in _in_words(first.request).items() if text and (place, text) not in of_all]
         methods.append(f"{first.method} ({', '.join(told)})" if told else first.method)
     return methods
 
 
-def _flat(request: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _in_words(request: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Return in words what was asked for, by its place in a request; what was turned off is a "no", nothing is nothing."""
     flat: dict[str, str] = {}
     for name, value in request.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= _in_words(value, f"{prefix}{name}.")
         else:
             words = name.replace("_", " ")
             flat[f"{prefix}{name}"] = (
