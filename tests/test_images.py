@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.datasets.decoding import UnreadableImage, decode, encode, encode_image
+from featcache.datasets.decoding import SIDE, UnreadableImage, decode, encode, encode_image, small_rows, statistics
 from featcache.specs import Transform, Views
 
 
@@ -267,3 +267,18 @@ def test_a_photograph_decoded_smaller_looks_the_same(size: tuple[int, int]) -> N
     assert difference.max() <= 12
     assert difference.mean() <= 2
     np.testing.assert_array_equal(decode(small, scaled), decode(small, exact))
+
+
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_measures_of_thumbnails_are_their_plain_formulas(n: int) -> None:
+    """However they are summed and sorted, statistics are means, deviations, quantiles and edges; small rows are means."""
+    thumbnails = np.stack([np.asarray(noise(SIDE, SIDE, seed)) for seed in range(n)])
+    pixels = thumbnails.reshape(n, -1, 3) / 255
+    grey = thumbnails.mean(axis=3) / 255
+    edges = [np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
+    quantiles = np.quantile(pixels, (0.05, 0.25, 0.5, 0.75, 0.95), axis=1)
+
+    expected = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1), *quantiles, np.stack(edges, axis=1)], axis=1)
+    np.testing.assert_allclose(statistics(thumbnails), expected, rtol=1e-5)
+    small = thumbnails.reshape(n, 16, 2, 16, 2, 3).mean(axis=(2, 4)).reshape(n, -1) / 255
+    np.testing.assert_allclose(small_rows(thumbnails), small, rtol=1e-6)
