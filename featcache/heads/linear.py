@@ -36,6 +36,7 @@ _NEGLIGIBLE = 1e-3  # nats a row, below which one log-loss is as good as another
 _FIRST_C = 1e-3  # from where C are walked along
 _LOOK, _SETTLED = 1.5e-2, 1e-7  # left of what a C has gained: to be looked at; settled
 _DOUBT = 4.0  # roots of what is left, divided by that of the rows: how far a loss may be from its end
+_LESS = 0.25  # of another's doubt: what it is of less to lessen
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
 _MOST_LOSS = -np.log(np.finfo(np.float64).eps)  # of a row, as scores count it: of a class that no row trains
 _ROOM = 24_000_000  # numbers that descents side by side may take, and no fewer than the features
@@ -305,7 +306,7 @@ class _Race:
         together = max(1, self.room // SideBySide.room(self.loss, len(self.y_held)))
         turns = 0
         while turns < _MOST_TURNS and not self.is_decided():
-            company = [number for number in sorted(self.standings) if self._matters(number)][:together]
+            company = sorted(self._open())[:together]
             if not company:
                 return
             group = self._group(company, np.stack([self.models[number] for number in company]))
@@ -315,31 +316,27 @@ class _Race:
                 if group.turns == 1 or not group.arrived.any():
                     continue
                 self._judge(group, number_of, {*number_of[group.arrived].tolist()})
-                matter = {number for number in self.standings if self._matters(number)}
+                is_open = self._open()
                 # One that was out before the lowest loss was known better, and has been left behind: all of them again.
                 if (
                     self.is_decided()
                     or group.turns + turns >= _MOST_TURNS
-                    or (len(company) < together and matter - {*number_of})
+                    or (len(company) < together and is_open - {*number_of})
                 ):
                     break
-                is_open = np.isin(number_of, [*matter])
-                group.keep(is_open)
-                number_of = number_of[is_open]
+                goes_on = np.isin(number_of, [*is_open])
+                group.keep(goes_on)
+                number_of = number_of[goes_on]
             turns += group.turns
 
-    def _matters(self, number: int) -> bool:
-        """Tell whether one that still moves may be the first near the lowest, or keeps that from being known to be near."""
-        if number in self.settled:
-            return False
-        first = self.first()
-        if (
-            number <= first
-            and not self.is_out(number)
-            and not any(self.is_in(other) for other in self.standings if other < number)
-        ):
-            return True
-        return not self.is_in(first, self.standings[number].least)
+    def _open(self) -> set[int]:
+        """Return those that are to go on: of two that keep the first from being decided the more doubtful, or both."""
+        first, lowest = self.first(), min(self.standings, key=lambda number: sum(self.standings[number]))
+        pairs = [(number, lowest) for number in self.standings if number < first and not self.is_out(number)]
+        pairs += [(first, number) for number in self.standings if not self.is_in(first, self.standings[number].least)]
+        doubt = {number: standing.doubt for number, standing in self.standings.items()}
+        is_open = {pair[place] for pair in pairs for place in (0, 1) if doubt[pair[place]] >= _LESS * doubt[pair[1 - place]]}
+        return is_open - self.settled
 
     def _judge(self, group: SideBySide, number_of: NDArray[Any], numbers: Collection[int]) -> None:
         """Note how some C stand."""
