@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 AGREEMENT = 1e-3  # of the greatest activation: rounding is 1e-6, another operator's arithmetic more
 _PAYS_FROM_SECONDS = {"openvino": 10.0, "onnx": 15.0, "compile": 90.0}  # of work left: less than compiling takes is lost
 _TIMING_SECONDS = 0.4
-# Of PyTorch's seconds: what is believed at once, and what where both ran by turns. More may be a moment's noise.
-_CLEARLY_FASTER, _FASTER = 0.9, 0.95
+# Of PyTorch's seconds: what is believed at once, since a first run takes up to a quarter longer; what by turns is no noise.
+_CLEARLY_FASTER, _FASTER = 0.7, 0.95
 _TURNS, _TURNS_SHARE = 5, 0.03  # at most; as long as they cost less than so much of the work
 _FEW_BATCHES = 8
 # Of weights, up to which each worker has an OpenVINO model of its own: it then runs on the worker's thread. One model of
