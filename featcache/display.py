@@ -132,12 +132,12 @@ class Progress:
             logger.info("%s: %s in %s%s", self.title, self._counted(f"{self.count:,}"), seconds_text(passed), speed)
 
     def _say(self, passed: float, before: int, until: float) -> None:
-        remaining = seconds_text((passed - until) / (self.count - before) * (self.total - self.count))
+        remaining = (passed - until) / (self.count - before) * (self.total - self.count)
+        if remaining < _WORTH_A_LINE:
+            return  # the line that stays comes as soon
         counted, share = self._counted(f"{self.count:,} of {self.total:,}"), 100 * self.count / self.total
-        about = f"; {self.about}" if self.about else ""
-        logger.info(
-            "%s: %s (%.0f %%) in %s, about %s to go%s", self.title, counted, share, seconds_text(passed), remaining, about
-        )
+        about = f"about {seconds_text(remaining)} to go{f'; {self.about}' if self.about else ''}"
+        logger.info("%s: %s (%.0f %%) in %s, %s", self.title, counted, share, seconds_text(passed), about)
 
     def _counted(self, number: str) -> str:
         return f"{number} {self.unit}{'' if self.total == 1 else 's'}"

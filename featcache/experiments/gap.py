@@ -170,7 +170,7 @@ def run_gap(
             left.append(way.name)
             continue
         if not is_there:
-            logger.info("step %s%s", way.name, way.origin and f" ({way.origin})")
+            logger.info("Step %s%s", way.name, way.origin and f" ({way.origin})")
         steps += filter(None, [_step_of(way, steps)])
     if left:
         logger.warning("`budget` %g s is spent: without %s", budget, ", ".join(left))

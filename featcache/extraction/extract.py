@@ -532,7 +532,7 @@ def check_room(
         total += more if takes_thumbnails else 0
         purpose = f"{plan.purpose}: " if plan.purpose else ""
         size = (total / 1e6, total / images / 1e3)
-        also = ", thumbnails for the baselines with them" if takes_thumbnails else ""
+        also = f", thumbnails{'' if purpose else ' for the baselines'} with them" if takes_thumbnails else ""
         kind = writers[0].scanned.files.dataset.kind + ("s" if images > 1 else "")
         logger.info("%s%d %s to compute, %.1f MB to write (%.1f kB each)%s", purpose, images, kind, *size, also)
     return takes_thumbnails

@@ -55,6 +55,8 @@ COLUMNS = ("kind", "path", "label", "split", "other", "other_label", "other_spli
 _SHOWN = 5  # suspects of a kind in a terminal; a file has all of them
 ABOUT = {
     "label": "label is doubted",
+    "dark": "very dark",
+    "bright": "very bright",
     "long": "very long or high",
     "tiny": "much smaller than the others",
     "outlier": "like no other sample",
@@ -137,7 +139,7 @@ def fit_lines(result: "FitResult") -> Iterator[str]:
     # by validation, as parameters were chosen: the best of many test scores would be the luckiest
     best = min(heads, key=lambda head: _rank(head.record.val, score))
     if result.pooling is not None:
-        yield f"{result.pooling.text}."
+        yield f"{_capital(result.pooling.text)}."
     among = f" is the best of {len(heads)} heads on validation" if len(heads) > 1 else ""
     yield f"{best.record.method}{among}: test {test_text(best.record)}."
     if (ahead := result.ahead) is not None:
@@ -461,7 +463,7 @@ def advice_lines(result: "AdviceResult") -> Iterator[str]:
     else:
         open_ = "; that is open, compare the best ones on all samples" if result.is_open else ""
         told = _percent_sure(result.chance)
-        yield f"Backbone: {name}. {told} sure that no candidate is better by over half a point{open_}."
+        yield f"Backbone: {name}. {_capital(told)} sure that no candidate is better by over half a point{open_}."
     # advice against which the short training leans is a trial, and said to be one
     trial = ", to find out" if evidence.is_open and (evidence.pays or 0.0) < 0.5 else ""
     yield f"Weights: {_DEPTHS[evidence.depth[0]]}{trial}. {_sureness(evidence)}"
@@ -474,6 +476,10 @@ def advice_lines(result: "AdviceResult") -> Iterator[str]:
         yield f"Not measured: {'; '.join(result.missing)}."
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     yield f"Cost: {spent}. Rows stay in the cache; the test split was not looked at."
+
+
+def _capital(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _percent_sure(chance: float) -> str:
@@ -490,7 +496,8 @@ def _sureness(evidence: "Evidence") -> str:
         if evidence.is_open
         else ""
     )
-    return f"{_percent_sure(sure)} sure, by a short training of the last stage, that it {does} by over half a point{open_}."
+    sure_text = _capital(_percent_sure(sure))
+    return f"{sure_text} sure, by a short training of the last stage, that it {does} by over half a point{open_}."
 
 
 def _textbook(evidence: "Evidence") -> str:
@@ -551,7 +558,7 @@ def audit_lines(result: "AuditResult") -> Iterator[str]:
             if kind == "label"
             else ""
         )
-        yield f"{ABOUT.get(kind, kind)}{often}:"
+        yield f"{_capital(ABOUT.get(kind, kind))}{often}:"
         yield from (f"  {_suspect_text(suspect)}" for suspect in of_kind[:_SHOWN])
         if len(of_kind) > _SHOWN:
             yield f"  and {len(of_kind) - _SHOWN} more"
@@ -607,9 +614,8 @@ def _shortcut_lines(result: "AuditResult") -> Iterator[str]:
     for shortcut in result.shortcuts:
         gap = shortcut.over_majority
         spread = f"{gap.ci[0]:+.1f} to {gap.ci[1]:+.1f}" if gap.ci else "no interval"
-        text = (
-            f"{shortcut.measure} alone: {100 * shortcut.accuracy:.1f} % on test, {gap.points:+.1f} over the commonest class"
-        )
+        over = f"{gap.points:+.1f} over the commonest class"
+        text = f"{_capital(shortcut.measure)} alone: {100 * shortcut.accuracy:.1f} % on test, {over}"
         yield f"{'SHORTCUT: ' if shortcut.is_near else ''}{text} ({spread})"
 
 
