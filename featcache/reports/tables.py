@@ -82,7 +82,7 @@ def rows(records: Sequence[RunRecord]) -> list[list[str]]:
     and those that fine-tuning was compared with itself; records with other test items are not compared.
     """
     latest, groups = latest_of(records), groups_of_seeds(records)
-    return [_row(_Group(group, name), latest) for group, name in zip(groups, _told_apart(groups), strict=True)]
+    return [_row(_Group(group, name), latest) for group, name in zip(groups, _row_methods(groups), strict=True)]
 
 
 def latest_of(records: Sequence[RunRecord]) -> tuple[RunRecord, ...]:
@@ -127,7 +127,7 @@ def short_table(records: Sequence[RunRecord]) -> Table:
     )
     latest = latest_of(records)
     cells, groups = [], groups_of_seeds(records)
-    for group in map(_Group, groups, _told_apart(groups)):
+    for group in map(_Group, groups, _row_methods(groups)):
         row = _row(group, latest)
         cells.append((*row[:5], f"{row[5]}{_to_own_probes(group, latest)}", row[6], *row[8:]))
     return Table(headers, cells, note=_GAP_NOTE)
@@ -150,7 +150,7 @@ def _without_seed(record: RunRecord) -> str:
     return repr(sorted(record.request.items(), key=lambda pair: pair[0]))
 
 
-def _told_apart(groups: Sequence[tuple[RunRecord, ...]]) -> list[str]:
+def _row_methods(groups: Sequence[tuple[RunRecord, ...]]) -> list[str]:
     """Return what rows call their methods: those that would look alike with what was asked for otherwise, such as a grid."""
     asked: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for first, *_ in groups:
