@@ -97,7 +97,7 @@ def test_entries_are_removed_only_when_that_is_meant(run: Run, folder: Path) -> 
 
 def test_trained_heads_are_listed(run: Run, folder: Path) -> None:
     """With data set, backbone, head, test score, date, and the file that predict takes."""
-    assert "no head" in run("store", "heads").out
+    assert "No head" in run("store", "heads").out
     kept = run("fit", folder, *TINY, "--head", "ridge", "--no-baselines", "--json").json["heads"][0]
     (head,) = run("store", "heads", "--json").json["heads"]
 

@@ -303,7 +303,7 @@ def _show(result: "BenchResult", *, against: "AgainstResult | None" = None, as_j
         click.echo(short_table(result.records).plain())
         cells = f"{result.computed_cells} cell{'' if result.computed_cells == 1 else 's'} run"
         failed = f", {len(result.failures)} failed" if result.failures else ""
-        counts = f"{result.computed_samples} images computed, {cells}{failed}"
+        counts = f"{result.computed_samples} samples computed, {cells}{failed}"
         click.echo(f"{counts}; the table is in {result.paths['md']}, the records are in {result.paths['records']}")
         if against is not None:
             click.echo(f"\n{against.table().plain()}")

@@ -433,7 +433,8 @@ class Trial:
             keep(self.state())
             if self._context.on_epoch is not None and self._val is not None:
                 self._context.on_epoch(self._lr, state.history[-1])
-            bar.tell(f"lr {self._lr:g}, val {100 * state.history[-1].val.accuracy:.1f} %")
+            judged = f", val {100 * state.history[-1].val.accuracy:.1f} %" if self._val is not None else ""
+            bar.tell(f"lr {self._lr:g}{judged}")
         bar.skip((self._epochs + 1 - len(state.history) - diverged) * images)
         seconds = sum(epoch.seconds for epoch in state.history[1:])
         speed = (len(state.history) - 1) * images / seconds if seconds else 0.0
