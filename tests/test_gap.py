@@ -20,7 +20,7 @@ from featcache.experiments.bench import load_grid, run_bench
 from featcache.experiments.gap import GapResult, GapStep, run_gap
 from featcache.extraction.feature_cache import FeatureCache, Settings
 from featcache.reports import RunRecord, read_records
-from featcache.reports.wording import draw_gap, gap_lines, gap_sentence
+from featcache.reports.wording import draw_gap, gap_lines, gap_sentence, gap_table
 from featcache.specs import BackboneSpec
 
 REPEATED = """
@@ -73,6 +73,9 @@ def test_steps_add_up_and_a_second_run_computes_nothing(
     for step in result.steps:
         if not step.is_kept:
             assert (step.samples, step.between) == (0, None)
+    columns = [row[2:4] for row in gap_table(result).rows]
+    assert [whole == "-" for whole, _ in columns] == [step.origin == "weights" for step in result.steps]
+    assert [part for _, part in columns] == [f"{100 * step.val[0]:.1f}" for step in result.steps]
     require_starts(result)
     # what is told of a fine-tuning by itself is of its own probe: another gap than the table's
     assert not [line for line in caplog.messages if "to logistic" in line or "no gain" in line]

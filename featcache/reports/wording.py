@@ -341,7 +341,9 @@ def gap_table(result: "GapResult", price: float | None = None) -> Table:
 
 def _cells(step: "GapStep", first: "GapStep") -> tuple[str, ...]:
     test = step.record.test
-    val = f"{100 * step.record.val['accuracy']:.1f}", f"{100 * step.val[0]:.1f}"
+    # what is trained is judged on the val part alone: in the heads' column it would be taken for comparable
+    of_all = "-" if step.origin == "weights" else f"{100 * step.record.val['accuracy']:.1f}"
+    val = of_all, f"{100 * step.val[0]:.1f}"
     scores = *val, f"{100 * test['accuracy']:.1f}", interval_text(test["accuracy_ci"], 100, 1)
     if step.between is not None:
         points, spread = step.between.points, signed_interval(step.between.ci, TOO_FEW)
