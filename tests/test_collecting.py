@@ -184,3 +184,13 @@ def test_a_broken_entry_is_left_alone(run: Run, tmp_path: Path) -> None:
     assert tree(broken.path) == before
     assert whole.verify() == []
     assert run("store", "gc", whole.path).code == 0
+
+
+def test_entries_are_named_as_everywhere(run: Run, tmp_path: Path) -> None:
+    """By their path, from the cache on, or by their data set; what is none is an error that says where names are."""
+    store = littered(tmp_path / "cache")
+    names = (store.path, store.path.relative_to(tmp_path / "cache"), store.path.parent.name)
+
+    assert len({run("store", "gc", name).out for name in names}) == 1
+    assert {run("store", "verify", name).out for name in names} == {"1 entry checked, 0 problems\n"}
+    assert "store ls" in run("store", "gc", "nothing").err

@@ -113,12 +113,14 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
     from featcache.experiments.upkeep import verify as look
     from featcache.extraction import default_cache
 
-    checked, problems = look(cache or default_cache(), entries)
+    where = cache or default_cache()
+    checked, problems = look(where, _named(where, entries))
     if as_json:
         options.emit({"checked": checked, "problems": problems})
     else:
         options.show(map(printable, problems))
-        click.echo(f"{checked} entries checked, {len(problems)} problems")
+        ends = ("y" if checked == 1 else "ies", "" if len(problems) == 1 else "s")
+        click.echo(f"{checked} entr{ends[0]} checked, {len(problems)} problem{ends[1]}")
     if problems:
         click.get_current_context().exit(DAMAGED)
 
@@ -141,7 +143,8 @@ def gc(entries: tuple[Path, ...], cache: Path | None, *, yes: bool, verbose: boo
     from featcache.experiments.upkeep import collect
     from featcache.extraction import default_cache
 
-    collected = collect(cache or default_cache(), entries, act=yes)
+    where = cache or default_cache()
+    collected = collect(where, _named(where, entries), act=yes)
     if as_json:
         options.emit(collected.summary | {"done": yes})
     else:
@@ -190,6 +193,14 @@ def remove_entries(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_
     else:
         unchanged = "nothing was changed" + ("" if sys.stdin.isatty() else ", --yes does it")
         click.echo(f"{size / 1e6:.1f} MB removed" if yes else f"{size / 1e6:.1f} MB: {unchanged}")
+
+
+def _named(cache: Path, entries: tuple[Path, ...]) -> list[Path]:
+    """Return the folders that are named, by their paths or as ``store rm`` takes them; broken ones too."""
+    from featcache.experiments.upkeep import find_entries
+
+    is_here = {entry: any((entry / sign).exists() for sign in ("spec.json", "parts")) for entry in entries}
+    return [folder for entry in entries for folder in ([entry] if is_here[entry] else find_entries(cache, [entry]))]
 
 
 def _are_thumbnails(spec: Mapping[str, Any]) -> bool:
