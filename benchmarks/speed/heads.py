@@ -377,25 +377,32 @@ def measure_all(X: Any, y: Any) -> dict[str, Any]:
     return {"kind": "all", "rows": len(y), "width": X.shape[1], "classes": int(y.max()) + 1, "seconds": spent}
 
 
-def measure_memory(rows: int = 44000, width: int = 512) -> dict[str, Any]:
-    """Measure the peak memory of a fit in a process of its own, over the feature matrix."""
+MEMORY = [(10_000, 1_280, 10), (10_000, 2_048, 10), (10_000, 1_280, 100), (44_000, 512, 10)]  # rows, columns, classes
+
+
+def measure_memory(rows: int, width: int, classes: int) -> dict[str, Any]:
+    """Measure the peak memory of a search and its refit in a process of its own, over the feature matrix."""
     code = (
-        "import sys, resource, numpy as np; from featcache.heads import solvers\n"
-        "rows, width = int(sys.argv[1]), int(sys.argv[2])\n"
-        "X = np.empty((rows, width), np.float32)\n"
-        "rng = np.random.default_rng(0)\n"
-        "for row in X: row[:] = rng.normal(size=width)\n"
-        "y = np.arange(rows) % 10\n"
-        "solvers.solve(X[:500], y[:500], [1.0])\n"
+        "import sys, time, numpy as np; from featcache.heads import search; from featcache.evaluation.splits import Fold\n"
+        "rows, width, classes = map(int, sys.argv[1:])\n"
+        "X, rng = np.empty((rows, width), np.float32), np.random.default_rng(0)\n"
+        "y, means = rng.integers(0, classes, rows), 0.3 * rng.normal(size=(classes, width))\n"
+        "for row, label in zip(X, y): row[:] = rng.normal(size=width) + means[label]\n"
+        "fit = lambda X, y, folds: search.train('logistic', (c := search.search_head('logistic', X, y, folds, 0)).params, "
+        "X, y, 0, c)\n"
+        "few, many = np.arange(500), np.arange(rows)\n"
+        "fit(X[:500], y[:500] % 2, [Fold(few[100:], few[:100])])\n"
         "status = lambda key: int(open('/proc/self/status').read().split(key)[1].split()[0]) / 1024\n"
         "before = status('VmRSS:') - X.nbytes / 2**20\n"
-        "solvers.solve(X, y, [0.01, 1.0], [np.arange(rows) % 5 != n for n in range(5)])\n"
-        "print((status('VmHWM:') - before) / (X.nbytes / 2**20))"
+        "start = time.perf_counter(); fit(X, y, [Fold(many[rows // 5 :], many[: rows // 5])])\n"
+        "print(time.perf_counter() - start, (status('VmHWM:') - before) / (X.nbytes / 2**20))"
     )
     done = subprocess.run(  # noqa: S603 - this file's own code
-        [sys.executable, "-c", code, str(rows), str(width)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(rows), str(width), str(classes)], capture_output=True, text=True, check=True
     )
-    return {"kind": "memory", "rows": rows, "width": width, "times_the_matrix": float(done.stdout)}
+    seconds, times = map(float, done.stdout.split())
+    shape = {"rows": rows, "width": width, "classes": classes}
+    return {"kind": "memory", **shape, "seconds": seconds, "times_the_matrix": times}
 
 
 def measure_classes(rows: int = 100_000, width: int = 768, classes: int = 1000) -> dict[str, Any]:
@@ -440,7 +447,7 @@ def main() -> None:
         "grid": lambda: [measure_grid(X, ten, 8000)],
         "sweep": lambda: [measure_sweep(X, ten)],
         "all": lambda: [measure_all(load(options.features, 768)[0][:10_000], ten[:10_000])],
-        "memory": lambda: [measure_memory()],
+        "memory": lambda: (measure_memory(*shape) for shape in MEMORY),
         "classes": lambda: [measure_classes()],
         "table": list,
     }
@@ -479,7 +486,8 @@ def geometric(records: list[dict[str, Any]], key: str) -> float:
 
 def identity(record: dict[str, Any]) -> list[Any]:
     """Return what a later record takes the place of; searches are measured with several kernels."""
-    return [record["kind"], record.get("name"), record["rows"], *([record["kernels"]] if record["kind"] == "search" else [])]
+    more = {"search": ["kernels"], "memory": ["width", "classes"]}.get(record["kind"], [])
+    return [record["kind"], record.get("name"), record["rows"], *(record.get(key) for key in more)]
 
 
 def searches(records: list[dict[str, Any]]) -> list[str]:
@@ -567,7 +575,10 @@ def table(records: list[dict[str, Any]]) -> str:
             spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in record["seconds"].items())
             lines.append(f"- All heads, {shape}: {sum(record['seconds'].values()):.1f} s ({spent}).")
         elif record["kind"] == "memory":
-            lines.append(f"- Peak memory, {shape}, five folds: {record['times_the_matrix']:.2f} times the feature matrix.")
+            lines.append(
+                f"- Search and refit of drawn features, {shape}, {record['classes']} classes: {record['seconds']:.1f} s, "
+                f"{record['times_the_matrix']:.2f} times the features' memory at most, these included."
+            )
         elif record["kind"] == "classes":
             lines.append(
                 f"- {record['classes']:,} classes, {shape}, {record['Cs']} C: {record['seconds']:.0f} s, "

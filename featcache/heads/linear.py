@@ -38,8 +38,8 @@ _LOOK, _SETTLED = 1.5e-2, 1e-7  # left of what a C has gained: to be looked at; 
 _DOUBT = 4.0  # roots of what is left, divided by that of the rows: how far a loss may be from its end
 _LESS = 0.25  # of another's doubt: what it is of less to lessen
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
+_JUDGED_ROWS = 1024  # at a time
 _MOST_LOSS = -np.log(np.finfo(np.float64).eps)  # of a row, as scores count it: of a class that no row trains
-_ROOM = 24_000_000  # numbers that descents side by side may take, and no fewer than the features
 
 
 def _masks(folds: Sequence[Fold], count: int) -> list[NDArray[np.bool_]]:
@@ -85,12 +85,18 @@ def _sweep_logistic(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold
     classes = int(y.max()) + 1
     by_fold = solvers.solve(X, y, [params["C"] for params in grid], _masks(folds, len(y)))
     for params, solutions in zip(grid, zip(*by_fold, strict=True), strict=True):
-        yield _with_heads(_candidate(params, solutions, (X[fold.val] for fold in folds), classes), solutions)
+        yield _with_heads(_candidate(params, solutions, (_blocks(X, fold.val) for fold in folds), classes), solutions)
 
 
-def _candidate(params: Params, solutions: Sequence[Solution], held: Iterable[X_], classes: int) -> Candidate:
-    """Return what each fold's solution answers of the rows (v, d) that it is judged by."""
-    predictions = [probabilities(solution, rows, classes) for solution, rows in zip(solutions, held, strict=True)]
+def _blocks(X: Many, rows: NDArray[np.int64]) -> Iterator[X_]:
+    """Yield some of the features (v, d) after others: a copy of all would be a fifth of them."""
+    return (X[block] for block in np.array_split(rows, -(-len(rows) // _JUDGED_ROWS) or 1))
+
+
+def _candidate(params: Params, solutions: Sequence[Solution], held: Iterable[Iterable[X_]], classes: int) -> Candidate:
+    """Return what each fold's solution answers of the rows (v, d) that it is judged by, in blocks."""
+    pairs = zip(solutions, held, strict=True)
+    predictions = [probabilities(solution, rows, classes) for solution, blocks in pairs for rows in blocks]
     return Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions))
 
 
@@ -292,7 +298,7 @@ class _Race:
         for place, fold in enumerate(folds):
             if not solutions[place].converged:  # float32, or a gradient, is not enough to prove it
                 ((solutions[place],),) = solvers.solve(X, y, [self.Cs[number]], [mask_of(fold.train, len(y))])
-        held = (X[fold.val] for fold in folds)
+        held = (_blocks(X, fold.val) for fold in folds)
         return _with_heads(_candidate(params, solutions, held, self.loss.outputs), solutions)
 
     def _group(self, numbers: Sequence[int], models: NDArray[Any]) -> SideBySide:
@@ -303,7 +309,8 @@ class _Race:
 
     def _decide(self) -> None:
         """Let those that matter go on until all is decided, in this order as many side by side as there is room for."""
-        together = max(1, self.room // SideBySide.room(self.loss, len(self.y_held)))
+        taken = SideBySide.room(self.loss.outputs, self.loss.width, max(self.loss.counts))
+        together = max(1, self.room // (len(self.y_held) * taken))
         turns = 0
         while turns < _MOST_TURNS and not self.is_decided():
             company = sorted(self._open())[:together]
@@ -387,7 +394,7 @@ def race_logistic(grid: Sequence[Params], coarse: int, X: X_, y: Y_, folds: Sequ
     with solvers.turned_folds(X, y, [(fold.train, fold.val) for fold in folds]) as loss:
         if loss is None:
             return None
-        race = _Race(loss, y, folds, Cs, max(_ROOM, X.size))
+        race = _Race(loss, y, folds, Cs, solvers.room_of(X))
         race.along(coarse)
         race.between()
         return race.won(grid, X, y, folds)
@@ -411,7 +418,7 @@ def _cross_logistic(params: Params, X: X_, y: Y_, folds: Sequence[Fold], head: P
     classes = int(y.max()) + 1
     model = linear_weights(head, classes)
     solutions = solvers.solve_from(X, y, params["C"], model, [fold.train for fold in folds], axes)
-    return _candidate(params, solutions, (X[fold.val] for fold in folds), classes)
+    return _candidate(params, solutions, (_blocks(X, fold.val) for fold in folds), classes)
 
 
 def _signs(y: Y_, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -502,7 +509,7 @@ def tried_on(
     X, y_true = (np.concatenate(parts) for parts in ([train for train, _ in rows], [y[fold.train] for fold in folds]))
     by_fold = solvers.solve(X, y_true, [params["C"] for params in candidates], masks)
     for params, solutions in zip(candidates, zip(*by_fold, strict=True), strict=True):
-        yield _candidate(params, solutions, (val for _, val in rows), classes)
+        yield _candidate(params, solutions, ([val] for _, val in rows), classes)
 
 
 def _fit_selected(params: Params, X: X_, y: Y_, _: int) -> tuple[Pipeline, bool]:

@@ -35,7 +35,8 @@ _MAX_ITERATIONS = 150  # of L-BFGS, before Newton's method takes over
 _FEW = 4  # problems for which a factorisation each is cheaper than the axes of all
 _TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believed to be near
 _REFRESH = 6  # evaluations after which the curvature is measured anew
-_MOST_TURNED = 16_000_000  # numbers of all folds' turned rows
+# Numbers that turned rows, problems side by side on them, and one alone of each fold may take, however few the features.
+_MOST_TURNED, _LEAST_ROOM, _LEAST_ALONE = 16_000_000, 12_000_000, 20_000_000
 _TURNED_ALONE = 1_000_000  # numbers, from which on turning takes longer than it saves a fit
 _MANY_CS = 3  # that it pays for again
 _MOST_TURNS = 200
@@ -228,8 +229,8 @@ def turned_folds(
 ) -> Iterator[TurnedLoss | None]:
     """Yield what evaluates models on folds, positions of rows that train and that judge, turned to their axes.
 
-    ``None`` where a copy of the rows a fold would be too much, or a label has no rows or all of a fold's: its intercept has
-    no optimum. Inside, matrix products use one core each.
+    ``None`` where that would take much more memory than the features do, or a label has no rows or all of a fold's: its
+    intercept has no optimum. Inside, matrix products use one core each.
 
     Raises:
         ValueError: a fold trains on fewer than two classes.
@@ -237,7 +238,8 @@ def turned_folds(
     if loss == "softmax" and any(len(np.unique(y[train])) < 2 for train, _ in folds):
         raise ValueError("every fold must train on two classes at least")
     is_constant = loss != "softmax" and any((y[train] == y[train[0]]).all(axis=0).any() for train, _ in folds)
-    if is_constant or sum(len(train) * min(X.shape[1], len(train)) for train, _ in folds) > _MOST_TURNED:
+    outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
+    if is_constant or not _fits(X, outputs, [len(train) for train, _ in folds]):
         yield None
         return
     with products_on(1), ThreadPoolExecutor(cores()) as workers:
@@ -250,6 +252,18 @@ def turned_folds(
             yield evaluated
         finally:
             evaluated.close()
+
+
+def room_of(X: Rows) -> int:
+    """Return how many numbers what moves on turned features (n, d) may take, beside a copy of these."""
+    return max(_LEAST_ROOM, X.size // 2)
+
+
+def _fits(X: Rows, outputs: int, rows: Sequence[int]) -> bool:
+    """Tell whether folds of so many rows may be turned, and a problem of each be solved there."""
+    turned = sum(count * min(X.shape[1], count) for count in rows)
+    moving = len(rows) * SideBySide.room(outputs, X.shape[1], max(rows))
+    return turned <= max(_MOST_TURNED, X.size) and moving <= max(_LEAST_ALONE, X.size // 2)
 
 
 def tolerance_of(size: int) -> float:

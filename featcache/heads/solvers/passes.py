@@ -509,9 +509,9 @@ class SideBySide:
         self.turns = 0
 
     @staticmethod
-    def room(loss: TurnedLoss, problems: int) -> int:
-        """Return how many numbers so many problems take."""
-        return int(problems * loss.outputs * (_VECTORS * loss.width + _STATES * max(loss.counts)))
+    def room(outputs: int, width: int, rows: int) -> int:
+        """Return how many numbers a problem takes."""
+        return outputs * (_VECTORS * width + _STATES * rows)
 
     @property
     def weights(self) -> Rows:

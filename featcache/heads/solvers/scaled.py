@@ -27,9 +27,9 @@ _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a cor
 _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
 _NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
 _TURNED_ROWS = 256  # at a time
-_EXACT_ROWS = 1024  # in float64 at a time
+_EXACT_ROWS = 256  # in float64 at a time
 _BY_ALL_FROM = 400_000  # numbers, from which on a second thread pays
-_MOMENT_ROWS = 1024  # in a piece: a piece's sums in float32 keep their digits
+_MOMENT_ROWS = 256  # in a piece: a piece's sums in float32 keep their digits
 _MAIN_AXES, _MAIN_ROW_AXES = 96, 48  # how many are found where there are more columns; in the rows' own space
 _AXES_ROWS = 2048  # from which they are found
 _FEW_ROWS = 0.45  # a feature, up to which the rows' own space is taken
@@ -326,7 +326,8 @@ class TurnedRows:
 
     def _centred(self, rows: NDArray[Any]) -> Rows:
         kind = self._source.dtype if self._source.dtype == np.float32 else np.dtype(np.float64)
-        centred: Rows = self._source[rows] - self.mean.astype(kind)
+        centred: Rows = self._source[rows].astype(kind, copy=False)
+        centred -= self.mean.astype(kind)
         centred *= (1 / self.scale).astype(kind)
         return centred
 
