@@ -114,7 +114,7 @@ def verify(entries: tuple[Path, ...], cache: Path | None, as_json: bool) -> None
     from featcache.extraction import default_cache
 
     where = cache or default_cache()
-    checked, problems = look(where, _named(where, entries))
+    checked, problems = look(where, _folders_named(where, entries))
     if as_json:
         options.emit({"checked": checked, "problems": problems})
     else:
@@ -144,7 +144,7 @@ def gc(entries: tuple[Path, ...], cache: Path | None, *, yes: bool, verbose: boo
     from featcache.extraction import default_cache
 
     where = cache or default_cache()
-    collected = collect(where, _named(where, entries), act=yes)
+    collected = collect(where, _folders_named(where, entries), act=yes)
     if as_json:
         options.emit(collected.summary | {"done": yes})
     else:
@@ -195,7 +195,7 @@ def remove_entries(entries: tuple[Path, ...], cache: Path | None, yes: bool, as_
         click.echo(f"{size / 1e6:.1f} MB removed" if yes else f"{size / 1e6:.1f} MB: {unchanged}")
 
 
-def _named(cache: Path, entries: tuple[Path, ...]) -> list[Path]:
+def _folders_named(cache: Path, entries: tuple[Path, ...]) -> list[Path]:
     """Return the folders that are named, by their paths or as ``store rm`` takes them; broken ones too."""
     from featcache.experiments.upkeep import find_entries
 
