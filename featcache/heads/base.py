@@ -38,6 +38,12 @@ def side_by_side(act: Callable[[Task], Result], tasks: Sequence[Task]) -> list[R
         return list(workers.map(act, tasks))
 
 
+def products_for(rows: int) -> AbstractContextManager[Any]:
+    """Let matrix products of heads on so many rows use all cores, or one where rows are few."""
+    # Threads wait for one another at a factorisation's small steps: beside another process ten times as long as it takes.
+    return products_on(cores() if rows >= _MANY_ROWS else 1)
+
+
 def mask_of(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
     """Return which of so many rows are among some (k,)."""
     mask = np.zeros(count, dtype=bool)

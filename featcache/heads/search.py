@@ -31,7 +31,7 @@ from featcache.evaluation.metrics import (
 from featcache.evaluation.splits import SMALL, Fold, Split, crossed_folds, few_shot, part_of
 from featcache.fingerprint import as_stored
 from featcache.heads import ENSEMBLE, MEMBERS, FittedHead, Unseen, require_head, solvers
-from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of
+from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, mask_of, products_for
 from featcache.heads.base import answers as class_answers
 from featcache.heads.linear import ALPHAS, COARSE_CS, LOGISTIC, RIDGE, SELECTED, SVM, first_near, near
 from featcache.heads.nonlinear import BOOSTING, CENTROID, KNN, LDA, MLP, RBF
@@ -434,10 +434,11 @@ def fit(
     require_head(name)
     embeddings = Embeddings.of(task, views)
     started = time.monotonic()
-    search = embeddings.search(name, split, seed, grid)
-    estimator = embeddings.train(name, search.params, split.train_val, seed, search)
-    unseen = _out_of_fold(name, (search, estimator), embeddings, split, seed)
-    fitted = tested_head(name, estimator, search, embeddings, split, time.monotonic() - started)
+    with products_for(len(embeddings.X)):
+        search = embeddings.search(name, split, seed, grid)
+        estimator = embeddings.train(name, search.params, split.train_val, seed, search)
+        unseen = _out_of_fold(name, (search, estimator), embeddings, split, seed)
+        fitted = tested_head(name, estimator, search, embeddings, split, time.monotonic() - started)
     return replace(fitted, unseen=unseen or fitted.unseen)
 
 
