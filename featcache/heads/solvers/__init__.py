@@ -40,7 +40,7 @@ _MOST_TURNED, _LEAST_ROOM, _LEAST_ALONE = 16_000_000, 12_000_000, 20_000_000
 _TURNED_ALONE = 1_000_000  # numbers, from which on turning takes longer than it saves a fit
 _MANY_CS = 3  # that it pays for again
 _MOST_TURNS = 200
-_MOST_HINGE_TURNS = 60  # then few rows are inside the margin, and Newton's method on those takes over
+_FEWEST_HINGE_TURNS, _MOST_HINGE_TURNS = 60, 600  # before Newton's method on the rows inside the margin takes over
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
 _INSIDE = 0.5  # of the tolerance, to which the gradient in float32 is brought
 _FURTHER = 0.3  # of it, to which it is brought where float64 saw more
@@ -292,7 +292,7 @@ def descend(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> Desce
     """Bring one C on every fold to where the gradient in float32 bounds what is left."""
     group = SideBySide(loss, np.arange(len(models)), np.full(len(models), C), models, _INSIDE * tolerance)
     models = models.copy()
-    most_turns = _MOST_HINGE_TURNS if loss.loss == "squared_hinge" else _MOST_TURNS
+    most_turns = _hinge_turns(loss) if loss.loss == "squared_hinge" else _MOST_TURNS
     while len(group.fold_of):
         group.step()
         by_weights = group.slopes[:, :, :-1]
@@ -303,6 +303,13 @@ def descend(loss: TurnedLoss, C: float, models: Rows, tolerance: float) -> Desce
             models[group.fold_of[is_near]] = group.weights[is_near]
             group.keep(~is_near)
     return Descended(models, group.turns)
+
+
+def _hinge_turns(loss: TurnedLoss) -> int:
+    """Return how many turns may be taken before Newton's method: about as many as its few steps for a label cost."""
+    rows, width = max(loss.counts), loss.width
+    cost_in_turns = 0.4 * (width + width**2 / (3 * rows)) if rows > width else rows**2 / (8 * width)
+    return int(np.clip(cost_in_turns, _FEWEST_HINGE_TURNS, _MOST_HINGE_TURNS))
 
 
 def proven(loss: TurnedLoss, Cs: Sequence[float], descended: Sequence[Descended], tolerance: float) -> list[list[Solution]]:
