@@ -21,7 +21,7 @@ _NOISE = {False: 3e-7, True: 1e-15}  # of a value, by whether it was computed in
 _SHORTEST = 1e-10  # of a Newton step: below it rounding decides
 _ENOUGH = 0.4  # of the goal, that conjugate gradients may leave where the step will be the last
 _NEAR = 30.0  # goals: a step that promises less is hoped to be the last
-_ENOUGH_ASIDE, _NEAR_ASIDE = 0.8, 10.0  # the same, where problems go down side by side
+_NEAR_ASIDE = 10.0  # the same, where problems go down side by side
 _FORCING = 0.1  # of the gradient, that they may leave where it will not
 _FLAT = 1e-12
 _TINY = 1e-9
@@ -257,7 +257,7 @@ class Descents:
             return is_far
         goal = self._tolerance * self.values
         by_weights = _dots(self.rests, self.rests) - np.einsum("pk,pk->p", self.rests[:, :, -1], self.rests[:, :, -1])
-        is_last: NDArray[np.bool_] = by_weights / 2 <= _ENOUGH_ASIDE * goal
+        is_last: NDArray[np.bool_] = by_weights / 2 <= _ENOUGH * goal
         return is_last | (is_far & (self._promised > _NEAR_ASIDE * goal))
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
