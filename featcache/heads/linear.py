@@ -154,21 +154,21 @@ class _Race:
                 models = models + np.float32(np.clip(ahead, 0, 1)) * (models - self.models[numbers[place - 2]])
             # Beyond the lowest none comes first; before it only those that are out.
             ends = self.has_risen if numbers[0] < numbers[-1] else self.is_out
-            if not self._look_at(number, models, ends) or (place and ends(number)) or self.is_in(number, 0.0):
+            if not self._look_at(number, models, ends) or self.is_in(number, 0.0):
                 return
 
     def _look_at(self, number: int, models: NDArray[Any], ends: Callable[[int], bool]) -> bool:
-        """Race one loosely, or to where it ends the walk; tell whether that took no more than some turns."""
+        """Race one loosely, or to where it ends the walk; tell whether that goes on: few turns were enough."""
         group, number_of = self._group([number], models[None]), np.full(len(self.y_held), number)
         while not group.turns or (group.left.max() > _LOOK and group.turns < _LOOSE_TURNS):
             group.step()
-            if not group.arrived.any() or not np.isfinite(group.left).all():
-                continue
+            if is_judged := bool(group.arrived.any() and np.isfinite(group.left).all()):
+                self._judge(group, number_of, [number])
+                if len(self.standings) > 1 and ends(number):
+                    return False
+        if not is_judged:
             self._judge(group, number_of, [number])
-            if len(self.standings) > 1 and ends(number):
-                return True
-        self._judge(group, number_of, [number])
-        return bool(group.left.max() <= _LOOK)
+        return bool(group.left.max() <= _LOOK) and not (len(self.standings) > 1 and ends(number))
 
     def between(self) -> None:
         """Race those too that may be the first near the lowest, or the lowest, each started between its neighbours."""

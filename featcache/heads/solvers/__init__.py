@@ -254,16 +254,16 @@ def turned_folds(
             evaluated.close()
 
 
-def room_of(X: Rows) -> int:
-    """Return how many numbers what moves on turned features (n, d) may take, beside a copy of these."""
-    return max(_LEAST_ROOM, X.size // 2)
+def room_of(X: Rows, least: int = _LEAST_ROOM) -> int:
+    """Return how many numbers, at least so many, what moves on turned features (n, d) may take, beside a copy of these."""
+    return max(least, X.size // 2)
 
 
 def _fits(X: Rows, outputs: int, rows: Sequence[int]) -> bool:
     """Tell whether folds of so many rows may be turned, and a problem of each be solved there."""
     turned = sum(count * min(X.shape[1], count) for count in rows)
     moving = len(rows) * SideBySide.room(outputs, X.shape[1], max(rows))
-    return turned <= max(_MOST_TURNED, X.size) and moving <= max(_LEAST_ALONE, X.size // 2)
+    return turned <= max(_MOST_TURNED, X.size) and moving <= room_of(X, _LEAST_ALONE)
 
 
 def tolerance_of(size: int) -> float:
