@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from featcache.errors import StorageError
-from featcache.reports import PROTOCOL, RunRecord, append_once, append_record, read_records
+from featcache.reports import PROTOCOL, RunRecord, append_once, append_record, as_read, broken_lines, read_records
 
 RECORD = RunRecord(
     kind="fit",
@@ -157,6 +157,25 @@ def test_lines_of_before_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
     assert cells(path) == ["0", "1", "2", "3"]
     assert not caplog.messages
+
+
+def without(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a record as a line has it, a field taken out."""
+    return {key: value for key, value in record.items() if key != name}
+
+
+@pytest.mark.parametrize("name", ["checksum", *sorted(as_read(RECORD).stored)])
+def test_no_field_changes_unseen(tmp_path: Path, name: str) -> None:
+    """Another value, one of another kind, none and no such field: the line is refused, the checksum's own field too."""
+    path = tmp_path / "runs.jsonl"
+    append_record(path, replace(RECORD, protocol=PROTOCOL))
+    (line,) = map(json.loads, path.read_text().splitlines())
+    others = [value for value in (None, 7, "x", [0], {"k": 1}, True) if value != line[name]]
+    changed = [line | {name: value} for value in others] + [without(line, name), without(line, name) | {f"{name}_": 0}]
+
+    for each in changed:
+        path.write_text(json.dumps(each) + "\n")
+        assert len(broken_lines(path)) == 1, each.get(name)
 
 
 PUBLISHED = sorted(  # grids have a pipeline; other tables of the folder hold no run records

@@ -264,7 +264,7 @@ def _checksum(text: str) -> str:
 
 
 def _parsed_record(line: bytes) -> RunRecord:
-    """Return the record of a line; those of before have no checksum.
+    """Return the record of a line; those of before protocols were numbered have no checksum.
 
     Raises:
         DataError, ValueError: it is none of this version, or was changed since it was written.
@@ -274,10 +274,11 @@ def _parsed_record(line: bytes) -> RunRecord:
         raise DataError("no JSON object")
     if (version := data.get("schema_version")) != SCHEMA_VERSION:
         raise DataError(f"of version {version!r:.40}, this featcache reads {SCHEMA_VERSION}")
-    checksum = data.pop("checksum", None)
-    # Records of before have none; a line that was edited by hand is refused, since its numbers are quoted.
-    if checksum is not None and checksum != _checksum(json.dumps(data, sort_keys=True)):
-        raise DataError("it was changed since it was written: its checksum is another")
+    # A line that was edited by hand is refused, since its numbers are quoted. Checksums are older than numbers of protocols:
+    # whoever could leave one out of a numbered record could change all of it.
+    has_none = "checksum" not in data and not data.get("protocol")
+    if data.pop("checksum", None) != _checksum(json.dumps(data, sort_keys=True)) and not has_none:
+        raise DataError("it was changed since it was written: its checksum is another, or missing")
     return record_from(data)
 
 
