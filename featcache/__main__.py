@@ -1,6 +1,7 @@
 """``python -m featcache`` and the installed command: signals are caught before anything that takes time is imported."""
 
 import gc
+import inspect
 import signal
 import sys
 
@@ -10,6 +11,9 @@ from featcache.errors import INTERRUPTED, interrupt
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, interrupt)
+    # No command shows what libraries say of themselves. While it loads, SciPy reads its docstrings and writes 600 of them
+    # anew, a quarter of what scikit-learn takes to load; without any, as under python -OO, it goes on all the same.
+    inspect.getdoc = lambda _: None  # type: ignore[assignment]
     try:
         from featcache.cli import main as run
 
