@@ -111,6 +111,16 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     assert said == b""
 
 
+def test_a_command_loads_libraries_without_their_documentation() -> None:
+    """What heads need of SciPy and scikit-learn loads without docstrings, which SciPy would else write anew for long."""
+    code = (
+        "import inspect, sys; from featcache.__main__ import main; sys.argv = ['featcache', '--version']\n"
+        "try:\n    main()\nfinally:\n    assert inspect.getdoc(len) is None; import featcache.heads.search, scipy.signal"
+    )
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_main_leaves_unforeseen_errors_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

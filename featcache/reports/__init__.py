@@ -123,14 +123,6 @@ def stamp() -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Return versions, processor count, git revision and what identifies the code, without importing anything heavy."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for name in _DECIDING:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
     torch = sys.modules.get("torch")
     device = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else "cpu"
     return {
@@ -139,7 +131,7 @@ def environment() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "cpu": _processor(),
         "device": device,
-        "versions": versions,
+        "versions": dict(_versions()),
         "git": _git_revision(),
         "code": _code(),
     }
@@ -381,12 +373,26 @@ def _peak_memory_mb() -> float:
     return peak / (1 << 20) if sys.platform == "darwin" else peak / (1 << 10)
 
 
+@functools.cache
 def _processor() -> str:
     """Return the processor's name: two of them may round the same sum otherwise."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return platform.processor() or platform.machine()
+
+
+@functools.cache  # metadata of eleven packages are read and parsed in as many milliseconds: all heads, once
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in _DECIDING:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
 
 
 @functools.cache
