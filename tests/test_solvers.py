@@ -19,8 +19,8 @@ from featcache.evaluation.metrics import evaluate
 from featcache.evaluation.splits import Fold
 from featcache.heads import solvers
 from featcache.heads.linear import LOGISTIC, _Race, _Standing, first_near, race_logistic
-from featcache.heads.search import HEADS, search_head, train
-from featcache.heads.solvers import newton
+from featcache.heads.search import HEADS, refit, search_head, train
+from featcache.heads.solvers import newton, passes
 from featcache.heads.solvers.passes import SideBySide
 from featcache.heads.solvers.scaled import TurnedRows, solve_ridge
 from featcache.store import LazyRows
@@ -499,6 +499,24 @@ def test_a_problem_that_leaves_changes_no_other() -> None:
     np.testing.assert_allclose(group.descents.values, alone.descents.values, rtol=1e-5)
 
 
+def test_rows_in_many_parts_are_all_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the rows keep scores in a core's cache; what they add up to is the same, whoever takes which."""
+    X, y = data(5, count=203, width=30)
+    splits = [(np.arange(203), np.zeros(0, np.int64))]
+
+    def descended() -> Any:
+        with solvers.turned_folds(X.astype(np.float32), y, splits) as loss:
+            assert loss is not None
+            return solvers.descend(loss, 0.1, solvers.constant_models(loss), 1e-7).models
+
+    whole = descended()
+    for threads in (10_000_000, 0):
+        monkeypatch.setattr(passes, "_SHARED", threads)
+        monkeypatch.setattr(passes, "_PART", 100)
+        monkeypatch.setattr(passes, "_LEAST_PART_ROWS", 16)
+        np.testing.assert_allclose(descended(), whole, atol=1e-4)
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 def test_a_refit_starts_from_the_search_and_ends_at_the_same_optimum(classes: int) -> None:
     """Heads of parts of the rows only say where to start: the fit is the one that starts from nothing."""
@@ -507,12 +525,13 @@ def test_a_refit_starts_from_the_search_and_ends_at_the_same_optimum(classes: in
     folds = [
         Fold(np.flatnonzero(np.arange(300) % 3 != part), np.flatnonzero(np.arange(300) % 3 == part)) for part in range(3)
     ]
+    rows = np.flatnonzero(np.arange(300) % 7 != 0)  # not those that the search had
     chosen = search_head("logistic", X, y, folds, 0)
 
-    again = train("logistic", chosen.params, X, y, 0, chosen)
+    again = refit("logistic", chosen, X, y, rows, 0)
 
     assert chosen.solutions
-    alone = train("logistic", chosen.params, X, y, 0)
+    alone = train("logistic", chosen.params, X[rows], y[rows], 0)
     np.testing.assert_allclose(again[-1].coef_, alone[-1].coef_, rtol=1e-2, atol=2e-3 * np.abs(alone[-1].coef_).max())
 
 

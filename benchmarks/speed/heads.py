@@ -214,7 +214,7 @@ def measure_search(task: tuple[str, Any, Any, Split], kept: dict[str, Any] | Non
 
     def ours() -> tuple[Any, Any]:
         chosen = search.search_head("logistic", X, y, split.folds, 0)
-        return chosen, search.train("logistic", chosen.params, X[split.train_val], y[split.train_val], 0, chosen)
+        return chosen, search.refit("logistic", chosen, X, y, split.train_val, 0)
 
     ours()  # the first call pays for threads and libraries
     settings = [(threads, jobs) for threads in (1, 2) for jobs in ((1, 2) if len(split.folds) > 1 else (1,))]
@@ -388,8 +388,8 @@ def measure_memory(rows: int, width: int, classes: int) -> dict[str, Any]:
         "X, rng = np.empty((rows, width), np.float32), np.random.default_rng(0)\n"
         "y, means = rng.integers(0, classes, rows), 0.3 * rng.normal(size=(classes, width))\n"
         "for row, label in zip(X, y): row[:] = rng.normal(size=width) + means[label]\n"
-        "fit = lambda X, y, folds: search.train('logistic', (c := search.search_head('logistic', X, y, folds, 0)).params, "
-        "X, y, 0, c)\n"
+        "fit = lambda X, y, folds: search.refit('logistic', search.search_head('logistic', X, y, folds, 0), X, y, "
+        "np.arange(len(y)), 0)\n"
         "few, many = np.arange(500), np.arange(rows)\n"
         "fit(X[:500], y[:500] % 2, [Fold(few[100:], few[:100])])\n"
         "status = lambda key: int(open('/proc/self/status').read().split(key)[1].split()[0]) / 1024\n"

@@ -97,7 +97,8 @@ class HeadFamily:
         streams: sweep and fit take ``LazyRows`` features too.
         race: finds the best without ending each candidate, given the grid, every how many come first, features in memory of
             one view, classes and folds; ``None`` where it cannot tell.
-        refit: trains one from heads with its parameters, near to it, given features in memory, classes and ``Raced.axes``.
+        refit: trains one from heads with its parameters, near to it, given features in memory, classes, the positions of the
+            rows that train it, and the ``SearchResult`` with those heads.
         cross: tries parameters on folds as ``evaluate_grid`` does, from a head with them that was trained on all rows of
             these, given features in memory, classes, folds, the head and ``Raced.axes``.
         by_loss: the log-loss chooses, not the accuracy; parameters are C.
@@ -109,7 +110,7 @@ class HeadFamily:
     coarse: int = 1
     streams: bool = False
     race: Race | None = None
-    refit: Callable[[Params, Any, Any, Sequence[Pipeline], Any], tuple[Any, bool]] | None = None
+    refit: Callable[[Params, Any, Any, NDArray[np.int64], Any], tuple[Any, bool]] | None = None
     cross: Callable[[Params, Any, Any, "Sequence[Fold]", Pipeline, Any], Candidate] | None = None
     by_loss: bool = False
 

@@ -38,7 +38,7 @@ _LOOK, _SETTLED = 1.5e-2, 1e-7  # left of what a C has gained: to be looked at; 
 _DOUBT = 4.0  # roots of what is left, divided by that of the rows: how far a loss may be from its end
 _LESS = 0.25  # of another's doubt: what it is of less to lessen
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
-_JUDGED_ROWS = 1024  # at a time
+_JUDGED_ROWS = 256  # at a time
 _MOST_LOSS = -np.log(np.finfo(np.float64).eps)  # of a row, as scores count it: of a class that no row trains
 
 
@@ -351,9 +351,8 @@ class _Race:
         for fold, y_true in enumerate(self.y_held):
             index = np.flatnonzero(is_new & (group.fold_of == fold))
             if len(index) and len(y_true):
-                pairs = np.concatenate([group.weights[index], group.ahead[index]]).reshape(-1, self.loss.width)
-                outputs = (pairs @ self.loss.held[fold].T).reshape(2 * len(index), self.loss.outputs, -1)
-                seen[:, index] = _losses(outputs, y_true).reshape(2, -1)
+                models = np.concatenate([group.weights[index], group.ahead[index]])
+                seen[:, index] = self._log_losses(fold, models).reshape(2, -1)
         for number in numbers:
             of = number_of == number
             self.models[number] = group.weights[of]
@@ -365,6 +364,16 @@ class _Race:
             self.standings[number] = _Standing(log_loss, self.doubted * doubt)
             if left < _SETTLED or group.descents.stalled[of].any():
                 self.settled.add(number)
+
+    def _log_losses(self, fold: int, models: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the log-losses (p,) of models (p, k, r + 1) of a fold on its rows held out, summed."""
+        held, y_true, flat = self.loss.held[fold], self.y_held[fold], models.reshape(-1, self.loss.width)
+
+        losses = np.zeros(len(models))
+        for start in range(0, len(held), _JUDGED_ROWS):
+            block = slice(start, start + _JUDGED_ROWS)
+            losses += _losses((flat @ held[block].T).reshape(*models.shape[:2], -1), y_true[block])
+        return losses
 
     def _believe_less(self, before: _Standing | None, log_loss: float) -> None:
         """Where a loss has moved by more than was doubted of it, doubt all of them so many times more."""
@@ -405,11 +414,11 @@ def _fit_logistic(params: Params, X: Many, y: Y_, _: int) -> tuple[Pipeline, boo
     return make_pipeline(as_logistic(solution)), solution.converged
 
 
-def _refit_logistic(params: Params, X: X_, y: Y_, heads: Sequence[Pipeline], axes: Any) -> tuple[Pipeline, bool]:
+def _refit_logistic(params: Params, X: X_, y: Y_, rows: NDArray[np.int64], near: Any) -> tuple[Pipeline, bool]:
     """Fit from where the search's heads of this C, which trained on parts of the rows, are on average."""
-    models = [linear_weights(head, int(y.max()) + 1) for head in heads]
+    models = [linear_weights(head, int(y.max()) + 1) for head in near.solutions]
     weights, intercept = (np.mean(parts, axis=0) for parts in zip(*models, strict=True))
-    (solution,) = solvers.solve_from(X, y, params["C"], (weights, intercept), axes=axes)
+    (solution,) = solvers.solve_from(X, y, params["C"], (weights, intercept), [rows], near.axes)
     return make_pipeline(as_logistic(solution)), solution.converged
 
 

@@ -318,21 +318,34 @@ def predict_with(estimator: Any, X: Any, kind: Kind, classes: int) -> NDArray[An
     return np.asarray(estimator.predict_proba(X) if kind == "labels" else estimator.predict(X), dtype=np.float64)
 
 
-def train(name: str, params: Params, X: Many, y: Y_, seed: int, near: SearchResult | None = None) -> Pipeline:
-    """Fit a head with some parameters; ``near`` is the search with heads of these, from which it may start.
+def train(name: str, params: Params, X: Many, y: Y_, seed: int) -> Pipeline:
+    """Fit a head with some parameters.
 
     Raises:
         DataError: its optimum was not reached: what was fitted is no head of these parameters, and nothing may use it.
     """
+    return _reached(name, params, len(y), FAMILIES[kind_of(y)][name].fit(params, X, y, seed))
+
+
+def refit(name: str, near: SearchResult, X: X_, y: Y_, rows: NDArray[np.int64], seed: int) -> Pipeline:
+    """Fit a head with a search's parameters on some rows of its features, from where its heads are if the family can.
+
+    Raises:
+        DataError: as of ``train``.
+    """
     family = FAMILIES[kind_of(y)][name]
-    if near is not None and near.solutions and family.refit is not None and isinstance(X, np.ndarray):
-        estimator, converged = family.refit(params, X, y, near.solutions, near.axes)
-    else:
-        estimator, converged = family.fit(params, X, y, seed)
+    if family.refit is None or not near.solutions:
+        return train(name, near.params, X[rows], y[rows], seed)
+    return _reached(name, near.params, len(rows), family.refit(near.params, X, y, rows, near))
+
+
+def _reached(name: str, params: Params, rows: int, fitted: tuple[Any, bool]) -> Pipeline:
+    """Return a fitted head if its optimum was reached."""
+    estimator, converged = fitted
     if not converged:
         with_ = ", ".join(f"{key}={value:g}" for key, value in params.items())
         raise DataError(
-            f"`heads` {name}: the fit with {with_} on {len(y)} rows did not reach its optimum. Look for extreme values in "
+            f"`heads` {name}: the fit with {with_} on {rows} rows did not reach its optimum. Look for extreme values in "
             "the features, give a stronger penalty with `grid`, or take another head."
         )
     return estimator
@@ -399,10 +412,12 @@ class Embeddings:
     def train(
         self, name: str, params: Params, samples: NDArray[np.int64], seed: int, near: SearchResult | None = None
     ) -> Pipeline:
-        """Return a head that was fitted on some samples; ``near`` as in ``search.train``."""
+        """Return a head that was fitted on some samples; ``near`` as in ``refit``."""
         rows = self.rows(samples)
+        if near is not None and params == near.params and isinstance(self.X, np.ndarray):
+            return refit(name, near, self.X, self.y, rows, seed)
         X = self.X.only(rows) if isinstance(self.X, LazyRows) else self.X[rows]  # streamed ones are not in memory
-        return train(name, params, X, self.y[rows], seed, near)
+        return train(name, params, X, self.y[rows], seed)
 
     def answers(self, estimator: Any, samples: NDArray[np.int64]) -> NDArray[Any]:
         """Return what a head answers of some samples, as of ``predict_with``."""

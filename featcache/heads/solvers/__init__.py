@@ -44,6 +44,7 @@ _FEWEST_HINGE_TURNS, _MOST_HINGE_TURNS = 60, 600  # before Newton's method on th
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
 _INSIDE = 0.35  # of the tolerance, to which the gradient in float32 is brought
 _FURTHER = 0.3  # of it, to which it is brought where float64 saw more
+_SEEN = 200_000  # scores in float64 at a time
 _LEVELLINGS = 3  # Newton steps that put the intercepts to their best
 _LEVEL = 1e-3  # of the tolerance, that may be left of that
 _NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
@@ -122,7 +123,7 @@ def solve_from(
     y: NDArray[np.int64],
     C: float,
     model: tuple[Floats, Floats],
-    folds: Sequence[NDArray[np.int64]] | None = None,
+    folds: Sequence[NDArray[np.int64]],
     axes: Axes | None = None,
 ) -> list[Solution]:
     """Return the minimisers as ``solve`` does, of one C, one a fold, started from a model near them.
@@ -132,13 +133,12 @@ def solve_from(
         y: classes 0..k-1 (n,).
         C: inverse penalty.
         model: weights by features in their own units (k, d), and intercepts (k,).
-        folds: positions of each fold's rows (n,); all rows as one fold if left out.
+        folds: positions of each fold's rows (n,).
         axes: of other rows, where they serve these too.
 
     Raises:
         ValueError: a fold has fewer than two classes.
     """
-    folds = [np.arange(len(y))] if folds is None else folds
     solutions: list[Solution] = []
     with turned_folds(X, y, [(rows, np.zeros(0, np.int64)) for rows in folds], axes=axes) as loss:
         if loss is not None:
@@ -147,7 +147,7 @@ def solve_from(
                 is_used = start[:, -1] > _NEVER
                 turned = fold.models(*model)[is_used]
                 start[is_used, : turned.shape[1] - 1], start[is_used, -1] = turned[:, :-1], turned[:, -1]
-            solutions = finish(loss, C, starts, tolerance_of(X.size * loss.outputs))
+            solutions = finish(loss, C, starts, tolerance_of(sum(map(len, folds)) * X.shape[1] * loss.outputs))
     if solutions and all(solution.converged for solution in solutions):
         return solutions
     return [solution for (solution,) in solve(X, y, [C], [np.isin(np.arange(len(y)), rows) for rows in folds])]
@@ -382,11 +382,17 @@ class _Proof:
         """Return models as solutions; the rows are read twice for all of them."""
         weights = np.concatenate([model.weights for model in models])
         without = self.fold.exact_products(weights).reshape(len(models), len(self.classes), -1)
-        intercepts = np.stack([model.intercept for model in models])
+        slopes, intercepts = np.empty_like(without), np.stack([model.intercept for model in models])
         scales = np.array([self._scale_of(model.C) for model in models])
+        most = max(1, _SEEN // len(weights))
+
+        def see(block: slice) -> tuple[Floats, Floats, Floats]:
+            scores = without[:, :, block] + intercepts[:, :, None]
+            spent, slopes[:, :, block], stiffness = seen_by(self.loss, scores, self.right[:, block])
+            return spent, scores.sum(axis=2), stiffness
+
         for further in reversed(range(_LEVELLINGS + 1)):
-            spent, slopes, stiffness = seen_by(self.loss, without + intercepts[:, :, None], self.right)
-            rests = slopes.sum(axis=2)
+            spent, rests, stiffness = (sum(parts) for parts in zip(*self.fold.by_blocks(see, most), strict=True))
             if not further or (_far(intercepts, rests) <= _LEVEL * self.tolerance * spent).all():
                 break
             lifts = np.matmul(np.linalg.pinv(stiffness, rcond=1e-12, hermitian=True), rests[:, :, None])

@@ -32,6 +32,7 @@ _FLAT = 1e-6  # of the greatest curvature: what rounding leaves of none
 _COUPLED = 32  # classes, above which turning them takes longer than it saves passes
 _VECTORS, _STATES = 10, 6  # that a problem which goes down takes, of its size and of its scores'
 _SHARED = 10_000_000  # multiplications of a product, from which on a second thread pays
+_PART, _LEAST_PART_ROWS = 200_000, 512  # scores that leave a core's cache to the products; rows, for these to be efficient
 _THIN = 48  # rows of vectors, up to which rows times vectors is faster than vectors times rows
 _ALONE, _FILL = 3, 3  # vectors that are multiplied one by one; of zeros, that are cheaper than an odd number
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
@@ -500,9 +501,11 @@ class SideBySide:
         self.C = C * loss.shares_of_C[fold_of]
         self.descents = newton.Descents(weights, tolerance)
         # Threads take time to be woken: what is little is done by one.
-        count = cores() if weights.size * max(loss.counts) > _SHARED else 1
-        step = -(-max(loss.counts) // count)
-        blocks = [slice(start, start + step) for start in range(0, max(loss.counts), step)]
+        rows = int(max(loss.counts))
+        self._shares = cores() if weights.size * rows > _SHARED else 1
+        fitting = max(_LEAST_PART_ROWS, _PART // (weights.shape[0] * weights.shape[1]))
+        step = -(-rows // (self._shares * -(-rows // (self._shares * fitting))))
+        blocks = [slice(start, start + step) for start in range(0, rows, step)]
         self._parts = list(loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks))
         self._turns_of = np.zeros((len(weights), *([loss.outputs] * 2 if loss.is_whole else [0])), weights.dtype)
         self._shrinks = np.zeros_like(weights)
@@ -569,8 +572,11 @@ class SideBySide:
         self._turns_of, self._shrinks = self._turns_of[is_open], self._shrinks[is_open]
 
     def _each(self, act: "Callable[[_Part], Any]") -> list[Any]:
-        waiting = [self.loss.workers.submit(act, part) for part in self._parts[1:]]
-        return [act(self._parts[0]), *(share.result() for share in waiting)]
+        def act_on(share: int) -> list[Any]:
+            return [act(part) for part in self._parts[share :: self._shares]]
+
+        waiting = [self.loss.workers.submit(act_on, share) for share in range(1, self._shares)]
+        return [*act_on(0), *(result for share in waiting for result in share.result())]
 
     def _look(self) -> None:
         """Look along the steps of those that do not bend, nearer and nearer, until each is where it is to go on from."""

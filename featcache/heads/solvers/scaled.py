@@ -31,7 +31,7 @@ _EXACT_ROWS = 256  # in float64 at a time
 _BY_ALL_FROM = 400_000  # numbers, from which on a second thread pays
 _MOMENT_ROWS = 256  # in a piece: a piece's sums in float32 keep their digits
 _MAIN_AXES, _MAIN_ROW_AXES = 96, 48  # how many are found where there are more columns; in the rows' own space
-_AXES_ROWS = 2048  # from which they are found
+_AXES_ROWS, _AXES_PART = 2048, 512  # from which they are found; read at a time
 _FEW_ROWS = 0.45  # a feature, up to which the rows' own space is taken
 _SMALL, _FEWER = 256, 0.7  # rows that are taken for few anyway, where they are fewer than so many a feature
 _ROUNDED = 1e-6  # of the greatest eigenvalue: what is below is float32's rounding
@@ -300,19 +300,37 @@ class TurnedRows:
 
     def exact_products(self, weights: Floats) -> Floats:
         """Return weights (k, d) by standardised features times the rows that train, (k, n), all in float64."""
-        by_features = weights / self.scale
-        return np.concatenate(list(self._each(lambda block: by_features @ self.exactly(block).T, self._blocks())), axis=1)
+        by_features, scores = weights / self.scale, np.empty((len(weights), len(self.train)))
+
+        def multiply(block: slice) -> None:
+            np.matmul(by_features, self.exactly(block).T, out=scores[:, block])
+
+        self.by_blocks(multiply, _EXACT_ROWS)
+        return scores
 
     def exact_sums(self, values: Floats) -> Floats:
         """Return values (k, n) times the rows that train, standardised (k, d), all in float64."""
-        parts = self._each(lambda block: values[:, block] @ self.exactly(block), self._blocks())
-        total: Floats = sum(parts) / self.scale
+        shape = len(values), self._source.shape[1]
+
+        def sum_up(blocks: Sequence[slice]) -> Floats:
+            total = np.zeros(shape)
+            for block in blocks:
+                total += values[:, block] @ self.exactly(block)
+            return total
+
+        blocks = self._blocks(_EXACT_ROWS)
+        shares = self._each(sum_up, [blocks[core :: cores()] for core in range(min(cores(), len(blocks)))])
+        total: Floats = sum(shares) / self.scale
         return total
 
-    def _blocks(self) -> list[slice]:
+    def by_blocks(self, act: Callable[[slice], Result], most: int) -> list[Result]:
+        """Return what comes of blocks of at most so many rows that train, side by side where they are many."""
+        return list(self._each(act, self._blocks(most)))
+
+    def _blocks(self, most: int) -> list[slice]:
         """Return blocks of rows, one a core at least where they are many."""
-        share = -(-len(self.train) // cores()) if self.train.size * self._source.shape[1] > _BY_ALL_FROM else _EXACT_ROWS
-        return _slices(len(self.train), min(share, _EXACT_ROWS))
+        share = -(-len(self.train) // cores()) if self.train.size * self._source.shape[1] > _BY_ALL_FROM else most
+        return _slices(len(self.train), min(share, most))
 
     def back(self, weights: Rows) -> Floats:
         """Return weights (k, r) by the turned columns as those by standardised features (k, d)."""
@@ -350,10 +368,9 @@ class TurnedRows:
 
     def _whole_axes(self) -> "Axes":
         """Return axes by which rows are about uncorrelated, from some of them."""
-        step = -(-len(self.train) // _AXES_ROWS)
-        sampled = self.train[::step]
-        parts = list(self._each(self._single, np.array_split(sampled, cores() if len(sampled) >= _MOMENT_ROWS else 1)))
-        return _main_axes(parts, _MAIN_AXES, self._each)
+        sampled = self.train[:: -(-len(self.train) // _AXES_ROWS)]
+        shares = cores() * -(-len(sampled) // (cores() * _AXES_PART)) if len(sampled) >= _MOMENT_ROWS else 1
+        return _main_axes(self._single, np.array_split(sampled, shares), self._source.shape[1], _MAIN_AXES, self._each)
 
 
 class _Axes:
@@ -386,7 +403,7 @@ class _RowAxes:
         lower, order = np.tril(factor[:, : self.count]), pivots - 1
         self._rows = rows[order[: self.count]]
         self._lower = lower[: self.count] if rank else np.ones((1, 1), np.float32)
-        self._turn = _main_axes([lower], _MAIN_ROW_AXES)
+        self._turn = _main_axes(lambda rows: rows, [lower], self.count, _MAIN_ROW_AXES)
         self.of_rows = np.empty_like(lower)
         self.of_rows[order] = self._turn.turned(lower)
 
@@ -403,18 +420,27 @@ class _RowAxes:
         return by_features
 
 
-def _main_axes(parts: Sequence[Rows], count: int, each: Any = map) -> "_Axes | _Reflections":
-    """Return axes by which rows, in parts (n, d), are about uncorrelated: all of few columns, else the main ones."""
-    width = parts[0].shape[1]
+def _main_axes(
+    read: Callable[[Any], Rows], parts: Sequence[Any], width: int, count: int, each: Any = map
+) -> "_Axes | _Reflections":
+    """Return axes by which rows, read in parts (n, d), are about uncorrelated: all of few columns, else the main ones.
+
+    Parts are read again for each look at them, which takes less than the memory to keep them.
+    """
     if width == 1:  # SciPy 1.11 asks LAPACK for too little room
         return _Axes(np.ones((1, 1), np.float32))
     if width <= count:
-        gram = np.sum([rows.T @ rows for rows in parts], axis=0)
+        gram = np.sum([rows.T @ rows for rows in map(read, parts)], axis=0)
         return _Axes(eigh(gram, driver="evd", check_finite=False, overwrite_a=True)[1][:, ::-1])
     main = np.random.default_rng(0).normal(size=(width, count)).astype(np.float32)
+
+    def multiplied(part: Any) -> Rows:
+        rows = read(part)
+        product: Rows = rows.T @ (rows @ main)
+        return product
+
     for _ in range(2):
-        total = sum(each(lambda rows: rows.T @ (rows @ main), parts))  # noqa: B023
-        main, spread = qr(total, mode="economic", check_finite=False)  # in float32: NumPy's is in float64
+        main, spread = qr(sum(each(multiplied, parts)), mode="economic", check_finite=False)  # float32: NumPy's is float64
     vectors, _, _ = np.linalg.svd(spread)
     return _Reflections(main @ vectors)
 
