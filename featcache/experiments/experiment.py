@@ -1,7 +1,7 @@
 """An experiment: one model to be trained and tested. Its key, its record and its head's card are made here alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ class Experiment:
         split = outcome.split
         plan = {"plan": asdict(self.plan)} | self._group if isinstance(self.plan, FineTunePlan) else dict(self.plan)
         kind = "finetune" if isinstance(self.plan, FineTunePlan) else "fit"
-        return RunRecord(
+        record = RunRecord(
             kind=kind if self.task.kind == "label" else f"{kind}-{self.task.kind}",
             cell=self.key,
             dataset=entry.store.path.parent.name,
@@ -178,6 +178,7 @@ class Experiment:
             source=source_of(self.cache.dataset, self.task),
             **_stamped(entry),
         )
+        return replace(record, environment=record.environment | {"recipes": record.recipes})
 
     def card(self, entry: "Extracted") -> dict[str, Any]:
         """Return what a head's file says of where its backbone is, what that was, how its samples are opened again."""

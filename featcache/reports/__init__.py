@@ -28,6 +28,29 @@ SCHEMA_VERSION = 1
 # request would come to other numbers. Records of before it was numbered have 0.
 PROTOCOL = 2
 RECORDS = Path("records") / "runs.jsonl"  # of commands, below the cache
+# Of how each head is chosen and fitted (its grids, its estimators' parameters, the constants that its functions read), and
+# of fine-tuning, as tests/test_recipes.py tells them. What is of another recipe is an old one, and is trained again. They
+# stand beside the experiment's key, not in it: published records go on naming the experiments that they are of.
+RECIPES = {
+    "centroid": "ea3173ac",
+    "ridge": "8349cbbd",
+    "knn": "a5d18021",
+    "logistic": "42a236af",
+    "svm": "d84b9f52",
+    "selected": "2a2dbcdd",
+    "lda": "f67582aa",
+    "rbf": "f4cf2080",
+    "mlp": "9cc68c15",
+    "boosting": "fca39b0b",
+    "zeroshot": "59b2b71a",
+    "zeroshot-probe": "59b2b71a",
+    "tip": "59b2b71a",
+    "attentive": "aff6b30a",
+    "attentive-latent": "aff6b30a",
+    "ensemble": "5dce96cc",
+    "finetune": "24d97231",
+}
+_UNTOLD = frozenset({"boosting"})  # were changed before records told recipes: one that tells none is of another
 _METHOD = re.compile(
     r"(?P<head>[a-z-]+)(?: \((?:labels|number)\))?(?: on (?P<layers>\S+))?(?P<best_pool> best pool)?"
     r"(?: (?P<views>\d+) views)?(?: with .+)?"  # columns, which the request names too
@@ -91,7 +114,20 @@ class RunRecord(Displayed):
         """Whether the same request comes to the same numbers today: others are made again, never mixed with new ones."""
         # statistics that moved without having been settled first led to worse weights, and to other choices
         was_live = LIVE_BATCHNORM in str(self.params.get("val_by_lr"))
-        return self.protocol == PROTOCOL and (not was_live or "batchnorm_settled" in self.params)
+        return self.protocol == PROTOCOL and self._has_recipes and (not was_live or "batchnorm_settled" in self.params)
+
+    @property
+    def recipes(self) -> dict[str, str]:
+        """Today's recipes of what it tells of: a head, an ensemble's members, a fine-tuning and what it stands beside."""
+        asked = head_asked(self.method) if self.kind.startswith("fit") else None
+        beside = (self.request.get("members"), (self.probe or {}).get("of"))
+        names = [asked.head if asked else self.kind, *(name for each in beside if isinstance(each, list) for name in each)]
+        return {name: recipe for name, recipe in RECIPES.items() if name in names}
+
+    @property
+    def _has_recipes(self) -> bool:
+        recipes = self.environment.get("recipes")
+        return not _UNTOLD & self.recipes.keys() if recipes is None else bool(recipes == self.recipes)
 
     @property
     def short_method(self) -> str:
