@@ -24,18 +24,11 @@ from featcache.reports import RECIPES
 from featcache.specs import BackboneSpec
 
 # of rooms whose constants choose: solvers have their stated distance from the optimum instead
-ROOMS = ("featcache.heads.base", "featcache.heads.linear", "featcache.heads.nonlinear", "featcache.heads.search")
-ROOMS = (*ROOMS, "featcache.heads.zeroshot", "featcache.finetuning.attentive")
-ROOMS = (*ROOMS, "featcache.finetuning.finetuner", "featcache.finetuning.loop", "featcache.finetuning.model")
-INDIFFERENT = {
-    "_ROWS_AT_ONCE",
-    "_MANY_ROWS",
-    "_AT_ONCE",
-    "_SAVE_SECONDS",
-    "_RISE",
-    "_SLIGHT",
-    "_AHEAD",
-}  # constants that decide how fast, or what is remarked, not what comes out
+HEADS = ("heads.base", "heads.linear", "heads.nonlinear", "heads.search", "heads.zeroshot")
+TRAININGS = ("finetuning.attentive", "finetuning.finetuner", "finetuning.loop", "finetuning.model")
+ROOMS = {f"featcache.{name}" for name in HEADS + TRAININGS}
+# constants that decide how fast, or what is remarked, not what comes out
+INDIFFERENT = ("_ROWS", "_BYTES", "_AT_ONCE", "_SECONDS", "_RISE", "_SLIGHT", "_AHEAD")
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:

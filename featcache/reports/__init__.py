@@ -35,7 +35,7 @@ RECIPES = {
     "centroid": "ea3173ac",
     "ridge": "8349cbbd",
     "knn": "a5d18021",
-    "logistic": "42a236af",
+    "logistic": "80d99a06",
     "svm": "d84b9f52",
     "selected": "2a2dbcdd",
     "lda": "f67582aa",
