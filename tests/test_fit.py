@@ -201,6 +201,64 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
             Embeddings.of(Task(features), 1).crossed(name, split.folds, 0, near, near.solutions[0])
 
 
+def _noisy(seed: int) -> tuple[Any, Any, list[Fold]]:
+    """Return a random problem (n, d), its classes, some of them wrong, and one to three folds."""
+    rng = np.random.default_rng(seed)
+    n, d, classes, count = int(rng.integers(60, 400)), int(rng.integers(5, 120)), int(rng.integers(2, 9)), seed % 3 + 1
+    y = np.arange(n) % classes
+    X = rng.normal(size=(n, d)) + rng.normal(size=(classes, d))[y] * rng.uniform(0.1, 0.8)
+    y = np.where(rng.random(n) < rng.uniform(0, 0.3), rng.permutation(y), y)
+    part, rows = rng.permutation(n) % max(count, 4), np.arange(n)
+    return X.astype(np.float32), y, [Fold(rows[part != number], rows[part == number]) for number in range(count)]
+
+
+def test_costs_of_a_svm_are_chosen_as_when_all_are_solved() -> None:
+    """Of random problems the race chooses what all costs at their end choose, but for a row that either may have right."""
+    unlike = []
+    for seed in range(30):
+        X, y, folds = _noisy(seed)
+        y_true = np.concatenate([y[fold.val] for fold in folds])
+        grid = linear_heads.SVM.grid(len(y))
+        scores = {
+            each.params["C"]: np.sum(each.answers == y_true) for each in linear_heads.SVM.evaluate_grid(grid, X, y, folds, 0)
+        }
+        raced = linear_heads.race_svm(grid, 1, X, y, folds)
+        assert raced is not None
+        assert raced.candidate.converged
+        best, cost = max(scores, key=lambda each: (scores[each], -each)), raced.candidate.params["C"]
+        assert scores[cost] >= scores[best] - 1, (seed, cost, scores)
+        if cost != best:
+            unlike.append((seed, cost, scores))
+
+    assert len(unlike) <= 2, unlike
+
+
+def test_of_equal_costs_the_first_that_is_given_wins() -> None:
+    """Where all costs have as many rows right, the order of the grid decides, as it does where all are solved."""
+    features = blobs(2, spread=0.1)
+    folds = split_of(features).folds
+
+    for costs in ([50.0, 1.0, 1000.0], [1.0, 50.0, 1000.0]):
+        grid = [{"C": cost} for cost in costs]
+        assert search.search_head("svm", features.X, features.y, folds, 0, grid).params == grid[0]
+
+
+def test_costs_of_a_svm_that_have_lost_are_not_solved_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of classes that overlap the least costs win: the greatest, which would take most of the time, are not looked at."""
+    rng = np.random.default_rng(0)
+    y = np.arange(1200) % 2
+    X = (rng.normal(size=(1200, 200)) + 0.07 * (2 * y[:, None] - 1)).astype(np.float32)
+    solved: list[float] = []
+    finish = solvers.finish
+    monkeypatch.setattr(solvers, "finish", lambda loss, C, *args: solved.append(C) or finish(loss, C, *args))
+
+    chosen = search.search_head("svm", X, y, [Fold(np.arange(800), np.arange(800, 1200))], 0)
+
+    assert chosen.params["C"] in solved
+    assert max(solved) < 50.0
+    assert chosen.tried == len(linear_heads.SVM.grid(800))
+
+
 def test_labels_short_of_their_optimum_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The C of several labels is chosen among those whose optimum was reached; a fit that was not is an error."""
     features = blobs(3)
