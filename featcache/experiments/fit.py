@@ -41,7 +41,6 @@ from featcache.store.disk import keep_note, kept_note
 from featcache.store.entry import FeatureStore
 
 if TYPE_CHECKING:
-    from featcache.heads.rejection import TrainingRows
     from featcache.heads.search import Curve
     from featcache.heads.zeroshot import ClassRows
 
@@ -550,29 +549,31 @@ class _Fitting:
             "params": fitted.params,
             "scaled_by": fitted.temperature,
             "views": plan.views,
-            "calibration": self._calibration(fitted, place.parent),
+            "calibration": self._calibration(fitted),
         }
         if self.task.columns is not None and (coder := self._inputs[1]) is not None:
             facts["columns"] = coder.card
         head = HeadFile(fitted.estimator, place, facts, plan.format, tested, fitted.answers)
         return HeadResult(fitted, experiment.keep(entry, path, outcome, head, records), path, self.task, self.split)
 
-    def _calibration(self, fitted: FittedHead, folder: Path) -> dict[str, Any]:
+    def _calibration(self, fitted: FittedHead) -> dict[str, Any]:
         """Return what tells when a head should not answer; nothing of one that gives no class a probability."""
-        from featcache.heads.rejection import Calibration, keep_calibration
+        from featcache.heads.rejection import Calibration
 
         if fitted.unseen is None or fitted.temperature is None:
             return {}
-        rows = self._training_rows
         samples, probabilities = fitted.unseen.samples, at_temperature(fitted.unseen.answers, fitted.temperature)
         names = None if self.task.groups is None else [self.task.groups[place] for place in samples.tolist()]
         contents = [self.task.features.sha256[place] for place in samples.tolist()]
         calibration = Calibration.of(self.task.y[samples], probabilities, contents, self.split.units[samples], names)
-        return keep_calibration(calibration, rows, folder)
+        return calibration.facts | ({} if self._training_rows is None else {"neighbours": self._training_rows})
 
     @cached_property
-    def _training_rows(self) -> "TrainingRows | None":
-        """Training samples that tell how familiar others are: the first by content, since hashes are as good as drawn."""
+    def _training_rows(self) -> dict[str, str] | None:
+        """The file, written once for all heads, of training samples that tell how familiar others are.
+
+        They are the first by content, since hashes are as good as drawn.
+        """
         from featcache.heads.rejection import MOST_ROWS, TrainingRows
 
         if self.entry.cut == TOKENS and not self.plan.best_pool:
@@ -581,7 +582,8 @@ class _Fitting:
         samples = np.array(sorted(both.tolist(), key=lambda place: contents[place])[:MOST_ROWS])
         rows = self._features.X[samples]
         X = (rows if self.plan.views == 1 else rows[:, 0]).astype(np.float32)  # the first view is the sample as it is
-        return TrainingRows.of(X, self.task.y[samples], self.split.units[samples], self._widths(X.shape[1]))
+        training = TrainingRows.of(X, self.task.y[samples], self.split.units[samples], self._widths(X.shape[1]))
+        return training.keep(self.entry.store.path / "heads")
 
     def _widths(self, dims: int) -> tuple[int, ...]:
         """Return how many of so many dims each layer has: none of one layer, nor where that cannot be told."""

@@ -378,6 +378,12 @@ class Calibration:
         names, members = np.unique(np.array(groups or [], dtype=np.str_), return_inverse=True)
         return cls(lac, aps, units, members.astype(np.int64), tuple(names.tolist()))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a head's card says of it."""
+        packed = {name: pack_array(getattr(self, name)) for name in ("lac", "aps", "units", "members")}
+        return packed | {"groups": list(self.groups)}
+
     def threshold(self, kind: SetScore, coverage: float, group: str | None = None) -> float:
         """Return the score up to which classes are in a set.
 
@@ -499,15 +505,3 @@ class Rejection:
         """
         sets = all_scores(probabilities, self.plan.sets, draws_of(contents)) <= self.threshold
         return Judgement(sets, None if self.familiar is None or X is None else self.familiar.shares(X))
-
-
-def keep_calibration(calibration: Calibration, training: TrainingRows | None, folder: Path) -> dict[str, Any]:
-    """Return what a card says of a calibration, after writing training samples into a folder under their hash."""
-    facts = {
-        "lac": pack_array(calibration.lac),
-        "aps": pack_array(calibration.aps),
-        "units": pack_array(calibration.units),
-        "members": pack_array(calibration.members),
-        "groups": list(calibration.groups),
-    }
-    return facts if training is None else facts | {"neighbours": training.keep(folder)}
