@@ -10,8 +10,10 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.dummy import DummyClassifier
 from sklearn.kernel_approximation import Nystroem
 from sklearn.metrics.pairwise import euclidean_distances
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import normalize
 from support import TINY, Outcome, draw_folder, draw_image
 
@@ -199,6 +201,24 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
             learning_curve(Embeddings.of(Task(features), 1), split, name, [1.0])
         with pytest.raises(DataError, match="logistic: none of 1 candidates"):
             Embeddings.of(Task(features), 1).crossed(name, split.folds, 0, near, near.solutions[0])
+
+
+def test_trees_on_thousands_of_rows_use_one_core() -> None:
+    """Threads that meet at every node of a tree take many times as long as one wherever another process computes."""
+    threads: list[int] = []
+
+    def build(*_: Any) -> Any:
+        threads.extend(each["num_threads"] for each in base.libraries().info() if each["user_api"] == "openmp")
+        return make_pipeline(DummyClassifier())
+
+    rows = np.arange(8000)
+    evaluate_grid, train = base.by_estimator(build)
+    X, y = np.zeros((len(rows), 1), np.float32), rows % 2
+    list(evaluate_grid([{}], X, y, [Fold(rows[:6000], rows[6000:])], 0))
+    train({}, X, y, 0)
+
+    assert threads
+    assert {*threads} == {1}
 
 
 def _noisy(seed: int) -> tuple[Any, Any, list[Fold]]:
