@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from featcache.heads import base, in_order, members_of, nonlinear, search, solve
 from featcache.heads import linear as linear_heads
 from featcache.heads.baselines import baselines
 from featcache.heads.search import Embeddings, ensemble, fit, learning_curve, shot_curve
+from featcache.heads.solvers.scaled import solve_ridge
 from featcache.specs import BackboneSpec
 from featcache.store import Features
 
@@ -201,6 +203,22 @@ def test_a_candidate_short_of_its_optimum_is_left_out_and_counted(name: str, mon
             learning_curve(Embeddings.of(Task(features), 1), split, name, [1.0])
         with pytest.raises(DataError, match="logistic: none of 1 candidates"):
             Embeddings.of(Task(features), 1).crossed(name, split.folds, 0, near, near.solutions[0])
+
+
+@pytest.mark.parametrize("shape", [(60, 8), (12, 40)])
+def test_ridge_with_a_penalty_or_two_needs_no_eigenvectors(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a factorisation each, a tenth of the time, they are what many penalties at once come to."""
+    rng = np.random.default_rng(0)
+    X, targets = rng.normal(size=shape).astype(np.float32), rng.normal(size=(shape[0], 2))
+    alphas = [1e-3, 1.0, 1e3]
+
+    by_eigenvectors = solve_ridge(X, targets, [*alphas, 2.0, 3.0])[:3]
+    module = import_module("featcache.heads.solvers.scaled")  # its package has a function of this name
+    monkeypatch.setattr(module, "eigh", lambda *_, **__: pytest.fail("eigenvectors for so few penalties"))
+    for count in (1, 3):
+        for told, other in zip(solve_ridge(X, targets, alphas[:count]), by_eigenvectors, strict=False):
+            np.testing.assert_allclose(told[0], other[0], rtol=1e-7, atol=1e-9)
+            np.testing.assert_allclose(told[1], other[1], rtol=1e-7, atol=1e-9)
 
 
 def test_trees_on_thousands_of_rows_use_one_core() -> None:

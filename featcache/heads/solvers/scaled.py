@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh, lapack, qr, solve_triangular
+from scipy.linalg import cho_factor, cho_solve, eigh, lapack, qr, solve_triangular
 from threadpoolctl import ThreadpoolController
 
 from featcache.resources import cores
@@ -37,6 +37,8 @@ _SMALL, _FEWER = 256, 0.7  # rows that are taken for few anyway, where they are 
 _ROUNDED = 1e-6  # of the greatest eigenvalue: what is below is float32's rounding
 _SMALL_PRODUCTS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS' kernels
 _NO_MIRROR = 1e-30  # scale of a reflection that changes nothing
+_FEW_ALPHAS = 4  # for which a factorisation each is faster than the eigenvectors of all
+_FACTORISED = 1e-9  # of the mean products' trace, above which what is added to their diagonal makes them surely positive
 _GRAM_ROWS = 12  # a feature: enough to learn the directions of a preconditioner from
 
 
@@ -517,12 +519,24 @@ def solve_ridge(
             gram, cross = features.gram(), features.cross(targets - centre)
         else:  # weights are sums of rows, and there are fewer of those than of features
             gram, cross = rows_in_use @ rows_in_use.T / count, (targets - centre)[used] / count
-        # One core: threads wait for one another at each of an eigendecomposition's steps, and take longer.
-        values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
-        turned = vectors.T @ cross
         solutions = []
-        for alpha in alphas:
-            weights = vectors @ (turned / (np.maximum(values, 0.0) + alpha / count)[:, None])
+        for weights in _shrunk(gram, cross, [alpha / count for alpha in alphas]):
             coefficients = (weights if rows_in_use is None else rows_in_use.T @ weights).T / fold.scale
             solutions.append((coefficients, centre - coefficients @ fold.mean))
     return solutions
+
+
+def _shrunk(gram: Floats, cross: Floats, shares: Sequence[float]) -> Iterator[Floats]:
+    """Yield (gram + s)^-1 cross (d, t) for every s: by a factorisation each, or for many by the eigenvectors of all."""
+    # A tenth of an eigendecomposition's time each. Where s is near rounding of the gram there may be no factorisation.
+    if len(shares) <= _FEW_ALPHAS and min(shares) > _FACTORISED * np.trace(gram):
+        for share in shares:
+            raised = gram.copy() if len(shares) > 1 else gram
+            raised[np.diag_indices_from(raised)] += share
+            yield cho_solve(cho_factor(raised, overwrite_a=True, check_finite=False), cross, check_finite=False)
+        return
+    # One core: threads wait for one another at each of an eigendecomposition's steps, and take longer.
+    values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
+    turned = vectors.T @ cross
+    for share in shares:
+        yield vectors @ (turned / (np.maximum(values, 0.0) + share)[:, None])
