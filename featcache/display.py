@@ -143,6 +143,11 @@ class Progress:
         return f"{number} {self.unit}{'' if self.total == 1 else 's'}"
 
 
+def bytes_text(count: float) -> str:
+    """Return an amount of data as people say it: ``1.5 MB``, and of less than a tenth ``31.0 kB``."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
 def seconds_text(seconds: float) -> str:
     """Return a time as people say it."""
     if seconds < 100:

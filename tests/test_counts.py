@@ -152,7 +152,7 @@ def test_thumbnails_are_told_of_where_some_are_made(run: Run, tmp_path: Path) ->
 
     assert run("extract", folder, *other, "--dry-run", "--json").json["dry_run"]["bytes"] == 36 * 4 * 64
     told = run("extract", folder, *other).err
-    assert "0.0 MB to write (0.3 kB each)" in told
+    assert "9.2 kB to write (0.3 kB each)" in told
     assert "with them" not in told
 
     (thumbnails,) = tmp_path.rglob("pixels.*")
@@ -160,7 +160,7 @@ def test_thumbnails_are_told_of_where_some_are_made(run: Run, tmp_path: Path) ->
     draw_image(folder / "red" / "new.png", (200, 50, 40), 77)
     assert run("extract", folder, *TINY, "--dry-run", "--json").json["dry_run"]["bytes"] == 4 * 96 + 3 * SIDE * SIDE
     told = run("extract", folder, *TINY).err
-    assert "1 image to compute, 0.0 MB to write (3.5 kB each), thumbnails" in told
+    assert "1 image to compute, 3.5 kB to write (3.5 kB each), thumbnails" in told
     assert "not complete" not in run("store", "ls").out
 
 

@@ -97,11 +97,13 @@ def extract_command(as_json: bool, dry_run: bool, **flags: Any) -> None:  # noqa
 def _print_estimate(estimate: Any, *, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from featcache.display import bytes_text
+
     if as_json:
         options.emit({"dry_run": asdict(estimate)})
         return
     click.echo(
-        f"{estimate.images} images, {estimate.to_compute} to compute: {estimate.bytes / 1e6:.1f} MB to write, "
+        f"{estimate.images} images, {estimate.to_compute} to compute: {bytes_text(estimate.bytes)} to write, "
         f"about {estimate.seconds:.0f} s (without a faster runtime)"
     )
 

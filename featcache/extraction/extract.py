@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from featcache.datasets import Dataset
 from featcache.datasets.decoding import decode_both
-from featcache.display import logger, printable, progress
+from featcache.display import bytes_text, logger, printable, progress
 from featcache.errors import DataError, StorageError
 from featcache.extraction.files import (
     Batch,
@@ -531,10 +531,10 @@ def check_room(
     if images:
         total += more if takes_thumbnails else 0
         purpose = f"{plan.purpose}: " if plan.purpose else ""
-        size = (total / 1e6, total / images / 1e3)
+        size = (bytes_text(total), total / images / 1e3)
         also = f", thumbnails{'' if purpose else ' for the baselines'} with them" if takes_thumbnails else ""
         kind = writers[0].scanned.files.dataset.kind + ("s" if images > 1 else "")
-        logger.info("%s%d %s to compute, %.1f MB to write (%.1f kB each)%s", purpose, images, kind, *size, also)
+        logger.info("%s%d %s to compute, %s to write (%.1f kB each)%s", purpose, images, kind, *size, also)
     return takes_thumbnails
 
 

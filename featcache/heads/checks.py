@@ -205,7 +205,7 @@ def label_issues(y: Index, probabilities: NDArray[np.float64]) -> tuple[Index, N
     try:
         from cleanlab.filter import find_label_issues
     except ImportError:
-        raise SetupError("likely label errors are told by cleanlab: `pip install 'featcache[audit]'`.") from None
+        raise SetupError("Likely label errors are told by cleanlab: `pip install 'featcache[audit]'`.") from None
     present, renumbered = np.unique(y, return_inverse=True)  # cleanlab wants classes from 0 on without a gap
     shares = probabilities[:, present]
     shares /= np.maximum(shares.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)

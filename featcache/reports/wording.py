@@ -226,10 +226,14 @@ def mistake_lines(head: "HeadResult", count: int, location: str = "") -> Iterato
     total = int((~head.fitted.tested.right).sum())
     is_sure = bool(mistakes) and mistakes[0].confidence is not None
     yield ""
-    chosen = f"The {len(rows)} most confident" if is_sure else f"{len(rows)}"  # without probabilities none is before another
+    part = f"The {len(rows)} most confident of" if is_sure else f"{len(rows)} of"  # without probabilities none comes first
+    shown = (
+        f"{part} {total} mistakes" if len(rows) < total else "The only mistake" if total == 1 else f"All {total} mistakes"
+    )
     unsure = "" if is_sure or not mistakes else ", which knows no probabilities"
-    title = f"{chosen} of {total} mistakes of {head.record.method} on test{unsure}"
-    yield Table(("sample", "true class", "taken for", "confidence %"), rows, title).plain()
+    title = f"{shown} of {head.record.method} on test{unsure}"
+    headers = ("sample", "true class", "taken for", "confidence %")
+    yield Table(headers, rows, title).plain() if rows else f"No mistake of {head.record.method} on test."
 
 
 def _path_text(location: str, path: str) -> str:
