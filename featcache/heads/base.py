@@ -81,7 +81,7 @@ class Raced:
 _MANY_ROWS = 5000  # of fewer, threads wait for one another longer than a factorisation takes
 # The same of trees. Beside another process, threads that meet at each of a tree's nodes took fifty times as long as one on
 # 8,000 rows; alone, two took two thirds of it.
-_MANY_FOR_TREES = 20_000
+_MANY_TREE_ROWS = 20_000
 Sweep = Callable[[Sequence[Params], Any, Any, "Sequence[Fold]", int], Iterator[Candidate]]
 Fit = Callable[[Params, Any, Any, int], tuple[Any, bool]]
 Race = Callable[[Sequence[Params], int, Any, Any, "Sequence[Fold]"], Raced | None]
@@ -173,7 +173,7 @@ def _limited(rows: int) -> AbstractContextManager[Any]:
     Side by side, threads of threads fight for the cores. A network that is trained alone has one too: its search had one,
     and sums in another order would train another network.
     """
-    limits = {"blas": 1, "openmp": cores() if rows >= _MANY_FOR_TREES else 1}
+    limits = {"blas": 1, "openmp": cores() if rows >= _MANY_TREE_ROWS else 1}
     return libraries().limit(limits=limits)  # type: ignore[no-any-return]
 
 

@@ -41,7 +41,7 @@ RECIPES = {
     "lda": "f67582aa",
     "rbf": "f4cf2080",
     "mlp": "9cc68c15",
-    "boosting": "fca39b0b",
+    "boosting": "69f26e78",
     "zeroshot": "59b2b71a",
     "zeroshot-probe": "59b2b71a",
     "tip": "59b2b71a",
