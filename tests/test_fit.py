@@ -260,8 +260,9 @@ def _noisy(seed: int) -> tuple[Any, Any, list[Fold]]:
     return X.astype(np.float32), y, [Fold(rows[part != number], rows[part == number]) for number in range(count)]
 
 
-def test_costs_of_a_svm_are_chosen_as_when_all_are_solved() -> None:
+def test_costs_of_a_svm_are_chosen_as_when_all_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of random problems the race chooses what all costs at their end choose, but for a row that either may have right."""
+    monkeypatch.setattr(linear_heads, "_LEAST_RACED", 0)
     unlike = []
     for seed in range(30):
         X, y, folds = _noisy(seed)
@@ -281,8 +282,10 @@ def test_costs_of_a_svm_are_chosen_as_when_all_are_solved() -> None:
     assert len(unlike) <= 2, unlike
 
 
-def test_of_equal_costs_the_first_that_is_given_wins() -> None:
-    """Where all costs have as many rows right, the order of the grid decides, as it does where all are solved."""
+@pytest.mark.parametrize("least", [0, np.inf])
+def test_of_equal_costs_the_first_that_is_given_wins(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all costs have as many rows right, the order of the grid decides, raced or not."""
+    monkeypatch.setattr(linear_heads, "_LEAST_RACED", least)
     features = blobs(2, spread=0.1)
     folds = split_of(features).folds
 
@@ -298,6 +301,7 @@ def test_costs_of_a_svm_that_have_lost_are_not_solved_to_their_end(monkeypatch: 
     X = (rng.normal(size=(1200, 200)) + 0.07 * (2 * y[:, None] - 1)).astype(np.float32)
     solved: list[float] = []
     finish = solvers.finish
+    monkeypatch.setattr(linear_heads, "_LEAST_RACED", 0)
     monkeypatch.setattr(solvers, "finish", lambda loss, C, *args: solved.append(C) or finish(loss, C, *args))
 
     chosen = search.search_head("svm", X, y, [Fold(np.arange(800), np.arange(800, 1200))], 0)
