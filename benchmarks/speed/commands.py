@@ -96,8 +96,8 @@ def main() -> None:
     rows += [[command, *(f"{least[command, checkout]:.1f} s" for checkout in checkouts)] for command in commands]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     (HERE / "commands.md").write_text(
-        f"# Whole commands\n\nBy `benchmarks/speed/commands.py`, {Path(asked.data).name} {' '.join(backbone[:2])}: "
-        f"processor's seconds, the least of {asked.rounds}.\n\n{table}\n"
+        f"# Whole commands\n\nBy `benchmarks/speed/commands.py`, {' '.join([Path(asked.data).name, *backbone[:2]])}: "
+        f"processor's seconds, the least of {asked.rounds}, beside whatever else ran.\n\n{table}\n"
     )
     print(table)
 
