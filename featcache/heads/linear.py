@@ -505,7 +505,7 @@ class _CostRace:
     def _right(self, models: NDArray[Any]) -> NDArray[np.bool_]:
         """Return which rows held out models (f, k, r + 1) have right."""
         by_fold = zip(models, self.loss.held, self.y_held, strict=True)
-        return np.concatenate([_chosen(held @ model.T, self.classes) == y for model, held, y in by_fold])
+        return np.concatenate([_classes_by_score(held @ model.T, self.classes) == y for model, held, y in by_fold])
 
     def _doubt(self, loose: _Loose) -> float:
         """Return by how much a cost's number of right answers may change on the way to its end."""
@@ -580,13 +580,15 @@ def _svm_candidate(
 ) -> Candidate:
     """Return what each fold's solution answers of its val, given rows of unit length (n, d)."""
     predictions = [
-        _chosen(X[fold.val] @ solution.coefficients.T.astype(X.dtype) + solution.intercept.astype(X.dtype), classes)
+        _classes_by_score(
+            X[fold.val] @ solution.coefficients.T.astype(X.dtype) + solution.intercept.astype(X.dtype), classes
+        )
         for solution, fold in zip(solutions, folds, strict=True)
     ]
     return Candidate(params, np.concatenate(predictions), all(solution.converged for solution in solutions))
 
 
-def _chosen(scores: NDArray[Any], classes: NDArray[np.int64]) -> Y_:
+def _classes_by_score(scores: NDArray[Any], classes: NDArray[np.int64]) -> Y_:
     """Return the classes (n,) of scores (n, k), of two classes (n, 1)."""
     chosen: Y_ = classes[(scores[:, 0] > 0).astype(int) if len(classes) == 2 else scores.argmax(axis=1)]
     return chosen
@@ -609,7 +611,7 @@ def _sweep_ridge(grid: Sequence[Params], X: Many, y: Y_, folds: Sequence[Fold], 
         solutions = solve_ridge(X, 2.0 * _signs(y, classes) - 1, alphas, mask_of(fold.train, len(y)))
         held = np.asarray(X[fold.val], np.float64)
         # What the head that is refitted says: made and asked for each alpha, scikit-learn's would take a millisecond more.
-        return [_chosen(held @ weights.T + intercept, classes) for weights, intercept in solutions]
+        return [_classes_by_score(held @ weights.T + intercept, classes) for weights, intercept in solutions]
 
     for params, predictions in zip(grid, zip(*side_by_side(attempt, folds), strict=True), strict=True):
         yield Candidate(params, np.concatenate(predictions))
