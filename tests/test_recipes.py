@@ -28,7 +28,7 @@ HEADS = ("heads.base", "heads.linear", "heads.nonlinear", "heads.search", "heads
 TRAININGS = ("finetuning.attentive", "finetuning.finetuner", "finetuning.loop", "finetuning.model")
 ROOMS = {f"featcache.{name}" for name in HEADS + TRAININGS}
 # constants that decide how fast, or what is remarked, not what comes out
-INDIFFERENT = ("_MANY_FOR_TREES", "_ROWS", "_BYTES", "_AT_ONCE", "_SECONDS", "_RISE", "_SLIGHT", "_AHEAD")
+INDIFFERENT = ("_ROWS", "_BYTES", "_AT_ONCE", "_SECONDS", "_RISE", "_SLIGHT", "_AHEAD")
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
