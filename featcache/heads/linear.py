@@ -465,7 +465,7 @@ class _CostRace:
 
     The greatest seldom win, and would take most of the time. So each is solved loosely, the least first, until two in
     succession have clearly lost, or answers no longer change; those that may have won are solved to their end. That is no
-    proof: on all of the real sets the cost is that of solving all, of 149 random problems it was on 148, and on the other
+    proof: on all of the real sets the cost is that of solving all, of 148 random problems it was on 147, and on the other
     one row apart.
     """
 
