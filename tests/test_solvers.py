@@ -499,6 +499,21 @@ def test_a_problem_that_leaves_changes_no_other() -> None:
     np.testing.assert_allclose(group.descents.values, alone.descents.values, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [300, 700])
+def test_a_great_cost_alone_is_solved_where_it_takes_least(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By passes only of many rows a column: of few, and many classes, these took minutes and did not arrive."""
+    X, y = data(20, count=rows, width=40)
+    monkeypatch.setattr(solvers, "_TURNED_ALONE", 0)
+    by_passes: list[int] = []
+    taken = solvers._by_passes
+    monkeypatch.setattr(solvers, "_by_passes", lambda *problem: by_passes.append(len(problem[0])) or taken(*problem))
+
+    ((found,),) = solvers.solve(X.astype(np.float32), y, [1e4])
+
+    assert found.converged
+    assert by_passes == ([rows] if rows > 12 * 40 else [])
+
+
 def test_rows_in_many_parts_are_all_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of the rows keep scores in a core's cache; what they add up to is the same, whoever takes which."""
     X, y = data(5, count=203, width=30)

@@ -39,7 +39,7 @@ _DOUBT = 4.0  # roots of what is left, divided by that of the rows: how far a lo
 _LESS = 0.25  # of another's doubt: what it is of less to lessen
 _LOOSE_TURNS, _MOST_TURNS = 20, 120
 # Measured on real sets, parts of them and random problems, see ``_CostRace``.
-_LEAST_RACED = 10_000_000  # rows x columns x classes, below which a race takes as long as solving all to their end
+_LEAST_RACED = 20_000_000  # rows x columns x classes, below which a race takes as long as solving all to their end
 _LOOSE_COST = 1e-3  # left of a cost's objective, to be judged
 _SURE_ROWS, _UNSURE = 2.0, 2.0  # right answers that a cost may gain or lose, and times those that its next step changes
 _CHANCE = 2.0  # standard deviations of a difference by chance, that a cost is behind the best when it has lost

@@ -38,7 +38,7 @@ _REFRESH = 6  # evaluations after which the curvature is measured anew
 # Numbers that turned rows, problems side by side on them, and one alone of each fold may take, however few the features.
 _MOST_TURNED, _LEAST_ROOM, _LEAST_ALONE = 16_000_000, 12_000_000, 20_000_000
 _TURNED_ALONE = 1_000_000  # numbers, from which on turning takes longer than it saves a fit
-_MANY_CS = 3  # that it pays for again
+_TALL, _MANY_CS = 12, 3  # rows a column, from which on it does; C, that it pays for again
 _MOST_TURNS = 200
 _FEWEST_HINGE_TURNS, _MOST_HINGE_TURNS = 60, 600  # before Newton's method on the rows inside the margin takes over
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
@@ -112,7 +112,7 @@ def solve(
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
     terms = _Terms(loss, standardise, tolerance)
     is_within = tolerance is None or tolerance >= _DOUBLE_FROM
-    is_paid_for = X.shape[0] * X.shape[1] <= _TURNED_ALONE or len(Cs) >= _MANY_CS
+    is_paid_for = not _is_tall(X) or len(Cs) >= _MANY_CS
     if isinstance(X, np.ndarray) and is_paid_for and is_within:
         return _turned_or_else(X, y, Cs, folds, terms)
     return _by_passes(X, y, Cs, folds, terms)
@@ -183,6 +183,12 @@ def _turned_or_else(
             (by_passes,) = _by_passes(X, y, open_Cs, [rows], replace(terms, tolerance=tolerance))
             of_fold |= dict(zip(open_Cs, by_passes, strict=True))
     return [[of_fold[float(C)] for C in Cs] for of_fold in solutions]
+
+
+def _is_tall(X: "Rows | LazyRows") -> bool:
+    """Tell whether there are so many rows a column that a C is solved sooner by these than by turning and descending."""
+    rows, columns = X.shape
+    return bool(rows * columns > _TURNED_ALONE and rows > _TALL * columns)
 
 
 def _descended(loss: TurnedLoss, Cs: Sequence[float], tolerance: float) -> "list[Descended]":
