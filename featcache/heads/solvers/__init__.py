@@ -112,7 +112,7 @@ def solve(
     folds = [np.ones(len(y), dtype=bool)] if folds is None else folds
     terms = _Terms(loss, standardise, tolerance)
     is_within = tolerance is None or tolerance >= _DOUBLE_FROM
-    is_paid_for = not _is_tall(X) or len(Cs) >= _MANY_CS
+    is_paid_for = not _is_tall(X) or (loss == "squared_hinge" and len(Cs) >= _MANY_CS)
     if isinstance(X, np.ndarray) and is_paid_for and is_within:
         return _turned_or_else(X, y, Cs, folds, terms)
     return _by_passes(X, y, Cs, folds, terms)
