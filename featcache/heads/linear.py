@@ -19,7 +19,7 @@ from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, Raced, mask_of, side_by_side
 from featcache.heads.solvers import Solution
 from featcache.heads.solvers.passes import SideBySide, TurnedLoss
-from featcache.heads.solvers.scaled import solve_ridge
+from featcache.heads.solvers.scaled import slices, solve_ridge
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
 _LOGISTIC = [{"C": float(f"{value:.4g}")} for value in np.logspace(-6, 5, 45)]
@@ -375,10 +375,8 @@ class _Race:
     def _log_losses(self, fold: int, models: NDArray[Any]) -> NDArray[np.float64]:
         """Return the log-losses (p,) of models (p, k, r + 1) of a fold on its rows held out, summed."""
         held, y_true, flat = self.loss.held[fold], self.y_held[fold], models.reshape(-1, self.loss.width)
-
         losses = np.zeros(len(models))
-        for start in range(0, len(held), _JUDGED_ROWS):
-            block = slice(start, start + _JUDGED_ROWS)
+        for block in slices(len(held), _JUDGED_ROWS):
             losses += _losses((flat @ held[block].T).reshape(*models.shape[:2], -1), y_true[block])
         return losses
 

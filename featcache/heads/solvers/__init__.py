@@ -37,8 +37,8 @@ _TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believe
 _REFRESH = 6  # evaluations after which the curvature is measured anew
 # Numbers that turned rows, problems side by side on them, and one alone of each fold may take, however few the features.
 _MOST_TURNED, _LEAST_ROOM, _LEAST_ALONE = 16_000_000, 12_000_000, 20_000_000
-_TURNED_ALONE = 1_000_000  # numbers, from which on turning takes longer than it saves a fit
-_TALL, _MANY_CS = 12, 3  # rows a column, from which on it does; C, that it pays for again
+_TURNED_ALONE = 1_000_000  # numbers, up to which turning always pays
+_TALL, _MANY_CS = 12, 3  # rows a column, up to which it pays above that; costs of an SVM, from which on it does anyway
 _MOST_TURNS = 200
 _FEWEST_HINGE_TURNS, _MOST_HINGE_TURNS = 60, 600  # before Newton's method on the rows inside the margin takes over
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C

@@ -21,7 +21,7 @@ from featcache.heads.solvers.losses import (
     softmax_slopes,
 )
 from featcache.heads.solvers.newton import Floats
-from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, takes_small_products
+from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, slices, takes_small_products
 from featcache.resources import cores
 
 _NARROW = 128  # rows of weights
@@ -505,7 +505,7 @@ class SideBySide:
         self._shares = cores() if weights.size * rows > _SHARED else 1
         fitting = max(_LEAST_PART_ROWS, _PART // (weights.shape[0] * weights.shape[1]))
         step = -(-rows // (self._shares * -(-rows // (self._shares * fitting))))
-        blocks = [slice(start, start + step) for start in range(0, rows, step)]
+        blocks = slices(rows, step)
         self._parts = list(loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks))
         self._turns_of = np.zeros((len(weights), *([loss.outputs] * 2 if loss.is_whole else [0])), weights.dtype)
         self._shrinks = np.zeros_like(weights)

@@ -71,9 +71,9 @@ class ScaledRows:
         self.order = np.argsort(groups, kind="stable")[np.count_nonzero(groups == 0) :] if in_memory else np.arange(len(X))
         self.trains = [(groups[self.order] >> number & 1).astype(bool) for number in range(len(rows))]
         self.width = X.shape[1]
-        self.blocks = _slices(len(self.order), max(64, _BLOCK_BYTES // (4 * max(1, self.width))))
+        self.blocks = slices(len(self.order), max(64, _BLOCK_BYTES // (4 * max(1, self.width))))
         long_count = math.ceil(4 * self.width * len(self.order) / _LONG_BLOCK_BYTES / cores()) * cores()
-        self.long_blocks = _slices(len(self.order), max(64, math.ceil(len(self.order) / max(1, long_count))))
+        self.long_blocks = slices(len(self.order), max(64, math.ceil(len(self.order) / max(1, long_count))))
         self._groups, self._source = groups[self.order], X
         self._moved = bool((self.order != np.arange(len(self.order))).any())
         self._standardise = standardise
@@ -197,7 +197,8 @@ class ScaledRows:
         return {group: _Moments.joined(parts) for group, parts in gathered.items()}
 
 
-def _slices(rows: int, step: int) -> list[slice]:
+def slices(rows: int, step: int) -> list[slice]:
+    """Return blocks of so many rows, each of a step at most."""
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -275,7 +276,7 @@ class TurnedRows:
         each: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map,
     ) -> None:
         self.train, self._source, self._each = train, X, each
-        blocks = _slices(len(train), _MOMENT_ROWS)
+        blocks = slices(len(train), _MOMENT_ROWS)
         _, self.mean, scale = _spread(list(each(lambda block: _Moments.of(X[train[block]]), blocks)))
         if X.dtype == np.float32:
             self.mean = self.mean.astype(np.float32).astype(np.float64)  # what can be taken off exactly
@@ -332,7 +333,7 @@ class TurnedRows:
     def _blocks(self, most: int) -> list[slice]:
         """Return blocks of rows, one a core at least where they are many."""
         share = -(-len(self.train) // cores()) if self.train.size * self._source.shape[1] > _BY_ALL_FROM else most
-        return _slices(len(self.train), min(share, most))
+        return slices(len(self.train), min(share, most))
 
     def back(self, weights: Rows) -> Floats:
         """Return weights (k, r) by the turned columns as those by standardised features (k, d)."""
@@ -360,7 +361,7 @@ class TurnedRows:
         def turn(block: slice) -> None:
             turned[block, :-1] = self.axes.turned(self._single(rows[block]))
 
-        list(self._each(turn, _slices(len(rows), _TURNED_ROWS)))
+        list(self._each(turn, slices(len(rows), _TURNED_ROWS)))
         return turned
 
     @property
