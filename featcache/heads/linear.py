@@ -34,7 +34,7 @@ _NEAR = 1.02  # times the lowest log-loss
 _NEGLIGIBLE = 1e-3  # nats a row, below which one log-loss is as good as another
 # Measured on real sets and on random problems, see ``_Race``.
 _FIRST_C = 1e-3  # from where C are walked along
-_LOOK, _SETTLED = 1.5e-2, 1e-7  # left of what a C has gained: to be looked at; settled
+_LOOK, _SETTLED = 7e-3, 1e-7  # left of what a C has gained: to be looked at; settled
 _DOUBT = 4.0  # roots of what is left, divided by that of the rows: how far a loss may be from its end
 _LESS = 0.25  # of another's doubt: what it is of less to lessen
 _LOOSE_TURNS, _MOST_TURNS = 20, 120

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,8 @@ _FEW_COLUMNS = 48  # outputs of all models, up to which a block's products are s
 _AS_THEY_LIE, _ROUND = 1_000_000, 32  # multiplications of a product that OpenBLAS does not rearrange operands for first
 _NO_VALUE = 1e-300
 _FLAT = 1e-6  # of the greatest curvature: what rounding leaves of none
-_COUPLED = 32  # classes, above which turning them takes longer than it saves passes
-_VECTORS, _STATES = 10, 6  # that a problem which goes down takes, of its size and of its scores'
+_MAIN_COLUMNS, _SOME_ROWS = 96, 256  # whose means are taken off; of a part, that tell how columns spread
+_VECTORS, _STATES = 10, 5  # that a problem which goes down takes, of its size and of its scores'
 _SHARED = 10_000_000  # multiplications of a product, from which on a second thread pays
 _PART, _LEAST_PART_ROWS = 200_000, 512  # scores that leave a core's cache to the products; rows, for these to be efficient
 _THIN = 48  # rows of vectors, up to which rows times vectors is faster than vectors times rows
@@ -289,8 +289,6 @@ class TurnedLoss:
         self.held = [_padded(fold.held, self.width) for fold in folds]
         self.targets = [y[fold.train] for fold in folds]
         self.shares = np.stack([self._shares_of(labels) for labels in self.targets])
-        self.is_whole = loss == "softmax" and self.outputs <= _COUPLED
-        self.squares = np.stack([np.einsum("nr,nr->r", rows, rows) / len(rows) for rows in self.rows])
         self.guessing = self.counts * GUESSING[loss](self.shares).sum(axis=1)
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
         is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
@@ -305,6 +303,18 @@ class TurnedLoss:
     def close(self) -> None:
         """Let the threads end."""
         self.workers.shutdown()
+
+
+class _Curved(NamedTuple):
+    """How losses of p problems are curved, summed over rows.
+
+    ``outputs`` (p, k): their second derivative by each output; ``columns`` (p, k, m): this times the main columns;
+    ``squares`` (p, r + 1): over some rows alone, and over outputs, this times the columns' squares.
+    """
+
+    outputs: Floats
+    columns: Rows
+    squares: Rows
 
 
 class _Part:
@@ -322,7 +332,6 @@ class _Part:
     def __init__(self, loss: TurnedLoss, block: slice, fold_of: NDArray[np.int64], models: Rows) -> None:
         self.kind, self.rows = loss.loss, [rows[block] for rows in loss.rows]
         self.count = max(map(len, self.rows))
-        self.is_whole = loss.is_whole
         targets = [y[block] for y in loss.targets]
         self._uses = np.stack([np.arange(self.count) < len(y) for y in targets]).astype(models.dtype)
         filled = np.stack([np.concatenate([y, np.zeros((self.count - len(y), *y.shape[1:]), y.dtype)]) for y in targets])
@@ -332,7 +341,7 @@ class _Part:
             self._y = np.where(filled.transpose(0, 2, 1), 1, -1).astype(models.dtype)
         self._fold(fold_of)
         self._scores = self._products(models, fold_of)
-        self._moved, self._slopes, self._state = (np.zeros_like(self._scores) for _ in range(3))
+        self._moved, self._slopes = np.zeros_like(self._scores), np.zeros_like(self._scores)
         self._ahead, self._strides = self._moved[:0], np.zeros(0)
         self._bending: Any = slice(0)
 
@@ -340,8 +349,8 @@ class _Part:
         self._fold_of = fold_of
         self._uses_of, self._y_of = self._uses[fold_of], self._y[fold_of]
 
-    def look(self, index: Any, lengths: Rows) -> tuple[Floats, Floats, Floats]:
-        """Return losses, slopes along the moves (q,) and curvature of some problems, so many moves from where they stand."""
+    def look(self, index: Any, lengths: Rows) -> tuple[Floats, Floats]:
+        """Return losses and slopes along the moves (q,) of some problems, so many moves from where they stand."""
         self._catch_up()
         moved = self._moved[index]
         outputs = lengths[:, None, None] * moved
@@ -349,18 +358,33 @@ class _Part:
         uses, y_true = self._uses_of[index], self._y_of[index]
         with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
             if self.kind == "softmax":
-                place = y_true + np.arange(len(outputs))[:, None] * (outputs.size // max(1, len(outputs)))
-                seen = softmax_slopes(outputs, place, uses, "whole" if self.is_whole else "diagonal")
-                state = outputs.copy()
-                state.reshape(-1)[place] += uses  # the right class's probability, less one that its slope is
+                losses, _ = softmax_slopes(outputs, _places(y_true, outputs), uses, "none")
             else:
-                seen, state = ONE_BY_ONE[self.kind](outputs, y_true, uses[:, None]), outputs
+                losses, _ = ONE_BY_ONE[self.kind](outputs, y_true, uses[:, None])
         if isinstance(index, slice):
-            self._slopes, self._state = outputs, state
+            self._slopes = outputs
         else:
-            self._slopes[index], self._state[index] = outputs, state
+            self._slopes[index] = outputs
         ends = np.einsum("pkn,pkn->pk", outputs, moved).sum(axis=1, dtype=np.float64)
-        return seen[0], ends, seen[1]
+        return losses, ends
+
+    def curved(self, index: NDArray[np.int64]) -> "_Curved":
+        """Return how the losses of some problems are curved where they stand."""
+        by_output = self._curvature(self._slopes[index])
+        by_row, width = by_output.sum(axis=1), self.rows[0].shape[1]
+        columns = np.zeros((*by_output.shape[:2], min(_MAIN_COLUMNS, width - 1)), by_output.dtype)
+        squares = np.zeros((len(by_output), width), by_output.dtype)
+        for rows, of in zip(self.rows, self._slices(self._fold_of[index]), strict=True):
+            if of.start < of.stop:
+                np.matmul(by_output[of, :, : len(rows)], rows[:, : columns.shape[2]], out=columns[of])
+                some = slice(None, len(rows), -(-len(rows) // _SOME_ROWS))
+                squares[of] = by_row[of, some] @ np.square(rows[some])
+        return _Curved(by_output.sum(axis=2, dtype=np.float64), columns, squares)
+
+    def _curvature(self, slopes: Rows) -> Rows:
+        """Return the second derivatives (q, k, n) by one output alone, given the first."""
+        sizes: Rows = np.abs(slopes)
+        return np.where(sizes > 0, slopes.dtype.type(2), 0) if self.kind == "squared_hinge" else sizes * (1 - sizes)
 
     def products(self, directions: Rows, bends: NDArray[np.bool_], arrived: NDArray[np.bool_], lengths: Rows) -> Rows:
         """Return derivatives (p, k, r + 1), of those that bend the second along their directions; move who has arrived."""
@@ -373,7 +397,7 @@ class _Part:
         if bends.any():
             self._bending = slice(None) if bends.all() else np.flatnonzero(bends)
             self._ahead = self._products(directions[self._bending], self._fold_of[self._bending])
-            bent = self._bent(self._ahead, self._state[self._bending], self._bending)
+            bent = self._bent(self._ahead, self._slopes[self._bending], self._bending)
             if bends.all():
                 outputs = bent
             else:
@@ -392,9 +416,7 @@ class _Part:
     def keep(self, is_open: NDArray[np.bool_], fold_of: NDArray[np.int64]) -> None:
         """Leave the other problems."""
         self._catch_up()
-        self._scores, self._moved, self._slopes, self._state = (
-            state[is_open] for state in (self._scores, self._moved, self._slopes, self._state)
-        )
+        self._scores, self._moved, self._slopes = (state[is_open] for state in (self._scores, self._moved, self._slopes))
         self._fold(fold_of)
 
     def _catch_up(self) -> None:
@@ -416,20 +438,26 @@ class _Part:
             _multiply(flat, rows, scores[of].reshape(-1, self.count)[:, : len(rows)])
         return scores
 
-    def _bent(self, moves: Rows, state: Rows, index: Any) -> Rows:
-        """Return by how much the losses' derivatives change when outputs move (q, k, n)."""
+    def _bent(self, moves: Rows, slopes: Rows, index: Any) -> Rows:
+        """Return by how much the losses' slopes change when outputs move (q, k, n)."""
         if self.kind == "softmax":
-            place = self._y_of[index] + np.arange(len(moves))[:, None] * (moves.size // max(1, len(moves)))
-            # Nothing is cancelled where the right class is nearly certain.
-            bent: Rows = moves - moves.reshape(-1)[place][:, None]
-            bent -= np.einsum("pkn,pkn->pn", state, bent)[:, None]
-            bent *= state
-        elif self.kind == "sigmoid":
-            wrong = np.abs(state)
-            bent = moves * (wrong * (1 - wrong))
+            places = _places(self._y_of[index], moves)
+            # Nothing is cancelled where the right class is nearly certain: less its move, its slope does not count in the
+            # mean, and one is missing from it afterwards.
+            bent: Rows = moves - moves.reshape(-1)[places][:, None]
+            mean = np.einsum("pkn,pkn->pn", slopes, bent)
+            bent -= mean[:, None]
+            bent *= slopes
+            bent.reshape(-1)[places] -= mean
         else:
-            bent = moves * (2 * (state != 0)).astype(moves.dtype)
+            bent = moves * self._curvature(slopes)
         return bent
+
+
+def _places(y_true: NDArray[np.int64], outputs: Rows) -> NDArray[np.int64]:
+    """Return where in all outputs (p, k, n) those of the right classes lie (p, n), given where in a problem's."""
+    places: NDArray[np.int64] = y_true + np.arange(len(outputs))[:, None] * (outputs.size // max(1, len(outputs)))
+    return places
 
 
 # OpenBLAS rearranges both operands of a product first, which takes longer than to read the rows once for each of a few
@@ -482,9 +510,10 @@ def _padded(rows: Rows, width: int) -> Rows:
 class SideBySide:
     """Problems, a fold and a C each, that go down side by side.
 
-    Conjugate gradients take the second derivatives for the mean curvature by the outputs times the rows' mean squares, plus
-    the penalty: Böhning's (1992) block structure, with probabilities in place of his bound. Scores are kept beside the
-    models, so that looking along a step takes no product.
+    Conjugate gradients take the second derivatives for those by each output alone: the penalty, and the columns' variance
+    about that output's mean, where rows weigh as their losses are curved. Means that are taken off are how an intercept
+    follows the weights. Steps of classes are kept to those that sum to nothing, as the optimum's weights do. Scores are
+    kept beside the models, so that looking along a step takes no product.
 
     Args:
         loss: evaluates them.
@@ -499,6 +528,11 @@ class SideBySide:
     ) -> None:
         self.loss, self.fold_of = loss, fold_of
         self.C = C * loss.shares_of_C[fold_of]
+        is_trained = (loss.shares > 0)[:, :, None]
+        self._evens = (is_trained / is_trained.sum(axis=1, keepdims=True)).astype(weights.dtype)
+        if loss.loss == "softmax":
+            weights = weights.copy()
+            weights[:, :, :-1] -= self._evens[fold_of] * weights[:, :, :-1].sum(axis=1, keepdims=True)
         self.descents = newton.Descents(weights, tolerance)
         # Threads take time to be woken: what is little is done by one.
         rows = int(max(loss.counts))
@@ -507,8 +541,8 @@ class SideBySide:
         step = -(-rows // (self._shares * -(-rows // (self._shares * fitting))))
         blocks = slices(rows, step)
         self._parts = list(loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks))
-        self._turns_of = np.zeros((len(weights), *([loss.outputs] * 2 if loss.is_whole else [0])), weights.dtype)
         self._shrinks = np.zeros_like(weights)
+        self._means = np.zeros((*weights.shape[:2], min(_MAIN_COLUMNS, weights.shape[2] - 1)), weights.dtype)
         self.turns = 0
 
     @staticmethod
@@ -569,7 +603,7 @@ class SideBySide:
         self.fold_of, self.C = self.fold_of[is_open], self.C[is_open]
         for part in self._parts:
             part.keep(is_open, self.fold_of)
-        self._turns_of, self._shrinks = self._turns_of[is_open], self._shrinks[is_open]
+        self._shrinks, self._means = self._shrinks[is_open], self._means[is_open]
 
     def _each(self, act: "Callable[[_Part], Any]") -> list[Any]:
         def act_on(share: int) -> list[Any]:
@@ -586,7 +620,6 @@ class SideBySide:
             _inner_products(*pair) for pair in ((points, points), (points, moves), (moves, moves))
         )
         values, ends = np.full((2, len(points)), np.inf)
-        curvature = np.zeros((len(points), *([self.loss.outputs] * (2 if self.loss.is_whole else 1))))
         while (waits := descents.waits).any():
             index: Any = slice(None) if waits.all() else np.flatnonzero(waits)
             lengths, C = descents.lengths[index], self.C[index]
@@ -594,33 +627,32 @@ class SideBySide:
             seen = [sum(each) for each in zip(*self._each(lambda part: part.look(index, trials)), strict=True)]  # noqa: B023
             values[index] = C * seen[0] + (lengths_now[index] + lengths * (2 * across[index] + lengths * squares[index])) / 2
             ends[index] = C * seen[1] + across[index] + lengths * squares[index]
-            curvature[index] = seen[2]
             descents.look(values, ends)
-        self._shape(curvature)
+        self._shape()
 
-    def _shape(self, curvature: Floats) -> None:
-        """Take the curvatures (p, k, k) or (p, k) by the outputs, summed over rows, of those that have just arrived."""
+    def _shape(self) -> None:
+        """Take the curvature of those that have just arrived."""
         arrived = np.flatnonzero(self.descents.arrived)
-        by_output = curvature[arrived]
-        if self.loss.is_whole:
-            # Exactly nothing along all outputs together: of what float32 leaves there conjugate gradients would go astray.
-            np.einsum("pkk->pk", by_output)[:] -= by_output.sum(axis=2)
-            by_output, self._turns_of[arrived] = np.linalg.eigh(by_output)
-        weight = self.C[arrived, None] * np.maximum(by_output, 0)
-        stiff = weight[:, :, None].astype(self._shrinks.dtype) * self.loss.squares[self.fold_of[arrived], None]
+        parts = zip(*self._each(lambda part: part.curved(arrived)), strict=True)
+        outputs, columns, squares = (sum(part) for part in parts)
+        is_flat = outputs <= _FLAT * outputs.max(axis=1, keepdims=True)  # of no row
+        means = columns / np.where(is_flat, np.inf, outputs)[:, :, None].astype(columns.dtype)
+        spread = squares / np.maximum(squares[:, -1:], _NO_VALUE)  # the last column is of ones
+        shares = outputs / np.maximum(outputs.sum(axis=1, keepdims=True), _NO_VALUE)
+        spread[:, : means.shape[2]] -= np.einsum("pk,pkm->pm", shares, np.square(means))
+        stiff = (self.C[arrived, None] * outputs)[:, :, None] * np.maximum(spread, 0)[:, None]
         stiff[:, :, :-1] += 1
-        last = stiff[:, :, -1]
-        is_flat = last <= _FLAT * last.max(axis=1, keepdims=True)  # intercepts that all rise together, or of no row
-        stiff[:, :, -1] = np.where(is_flat, np.inf, last)
-        self._shrinks[arrived] = 1 / stiff
+        stiff[:, :, -1][is_flat] = np.inf
+        self._shrinks[arrived], self._means[arrived] = 1 / stiff, means
 
     def _precondition(self, vectors: Rows) -> Rows:
-        if not self.loss.is_whole:
-            scaled: Rows = vectors * self._shrinks
-            return scaled
-        turned = np.matmul(self._turns_of.transpose(0, 2, 1), vectors)
-        turned *= self._shrinks
-        inverse: Rows = np.matmul(self._turns_of, turned)
+        main = self._means.shape[2]
+        inverse = vectors.copy()
+        inverse[:, :, :main] -= self._means * vectors[:, :, -1:]
+        inverse *= self._shrinks
+        inverse[:, :, -1] -= np.einsum("pkm,pkm->pk", self._means, inverse[:, :, :main])
+        if self.loss.loss == "softmax":
+            inverse -= self._evens[self.fold_of] * inverse.sum(axis=1, keepdims=True)
         return inverse
 
 
