@@ -320,7 +320,8 @@ class _Race:
         together = max(1, self.room // (len(self.y_held) * taken))
         turns = 0
         while turns < _MOST_TURNS and not self.is_decided():
-            company = sorted(self._open())[:together]
+            # The most doubtful first; of those not raced yet the greatest C, whose loss says what is near the lowest.
+            company = sorted(self._open(), key=lambda number: (-self.standings[number].doubt, -number))[:together]
             if not company:
                 return
             group = self._group(company, np.stack([self.models[number] for number in company]))

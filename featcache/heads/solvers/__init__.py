@@ -36,7 +36,7 @@ _FEW = 4  # problems for which a factorisation each is cheaper than the axes of 
 _TRIGGER = 0.4  # tolerances that L-BFGS estimates to be left when it is believed to be near
 _REFRESH = 6  # evaluations after which the curvature is measured anew
 # Numbers that turned rows, problems side by side on them, and one alone of each fold may take, however few the features.
-_MOST_TURNED, _LEAST_ROOM, _LEAST_ALONE = 16_000_000, 12_000_000, 20_000_000
+_MOST_TURNED, _LEAST_ROOM, _LEAST_ALONE = 16_000_000, 2_000_000, 20_000_000
 _TURNED_ALONE = 1_000_000  # numbers, up to which turning always pays
 _TALL, _MANY_CS = 12, 3  # rows a column, up to which it pays above that; costs of an SVM, from which on it does anyway
 _MOST_TURNS = 200
@@ -44,7 +44,7 @@ _FEWEST_HINGE_TURNS, _MOST_HINGE_TURNS = 60, 600  # before Newton's method on th
 _LEADS = (1.0, 10.0, 100.0, 1e3, 1e4)  # that lead to a greater C
 _INSIDE = 0.35  # of the tolerance, to which the gradient in float32 is brought
 _FURTHER = 0.3  # of it, to which it is brought where float64 saw more
-_SEEN = 200_000  # scores in float64 at a time
+_SEEN = 50_000  # scores in float64 at a time
 _LEVELLINGS = 3  # Newton steps that put the intercepts to their best
 _LEVEL = 1e-3  # of the tolerance, that may be left of that
 _NEVER, _ALWAYS = -1e30, 30.0  # intercepts of classes without and with every training row
@@ -262,7 +262,7 @@ def turned_folds(
 
 def room_of(X: Rows, least: int = _LEAST_ROOM) -> int:
     """Return how many numbers, at least so many, what moves on turned features (n, d) may take, beside a copy of these."""
-    return max(least, X.size // 2)
+    return max(least, X.size // 4)
 
 
 def _fits(X: Rows, outputs: int, rows: Sequence[int]) -> bool:
@@ -388,14 +388,16 @@ class _Proof:
         """Return models as solutions; the rows are read twice for all of them."""
         weights = np.concatenate([model.weights for model in models])
         without = self.fold.exact_products(weights).reshape(len(models), len(self.classes), -1)
-        slopes, intercepts = np.empty_like(without), np.stack([model.intercept for model in models])
+        intercepts = np.stack([model.intercept for model in models])
         scales = np.array([self._scale_of(model.C) for model in models])
         most = max(1, _SEEN // len(weights))
 
+        def seen(block: slice) -> tuple[Floats, Floats, Floats]:
+            return seen_by(self.loss, without[:, :, block] + intercepts[:, :, None], self.right[:, block])
+
         def see(block: slice) -> tuple[Floats, Floats, Floats]:
-            scores = without[:, :, block] + intercepts[:, :, None]
-            spent, slopes[:, :, block], stiffness = seen_by(self.loss, scores, self.right[:, block])
-            return spent, scores.sum(axis=2), stiffness
+            spent, slopes, stiffness = seen(block)
+            return spent, slopes.sum(axis=2), stiffness
 
         for further in reversed(range(_LEVELLINGS + 1)):
             spent, rests, stiffness = (sum(parts) for parts in zip(*self.fold.by_blocks(see, most), strict=True))
@@ -403,7 +405,9 @@ class _Proof:
                 break
             lifts = np.matmul(np.linalg.pinv(stiffness, rcond=1e-12, hermitian=True), rests[:, :, None])
             intercepts = intercepts - lifts[:, :, 0]
-        by_weights = self.fold.exact_sums(slopes.reshape(len(weights), -1)).reshape(len(models), len(self.classes), -1)
+        # The slopes are worked out once more: to keep them all would take as much memory as the scores.
+        by_weights = self.fold.exact_sums(lambda block: seen(block)[1].reshape(len(weights), -1), len(weights))
+        by_weights = by_weights.reshape(len(models), len(self.classes), -1)
         gradients = np.stack([model.weights for model in models]) + scales[:, None, None] * by_weights
         bounds = np.einsum("mkd,mkd->m", gradients, gradients) / 2 + scales * _far(intercepts, rests)
         levelled = [model._replace(intercept=intercept) for model, intercept in zip(models, intercepts, strict=True)]

@@ -311,14 +311,14 @@ class TurnedRows:
         self.by_blocks(multiply, _EXACT_ROWS)
         return scores
 
-    def exact_sums(self, values: Floats) -> Floats:
-        """Return values (k, n) times the rows that train, standardised (k, d), all in float64."""
-        shape = len(values), self._source.shape[1]
+    def exact_sums(self, values: Callable[[slice], Floats], outputs: int) -> Floats:
+        """Return values, by block of rows (k, b), times the rows that train, standardised (k, d), all in float64."""
+        shape = outputs, self._source.shape[1]
 
         def sum_up(blocks: Sequence[slice]) -> Floats:
             total = np.zeros(shape)
             for block in blocks:
-                total += values[:, block] @ self.exactly(block)
+                total += values(block) @ self.exactly(block)
             return total
 
         blocks = self._blocks(_EXACT_ROWS)
