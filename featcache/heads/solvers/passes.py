@@ -377,8 +377,8 @@ class _Part:
         for rows, of in zip(self.rows, self._slices(self._fold_of[index]), strict=True):
             if of.start < of.stop:
                 np.matmul(by_output[of, :, : len(rows)], rows[:, : columns.shape[2]], out=columns[of])
-                some = slice(None, len(rows), -(-len(rows) // _SOME_ROWS))
-                squares[of] = by_row[of, some] @ np.square(rows[some])
+                sampled = slice(None, len(rows), -(-len(rows) // _SOME_ROWS))
+                squares[of] = by_row[of, sampled] @ np.square(rows[sampled])
         return _Curved(by_output.sum(axis=2, dtype=np.float64), columns, squares)
 
     def _curvature(self, slopes: Rows) -> Rows:
