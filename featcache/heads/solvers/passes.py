@@ -284,11 +284,14 @@ class TurnedLoss:
         self.folds, self.loss = folds, loss
         self.outputs = int(y.max()) + 1 if loss == "softmax" else y.shape[1]
         self.width = max(fold.rows.shape[1] for fold in folds)
+        self.main = min(_MAIN_COLUMNS, self.width - 1)
         self.counts = np.array([len(fold.rows) for fold in folds])
         self.rows = [_padded(fold.rows, self.width) for fold in folds]
         self.held = [_padded(fold.held, self.width) for fold in folds]
         self.targets = [y[fold.train] for fold in folds]
         self.shares = np.stack([self._shares_of(labels) for labels in self.targets])
+        is_trained = (self.shares > 0)[:, :, None]
+        self.evens = (is_trained / is_trained.sum(axis=1, keepdims=True)).astype(np.float32)  # of a sum over its classes
         self.guessing = self.counts * GUESSING[loss](self.shares).sum(axis=1)
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
         is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
@@ -330,7 +333,7 @@ class _Part:
     """
 
     def __init__(self, loss: TurnedLoss, block: slice, fold_of: NDArray[np.int64], models: Rows) -> None:
-        self.kind, self.rows = loss.loss, [rows[block] for rows in loss.rows]
+        self.kind, self.main, self.rows = loss.loss, loss.main, [rows[block] for rows in loss.rows]
         self.count = max(map(len, self.rows))
         targets = [y[block] for y in loss.targets]
         self._uses = np.stack([np.arange(self.count) < len(y) for y in targets]).astype(models.dtype)
@@ -372,11 +375,11 @@ class _Part:
         """Return how the losses of some problems are curved where they stand."""
         by_output = self._curvature(self._slopes[index])
         by_row, width = by_output.sum(axis=1), self.rows[0].shape[1]
-        columns = np.zeros((*by_output.shape[:2], min(_MAIN_COLUMNS, width - 1)), by_output.dtype)
+        columns = np.zeros((*by_output.shape[:2], self.main), by_output.dtype)
         squares = np.zeros((len(by_output), width), by_output.dtype)
         for rows, of in zip(self.rows, self._slices(self._fold_of[index]), strict=True):
             if of.start < of.stop:
-                np.matmul(by_output[of, :, : len(rows)], rows[:, : columns.shape[2]], out=columns[of])
+                np.matmul(by_output[of, :, : len(rows)], rows[:, : self.main], out=columns[of])
                 sampled = slice(None, len(rows), -(-len(rows) // _SOME_ROWS))
                 squares[of] = by_row[of, sampled] @ np.square(rows[sampled])
         return _Curved(by_output.sum(axis=2, dtype=np.float64), columns, squares)
@@ -528,11 +531,9 @@ class SideBySide:
     ) -> None:
         self.loss, self.fold_of = loss, fold_of
         self.C = C * loss.shares_of_C[fold_of]
-        is_trained = (loss.shares > 0)[:, :, None]
-        self._evens = (is_trained / is_trained.sum(axis=1, keepdims=True)).astype(weights.dtype)
         if loss.loss == "softmax":
             weights = weights.copy()
-            weights[:, :, :-1] -= self._evens[fold_of] * weights[:, :, :-1].sum(axis=1, keepdims=True)
+            weights[:, :, :-1] -= loss.evens[fold_of] * weights[:, :, :-1].sum(axis=1, keepdims=True)
         self.descents = newton.Descents(weights, tolerance)
         # Threads take time to be woken: what is little is done by one.
         rows = int(max(loss.counts))
@@ -542,7 +543,7 @@ class SideBySide:
         blocks = slices(rows, step)
         self._parts = list(loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks))
         self._shrinks = np.zeros_like(weights)
-        self._means = np.zeros((*weights.shape[:2], min(_MAIN_COLUMNS, weights.shape[2] - 1)), weights.dtype)
+        self._means = np.zeros((*weights.shape[:2], loss.main), weights.dtype)
         self.turns = 0
 
     @staticmethod
@@ -639,20 +640,20 @@ class SideBySide:
         means = columns / np.where(is_flat, np.inf, outputs)[:, :, None].astype(columns.dtype)
         spread = squares / np.maximum(squares[:, -1:], _NO_VALUE)  # the last column is of ones
         shares = outputs / np.maximum(outputs.sum(axis=1, keepdims=True), _NO_VALUE)
-        spread[:, : means.shape[2]] -= np.einsum("pk,pkm->pm", shares, np.square(means))
+        spread[:, : self.loss.main] -= np.einsum("pk,pkm->pm", shares, np.square(means))
         stiff = (self.C[arrived, None] * outputs)[:, :, None] * np.maximum(spread, 0)[:, None]
         stiff[:, :, :-1] += 1
         stiff[:, :, -1][is_flat] = np.inf
         self._shrinks[arrived], self._means[arrived] = 1 / stiff, means
 
     def _precondition(self, vectors: Rows) -> Rows:
-        main = self._means.shape[2]
+        main = self.loss.main
         inverse = vectors.copy()
         inverse[:, :, :main] -= self._means * vectors[:, :, -1:]
         inverse *= self._shrinks
         inverse[:, :, -1] -= np.einsum("pkm,pkm->pk", self._means, inverse[:, :, :main])
         if self.loss.loss == "softmax":
-            inverse -= self._evens[self.fold_of] * inverse.sum(axis=1, keepdims=True)
+            inverse -= self.loss.evens[self.fold_of] * inverse.sum(axis=1, keepdims=True)
         return inverse
 
 
