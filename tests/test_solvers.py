@@ -487,13 +487,13 @@ def test_a_problem_that_leaves_changes_no_other() -> None:
     with solvers.turned_folds(X, y, folds) as loss:
         assert loss is not None
         models = solvers.constant_models(loss)
-        group = SideBySide(loss, np.repeat(np.arange(3), 2), np.tile([0.1, 10.0], 3), np.repeat(models, 2, axis=0))
-        alone = SideBySide(loss, np.arange(3), np.full(3, 10.0), models)
+        group = SideBySide(loss, np.repeat(np.arange(3), 3), np.tile([0.1, 1.0, 10.0], 3), np.repeat(models, 3, axis=0))
+        alone = SideBySide(loss, np.repeat(np.arange(3), 2), np.tile([1.0, 10.0], 3), np.repeat(models, 2, axis=0))
         for turn in range(12):
             group.step()
             alone.step()
             if turn == 4:
-                group.keep(group.C > 1)
+                group.keep(group.C > 0.5)
 
     np.testing.assert_allclose(group.weights, alone.weights, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(group.descents.values, alone.descents.values, rtol=1e-5)

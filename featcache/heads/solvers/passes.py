@@ -21,7 +21,7 @@ from featcache.heads.solvers.losses import (
     softmax_slopes,
 )
 from featcache.heads.solvers.newton import Floats
-from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, slices, takes_small_products
+from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, returned_zeros, slices, takes_small_products
 from featcache.resources import cores
 
 _NARROW = 128  # rows of weights
@@ -32,7 +32,7 @@ _FLAT = 1e-6  # of the greatest curvature: what rounding leaves of none
 _MAIN_COLUMNS, _SOME_ROWS = 96, 256  # whose means are taken off; of a part, that tell how columns spread
 _VECTORS, _STATES = 10, 5  # that a problem which goes down takes, of its size and of its scores'
 _SHARED = 10_000_000  # multiplications of a product, from which on a second thread pays
-_PART, _LEAST_PART_ROWS = 200_000, 512  # scores that leave a core's cache to the products; rows, for these to be efficient
+_PART, _LEAST_PART_ROWS = 100_000, 512  # scores that leave a core's cache to the products; rows, for these to be efficient
 _THIN = 48  # rows of vectors, up to which rows times vectors is faster than vectors times rows
 _ALONE, _FILL = 3, 3  # vectors that are multiplied one by one; of zeros, that are cheaper than an odd number
 WHOLE_CURVATURE = 256  # classes; above it only the diagonal
@@ -343,10 +343,14 @@ class _Part:
         else:
             self._y = np.where(filled.transpose(0, 2, 1), 1, -1).astype(models.dtype)
         self._fold(fold_of)
-        self._scores = self._products(models, fold_of)
-        self._moved, self._slopes = np.zeros_like(self._scores), np.zeros_like(self._scores)
-        self._ahead, self._strides = self._moved[:0], np.zeros(0)
+        self._strides = np.zeros(0)
         self._bending: Any = slice(0)
+        self._stand(returned_zeros((4, *models.shape[:2], self.count), models.dtype))
+        self._multiply_by(models, fold_of, self._scores)
+
+    def _stand(self, states: Rows) -> None:
+        self._states = states
+        self._scores, self._moved, self._slopes, self._ahead = states
 
     def _fold(self, fold_of: NDArray[np.int64]) -> None:
         self._fold_of = fold_of
@@ -356,7 +360,8 @@ class _Part:
         """Return losses and slopes along the moves (q,) of some problems, so many moves from where they stand."""
         self._catch_up()
         moved = self._moved[index]
-        outputs = lengths[:, None, None] * moved
+        is_whole = isinstance(index, slice)
+        outputs = np.multiply(lengths[:, None, None], moved, out=self._slopes if is_whole else None)
         outputs += self._scores[index]
         uses, y_true = self._uses_of[index], self._y_of[index]
         with np.errstate(over="ignore", invalid="ignore"):  # of a step that is too long: its loss is not finite
@@ -364,9 +369,7 @@ class _Part:
                 losses, _ = softmax_slopes(outputs, _places(y_true, outputs), uses, "none")
             else:
                 losses, _ = ONE_BY_ONE[self.kind](outputs, y_true, uses[:, None])
-        if isinstance(index, slice):
-            self._slopes = outputs
-        else:
+        if not is_whole:
             self._slopes[index] = outputs
         ends = np.einsum("pkn,pkn->pk", outputs, moved).sum(axis=1, dtype=np.float64)
         return losses, ends
@@ -387,20 +390,26 @@ class _Part:
     def _curvature(self, slopes: Rows) -> Rows:
         """Return the second derivatives (q, k, n) by one output alone, given the first."""
         sizes: Rows = np.abs(slopes)
-        return np.where(sizes > 0, slopes.dtype.type(2), 0) if self.kind == "squared_hinge" else sizes * (1 - sizes)
+        if self.kind == "squared_hinge":
+            return np.where(sizes > 0, slopes.dtype.type(2), 0)
+        sizes *= 1 - sizes
+        return sizes
 
     def products(self, directions: Rows, bends: NDArray[np.bool_], arrived: NDArray[np.bool_], lengths: Rows) -> Rows:
         """Return derivatives (p, k, r + 1), of those that bend the second along their directions; move who has arrived."""
         self._catch_up()
         if arrived.any():
             index = slice(None) if arrived.all() else arrived
-            self._scores[index] += lengths[index, None, None] * self._moved[index]
+            moved = self._moved[index]
+            moved *= lengths[index, None, None]
+            self._scores[index] += moved
             self._moved[index] = 0
         outputs = self._slopes
         if bends.any():
             self._bending = slice(None) if bends.all() else np.flatnonzero(bends)
-            self._ahead = self._products(directions[self._bending], self._fold_of[self._bending])
-            bent = self._bent(self._ahead, self._slopes[self._bending], self._bending)
+            ahead = self._ahead[: np.count_nonzero(bends)]
+            self._multiply_by(directions[self._bending], self._fold_of[self._bending], ahead)
+            bent = self._bent(ahead, self._slopes[self._bending], self._bending)
             if bends.all():
                 outputs = bent
             else:
@@ -419,13 +428,14 @@ class _Part:
     def keep(self, is_open: NDArray[np.bool_], fold_of: NDArray[np.int64]) -> None:
         """Leave the other problems."""
         self._catch_up()
-        self._scores, self._moved, self._slopes = (state[is_open] for state in (self._scores, self._moved, self._slopes))
+        self._stand(np.compress(is_open, self._states, axis=1))
         self._fold(fold_of)
 
     def _catch_up(self) -> None:
         if len(self._strides):
-            self._ahead *= self._strides[:, None, None]
-            self._moved[self._bending] += self._ahead
+            ahead = self._ahead[: len(self._strides)]
+            ahead *= self._strides[:, None, None]
+            self._moved[self._bending] += ahead
             self._strides = self._strides[:0]
 
     def _slices(self, fold_of: NDArray[np.int64]) -> Iterator[slice]:
@@ -433,13 +443,12 @@ class _Part:
         bounds = np.searchsorted(fold_of, np.arange(len(self.rows) + 1)).tolist()
         return (slice(*pair) for pair in pairwise(bounds))
 
-    def _products(self, vectors: Rows, fold_of: NDArray[np.int64]) -> Rows:
-        """Return vectors (q, k, r + 1) times their folds' rows, (q, k, n)."""
-        scores = np.zeros((*vectors.shape[:2], self.count), vectors.dtype)
+    def _multiply_by(self, vectors: Rows, fold_of: NDArray[np.int64], out: Rows) -> None:
+        """Put vectors (q, k, r + 1) times their folds' rows into (q, k, n)."""
         for rows, of in zip(self.rows, self._slices(fold_of), strict=True):
-            flat = vectors[of].reshape(-1, vectors.shape[2])
-            _multiply(flat, rows, scores[of].reshape(-1, self.count)[:, : len(rows)])
-        return scores
+            scores = out[of].reshape(-1, self.count)
+            _multiply(vectors[of].reshape(-1, vectors.shape[2]), rows, scores[:, : len(rows)])
+            scores[:, len(rows) :] = 0
 
     def _bent(self, moves: Rows, slopes: Rows, index: Any) -> Rows:
         """Return by how much the losses' slopes change when outputs move (q, k, n)."""
@@ -537,10 +546,11 @@ class SideBySide:
         self.descents = newton.Descents(weights, tolerance)
         # Threads take time to be woken: what is little is done by one.
         rows = int(max(loss.counts))
-        self._shares = cores() if weights.size * rows > _SHARED else 1
+        shares = cores() if weights.size * rows > _SHARED else 1
         fitting = max(_LEAST_PART_ROWS, _PART // (weights.shape[0] * weights.shape[1]))
-        step = -(-rows // (self._shares * -(-rows // (self._shares * fitting))))
+        step = -(-rows // (shares * -(-rows // (shares * fitting))))
         blocks = slices(rows, step)
+        self._shares = min(shares, len(blocks))
         self._parts = list(loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks))
         self._shrinks = np.zeros_like(weights)
         self._means = np.zeros((*weights.shape[:2], loss.main), weights.dtype)
@@ -587,9 +597,7 @@ class SideBySide:
             self._look()
         bends, arrived, lengths = descents.bends, descents.arrived, descents.lengths.astype(descents.points.dtype)
         asked = descents.asked
-        vectors, *addends = self._each(lambda part: part.products(asked, bends, arrived, lengths))
-        for addend in addends:
-            vectors += addend
+        vectors = self._sum(lambda part: part.products(asked, bends, arrived, lengths))
         vectors *= self.C[:, None, None].astype(asked.dtype)
         vectors[:, :, :-1] += asked[:, :, :-1]
         descents.tell(vectors)
@@ -607,11 +615,28 @@ class SideBySide:
         self._shrinks, self._means = self._shrinks[is_open], self._means[is_open]
 
     def _each(self, act: "Callable[[_Part], Any]") -> list[Any]:
-        def act_on(share: int) -> list[Any]:
-            return [act(part) for part in self._parts[share :: self._shares]]
+        return [result for share in self._by_share(lambda parts: list(map(act, parts))) for result in share]
 
-        waiting = [self.loss.workers.submit(act_on, share) for share in range(1, self._shares)]
-        return [*act_on(0), *(result for share in waiting for result in share.result())]
+    def _sum(self, act: "Callable[[_Part], Rows]") -> Rows:
+        """Return the sum over all parts, a part's own let go before the next."""
+
+        def add_up(parts: "Sequence[_Part]") -> Rows:
+            first, *following = parts
+            total = act(first)
+            for part in following:
+                total += act(part)
+            return total
+
+        total: Rows
+        total, *addends = self._by_share(add_up)
+        for addend in addends:
+            total += addend
+        return total
+
+    def _by_share(self, act: "Callable[[Sequence[_Part]], Any]") -> list[Any]:
+        first, *following = (self._parts[share :: self._shares] for share in range(self._shares))
+        waiting = [self.loss.workers.submit(act, parts) for parts in following]
+        return [act(first), *(share.result() for share in waiting)]
 
     def _look(self) -> None:
         """Look along the steps of those that do not bend, nearer and nearer, until each is where it is to go on from."""

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from mmap import ACCESS_COPY, mmap
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ _BLOCK_BYTES = 2 << 20  # enough for efficient products, little enough for a cor
 _LONG_BLOCK_BYTES = 8 << 20  # where a block's work is so little that the interpreter's part in it counts
 _NEAR = 64  # rows whose mean is near enough to that of all that little is cancelled
 _TURNED_ROWS = 256  # at a time
-_EXACT_ROWS = 256  # in float64 at a time
+_EXACT_ROWS = 128  # in float64 at a time
 _BY_ALL_FROM = 400_000  # numbers, from which on a second thread pays
 _MOMENT_ROWS = 256  # in a piece: a piece's sums in float32 keep their digits
 _MAIN_AXES, _MAIN_ROW_AXES = 96, 48  # how many are found where there are more columns; in the rows' own space
@@ -35,6 +36,7 @@ _AXES_ROWS, _AXES_PART = 2048, 512  # from which they are found; read at a time
 _FEW_ROWS = 0.45  # a feature, up to which the rows' own space is taken
 _SMALL, _FEWER = 256, 0.7  # rows that are taken for few anyway, where they are fewer than so many a feature
 _ROUNDED = 1e-6  # of the greatest eigenvalue: what is below is float32's rounding
+_RETURNED = 1 << 20  # bytes, from which on it pays to ask the system for them
 _SMALL_PRODUCTS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS' kernels
 _NO_MIRROR = 1e-30  # scale of a reflection that changes nothing
 _FEW_ALPHAS = 4  # for which a factorisation each is faster than the eigenvectors of all
@@ -238,6 +240,17 @@ def products_on(count: int) -> AbstractContextManager[Any]:
     return libraries().limit(limits=count, user_api="blas")  # type: ignore[no-any-return]
 
 
+def returned_zeros(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
+    """Return zeros; many of them go back to the system as soon as they are let go.
+
+    The C library keeps what threads free, piece by piece, and asks the system for what does not fit into these.
+    """
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    if size < _RETURNED:
+        return np.zeros(shape, kind)
+    return np.frombuffer(mmap(-1, size, access=ACCESS_COPY), kind).reshape(shape)
+
+
 @cache
 def libraries() -> ThreadpoolController:
     """Return the loaded libraries that have threads of their own, to limit these."""
@@ -303,7 +316,7 @@ class TurnedRows:
 
     def exact_products(self, weights: Floats) -> Floats:
         """Return weights (k, d) by standardised features times the rows that train, (k, n), all in float64."""
-        by_features, scores = weights / self.scale, np.empty((len(weights), len(self.train)))
+        by_features, scores = weights / self.scale, returned_zeros((len(weights), len(self.train)), np.float64)
 
         def multiply(block: slice) -> None:
             np.matmul(by_features, self.exactly(block).T, out=scores[:, block])
