@@ -1,13 +1,17 @@
-"""What this process may use of the machine, and the C library's allocator, set up for large arrays that come and go."""
+"""What this process may use of the machine, threads that share work, and the C library's allocator for large arrays."""
 
 import ctypes
 import gc
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, Self, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 FETCH = "FEATCACHE_FETCH"  # the environment's say in whether a network is asked: never or allow
 _GROUP = Path("/sys/fs/cgroup")
@@ -23,6 +27,43 @@ def cores() -> int:
     quota, period = (*(_lines(_GROUP / "cpu.max")[:1] or [""])[0].split(), "", "")[:2]
     share = math.ceil(int(quota) / int(period)) if quota.isdigit() and period.isdigit() and int(period) else pinned
     return max(1, min(pinned, share))
+
+
+class Workers:
+    """As many threads as there are cores, the caller's own among them; NumPy's products run side by side on them.
+
+    The caller takes the first share itself: of two threads that are woken at once the system may put both onto one core,
+    where the second waits for the first, which is longer than most products take. Not to be called by its own threads.
+    """
+
+    def __init__(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._pool = ThreadPoolExecutor(max(1, cores() - 1))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._pool.shutdown()
+
+    def by_share(self, act: Callable[[Sequence[Item]], Result], items: Sequence[Item], shares: int = 0) -> list[Result]:
+        """Call a function with each of so many shares of some items, as many as there are cores if left out."""
+        count = max(1, min(shares or cores(), len(items)))
+        waiting = [self._pool.submit(act, items[number::count]) for number in range(1, count)]
+        return [act(items[::count]), *(share.result() for share in waiting)]
+
+    def map(self, act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Call a function with each of some items."""
+        shares = self.by_share(lambda share: [act(item) for item in share], items)
+        results: list[Any] = [None] * len(items)
+        for number, share in enumerate(shares):
+            results[number :: len(shares)] = share
+        return results
 
 
 def may_fetch() -> bool:

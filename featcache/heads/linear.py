@@ -279,6 +279,8 @@ class _Race:
         ended: dict[int, Candidate] = {}
         tried, y_true = len(self.standings), np.concatenate(self.y_held)
         while self.standings:
+            if self.first() in ended:
+                self._decide()  # an end may be further than was doubted
             number = self.first()
             if number in ended:
                 if self.is_decided():
@@ -288,7 +290,10 @@ class _Race:
             if not candidate.converged:
                 del self.standings[number]
                 continue
-            self.standings[number] = _Standing(self.count * log_loss(y_true, candidate.answers), 0.0)
+            solved = self.count * log_loss(y_true, candidate.answers)
+            self._believe_less(self.standings[number], solved)
+            self.standings[number] = _Standing(solved, 0.0)
+            self.settled.add(number)
         return None
 
     def _doubtful(self, ended: Collection[int]) -> int:
@@ -376,9 +381,13 @@ class _Race:
     def _log_losses(self, fold: int, models: NDArray[Any]) -> NDArray[np.float64]:
         """Return the log-losses (p,) of models (p, k, r + 1) of a fold on its rows held out, summed."""
         held, y_true, flat = self.loss.held[fold], self.y_held[fold], models.reshape(-1, self.loss.width)
-        losses = np.zeros(len(models))
-        for block in slices(len(held), _JUDGED_ROWS):
-            losses += _losses((flat @ held[block].T).reshape(*models.shape[:2], -1), y_true[block])
+
+        def of_block(block: slice) -> NDArray[np.float64]:
+            return _losses((flat @ held[block].T).reshape(*models.shape[:2], -1), y_true[block])
+
+        shares = self.loss.shares_of_work(flat.size * len(held))
+        blocks = slices(len(held), min(_JUDGED_ROWS, -(-len(held) // shares)))
+        losses: NDArray[np.float64] = np.sum(list((self.loss.workers.map if shares > 1 else map)(of_block, blocks)), axis=0)
         return losses
 
     def _believe_less(self, before: _Standing | None, log_loss: float) -> None:

@@ -6,7 +6,6 @@ covariance of the features, plus the penalty (the block structure of Böhning 19
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import compress, count, product
@@ -22,7 +21,7 @@ from featcache.heads.solvers.losses import Loss, seen_by
 from featcache.heads.solvers.newton import LBFGS, Precondition
 from featcache.heads.solvers.passes import Ahead, BatchedLoss, SideBySide, TurnedLoss
 from featcache.heads.solvers.scaled import Axes, Floats, Rows, TurnedRows, products_on, scaled
-from featcache.resources import cores
+from featcache.resources import Workers, cores
 
 if TYPE_CHECKING:
     from featcache.store import LazyRows
@@ -248,7 +247,7 @@ def turned_folds(
     if is_constant or not _fits(X, outputs, [len(train) for train, _ in folds]):
         yield None
         return
-    with products_on(1), ThreadPoolExecutor(cores()) as workers:
+    with products_on(1), Workers() as workers:
         first = TurnedRows(X, *folds[0], standardise=standardise, axes=axes, each=workers.map)
         axes = first.whole_axes
         following = workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise, axes=axes), folds[1:])

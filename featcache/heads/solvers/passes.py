@@ -1,7 +1,6 @@
 """One pass over the features for many linear models at once: their losses and gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
@@ -22,7 +21,7 @@ from featcache.heads.solvers.losses import (
 )
 from featcache.heads.solvers.newton import Floats
 from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, returned_zeros, slices, takes_small_products
-from featcache.resources import cores
+from featcache.resources import Workers, cores
 
 _NARROW = 128  # rows of weights
 _FEW_COLUMNS = 48  # outputs of all models, up to which a block's products are short
@@ -296,16 +295,20 @@ class TurnedLoss:
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
         is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
         self.shares_of_C = np.where(is_pair, 0.5, 1.0)
-        self.workers = ThreadPoolExecutor(cores())
+        self.workers = Workers()
 
     def _shares_of(self, y: NDArray[Any]) -> Floats:
         """Return which share of a fold's rows has each class or label (k,)."""
         shares: Floats = np.bincount(y, minlength=self.outputs) / len(y) if self.loss == "softmax" else y.mean(axis=0)
         return shares
 
+    def shares_of_work(self, multiplications: int) -> int:
+        """Return into how many a product is to be divided: threads take time to be woken, what is little is done by one."""
+        return cores() if multiplications > _SHARED else 1
+
     def close(self) -> None:
         """Let the threads end."""
-        self.workers.shutdown()
+        self.workers.close()
 
 
 class _Curved(NamedTuple):
@@ -346,7 +349,10 @@ class _Part:
         self._strides = np.zeros(0)
         self._bending: Any = slice(0)
         self._stand(returned_zeros((4, *models.shape[:2], self.count), models.dtype))
-        self._multiply_by(models, fold_of, self._scores)
+        if models[:, :, :-1].any():
+            self._multiply_by(models, fold_of, self._scores)
+        else:
+            self._scores[:] = models[:, :, -1:]
 
     def _stand(self, states: Rows) -> None:
         self._states = states
@@ -544,14 +550,12 @@ class SideBySide:
             weights = weights.copy()
             weights[:, :, :-1] -= loss.evens[fold_of] * weights[:, :, :-1].sum(axis=1, keepdims=True)
         self.descents = newton.Descents(weights, tolerance)
-        # Threads take time to be woken: what is little is done by one.
         rows = int(max(loss.counts))
-        shares = cores() if weights.size * rows > _SHARED else 1
+        shares = self._shares = loss.shares_of_work(weights.size * rows)
         fitting = max(_LEAST_PART_ROWS, _PART // (weights.shape[0] * weights.shape[1]))
         step = -(-rows // (shares * -(-rows // (shares * fitting))))
         blocks = slices(rows, step)
-        self._shares = min(shares, len(blocks))
-        self._parts = list(loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks))
+        self._parts = loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks)
         self._shrinks = np.zeros_like(weights)
         self._means = np.zeros((*weights.shape[:2], loss.main), weights.dtype)
         self.turns = 0
@@ -615,7 +619,8 @@ class SideBySide:
         self._shrinks, self._means = self._shrinks[is_open], self._means[is_open]
 
     def _each(self, act: "Callable[[_Part], Any]") -> list[Any]:
-        return [result for share in self._by_share(lambda parts: list(map(act, parts))) for result in share]
+        shares = self.loss.workers.by_share(lambda parts: [act(part) for part in parts], self._parts, self._shares)
+        return [result for share in shares for result in share]
 
     def _sum(self, act: "Callable[[_Part], Rows]") -> Rows:
         """Return the sum over all parts, a part's own let go before the next."""
@@ -628,15 +633,10 @@ class SideBySide:
             return total
 
         total: Rows
-        total, *addends = self._by_share(add_up)
+        total, *addends = self.loss.workers.by_share(add_up, self._parts, self._shares)
         for addend in addends:
             total += addend
         return total
-
-    def _by_share(self, act: "Callable[[Sequence[_Part]], Any]") -> list[Any]:
-        first, *following = (self._parts[share :: self._shares] for share in range(self._shares))
-        waiting = [self.loss.workers.submit(act, parts) for parts in following]
-        return [act(first), *(share.result() for share in waiting)]
 
     def _look(self) -> None:
         """Look along the steps of those that do not bend, nearer and nearer, until each is where it is to go on from."""
@@ -666,10 +666,11 @@ class SideBySide:
         spread = squares / np.maximum(squares[:, -1:], _NO_VALUE)  # the last column is of ones
         shares = outputs / np.maximum(outputs.sum(axis=1, keepdims=True), _NO_VALUE)
         spread[:, : self.loss.main] -= np.einsum("pk,pkm->pm", shares, np.square(means))
-        stiff = (self.C[arrived, None] * outputs)[:, :, None] * np.maximum(spread, 0)[:, None]
+        losses_part = (self.C[arrived, None] * outputs).astype(spread.dtype)
+        stiff = losses_part[:, :, None] * np.maximum(spread, 0, out=spread)[:, None]
         stiff[:, :, :-1] += 1
         stiff[:, :, -1][is_flat] = np.inf
-        self._shrinks[arrived], self._means[arrived] = 1 / stiff, means
+        self._shrinks[arrived], self._means[arrived] = np.reciprocal(stiff, out=stiff), means
 
     def _precondition(self, vectors: Rows) -> Rows:
         main = self.loss.main

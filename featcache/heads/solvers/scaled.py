@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, eigh, lapack, qr, solve_triangular
 from threadpoolctl import ThreadpoolController
 
-from featcache.resources import cores
+from featcache.resources import Workers, cores
 
 if TYPE_CHECKING:
     from featcache.store import LazyRows
@@ -80,7 +79,7 @@ class ScaledRows:
         self._moved = bool((self.order != np.arange(len(self.order))).any())
         self._standardise = standardise
         # Threads: NumPy's products release the interpreter, and the features are shared.
-        self._workers = ThreadPoolExecutor(cores())
+        self._workers = Workers()
         self._single = getattr(X, "dtype", None) == np.float32
         moments = self._moments_by_group()
         self.folds = []
@@ -106,18 +105,15 @@ class ScaledRows:
 
     def close(self) -> None:
         """Let the threads end."""
-        self._workers.shutdown()
+        self._workers.close()
 
     def each(self, act: Callable[[slice], Result]) -> list[Result]:
         """Call a function with every block of rows, as many at a time as there are cores."""
-        return list(self._workers.map(act, self.blocks))
+        return self._workers.map(act, self.blocks)
 
     def shared(self, act: Callable[[Sequence[slice]], Result], blocks: Sequence[slice] | None = None) -> list[Result]:
         """Call a function once a core with its share of the blocks, all of them if left out."""
-        blocks = self.blocks if blocks is None else blocks
-        count = min(cores(), len(blocks))
-        waiting = [self._workers.submit(act, blocks[number::count]) for number in range(1, count)]
-        return [act(blocks[::count]), *(share.result() for share in waiting)]
+        return self._workers.by_share(act, self.blocks if blocks is None else blocks)
 
     def block(self, block: slice, kind: type = np.float32) -> Rows:
         """Return some rows (b, d), centred and scaled."""
