@@ -477,6 +477,35 @@ def test_a_race_in_which_all_are_in_doubt_has_a_winner() -> None:
     assert raced.candidate.params == chosen_of_all(grid, X, y, folds)
 
 
+def test_an_end_further_than_was_doubted_is_doubted_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the others go on until it is decided again: to solve them to their ends would take the most of the search."""
+    X, y, folds = random_race(2)
+    grid = [{"C": float(C)} for C in np.logspace(-3, 2, 11)]
+    ended: list[int] = []
+    solved = _Race._solved
+
+    def noted(self: _Race, params: Any, number: int, *rest: Any) -> Any:
+        ended.append(number)
+        return solved(self, params, number, *rest)
+
+    monkeypatch.setattr(_Race, "_solved", noted)
+    with solvers.turned_folds(X, y, [(fold.train, fold.val) for fold in folds]) as loss:
+        assert loss is not None
+        race = _Race(loss, y, folds, [params["C"] for params in grid], solvers.room_of(X))
+        race.along(2)
+        race.between()
+        first = race.first()
+        log_loss, _ = race.standings[first]
+        race.standings[first] = _Standing(0.99 * log_loss, 0.002 * log_loss)
+        raced = race.won(grid, X, y, folds)
+
+    assert raced is not None
+    assert raced.candidate.params == chosen_of_all(grid, X, y, folds)
+    assert race.doubted > 1
+    assert ended[0] == first
+    assert len(ended) == len({*ended}) <= 2
+
+
 def test_a_problem_that_leaves_changes_no_other() -> None:
     """Where one ends, or there is room for one at a time only, the others go on as they were."""
     X, y = data(4, count=120, width=10)
