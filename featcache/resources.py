@@ -29,7 +29,7 @@ def cores() -> int:
     return max(1, min(pinned, share))
 
 
-class Workers:
+class Threads:
     """As many threads as there are cores, the caller's own among them; NumPy's products run side by side on them.
 
     The caller takes the first share itself: of two threads that are woken at once the system may put both onto one core,
@@ -57,12 +57,12 @@ class Workers:
         waiting = [self._pool.submit(act, items[number::count]) for number in range(1, count)]
         return [act(items[::count]), *(share.result() for share in waiting)]
 
-    def map(self, act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Call a function with each of some items."""
-        shares = self.by_share(lambda share: [act(item) for item in share], items)
+    def map(self, act: Callable[[Item], Result], items: Sequence[Item], shares: int = 0) -> list[Result]:
+        """Call a function with each of some items, so many shares side by side."""
+        by_share = self.by_share(lambda share: [act(item) for item in share], items, shares)
         results: list[Any] = [None] * len(items)
-        for number, share in enumerate(shares):
-            results[number :: len(shares)] = share
+        for number, share in enumerate(by_share):
+            results[number :: len(by_share)] = share
         return results
 
 

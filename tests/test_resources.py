@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from featcache import resources
-from featcache.resources import Workers
+from featcache.resources import Threads
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -14,9 +14,9 @@ from featcache.resources import Workers
 def test_results_come_in_the_order_of_the_items(count: int, items: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each item is taken once, in as many shares as there are cores or items."""
     monkeypatch.setattr(resources, "cores", lambda: count)
-    with Workers() as workers:
-        assert workers.map(lambda item: item**2, range(items)) == [item**2 for item in range(items)]
-        shares = workers.by_share(list, range(items))
+    with Threads() as threads:
+        assert threads.map(lambda item: item**2, range(items)) == [item**2 for item in range(items)]
+        shares = threads.by_share(list, range(items))
 
     assert sorted(item for share in shares for item in share) == list(range(items))
     assert len(shares) == max(1, min(count, items))
@@ -31,9 +31,9 @@ def test_the_caller_takes_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
         meet.wait()
         return threading.get_ident()
 
-    with Workers() as workers:
-        here, there = workers.by_share(thread_of, [0, 1])
-        assert workers.by_share(lambda _: threading.get_ident(), [0, 1], 1) == [here]
+    with Threads() as threads:
+        here, there = threads.by_share(thread_of, [0, 1])
+        assert threads.by_share(lambda _: threading.get_ident(), [0, 1], 1) == [here]
 
     assert here == threading.get_ident() != there
 
@@ -41,7 +41,7 @@ def test_the_caller_takes_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_thread_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the caller's share and of another's."""
     monkeypatch.setattr(resources, "cores", lambda: 2)
-    with Workers() as workers:
+    with Threads() as threads:
         for item in (0, 1):
             with pytest.raises(ZeroDivisionError):
-                workers.map(lambda number, at=item: 1 // (number - at), range(2))
+                threads.map(lambda number, at=item: 1 // (number - at), range(2))

@@ -19,7 +19,7 @@ from featcache.heads import solvers
 from featcache.heads.base import X_, Y_, Candidate, HeadFamily, Many, Params, Raced, mask_of, side_by_side
 from featcache.heads.solvers import Solution
 from featcache.heads.solvers.passes import SideBySide, TurnedLoss
-from featcache.heads.solvers.scaled import slices, solve_ridge
+from featcache.heads.solvers.scaled import even_slices, solve_ridge
 
 # 45 values from 1e-6 to 1e5, the search space of DINOv2's linear evaluation on small sets (Oquab et al. 2023, appendix B.3)
 _LOGISTIC = [{"C": float(f"{value:.4g}")} for value in np.logspace(-6, 5, 45)]
@@ -290,9 +290,7 @@ class _Race:
             if not candidate.converged:
                 del self.standings[number]
                 continue
-            solved = self.count * log_loss(y_true, candidate.answers)
-            self._believe_less(self.standings[number], solved)
-            self.standings[number] = _Standing(solved, 0.0)
+            self._note(number, self.count * log_loss(y_true, candidate.answers), 0.0)
             self.settled.add(number)
         return None
 
@@ -373,8 +371,7 @@ class _Race:
             left = float(group.left[of].max())
             # Errors of rows cancel in part, the more of them there are.
             doubt = max(abs(ahead - log_loss), _DOUBT * log_loss * (left / self.count) ** 0.5)
-            self._believe_less(self.standings.get(number), log_loss)
-            self.standings[number] = _Standing(log_loss, self.doubted * doubt)
+            self._note(number, log_loss, doubt)
             if left < _SETTLED or group.descents.stalled[of].any():
                 self.settled.add(number)
 
@@ -386,18 +383,20 @@ class _Race:
             return _losses((flat @ held[block].T).reshape(*models.shape[:2], -1), y_true[block])
 
         shares = self.loss.shares_of_work(flat.size * len(held))
-        blocks = slices(len(held), min(_JUDGED_ROWS, -(-len(held) // shares)))
-        losses: NDArray[np.float64] = np.sum(list((self.loss.workers.map if shares > 1 else map)(of_block, blocks)), axis=0)
+        blocks = even_slices(len(held), _JUDGED_ROWS, shares)
+        losses: NDArray[np.float64] = np.sum(self.loss.threads.map(of_block, blocks, shares), axis=0)
         return losses
 
-    def _believe_less(self, before: _Standing | None, log_loss: float) -> None:
-        """Where a loss has moved by more than was doubted of it, doubt all of them so many times more."""
-        if before is None or not 0 < before.doubt < np.inf:
-            return
-        more = abs(log_loss - before.log_loss) / before.doubt
-        if more > 1:
+    def _note(self, number: int, log_loss: float, doubt: float) -> None:
+        """Note where one stands. Has it moved by more than was doubted of it, all are doubted so many times more."""
+        before = self.standings.get(number)
+        if before is not None and 0 < before.doubt < np.inf:
+            more = max(1.0, abs(log_loss - before.log_loss) / before.doubt)
             self.doubted *= more
-            self.standings = {key: _Standing(loss, more * doubt) for key, (loss, doubt) in self.standings.items()}
+            self.standings = {
+                key: standing._replace(doubt=more * standing.doubt) for key, standing in self.standings.items()
+            }
+        self.standings[number] = _Standing(log_loss, self.doubted * doubt)
 
 
 def _losses(outputs: NDArray[Any], y_true: Y_) -> NDArray[np.float64]:

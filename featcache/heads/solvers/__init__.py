@@ -21,7 +21,7 @@ from featcache.heads.solvers.losses import Loss, seen_by
 from featcache.heads.solvers.newton import LBFGS, Precondition
 from featcache.heads.solvers.passes import Ahead, BatchedLoss, SideBySide, TurnedLoss
 from featcache.heads.solvers.scaled import Axes, Floats, Rows, TurnedRows, products_on, scaled
-from featcache.resources import Workers, cores
+from featcache.resources import Threads, cores
 
 if TYPE_CHECKING:
     from featcache.store import LazyRows
@@ -247,10 +247,10 @@ def turned_folds(
     if is_constant or not _fits(X, outputs, [len(train) for train, _ in folds]):
         yield None
         return
-    with products_on(1), Workers() as workers:
-        first = TurnedRows(X, *folds[0], standardise=standardise, axes=axes, each=workers.map)
+    with products_on(1), Threads() as threads:
+        first = TurnedRows(X, *folds[0], standardise=standardise, axes=axes, each=threads.map)
         axes = first.whole_axes
-        following = workers.map(lambda fold: TurnedRows(X, *fold, standardise=standardise, axes=axes), folds[1:])
+        following = threads.map(lambda fold: TurnedRows(X, *fold, standardise=standardise, axes=axes), folds[1:])
         turned = [first, *following]
         evaluated = TurnedLoss(turned, y, loss)
         try:
@@ -324,7 +324,7 @@ def proven(loss: TurnedLoss, Cs: Sequence[float], descended: Sequence[Descended]
         proof = _Proof(loss.loss, loss.folds[number], loss.targets[number], tolerance)
         return proof.of([proof.model(C, state.models[number], state.turns) for C, state in zip(Cs, descended, strict=True)])
 
-    by_fold = (loss.workers.map if len(loss.folds) > 1 else map)(of_fold, range(len(loss.folds)))
+    by_fold = loss.threads.map(of_fold, range(len(loss.folds)))
     return [list(of_C) for of_C in zip(*by_fold, strict=True)]
 
 

@@ -20,8 +20,8 @@ from featcache.heads.solvers.losses import (
     softmax_slopes,
 )
 from featcache.heads.solvers.newton import Floats
-from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, returned_zeros, slices, takes_small_products
-from featcache.resources import Workers, cores
+from featcache.heads.solvers.scaled import Rows, ScaledRows, TurnedRows, even_slices, returned_zeros, takes_small_products
+from featcache.resources import Threads, cores
 
 _NARROW = 128  # rows of weights
 _FEW_COLUMNS = 48  # outputs of all models, up to which a block's products are short
@@ -295,7 +295,7 @@ class TurnedLoss:
         # C, of two classes half of it: two opposite rows of weights then count as scikit-learn's one
         is_pair = (loss == "softmax") & (np.count_nonzero(self.shares, axis=1) == 2)
         self.shares_of_C = np.where(is_pair, 0.5, 1.0)
-        self.workers = Workers()
+        self.threads = Threads()
 
     def _shares_of(self, y: NDArray[Any]) -> Floats:
         """Return which share of a fold's rows has each class or label (k,)."""
@@ -308,7 +308,7 @@ class TurnedLoss:
 
     def close(self) -> None:
         """Let the threads end."""
-        self.workers.close()
+        self.threads.close()
 
 
 class _Curved(NamedTuple):
@@ -551,11 +551,10 @@ class SideBySide:
             weights[:, :, :-1] -= loss.evens[fold_of] * weights[:, :, :-1].sum(axis=1, keepdims=True)
         self.descents = newton.Descents(weights, tolerance)
         rows = int(max(loss.counts))
-        shares = self._shares = loss.shares_of_work(weights.size * rows)
+        self._shares = loss.shares_of_work(weights.size * rows)
         fitting = max(_LEAST_PART_ROWS, _PART // (weights.shape[0] * weights.shape[1]))
-        step = -(-rows // (shares * -(-rows // (shares * fitting))))
-        blocks = slices(rows, step)
-        self._parts = loss.workers.map(lambda block: _Part(loss, block, fold_of, weights), blocks)
+        blocks = even_slices(rows, fitting, self._shares)
+        self._parts = loss.threads.map(lambda block: _Part(loss, block, fold_of, weights), blocks)
         self._shrinks = np.zeros_like(weights)
         self._means = np.zeros((*weights.shape[:2], loss.main), weights.dtype)
         self.turns = 0
@@ -619,7 +618,7 @@ class SideBySide:
         self._shrinks, self._means = self._shrinks[is_open], self._means[is_open]
 
     def _each(self, act: "Callable[[_Part], Any]") -> list[Any]:
-        shares = self.loss.workers.by_share(lambda parts: [act(part) for part in parts], self._parts, self._shares)
+        shares = self.loss.threads.by_share(lambda parts: [act(part) for part in parts], self._parts, self._shares)
         return [result for share in shares for result in share]
 
     def _sum(self, act: "Callable[[_Part], Rows]") -> Rows:
@@ -633,7 +632,7 @@ class SideBySide:
             return total
 
         total: Rows
-        total, *addends = self.loss.workers.by_share(add_up, self._parts, self._shares)
+        total, *addends = self.loss.threads.by_share(add_up, self._parts, self._shares)
         for addend in addends:
             total += addend
         return total
@@ -667,10 +666,10 @@ class SideBySide:
         shares = outputs / np.maximum(outputs.sum(axis=1, keepdims=True), _NO_VALUE)
         spread[:, : self.loss.main] -= np.einsum("pk,pkm->pm", shares, np.square(means))
         losses_part = (self.C[arrived, None] * outputs).astype(spread.dtype)
-        stiff = losses_part[:, :, None] * np.maximum(spread, 0, out=spread)[:, None]
+        stiff = losses_part[:, :, None] * np.maximum(spread, 0)[:, None]
         stiff[:, :, :-1] += 1
         stiff[:, :, -1][is_flat] = np.inf
-        self._shrinks[arrived], self._means[arrived] = np.reciprocal(stiff, out=stiff), means
+        self._shrinks[arrived], self._means[arrived] = 1 / stiff, means
 
     def _precondition(self, vectors: Rows) -> Rows:
         main = self.loss.main

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, eigh, lapack, qr, solve_triangular
 from threadpoolctl import ThreadpoolController
 
-from featcache.resources import Workers, cores
+from featcache.resources import Threads, cores
 
 if TYPE_CHECKING:
     from featcache.store import LazyRows
@@ -79,7 +79,7 @@ class ScaledRows:
         self._moved = bool((self.order != np.arange(len(self.order))).any())
         self._standardise = standardise
         # Threads: NumPy's products release the interpreter, and the features are shared.
-        self._workers = Workers()
+        self._threads = Threads()
         self._single = getattr(X, "dtype", None) == np.float32
         moments = self._moments_by_group()
         self.folds = []
@@ -105,15 +105,15 @@ class ScaledRows:
 
     def close(self) -> None:
         """Let the threads end."""
-        self._workers.close()
+        self._threads.close()
 
     def each(self, act: Callable[[slice], Result]) -> list[Result]:
         """Call a function with every block of rows, as many at a time as there are cores."""
-        return self._workers.map(act, self.blocks)
+        return self._threads.map(act, self.blocks)
 
     def shared(self, act: Callable[[Sequence[slice]], Result], blocks: Sequence[slice] | None = None) -> list[Result]:
         """Call a function once a core with its share of the blocks, all of them if left out."""
-        return self._workers.by_share(act, self.blocks if blocks is None else blocks)
+        return self._threads.by_share(act, self.blocks if blocks is None else blocks)
 
     def block(self, block: slice, kind: type = np.float32) -> Rows:
         """Return some rows (b, d), centred and scaled."""
@@ -198,6 +198,12 @@ class ScaledRows:
 def slices(rows: int, step: int) -> list[slice]:
     """Return blocks of so many rows, each of a step at most."""
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def even_slices(rows: int, most: int, shares: int) -> list[slice]:
+    """Return blocks of so many rows at most, of about the same length and as many for each share."""
+    blocks = shares * max(1, -(-rows // (shares * most)))
+    return slices(rows, max(1, -(-rows // blocks)))
 
 
 class _Moments(NamedTuple):
